@@ -1,0 +1,89 @@
+"""Does block-wise distillation earn its place? Accuracy against samples seen, with and without it.
+
+Both arms are the quickstart's recipe: same LLM, pictures, questions in the same order, LoRA, learning rate, and the
+same start of the patch embedding from the teacher's. One distills (its first steps see pictures alone and are not
+counted as questions), the other does not. Prints a table and the ratio of samples to a given accuracy.
+
+    python benchmarks/distillation.py --seeds 0 1 2 --json distillation.json
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from importlib.resources import files
+from pathlib import Path
+from statistics import mean
+
+from rich.console import Console
+from transformers import TrainerCallback
+from vora.data.sources import load_source
+from vora.eval.answers import accuracy, exact_answers
+from vora.train.recipe import load_recipe
+from vora.train.run import train
+
+ARMS = {"with": {}, "without": {"teacher.weight": 0, "teacher.image_only_steps": 0}}
+
+
+class Checkpoints(TrainerCallback):
+    """Accuracy on test pictures every few steps that predict something."""
+
+    def __init__(self, records, every, first):
+        self.records, self.every, self.first, self.points = records, every, first, []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        steps = state.global_step - self.first
+        if steps > 0 and steps % self.every == 0:
+            right = exact_answers(model.vora, kwargs["processing_class"], self.records)
+            self.points.append({"lm_steps": steps, "accuracy": accuracy(right)})
+            model.train()
+
+
+def run_arm(seed, arm, args, folder):
+    """One training; returns its points."""
+    overrides = ARMS[arm] | {"training.seed": seed, "model.llm": args.llm, "max_minutes": "null"}
+    first = args.image_only_steps if arm == "with" else 0
+    overrides |= {"teacher.image_only_steps": first, "training.max_steps": first + args.lm_steps}
+    overrides |= {"training.lr_scheduler_type": "constant_with_warmup", "training.logging_steps": args.every}
+    recipe = load_recipe(
+        Path(str(files("vora.quickstart"))) / "recipe.yaml", [f"{key}={value}" for key, value in overrides.items()]
+    )
+    checkpoints = Checkpoints(load_source("easy-vqa", "test", max_samples=args.test_pictures), args.every, first)
+    start = time.monotonic()
+    train(recipe, folder / f"{arm}-{seed}", console=Console(quiet=True), callbacks=[checkpoints])
+    lines = [json.loads(line) for line in (folder / f"{arm}-{seed}" / "log.jsonl").read_text().splitlines()]
+    predicting = [line for line in lines if "lm_loss" in line]
+    before = max((line["samples_seen"] for line in lines if "lm_loss" not in line), default=0)
+    for point, line in zip(checkpoints.points, predicting):
+        point |= {"questions_seen": line["samples_seen"] - before, "lm_loss": line["lm_loss"]}
+        point |= {"arm": arm, "seed": seed, "seconds": time.monotonic() - start}
+        print(json.dumps(point), flush=True)
+    return checkpoints.points
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--llm", default="smollm2-135m")
+    parser.add_argument("--lm-steps", type=int, default=50)
+    parser.add_argument("--image-only-steps", type=int, default=60)
+    parser.add_argument("--every", type=int, default=10)
+    parser.add_argument("--test-pictures", type=int, default=60)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    points = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in args.seeds:
+            for arm in ARMS:
+                points += run_arm(seed, arm, args, Path(folder))
+    if args.json:
+        args.json.write_text(json.dumps(points, indent=1))
+    print(f"{'questions':>10} " + " ".join(f"{arm + ' seed ' + str(s):>15}" for arm in ARMS for s in args.seeds))
+    for step in sorted({point["lm_steps"] for point in points}):
+        row = {(p["arm"], p["seed"]): p for p in points if p["lm_steps"] == step}
+        questions = mean(point["questions_seen"] for point in row.values())
+        print(f"{questions:10.0f} " + " ".join(f"{row[arm, s]['accuracy']:15.3f}" for arm in ARMS for s in args.seeds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Vision LoRA: on (PEFT) and off (merged in fp32)."""
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+PATCH_EMBEDDING = "patch_embedding"
+
+
+def attach_vision_lora(model, *, rank=32, num_blocks=None, target_modules=None, lora_alpha=None):
+    """Freeze the LLM and give its first blocks trainable low-rank pairs; the patch embedding trains with them.
+
+    Args:
+        model: a `VoraForConditionalGeneration`.
+        rank: r of every pair.
+        num_blocks: N, how many blocks from the bottom; all by default. A teacher's depth in the paper.
+        target_modules: names of linear layers inside a block; by default all of them (q, k, v, o, gate, up, down).
+        lora_alpha: scale times rank; rank by default, so that the scale is 1 (the paper has no alpha).
+
+    Returns:
+        `peft.PeftModel` whose trainable parameters are exactly the pairs and the patch embedding.
+
+    Raises:
+        ValueError: a target name matches no layer, or the LLM has fewer blocks than asked for.
+    """
+    blocks = model.model.blocks
+    num_blocks = len(blocks) if num_blocks is None else num_blocks
+    if not 1 <= num_blocks <= len(blocks):
+        raise ValueError(
+            f"num_blocks is {num_blocks}, but the LLM has {len(blocks)} blocks: choose 1 to {len(blocks)} "
+            "(with a deeper teacher, let its blocks be spread over the LLM's)."
+        )
+    layers = sorted({name.rsplit(".")[-1] for name, m in blocks.named_modules() if isinstance(m, (nn.Linear, Conv1D))})
+    target_modules = layers if target_modules is None else list(target_modules)
+    if unknown := sorted(set(target_modules) - set(layers)):
+        raise ValueError(
+            f"LoRA targets {unknown} match no linear layer of this LLM's blocks: choose among {', '.join(layers)}."
+        )
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if lora_alpha is None else lora_alpha,
+        lora_dropout=0.0,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in blocks.modules()),
+        target_modules=target_modules,
+        layers_to_transform=list(range(num_blocks)),
+        layers_pattern=next(name for name, m in model.named_modules() if m is blocks).rsplit(".")[-1],
+        modules_to_save=[PATCH_EMBEDDING],
+    )
+    return get_peft_model(model, config)
+
+
+@torch.no_grad()
+def merge_vision_lora(model):
+    """Fold every pair into its weight, W + scale * B A, computed in fp32 and cast once at the end.
+
+    Args:
+        model: the `peft.PeftModel` of `attach_vision_lora`; it is used up.
+
+    Returns:
+        The `VoraForConditionalGeneration` inside, whose language part has the base LLM's parameter names and shapes
+        again, with the trained patch embedding. `model.to_llm()` gives that language part alone.
+
+    Raises:
+        TypeError: there is no vision LoRA on the model.
+        ValueError: a merged weight is not finite; no weight has been changed then.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"{type(model).__name__} carries no vision LoRA: nothing to merge.")
+    merged = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        weight = layer.get_base_layer().weight
+        total = weight.float()
+        for adapter in layer.active_adapters:
+            pair = layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()
+            # Conv1D of GPT-2 keeps its weight transposed
+            total = total + layer.scaling[adapter] * (pair.T if getattr(layer, "fan_in_fan_out", False) else pair)
+        total = total.to(weight.dtype)
+        if not torch.isfinite(total).all():
+            num_bad = int((~torch.isfinite(total)).sum())
+            raise ValueError(
+                f"{num_bad} of {total.numel()} merged weights of {name} are not finite in {weight.dtype}: the training "
+                "diverged. Merge an earlier checkpoint, or train again with a lower learning rate."
+            )
+        merged[layer] = total
+    for layer, weight in merged.items():
+        layer.get_base_layer().weight.copy_(weight)
+    return model.unload()

@@ -1,0 +1,142 @@
+"""The command line: one verb, one function. Heavy imports wait until a verb needs them."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="vora",
+    help="Sight for language models without a vision encoder (Vision as LoRA).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="Folder or hub id of a VoRA model.")]
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where result.json, report.html and model go.")] = Path(
+        "vora-quickstart"
+    ),
+    llm: Annotated[str, typer.Option(help="LLM that learns to see: alias, folder or hub id.")] = "smollm2-135m",
+    minutes: Annotated[float, typer.Option(help="Most minutes to train; steps are planned to fit.")] = 8.0,
+    seed: Annotated[int, typer.Option(help="Seed of data order and fresh weights.")] = 0,
+):
+    """Give a small LLM eyes in a quarter of an hour on two CPU cores: train, merge, measure, report."""
+    from vora.quickstart.run import run_quickstart
+
+    run_quickstart(out, llm=llm, minutes=minutes, seed=seed, console=console)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as training.max_steps=100.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; runs/RECIPE by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+):
+    """Train by a recipe: stage pretrain (vision LoRA) or finetune (everything)."""
+    from vora.train.recipe import load_recipe
+    from vora.train.run import train as run
+
+    out = out or Path("runs") / recipe.stem
+    run(load_recipe(recipe, overrides or ()), out, resume=resume, console=console)
+    console.print(f"Done: {out / 'report.md'}. Next: vora merge {out} -o OUT")
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="Run directory of `vora train`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
+    llm_out: Annotated[Path | None, typer.Option(help="Also write the language part alone, as its stock LLM.")] = None,
+):
+    """Fold vision LoRA into the LLM's weights and save an ordinary model."""
+    from vora.train.run import merge_run
+
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: choose another --out, so that nothing is overwritten.")
+    model, processor = merge_run(run)
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    if llm_out is not None:
+        model.to_llm().save_pretrained(llm_out)
+        processor.tokenizer.save_pretrained(llm_out)
+    console.print(f"Saved {out}. Ask it: vora chat IMAGE -m {out}")
+
+
+@app.command()
+def chat(
+    images: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Paths or URLs.")] = None,
+    model: ModelOption = None,
+    question: Annotated[str | None, typer.Option("--question", "-q", help="Ask once instead of chatting.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 answers greedily.")] = 0.0,
+):
+    """Ask a model about pictures; without -q, interactively (a line `+ IMAGE` adds a picture, empty ends)."""
+    from vora.model.image_processing_vora import read_image
+    from vora.serve.chat import Chat, load_model
+
+    pending = [read_image(image) for image in images or []]
+    conversation = Chat(*load_model(model or _default_model()), max_new_tokens, temperature)
+    if question is not None:
+        _print_answer(conversation, question, pending)
+        return
+    console.print(f"{len(pending)} pictures given. Ask away; `+ IMAGE` adds a picture, an empty line ends.")
+    while text := _read_line():
+        if text.startswith("+"):
+            try:
+                pending.append(read_image(text[1:].strip()))
+            except ValueError as error:
+                console.print(f"[red]{error}[/red]")
+            continue
+        _print_answer(conversation, text, pending)
+        pending = []
+
+
+def _print_answer(conversation, question, images):
+    for piece in conversation.ask(question, images):
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def _read_line():
+    try:
+        return input("> ").strip() if sys.stdin.isatty() else sys.stdin.readline().strip()
+    except EOFError:
+        return ""
+
+
+def _default_model():
+    here = Path("vora-quickstart") / "model"
+    if (here / "config.json").exists():
+        return str(here)
+    raise ValueError("No model named: give one with -m MODEL, or make one with `vora quickstart`.")
+
+
+def main():
+    """Run the command line; whatever goes wrong is one line with cause and cure (VORA_TRACEBACK=1 shows the rest)."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except InterruptedError as stop:
+        console.print(str(stop), highlight=False)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("VORA_TRACEBACK"):
+            raise
+        known = isinstance(error, (ValueError, OSError, ArithmeticError))
+        name = "" if known else f"{type(error).__name__}: "
+        tail = "" if known else " (VORA_TRACEBACK=1 shows where)"
+        console.print(f"[bold red]error:[/bold red] {name}{' '.join(str(error).split())}{tail}", highlight=False)
+        sys.exit(1)

@@ -1,0 +1,121 @@
+"""The student with its scaffolding: one forward to all the losses of a training step.
+
+Dims: B rows, T tokens, P patches of all images.
+"""
+
+from contextlib import contextmanager
+from functools import partial
+
+from torch import nn
+
+from vora.distill.teacher import images_of_patches
+
+
+class VisionLearner(nn.Module):
+    """What the Trainer trains: the student, and in stage 1 the distillation heads beside it.
+
+    Args:
+        student: a `VoraForConditionalGeneration`, or the `PeftModel` around it.
+        image_processor: the student's, for its normalisation.
+        teacher: a `Teacher`, or None to learn from text alone.
+        distillation: a `BlockwiseDistillation`, or None with no teacher.
+        distill_weight: of `distill_loss` in `loss` (1 in the paper).
+    """
+
+    def __init__(self, student, image_processor, teacher=None, distillation=None, distill_weight=1.0):
+        super().__init__()
+        self.student = student
+        self.image_processor = image_processor
+        self.distillation = distillation
+        self.distill_weight = distill_weight
+        self._teacher = [teacher]  # in a list, so that it is neither trained nor saved nor wrapped with the student
+
+    @property
+    def teacher(self):
+        return self._teacher[0]
+
+    @property
+    def vora(self):
+        """The bare `VoraForConditionalGeneration`, under PEFT or not."""
+        return self.student.get_base_model() if hasattr(self.student, "get_base_model") else self.student
+
+    @property
+    def config(self):
+        return self.vora.config
+
+    def forward(
+        self,
+        targets,
+        pixel_values=None,
+        image_grid_thw=None,
+        num_items_in_batch=None,
+        num_micro_batches=1,
+        **inputs,
+    ):
+        """Named losses of a packed batch.
+
+        Args:
+            targets: int[B, T], the token that each place should predict, -100 where masked.
+            pixel_values, image_grid_thw, inputs: as for `VoraModel.forward`.
+            num_items_in_batch: label tokens of the whole optimizer step, by which `lm_loss` is divided.
+            num_micro_batches: of the step, by which `distill_loss` is divided in `loss`.
+
+        Returns:
+            dict: `loss`; `lm_loss` if there are targets; with a teacher and images `distill_loss` and `pair_losses`
+            float[pairs]. Without targets only the paired blocks run: what lies above them would learn nothing.
+        """
+        images = {} if pixel_values is None else {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        predicts = bool((targets != -100).any())
+        losses, hidden_states = {"loss": 0.0}, None
+        with self.image_states(inputs["input_ids"], stop_early=not predicts) as states:
+            try:
+                hidden_states = self.vora.model(**inputs, **images, use_cache=False).last_hidden_state
+            except _EnoughBlocks:
+                pass
+        if predicts or not states:  # with neither, lm_loss says that nothing could be learned
+            losses["lm_loss"] = self.vora.lm_loss(hidden_states, targets, num_items_in_batch)
+            losses["loss"] = losses["loss"] + losses["lm_loss"]
+        if states:
+            losses["distill_loss"], losses["pair_losses"] = self.distillation(states, self.teach(**images))
+            losses["loss"] = losses["loss"] + self.distill_weight / num_micro_batches * losses["distill_loss"]
+        return losses
+
+    @contextmanager
+    def image_states(self, input_ids, stop_early):
+        """Collect the paired blocks' outputs at image tokens while the student runs: {student block: float[P, D]}.
+
+        Args:
+            stop_early: end the student's forward after the last paired block.
+        """
+        states, hooks = {}, []
+        is_image = input_ids == self.config.image_token_id
+        if self.teacher is not None and is_image.any():
+            last = max(student for student, _ in self.distillation.pairs)
+            for student, _ in self.distillation.pairs:
+                keep = partial(_keep_image_states, states, student, is_image, stop_early and student == last)
+                hooks.append(self.vora.model.blocks[student].register_forward_hook(keep))
+        try:
+            yield states
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def teach(self, pixel_values, image_grid_thw):
+        """The teacher's states at the student's patches: {teacher block: float[P, D_t]}."""
+        grids = [(h, w) for t, h, w in image_grid_thw.tolist() for _ in range(t)]
+        processor = self.image_processor
+        images = images_of_patches(
+            pixel_values, grids, self.config.patch_size, processor.image_mean, processor.image_std
+        )
+        return self.teacher(images, grids, sorted({teacher for _, teacher in self.distillation.pairs}))
+
+
+class _EnoughBlocks(Exception):
+    """Ends a forward pass that needs no further blocks."""
+
+
+def _keep_image_states(states, block, is_image, stop, module, args, output):
+    hidden = output[0] if isinstance(output, tuple) else output
+    states[block] = hidden[is_image]
+    if stop:
+        raise _EnoughBlocks

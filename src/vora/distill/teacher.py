@@ -1,0 +1,174 @@
+"""A frozen, plain ViT of transformers as the teacher.
+
+Dims: P patches of all images, C channels, p the student's patch side, D_t = the teacher's width.
+"""
+
+import inspect
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from torch import nn
+from transformers import AutoModel
+
+from vora.model.vit_embedding import vit_embedding
+
+
+class Teacher(nn.Module):
+    """Features of every block at every patch, on whatever grid the student uses.
+
+    The images are taken from the student's own patches, brought to the teacher's normalisation and patch size, so
+    that both see the same pixels and their grids agree patch by patch. CLS and register tokens are dropped.
+    """
+
+    def __init__(self, vit, image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5)):
+        super().__init__()
+        self.vit = getattr(vit, "vision_model", vit).requires_grad_(False).eval()
+        config = getattr(self.vit.config, "vision_config", self.vit.config)
+        self.embedding = vit_embedding(self.vit)  # first, for it refuses what is no plain ViT
+        self.hidden_size, self.num_blocks = config.hidden_size, config.num_hidden_layers
+        self.patch_size = self.embedding.patch_size
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self.accepts = set(inspect.signature(self.vit.forward).parameters)
+
+    @classmethod
+    def from_pretrained(cls, name, dtype=torch.float32, **kwargs):
+        """A ViT by hub id or folder (ViT, DeiT, CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3, AIMv2), with the
+        normalisation of its preprocessor_config.json (0.5, 0.5 where there is none). Half-precision files are read
+        as float32 by default: processors without half-precision arithmetic are many times slower on them.
+
+        Raises:
+            ValueError: the model has no plain patch projection.
+        """
+        vit = AutoModel.from_pretrained(name, dtype=dtype, **kwargs)
+        return cls(vit, **_normalisation(name))
+
+    def train(self, mode=True):
+        """A teacher never trains: it stays in eval mode whatever its surroundings do."""
+        return super().train(False)
+
+    @property
+    def blocks(self):
+        lists = [m for m in self.vit.modules() if isinstance(m, nn.ModuleList) and len(m) == self.num_blocks]
+        return lists[0]
+
+    @torch.inference_mode()
+    def forward(self, images, grids, blocks):
+        """Outputs of some blocks at every patch of the student's grids.
+
+        Args:
+            images: list of N float[C, H, W] in 0..1.
+            grids: list of N (rows, columns): the student's patches of each image.
+            blocks: indices of the teacher's blocks.
+
+        Returns:
+            {block: float[P, D_t]}, patches of all images in raster order.
+        """
+        features = {block: [None] * len(images) for block in blocks}
+        for grid in sorted(set(grids)):
+            members = [i for i, other in enumerate(grids) if other == grid]
+            alike = self.features_on_grid(self.resize([images[i] for i in members], grid), grid, blocks)
+            for block, tokens in alike.items():
+                for i, image_tokens in zip(members, tokens):
+                    features[block][i] = image_tokens
+        return {block: torch.cat(tokens) for block, tokens in features.items()}
+
+    def resize(self, images, grid):
+        """Images of one grid to float[n, C, rows * p_t, columns * p_t], normalised as the teacher expects."""
+        size = tuple(side * self.patch_size for side in grid)
+        resized = [
+            image if image.shape[1:] == size else F.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
+            for image in images
+        ]
+        pixels = torch.stack(resized).clamp(0, 1)
+        mean, std = (pixels.new_tensor(v)[:, None, None] for v in (self.image_mean, self.image_std))
+        return (pixels - mean) / std
+
+    def features_on_grid(self, pixels, grid, blocks):
+        """{block: float[n, rows * columns, D_t]} of normalised images of one grid.
+
+        Positions are resampled to the grid where the ViT can; where it cannot (AIMv2's table), it runs at its own
+        size and its features are resampled.
+        """
+        parameter = next(self.vit.parameters())
+        pixels = pixels.to(parameter.device, parameter.dtype)
+        own_grid = grid
+        if "spatial_shapes" in self.accepts:  # SigLIP 2 takes patches, channel last
+            pixels, shapes = pixel_patches(pixels, self.patch_size), pixels.new_tensor([grid] * len(pixels)).long()
+            mask = torch.ones(pixels.shape[:2], dtype=torch.long, device=pixels.device)
+            inputs = {"pixel_values": pixels, "spatial_shapes": shapes, "pixel_attention_mask": mask}
+            inputs = {("attention_mask" if k not in self.accepts else k): v for k, v in inputs.items()}
+        elif "interpolate_pos_encoding" in self.accepts:
+            inputs = {"pixel_values": pixels, "interpolate_pos_encoding": True}
+        else:
+            if self.embedding.position is not None and not hasattr(self.vit.embeddings, "interpolate_pos_encoding"):
+                side = round(len(self.embedding.position) ** 0.5)
+                own_grid = (side, side)
+                pixels = F.interpolate(pixels, (side * self.patch_size,) * 2, mode="bicubic", antialias=True)
+            inputs = {"pixel_values": pixels}
+        outputs = {}
+        hooks = [
+            self.blocks[block].register_forward_hook(partial(_keep_output, outputs, block)) for block in blocks
+        ]
+        try:
+            self.vit(**inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        num_patches = own_grid[0] * own_grid[1]  # CLS and register tokens come first
+        return {block: resample_features(outputs[block][:, -num_patches:], own_grid, grid) for block in blocks}
+
+
+def _keep_output(outputs, block, module, args, output):
+    outputs[block] = output[0] if isinstance(output, tuple) else output
+
+
+def resample_features(features, own_grid, grid):
+    """float[n, rows * columns, D] from one grid to another, bilinear."""
+    if own_grid == grid:
+        return features
+    table = features.transpose(1, 2).unflatten(2, own_grid).float()
+    table = F.interpolate(table, grid, mode="bilinear", align_corners=False, antialias=True)
+    return table.flatten(2).transpose(1, 2).to(features.dtype)
+
+
+def pixel_patches(pixels, patch_size):
+    """float[n, C, H, W] to float[n, patches, p*p*C], raster order, channel last."""
+    patches = pixels.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)  # n C rows columns p p
+    return patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
+
+def images_of_patches(pixel_values, grids, patch_size, image_mean, image_std):
+    """The student's input turned back into pictures.
+
+    Args:
+        pixel_values: float[P, C*p*p], normalised, raster order, each flattened (C, p, p).
+        grids: list of N (rows, columns).
+
+    Returns:
+        list of N float[C, rows * p, columns * p] in 0..1.
+    """
+    images = []
+    for (rows, columns), patches in zip(grids, pixel_values.split([r * c for r, c in grids])):
+        patches = patches.float().view(rows, columns, -1, patch_size, patch_size)
+        image = patches.permute(2, 0, 3, 1, 4).reshape(-1, rows * patch_size, columns * patch_size)
+        mean, std = (image.new_tensor(v)[:, None, None] for v in (image_mean, image_std))
+        images.append(image * std + mean)
+    return images
+
+
+def _normalisation(name):
+    """Mean and standard deviation from preprocessor_config.json, by folder or hub id."""
+    path = Path(name) / "preprocessor_config.json"
+    if not Path(name).is_dir():
+        try:
+            path = Path(hf_hub_download(str(name), "preprocessor_config.json"))
+        except OSError:
+            return {}
+    if not path.exists():
+        return {}
+    config = json.loads(path.read_text())
+    return {key: config[key] for key in ("image_mean", "image_std") if key in config}

@@ -1,0 +1,120 @@
+"""Exact-match accuracy of greedy answers, in one forward pass per picture.
+
+A greedy answer is right exactly when, fed the right answer, the model's first choice at every place is the next token
+of that answer, end of turn included. So no token is generated, and all questions about a picture share its tokens.
+"""
+
+from collections import Counter, defaultdict
+
+import torch
+from PIL import Image
+
+from vora.data.packing import collate_rows, share_trunk
+
+TOKENS_PER_BATCH = 2048
+
+
+@torch.inference_mode()
+def exact_answers(model, processor, records, progress=None):
+    """Which questions a model answers exactly, greedily.
+
+    Args:
+        model: a `VoraForConditionalGeneration`.
+        records: sequence of `Record`s whose conversations are one question and one answer each.
+        progress: called with the number of questions done after each batch.
+
+    Returns:
+        list of lists of bool: per record and conversation, True = right.
+    """
+    model.eval()
+    right = [None] * len(records)
+    for batch in _batches(processor, records):
+        rows = collate_rows([[sample] for _, sample in batch], len(batch[-1][1]["input_ids"]), 0)
+        targets = rows.pop("targets").to(model.device)
+        inputs = {name: tensor.to(model.device) for name, tensor in rows.items()}
+        states = model.model(**inputs, use_cache=False).last_hidden_state
+        wanted = targets != -100
+        chosen = torch.full_like(targets, -100)
+        chosen[wanted] = model.logits(states[wanted]).argmax(-1)
+        for row, (index, _) in enumerate(batch):
+            branches = inputs["branch_ids"][row]
+            right[index] = [
+                bool((chosen[row] == targets[row])[branches == branch].all())
+                for branch in range(1, 1 + len(records[index].conversations))
+            ]
+        if progress is not None:
+            progress(sum(len(right[index]) for index, _ in batch))
+    return right
+
+
+def _batches(processor, records):
+    """Records as samples, shortest first, in batches of about equal cost: lists of (index, sample)."""
+    samples = []
+    for index in range(len(records)):
+        record = records[index]
+        image = record.open_image()
+        image = None if image is None else processor.image_processor.fetch_images(image)
+        conversations = [processor.training_sample(record.messages(image, c)) for c in record.conversations]
+        samples.append((index, share_trunk(conversations)))
+    samples.sort(key=lambda pair: len(pair[1]["input_ids"]))
+    batch = []
+    for index, sample in samples:
+        if batch and len(sample["input_ids"]) * (len(batch) + 1) > TOKENS_PER_BATCH:
+            yield batch
+            batch = []
+        batch.append((index, sample))
+    yield batch
+
+
+def accuracy(right):
+    """Share of questions answered exactly."""
+    answers = [answer for record in right for answer in record]
+    return sum(answers) / len(answers)
+
+
+def accuracy_by_answer(right, records):
+    """{kind of answer: (share right, number of questions)}: yes/no questions apart from the others."""
+    groups = defaultdict(list)
+    for index, answers in enumerate(right):
+        for answer, conversation in zip(answers, records[index].conversations):
+            groups["yes / no" if conversation[-1]["content"] in ("yes", "no") else "what"].append(answer)
+    return {kind: (sum(answers) / len(answers), len(answers)) for kind, answers in groups.items()}
+
+
+def blank_picture_accuracy(model, processor, records, colour="white"):
+    """What the same model scores when every picture is blank: each distinct question is asked once."""
+    first = records[0].open_image()
+    size = processor.image_processor.fetch_images(first).size
+    answers = defaultdict(Counter)
+    for index in range(len(records)):
+        for question, answer in records[index].conversations:
+            answers[question["content"]][answer["content"]] += 1
+    blanks = [
+        type(records[0])(
+            "blank",
+            Image.new("RGB", size, colour),
+            [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for answer in counts],
+        )
+        for question, counts in answers.items()
+    ]
+    right = exact_answers(model, processor, blanks)
+    hits = sum(
+        count * ok for counts, answers_ok in zip(answers.values(), right) for count, ok in zip(counts.values(), answers_ok)
+    )
+    return hits / sum(sum(counts.values()) for counts in answers.values())
+
+
+def majority_accuracy(train_records, test_records):
+    """What guessing the most frequent training answer to the same question scores."""
+    seen, overall = defaultdict(Counter), Counter()
+    for index in range(len(train_records)):
+        for question, answer in train_records[index].conversations:
+            seen[question["content"]][answer["content"]] += 1
+            overall[answer["content"]] += 1
+    hits = total = 0
+    for index in range(len(test_records)):
+        for question, answer in test_records[index].conversations:
+            counts = seen.get(question["content"], overall)
+            hits += counts.most_common(1)[0][0] == answer["content"]
+            total += 1
+    return hits / total

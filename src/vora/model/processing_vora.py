@@ -1,0 +1,197 @@
+"""Where a prompt becomes tokens: messages with images to model inputs. Training, chat and evaluation all pass here."""
+
+import math
+
+import numpy as np
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+
+from .from_llm import choose_image_token, load_tokenizer
+from .image_processing_vora import VoraImageProcessor, VoraImagesKwargs
+from .vit_embedding import vit_embedding
+
+# Put before an LLM's own template, this lets it take content that is a list of images and texts.
+FLATTEN_CONTENT = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- if message['content'] is string or message['content'] is not iterable -%}
+    {%- set flat.messages = flat.messages + [message] -%}
+  {%- else -%}
+    {%- set content = namespace(text='') -%}
+    {%- for part in message['content'] -%}
+      {%- if part['type'] == 'image' -%}
+        {%- set content.text = content.text + 'IMAGE_TOKEN' -%}
+      {%- elif part['type'] == 'text' -%}
+        {%- set content.text = content.text + part['text'] -%}
+      {%- endif -%}
+    {%- endfor -%}
+    {%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+
+# For base LLMs that have no chat template of their own.
+PLAIN_TEMPLATE = """\
+{%- for message in messages -%}
+  {%- if message['role'] == 'assistant' -%}
+    {{ 'Assistant: ' + message['content'] + eos_token + '\\n' }}
+  {%- else -%}
+    {{ message['role'] | capitalize + ': ' + message['content'] + '\\n' }}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}
+"""
+
+
+class VoraProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: VoraImagesKwargs
+    # templates write the special tokens themselves
+    _defaults = {"text_kwargs": {"padding": True, "add_special_tokens": False}, "images_kwargs": {}}
+
+
+class VoraProcessor(ProcessorMixin):
+    """Image processor and tokenizer in one; `apply_chat_template` makes model inputs from messages.
+
+    Args:
+        image_processor: a `VoraImageProcessor`.
+        tokenizer: the LLM's.
+        chat_template: Jinja template that takes content as strings or as lists of images and texts.
+        image_token: the token that stands for one patch; one stands for a whole image in text given by hand.
+    """
+
+    _auto_class = "AutoProcessor"
+    attributes = ["image_processor", "tokenizer"]
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+    valid_processor_kwargs = VoraProcessorKwargs
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, image_token="<image>", **kwargs):
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        # left, so that generation continues right after every prompt of a batch; calls and saving read init_kwargs
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_llm(cls, llm, *, teacher=None, patch_size=None, image_size=None, chat_template=None, **image_kwargs):
+        """The processor for `VoraForConditionalGeneration.from_llm` with the same arguments.
+
+        Args:
+            llm: hub id, folder, folder with a GGUF file, alias, or a tokenizer.
+            teacher: its patch size and normalisation become the defaults.
+            image_size: images get at most as many tokens as a square of this side has patches.
+            chat_template: Jinja template instead of the LLM's own.
+            image_kwargs: further arguments of `VoraImageProcessor`.
+        """
+        tokenizer = llm if hasattr(llm, "convert_tokens_to_ids") else load_tokenizer(llm)
+        image_token, _ = choose_image_token(tokenizer)
+        if teacher is not None:
+            eyes = vit_embedding(teacher).eyes(patch_size, image_size)
+            patch_size, image_size = eyes["patch_size"], eyes["image_size"]
+            for name in ("image_mean", "image_std"):
+                if hasattr(teacher, name):
+                    image_kwargs.setdefault(name, getattr(teacher, name))
+        patch_size, image_size = patch_size or 14, image_size or 448
+        image_kwargs.setdefault("max_image_tokens", (image_size // patch_size) ** 2)
+        image_kwargs.setdefault("min_image_tokens", min(4, image_kwargs["max_image_tokens"]))
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        template = chat_template or _template_of(tokenizer)
+        return cls(
+            VoraImageProcessor(patch_size=patch_size, **image_kwargs),
+            tokenizer,
+            chat_template=FLATTEN_CONTENT.replace("IMAGE_TOKEN", image_token) + template,
+            image_token=image_token,
+        )
+
+    def replace_image_token(self, image_inputs, image_idx, **kwargs):
+        """One placeholder to as many image tokens as the image has patches."""
+        return self.image_token * math.prod(image_inputs["image_grid_thw"][image_idx].tolist())
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+        """Image tokens for images of (height, width) pixels, without reading them."""
+        counts = [self.image_processor.get_number_of_image_patches(*size, kwargs) for size in image_sizes or []]
+        return MultiModalData(num_image_tokens=counts, num_image_patches=counts)
+
+    def training_sample(self, messages, **images_kwargs):
+        """One conversation as unpadded model inputs with labels on the assistant's tokens.
+
+        The conversation is rendered up to each assistant turn and past it, so that labels are exact for any template
+        that renders a conversation's beginning as the beginning of the whole, and so that each turn is learned after
+        the very tokens that `apply_chat_template` makes of its prompt.
+
+        Returns:
+            input_ids int[T], labels int[T] (-100 outside the assistant's turns), and, if there are images,
+            pixel_values float[P, C*p*p] and image_grid_thw int[N, 3], as numpy arrays.
+
+        Raises:
+            ValueError: the template does not render turns one after the other, no assistant speaks, or placeholders
+                and images do not match.
+        """
+        ids, labels, done = [], [], ""
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self.apply_chat_template(messages[:turn], add_generation_prompt=True)
+            whole = self.apply_chat_template(messages[: turn + 1])
+            if not (prompt.startswith(done) and whole.startswith(prompt)):
+                raise ValueError(
+                    f"The chat template rewrites earlier text when turn {turn} is added, so the assistant's tokens "
+                    "cannot be told apart: give from_llm a chat_template that only appends."
+                )
+            asked = self._ids_after(ids, done, prompt)
+            spoken = self._ids_after(ids + asked, prompt, whole)
+            ids += asked + spoken
+            labels += [-100] * len(asked) + self._labels_of(spoken)
+            done = whole
+        if not ids:
+            raise ValueError("The conversation has no assistant turn, so there is nothing to learn from it.")
+
+        images, counts = [source for message in messages for source in self._images_of(message)], []
+        sample = self.image_processor(images, return_tensors="np", **images_kwargs) if images else {}
+        if images:
+            counts = sample["image_grid_thw"].prod(-1)
+        ids, labels = np.array(ids), np.array(labels)
+        places = ids == self.image_token_id
+        if places.sum() != len(images):
+            raise ValueError(
+                f"The conversation has {places.sum()} places for images ({self.image_token}) but {len(images)} images "
+                "up to its last assistant turn: give one image per place, and none after it."
+            )
+        repeats = np.ones(len(ids), int)
+        repeats[places] = counts  # every patch gets its image token
+        labels[places] = -100
+        return {**sample, "input_ids": ids.repeat(repeats), "labels": labels.repeat(repeats)}
+
+    def _ids_after(self, ids, beginning, text):
+        """Ids of the rest of a text whose beginning has become `ids`."""
+        whole = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if whole[: len(ids)] == ids:
+            return whole[len(ids) :]
+        # a token would reach across the border, where generation starts anew
+        return self.tokenizer(text[len(beginning) :], add_special_tokens=False)["input_ids"]
+
+    def _labels_of(self, ids):
+        """An assistant's turn up to its end-of-turn token; what the template puts after it is not spoken."""
+        end = self.tokenizer.eos_token_id
+        spoken = len(ids) - ids[::-1].index(end) if end in ids else len(ids)
+        return ids[:spoken] + [-100] * (len(ids) - spoken)
+
+    @staticmethod
+    def _images_of(message):
+        if isinstance(message["content"], str):
+            return []
+        keys = ("image", "url", "path", "base64")
+        parts = [part for part in message["content"] if part["type"] == "image"]
+        return [part[key] for part in parts for key in keys if key in part]
+
+
+def _template_of(tokenizer):
+    """The tokenizer's own chat template, else a plain one that begins as the tokenizer would."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template is None:
+        begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        template = ("{{- bos_token -}}" if begins else "") + PLAIN_TEMPLATE
+    return template

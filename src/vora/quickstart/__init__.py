@@ -1,0 +1,1 @@
+"""The main job: an LLM that learns to see, with what the Python package index has."""

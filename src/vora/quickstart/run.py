@@ -1,0 +1,112 @@
+"""`vora quickstart`: fetch, train, merge, measure, report."""
+
+import json
+import os
+import resource
+import sys
+import time
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from vora.data.sources import load_source
+from vora.eval.answers import (
+    accuracy,
+    accuracy_by_answer,
+    blank_picture_accuracy,
+    exact_answers,
+    majority_accuracy,
+)
+from vora.model.from_llm import load_llm, load_tokenizer
+from vora.quickstart.report import write_html
+from vora.train.pace import cpu_dtype
+from vora.train.recipe import load_recipe
+from vora.train.run import merge_run, train
+
+NUM_SHOWN = 12
+
+
+def run_quickstart(out, *, llm, minutes, seed, console):
+    """Leave a model that sees in `out`, with figures and a report.
+
+    Args:
+        out: gets result.json, report.html, model/ and the run directory of the training, run/.
+        llm: alias, folder or hub id.
+        minutes: most minutes to train; a slow machine takes fewer steps.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        ValueError: `out` is not empty.
+        ConnectionError: the packages cannot be fetched.
+    """
+    start, out = time.monotonic(), Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: choose another --out, or delete it.")
+    out.mkdir(parents=True, exist_ok=True)
+    train_records, test_records = load_source("easy-vqa", "train"), load_source("easy-vqa", "test")
+    console.print("[1/5] Fetching and unpacking the LLM (once)")
+    load_tokenizer(llm)
+    load_llm(llm)
+
+    dtype = cpu_dtype() if not torch.cuda.is_available() else "bfloat16"
+    overrides = [f"model.llm={llm}", f"model.dtype={dtype}", f"max_minutes={minutes}", f"training.seed={seed}"]
+    overrides += ["training.bf16=true"] if dtype == "bfloat16" else []
+    with as_file(files("vora.quickstart")) as folder:
+        recipe = load_recipe(folder / "recipe.yaml", overrides)
+        console.print(f"[2/5] Training stage 1 in {dtype}, at most {minutes:g} minutes")
+        train_start = time.monotonic()
+        trainer = train(recipe, out / "run", console=console)
+        train_seconds = time.monotonic() - train_start
+        console.print("[3/5] Merging vision LoRA into the LLM")
+        model, processor = merge_run(out / "run")
+    model.save_pretrained(out / "model")
+    processor.save_pretrained(out / "model")
+
+    num_questions = sum(len(test_records[i].conversations) for i in range(len(test_records)))
+    console.print(f"[4/5] Asking the merged model all {num_questions:,} test questions")
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("questions", total=num_questions)
+        right = exact_answers(model, processor, test_records, lambda done: bar.advance(task, done))
+    blank = blank_picture_accuracy(model, processor, test_records)
+    majority = majority_accuracy(train_records, test_records)
+
+    result = {
+        "accuracy": accuracy(right),
+        "blind_accuracy": max(blank, majority),
+        "blank_picture_accuracy": blank,
+        "majority_accuracy": majority,
+        "accuracy_by_answer": {k: share for k, (share, _) in accuracy_by_answer(right, test_records).items()},
+        "num_test_questions": num_questions,
+        "train_seconds": train_seconds,
+        "total_seconds": None,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "num_samples_seen": trainer.num_samples_seen,
+        "num_steps": trainer.state.global_step,
+        "dtype": dtype,
+        "llm": llm,
+        "seed": seed,
+        "num_cpus": os.cpu_count(),
+    }
+    console.print("[5/5] Writing the report")
+    shown = [(test_records[i], right[i]) for i in range(NUM_SHOWN)]
+    result["total_seconds"] = time.monotonic() - start
+    write_html(out, result, shown, model, processor)
+    result["total_seconds"] = time.monotonic() - start
+    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    console.print(
+        f"[bold]{100 * result['accuracy']:.1f} %[/bold] of {num_questions:,} test questions answered exactly; a blind "
+        f"model gets {100 * result['blind_accuracy']:.1f} %. Trained {train_seconds / 60:.1f} minutes, "
+        f"{result['total_seconds'] / 60:.1f} in all.\nReport: {out / 'report.html'}\n"
+        f'Ask it: vora chat {test_records[0].image} -m {out / "model"} -q "what color is the shape?"'
+    )
+    return result
+
+
+def peak_rss_bytes():
+    """Most memory this process held at once."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,100 @@
+"""A conversation with a model about pictures."""
+
+from pathlib import Path
+from threading import Thread
+
+import torch
+from transformers import AutoConfig, TextIteratorStreamer
+
+from vora.model.image_processing_vora import read_image
+from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.processing_vora import VoraProcessor
+
+
+def load_model(name):
+    """A VoRA model by folder or hub id, on the GPU if there is one.
+
+    Returns:
+        (model in eval mode, processor).
+
+    Raises:
+        ValueError: nothing is there, or something that has no eyes.
+    """
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        cure = f"merge it first: vora merge {name} -o OUT" if (Path(name) / "recipe.yaml").exists() else "check the path"
+        raise ValueError(f"{name} holds no config.json, so it is no saved model: {cure}.")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"Cannot load model {name}: {str(error).splitlines()[0]}") from None
+    if config.model_type != "vora":
+        raise ValueError(
+            f"{name} is a {config.model_type} model and has no eyes: train them with `vora train`, or name a VoRA model."
+        )
+    if (Path(name) / "adapter_config.json").exists():
+        raise ValueError(f"{name} holds unmerged weights: merge them first with `vora merge RUN -o OUT`.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = VoraForConditionalGeneration.from_pretrained(name).to(device).eval()
+    return model, VoraProcessor.from_pretrained(name)
+
+
+class Chat:
+    """Keeps the conversation; pictures go before the text of the turn they are given with.
+
+    Args:
+        model, processor: from `load_model`.
+        max_new_tokens: at most so many per answer.
+        temperature: 0 for greedy answers.
+    """
+
+    def __init__(self, model, processor, max_new_tokens=256, temperature=0.0):
+        self.model, self.processor = model, processor
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.messages = []
+
+    def ask(self, text, images=()):
+        """Stream the answer to a question, piece by piece.
+
+        Args:
+            text: the question.
+            images: paths, URLs or PIL images that come with it.
+
+        Raises:
+            ValueError: an image cannot be read, or the conversation exceeds the LLM's context.
+        """
+        content = [{"type": "image", "image": read_image(image)} for image in images]
+        turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+        inputs = self._inputs([*self.messages, turn])
+        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failure, pieces = [], []
+
+        def generate():
+            try:
+                self.model.generate(**inputs, **sampling, max_new_tokens=self.max_new_tokens, streamer=streamer)
+            except Exception as error:  # raised again where the caller can see it
+                failure.append(error)
+                streamer.end()
+
+        thread = Thread(target=generate)
+        thread.start()
+        for piece in streamer:
+            pieces.append(piece)
+            yield piece
+        thread.join()
+        if failure:
+            raise failure[0]
+        self.messages += [turn, {"role": "assistant", "content": "".join(pieces).strip()}]
+
+    def _inputs(self, messages):
+        inputs = self.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        length = inputs["input_ids"].shape[1]
+        if limit and length + self.max_new_tokens > limit:
+            raise ValueError(
+                f"The conversation has {length} tokens and the answer may take {self.max_new_tokens} more, but the "
+                f"LLM's context holds {limit}: start a new chat, or give fewer or smaller pictures."
+            )
+        return inputs.to(self.model.device)

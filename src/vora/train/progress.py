@@ -1,0 +1,95 @@
+"""What a run shows while it runs and leaves when it ends: bar, log, loss plot, report."""
+
+import json
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+class ProgressCallback(TrainerCallback):
+    """A bar with both losses and samples per second; every log line also goes to a file."""
+
+    def __init__(self, console, log_file):
+        self.console, self.log_file = console, Path(log_file)
+        self.bar = self.task = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        if self.log_file.exists():  # lines after the checkpoint that the run resumes from are repeated: drop them
+            lines = [json.loads(line) for line in self.log_file.read_text().splitlines()]
+            kept = [line for line in lines if line["step"] <= state.global_step]
+            self.log_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}")]
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, redirect_stdout=False)
+        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+        self.bar.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is None or "samples_per_second" not in (logs or {}):
+            return
+        with self.log_file.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        losses = [f"{name} {logs[name]:.3f}" for name in ("lm_loss", "distill_loss") if name in logs]
+        text = "  ".join([*losses, f"{logs['samples_per_second']:.1f} samples/s"])
+        self.bar.update(self.task, description=text)
+        if not self.console.is_terminal:  # a bar needs a terminal; a file gets lines
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def read_log(log_file):
+    """The log lines of a run, oldest first."""
+    return [json.loads(line) for line in Path(log_file).read_text().splitlines()]
+
+
+def draw_losses(log_file, picture):
+    """Plot lm_loss and distill_loss against samples seen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = read_log(log_file)
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    for name in ("lm_loss", "distill_loss"):
+        points = [(line["samples_seen"], line[name]) for line in lines if name in line]
+        if points:
+            axes.plot(*zip(*points), label=name)
+    axes.set(xlabel="samples seen", ylabel="loss", yscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def write_report(recipe, trainer, directory):
+    """A short report in Markdown of how the run went."""
+    lines = read_log(directory / "log.jsonl")
+    last = lines[-1]
+    bad = directory / "bad_samples.jsonl"
+    num_bad = len(bad.read_text().splitlines()) if bad.exists() else 0
+    rows = [
+        ("stage", recipe.stage),
+        ("model", recipe.model.llm or recipe.model.vora),
+        ("teacher", recipe.teacher.name if recipe.teacher else "none"),
+        ("steps", trainer.state.global_step),
+        ("samples seen", trainer.num_samples_seen),
+        ("lm_loss, last", f"{last['lm_loss']:.4f}"),
+        ("distill_loss, last", f"{last['distill_loss']:.4f}" if "distill_loss" in last else "none"),
+        ("samples per second", f"{last['samples_per_second']:.1f}"),
+        ("bad samples skipped", num_bad),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    (directory / "report.md").write_text(
+        f"# Run {directory.name}\n\n| | |\n|---|---|\n{table}\n\n![losses](loss.png)\n\n"
+        f"Merge it with `vora merge {directory} -o OUT`; the recipe is in recipe.yaml.\n"
+    )

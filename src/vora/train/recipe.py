@@ -1,0 +1,195 @@
+"""The recipe of a run: strict YAML, in which an unknown key is an error that names the nearest known one."""
+
+import difflib
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from transformers import TrainingArguments
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ModelSection(Section):
+    """Which LLM gets eyes (`llm`), or which VoRA model goes on training (`vora`)."""
+
+    llm: str | None = None
+    vora: str | None = None
+    patch_size: int | None = None
+    image_size: int | None = None
+    chat_template: str | None = None  # Jinja text, or a path beside the recipe
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
+
+    @model_validator(mode="after")
+    def one_source(self):
+        if (self.llm is None) == (self.vora is None):
+            raise ValueError("give exactly one of llm (fresh eyes) and vora (a model that has some)")
+        return self
+
+
+class LoraSection(Section):
+    rank: int = Field(32, ge=1)
+    num_blocks: int | None = Field(None, ge=1)  # default: as many as the teacher has
+    target_modules: list[str] | None = None
+
+
+class TeacherSection(Section):
+    name: str
+    weight: float = Field(1.0, ge=0)
+    center: bool = True
+    spread: bool = False
+    image_only_steps: int = Field(0, ge=0)  # first steps that distill pictures alone and run the paired blocks only
+    starts_eyes: bool = True  # the patch embedding starts from the teacher's
+
+
+class SourceSection(Section):
+    """Parquet or JSON Lines, or the pictures of `easy-vqa`; one line of `vora.data.sources` per layout."""
+
+    path: str
+    split: str = "train"
+    max_samples: int | None = Field(None, ge=1)
+
+
+class DataSection(Section):
+    sources: list[SourceSection] = Field(min_length=1)
+    row_tokens: int = Field(1024, ge=8)
+    questions_per_image: int | None = Field(None, ge=1)  # drawn anew each epoch; all of them by default
+    caption_prompts: list[str] = ["Describe the image."]
+
+
+class WatchSection(Section):
+    """A fixed picture that is answered at every evaluation."""
+
+    image: str
+    question: str
+
+
+class Recipe(Section):
+    """A whole run. `training` takes the fields of `transformers.TrainingArguments`."""
+
+    stage: Literal["pretrain", "finetune"] = "pretrain"
+    model: ModelSection
+    lora: LoraSection = LoraSection()
+    teacher: TeacherSection | None = None
+    data: DataSection
+    eyes_learning_rate: float | None = None  # of the patch embedding, where it differs
+    watch: list[WatchSection] = []
+    max_minutes: float | None = Field(None, gt=0)  # plan fewer steps than training.max_steps if they would take longer
+    training: dict = {}
+
+    @model_validator(mode="after")
+    def known_training_arguments(self):
+        known = {field.name for field in fields(TrainingArguments)}
+        for key in self.training:
+            if key not in known or key == "output_dir":
+                raise ValueError(f"training.{key} is not a field of TrainingArguments{_nearest(key, known)}")
+        return self
+
+
+def load_recipe(source, overrides=()):
+    """Read and check a recipe.
+
+    Args:
+        source: path of a YAML file, or a dict.
+        overrides: texts `key=value` with dotted keys, such as `training.learning_rate=1e-3`; values are YAML.
+
+    Raises:
+        ValueError: unknown or missing keys, values of the wrong kind, all named in one message.
+    """
+    name = "recipe" if isinstance(source, dict) else str(source)
+    values = source if isinstance(source, dict) else _read_yaml(Path(source))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"{override!r} is no override: write key=value, such as training.max_steps=100.")
+        *path, leaf = key.split(".")
+        section = values
+        for part in path:
+            section = section.setdefault(part, {})
+        section[leaf] = _yaml_value(value)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{name}: " + "; ".join(map(_explain, error.errors()))) from None
+    if not isinstance(source, dict):
+        _resolve_paths(recipe, Path(source).parent)
+    return recipe
+
+
+def save_recipe(recipe, path):
+    """Write the resolved recipe, defaults included."""
+    Path(path).write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False, width=110))
+
+
+def _read_yaml(path):
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"Cannot read recipe {path}: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no keys: a recipe has at least model and data.")
+    return values
+
+
+def _yaml_value(text):
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-3 as text
+        except ValueError:
+            pass
+    return value
+
+
+def _explain(error):
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"{place}: {error['msg']}" if place else error["msg"]
+    section = Recipe
+    for part in error["loc"][:-1]:
+        section = _section_of(section, part)
+    return f"unknown key {place}{_nearest(error['loc'][-1], set(section.model_fields))}"
+
+
+def _section_of(section, part):
+    if isinstance(part, int):
+        return section
+    annotation = section.model_fields[part].annotation
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
+
+
+def _nearest(key, known):
+    close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(sorted(known)[:20])})"
+
+
+def _resolve_paths(recipe, folder):
+    """Paths that exist beside the recipe are taken from there."""
+
+    def beside(text):
+        return str((folder / text).resolve()) if text and len(text) < 200 and (folder / text).exists() else text
+
+    for section, key in [(recipe.model, "llm"), (recipe.model, "vora"), (recipe.teacher, "name")]:
+        if section is not None:
+            setattr(section, key, beside(getattr(section, key)))
+    for entry in recipe.data.sources:
+        entry.path = beside(entry.path)
+    for entry in recipe.watch:
+        entry.image = beside(entry.image)
+    template = recipe.model.chat_template
+    if template and "\n" not in template and "{" not in template:
+        recipe.model.chat_template = _read_template(folder / template)
+
+
+def _read_template(path):
+    if not path.exists():
+        raise ValueError(f"model.chat_template {path} does not exist: give a path beside the recipe, or Jinja text.")
+    return path.read_text()

@@ -1,0 +1,248 @@
+"""A run from recipe to trained weights, and what it leaves in its directory.
+
+    RUN/recipe.yaml, versions.json     what was run, with what
+    RUN/log.jsonl                      every log line
+    RUN/watch.jsonl                    answers to the watched pictures at each evaluation
+    RUN/bad_samples.jsonl              records that were skipped, with their causes
+    RUN/checkpoint-N/                  to resume from
+    RUN/final/                         what was trained: adapter (stage 1) or model (stage 2)
+    RUN/loss.png, report.md            the losses, and the run in short
+"""
+
+import json
+import platform
+import signal
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from vora.adapt.lora import merge_vision_lora
+from vora.data.sources import load_source
+from vora.data.stream import PackedRows
+from vora.train.pace import steps_that_fit
+from vora.train.progress import ProgressCallback, draw_losses, write_report
+from vora.train.recipe import load_recipe, save_recipe
+from vora.train.stages import build_learner, trainable_table
+from vora.train.trainer import VoraTrainer, load_student, save_student
+from vora.train.watch import WatchCallback
+
+DEFAULTS = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 20,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "logging_steps": 10,
+    "logging_nan_inf_filter": False,
+    "save_steps": 500,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "remove_unused_columns": False,
+    "disable_tqdm": True,  # ProgressCallback shows its own bar, with both losses
+    "dataloader_pin_memory": False,
+}
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGINT or SIGTERM: save at the end of the step, stop, and let the run say how to go on."""
+
+    def __init__(self):
+        self.caught = None
+        self._previous = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._catch)
+
+    def _catch(self, number, frame):
+        if self.caught:
+            raise KeyboardInterrupt  # a second signal does not wait for the step
+        self.caught = signal.Signals(number).name
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.caught:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def release(self):
+        """Give the signals back to whoever handled them before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def train(recipe, run_directory, resume=False, console=None, callbacks=()):
+    """Run a recipe.
+
+    Args:
+        recipe: a `Recipe`.
+        run_directory: where everything goes.
+        resume: go on from the newest checkpoint in it.
+
+    Returns:
+        The `VoraTrainer`, after training.
+
+    Raises:
+        ValueError: bad recipe, data or directory; before any work starts where that can be known.
+        InterruptedError: a signal stopped the run; the message says how to go on.
+    """
+    console, directory = console or Console(stderr=True), Path(run_directory)
+    checkpoint = find_checkpoint(directory, resume)
+    arguments = training_arguments(recipe, directory)
+    sources = [
+        load_source(source.path, source.split, recipe.data.caption_prompts, source.max_samples)
+        for source in recipe.data.sources
+    ]
+    torch.manual_seed(arguments.seed)
+    learner, processor = build_learner(recipe)
+    refuse_long_rows(recipe, learner)
+    rows = PackedRows(
+        sources,
+        processor,
+        recipe.data.row_tokens,
+        recipe.data.questions_per_image,
+        image_only_rows=image_only_rows(recipe, arguments),
+        seed=arguments.seed,
+        bad_samples=directory / "bad_samples.jsonl",
+    )
+    if recipe.max_minutes is not None:
+        recipe = recipe.model_copy(deep=True)
+        arguments.max_steps = steps_that_fit(
+            learner, rows, arguments, recipe.max_minutes, recipe.teacher.image_only_steps if recipe.teacher else 0
+        )
+        recipe.training["max_steps"], recipe.max_minutes = arguments.max_steps, None  # what a resumed run repeats
+    directory.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, directory / "recipe.yaml")
+    (directory / "versions.json").write_text(json.dumps(versions(), indent=1))
+    console.print(trainable_table(learner, recipe.stage))
+    if arguments.torch_compile:
+        compile_blocks(learner, arguments)
+    stop = StopOnSignal()
+    trainer = VoraTrainer(
+        model=learner,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=rows.collate,
+        processing_class=processor,
+        eyes_learning_rate=recipe.eyes_learning_rate,
+        image_only_steps=recipe.teacher.image_only_steps if recipe.teacher else 0,
+        callbacks=[
+            stop,
+            ProgressCallback(console, directory / "log.jsonl"),
+            WatchCallback(recipe.watch, processor, directory / "watch.jsonl", console),
+            *callbacks,
+        ],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        stop.release()
+    if stop.caught:
+        raise InterruptedError(
+            f"{stop.caught}: stopped and saved at step {trainer.state.global_step} of {arguments.max_steps}. "
+            f"Go on with: vora train {directory / 'recipe.yaml'} --out {directory} --resume"
+        )
+    if trainer.is_world_process_zero():
+        save_student(trainer.accelerator.unwrap_model(trainer.model), processor, directory / "final")
+        draw_losses(directory / "log.jsonl", directory / "loss.png")
+        write_report(recipe, trainer, directory)
+    return trainer
+
+
+def merge_run(run_directory):
+    """The trained model of a run, ready to be saved and used: LoRA merged (stage 1), or as it is (stage 2).
+
+    Returns:
+        (model, processor).
+
+    Raises:
+        ValueError: the directory holds no run, or one that has no trained weights yet.
+    """
+    directory = Path(run_directory)
+    if not (directory / "recipe.yaml").exists():
+        raise ValueError(f"{directory} holds no recipe.yaml: it is no run directory of `vora train`.")
+    final = directory / "final"
+    folder = final if final.exists() else get_last_checkpoint(str(directory))
+    if folder is None:
+        raise ValueError(f"{directory} holds neither final/ nor a checkpoint: the run has not saved anything yet.")
+    recipe = load_recipe(directory / "recipe.yaml", ["model.dtype=float32"])  # merged in fp32, whatever trained
+    learner, processor = build_learner(recipe)
+    load_student(learner, Path(folder))
+    model = learner.student
+    return (merge_vision_lora(model) if hasattr(model, "peft_config") else model).eval(), processor
+
+
+def training_arguments(recipe, directory):
+    """TrainingArguments of a recipe, over our defaults.
+
+    Raises:
+        ValueError: `max_steps` is missing, or a value is not accepted.
+    """
+    values = DEFAULTS | recipe.training
+    if values.get("max_steps", -1) < 1:
+        raise ValueError("training.max_steps is missing: rows are packed from an endless stream, so say how many steps.")
+    try:
+        arguments = TrainingArguments(output_dir=str(directory), **values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"training: {error}") from None
+    # rows travel as lists of samples, which only our collator turns into tensors, once per process
+    arguments.accelerator_config.dispatch_batches = False
+    return arguments
+
+
+def image_only_rows(recipe, arguments):
+    """Rows of all processes in the steps that only distill."""
+    steps = recipe.teacher.image_only_steps if recipe.teacher else 0
+    return steps * arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
+def refuse_long_rows(recipe, learner):
+    """Raise before work starts if a row would exceed the LLM's context.
+
+    Raises:
+        ValueError: names both lengths.
+    """
+    limit = getattr(learner.config.get_text_config(), "max_position_embeddings", None)
+    if limit and recipe.data.row_tokens > limit:
+        raise ValueError(
+            f"data.row_tokens is {recipe.data.row_tokens}, but the LLM's context holds {limit} tokens: lower it."
+        )
+
+
+def find_checkpoint(directory, resume):
+    """The newest checkpoint to resume from, or None for a fresh run.
+
+    Raises:
+        ValueError: nothing is there to resume, or a fresh run would mix with an old one.
+    """
+    newest = get_last_checkpoint(str(directory)) if directory.is_dir() else None
+    if resume and newest is None:
+        raise ValueError(f"{directory} holds no checkpoint to resume from: start without --resume.")
+    if not resume and (newest is not None or (directory / "final").exists()):
+        raise ValueError(f"{directory} already holds a run: add --resume to go on with it, or choose another --out.")
+    return newest
+
+
+def compile_blocks(learner, arguments):
+    """Compile each transformer block by itself, which needs one compilation for all blocks alike."""
+    arguments.torch_compile = False  # the Trainer would compile the whole model, hooks and all
+    for block in learner.vora.model.blocks:
+        block.compile(dynamic=False)
+
+
+def versions():
+    """What ran: Python, the libraries, the machine."""
+    names = ("vora-vlm", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except ImportError:
+            found[name] = "source tree"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"python": platform.python_version(), "machine": platform.platform(), "gpu": gpu, **found}

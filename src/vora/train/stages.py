@@ -1,0 +1,138 @@
+"""What each stage trains, shown as a table and checked before the first step."""
+
+from rich.table import Table
+
+from vora.adapt.lora import attach_vision_lora
+from vora.distill.blockwise import BlockwiseDistillation, block_pairs
+from vora.distill.learner import VisionLearner
+from vora.distill.teacher import Teacher
+from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.processing_vora import VoraProcessor
+
+
+def build_learner(recipe):
+    """The learner and the processor of a recipe: stage 1 with LoRA and teacher, stage 2 with everything free.
+
+    Raises:
+        ValueError: teacher, LLM and LoRA do not fit each other, or what trains is not what the stage says.
+    """
+    teacher = None if recipe.teacher is None else Teacher.from_pretrained(recipe.teacher.name)
+    student, processor = build_student(recipe, teacher)
+    if recipe.stage == "finetune":
+        learner = VisionLearner(student.requires_grad_(True), processor.image_processor)
+    else:
+        num_blocks = lora_depth(recipe, student, teacher)
+        peft_model = attach_vision_lora(
+            student, rank=recipe.lora.rank, num_blocks=num_blocks, target_modules=recipe.lora.target_modules
+        )
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # updates of 1e-4 vanish in bf16
+        distillation = None
+        if recipe.teacher is not None and recipe.teacher.weight == 0:
+            teacher = None  # it only gave the eyes their start
+        if teacher is not None:
+            pairs = block_pairs(num_blocks, teacher.num_blocks, recipe.teacher.spread)
+            width = student.config.get_text_config().hidden_size
+            distillation = BlockwiseDistillation(pairs, width, teacher.hidden_size, center=recipe.teacher.center)
+        weight = 0.0 if recipe.teacher is None else recipe.teacher.weight
+        learner = VisionLearner(peft_model, processor.image_processor, teacher, distillation, weight)
+    check_trainable(learner, recipe.stage)
+    return learner, processor
+
+
+def build_student(recipe, teacher=None):
+    """The model and processor that a recipe starts from.
+
+    Raises:
+        ValueError: stage 2 is asked of an LLM that has no trained eyes yet.
+    """
+    wanted = recipe.model
+    if wanted.vora is not None:
+        model = VoraForConditionalGeneration.from_pretrained(wanted.vora, dtype=wanted.dtype)
+        return model, VoraProcessor.from_pretrained(wanted.vora)
+    if recipe.stage == "finetune":
+        raise ValueError(
+            "Stage finetune trains a merged VoRA model, but the recipe names a bare LLM: run stage pretrain and "
+            "`vora merge` first, and give the merged folder as model.vora."
+        )
+    eyes = {"patch_size": wanted.patch_size, "image_size": wanted.image_size}
+    if teacher is not None and recipe.teacher.starts_eyes:
+        eyes["teacher"] = teacher
+    model = VoraForConditionalGeneration.from_llm(
+        wanted.llm, dtype=wanted.dtype, attn_implementation=wanted.attn_implementation, **eyes
+    )
+    if teacher is not None:  # its normalisation, also where the patch embedding starts afresh
+        eyes |= {"image_mean": teacher.image_mean, "image_std": teacher.image_std}
+        eyes |= {"patch_size": model.config.patch_size, "image_size": model.config.image_size}
+        eyes.pop("teacher", None)
+    return model, VoraProcessor.from_llm(wanted.llm, chat_template=wanted.chat_template, **eyes)
+
+
+def lora_depth(recipe, student, teacher):
+    """How many blocks get LoRA: the recipe's number, else the teacher's depth, else all.
+
+    Raises:
+        ValueError: the teacher is deeper than the LLM, or than its LoRA, and its blocks are not to be spread.
+    """
+    depth = len(student.model.blocks)
+    num_blocks = recipe.lora.num_blocks
+    if teacher is None:
+        return num_blocks or depth
+    limit = num_blocks or depth
+    if teacher.num_blocks > limit and not recipe.teacher.spread:
+        raise ValueError(
+            f"The teacher has {teacher.num_blocks} blocks, but only {limit} of the LLM's {depth} would learn from it: "
+            "set teacher.spread=true to space them evenly, raise lora.num_blocks, or take a shallower teacher."
+        )
+    return num_blocks or min(depth, teacher.num_blocks)
+
+
+def group_of(name):
+    """Which part of the learner a parameter belongs to."""
+    if name.startswith("distillation."):
+        return "distill heads"
+    if "lora_" in name:
+        return "vision LoRA"
+    if "patch_embedding" in name:
+        return "frozen copy of the patch embedding" if "original_module" in name else "patch embedding"
+    return "LLM"
+
+
+def trainable_counts(learner):
+    """{part: [trained parameters, all parameters]}."""
+    counts = {}
+    for name, parameter in learner.named_parameters():
+        count = counts.setdefault(group_of(name), [0, 0])
+        count[0] += parameter.numel() * parameter.requires_grad
+        count[1] += parameter.numel()
+    return counts
+
+
+def check_trainable(learner, stage):
+    """Refuse to start unless exactly the right parts train.
+
+    Raises:
+        ValueError: a part that should train is (partly) frozen, or the other way round.
+    """
+    for part, (trained, total) in trainable_counts(learner).items():
+        should = stage == "finetune" or part in ("vision LoRA", "patch embedding", "distill heads")
+        if trained != (total if should else 0):
+            raise ValueError(
+                f"Stage {stage} should train {'all' if should else 'none'} of the {part}, but {trained:,} of its "
+                f"{total:,} parameters would train: reset requires_grad, or start from a fresh model."
+            )
+
+
+def trainable_table(learner, stage):
+    """The table that a run prints before its first step."""
+    table = Table(title=f"What trains in stage {stage}")
+    table.add_column("part")
+    table.add_column("trained", justify="right")
+    table.add_column("of", justify="right")
+    for part, (trained, total) in trainable_counts(learner).items():
+        if part != "frozen copy of the patch embedding":
+            table.add_row(part, f"{trained:,}", f"{total:,}")
+    if learner.teacher is not None:
+        table.add_row("teacher (not saved)", "0", f"{sum(p.numel() for p in learner.teacher.parameters()):,}")
+    return table

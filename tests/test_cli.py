@@ -1,0 +1,130 @@
+"""The whole command line on tiny models, in processes of their own: it works, and it fails in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import ViTConfig, ViTModel
+
+
+def vora(*arguments, **kwargs):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "300"}
+    environment.pop("VORA_TRACEBACK", None)
+    command = [sys.executable, "-c", "from vora.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, llm_folder):
+    """A recipe, its data and its teacher in one folder."""
+    folder = tmp_path_factory.mktemp("work")
+    lines = []
+    for name in ("red", "blue"):
+        Image.new("RGB", (16, 16), name).save(folder / f"{name}.png")
+        lines.append({"image": f"{name}.png", "question": "what?", "answer": name})
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    torch.manual_seed(1)
+    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    ViTModel(ViTConfig(**shape, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(folder / "vit")
+    recipe = {
+        "model": {"llm": llm_folder},
+        "teacher": {"name": "vit"},
+        "data": {"sources": [{"path": "train.jsonl"}], "row_tokens": 64},
+        "watch": [{"image": "red.png", "question": "what?"}],
+        "training": {"max_steps": 4, "per_device_train_batch_size": 1, "logging_steps": 1, "save_steps": 2},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged(work):
+    trained = vora("train", work / "recipe.yaml", "--out", work / "run")
+    assert trained.returncode == 0, trained.stderr
+    assert "vision LoRA" in trained.stderr and "samples/s" in trained.stderr and "red.png" in trained.stderr
+    result = vora("merge", work / "run", "-o", work / "model", "--llm-out", work / "llm")
+    assert result.returncode == 0, result.stderr
+    return work / "model"
+
+
+def test_train_merge_chat(work, merged):
+    assert {"config.json", "model.safetensors"} <= {path.name for path in merged.iterdir()}
+    assert json.loads((work / "llm" / "config.json").read_text())["model_type"] == "llama"
+    answer = vora("chat", work / "red.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4)
+    assert answer.returncode == 0 and answer.stdout.endswith("\n"), answer.stderr
+    many = vora("chat", work / "red.png", work / "blue.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4)
+    assert many.returncode == 0, many.stderr
+
+
+def test_interactive_chat(work, merged):
+    lines = f"what?\n+ {work / 'blue.png'}\n+ nothing.png\nand now?\n\n"
+    talk = vora("chat", work / "red.png", "-m", merged, "--max-new-tokens", 3, input=lines)
+    assert talk.returncode == 0, talk.stderr
+    assert talk.stdout.count("\n") == 2 and "nothing.png" in talk.stderr
+
+
+def test_help_reads_well():
+    shown = vora("--help")
+    for verb in ("quickstart", "train", "merge", "chat"):
+        assert verb in shown.stdout
+
+
+def test_interrupted_run_saves_and_says_how_to_go_on(work):
+    command = [sys.executable, "-c", "from vora.cli import main; main()", "train", str(work / "recipe.yaml")]
+    command += ["training.max_steps=100000", "training.save_steps=100000", "--out", str(work / "cut")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "300"})
+    log = work / "cut" / "log.jsonl"
+    for _ in range(1200):
+        if log.exists() and log.read_text():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors, errors
+    checkpoint = next((work / "cut").glob("checkpoint-*"))
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    again = vora("train", work / "cut" / "recipe.yaml", f"training.max_steps={step + 2}", "--out", work / "cut", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == step + 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["chat", "no.png", "-m", "{model}", "-q", "what?"], "no such file"),
+        (["chat", "{empty}", "-m", "{model}", "-q", "what?"], "0 bytes"),
+        (["chat", "{text}", "-m", "{model}", "-q", "what?"], "not an image"),
+        (["chat", "-m", "{llm}", "-q", "hello"], "has no eyes"),
+        (["chat", "-m", "{run}", "-q", "hello"], "merge it first"),
+        (["chat", "-m", "no/such/model", "-q", "hello"], "Cannot load model"),
+        (["train", "no-recipe.yaml"], "Cannot read recipe"),
+        (["train", "{recipe}", "lora.rnak=3"], "did you mean rank?"),
+        (["train", "{recipe}", "lora.target_modules=[no_proj]", "--out", "{new}"], "match no linear layer"),
+        (["train", "{recipe}", "data.sources.0.path=x"], "data.sources"),
+        (["train", "{recipe}", "data.row_tokens=99999", "--out", "{new}"], "context holds"),
+        (["train", "{recipe}", "training.learning_rate=1e30", "training.max_grad_norm=0", "training.max_steps=50",
+          "--out", "{new}"], "training diverged"),
+        (["train", "{recipe}", "--out", "{run}"], "already holds a run"),
+        (["merge", "{new}", "-o", "{new}"], "no recipe.yaml"),
+        (["merge", "{run}", "-o", "{model}"], "is not empty"),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_is_one_line(work, merged, llm_folder, tmp_path, arguments, wanted):
+    (work / "empty.png").write_bytes(b"")
+    (work / "text.png").write_text("not a picture")
+    places = {
+        "model": merged, "llm": llm_folder, "run": work / "run", "recipe": work / "recipe.yaml",
+        "empty": work / "empty.png", "text": work / "text.png", "new": tmp_path / "new",
+    }  # fmt: skip
+    result = vora(*(argument.format(**places) for argument in arguments), cwd=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error:") and wanted in last, result.stderr

@@ -1,0 +1,168 @@
+"""What is packed into a row, or shares a picture's tokens, computes what it computes alone."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import GRID, IMAGE, PATCH, prompt, states_of_blocks, text, tiny_llm, tiny_vora
+
+from vora import VoraForConditionalGeneration, VoraProcessor
+from vora.data.packing import collate_rows, fill_rows, next_targets, share_trunk
+from vora.distill.learner import VisionLearner
+
+FAMILIES = pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
+
+
+def sample(*parts, answer=3):
+    """A sample as of `VoraProcessor.training_sample`, whose last `answer` tokens are the assistant's."""
+    inputs = {name: tensor.numpy() for name, tensor in prompt(parts).items()}
+    ids = inputs.pop("input_ids")[0]
+    inputs.pop("attention_mask")
+    labels = np.where(np.arange(len(ids)) < len(ids) - answer, -100, ids)
+    return {"input_ids": ids, "labels": labels, **inputs}
+
+
+def questions(seed=0, count=3):
+    """Conversations about one picture that begin alike."""
+    beginning = [*text(2), (2, 3, seed), *text(2, 1)]
+    return [sample(*beginning, *text(4 + i, 10 * seed + i), answer=2 + i) for i in range(count)]
+
+
+def learner_of(family):
+    llm = tiny_llm(family)
+    if family == "gemma3_text":  # every row fits its window, as it must where questions share a picture
+        llm.config.sliding_window = 64
+        for layer in llm.model.layers:
+            layer.self_attn.sliding_window = 64 if layer.self_attn.sliding_window else None
+    vora = tiny_vora(llm)
+    return VisionLearner(vora, image_processor=None)
+
+
+def losses_of_samples(learner, samples):
+    """Summed cross-entropy of each sample alone, by the ordinary road."""
+    losses = []
+    for one in samples:
+        inputs = {name: torch.from_numpy(one[name]) for name in ("pixel_values", "image_grid_thw") if name in one}
+        inputs |= {name: torch.from_numpy(one[name])[None] for name in ("input_ids", "labels")}
+        losses.append(learner.vora(**inputs, num_items_in_batch=1).loss)
+    return torch.stack(losses)
+
+
+def gradients(learner, loss):
+    learner.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in learner.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, expected, tolerance=1e-5):
+    """Relative to the largest entry of each tensor."""
+    assert found.keys() == expected.keys()
+    for name in expected:
+        scale = expected[name].abs().max()
+        assert scale > 0, name
+        assert (found[name] - expected[name]).abs().max() <= tolerance * scale, name
+
+
+@FAMILIES
+def test_questions_that_share_a_picture_learn_as_they_would_alone(family):
+    learner, samples = learner_of(family), questions()
+    shared = share_trunk(samples)
+    assert (shared["input_ids"] == IMAGE).sum() == 6  # the picture stands once
+    batch = collate_rows([[shared]], len(shared["input_ids"]) + 3, pad_token_id=0)
+
+    alone = losses_of_samples(learner, samples)
+    together = learner(**batch, num_items_in_batch=1)["loss"]
+    torch.testing.assert_close(together, alone.sum(), rtol=1e-5, atol=0)
+    for branch, expected in enumerate(alone, start=1):
+        only = {**batch, "targets": batch["targets"].where(batch["branch_ids"] == branch, -100)}
+        torch.testing.assert_close(learner(**only, num_items_in_batch=1)["loss"], expected, rtol=1e-5, atol=0)
+    assert_same(gradients(learner, together), gradients(learner, alone.sum()))
+
+
+@FAMILIES
+def test_packed_rows_learn_as_their_samples_would_alone(family):
+    learner = learner_of(family)
+    groups = [
+        questions(0),
+        [sample(*text(9, 3))],
+        questions(1, count=2),
+        [sample(*text(2, 4), (3, 3, 5), (2, 2, 6), *text(5, 5))],  # two pictures that touch
+        [sample((2, 2, 7), *text(5, 6))],  # begins with its picture, right after the one before
+    ]
+    shared = [share_trunk(group) for group in groups]
+    lengths = [len(one["input_ids"]) for one in shared]
+    rows = fill_rows(lengths, 48)
+    assert len(rows) < len(groups) and sorted(sum(rows, [])) == list(range(5))
+    batch = collate_rows([[shared[i] for i in row] for row in rows], 48, pad_token_id=0)
+    together = learner(**batch, num_items_in_batch=1)["loss"]
+    alone = losses_of_samples(learner, sum(groups, [])).sum()
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+    assert_same(gradients(learner, together), gradients(learner, alone))
+
+
+@FAMILIES
+def test_nothing_leaks_between_branches_and_documents(family):
+    learner = learner_of(family)
+    batch = collate_rows([[share_trunk(questions(0)), share_trunk(questions(1, count=2))]], 64, pad_token_id=0)
+    batch.pop("targets")
+    document, branch = batch["document_ids"][0], batch["branch_ids"][0]
+    before = states_of_blocks(learner.vora, **batch)
+    for place in ((document == 0) & (branch == 1)).nonzero()[:, 0]:
+        moved = {**batch, "input_ids": batch["input_ids"].clone()}
+        moved["input_ids"][0, place] = 127 if moved["input_ids"][0, place] != 127 else 126
+        apart = (document != 0) | (branch != 1)
+        for old, new in zip(before, states_of_blocks(learner.vora, **moved)):
+            assert torch.equal(old[0, apart], new[0, apart])
+            assert not torch.equal(old[0, place], new[0, place])
+
+
+def test_branches_beyond_a_sliding_window_are_refused():
+    learner = VisionLearner(tiny_vora("mistral"), image_processor=None)  # a window of 6 tokens
+    batch = collate_rows([[share_trunk(questions())]], 32, pad_token_id=0)
+    with pytest.raises(ValueError, match="32 tokens .* window of 6"):
+        learner(**batch)
+
+
+def test_targets_are_the_next_labels_and_the_silent_end_is_dropped():
+    one = {"input_ids": np.array([4, 5, 6, 7, 8]), "labels": np.array([-100, -100, 6, 7, -100])}
+    found = next_targets(one)
+    assert found["input_ids"].tolist() == [4, 5, 6] and found["targets"].tolist() == [-100, 6, 7]
+
+
+def test_one_question_alone_is_all_trunk_up_to_its_first_prediction():
+    shared = share_trunk(questions(count=1))
+    assert shared["position_ids"].tolist() == list(range(len(shared["input_ids"])))
+    assert set(shared["branch_ids"].tolist()) == {0, 1}
+
+
+def test_same_question_twice_counts_twice():
+    learner, samples = learner_of("llama"), questions(count=1) * 2
+    batch = collate_rows([[share_trunk(samples)]], 40, pad_token_id=0)
+    together = learner(**batch, num_items_in_batch=1)["loss"]
+    torch.testing.assert_close(together, losses_of_samples(learner, samples).sum(), rtol=1e-5, atol=0)
+
+
+def test_samples_of_the_processor_pack_as_well(llm_folder):
+    """From messages to packed loss: the whole journey, but for files."""
+    processor = VoraProcessor.from_llm(llm_folder, patch_size=PATCH, image_size=PATCH * GRID)
+    vora = VoraForConditionalGeneration.from_llm(llm_folder, patch_size=PATCH, image_size=PATCH * GRID)
+    learner = VisionLearner(vora, processor.image_processor)
+    red = Image.new("RGB", (12, 12), "red")
+
+    def messages(question, answer):
+        content = [{"type": "image", "image": red}, {"type": "text", "text": question}]
+        return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+
+    pairs = [("what colour is the shape?", "red"), ("Is there a circle?", "no"), ("what?", "a red square")]
+    samples = [processor.training_sample(messages(*pair)) for pair in pairs]
+    batch = collate_rows([[share_trunk(samples)]], 80, processor.tokenizer.pad_token_id)
+    alone = losses_of_samples(learner, samples)
+    torch.testing.assert_close(learner(**batch, num_items_in_batch=1)["loss"], alone.sum(), rtol=1e-5, atol=0)
+    spoken = sum((one["labels"] != -100).sum() for one in samples)
+    assert (batch["targets"] != -100).sum() == spoken
+
+
+def test_rows_are_filled_in_order_and_never_overfull():
+    assert fill_rows([5, 6, 4, 3], 10) == [[0, 2], [1, 3]]
+    with pytest.raises(ValueError, match="Sample 1 has 11 tokens, but a row holds 10"):
+        fill_rows([5, 11], 10)

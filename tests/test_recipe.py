@@ -1,0 +1,70 @@
+"""Recipes are strict: what is misspelt or missing is named, with the nearest known key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vora.train.recipe import load_recipe
+
+GOOD = {"model": {"llm": "smollm2-135m"}, "data": {"sources": [{"path": "easy-vqa"}]}}
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def with_values(**sections):
+    return {**GOOD, **sections}
+
+
+def test_defaults_fill_what_is_left_out():
+    recipe = load_recipe(dict(GOOD))
+    assert recipe.stage == "pretrain" and recipe.lora.rank == 32 and recipe.teacher is None
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        (with_values(lora={"rnak": 8}), "unknown key lora.rnak (did you mean rank?)"),
+        (with_values(trainning={}), "unknown key trainning (did you mean training?)"),
+        (with_values(training={"learning_rte": 1}), "training.learning_rte is not a field of TrainingArguments (did you mean learning_rate?)"),
+        (with_values(data={"sources": [{"path": "x", "spilt": "train"}]}), "unknown key data.sources.0.spilt (did you mean split?)"),
+        (with_values(data={"sources": []}), "data.sources"),
+        (with_values(model={}), "exactly one of llm"),
+        (with_values(lora={"rank": 0}), "lora.rank"),
+        (with_values(stage="pretraining"), "stage"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(values, wanted):
+    with pytest.raises(ValueError) as error:
+        load_recipe(values)
+    assert wanted in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_overrides_reach_nested_keys_and_are_checked(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(GOOD))
+    recipe = load_recipe(path, ["training.learning_rate=1e-3", "lora.rank=4", "teacher.name=folder"])
+    assert recipe.training["learning_rate"] == 1e-3 and recipe.lora.rank == 4 and recipe.teacher.name == "folder"
+    with pytest.raises(ValueError, match="did you mean rank"):
+        load_recipe(path, ["lora.rang=4"])
+    with pytest.raises(ValueError, match="write key=value"):
+        load_recipe(path, ["lora.rank"])
+
+
+@pytest.mark.parametrize("text", ["a: [", "just text", ""])
+def test_broken_files_are_refused_in_one_line(tmp_path, text):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        load_recipe(path)
+    assert "r.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_file_is_refused():
+    with pytest.raises(ValueError, match="Cannot read recipe"):
+        load_recipe("no-such-recipe.yaml")
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("recipes/**/*.yaml"), *ROOT.glob("src/**/recipe.yaml")]), ids=str)
+def test_every_recipe_of_the_repository_loads(path):
+    assert load_recipe(path).training["max_steps"] > 0

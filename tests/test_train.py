@@ -1,0 +1,268 @@
+"""A run on tiny random models: it learns, resumes exactly, stops well, and leaves what it promises."""
+
+import json
+import os
+import signal
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from rich.console import Console
+from transformers import AutoModelForCausalLM, TrainerCallback, ViTConfig, ViTModel
+
+import vora
+from vora.data.sources import Record, load_source
+from vora.data.stream import PackedRows
+from vora.distill.blockwise import BlockwiseDistillation, block_pairs
+from vora.distill.learner import VisionLearner
+from vora.train.pace import steps_that_fit
+from vora.train.recipe import load_recipe
+from vora.train.run import merge_run, train, training_arguments
+from vora.train.stages import build_learner, check_trainable, trainable_counts
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "black": (0, 0, 0)}
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    """A JSON Lines file of plain coloured pictures: the answer is only in the picture."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = []
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (16, 16), colour).save(folder / f"{name}.png")
+        lines.append({"image": f"{name}.png", "questions": ["what colour?", "which?"], "answers": [name, name]})
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder / "train.jsonl")
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory):
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("teacher")
+    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    ViTModel(ViTConfig(**shape, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def recipe(llm_folder, data_file, teacher_folder):
+    return lambda **training: load_recipe(
+        {
+            "model": {"llm": llm_folder},
+            "teacher": {"name": teacher_folder, "image_only_steps": 2},
+            "lora": {"rank": 8},
+            "data": {"sources": [{"path": data_file}], "row_tokens": 128},
+            "training": {
+                "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 5e-3, "logging_steps": 1,
+                "use_cpu": True, "warmup_steps": 1, **training,
+            },
+        }
+    )  # fmt: skip
+
+
+def run(recipe, folder, **kwargs):
+    return train(recipe, folder, console=Console(quiet=True), **kwargs)
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: (line.get("lm_loss"), line["distill_loss"]) for line in lines}
+
+
+def test_it_learns_what_only_the_pictures_tell(recipe, tmp_path):
+    run(recipe(max_steps=120, lr_scheduler_type="linear"), tmp_path / "run")
+    seen = losses(tmp_path / "run")
+    assert seen[120][0] < 0.1 < 1.0 < seen[3][0]  # log(4) = 1.39 is the best without the picture
+    assert seen[120][1] < 0.5 * seen[1][1]
+    model, processor = merge_run(tmp_path / "run")
+    for name, colour in COLOURS.items():
+        content = [{"type": "image", "image": Image.new("RGB", (16, 16), colour)}, {"type": "text", "text": "which?"}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        )  # fmt: skip
+        output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        answer = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answer.strip() == name
+
+
+def test_a_run_leaves_what_it_promises(recipe, tmp_path):
+    folder = tmp_path / "run"
+    run(recipe(save_steps=3), folder)
+    names = {path.name for path in folder.iterdir()}
+    assert {"recipe.yaml", "versions.json", "log.jsonl", "loss.png", "report.md", "final", "checkpoint-3"} <= names
+    assert not list(folder.rglob("bad_samples.jsonl"))
+    tensors = [name for path in folder.rglob("adapter_model.safetensors") for name in _keys(path)]
+    assert tensors and not [name for name in tensors if "vit" in name or "head" in name]
+
+
+def _keys(path):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resumed_losses_are_those_of_an_uninterrupted_run(recipe, tmp_path, accumulation):
+    values = {"max_steps": 8, "save_steps": 4, "gradient_accumulation_steps": accumulation}
+    run(recipe(**values), tmp_path / "whole")
+
+    class StopAt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedError, match="--resume"):
+        run(recipe(**values), tmp_path / "cut", callbacks=[StopAt()])
+    assert (tmp_path / "cut" / "checkpoint-5").exists() or (tmp_path / "cut" / "checkpoint-6").exists()
+    run(load_recipe(tmp_path / "cut" / "recipe.yaml"), tmp_path / "cut", resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_gradient_accumulation_equals_one_large_batch(recipe, tmp_path):
+    run(recipe(per_device_train_batch_size=2, max_steps=4), tmp_path / "one")
+    run(recipe(per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=4), tmp_path / "two")
+    first, second = losses(tmp_path / "one"), losses(tmp_path / "two")
+    for step in (3, 4):  # the language loss is exact; distillation averages rows of unequal size
+        assert first[step][0] == pytest.approx(second[step][0], rel=2e-2)
+
+
+def test_stage_two_trains_everything_and_saves_a_model(recipe, llm_folder, tmp_path):
+    run(recipe(), tmp_path / "one")
+    model, processor = merge_run(tmp_path / "one")
+    model.save_pretrained(tmp_path / "merged")
+    processor.save_pretrained(tmp_path / "merged")
+    stage_two = recipe(max_steps=2, learning_rate=1e-3).model_copy(update={"stage": "finetune", "teacher": None})
+    stage_two.model.llm, stage_two.model.vora = None, str(tmp_path / "merged")
+    run(stage_two, tmp_path / "two")
+    trained, _ = merge_run(tmp_path / "two")
+    changed = [n for n, p in trained.named_parameters() if not torch.equal(p, model.get_parameter(n))]
+    assert len(changed) > 0.9 * len(list(trained.parameters()))
+
+
+def test_merged_language_part_is_the_stock_llm(recipe, llm_folder, tmp_path):
+    run(recipe(), tmp_path / "run")
+    model, _ = merge_run(tmp_path / "run")
+    base = AutoModelForCausalLM.from_pretrained(llm_folder)
+    llm = model.to_llm()
+    assert {n: p.shape for n, p in llm.state_dict().items()} == {n: p.shape for n, p in base.state_dict().items()}
+    assert not torch.equal(llm.model.layers[0].self_attn.q_proj.weight, base.model.layers[0].self_attn.q_proj.weight)
+
+
+def test_only_the_stage_s_parts_train(recipe):
+    learner, _ = build_learner(recipe())
+    counts = trainable_counts(learner)
+    assert counts["LLM"][0] == 0
+    assert all(trained == total for part, (trained, total) in counts.items() if part in ("vision LoRA", "distill heads"))
+    assert "teacher" not in " ".join(name for name, _ in learner.named_parameters())
+    learner.vora.lm_head.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="should train none of the LLM"):
+        check_trainable(learner, "pretrain")
+
+
+def test_a_deeper_teacher_is_refused_or_spread(recipe, tmp_path):
+    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 5}
+    ViTModel(ViTConfig(**shape, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(tmp_path)
+    deep = recipe()
+    deep.teacher.name = str(tmp_path)
+    with pytest.raises(ValueError, match="teacher.spread=true"):
+        build_learner(deep)
+    deep.teacher.spread = True
+    learner, _ = build_learner(deep)
+    assert learner.distillation.pairs[-1][1] == 4
+
+
+def test_diverging_training_stops_and_says_so(recipe, tmp_path):
+    with pytest.raises(FloatingPointError, match="Lower training.learning_rate"):
+        run(recipe(learning_rate=1e30, max_grad_norm=0.0, max_steps=30), tmp_path / "run")
+
+
+def test_a_run_directory_is_not_overwritten(recipe, tmp_path):
+    run(recipe(), tmp_path / "run")
+    with pytest.raises(ValueError, match="already holds a run"):
+        run(recipe(), tmp_path / "run")
+    with pytest.raises(ValueError, match="no checkpoint"):
+        run(recipe(), tmp_path / "other", resume=True)
+
+
+def test_rows_beyond_the_context_are_refused(recipe, tmp_path):
+    long = recipe()
+    long.data.row_tokens = 10_000_000
+    with pytest.raises(ValueError, match="context holds"):
+        run(long, tmp_path / "run")
+
+
+def test_planned_steps_fit_the_budget_and_never_exceed_the_recipe(recipe, tmp_path):
+    learner, processor = build_learner(recipe())
+    rows = PackedRows([load_source(recipe().data.sources[0].path)], processor, 128)
+    arguments = training_arguments(recipe(max_steps=100), tmp_path)
+    assert steps_that_fit(learner, rows, arguments, minutes=10, num_image_only_steps=2) == 100
+    with pytest.raises(ValueError, match="raise max_minutes"):
+        steps_that_fit(learner, rows, arguments, minutes=1e-6, num_image_only_steps=2)
+    assert all(parameter.grad is None for parameter in learner.parameters())
+
+
+def test_distilling_alone_runs_no_block_above_the_teachers(recipe):
+    learner, processor = build_learner(recipe())
+    rows = PackedRows([load_source(recipe().data.sources[0].path)], processor, 128, image_only_rows=1)
+    batch = rows.collate([next(iter(rows))])
+    ran = []
+    for index, block in enumerate(learner.vora.model.blocks):
+        block.register_forward_hook(lambda *_, index=index: ran.append(index))
+    out = learner(**batch)
+    assert ran == [0, 1][: len(ran)] and len(ran) <= 2
+    assert "lm_loss" not in out and float(out["distill_loss"]) > 0
+
+
+def test_bad_records_are_named_and_skipped(llm_folder, tmp_path):
+    processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=8, image_size=16)
+    good = Record("good", Image.new("RGB", (16, 16)), [[_said("user", "what?"), _said("assistant", "red")]])
+    (tmp_path / "empty.png").write_bytes(b"")
+    bad = Record("bad", str(tmp_path / "empty.png"), good.conversations)
+    silent = Record("silent", None, [[_said("user", "what?")]])
+    rows = PackedRows([[good] * 30 + [bad, silent]], processor, 64, bad_samples=tmp_path / "bad.jsonl")
+    iterator = iter(rows)
+    for _ in range(40):
+        next(iterator)
+    named = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert sorted(line["record"] for line in named) == ["bad", "silent"]  # once each, however many epochs
+    assert any("0 bytes" in line["cause"] for line in named)
+    with pytest.raises(ValueError, match="records are bad"):
+        next(iter(PackedRows([[bad] * 4], processor, 64)))
+    with pytest.raises(ValueError, match="empty dataset"):
+        PackedRows([[]], processor, 64)
+
+
+def _said(role, text):
+    return {"role": role, "content": text}
+
+
+def test_the_stream_is_the_same_for_the_same_seed(llm_folder, data_file):
+    processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=8, image_size=16)
+
+    def first_rows(seed):
+        iterator = iter(PackedRows([load_source(data_file)], processor, 64, 1, seed=seed))
+        return [[sample["input_ids"].tolist() for sample in next(iterator)] for _ in range(8)]
+
+    assert first_rows(0) == first_rows(0) != first_rows(1)
+
+
+def test_bf16_training_keeps_what_trains_in_fp32(recipe, tmp_path):
+    half = recipe(bf16=True, max_steps=3)
+    half.model.dtype = "bfloat16"
+    trainer = run(half, tmp_path / "run")
+    kinds = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+    assert kinds == {torch.float32}
+    model, _ = merge_run(tmp_path / "run")
+    assert model.dtype == torch.float32
+
+
+def test_teacher_and_heads_stay_out_of_the_student(llm_folder, teacher_folder):
+    teacher = vora.Teacher.from_pretrained(teacher_folder)
+    model = vora.VoraForConditionalGeneration.from_llm(llm_folder, teacher=teacher)
+    before = set(model.state_dict())
+    distillation = BlockwiseDistillation(block_pairs(2, 2), tiny.SHAPE["hidden_size"], 24)
+    VisionLearner(model, None, teacher, distillation)
+    assert set(model.state_dict()) == before

@@ -1,0 +1,173 @@
+"""Tiny random models of many families, a tiny tokenizer, and prompts for them."""
+
+import copy
+from functools import cache
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from vora import VoraForConditionalGeneration
+
+IMAGE = 5  # image token of the models built here
+PATCH, GRID = 4, 3  # side of a patch in pixels; side of the learned grid in patches
+
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+WINDOW = {"sliding_window": 6}  # smaller than an image and than every row
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": WINDOW,
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0, **WINDOW},
+    "gemma3_text": {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        **WINDOW,
+    },
+    "phi3": {"tie_word_embeddings": False},
+    "smollm3": {"no_rope_layers": [1, 1, 0]},
+    "gpt_neox": {},
+    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
+    "cohere": {"logit_scale": 0.5},
+    "olmo2": {},
+    "phi": {"tie_word_embeddings": False},  # its output layer has a bias
+    "gpt2": {"n_inner": 48},
+}
+
+
+@cache
+def _llm(family):
+    config = AutoConfig.for_model(family, **{**SHAPE, **FAMILIES[family]})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        llm = AutoModelForCausalLM.from_config(config)
+        for name, parameter in llm.named_parameters():
+            if parameter.dim() == 1:  # biases and norms, which start at 0 and 1, so that tests see them
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return llm.eval()
+
+
+def tiny_llm(family, **changes):
+    """A fresh copy of a tiny random causal LM; `changes` are of its configuration."""
+    llm = copy.deepcopy(_llm(family))
+    for name, value in changes.items():
+        setattr(llm.config, name, value)
+    return llm
+
+
+def tiny_vora(llm):
+    """Fresh eyes on an LLM (or on the family of that name), seeded."""
+    llm = tiny_llm(llm) if isinstance(llm, str) else llm
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return VoraForConditionalGeneration.from_llm(
+            llm, patch_size=PATCH, image_size=PATCH * GRID, image_token_id=IMAGE
+        )
+
+
+def text(length, seed=0):
+    """Ids of words, never a special token or the image token."""
+    return torch.randint(10, 128, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def picture(rows, columns, seed=0):
+    """float[rows * columns, C*p*p]: random patches of an image."""
+    return torch.randn(rows * columns, 3 * PATCH**2, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt(*rows, grids=True):
+    """Model inputs of a left-padded batch.
+
+    Args:
+        rows: lists of words (int) and images ((rows, columns, seed)).
+    """
+    ids, pictures, shapes = [], [], []
+    for row in rows:
+        ids.append([])
+        for part in row:
+            if isinstance(part, int):
+                ids[-1].append(part)
+            else:
+                ids[-1] += [IMAGE] * (part[0] * part[1])
+                pictures.append(picture(*part))
+                shapes.append((1, *part[:2]))
+    longest = max(map(len, ids))
+    inputs = {
+        "input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in ids]),
+        "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids]),
+    }
+    if pictures:
+        inputs |= {"pixel_values": torch.cat(pictures), "image_grid_thw": torch.tensor(shapes)}
+    return inputs
+
+
+def states_of_blocks(vora, **inputs):
+    """list of float[B, T, D]: the output of every block of the LLM."""
+    states = []
+
+    def keep(module, args, output):
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [block.register_forward_hook(keep) for block in vora.model.blocks]
+    with torch.no_grad():
+        vora(**inputs, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return states
+
+
+@torch.no_grad()
+def logits_of(model, **inputs):
+    return model(**inputs, use_cache=False).logits
+
+
+def generate(vora, inputs, **kwargs):
+    """int[B, new tokens]: greedy unless told otherwise; the image token and the end are never generated."""
+    kwargs = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [IMAGE, 2], "pad_token_id": 0} | kwargs
+    return vora.generate(**inputs, **kwargs)[:, inputs["input_ids"].shape[1] :]
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = [
+    "user assistant system what colour is the shape? blue red green circle square triangle yes no",
+    "Is there a teal shape in the picture? How many triangles are to be seen? two, one, none.",
+]
+
+
+def tiny_tokenizer(chat_template=CHATML, sentencepiece=False, **special):
+    """A BPE of at most 400 tokens with ChatML's markers and, like many an LLM's, no padding token.
+
+    Byte-level, or in the manner of SentencePiece, which puts a space before the first word of a text.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if sentencepiece:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<reponame>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"} | special
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **special)
