@@ -65,24 +65,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--llm", default="smollm2-135m")
-    parser.add_argument("--lm-steps", type=int, default=50)
-    parser.add_argument("--image-only-steps", type=int, default=60)
-    parser.add_argument("--every", type=int, default=10)
-    parser.add_argument("--test-pictures", type=int, default=60)
+    parser.add_argument("--lm-steps", type=int, default=60)
+    parser.add_argument("--image-only-steps", type=int, default=120)
+    parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--test-pictures", type=int, default=25)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     points = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
-            for arm in ARMS:
+            for arm in args.arms:
                 points += run_arm(seed, arm, args, Path(folder))
     if args.json:
         args.json.write_text(json.dumps(points, indent=1))
-    print(f"{'questions':>10} " + " ".join(f"{arm + ' seed ' + str(s):>15}" for arm in ARMS for s in args.seeds))
+    print(f"{'questions':>10} " + " ".join(f"{arm + ' seed ' + str(s):>15}" for arm in args.arms for s in args.seeds))
     for step in sorted({point["lm_steps"] for point in points}):
         row = {(p["arm"], p["seed"]): p for p in points if p["lm_steps"] == step}
         questions = mean(point["questions_seen"] for point in row.values())
-        print(f"{questions:10.0f} " + " ".join(f"{row[arm, s]['accuracy']:15.3f}" for arm in ARMS for s in args.seeds))
+        print(f"{questions:10.0f} " + " ".join(f"{row[arm, s]['accuracy']:15.3f}" for arm in args.arms for s in args.seeds))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from vora.distill.learner import VisionLearner
 from vora.distill.teacher import images_of_patches, resample_features
 
 SIDE = PATCH * GRID
-TINY = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 3, "patch_size": PATCH}
+TINY = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 3}
+TINY["patch_size"] = PATCH
 SIZED = {**TINY, "image_size": SIDE, "initializer_range": 0.2}
 # model_type: (configuration, tokens before the patches)
 TEACHERS = {

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_tokenizer
-from tokenizers import processors
-from transformers import AutoImageProcessor, AutoProcessor
+from tokenizers import Tokenizer, processors
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerFast
 
 from vora import VoraForConditionalGeneration, VoraImageProcessor, VoraProcessor
 from vora.model.image_processing_vora import fit_grid, read_image
@@ -121,15 +121,13 @@ def test_from_llm_agrees_with_the_model_on_the_image_token(processor, model):
 def test_an_llm_without_a_spare_token_grows_by_one(llm_folder, tmp_path):
     tokenizer = tiny_tokenizer()
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str().replace("<reponame>", "<repository>"))
-    from tokenizers import Tokenizer
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
     backend = Tokenizer.from_str(json.dumps(vocabulary))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
     base = AutoModelForCausalLM.from_pretrained(llm_folder)
     base.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    grown, processor = VoraForConditionalGeneration.from_llm(tmp_path, **EYES), VoraProcessor.from_llm(tmp_path, **EYES)
+    grown = VoraForConditionalGeneration.from_llm(tmp_path, **EYES)
+    processor = VoraProcessor.from_llm(tmp_path, **EYES)
     size = base.config.vocab_size
     assert processor.image_token == "<image>" and processor.image_token_id == size == grown.config.image_token_id
     assert grown.config.text_config.vocab_size == grown.lm_head.weight.shape[0] == size + 1
@@ -184,13 +182,27 @@ def test_training_follows_the_very_tokens_of_generation(processor, turn):
     assert np.array_equal(sample["image_grid_thw"], inputs["image_grid_thw"])
 
 
+def begin_with_bos(tokenizer):
+    """Let a tokenizer put <|endoftext|> before every text, as many do."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+
+
+def test_the_template_alone_writes_special_tokens():
+    tokenizer = tiny_tokenizer(bos_token="<|endoftext|>")  # its chat template has none
+    begin_with_bos(tokenizer)
+    processor = VoraProcessor.from_llm(tokenizer, **EYES)
+    messages = [user(coloured("red"), "what?"), assistant("red")]
+    for ids in (encode(processor, messages[:1])["input_ids"][0], processor.training_sample(messages)["input_ids"]):
+        assert processor.tokenizer.decode(ids[:2]) == "<|im_start|>user"
+
+
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_a_base_llm_without_template_gets_a_plain_one(adds_bos):
     tokenizer = tiny_tokenizer(chat_template=None, bos_token="<|endoftext|>", pad_token="<|endoftext|>")
     if adds_bos:
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
-        )
+        begin_with_bos(tokenizer)
     processor = VoraProcessor.from_llm(tokenizer, **EYES)
     messages = [user(coloured("red"), "what?"), assistant("red"), user("yes?"), assistant("no")]
     sample = processor.training_sample(messages)
@@ -207,7 +219,8 @@ def test_training_tokens_are_those_of_the_whole_text(sentencepiece):
     template += " {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
     tokenizer = tiny_tokenizer(chat_template=template, sentencepiece=sentencepiece)
     processor = VoraProcessor.from_llm(tokenizer, **EYES)
-    sample = processor.training_sample([user("what?", coloured("red")), assistant("red"), user("yes"), assistant("no")])
+    messages = [user("what?", coloured("red")), assistant("red"), user("yes"), assistant("no")]
+    sample = processor.training_sample(messages)
     image = processor.image_token * 9
     whole = f"user what?{image} assistant red<|im_end|>user yes assistant no<|im_end|>"
     assert sample["input_ids"].tolist() == tokenizer(whole)["input_ids"]
@@ -279,7 +292,7 @@ def test_a_saved_folder_loads_where_this_package_is_not_installed(model, process
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["is_mm_prefix_lm"] is True
-    # without -P and with another folder, neither PYTHONPATH nor the working folder can bring the package back
+    # isolated (-I), in another folder and with the name blocked, nothing can bring the package back
     surroundings = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     surroundings["HF_MODULES_CACHE"] = str(tmp_path / "modules")
     blocked = "import sys; sys.modules['vora'] = None\n" + ELSEWHERE

@@ -42,9 +42,13 @@ def test_mistakes_are_named(values, wanted):
 
 def test_overrides_reach_nested_keys_and_are_checked(tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text(yaml.safe_dump(GOOD))
+    path.write_text(yaml.safe_dump({"stage": "pretrain", **GOOD}))
     recipe = load_recipe(path, ["training.learning_rate=1e-3", "lora.rank=4", "teacher.name=folder"])
     assert recipe.training["learning_rate"] == 1e-3 and recipe.lora.rank == 4 and recipe.teacher.name == "folder"
+    assert load_recipe(path, ["data.sources.0.split=test"]).data.sources[0].split == "test"
+    for nowhere in ("data.sources.7.path=x", "data.sources.first.path=x", "stage.name=x"):
+        with pytest.raises(ValueError, match="names no place"):
+            load_recipe(path, [nowhere])
     with pytest.raises(ValueError, match="did you mean rank"):
         load_recipe(path, ["lora.rang=4"])
     with pytest.raises(ValueError, match="write key=value"):

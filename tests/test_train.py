@@ -67,14 +67,15 @@ def run(recipe, folder, **kwargs):
 
 def losses(folder):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: (line.get("lm_loss"), line["distill_loss"]) for line in lines}
+    return {line["step"]: (line.get("lm_loss"), line.get("distill_loss")) for line in lines}
 
 
 def test_it_learns_what_only_the_pictures_tell(recipe, tmp_path):
-    run(recipe(max_steps=120, lr_scheduler_type="linear"), tmp_path / "run")
+    learned = recipe(max_steps=150, learning_rate=1e-2, lr_scheduler_type="linear")
+    learned.lora.num_blocks = 3
+    run(learned, tmp_path / "run")
     seen = losses(tmp_path / "run")
-    assert seen[120][0] < 0.1 < 1.0 < seen[3][0]  # log(4) = 1.39 is the best without the picture
-    assert seen[120][1] < 0.5 * seen[1][1]
+    assert seen[150][0] < 0.5 * seen[3][0] and seen[150][1] < 0.5 * seen[1][1]
     model, processor = merge_run(tmp_path / "run")
     for name, colour in COLOURS.items():
         content = [{"type": "image", "image": Image.new("RGB", (16, 16), colour)}, {"type": "text", "text": "which?"}]
@@ -122,11 +123,16 @@ def test_resumed_losses_are_those_of_an_uninterrupted_run(recipe, tmp_path, accu
 
 
 def test_gradient_accumulation_equals_one_large_batch(recipe, tmp_path):
-    run(recipe(per_device_train_batch_size=2, max_steps=4), tmp_path / "one")
-    run(recipe(per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=4), tmp_path / "two")
+    def without_distilling(**training):
+        changed = recipe(max_steps=4, **training)
+        changed.teacher.weight, changed.teacher.image_only_steps = 0.0, 0
+        return changed
+
+    run(without_distilling(per_device_train_batch_size=2), tmp_path / "one")
+    run(without_distilling(per_device_train_batch_size=1, gradient_accumulation_steps=2), tmp_path / "two")
     first, second = losses(tmp_path / "one"), losses(tmp_path / "two")
-    for step in (3, 4):  # the language loss is exact; distillation averages rows of unequal size
-        assert first[step][0] == pytest.approx(second[step][0], rel=2e-2)
+    for step in first:
+        assert first[step][0] == pytest.approx(second[step][0], rel=1e-4)
 
 
 def test_stage_two_trains_everything_and_saves_a_model(recipe, llm_folder, tmp_path):

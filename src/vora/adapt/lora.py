@@ -82,8 +82,8 @@ def merge_vision_lora(model):
         if not torch.isfinite(total).all():
             num_bad = int((~torch.isfinite(total)).sum())
             raise ValueError(
-                f"{num_bad} of {total.numel()} merged weights of {name} are not finite in {weight.dtype}: the training "
-                "diverged. Merge an earlier checkpoint, or train again with a lower learning rate."
+                f"{num_bad} of {total.numel()} merged weights of {name} are not finite in {weight.dtype}: the "
+                "training diverged. Merge an earlier checkpoint, or train again with a lower learning rate."
             )
         merged[layer] = total
     for layer, weight in merged.items():

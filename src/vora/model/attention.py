@@ -29,7 +29,7 @@ def image_blocks(is_image, image_grid_thw):
     if num_image_tokens != num_patches:
         raise ValueError(
             f"The prompt has {num_image_tokens} image tokens but the {image_grid_thw.shape[0]} images given have "
-            f"{num_patches} patches: every patch needs one image token. Was the prompt truncated, or an image left out?"
+            f"{num_patches} patches: every patch needs one image token. Was the prompt cut, or an image left out?"
         )
     blocks = torch.full(is_image.shape, -1, device=is_image.device)
     blocks[is_image] = torch.arange(len(frames), device=is_image.device).repeat_interleave(frames)

@@ -61,8 +61,8 @@ class VoraConfig(PreTrainedConfig):
             )
         if not 0 <= image_token_id < self.text_config.vocab_size:
             raise ValueError(
-                f"image_token_id {image_token_id} lies outside the vocabulary of {self.text_config.vocab_size} tokens: "
-                "reuse a spare special token, or resize the LLM's embeddings first."
+                f"image_token_id {image_token_id} lies outside the vocabulary of {self.text_config.vocab_size} "
+                "tokens: reuse a spare special token, or resize the LLM's embeddings first."
             )
         self.image_token_id = image_token_id
         self.patch_size = patch_size

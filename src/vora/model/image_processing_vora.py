@@ -34,8 +34,9 @@ def read_image(source):
         cause = "there is no such file"
     except Exception as error:  # PIL's decoders and the network raise many kinds
         cause = " ".join(str(error).split())[:200] or type(error).__name__
-    name = source if isinstance(source, (str, os.PathLike)) else getattr(source, "filename", "") or type(source).__name__
-    raise ValueError(f"Cannot read image {str(name)[:200]}: {cause}. Give a readable picture, or leave it out.")
+    given = isinstance(source, (str, os.PathLike))
+    name = str(source if given else getattr(source, "filename", "") or type(source).__name__)
+    raise ValueError(f"Cannot read image {name[:200]}: {cause}. Give a readable picture, or leave it out.")
 
 
 def _opened(source):

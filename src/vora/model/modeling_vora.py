@@ -147,8 +147,8 @@ class VoraModel(VoraPreTrainedModel):
         num_orphans = int((input_ids == self.config.image_token_id).sum())
         if num_orphans:
             raise ValueError(
-                f"The prompt has {num_orphans} image tokens (id {self.config.image_token_id}) but 0 images were given: "
-                "pass pixel_values and image_grid_thw from the processor."
+                f"The prompt has {num_orphans} image tokens (id {self.config.image_token_id}) but 0 images were "
+                "given: pass pixel_values and image_grid_thw from the processor."
             )
 
 

@@ -26,6 +26,8 @@ from vora.train.recipe import load_recipe
 from vora.train.run import merge_run, train
 
 NUM_SHOWN = 12
+MOST_TRAINING_MINUTES = 9.0
+TOKENS_PER_QUESTION = 12  # with the picture's share, under the quickstart's chat template
 
 
 def run_quickstart(out, *, llm, minutes, seed, console):
@@ -34,7 +36,7 @@ def run_quickstart(out, *, llm, minutes, seed, console):
     Args:
         out: gets result.json, report.html, model/ and the run directory of the training, run/.
         llm: alias, folder or hub id.
-        minutes: most minutes to train; a slow machine takes fewer steps.
+        minutes: for everything once the packages are fetched; a slow machine trains for fewer steps.
 
     Returns:
         The content of result.json.
@@ -48,25 +50,29 @@ def run_quickstart(out, *, llm, minutes, seed, console):
         raise ValueError(f"{out} is not empty: choose another --out, or delete it.")
     out.mkdir(parents=True, exist_ok=True)
     train_records, test_records = load_source("easy-vqa", "train"), load_source("easy-vqa", "test")
+    num_questions = sum(len(test_records[i].conversations) for i in range(len(test_records)))
     console.print("[1/5] Fetching and unpacking the LLM (once)")
     load_tokenizer(llm)
-    load_llm(llm)
+    asking_seconds = 1.2 * num_questions * TOKENS_PER_QUESTION * forward_seconds_per_token(load_llm(llm))
+    left = minutes - (time.monotonic() - start + asking_seconds) / 60 - 1  # a minute to merge and to write
+    training_minutes = min(MOST_TRAINING_MINUTES, max(1.0, left))
 
     dtype = cpu_dtype() if not torch.cuda.is_available() else "bfloat16"
-    overrides = [f"model.llm={llm}", f"model.dtype={dtype}", f"max_minutes={minutes}", f"training.seed={seed}"]
+    overrides = [f"model.llm={llm}", f"model.dtype={dtype}", f"training.seed={seed}"]
+    overrides += [f"max_minutes={training_minutes}"]
     overrides += ["training.bf16=true"] if dtype == "bfloat16" else []
     with as_file(files("vora.quickstart")) as folder:
         recipe = load_recipe(folder / "recipe.yaml", overrides)
-        console.print(f"[2/5] Training stage 1 in {dtype}, at most {minutes:g} minutes")
+        console.print(f"[2/5] Training stage 1 in {dtype}, at most {training_minutes:.1f} minutes")
         train_start = time.monotonic()
         trainer = train(recipe, out / "run", console=console)
         train_seconds = time.monotonic() - train_start
         console.print("[3/5] Merging vision LoRA into the LLM")
         model, processor = merge_run(out / "run")
+        model = model.to(getattr(torch, dtype))
     model.save_pretrained(out / "model")
     processor.save_pretrained(out / "model")
 
-    num_questions = sum(len(test_records[i].conversations) for i in range(len(test_records)))
     console.print(f"[4/5] Asking the merged model all {num_questions:,} test questions")
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("questions", total=num_questions)
@@ -104,6 +110,18 @@ def run_quickstart(out, *, llm, minutes, seed, console):
         f'Ask it: vora chat {test_records[0].image} -m {out / "model"} -q "what color is the shape?"'
     )
     return result
+
+
+@torch.inference_mode()
+def forward_seconds_per_token(llm):
+    """How long the bare LLM takes per token on this machine, to plan how long the questions will take."""
+    ids = torch.randint(10, 1000, (8, 128), device=llm.device)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        llm.base_model(input_ids=ids, use_cache=False)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) / ids.numel()
 
 
 def peak_rss_bytes():

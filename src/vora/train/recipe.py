@@ -107,11 +107,7 @@ def load_recipe(source, overrides=()):
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"{override!r} is no override: write key=value, such as training.max_steps=100.")
-        *path, leaf = key.split(".")
-        section = values
-        for part in path:
-            section = section.setdefault(part, {})
-        section[leaf] = _yaml_value(value)
+        _override(values, key, _yaml_value(value))
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -119,6 +115,18 @@ def load_recipe(source, overrides=()):
     if not isinstance(source, dict):
         _resolve_paths(recipe, Path(source).parent)
     return recipe
+
+
+def _override(values, key, value):
+    """Set a dotted key, in which a number counts the entries of a list."""
+    *path, leaf = key.split(".")
+    section = values
+    try:
+        for part in path:
+            section = section[int(part)] if isinstance(section, list) else section.setdefault(part, {})
+        section[int(leaf) if isinstance(section, list) else leaf] = value
+    except (IndexError, ValueError, TypeError, AttributeError):
+        raise ValueError(f"{key} names no place in the recipe: check the numbers and names before the last dot.") from None
 
 
 def save_recipe(recipe, path):
