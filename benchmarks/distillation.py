@@ -17,6 +17,7 @@ from statistics import mean
 
 from rich.console import Console
 from transformers import TrainerCallback
+
 from vora.data.sources import load_source
 from vora.eval.answers import accuracy, exact_answers
 from vora.train.recipe import load_recipe
@@ -83,7 +84,10 @@ def main():
     for step in sorted({point["lm_steps"] for point in points}):
         row = {(p["arm"], p["seed"]): p for p in points if p["lm_steps"] == step}
         questions = mean(point["questions_seen"] for point in row.values())
-        print(f"{questions:10.0f} " + " ".join(f"{row[arm, s]['accuracy']:15.3f}" for arm in args.arms for s in args.seeds))
+        print(
+            f"{questions:10.0f} "
+            + " ".join(f"{row[arm, s]['accuracy']:15.3f}" for arm in args.arms for s in args.seeds)
+        )
 
 
 if __name__ == "__main__":

@@ -92,7 +92,9 @@ def augment(x: torch.Tensor, max_shift: int = 4) -> torch.Tensor:
     shift = torch.randint(-max_shift, max_shift + 1, (2, n, 1))
     rows, cols = (torch.arange(h) + shift[0]).clamp(0, h - 1), (torch.arange(w) + shift[1]).clamp(0, w - 1)
     cols = torch.where(torch.rand(n, 1) < 0.5, cols.flip(1), cols)
-    return x.permute(0, 2, 3, 1)[torch.arange(n)[:, None, None], rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+    return x.permute(0, 2, 3, 1)[torch.arange(n)[:, None, None], rows[:, :, None], cols[:, None, :]].permute(
+        0, 3, 1, 2
+    )
 
 
 def cell_means(x: torch.Tensor, cells: int) -> torch.Tensor:

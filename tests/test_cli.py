@@ -90,7 +90,9 @@ def test_interrupted_run_saves_and_says_how_to_go_on(work):
     assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors, errors
     checkpoint = next((work / "cut").glob("checkpoint-*"))
     step = int(checkpoint.name.removeprefix("checkpoint-"))
-    again = vora("train", work / "cut" / "recipe.yaml", f"training.max_steps={step + 2}", "--out", work / "cut", "--resume")
+    again = vora(
+        "train", work / "cut" / "recipe.yaml", f"training.max_steps={step + 2}", "--out", work / "cut", "--resume"
+    )
     assert again.returncode == 0, again.stderr
     assert json.loads(log.read_text().splitlines()[-1])["step"] == step + 2
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
 
@@ -66,7 +65,9 @@ def test_answers_do_not_depend_on_how_records_are_batched(seeing, monkeypatch):
     model, processor, images = seeing
     monkeypatch.setattr(model, "logits", lambda states: states @ torch.eye(states.shape[-1], 128))
     questions = [("what?", "a"), ("which shape?", "b c"), ("is it?", "yes")]
-    records = [Record("r", image, [question_and_answer(*q) for q in questions[: i + 1]]) for i, image in enumerate(images)]
+    records = [
+        Record("r", image, [question_and_answer(*q) for q in questions[: i + 1]]) for i, image in enumerate(images)
+    ]
     together = exact_answers(model, processor, records)
     alone = [exact_answers(model, processor, [record])[0] for record in records]
     assert together == alone and [len(row) for row in together] == [1, 2, 3]
@@ -80,7 +81,13 @@ def test_accuracy_counts_questions():
 
 def test_majority_guesses_by_question_and_falls_back():
     train = [Record("a", None, [question_and_answer("q", a) for a in ("no", "no", "yes")])]
-    test = [Record("b", None, [question_and_answer("q", "no"), question_and_answer("q", "yes"), question_and_answer("new", "no")])]
+    test = [
+        Record(
+            "b",
+            None,
+            [question_and_answer("q", "no"), question_and_answer("q", "yes"), question_and_answer("new", "no")],
+        )
+    ]
     assert majority_accuracy(train, test) == pytest.approx(2 / 3)
 
 
@@ -94,5 +101,3 @@ def test_blank_pictures_score_as_if_each_question_were_asked_alone(seeing, monke
         lambda model, processor, blanks: [[right[c[-1]["content"]] for c in blank.conversations] for blank in blanks],
     )
     assert blank_picture_accuracy(model, processor, records) == 0.5
-
-

@@ -82,8 +82,12 @@ def test_readme_opens_with_two_commands():
 
 
 def test_every_vora_command_in_the_readme_exists():
-    lines = [line.strip() for fence in re.findall(r"```[a-z]*\n(.*?)```", README, flags=re.S) for line in fence.splitlines()]
-    commands = {tuple(re.search(r"\bvora (\w+)(.*)", line).groups()) for line in lines if re.search(r"(^|&& )vora \w", line)}
+    lines = [
+        line.strip() for fence in re.findall(r"```[a-z]*\n(.*?)```", README, flags=re.S) for line in fence.splitlines()
+    ]
+    commands = {
+        tuple(re.search(r"\bvora (\w+)(.*)", line).groups()) for line in lines if re.search(r"(^|&& )vora \w", line)
+    }
     assert {"quickstart", "train", "merge", "chat"} <= {verb for verb, _ in commands}
     for verb, rest in commands:
         shown = CliRunner().invoke(app, [verb, "--help"], terminal_width=200)

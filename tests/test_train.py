@@ -161,7 +161,9 @@ def test_only_the_stage_s_parts_train(recipe):
     learner, _ = build_learner(recipe())
     counts = trainable_counts(learner)
     assert counts["LLM"][0] == 0
-    assert all(trained == total for part, (trained, total) in counts.items() if part in ("vision LoRA", "distill heads"))
+    assert all(
+        trained == total for part, (trained, total) in counts.items() if part in ("vision LoRA", "distill heads")
+    )
     assert "teacher" not in " ".join(name for name, _ in learner.named_parameters())
     learner.vora.lm_head.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="should train none of the LLM"):

@@ -77,7 +77,9 @@ class Table:
         self.path, self.caption_prompts = Path(path), caption_prompts
         files = [self.path] if self.path.is_file() else _files_of(self.path, split)
         if not files:
-            raise ValueError(f"{path} holds no Parquet or JSON Lines files of the split {split!r}: check data.sources.")
+            raise ValueError(
+                f"{path} holds no Parquet or JSON Lines files of the split {split!r}: check data.sources."
+            )
         kind = "parquet" if files[0].suffix == ".parquet" else "json"
         self.root = files[0].parent
         try:

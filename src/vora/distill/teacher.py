@@ -110,9 +110,7 @@ class Teacher(nn.Module):
                 pixels = F.interpolate(pixels, (side * self.patch_size,) * 2, mode="bicubic", antialias=True)
             inputs = {"pixel_values": pixels}
         outputs = {}
-        hooks = [
-            self.blocks[block].register_forward_hook(partial(_keep_output, outputs, block)) for block in blocks
-        ]
+        hooks = [self.blocks[block].register_forward_hook(partial(_keep_output, outputs, block)) for block in blocks]
         try:
             self.vit(**inputs)
         finally:

@@ -99,7 +99,9 @@ def blank_picture_accuracy(model, processor, records, colour="white"):
     ]
     right = exact_answers(model, processor, blanks)
     hits = sum(
-        count * ok for counts, answers_ok in zip(answers.values(), right) for count, ok in zip(counts.values(), answers_ok)
+        count * ok
+        for counts, answers_ok in zip(answers.values(), right)
+        for count, ok in zip(counts.values(), answers_ok)
     )
     return hits / sum(sum(counts.values()) for counts in answers.values())
 

@@ -356,4 +356,3 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         llm.tie_weights()
         llm.generation_config = self.generation_config
         return llm.eval()
-

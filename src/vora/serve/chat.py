@@ -21,7 +21,9 @@ def load_model(name):
         ValueError: nothing is there, or something that has no eyes.
     """
     if Path(name).is_dir() and not (Path(name) / "config.json").exists():
-        cure = f"merge it first: vora merge {name} -o OUT" if (Path(name) / "recipe.yaml").exists() else "check the path"
+        cure = (
+            f"merge it first: vora merge {name} -o OUT" if (Path(name) / "recipe.yaml").exists() else "check the path"
+        )
         raise ValueError(f"{name} holds no config.json, so it is no saved model: {cure}.")
     try:
         config = AutoConfig.from_pretrained(name)

@@ -126,7 +126,9 @@ def _override(values, key, value):
             section = section[int(part)] if isinstance(section, list) else section.setdefault(part, {})
         section[int(leaf) if isinstance(section, list) else leaf] = value
     except (IndexError, ValueError, TypeError, AttributeError):
-        raise ValueError(f"{key} names no place in the recipe: check the numbers and names before the last dot.") from None
+        raise ValueError(
+            f"{key} names no place in the recipe: check the numbers and names before the last dot."
+        ) from None
 
 
 def save_recipe(recipe, path):

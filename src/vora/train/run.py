@@ -1,12 +1,12 @@
 """A run from recipe to trained weights, and what it leaves in its directory.
 
-    RUN/recipe.yaml, versions.json     what was run, with what
-    RUN/log.jsonl                      every log line
-    RUN/watch.jsonl                    answers to the watched pictures at each evaluation
-    RUN/bad_samples.jsonl              records that were skipped, with their causes
-    RUN/checkpoint-N/                  to resume from
-    RUN/final/                         what was trained: adapter (stage 1) or model (stage 2)
-    RUN/loss.png, report.md            the losses, and the run in short
+RUN/recipe.yaml, versions.json     what was run, with what
+RUN/log.jsonl                      every log line
+RUN/watch.jsonl                    answers to the watched pictures at each evaluation
+RUN/bad_samples.jsonl              records that were skipped, with their causes
+RUN/checkpoint-N/                  to resume from
+RUN/final/                         what was trained: adapter (stage 1) or model (stage 2)
+RUN/loss.png, report.md            the losses, and the run in short
 """
 
 import json
@@ -185,7 +185,9 @@ def training_arguments(recipe, directory):
     """
     values = DEFAULTS | recipe.training
     if values.get("max_steps", -1) < 1:
-        raise ValueError("training.max_steps is missing: rows are packed from an endless stream, so say how many steps.")
+        raise ValueError(
+            "training.max_steps is missing: rows are packed from an endless stream, so say how many steps."
+        )
     try:
         arguments = TrainingArguments(output_dir=str(directory), **values)
     except (ValueError, TypeError) as error:
