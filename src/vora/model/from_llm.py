@@ -1,5 +1,7 @@
 """Where an LLM comes from, and how it is made ready for eyes."""
 
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -47,9 +49,12 @@ def _dequantized(alias):
     folder = cache_folder() / alias
     if not (folder / "config.json").exists():
         source = str(wheel_files(requirement) / package)
-        tokenizer = load_tokenizer(source)
-        load_llm(source).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:  # an interrupted copy is never taken for whole
+            whole = Path(scratch) / "whole"
+            load_tokenizer(source).save_pretrained(whole)
+            load_llm(source).save_pretrained(whole)
+            shutil.rmtree(folder, ignore_errors=True)
+            whole.rename(folder)
     return str(folder)
 
 
@@ -61,7 +66,7 @@ def load_llm(llm, **kwargs):
     if "gguf_file" in source:  # dequantized, since a quantized model cannot be trained or saved
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(name, **source, **kwargs)
-    if "gguf_file" in source:
+    if hasattr(model.config, "quantization_config") and "gguf_file" in source:
         del model.config.quantization_config
     model.config._name_or_path = str(llm)
     return model.eval()
