@@ -212,6 +212,24 @@ def test_planned_steps_fit_the_budget_and_never_exceed_the_recipe(recipe, tmp_pa
     assert all(parameter.grad is None for parameter in learner.parameters())
 
 
+def test_each_part_has_its_learning_rate_and_the_eyes_slow_down_when_words_join(recipe, tmp_path):
+    wanted = recipe(max_steps=8, learning_rate=1e-3, lr_scheduler_type="constant_with_warmup", warmup_steps=1)
+    wanted.teacher.image_only_steps, wanted.teacher.eyes_scale, wanted.lora.num_blocks = 4, 0.5, 3
+    wanted.learning_rates.lora_b, wanted.learning_rates.heads = 4e-3, 2e-3
+    rates = {}
+
+    class Note(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer, **kwargs):
+            rates[state.global_step] = {group["part"]: group["lr"] for group in optimizer.param_groups}
+
+    run(wanted, tmp_path / "run", callbacks=[Note()])
+    eyes = {("patch_embedding", True): 1e-3, ("heads", True): 2e-3, ("rest", True): 1e-3, ("lora_b", True): 4e-3}
+    above = {("rest", False): 1e-3, ("lora_b", False): 4e-3}  # LoRA in the block above the teacher's two
+    assert rates[0] == pytest.approx(eyes | above)
+    assert rates[3] == pytest.approx({part: rate / 4 for part, rate in (eyes | above).items()})
+    assert rates[7] == pytest.approx({part: rate / 2 for part, rate in eyes.items()} | above)
+
+
 def test_distilling_alone_runs_no_block_above_the_teachers(recipe):
     learner, processor = build_learner(recipe())
     rows = PackedRows([load_source(recipe().data.sources[0].path)], processor, 128, image_only_rows=1)

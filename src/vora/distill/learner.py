@@ -43,6 +43,15 @@ class VisionLearner(nn.Module):
     def config(self):
         return self.vora.config
 
+    def eyes(self):
+        """The trained parameters that pictures alone can teach: patch embedding, heads, and LoRA up to the last
+        paired block; none without a teacher."""
+        if self.distillation is None:
+            return []
+        last = max(student for student, _ in self.distillation.pairs)
+        parts = [self.vora.model.patch_embedding, self.distillation, *self.vora.model.blocks[: last + 1]]
+        return [p for part in parts for p in part.parameters() if p.requires_grad]
+
     def forward(
         self,
         targets,

@@ -3,6 +3,8 @@
 Dims: B rows, T tokens, P patches, N images, D = LLM width, V = vocabulary, L = label tokens.
 """
 
+import copy
+
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
@@ -211,7 +213,9 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             embedding.copy_to(model.model.patch_embedding)
         match_token_scale(model)
         model.tie_weights()
-        model.generation_config = llm.generation_config
+        model.generation_config = copy.deepcopy(llm.generation_config)
+        suppressed = model.generation_config.suppress_tokens or []
+        model.generation_config.suppress_tokens = [*suppressed, image_token_id]  # no answer holds a picture
         refuse_unfit(model, llm)
         return model.eval()
 
@@ -354,5 +358,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             owner, _, leaf = name.rpartition(".")
             setattr(llm.base_model.get_submodule(owner), leaf, buffer)
         llm.tie_weights()
-        llm.generation_config = self.generation_config
+        llm.generation_config = copy.deepcopy(self.generation_config)
+        suppressed = [i for i in llm.generation_config.suppress_tokens or [] if i != self.config.image_token_id]
+        llm.generation_config.suppress_tokens = suppressed or None
         return llm.eval()

@@ -44,7 +44,16 @@ class TeacherSection(Section):
     center: bool = True
     spread: bool = False
     image_only_steps: int = Field(0, ge=0)  # first steps that distill pictures alone and run the paired blocks only
+    eyes_scale: float = Field(1.0, ge=0)  # after them, of the learning rates of all that they trained
     starts_eyes: bool = True  # the patch embedding starts from the teacher's
+
+
+class LearningRates(Section):
+    """Where they differ from `training.learning_rate`. LoRA+ (arXiv 2402.12354): B learns faster than A."""
+
+    lora_b: float | None = Field(None, gt=0)
+    patch_embedding: float | None = Field(None, gt=0)
+    heads: float | None = Field(None, gt=0)
 
 
 class SourceSection(Section):
@@ -77,7 +86,7 @@ class Recipe(Section):
     lora: LoraSection = LoraSection()
     teacher: TeacherSection | None = None
     data: DataSection
-    eyes_learning_rate: float | None = None  # of the patch embedding, where it differs
+    learning_rates: LearningRates = LearningRates()
     watch: list[WatchSection] = []
     max_minutes: float | None = Field(None, gt=0)  # plan fewer steps than training.max_steps if they would take longer
     training: dict = {}

@@ -128,8 +128,9 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
         train_dataset=rows,
         data_collator=rows.collate,
         processing_class=processor,
-        eyes_learning_rate=recipe.eyes_learning_rate,
+        learning_rates=recipe.learning_rates.model_dump(exclude_none=True),
         image_only_steps=recipe.teacher.image_only_steps if recipe.teacher else 0,
+        eyes_scale=recipe.teacher.eyes_scale if recipe.teacher else 1.0,
         callbacks=[
             stop,
             ProgressCallback(console, directory / "log.jsonl"),

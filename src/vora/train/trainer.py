@@ -13,18 +13,24 @@ from transformers import Trainer
 from vora.model.modeling_vora import VoraForConditionalGeneration
 
 DISTILLATION_FILE = "distillation.safetensors"
+PART_MARKS = {"patch_embedding": "patch_embedding", "heads": "distillation.heads", "lora_b": "lora_B"}
 
 
 class VoraTrainer(Trainer):
     """Trains a `VisionLearner`; saves the adapter (stage 1) or the whole model (stage 2), never the teacher.
 
+    Args:
+        learning_rates: {part: rate} where it is not the recipe's one rate; see `PART_MARKS`.
+        image_only_steps: the first steps, whose batches hold pictures alone.
+        eyes_scale: of the learning rates of what learned in these steps, from then on.
+
     Logs `lm_loss`, `distill_loss`, the loss of each block pair, and samples and tokens per second.
     """
 
-    def __init__(self, *args, eyes_learning_rate=None, image_only_steps=0, **kwargs):
+    def __init__(self, *args, learning_rates=None, image_only_steps=0, eyes_scale=1.0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.eyes_learning_rate = eyes_learning_rate
-        self.image_only_steps = image_only_steps
+        self.learning_rates = learning_rates or {}
+        self.image_only_steps, self.eyes_scale = image_only_steps, eyes_scale
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the label tokens of all micro-batches
         self.num_samples_seen = 0
         self._terms, self._clock, self._tokens = {}, time.monotonic(), 0
@@ -81,31 +87,36 @@ class VoraTrainer(Trainer):
     _samples_logged = 0
 
     def create_optimizer(self, *args, **kwargs):
-        """AdamW over what trains, with the learning rate of the patch embedding apart if the recipe says so."""
+        """The Trainer's optimizer, its groups split by the part that a parameter belongs to, see `part_of`."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.eyes_learning_rate is not None and len(optimizer.param_groups) < 3:
-            eyes = {id(p) for n, p in self.model.named_parameters() if "patch_embedding" in n and p.requires_grad}
-            for group in list(optimizer.param_groups):
-                apart = [p for p in group["params"] if id(p) in eyes]
-                if apart:
-                    group["params"] = [p for p in group["params"] if id(p) not in eyes]
-                    rest = {key: value for key, value in group.items() if key not in ("params", "lr")}
-                    optimizer.add_param_group({**rest, "params": apart, "lr": self.eyes_learning_rate})
+        if "part" in optimizer.param_groups[0]:
+            return optimizer  # asked for a second time
+        eyes = {id(p) for p in self.accelerator.unwrap_model(self.model).eyes()}
+        parts = {id(p): (part_of(name), id(p) in eyes) for name, p in self.model.named_parameters()}
+        groups, optimizer.param_groups = optimizer.param_groups, []
+        for group in groups:
+            for part in dict.fromkeys(parts[id(p)] for p in group["params"]):
+                members = [p for p in group["params"] if parts[id(p)] == part]
+                rate = self.learning_rates.get(part[0]) or group["lr"]
+                optimizer.add_param_group({**group, "params": members, "lr": rate, "part": part})
         return optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        """The recipe's schedule; steps that distill pictures alone come before it, at the full rate.
+        """The recipe's schedule; steps that distill pictures alone have one of their own before it, down to zero.
 
-        The warm-up starts anew with the language loss, whose first gradients are many times larger: without it they
-        undo half of what the eyes have learned (docs/LOG.md).
+        Both were measured (docs/LOG.md): the eyes learn shapes only once their learning rate falls, and the first
+        gradients of the language loss are so large that they would undo it: so the warm-up starts anew with them,
+        and the eyes go on at `eyes_scale` of their rates.
         """
         first = self.image_only_steps
         scheduler = super().create_scheduler(num_training_steps - first, optimizer)
         if first:
             warmup = max(1, self.args.get_warmup_steps(num_training_steps - first))
+            parts = [group["part"] for group in self.optimizer.param_groups]
+            scales = [self.eyes_scale if is_eyes else 1.0 for _, is_eyes in parts]
             scheduler.lr_lambdas = [
-                partial(_after_eyes_alone, rest=rest, num_first=first, num_warmup=warmup)
-                for rest in scheduler.lr_lambdas
+                partial(_eyes_first, rest=rest, num_first=first, num_warmup=warmup, scale=scale)
+                for rest, scale in zip(scheduler.lr_lambdas, scales)
             ]
             scheduler.last_epoch = -1
             scheduler.step()
@@ -122,8 +133,18 @@ class VoraTrainer(Trainer):
         load_student(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
 
 
-def _after_eyes_alone(step, rest, num_first, num_warmup):
-    return min(1.0, (step + 1) / num_warmup) if step < num_first else rest(step - num_first)
+def part_of(name):
+    """Which part of a learner a parameter belongs to, by its name: a key of `learning_rates`, or `rest`."""
+    for part, mark in PART_MARKS.items():
+        if mark in name:
+            return part
+    return "rest"
+
+
+def _eyes_first(step, rest, num_first, num_warmup, scale):
+    if step >= num_first:
+        return scale * rest(step - num_first)
+    return min((step + 1) / num_warmup, (num_first - step) / num_first)
 
 
 def count_samples(inputs):
