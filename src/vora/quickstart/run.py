@@ -21,7 +21,7 @@ from vora.eval.answers import (
 )
 from vora.model.from_llm import load_llm, load_tokenizer
 from vora.quickstart.report import write_html
-from vora.train.pace import cpu_dtype
+from vora.train.pace import precision_overrides
 from vora.train.recipe import load_recipe
 from vora.train.run import merge_run, train
 
@@ -57,12 +57,11 @@ def run_quickstart(out, *, llm, minutes, seed, console):
     left = minutes - (time.monotonic() - start + asking_seconds) / 60 - 1  # a minute to merge and to write
     training_minutes = min(MOST_TRAINING_MINUTES, max(1.0, left))
 
-    dtype = cpu_dtype() if not torch.cuda.is_available() else "bfloat16"
-    overrides = [f"model.llm={llm}", f"model.dtype={dtype}", f"training.seed={seed}"]
-    overrides += [f"max_minutes={training_minutes}"]
-    overrides += ["training.bf16=true"] if dtype == "bfloat16" else []
+    precision = precision_overrides()
+    dtype = precision["model.dtype"]
+    overrides = {"model.llm": llm, "training.seed": seed, "max_minutes": training_minutes} | precision
     with as_file(files("vora.quickstart")) as folder:
-        recipe = load_recipe(folder / "recipe.yaml", overrides)
+        recipe = load_recipe(folder / "recipe.yaml", [f"{key}={value}" for key, value in overrides.items()])
         console.print(f"[2/5] Training stage 1 in {dtype}, at most {training_minutes:.1f} minutes")
         train_start = time.monotonic()
         trainer = train(recipe, out / "run", console=console)

@@ -8,6 +8,12 @@ from torch import nn
 NUM_TIMED = 2
 
 
+def precision_overrides():
+    """The recipe's values for the precision that suits this machine: {dotted key: value}."""
+    dtype = "bfloat16" if torch.cuda.is_available() else cpu_dtype()
+    return {"model.dtype": dtype, "training.bf16": dtype == "bfloat16"}
+
+
 def cpu_dtype():
     """bfloat16 where this processor multiplies it clearly faster than float32, else float32."""
     seconds = {}
