@@ -7,7 +7,7 @@ from PIL import Image
 from tiny import GRID, IMAGE, PATCH, prompt, states_of_blocks, text, tiny_llm, tiny_vora
 
 from vora import VoraForConditionalGeneration, VoraProcessor
-from vora.data.packing import collate_rows, fill_rows, next_targets, share_trunk
+from vora.data.packing import collate_rows, fill_rows, next_targets, share_prefixes
 from vora.distill.learner import VisionLearner
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
@@ -63,18 +63,23 @@ def assert_same(found, expected, tolerance=1e-5):
         assert (found[name] - expected[name]).abs().max() <= tolerance * scale, name
 
 
+def path_to(end, seen_until):
+    """bool[B, T]: the tokens of the sample that ends there."""
+    return (torch.arange(seen_until.shape[1]) <= end) & (end <= seen_until)
+
+
 @FAMILIES
 def test_questions_that_share_a_picture_learn_as_they_would_alone(family):
     learner, samples = learner_of(family), questions()
-    shared = share_trunk(samples)
+    shared = share_prefixes(samples)
     assert (shared["input_ids"] == IMAGE).sum() == 6  # the picture stands once
     batch = collate_rows([[shared]], len(shared["input_ids"]) + 3, pad_token_id=0)
 
     alone = losses_of_samples(learner, samples)
     together = learner(**batch, num_items_in_batch=1)["loss"]
     torch.testing.assert_close(together, alone.sum(), rtol=1e-5, atol=0)
-    for branch, expected in enumerate(alone, start=1):
-        only = {**batch, "targets": batch["targets"].where(batch["branch_ids"] == branch, -100)}
+    for end, expected in zip(shared["ends"], alone):
+        only = {**batch, "targets": batch["targets"].where(path_to(end, batch["seen_until"]), -100)}
         torch.testing.assert_close(learner(**only, num_items_in_batch=1)["loss"], expected, rtol=1e-5, atol=0)
     assert_same(gradients(learner, together), gradients(learner, alone.sum()))
 
@@ -89,7 +94,7 @@ def test_packed_rows_learn_as_their_samples_would_alone(family):
         [sample(*text(2, 4), (3, 3, 5), (2, 2, 6), *text(5, 5))],  # two pictures that touch
         [sample((2, 2, 7), *text(5, 6))],  # begins with its picture, right after the one before
     ]
-    shared = [share_trunk(group) for group in groups]
+    shared = [share_prefixes(group) for group in groups]
     lengths = [len(one["input_ids"]) for one in shared]
     rows = fill_rows(lengths, 48)
     assert len(rows) < len(groups) and sorted(sum(rows, [])) == list(range(5))
@@ -103,22 +108,22 @@ def test_packed_rows_learn_as_their_samples_would_alone(family):
 @FAMILIES
 def test_nothing_leaks_between_branches_and_documents(family):
     learner = learner_of(family)
-    batch = collate_rows([[share_trunk(questions(0)), share_trunk(questions(1, count=2))]], 64, pad_token_id=0)
-    batch.pop("targets")
-    document, branch = batch["document_ids"][0], batch["branch_ids"][0]
+    batch = collate_rows([[share_prefixes(questions(0)), share_prefixes(questions(1, count=2))]], 64, pad_token_id=0)
+    del batch["targets"], batch["num_samples"]
+    own = batch["seen_until"][0] == share_prefixes(questions(0))["ends"].min()  # one question's, without the picture
+    assert own.sum() >= 3
     before = states_of_blocks(learner.vora, **batch)
-    for place in ((document == 0) & (branch == 1)).nonzero()[:, 0]:
+    for place in own.nonzero()[:, 0]:
         moved = {**batch, "input_ids": batch["input_ids"].clone()}
         moved["input_ids"][0, place] = 127 if moved["input_ids"][0, place] != 127 else 126
-        apart = (document != 0) | (branch != 1)
         for old, new in zip(before, states_of_blocks(learner.vora, **moved)):
-            assert torch.equal(old[0, apart], new[0, apart])
+            assert torch.equal(old[0, ~own], new[0, ~own])
             assert not torch.equal(old[0, place], new[0, place])
 
 
 def test_branches_beyond_a_sliding_window_are_refused():
     learner = VisionLearner(tiny_vora("mistral"), image_processor=None)  # a window of 6 tokens
-    batch = collate_rows([[share_trunk(questions())]], 32, pad_token_id=0)
+    batch = collate_rows([[share_prefixes(questions())]], 32, pad_token_id=0)
     with pytest.raises(ValueError, match="32 tokens .* window of 6"):
         learner(**batch)
 
@@ -130,14 +135,24 @@ def test_targets_are_the_next_labels_and_the_silent_end_is_dropped():
 
 
 def test_one_question_alone_is_all_trunk_up_to_its_first_prediction():
-    shared = share_trunk(questions(count=1))
+    shared = share_prefixes(questions(count=1))
     assert shared["position_ids"].tolist() == list(range(len(shared["input_ids"])))
-    assert set(shared["branch_ids"].tolist()) == {0, 1}
+    assert set(shared["seen_until"].tolist()) == {len(shared["input_ids"]) - 1}
+
+
+def test_words_that_questions_begin_with_alike_stand_once():
+    samples = [sample(*words, answer=1) for words in ([9, 8, 7, 40], [9, 8, 6, 41], [9, 5, 42], [9, 8, 7, 43])]
+    shared = share_prefixes(samples)
+    assert shared["input_ids"].tolist() == [9, 5, 8, 6, 7, 7]
+    assert shared["position_ids"].tolist() == [0, 1, 1, 2, 2, 2]
+    assert shared["seen_until"].tolist() == [5, 1, 5, 3, 4, 5]
+    assert shared["targets"].tolist() == [-100, 42, -100, 41, 40, 43]  # 7 predicts, so it is not shared
+    assert shared["ends"].tolist() == [4, 3, 1, 5] and shared["num_samples"] == 4
 
 
 def test_same_question_twice_counts_twice():
     learner, samples = learner_of("llama"), questions(count=1) * 2
-    batch = collate_rows([[share_trunk(samples)]], 40, pad_token_id=0)
+    batch = collate_rows([[share_prefixes(samples)]], 40, pad_token_id=0)
     together = learner(**batch, num_items_in_batch=1)["loss"]
     torch.testing.assert_close(together, losses_of_samples(learner, samples).sum(), rtol=1e-5, atol=0)
 
@@ -155,7 +170,7 @@ def test_samples_of_the_processor_pack_as_well(llm_folder):
 
     pairs = [("what colour is the shape?", "red"), ("Is there a circle?", "no"), ("what?", "a red square")]
     samples = [processor.training_sample(messages(*pair)) for pair in pairs]
-    batch = collate_rows([[share_trunk(samples)]], 80, processor.tokenizer.pad_token_id)
+    batch = collate_rows([[share_prefixes(samples)]], 80, processor.tokenizer.pad_token_id)
     alone = losses_of_samples(learner, samples)
     torch.testing.assert_close(learner(**batch, num_items_in_batch=1)["loss"], alone.sum(), rtol=1e-5, atol=0)
     spoken = sum((one["labels"] != -100).sum() for one in samples)

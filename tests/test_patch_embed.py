@@ -5,7 +5,7 @@ import torch
 from tiny import GRID, PATCH, picture, tiny_llm, tiny_vora
 
 from vora import VoraConfig
-from vora.model.patch_embed import PatchEmbedding
+from vora.model.patch_embed import PatchEmbedding, merge_neighbours
 
 
 def config(**changes):
@@ -83,3 +83,32 @@ def test_a_configuration_goes_through_a_dict():
     again = VoraConfig(**{k: v for k, v in first.to_dict().items() if k != "model_type"})
     assert again.to_dict() == first.to_dict()
     assert type(again.text_config) is type(first.text_config) and again.grid_size == GRID
+
+
+def test_neighbours_of_a_square_become_one_token():
+    patches = torch.arange(24.0).view(24, 1)  # a 2 x 4 image, then two frames of 4 x 2
+    found = merge_neighbours(patches, [(1, 2, 4), (2, 4, 2)], 2)[..., 0]
+    assert found.tolist() == [
+        [0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19], [20, 21, 22, 23],
+    ]  # fmt: skip
+    assert torch.equal(merge_neighbours(patches, [(1, 4, 6)], 1)[:, 0], patches)
+
+
+def test_a_grid_that_does_not_split_is_refused():
+    with pytest.raises(ValueError, match="1 of 2 images have grids, such as 3 x 2 patches"):
+        merge_neighbours(torch.zeros(10, 1), [(1, 2, 2), (1, 3, 2)], 2)
+
+
+def test_a_merged_token_is_the_sum_of_what_its_patches_contribute():
+    torch.manual_seed(0)
+    merging, plain = PatchEmbedding(config(patch_merge=2)), PatchEmbedding(config())
+    plain.load_state_dict(merging.state_dict() | {"projection.weight": torch.zeros_like(plain.projection.weight)})
+    patches, grid = picture(2, 4), torch.tensor([[1, 2, 4]])
+    parts = []
+    for corner in range(4):
+        plain.projection.weight.data = merging.projection.weight[:, corner * 16 : (corner + 1) * 16]
+        parts.append(plain(patches, grid))
+    expected = [
+        sum(parts[corner][patch] for corner, patch in enumerate(square)) for square in ([0, 1, 4, 5], [2, 3, 6, 7])
+    ]
+    torch.testing.assert_close(merging(patches, grid), torch.stack(expected))

@@ -206,7 +206,9 @@ def test_planned_steps_fit_the_budget_and_never_exceed_the_recipe(recipe, tmp_pa
     learner, processor = build_learner(recipe())
     rows = PackedRows([load_source(recipe().data.sources[0].path)], processor, 128)
     arguments = training_arguments(recipe(max_steps=100), tmp_path)
+    before = {name: tensor.clone() for name, tensor in learner.state_dict().items()}
     assert steps_that_fit(learner, rows, arguments, minutes=10, num_image_only_steps=2) == 100
+    assert all(torch.equal(before[name], tensor) for name, tensor in learner.state_dict().items())
     with pytest.raises(ValueError, match="raise max_minutes"):
         steps_that_fit(learner, rows, arguments, minutes=1e-6, num_image_only_steps=2)
     assert all(parameter.grad is None for parameter in learner.parameters())

@@ -26,7 +26,7 @@ def quickstart(
         "vora-quickstart"
     ),
     llm: Annotated[str, typer.Option(help="LLM that learns to see: alias, folder or hub id.")] = "smollm2-135m",
-    minutes: Annotated[float, typer.Option(help="For the whole job; training is planned to fit.")] = 14.0,
+    minutes: Annotated[float, typer.Option(help="For the whole job; training is planned to fit.")] = 13.0,
     seed: Annotated[int, typer.Option(help="Seed of data order and fresh weights.")] = 0,
 ):
     """Give a small LLM eyes in a quarter of an hour on two CPU cores: train, merge, measure, report."""

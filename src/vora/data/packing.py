@@ -7,43 +7,54 @@ import numpy as np
 import torch
 
 
-def share_trunk(samples):
-    """Several questions to one picture as one sample, in which the picture stands once.
+def share_prefixes(samples):
+    """Several questions to one picture as one sample, in which the picture, and all words that they begin with alike,
+    stand once.
 
-    The common beginning of all samples (the trunk, branch 0) is kept once; what differs follows as branches 1, 2, ...
-    whose positions continue from the trunk. Under `attention_masks` each branch computes exactly what its sample
-    computes alone, at a fraction of the tokens.
+    The samples become a tree, written depth first: a token is seen by what follows it up to `seen_until`, the last
+    token below it, and no further. So under `attention_masks` each question computes exactly what its sample computes
+    alone, at a fraction of the tokens. What has something to predict is never shared.
 
     Args:
         samples: dicts of `VoraProcessor.training_sample` that begin with the same images.
 
     Returns:
-        dict: input_ids, targets, position_ids, branch_ids int[T], and the images of the first sample.
+        dict: input_ids, targets, position_ids, seen_until int[T]; ends, the place of each sample's last token, in the
+        order given; num_samples; and the images of the first sample.
     """
     samples = [{**sample, **next_targets(sample)} for sample in samples]
-    first = samples[0]
-    trunk = _common_beginning(samples)
-    parts = {
-        "input_ids": [first["input_ids"][:trunk]],
-        "targets": [first["targets"][:trunk]],
-        "position_ids": [np.arange(trunk)],
-        "branch_ids": [np.zeros(trunk, int)],
-    }
-    for branch, sample in enumerate(samples, start=1):
-        length = len(sample["input_ids"]) - trunk
-        parts["input_ids"].append(sample["input_ids"][trunk:])
-        parts["targets"].append(sample["targets"][trunk:])
-        parts["position_ids"].append(np.arange(trunk, trunk + length))
-        parts["branch_ids"].append(np.full(length, branch))
-    images = {name: first[name] for name in ("pixel_values", "image_grid_thw") if name in first}
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()} | images
+    order = sorted(range(len(samples)), key=lambda i: samples[i]["input_ids"].tolist())
+    path, paths, parts = np.zeros(0, int), {}, []
+    for index, before in zip(order, [None, *order]):
+        sample = samples[index]
+        shared = 0 if before is None else _num_shared(samples[before], sample)
+        start, length = sum(len(part["input_ids"]) for part in parts), len(sample["input_ids"])
+        path = np.concatenate([path[:shared], np.arange(start, start + length - shared)])
+        paths[index] = path
+        parts.append(
+            {name: sample[name][shared:] for name in ("input_ids", "targets")}
+            | {"position_ids": np.arange(shared, length)}
+        )
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    whole["seen_until"] = np.zeros(len(whole["input_ids"]), int)
+    for path in paths.values():  # depth first, so each ends later than those before
+        whole["seen_until"][path] = path[-1]
+    images = {name: samples[0][name] for name in ("pixel_values", "image_grid_thw") if name in samples[0]}
+    ends = np.array([paths[index][-1] for index in range(len(samples))])
+    return whole | {"ends": ends, "num_samples": len(samples)} | images
 
 
 def image_only(sample, image_token_id):
-    """A sample of `share_trunk` cut after its last image token, with nothing to predict: enough to distill from."""
+    """A sample of `share_prefixes` cut after its last image token, with nothing to predict: enough to distill from."""
     length = int(np.flatnonzero(sample["input_ids"] == image_token_id).max()) + 1
-    names = ("input_ids", "targets", "position_ids", "branch_ids")
-    return {**sample, **{name: sample[name][:length] for name in names}, "targets": np.full(length, -100)}
+    return {
+        **sample,
+        "input_ids": sample["input_ids"][:length],
+        "targets": np.full(length, -100),
+        "position_ids": sample["position_ids"][:length],
+        "seen_until": sample["seen_until"][:length].clip(max=length - 1),
+        "num_samples": 1,
+    }
 
 
 def next_targets(sample):
@@ -53,14 +64,12 @@ def next_targets(sample):
     return {"input_ids": sample["input_ids"][:length], "targets": targets[:length]}
 
 
-def _common_beginning(samples):
-    """Tokens shared by all samples, short of the place where they first predict something."""
-    shortest = min(len(sample["input_ids"]) for sample in samples)
-    ids = np.stack([sample["input_ids"][:shortest] for sample in samples])
-    targets = np.stack([sample["targets"][:shortest] for sample in samples])
-    # the trunk's last place would predict another token in each branch, so it must predict nothing in all
-    apart = (ids != ids[0]).any(0) | (targets != -100).any(0)
-    return int(apart.argmax()) if apart.any() else shortest
+def _num_shared(first, second):
+    """Leading tokens that are the same in both and predict nothing in either."""
+    length = min(len(first["input_ids"]), len(second["input_ids"]))
+    apart = first["input_ids"][:length] != second["input_ids"][:length]
+    apart |= (first["targets"][:length] != -100) | (second["targets"][:length] != -100)
+    return int(apart.argmax()) if apart.any() else length
 
 
 def fill_rows(lengths, row_tokens):
@@ -98,25 +107,25 @@ def collate_rows(rows, row_tokens, pad_token_id):
     """Rows of samples to one batch.
 
     Args:
-        rows: list of B lists of samples of `share_trunk`.
+        rows: list of B lists of samples of `share_prefixes`.
 
     Returns:
-        dict: input_ids, targets, position_ids, document_ids, branch_ids int[B, T]; pixel_values float[P, C*p*p] and
-        image_grid_thw int[N, 3] if any sample has images. Padding is a document of its own (-1).
+        dict: input_ids, targets, position_ids, seen_until int[B, T]; num_samples int[]; pixel_values float[P, C*p*p]
+        and image_grid_thw int[N, 3] if any sample has images. Padding is seen by itself alone.
     """
-    fill = {"input_ids": pad_token_id, "targets": -100, "position_ids": 0, "document_ids": -1, "branch_ids": 0}
+    fill = {"input_ids": pad_token_id, "targets": -100, "position_ids": 0, "seen_until": np.arange(row_tokens)}
     batch = {name: np.full((len(rows), row_tokens), value) for name, value in fill.items()}
     for row, samples in enumerate(rows):
         start = 0
-        for document, sample in enumerate(samples):
+        for sample in samples:
             end = start + len(sample["input_ids"])
-            for name in ("input_ids", "targets", "position_ids", "branch_ids"):
+            for name in ("input_ids", "targets", "position_ids"):
                 batch[name][row, start:end] = sample[name]
-            batch["document_ids"][row, start:end] = document
+            batch["seen_until"][row, start:end] = start + sample["seen_until"]
             start = end
-    batch = {name: torch.from_numpy(array) for name, array in batch.items()}
+    batch["num_samples"] = np.array(sum(sample["num_samples"] for samples in rows for sample in samples))
     with_images = [sample for samples in rows for sample in samples if "pixel_values" in sample]
     for name in ("pixel_values", "image_grid_thw"):
         if with_images:
-            batch[name] = torch.from_numpy(np.concatenate([sample[name] for sample in with_images]))
-    return batch
+            batch[name] = np.concatenate([sample[name] for sample in with_images])
+    return {name: torch.from_numpy(array) for name, array in batch.items()}

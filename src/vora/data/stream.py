@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.utils.data import IterableDataset
 
-from vora.data.packing import collate_rows, fill_rows, image_only, share_trunk
+from vora.data.packing import collate_rows, fill_rows, image_only, share_prefixes
 
 CARRIED = 48  # samples among which rows are filled; more would pack tighter and read further ahead
 
@@ -47,13 +47,18 @@ class PackedRows(IterableDataset):
             raise ValueError("The sources hold 0 records: an empty dataset cannot be trained on.")
 
     def __iter__(self):
-        pictures = (
-            image_only(sample, self.processor.image_token_id)
-            for sample in self.samples(conversations_per_record=1)
-            if "pixel_values" in sample
-        )
-        yield from islice(self.packed(pictures), self.image_only_rows)
-        yield from self.packed(self.samples(self.questions_per_image))
+        yield from islice(self.picture_rows(), self.image_only_rows)
+        yield from self.sample_rows()
+
+    def picture_rows(self):
+        """Rows of pictures alone."""
+        samples = self.samples(conversations_per_record=1)
+        pictures = (image_only(s, self.processor.image_token_id) for s in samples if "pixel_values" in s)
+        return self.packed(pictures)
+
+    def sample_rows(self):
+        """Rows of pictures with their conversations, and of text."""
+        return self.packed(self.samples(self.questions_per_image))
 
     def packed(self, samples):
         """Samples to rows, each of which is filled from the last few samples read."""
@@ -102,7 +107,7 @@ class PackedRows(IterableDataset):
         except OSError as error:
             raise ValueError(f"Cannot read its image: {error}") from None
         image = None if image is None else self.processor.image_processor.fetch_images(image)
-        sample = share_trunk(
+        sample = share_prefixes(
             [self.processor.training_sample(record.messages(image, conversation)) for conversation in conversations]
         )
         if len(sample["input_ids"]) > self.row_tokens:

@@ -9,6 +9,7 @@ from functools import partial
 from torch import nn
 
 from vora.distill.teacher import images_of_patches
+from vora.model.patch_embed import merge_neighbours
 
 
 class VisionLearner(nn.Module):
@@ -57,6 +58,7 @@ class VisionLearner(nn.Module):
         targets,
         pixel_values=None,
         image_grid_thw=None,
+        num_samples=None,
         num_items_in_batch=None,
         num_micro_batches=1,
         **inputs,
@@ -66,6 +68,7 @@ class VisionLearner(nn.Module):
         Args:
             targets: int[B, T], the token that each place should predict, -100 where masked.
             pixel_values, image_grid_thw, inputs: as for `VoraModel.forward`.
+            num_samples: of the batch; for who counts, not used here.
             num_items_in_batch: label tokens of the whole optimizer step, by which `lm_loss` is divided.
             num_micro_batches: of the step, by which `distill_loss` is divided in `loss`.
 
@@ -110,13 +113,15 @@ class VisionLearner(nn.Module):
                 hook.remove()
 
     def teach(self, pixel_values, image_grid_thw):
-        """The teacher's states at the student's patches: {teacher block: float[P, D_t]}."""
+        """The teacher's states at the patches of each image token: {teacher block: float[P / m^2, m^2, D_t]}."""
         grids = [(h, w) for t, h, w in image_grid_thw.tolist() for _ in range(t)]
         processor = self.image_processor
         images = images_of_patches(
             pixel_values, grids, self.config.patch_size, processor.image_mean, processor.image_std
         )
-        return self.teacher(images, grids, sorted({teacher for _, teacher in self.distillation.pairs}))
+        features = self.teacher(images, grids, sorted({teacher for _, teacher in self.distillation.pairs}))
+        grids = image_grid_thw.tolist()
+        return {block: merge_neighbours(f, grids, self.config.patch_merge) for block, f in features.items()}
 
 
 class _EnoughBlocks(Exception):

@@ -6,10 +6,11 @@ of that answer, end of turn included. So no token is generated, and all question
 
 from collections import Counter, defaultdict
 
+import numpy as np
 import torch
 from PIL import Image
 
-from vora.data.packing import collate_rows, share_trunk
+from vora.data.packing import collate_rows, share_prefixes
 
 TOKENS_PER_BATCH = 2048
 
@@ -30,17 +31,19 @@ def exact_answers(model, processor, records, progress=None):
     right = [None] * len(records)
     for batch in _batches(processor, records):
         rows = collate_rows([[sample] for _, sample in batch], len(batch[-1][1]["input_ids"]), 0)
+        rows.pop("num_samples")
         targets = rows.pop("targets").to(model.device)
         inputs = {name: tensor.to(model.device) for name, tensor in rows.items()}
         states = model.model(**inputs, use_cache=False).last_hidden_state
         wanted = targets != -100
         chosen = torch.full_like(targets, -100)
         chosen[wanted] = model.logits(states[wanted]).argmax(-1)
-        for row, (index, _) in enumerate(batch):
-            branches = inputs["branch_ids"][row]
+        as_wanted = (chosen == targets).cpu()
+        for row, (index, sample) in enumerate(batch):
+            places = np.arange(len(sample["input_ids"]))
             right[index] = [
-                bool((chosen[row] == targets[row])[branches == branch].all())
-                for branch in range(1, 1 + len(records[index].conversations))
+                bool(as_wanted[row, places[(places <= end) & (end <= sample["seen_until"])]].all())
+                for end in sample["ends"]
             ]
         if progress is not None:
             progress(sum(len(right[index]) for index, _ in batch))
@@ -55,7 +58,7 @@ def _batches(processor, records):
         image = record.open_image()
         image = None if image is None else processor.image_processor.fetch_images(image)
         conversations = [processor.training_sample(record.messages(image, c)) for c in record.conversations]
-        samples.append((index, share_trunk(conversations)))
+        samples.append((index, share_prefixes(conversations)))
     samples.sort(key=lambda pair: len(pair[1]["input_ids"]))
     batch = []
     for index, sample in samples:

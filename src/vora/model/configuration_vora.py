@@ -19,6 +19,7 @@ class VoraConfig(PreTrainedConfig):
         text_config: configuration (object or dict) of the decoder LLM; any Hugging Face causal LM.
         image_token_id: in-vocabulary id that stands for one image token in `input_ids`.
         patch_size: p, side of a patch in pixels.
+        patch_merge: m; m x m neighbouring patches become one image token.
         image_size: side in pixels of the square whose grid of patches the learned positions cover; other grids are
             resampled from it.
         num_channels: colour channels of a patch.
@@ -41,6 +42,7 @@ class VoraConfig(PreTrainedConfig):
         text_config=None,
         image_token_id=0,
         patch_size=14,
+        patch_merge=1,
         image_size=448,
         num_channels=3,
         vision_hidden_size=768,
@@ -66,6 +68,7 @@ class VoraConfig(PreTrainedConfig):
             )
         self.image_token_id = image_token_id
         self.patch_size = patch_size
+        self.patch_merge = patch_merge
         self.image_size = image_size
         self.num_channels = num_channels
         self.vision_hidden_size = vision_hidden_size

@@ -107,9 +107,10 @@ def match_token_scale(model):
     words = model.get_input_embeddings()
     ids = torch.arange(min(1000, words.num_embeddings), device=words.weight.device)
     eyes = model.model.patch_embedding
-    width = eyes.projection.in_features
-    features = eyes.norm(torch.randn(256, width).to(eyes.patch.weight)) + eyes.position.mean(0)
-    scale = words(ids).float().std() / eyes.projection(features).float().std().clamp_min(1e-12)
+    num_patches = 64 * eyes.patch_merge**2
+    features = eyes.norm(torch.randn(num_patches, eyes.patch.out_features).to(eyes.patch.weight))
+    tokens = eyes.projection((features + eyes.position.mean(0)).view(64, -1))
+    scale = words(ids).float().std() / tokens.float().std().clamp_min(1e-12)
     eyes.projection.weight.mul_(scale.to(eyes.projection.weight.dtype))
 
 
@@ -128,13 +129,15 @@ def refuse_unfit(model, llm):
     ids[ids == image] = 1
     seeing = ids.clone()
     seeing[0, 3:6] = image
-    patches = torch.randn(3, model.model.patch_embedding.patch.in_features, device=llm.device)
-    grid = torch.tensor([[1, 1, 3]], device=llm.device)
+    m = model.config.patch_merge
+    patches = torch.randn(3 * m * m, model.model.patch_embedding.patch.in_features, device=llm.device)
+    other, grid = patches.clone(), torch.tensor([[1, m, 3 * m]], device=llm.device)
+    other[-1] *= -1  # a patch of the last token
     try:
         difference = (model(input_ids=ids).logits - llm(input_ids=ids).logits).abs().max().item()
         states = [
             model.model(input_ids=seeing, pixel_values=pixels, image_grid_thw=grid).last_hidden_state[0, 3]
-            for pixels in (patches, patches * torch.tensor([[1.0], [1.0], [-1.0]], device=llm.device))
+            for pixels in (patches, other)
         ]
     except Exception as error:  # families fail in their own ways
         cause = " ".join(str(error).split())[:200]

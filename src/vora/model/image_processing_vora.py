@@ -80,23 +80,24 @@ def _to_8_bits(array, peak):
     return (array.clip(0, peak) * (255 / peak)).round().astype(np.uint8)
 
 
-def fit_grid(height, width, patch_size, min_image_tokens, max_image_tokens):
-    """The grid of whole patches near an image's size and aspect ratio within a budget.
+def fit_grid(height, width, token_size, min_image_tokens, max_image_tokens):
+    """The grid of whole image tokens near an image's size and aspect ratio within a budget.
 
     Args:
         height, width: pixels.
+        token_size: side of an image token in pixels, patch_size * patch_merge.
 
     Returns:
         (rows, columns) with rows * columns <= max_image_tokens, and >= min_image_tokens wherever a grid of this
         shorter side can be both (always where the budget spans a factor of two).
     """
-    rows, columns = height / patch_size, width / patch_size
+    rows, columns = height / token_size, width / token_size
     area, scale, whole = max(1, round(rows)) * max(1, round(columns)), 1.0, round
     if area > max_image_tokens:
         scale, whole = math.sqrt(max_image_tokens / (rows * columns)), math.floor
     elif area < min_image_tokens:
         scale, whole = math.sqrt(min_image_tokens / (rows * columns)), math.ceil
-    # rounded first, so that 2.0000000000000004 patches are 2
+    # rounded first, so that 2.0000000000000004 tokens are 2
     sides = [max(1, whole(round(side * scale, 6))) for side in (rows, columns)]
     shorter = min(*sides, math.isqrt(max_image_tokens))
     longer = min(max(*sides, -(-min_image_tokens // shorter)), max_image_tokens // shorter)
@@ -115,7 +116,8 @@ class VoraImageProcessor(BaseImageProcessor):
 
     Args:
         patch_size: p, side of a patch in pixels.
-        min_image_tokens, max_image_tokens: budget of patches per image; never padded, never cropped.
+        patch_merge: m; m x m patches become one image token.
+        min_image_tokens, max_image_tokens: budget of image tokens per image; never padded, never cropped.
         image_mean, image_std: per channel, of values in 0..1; a teacher's own, if there is one.
         resample: PIL resampling filter.
     """
@@ -127,6 +129,7 @@ class VoraImageProcessor(BaseImageProcessor):
     def __init__(
         self,
         patch_size=14,
+        patch_merge=1,
         min_image_tokens=4,
         max_image_tokens=1024,
         image_mean=(0.5, 0.5, 0.5),
@@ -138,6 +141,7 @@ class VoraImageProcessor(BaseImageProcessor):
         if not 1 <= min_image_tokens <= max_image_tokens:
             raise ValueError(f"min_image_tokens {min_image_tokens} must be in 1..max_image_tokens {max_image_tokens}.")
         self.patch_size = patch_size
+        self.patch_merge = patch_merge
         self.min_image_tokens = min_image_tokens
         self.max_image_tokens = max_image_tokens
         self.image_mean = list(image_mean)
@@ -162,13 +166,19 @@ class VoraImageProcessor(BaseImageProcessor):
         """
         budget = (min_image_tokens or self.min_image_tokens, max_image_tokens or self.max_image_tokens)
         images = make_flat_list_of_images(self.fetch_images(images))
-        grids = [fit_grid(image.height, image.width, self.patch_size, *budget) for image in images]
+        grids = [self.patch_grid(image.height, image.width, *budget) for image in images]
         patches = [self.patchify(image, *grid) for image, grid in zip(images, grids)]
         data = {
             "pixel_values": np.concatenate(patches),
             "image_grid_thw": np.array([(1, *grid) for grid in grids], dtype=np.int64),
         }
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def patch_grid(self, height, width, min_image_tokens, max_image_tokens):
+        """(patch rows, patch columns) of an image of so many pixels, multiples of patch_merge."""
+        token_size = self.patch_size * self.patch_merge
+        rows, columns = fit_grid(height, width, token_size, min_image_tokens, max_image_tokens)
+        return rows * self.patch_merge, columns * self.patch_merge
 
     def patchify(self, image, rows, columns):
         """An RGB image to float[rows * columns, C*p*p], normalised."""
@@ -181,7 +191,7 @@ class VoraImageProcessor(BaseImageProcessor):
         return pixels.transpose(0, 2, 4, 1, 3).reshape(rows * columns, -1)
 
     def get_number_of_image_patches(self, height, width, images_kwargs=None):
-        """Image tokens of an image of this size in pixels; runtimes such as vLLM plan with it."""
+        """Patches of an image of this size in pixels; runtimes such as vLLM plan with it."""
         images_kwargs = images_kwargs or {}
         budget = [images_kwargs.get(name, getattr(self, name)) for name in ("min_image_tokens", "max_image_tokens")]
-        return math.prod(fit_grid(height, width, self.patch_size, *budget))
+        return math.prod(self.patch_grid(height, width, *budget))

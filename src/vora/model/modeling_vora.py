@@ -67,7 +67,7 @@ class VoraModel(VoraPreTrainedModel):
         return lists[0]
 
     def get_image_features(self, pixel_values, image_grid_thw):
-        """float[P, C*p*p] patches of N images to float[P, D] image tokens, raster order."""
+        """float[P, C*p*p] patches of N images to float[P / m^2, D] image tokens, raster order (m: patch_merge)."""
         return self.patch_embedding(pixel_values, image_grid_thw)
 
     def image_token_mask(self, input_ids, inputs_embeds):
@@ -86,19 +86,18 @@ class VoraModel(VoraPreTrainedModel):
         inputs_embeds=None,
         pixel_values=None,
         image_grid_thw=None,
-        document_ids=None,
-        branch_ids=None,
+        seen_until=None,
         **kwargs,
     ):
         """Hidden states of a batch of rows that mix text and images.
 
         Args:
-            input_ids: int[B, T] with `config.image_token_id` once per patch; or `inputs_embeds` float[B, T, D].
+            input_ids: int[B, T] with `config.image_token_id` once per (merged) patch; or `inputs_embeds` float[B, T, D].
             attention_mask: int[B, T], 0 at padding; None for packed rows, whose `position_ids` restart.
             position_ids: int[B, T].
             pixel_values: float[P, C*p*p], normalised patches of all images, raster order, each flattened (C, p, p).
             image_grid_thw: int[N, 3], frames, patch rows, patch columns of each image.
-            document_ids, branch_ids: int[B, T], see `attention_masks`.
+            seen_until: int[B, T], see `attention_masks`.
 
         Raises:
             ValueError: image tokens and images do not match; both counts are named.
@@ -113,13 +112,13 @@ class VoraModel(VoraPreTrainedModel):
         blocks = None
         if pixel_values is not None:
             is_image = self.image_token_mask(input_ids, inputs_embeds)
-            blocks = image_blocks(is_image, image_grid_thw)
+            blocks = image_blocks(is_image, image_grid_thw, self.config.patch_merge)
             image_tokens = self.get_image_features(pixel_values, image_grid_thw)
             inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], image_tokens.to(inputs_embeds))
         elif past_key_values is None and input_ids is not None:
             self._refuse_orphans(input_ids)
 
-        if blocks is not None or branch_ids is not None:
+        if blocks is not None or seen_until is not None:
             attention_mask = attention_masks(
                 self.config.get_text_config(),
                 inputs_embeds,
@@ -127,8 +126,7 @@ class VoraModel(VoraPreTrainedModel):
                 past_key_values,
                 position_ids,
                 blocks,
-                document_ids,
-                branch_ids,
+                seen_until,
             )
         # Text alone takes the LLM's own road, mask included, so its logits stay the LLM's to the last bit.
         outputs = self.language_model(
@@ -171,7 +169,9 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_llm(cls, llm, *, teacher=None, patch_size=None, image_size=None, image_token_id=None, **llm_kwargs):
+    def from_llm(
+        cls, llm, *, teacher=None, patch_size=None, image_size=None, patch_merge=1, image_token_id=None, **llm_kwargs
+    ):
         """Put fresh eyes on an LLM.
 
         Args:
@@ -180,6 +180,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
                 eyes start from; it also sets the defaults of the two sizes.
             patch_size: side of a patch in pixels; 14 without a teacher.
             image_size: side in pixels of the square that the learned positions cover; 448 without a teacher.
+            patch_merge: m; m x m neighbouring patches become one image token.
             image_token_id: a token of the vocabulary; by default the tokenizer's own or a spare special token.
             llm_kwargs: as for `AutoModelForCausalLM.from_pretrained` (`dtype`, `attn_implementation`, ...).
 
@@ -198,6 +199,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             text_config=llm.config.get_text_config(),
             image_token_id=image_token_id,
             lm_head_bias=head.bias is not None,
+            patch_merge=patch_merge,
             dtype=llm.dtype,
             **eyes,
         )
@@ -323,11 +325,12 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         pixel_values, grids = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_grid_thw", None)
         if pixel_values is not None and expand_size > 1:
             embeds = model_kwargs.get("inputs_embeds")
-            tokens = self.model.image_token_mask(input_ids if embeds is None else None, embeds).sum(-1).tolist()
-            patches_of_row = pixel_values.split(tokens)
+            is_image = self.model.image_token_mask(input_ids if embeds is None else None, embeds)
+            num_patches = (is_image.sum(-1) * self.config.patch_merge**2).tolist()
+            patches_of_row = pixel_values.split(num_patches)
             pixel_values = torch.cat([patches for patches in patches_of_row for _ in range(expand_size)])
             rows, sizes = [], grids.prod(-1).tolist()
-            for budget in tokens:
+            for budget in num_patches:
                 row = []
                 while budget > 0:
                     row.append(len(row) + sum(map(len, rows)))

@@ -1,7 +1,7 @@
-"""Patches to image tokens: linear, norm, two-dimensional positions resampled to any grid, projection.
+"""Patches to image tokens: linear, norm, two-dimensional positions resampled to any grid, merge, projection.
 
-Dims: P patches of all images of the batch, C channels, p patch side, D_v = vision_hidden_size, D = LLM width,
-G = side of the learned grid, N images.
+Dims: P patches of all images of the batch, C channels, p patch side, m = patch_merge, D_v = vision_hidden_size,
+D = LLM width, G = side of the learned grid, N images.
 """
 
 import torch
@@ -13,7 +13,8 @@ class PatchEmbedding(nn.Module):
     """Everything that VoRA adds to an LLM for good (arXiv 2503.20680, section 3.1).
 
     The `nn.Linear` over flattened patches equals the strided convolution of a ViT. Positions are learned on a G x G
-    grid and resampled in two dimensions to the grid of each image.
+    grid and resampled in two dimensions to the grid of each image. With `patch_merge` m, the m x m neighbours of a
+    square go through the projection together and become one token.
     """
 
     def __init__(self, config):
@@ -23,13 +24,14 @@ class PatchEmbedding(nn.Module):
         self.patch = nn.Linear(config.num_channels * config.patch_size**2, width)
         self.norm = nn.RMSNorm(width, eps=1e-5) if config.patch_norm else nn.Identity()
         self.position = nn.Parameter(torch.zeros(self.grid_size**2, width))
-        self.projection = nn.Linear(width, config.text_config.hidden_size, bias=False)
+        self.patch_merge = config.patch_merge
+        self.projection = nn.Linear(config.patch_merge**2 * width, config.text_config.hidden_size, bias=False)
 
     def forward(self, pixel_values, image_grid_thw):
-        """float[P, C*p*p] patches and int[N, 3] grids to float[P, D] image tokens.
+        """float[P, C*p*p] patches and int[N, 3] grids to float[P / m^2, D] image tokens.
 
         Raises:
-            ValueError: the grids do not account for exactly the patches given.
+            ValueError: the grids do not account for exactly the patches given, or a side is no multiple of m.
         """
         grids = image_grid_thw.tolist()
         num_patches = sum(t * h * w for t, h, w in grids)
@@ -39,7 +41,7 @@ class PatchEmbedding(nn.Module):
                 f"in {len(grids)} images: pass both from one call of the image processor."
             )
         tokens = self.norm(self.patch(pixel_values.to(self.patch.weight.dtype)))
-        return self.projection(tokens + self.positions(grids))
+        return self.projection(merge_neighbours(tokens + self.positions(grids), grids, self.patch_merge).flatten(1))
 
     def positions(self, grids):
         """Learned positions of every patch: list of (frames, rows, columns) to float[P, D_v]."""
@@ -55,3 +57,32 @@ class PatchEmbedding(nn.Module):
             table.float(), (num_rows, num_columns), mode="bicubic", align_corners=False, antialias=True
         )
         return table[0].flatten(1).T.to(self.position.dtype)
+
+
+def merge_neighbours(features, grids, patch_merge):
+    """Features of patches grouped by the image token that they become.
+
+    Args:
+        features: float[P, D], raster order.
+        grids: list of (frames, rows, columns).
+
+    Returns:
+        float[P / m^2, m^2, D]: tokens in raster order, the patches of each in raster order too.
+
+    Raises:
+        ValueError: a side of a grid is no multiple of m.
+    """
+    m = patch_merge
+    if m == 1:
+        return features[:, None]
+    if odd := [(h, w) for _, h, w in grids if h % m or w % m]:
+        raise ValueError(
+            f"{len(odd)} of {len(grids)} images have grids, such as {odd[0][0]} x {odd[0][1]} patches, that do not "
+            f"split into {m} x {m} neighbours: make the patches with an image processor of patch_merge={m}."
+        )
+    parts = features.split([t * h * w for t, h, w in grids])
+    squares = [
+        part.view(t, h // m, m, w // m, m, -1).transpose(2, 3).flatten(3, 4).flatten(0, 2)
+        for part, (t, h, w) in zip(parts, grids)
+    ]
+    return torch.cat(squares)

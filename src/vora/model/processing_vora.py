@@ -73,7 +73,9 @@ class VoraProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
-    def from_llm(cls, llm, *, teacher=None, patch_size=None, image_size=None, chat_template=None, **image_kwargs):
+    def from_llm(
+        cls, llm, *, teacher=None, patch_size=None, image_size=None, patch_merge=1, chat_template=None, **image_kwargs
+    ):
         """The processor for `VoraForConditionalGeneration.from_llm` with the same arguments.
 
         Args:
@@ -92,26 +94,28 @@ class VoraProcessor(ProcessorMixin):
                 if hasattr(teacher, name):
                     image_kwargs.setdefault(name, getattr(teacher, name))
         patch_size, image_size = patch_size or 14, image_size or 448
-        image_kwargs.setdefault("max_image_tokens", (image_size // patch_size) ** 2)
+        image_kwargs.setdefault("max_image_tokens", (image_size // (patch_size * patch_merge)) ** 2)
         image_kwargs.setdefault("min_image_tokens", min(4, image_kwargs["max_image_tokens"]))
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         template = chat_template or _template_of(tokenizer)
         return cls(
-            VoraImageProcessor(patch_size=patch_size, **image_kwargs),
+            VoraImageProcessor(patch_size=patch_size, patch_merge=patch_merge, **image_kwargs),
             tokenizer,
             chat_template=FLATTEN_CONTENT.replace("IMAGE_TOKEN", image_token) + template,
             image_token=image_token,
         )
 
     def replace_image_token(self, image_inputs, image_idx, **kwargs):
-        """One placeholder to as many image tokens as the image has patches."""
-        return self.image_token * math.prod(image_inputs["image_grid_thw"][image_idx].tolist())
+        """One placeholder to as many image tokens as the image makes."""
+        num_patches = math.prod(image_inputs["image_grid_thw"][image_idx].tolist())
+        return self.image_token * (num_patches // self.image_processor.patch_merge**2)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
         """Image tokens for images of (height, width) pixels, without reading them."""
-        counts = [self.image_processor.get_number_of_image_patches(*size, kwargs) for size in image_sizes or []]
-        return MultiModalData(num_image_tokens=counts, num_image_patches=counts)
+        patches = [self.image_processor.get_number_of_image_patches(*size, kwargs) for size in image_sizes or []]
+        tokens = [count // self.image_processor.patch_merge**2 for count in patches]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=patches)
 
     def training_sample(self, messages, **images_kwargs):
         """One conversation as unpadded model inputs with labels on the assistant's tokens.
@@ -150,7 +154,7 @@ class VoraProcessor(ProcessorMixin):
         images, counts = [source for message in messages for source in self._images_of(message)], []
         sample = self.image_processor(images, return_tensors="np", **images_kwargs) if images else {}
         if images:
-            counts = sample["image_grid_thw"].prod(-1)
+            counts = sample["image_grid_thw"].prod(-1) // self.image_processor.patch_merge**2
         ids, labels = np.array(ids), np.array(labels)
         places = ids == self.image_token_id
         if places.sum() != len(images):
@@ -159,7 +163,7 @@ class VoraProcessor(ProcessorMixin):
                 "up to its last assistant turn: give one image per place, and none after it."
             )
         repeats = np.ones(len(ids), int)
-        repeats[places] = counts  # every patch gets its image token
+        repeats[places] = counts  # an image's place becomes its image tokens
         labels[places] = -100
         return {**sample, "input_ids": ids.repeat(repeats), "labels": labels.repeat(repeats)}
 

@@ -27,7 +27,7 @@ from vora.train.run import merge_run, train
 
 NUM_SHOWN = 12
 MOST_TRAINING_MINUTES = 9.0
-TOKENS_PER_QUESTION = 12  # with the picture's share, under the quickstart's chat template
+TOKENS_PER_QUESTION = 10  # with the picture's share, under the quickstart's chat template
 
 
 def run_quickstart(out, *, llm, minutes, seed, console):

@@ -21,6 +21,7 @@ class ModelSection(Section):
     vora: str | None = None
     patch_size: int | None = None
     image_size: int | None = None
+    patch_merge: int = Field(1, ge=1)
     chat_template: str | None = None  # Jinja text, or a path beside the recipe
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attn_implementation: Literal["sdpa", "eager", "flex_attention"] = "sdpa"

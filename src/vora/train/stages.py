@@ -34,7 +34,9 @@ def build_learner(recipe):
         if teacher is not None:
             pairs = block_pairs(num_blocks, teacher.num_blocks, recipe.teacher.spread)
             width = student.config.get_text_config().hidden_size
-            distillation = BlockwiseDistillation(pairs, width, teacher.hidden_size, center=recipe.teacher.center)
+            distillation = BlockwiseDistillation(
+                pairs, width, teacher.hidden_size, recipe.teacher.center, patch_merge=student.config.patch_merge
+            )
         weight = 0.0 if recipe.teacher is None else recipe.teacher.weight
         learner = VisionLearner(peft_model, processor.image_processor, teacher, distillation, weight)
     check_trainable(learner, recipe.stage)
@@ -56,7 +58,7 @@ def build_student(recipe, teacher=None):
             "Stage finetune trains a merged VoRA model, but the recipe names a bare LLM: run stage pretrain and "
             "`vora merge` first, and give the merged folder as model.vora."
         )
-    eyes = {"patch_size": wanted.patch_size, "image_size": wanted.image_size}
+    eyes = {"patch_size": wanted.patch_size, "image_size": wanted.image_size, "patch_merge": wanted.patch_merge}
     if teacher is not None and recipe.teacher.starts_eyes:
         eyes["teacher"] = teacher
     model = VoraForConditionalGeneration.from_llm(

@@ -60,7 +60,7 @@ class VoraTrainer(Trainer):
                 total, count = self._terms.get(name, (0.0, 0))
                 scale = self.current_gradient_accumulation_steps if name == "lm_loss" else 1
                 self._terms[name] = (total + scale * losses[name].detach(), count + 1)
-        self.num_samples_seen += count_samples(inputs)
+        self.num_samples_seen += int(inputs["num_samples"])
         self._tokens += inputs["input_ids"].numel()
         if inputs["input_ids"].device.type == "cpu":  # elsewhere it would wait for the device: see log
             refuse_non_finite(losses["loss"].item(), self.state.global_step)
@@ -145,14 +145,6 @@ def _eyes_first(step, rest, num_first, num_warmup, scale):
     if step >= num_first:
         return scale * rest(step - num_first)
     return min((step + 1) / num_warmup, (num_first - step) / num_first)
-
-
-def count_samples(inputs):
-    """Conversations in a batch (branches that predict something), or pictures where nothing is to be predicted."""
-    documents, branches, predicts = inputs["document_ids"], inputs["branch_ids"], inputs["targets"] != -100
-    rows = torch.arange(len(documents), device=documents.device)[:, None].expand_as(documents)
-    counted = predicts if predicts.any() else documents >= 0
-    return len(torch.unique(torch.stack([rows, documents, branches], -1)[counted], dim=0))
 
 
 def refuse_non_finite(loss, step):
