@@ -36,7 +36,7 @@ def test_exact_answers_agree_with_greedy_generation(seeing, monkeypatch):
     spoken = []
 
     def given_answer(ids):  # answers as token ids, so that a random model's own words can be right
-        return lambda messages: {**original(messages), **_with_answer(original(messages), ids, end)}
+        return lambda messages, *_: {**original(messages), **_with_answer(original(messages), ids, end)}
 
     original = processor.training_sample
     for image in images:

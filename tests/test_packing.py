@@ -181,3 +181,9 @@ def test_rows_are_filled_in_order_and_never_overfull():
     assert fill_rows([5, 6, 4, 3], 10) == [[0, 2], [1, 3]]
     with pytest.raises(ValueError, match="Sample 1 has 11 tokens, but a row holds 10"):
         fill_rows([5, 11], 10)
+
+
+def test_a_sample_that_predicts_nothing_is_refused():
+    silent = {"input_ids": np.array([4, 5]), "labels": np.array([-100, -100])}
+    with pytest.raises(ValueError, match="All labels of 1 of its 2 conversations are masked"):
+        share_prefixes([sample(*text(5)), silent])

@@ -16,7 +16,7 @@ from vora.data.sources import Record, load_source
 from vora.data.stream import PackedRows
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
-from vora.train.pace import steps_that_fit
+from vora.train.pace import precision_overrides, steps_that_fit
 from vora.train.recipe import load_recipe
 from vora.train.run import merge_run, train, training_arguments
 from vora.train.stages import build_learner, check_trainable, trainable_counts
@@ -285,6 +285,17 @@ def test_bf16_training_keeps_what_trains_in_fp32(recipe, tmp_path):
     assert kinds == {torch.float32}
     model, _ = merge_run(tmp_path / "run")
     assert model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_either_precision_chosen_for_a_processor_makes_a_run(recipe, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("vora.train.pace.cpu_dtype", lambda: dtype)
+    values = recipe(max_steps=3).model_dump()
+    values["training"].pop("use_cpu")
+    chosen = load_recipe(values, [f"{key}={value}" for key, value in precision_overrides().items()])
+    trainer = run(chosen, tmp_path / "run")
+    assert trainer.args.bf16 == (dtype == "bfloat16") and trainer.model.vora.dtype == getattr(torch, dtype)
 
 
 def test_teacher_and_heads_stay_out_of_the_student(llm_folder, teacher_folder):

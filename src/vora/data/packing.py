@@ -6,6 +6,23 @@ Dims: B rows, T tokens of a row, P patches of all images, N images.
 import numpy as np
 import torch
 
+IMAGE_INPUTS = ("pixel_values", "image_grid_thw")
+
+
+def sample_of_record(record, processor, conversations):
+    """A record with some of its conversations as one sample of `share_prefixes`; its picture is read once.
+
+    Raises:
+        ValueError: its image cannot be read, or a conversation does not fit it.
+    """
+    image = record.open_image()
+    image = None if image is None else processor.image_processor.fetch_images(image)
+    samples, image_inputs = [], None
+    for conversation in conversations:
+        samples.append(processor.training_sample(record.messages(image, conversation), image_inputs))
+        image_inputs = {name: samples[0][name] for name in IMAGE_INPUTS if name in samples[0]}
+    return share_prefixes(samples)
+
 
 def share_prefixes(samples):
     """Several questions to one picture as one sample, in which the picture, and all words that they begin with alike,
@@ -21,8 +38,16 @@ def share_prefixes(samples):
     Returns:
         dict: input_ids, targets, position_ids, seen_until int[T]; ends, the place of each sample's last token, in the
         order given; num_samples; and the images of the first sample.
+
+    Raises:
+        ValueError: a sample has nothing to predict.
     """
     samples = [{**sample, **next_targets(sample)} for sample in samples]
+    if silent := sum(len(sample["input_ids"]) == 0 for sample in samples):
+        raise ValueError(
+            f"All labels of {silent} of its {len(samples)} conversations are masked: no token of an assistant is left "
+            "to learn."
+        )
     order = sorted(range(len(samples)), key=lambda i: samples[i]["input_ids"].tolist())
     path, paths, parts = np.zeros(0, int), {}, []
     for index, before in zip(order, [None, *order]):
@@ -39,7 +64,7 @@ def share_prefixes(samples):
     whole["seen_until"] = np.zeros(len(whole["input_ids"]), int)
     for path in paths.values():  # depth first, so each ends later than those before
         whole["seen_until"][path] = path[-1]
-    images = {name: samples[0][name] for name in ("pixel_values", "image_grid_thw") if name in samples[0]}
+    images = {name: samples[0][name] for name in IMAGE_INPUTS if name in samples[0]}
     ends = np.array([paths[index][-1] for index in range(len(samples))])
     return whole | {"ends": ends, "num_samples": len(samples)} | images
 
@@ -125,7 +150,7 @@ def collate_rows(rows, row_tokens, pad_token_id):
             start = end
     batch["num_samples"] = np.array(sum(sample["num_samples"] for samples in rows for sample in samples))
     with_images = [sample for samples in rows for sample in samples if "pixel_values" in sample]
-    for name in ("pixel_values", "image_grid_thw"):
+    for name in IMAGE_INPUTS:
         if with_images:
             batch[name] = np.concatenate([sample[name] for sample in with_images])
     return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -38,8 +38,17 @@ class Record:
         return [{**first, "content": content}, *rest]
 
     def open_image(self):
-        """The picture as the processor takes it; encoded bytes are decoded."""
-        return Image.open(BytesIO(self.image)) if isinstance(self.image, bytes) else self.image
+        """The picture as the processor takes it; encoded bytes are decoded.
+
+        Raises:
+            ValueError: the bytes are no image.
+        """
+        if not isinstance(self.image, bytes):
+            return self.image
+        try:
+            return Image.open(BytesIO(self.image))
+        except OSError as error:
+            raise ValueError(f"Cannot read its image: {error}") from None
 
 
 class EasyVqa:

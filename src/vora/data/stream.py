@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.utils.data import IterableDataset
 
-from vora.data.packing import collate_rows, fill_rows, image_only, share_prefixes
+from vora.data.packing import collate_rows, fill_rows, image_only, sample_of_record
 
 CARRIED = 48  # samples among which rows are filled; more would pack tighter and read further ahead
 
@@ -102,21 +102,12 @@ class PackedRows(IterableDataset):
         conversations = record.conversations
         if max_conversations is not None and len(conversations) > max_conversations:
             conversations = rng.sample(conversations, max_conversations)
-        try:
-            image = record.open_image()
-        except OSError as error:
-            raise ValueError(f"Cannot read its image: {error}") from None
-        image = None if image is None else self.processor.image_processor.fetch_images(image)
-        sample = share_prefixes(
-            [self.processor.training_sample(record.messages(image, conversation)) for conversation in conversations]
-        )
+        sample = sample_of_record(record, self.processor, conversations)
         if len(sample["input_ids"]) > self.row_tokens:
             raise ValueError(
                 f"Its {len(sample['input_ids'])} tokens exceed the {self.row_tokens} of a row: raise data.row_tokens, "
                 "or lower data.questions_per_image."
             )
-        if (sample["targets"] == -100).all():
-            raise ValueError("All its labels are masked: no token of an assistant is left to learn.")
         return sample
 
     def collate(self, rows):

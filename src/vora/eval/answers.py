@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vora.data.packing import collate_rows, share_prefixes
+from vora.data.packing import collate_rows, sample_of_record
 
 TOKENS_PER_BATCH = 2048
 
@@ -55,10 +55,7 @@ def _batches(processor, records):
     samples = []
     for index in range(len(records)):
         record = records[index]
-        image = record.open_image()
-        image = None if image is None else processor.image_processor.fetch_images(image)
-        conversations = [processor.training_sample(record.messages(image, c)) for c in record.conversations]
-        samples.append((index, share_prefixes(conversations)))
+        samples.append((index, sample_of_record(record, processor, record.conversations)))
     samples.sort(key=lambda pair: len(pair[1]["input_ids"]))
     batch = []
     for index, sample in samples:

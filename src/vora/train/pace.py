@@ -11,8 +11,11 @@ MARGIN = 1.1  # logging, and the ups and downs of a shared machine
 
 def precision_overrides():
     """The recipe's values for the precision that suits this machine: {dotted key: value}."""
-    dtype = "bfloat16" if torch.cuda.is_available() else cpu_dtype()
-    return {"model.dtype": dtype, "training.bf16": dtype == "bfloat16"}
+    if torch.cuda.is_available():
+        return {"model.dtype": "bfloat16", "training.bf16": True}
+    dtype = cpu_dtype()
+    # TrainingArguments takes bf16 without an accelerator only where the processor is asked for by name
+    return {"model.dtype": dtype, "training.bf16": dtype == "bfloat16", "training.use_cpu": dtype == "bfloat16"}
 
 
 def cpu_dtype():
