@@ -69,7 +69,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--llm", default="smollm2-135m")
-    parser.add_argument("--lm-steps", type=int, default=160, help="steps with questions, some 20 questions each")
+    parser.add_argument("--lm-steps", type=int, default=120, help="steps with questions, some 37 questions each")
     parser.add_argument("--every", type=int, default=40, help="steps between measurements")
     parser.add_argument("--test-pictures", type=int, default=100)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
