@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from vora.model.modeling_vora import VoraForConditionalGeneration
@@ -110,17 +111,16 @@ class VoraTrainer(Trainer):
         """
         first = self.image_only_steps
         scheduler = super().create_scheduler(num_training_steps - first, optimizer)
-        if first:
-            warmup = max(1, self.args.get_warmup_steps(num_training_steps - first))
-            parts = [group["part"] for group in self.optimizer.param_groups]
-            scales = [self.eyes_scale if is_eyes else 1.0 for _, is_eyes in parts]
-            scheduler.lr_lambdas = [
-                partial(_eyes_first, rest=rest, num_first=first, num_warmup=warmup, scale=scale)
-                for rest, scale in zip(scheduler.lr_lambdas, scales)
-            ]
-            scheduler.last_epoch = -1
-            scheduler.step()
-        return scheduler
+        if not first:
+            return scheduler
+        warmup = max(1, self.args.get_warmup_steps(num_training_steps - first))
+        schedules = []
+        for group, rest, rate in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs):
+            _, is_eyes = group["part"]
+            group["lr"] = rate
+            schedules.append(partial(_eyes_first, rest, first, warmup, self.eyes_scale if is_eyes else 1.0))
+        self.lr_scheduler = LambdaLR(scheduler.optimizer, schedules)
+        return self.lr_scheduler
 
     def _save(self, output_dir=None, state_dict=None):
         if not self.args.should_save:
@@ -141,7 +141,7 @@ def part_of(name):
     return "rest"
 
 
-def _eyes_first(step, rest, num_first, num_warmup, scale):
+def _eyes_first(rest, num_first, num_warmup, scale, step):
     if step >= num_first:
         return scale * rest(step - num_first)
     return min((step + 1) / num_warmup, (num_first - step) / num_first)
