@@ -50,7 +50,9 @@ def test_beams_of_a_batch_equal_its_rows_alone(vora):
 def test_a_wrong_number_of_tokens_names_both_counts(vora):
     inputs = merged_prompt([(1, 2, 0), 20])
     inputs["image_grid_thw"][0, 1] *= 2
-    with pytest.raises(ValueError, match="2 image tokens but the 1 images given make 4, one for every 2 x 2 patches"):
+    with pytest.raises(
+        ValueError, match="2 image tokens but the 1 images given have 16 patches, which make 4 at patch_merge 2"
+    ):
         vora(**inputs)
 
 

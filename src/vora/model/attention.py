@@ -28,10 +28,10 @@ def image_blocks(is_image, image_grid_thw, patch_merge=1):
     frames = (frames[:, 1:].prod(-1) // patch_merge**2).repeat_interleave(frames[:, 0])
     num_placed, num_given = int(is_image.sum()), int(frames.sum())
     if num_placed != num_given:
-        per_token = "every patch" if patch_merge == 1 else f"every {patch_merge} x {patch_merge} patches"
         raise ValueError(
-            f"The prompt has {num_placed} image tokens but the {image_grid_thw.shape[0]} images given make "
-            f"{num_given}, one for {per_token}. Was the prompt cut, or an image left out?"
+            f"The prompt has {num_placed} image tokens but the {image_grid_thw.shape[0]} images given have "
+            f"{num_given * patch_merge**2} patches, which make {num_given} at patch_merge {patch_merge}. "
+            "Was the prompt cut, or an image left out?"
         )
     blocks = torch.full(is_image.shape, -1, device=is_image.device)
     blocks[is_image] = torch.arange(len(frames), device=is_image.device).repeat_interleave(frames)
