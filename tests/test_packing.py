@@ -7,7 +7,7 @@ from PIL import Image
 from tiny import GRID, IMAGE, PATCH, prompt, states_of_blocks, text, tiny_llm, tiny_vora
 
 from vora import VoraForConditionalGeneration, VoraProcessor
-from vora.data.packing import collate_rows, fill_rows, next_targets, share_prefixes
+from vora.data.packing import collate_rows, next_row, next_targets, share_prefixes
 from vora.distill.learner import VisionLearner
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
@@ -96,8 +96,9 @@ def test_packed_rows_learn_as_their_samples_would_alone(family):
     ]
     shared = [share_prefixes(group) for group in groups]
     lengths = [len(one["input_ids"]) for one in shared]
-    rows = fill_rows(lengths, 48)
-    assert len(rows) < len(groups) and sorted(sum(rows, [])) == list(range(5))
+    first = next_row(lengths, 48)
+    rows = [first, [i for i in range(5) if i not in first]]
+    assert len(first) > 1 and sum(lengths[i] for i in rows[1]) <= 48 * 2
     batch = collate_rows([[shared[i] for i in row] for row in rows], 48, pad_token_id=0)
     together = learner(**batch, num_items_in_batch=1)["loss"]
     alone = losses_of_samples(learner, sum(groups, [])).sum()
@@ -177,10 +178,10 @@ def test_samples_of_the_processor_pack_as_well(llm_folder):
     assert (batch["targets"] != -100).sum() == spoken
 
 
-def test_rows_are_filled_in_order_and_never_overfull():
-    assert fill_rows([5, 6, 4, 3], 10) == [[0, 2], [1, 3]]
-    with pytest.raises(ValueError, match="Sample 1 has 11 tokens, but a row holds 10"):
-        fill_rows([5, 11], 10)
+def test_a_row_takes_the_oldest_then_the_longest_that_fit():
+    assert next_row([5, 6, 4, 3], 10) == [0, 2]
+    assert next_row([5, 1, 2, 3], 10) == [0, 2, 3]
+    assert next_row([10, 1], 10) == [0]
 
 
 def test_a_sample_that_predicts_nothing_is_refused():

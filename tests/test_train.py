@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, TrainerCallback, ViTConfig, ViTModel
 
 import vora
-from vora.data.sources import Record, load_source
+from vora.data.sources import load_source
 from vora.data.stream import PackedRows
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
@@ -242,39 +242,6 @@ def test_distilling_alone_runs_no_block_above_the_teachers(recipe):
     out = learner(**batch)
     assert ran == [0, 1][: len(ran)] and len(ran) <= 2
     assert "lm_loss" not in out and float(out["distill_loss"]) > 0
-
-
-def test_bad_records_are_named_and_skipped(llm_folder, tmp_path):
-    processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=8, image_size=16)
-    good = Record("good", Image.new("RGB", (16, 16)), [[_said("user", "what?"), _said("assistant", "red")]])
-    (tmp_path / "empty.png").write_bytes(b"")
-    bad = Record("bad", str(tmp_path / "empty.png"), good.conversations)
-    silent = Record("silent", None, [[_said("user", "what?")]])
-    rows = PackedRows([[good] * 30 + [bad, silent]], processor, 64, bad_samples=tmp_path / "bad.jsonl")
-    iterator = iter(rows)
-    for _ in range(40):
-        next(iterator)
-    named = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
-    assert sorted(line["record"] for line in named) == ["bad", "silent"]  # once each, however many epochs
-    assert any("0 bytes" in line["cause"] for line in named)
-    with pytest.raises(ValueError, match="records are bad"):
-        next(iter(PackedRows([[bad] * 4], processor, 64)))
-    with pytest.raises(ValueError, match="empty dataset"):
-        PackedRows([[]], processor, 64)
-
-
-def _said(role, text):
-    return {"role": role, "content": text}
-
-
-def test_the_stream_is_the_same_for_the_same_seed(llm_folder, data_file):
-    processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=8, image_size=16)
-
-    def first_rows(seed):
-        iterator = iter(PackedRows([load_source(data_file)], processor, 64, 1, seed=seed))
-        return [[sample["input_ids"].tolist() for sample in next(iterator)] for _ in range(8)]
-
-    assert first_rows(0) == first_rows(0) != first_rows(1)
 
 
 def test_bf16_training_keeps_what_trains_in_fp32(recipe, tmp_path):

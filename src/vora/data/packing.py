@@ -9,17 +9,24 @@ import torch
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw")
 
 
-def sample_of_record(record, processor, conversations):
-    """A record with some of its conversations as one sample of `share_prefixes`; its picture is read once.
+def sample_of_record(record, processor, conversations, **images_kwargs):
+    """A record with some of its conversations as one sample of `share_prefixes`; its images are read once.
+
+    Args:
+        images_kwargs: for the image processor, such as `max_image_tokens`.
 
     Raises:
-        ValueError: its image cannot be read, or a conversation does not fit it.
+        ValueError: an image cannot be read, or a conversation does not fit the record.
     """
-    image = record.open_image()
-    image = None if image is None else processor.image_processor.fetch_images(image)
-    samples, image_inputs = [], None
+    if not conversations:
+        raise ValueError("It has 0 conversations: there is nothing to learn.")
+    opened, samples, image_inputs = record.open_images(), [], None
     for conversation in conversations:
-        samples.append(processor.training_sample(record.messages(image, conversation), image_inputs))
+        if conversation[0]["role"] == "text":
+            samples.append(processor.text_sample(conversation[0]["content"]))
+            continue
+        messages = record.messages(opened, conversation)
+        samples.append(processor.training_sample(messages, image_inputs, **images_kwargs))
         image_inputs = {name: samples[0][name] for name in IMAGE_INPUTS if name in samples[0]}
     return share_prefixes(samples)
 
@@ -78,6 +85,7 @@ def image_only(sample, image_token_id):
         "targets": np.full(length, -100),
         "position_ids": sample["position_ids"][:length],
         "seen_until": sample["seen_until"][:length].clip(max=length - 1),
+        "ends": np.array([length - 1]),
         "num_samples": 1,
     }
 
@@ -97,35 +105,23 @@ def _num_shared(first, second):
     return int(apart.argmax()) if apart.any() else length
 
 
-def fill_rows(lengths, row_tokens):
-    """Assign samples to rows, first fit in order, looking back over the last few open rows.
+def next_row(lengths, row_tokens):
+    """Choose the samples of the next row: the oldest, then again and again the longest that still fits.
 
     Args:
-        lengths: tokens of each sample, in order.
-        row_tokens: tokens that a row holds.
+        lengths: tokens of each waiting sample, oldest first.
+        row_tokens: tokens that a row holds, at least as many as the oldest has.
 
     Returns:
-        list of rows, each a list of indices into `lengths`; a row is complete when it leaves the window.
-
-    Raises:
-        ValueError: a sample is longer than a row.
+        list of indices into `lengths`, in order.
     """
-    rows, room, window = [], [], 16
-    for index, length in enumerate(lengths):
-        if length > row_tokens:
-            raise ValueError(
-                f"Sample {index} has {length} tokens, but a row holds {row_tokens}: raise row_tokens in the recipe."
-            )
-        for row in range(max(0, len(rows) - window), len(rows)):
-            if room[row] >= length:
-                break
-        else:
-            rows.append([])
-            room.append(row_tokens)
-            row = len(rows) - 1
-        rows[row].append(index)
-        room[row] -= length
-    return rows
+    lengths = np.asarray(lengths)
+    row, room = [0], row_tokens - lengths[0]
+    for index in 1 + np.argsort(-lengths[1:], kind="stable"):
+        if lengths[index] <= room:
+            row.append(int(index))
+            room -= lengths[index]
+    return sorted(row)
 
 
 def collate_rows(rows, row_tokens, pad_token_id):

@@ -1,149 +1,401 @@
-"""Files to records: an image, or none, and the conversations about it."""
+"""Files and datasets as rows in blocks, of which only those in use are in memory.
 
+A block is what is read at once: a row group of Parquet, some lines of JSON, some samples of a tar file. A source knows
+how many rows each of its blocks holds, and nothing else of what is in them.
+"""
+
+import io
 import json
+import re
+import tarfile
 from collections import defaultdict
-from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
-from datasets import Image as ImageFeature
-from datasets import load_dataset
-from PIL import Image
+import numpy as np
+import pyarrow.parquet as pq
 
+from vora.data.record import COLUMNS, IMAGE_COLUMNS, question_and_answer, record_of_row
 from vora.model.wheel_files import wheel_files
 
 EASY_VQA = "easy-vqa"
+ROWS_PER_BLOCK = 128  # where the file itself has no blocks
+SPLITS = ("train", "validation", "valid", "val", "test", "dev")
+PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
-@dataclass
-class Record:
-    """One picture (path, PIL image, encoded bytes, or None for text alone) and independent conversations about it.
+class Source:
+    """Rows in blocks.
 
     Args:
-        name: says where the record stands, for messages about bad ones.
-        conversations: lists of messages whose content is text; the picture goes before the first user's text.
+        name: of the source, for messages.
+        files: paths.
+        image_folder: where paths of images start; by default the folder of the first file.
+        caption_prompts: see `record_of_row`.
+        columns: {our name: the file's name} of columns.
+        max_samples: the first so many rows only.
+
+    Raises:
+        ValueError: no row is there, a file cannot be read, or no row of the first block has a layout.
     """
 
-    name: str
-    image: Any
-    conversations: list
+    def __init__(self, name, files, image_folder=None, caption_prompts=(), columns=None, max_samples=None):
+        self.name, self.files = name, [str(file) for file in files]
+        self.image_folder = str(image_folder or (Path(self.files[0]).parent if self.files else "."))
+        self.caption_prompts, self.columns = list(caption_prompts), dict(columns or {})
+        blocks = [(f, *place, count) for f, file in enumerate(self.files) for *place, count in self._scanned(file)]
+        sizes = np.array([block[-1] for block in blocks], np.int64)
+        self.blocks = np.array([block[:-1] for block in blocks], np.int64)
+        if max_samples is not None:
+            sizes = np.diff(np.minimum(sizes.cumsum(), max_samples), prepend=0)
+        self.blocks, self.block_sizes = self.blocks[sizes > 0], sizes[sizes > 0]
+        self.starts = self.block_sizes.cumsum() - self.block_sizes
+        self._cached = (None, None)
+        if len(self) == 0:
+            raise ValueError(f"{name} holds 0 rows: an empty dataset cannot be trained on.")
+        self._refuse_unknown_layout()
 
-    def messages(self, opened, conversation):
-        """A conversation with the opened picture in it, as the processor takes it."""
-        if opened is None:
-            return conversation
-        first, *rest = conversation
-        content = [{"type": "image", "image": opened}, {"type": "text", "text": first["content"]}]
-        return [{**first, "content": content}, *rest]
+    def __len__(self):
+        return int(self.block_sizes.sum())
 
-    def open_image(self):
-        """The picture as the processor takes it; encoded bytes are decoded.
+    def __getitem__(self, index):
+        """The `Record` of a row; neighbours are fast, since a block stays in memory until the next one is asked for."""
+        index = range(len(self))[index]
+        block = int(np.searchsorted(self.starts, index, side="right")) - 1
+        if self._cached[0] != block:
+            self._cached = (block, self.read_block(block))
+        return self.record(block, index - int(self.starts[block]), self._cached[1])
+
+    def row_name(self, block, offset):
+        """Where a row stands: file and number in it."""
+        file = self.blocks[block, 0]
+        first = np.searchsorted(self.blocks[:, 0], file)
+        return f"{self.files[file]}:{self.starts[block] - self.starts[first] + offset}"
+
+    def record(self, block, offset, rows):
+        """The record of a row of a block that `read_block` has read.
 
         Raises:
-            ValueError: the bytes are no image.
+            ValueError: the row is not what a layout says.
         """
-        if not isinstance(self.image, bytes):
-            return self.image
+        row = self.row(rows, offset)
+        if isinstance(row, ValueError):
+            raise row
+        for ours, theirs in self.columns.items():
+            row[ours] = row.pop(theirs, None)
         try:
-            return Image.open(BytesIO(self.image))
-        except OSError as error:
-            raise ValueError(f"Cannot read its image: {error}") from None
+            return record_of_row(row, self.row_name(block, offset), self.image_folder, self.caption_prompts)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"It is not built as its layout is: {type(error).__name__}: {error}") from None
+
+    def read_block(self, number):
+        """The rows of a block, in a form that `row` takes."""
+        return self._read(self.files[self.blocks[number, 0]], *self.blocks[number, 1:].tolist())
+
+    def row(self, rows, offset):
+        """A row of a block as a dict, or the ValueError that it is."""
+        return dict(rows[offset]) if isinstance(rows[offset], dict) else rows[offset]
+
+    def _scanned(self, file):
+        """Yields (places..., number of rows) for each block of a file."""
+        raise NotImplementedError
+
+    def _read(self, file, *place):
+        raise NotImplementedError
+
+    def _refuse_unknown_layout(self):
+        cause, rows = None, self.read_block(0)
+        for offset in range(self.block_sizes[0]):
+            try:
+                self.record(0, offset, rows)
+                return
+            except ValueError as error:
+                cause = cause or error
+        raise ValueError(f"None of the first {self.block_sizes[0]} rows of {self.name} can be used. The first: {cause}")
 
 
-class EasyVqa:
+class Parquet(Source):
+    """Parquet files; a row group is a block."""
+
+    def _scanned(self, file):
+        with pq.ParquetFile(file) as parquet:
+            for group in range(parquet.num_row_groups):
+                yield group, parquet.metadata.row_group(group).num_rows
+
+    def _read(self, file, group):
+        wanted = {*COLUMNS, *self.columns.values()}
+        with pq.ParquetFile(file) as parquet:
+            names = [name for name in parquet.schema_arrow.names if name in wanted] or parquet.schema_arrow.names
+            return parquet.read_row_group(group, columns=names)
+
+    def row(self, rows, offset):
+        return rows.slice(offset, 1).to_pylist()[0]
+
+
+class Arrow(Source):
+    """Arrow files as `datasets` keeps them: what it prepared from the Hub, or saved to disk."""
+
+    def _scanned(self, file):
+        count = len(_arrow_table(file))
+        for start in range(0, count, ROWS_PER_BLOCK):
+            yield start, min(ROWS_PER_BLOCK, count - start)
+
+    def _read(self, file, start):
+        # opened anew each time, so that what was mapped into memory goes again
+        return [dict(row) for row in _arrow_table(file).slice(start, ROWS_PER_BLOCK).to_pylist()]
+
+
+def _arrow_table(file):
+    from datasets.table import MemoryMappedTable
+
+    return MemoryMappedTable.from_file(file).table
+
+
+class JsonLines(Source):
+    """One JSON object per line."""
+
+    def _scanned(self, file):
+        start = place = count = 0
+        with open(file, "rb") as lines:
+            for line in lines:
+                if line.strip():
+                    count += 1
+                place += len(line)
+                if count == ROWS_PER_BLOCK:
+                    yield start, place, count
+                    start, count = place, 0
+        yield start, place, count
+
+    def _read(self, file, start, end):
+        with open(file, "rb") as lines:
+            lines.seek(start)
+            return [_json_row(line) for line in lines.read(end - start).splitlines() if line.strip()]
+
+
+class JsonArray(Source):
+    """One JSON file that holds a list of objects, as LLaVA's; it is scanned once and read in parts."""
+
+    def _scanned(self, file):
+        start, count, end = None, 0, 0
+        for place, end in _elements(file):
+            start = place if start is None else start
+            count += 1
+            if count == ROWS_PER_BLOCK:
+                yield start, end, count
+                start, count = None, 0
+        if count:
+            yield start, end, count
+
+    def _read(self, file, start, end):
+        with open(file, "rb") as text:
+            text.seek(start)
+            return [_dict_or_error(row) for row in json.loads(b"[" + text.read(end - start) + b"]")]
+
+
+def _json_row(line):
+    try:
+        return _dict_or_error(json.loads(line))
+    except ValueError as error:
+        return ValueError(f"It is no JSON: {error}")
+
+
+def _dict_or_error(row):
+    return row if isinstance(row, dict) else ValueError(f"It is a {type(row).__name__}, not an object with keys.")
+
+
+def _elements(file, chunk_bytes=1 << 24):
+    """(first byte, byte after the last) of each element of a JSON list, with one chunk of the file in memory.
+
+    Bytes are decoded one to one, so that places in the text are places in the file.
+    """
+    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
+    with open(file, encoding="latin-1", newline="") as text:
+        buffer, before = text.read(chunk_bytes), 0
+        place = space.match(buffer).end()
+        if buffer[place : place + 1] != "[":
+            raise ValueError(f"{file} is no list of JSON objects: one object per line is called .jsonl.")
+        place += 1
+        while True:
+            place = space.match(buffer, place).end()
+            if buffer[place : place + 1] == "]":
+                return
+            try:
+                _, end = decoder.raw_decode(buffer, place)
+            except ValueError as error:
+                more = text.read(chunk_bytes)
+                if not more:
+                    raise ValueError(f"{file} is broken at byte {before + place}: {error}") from None
+                before, buffer, place = before + place, buffer[place:] + more, 0
+                continue
+            yield before + place, before + end
+            place = end
+
+
+class WebDataset(Source):
+    """Tar shards; files with the same name up to its first dot are one sample.
+
+    A picture's ending (jpg, png, ...) makes it an image, `txt` a caption; the keys of `json` are columns.
+    """
+
+    def _scanned(self, file):
+        start = end = count = 0
+        last = None
+        try:
+            with tarfile.open(file, "r:") as tar:
+                for member in tar:
+                    tar.members = []  # it would remember all
+                    if not member.isfile():
+                        continue
+                    key = _split_key(member.name)[0]
+                    if key != last:
+                        if count == ROWS_PER_BLOCK:
+                            yield start, end, count
+                            start, count = end, 0
+                        count, last = count + 1, key
+                    end = member.offset_data + (member.size + 511) // 512 * 512
+        except tarfile.TarError as error:
+            raise ValueError(f"{file} is no whole tar file (compressed ones are to be unpacked): {error}") from None
+        if end > Path(file).stat().st_size:
+            raise ValueError(f"{file} is cut off: its last sample {last} ends beyond the file.")
+        yield start, end, count
+
+    def _read(self, file, start, end):
+        with open(file, "rb") as shard:
+            shard.seek(start)
+            data = shard.read(end - start)
+        samples = defaultdict(dict)
+        with tarfile.open(fileobj=io.BytesIO(data + bytes(1024)), mode="r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    key, ending = _split_key(member.name)
+                    samples[key][ending] = tar.extractfile(member).read()
+        return [_row_of_files(key, files) for key, files in samples.items()]
+
+
+def _split_key(path):
+    folder, slash, name = path.rpartition("/")
+    stem, _, ending = name.partition(".")
+    return folder + slash + stem, ending.lower()
+
+
+def _row_of_files(key, files):
+    row, images = {"id": key}, []
+    for ending, data in sorted(files.items()):
+        last = ending.rpartition(".")[2]
+        if last in PICTURE_ENDINGS:
+            images.append(data)
+        elif last == "txt":
+            row["caption"] = data.decode(errors="replace").strip()
+        elif last == "json":
+            values = _json_row(data)
+            if isinstance(values, ValueError):
+                return values
+            row |= values
+    if images:
+        row = {name: value for name, value in row.items() if name not in IMAGE_COLUMNS} | {"images": images}
+    return row
+
+
+class EasyVqa(Source):
     """The pictures and questions of the package easy-vqa 1.0 (MIT): 64-pixel shapes, 13 answers.
 
     Args:
         split: `train` (4,000 pictures, 38,575 questions) or `test` (1,000 and 9,673).
     """
 
-    def __init__(self, split):
+    def __init__(self, split, max_samples=None):
         self.folder = wheel_files("easy-vqa==1.0") / "easy_vqa" / "data" / split
         by_image = defaultdict(list)
         for question, answer, image in json.loads((self.folder / "questions.json").read_text()):
             by_image[image].append((question, answer))
         self.pictures = sorted(by_image.items())
+        super().__init__(EASY_VQA, [self.folder / "questions.json"], max_samples=max_samples)
 
-    def __len__(self):
-        return len(self.pictures)
+    def _scanned(self, file):
+        yield 0, len(self.pictures)
 
-    def __getitem__(self, index):
-        image, pairs = self.pictures[index]
-        path = self.folder / "images" / f"{image}.png"
-        return Record(str(path), str(path), [question_and_answer(*pair) for pair in pairs])
+    def _read(self, file, start):
+        return [
+            {"image": f"images/{image}.png", "questions": [q for q, _ in pairs], "answers": [a for _, a in pairs]}
+            for image, pairs in self.pictures
+        ]
 
-
-class Table:
-    """Rows of Parquet or JSON Lines files: a picture in `image` (encoded, or a path beside the file) with
-    `question(s)` and `answer(s)`, with `caption(s)`, or with `messages` of plain text; or `messages` alone.
-
-    Raises:
-        ValueError: no file is found, no row is in them, or no layout is recognised.
-    """
-
-    def __init__(self, path, split, caption_prompts):
-        self.path, self.caption_prompts = Path(path), caption_prompts
-        files = [self.path] if self.path.is_file() else _files_of(self.path, split)
-        if not files:
-            raise ValueError(
-                f"{path} holds no Parquet or JSON Lines files of the split {split!r}: check data.sources."
-            )
-        kind = "parquet" if files[0].suffix == ".parquet" else "json"
-        self.root = files[0].parent
-        try:
-            self.rows = load_dataset(kind, data_files=[str(file) for file in files], split="train")
-        except Exception as error:  # datasets raises its own and pyarrow's kinds
-            raise ValueError(f"Cannot read {files[0]} as {kind}: {' '.join(str(error).split())[:200]}") from None
-        columns = set(self.rows.column_names)
-        if len(self.rows) == 0:
-            raise ValueError(f"{path} holds 0 rows: an empty dataset cannot be trained on.")
-        layouts = [{"question", "answer"}, {"questions", "answers"}, {"caption"}, {"captions"}, {"messages"}]
-        if not any(layout <= columns for layout in layouts):
-            raise ValueError(
-                f"{path} has the columns {sorted(columns)}: none of the layouts question and answer, caption, messages."
-            )
-        if isinstance(self.rows.features.get("image"), ImageFeature):
-            self.rows = self.rows.cast_column("image", ImageFeature(decode=False))
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        row = self.rows[index]
-        image = row.get("image")
-        if isinstance(image, dict):
-            image = image["bytes"] or image["path"]
-        if isinstance(image, str) and (self.root / image).exists():
-            image = str(self.root / image)
-        return Record(f"{self.path}:{index}", image, self._conversations(row))
-
-    def _conversations(self, row):
-        if row.get("messages"):
-            return [row["messages"]]
-        if "captions" in row or "caption" in row:
-            captions = row.get("captions") or [row["caption"]]
-            prompts = self.caption_prompts
-            return [question_and_answer(prompts[i % len(prompts)], text) for i, text in enumerate(captions)]
-        questions, answers = row.get("questions") or [row["question"]], row.get("answers") or [row["answer"]]
-        return [question_and_answer(*pair) for pair in zip(questions, answers)]
+    def row_name(self, block, offset):
+        return str(self.folder / "images" / f"{self.pictures[offset][0]}.png")
 
 
-def question_and_answer(question, answer):
-    """Two messages."""
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+KINDS = {".parquet": Parquet, ".jsonl": JsonLines, ".json": JsonArray, ".tar": WebDataset, ".arrow": Arrow}
 
 
-def load_source(path, split="train", caption_prompts=("Describe the image.",), max_samples=None):
-    """A sequence of `Record`s: the name `easy-vqa`, a file, or a folder of files named after splits.
+def load_source(path, split="train", caption_prompts=("Describe the image.",), max_samples=None, **options):
+    """Open what a recipe's source names.
+
+    Args:
+        path: the name `easy-vqa`; a file or a pattern such as `shards/*.tar`; a folder of files, named after splits or
+            not, in itself or in `data/`; a folder of `datasets.save_to_disk`; or the id of a dataset on the Hub.
+        split: of those the folder or the dataset has.
+        max_samples: the first so many rows only.
+        options: `subset` of a dataset; `image_folder`, `columns` as for `Source`.
+
+    Returns:
+        A `Source`: a sequence of `Record`s.
 
     Raises:
         ValueError: nothing usable is there.
     """
-    source = EasyVqa(split) if path == EASY_VQA else Table(path, split, list(caption_prompts))
-    return source if max_samples is None else [source[i] for i in range(min(max_samples, len(source)))]
+    options = {name: value for name, value in options.items() if value is not None}
+    subset = options.pop("subset", None)
+    if path == EASY_VQA:
+        return EasyVqa(split, max_samples)
+    options |= {"caption_prompts": caption_prompts, "max_samples": max_samples}
+    files = _files_of(str(path), split)
+    if files is None:
+        return Arrow(str(path), _prepared_files(str(path), subset, split), **options)
+    kinds = {KINDS[file.suffix] for file in files}
+    if len(kinds) > 1:
+        raise ValueError(f"{path} mixes {', '.join(sorted(kind.__name__ for kind in kinds))}: name files of one kind.")
+    try:
+        return kinds.pop()(str(path), files, **options)
+    except OSError as error:  # pyarrow's errors among them
+        raise ValueError(f"Cannot read {path}: {' '.join(str(error).split())[:300]}") from None
 
 
-def _files_of(folder, split):
-    files = [*folder.glob("*.parquet"), *folder.glob("*.jsonl")]
-    return sorted(file for file in files if file.stem == split or file.stem.startswith(f"{split}-"))
+def _files_of(path, split):
+    """The files that a path means, or None if it is a dataset's folder or id."""
+    place = Path(path)
+    if place.is_file():
+        if place.suffix not in KINDS:
+            raise ValueError(f"{path} is none of the kinds {', '.join(KINDS)}: rename or convert it.")
+        return [place]
+    if any(mark in path for mark in "*?["):
+        found = sorted(Path(place.anchor or ".").glob(path[len(place.anchor) :]))
+        files = [file for file in found if file.suffix in KINDS]
+        if not files:
+            raise ValueError(f"{path} matches {len(found)} files, none of the kinds {', '.join(KINDS)}.")
+        return files
+    if not place.is_dir() or (place / "state.json").exists() or (place / "dataset_dict.json").exists():
+        return None
+    for folder in (place, place / "data"):
+        files = [file for file in sorted(folder.glob("*")) if file.suffix in KINDS and file.name != "dataset_info.json"]
+        of_split = [file for file in files if re.match(rf"{re.escape(split)}(?![a-zA-Z])", file.stem)]
+        named = any(re.match(rf"({'|'.join(SPLITS)})(?![a-zA-Z])", file.stem) for file in files)
+        if files and (of_split or not named):
+            return of_split or files
+    raise ValueError(f"{path} holds no files of the split {split!r} of the kinds {', '.join(KINDS)}: check data.sources.")
+
+
+def _prepared_files(path, subset, split):
+    """The Arrow files of a dataset that was saved to disk, or is fetched from the Hub and prepared once."""
+    import datasets
+
+    try:
+        if Path(path).is_dir():
+            dataset = datasets.load_from_disk(path)
+            dataset = dataset[split] if isinstance(dataset, dict) else dataset
+        else:
+            dataset = datasets.load_dataset(path, subset, split=split)
+    except Exception as error:  # datasets and the Hub raise many kinds
+        raise ValueError(
+            f"{path} is neither a file nor a folder here, nor a dataset that can be loaded from the Hub: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from None
+    return [file["filename"] for file in dataset.cache_files]

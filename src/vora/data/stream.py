@@ -1,30 +1,170 @@
-"""Records to an endless, seeded stream of packed rows."""
+"""Sources to an endless, seeded stream of packed rows, whose position is part of every checkpoint.
+
+Samples are made in chunks of a fixed number, which workers take in turns; rows are packed from them, in order, by the
+process that trains. So neither the samples nor the rows depend on the number of workers, and a position is the place of
+the next sample and of the few that wait for a row.
+
+    source rows --(order)--> chunks of samples --(workers)--> samples in order --(packing)--> rows --> batches
+"""
 
 import json
+import math
 import random
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
-from torch.utils.data import IterableDataset
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vora.data.packing import collate_rows, fill_rows, image_only, sample_of_record
+from vora.data.order import Mixture, SourceOrder
+from vora.data.packing import collate_rows, image_only, next_row, sample_of_record
 
-CARRIED = 48  # samples among which rows are filled; more would pack tighter and read further ahead
+CHUNK_SAMPLES = 32
+WAITING = 48  # samples among which rows are filled; more would pack tighter and read further ahead
+ALWAYS_ALLOWED = 3  # bad samples, however small the data
 
 
-class PackedRows(IterableDataset):
-    """Yields rows of whole samples, epoch after epoch, the same for the same seed.
-
-    A bad record is written to `bad_samples.jsonl` with its cause and skipped; too many stop the run.
+class SampleMaker:
+    """Rows of sources to samples for packing.
 
     Args:
-        sources: list of sequences of `Record`s, mixed in one shuffled order per epoch.
+        sources: list of `Source`s.
+        processor: a `VoraProcessor`.
+        row_tokens: T; longer samples are bad.
+        questions_per_image: conversations drawn per record and epoch; None for all.
+        image_tokens: (fewest, most); each record's budget is drawn anew between them in each epoch, its logarithm
+            evenly, so that one model serves many resolutions. None: the processor's own budget.
+    """
+
+    def __init__(self, sources, processor, row_tokens, questions_per_image=None, image_tokens=None, seed=0):
+        self.sources, self.processor, self.row_tokens = sources, processor, row_tokens
+        self.questions_per_image, self.image_tokens, self.seed = questions_per_image, image_tokens, seed
+        self.orders = [SourceOrder(source.block_sizes, (seed, number)) for number, source in enumerate(sources)]
+        self._open = [(None, {}) for _ in sources]
+
+    def draw(self, source, number, pictures_alone=False):
+        """The sample that is drawn from a source as the `number`-th.
+
+        Args:
+            pictures_alone: cut after the images, with nothing to predict; None where there are none.
+
+        Returns:
+            (name, sample of `share_prefixes`, or None, or the ValueError that says why it is bad).
+        """
+        epoch, group, block, offset = self.orders[source].draw(number)
+        rows = self._rows(source, (epoch, group), block)
+        try:
+            record = self.sources[source].record(block, offset, rows)
+            rng = random.Random(f"{self.seed}/{source}/{number}")
+            sample = self.sample_of(record, rng, 1 if pictures_alone else self.questions_per_image)
+        except ValueError as error:
+            return self.sources[source].row_name(block, offset), error
+        if pictures_alone:
+            sample = image_only(sample, self.processor.image_token_id) if "pixel_values" in sample else None
+        return record.name, sample
+
+    def _rows(self, source, group, block):
+        """A block's rows; those of the group at hand stay in memory."""
+        if self._open[source][0] != group:
+            self._open[source] = (group, {})
+        blocks = self._open[source][1]
+        if block not in blocks:
+            blocks[block] = self.sources[source].read_block(block)
+        return blocks[block]
+
+    def sample_of(self, record, rng, max_conversations):
+        """One record as a sample for packing, with some of its conversations (None: all).
+
+        Raises:
+            ValueError: an image cannot be read, it teaches nothing, or it is longer than a row.
+        """
+        conversations = record.conversations
+        if max_conversations is not None and len(conversations) > max_conversations:
+            conversations = rng.sample(conversations, max_conversations)
+        sample = sample_of_record(record, self.processor, conversations, **self.draw_budget(rng))
+        if len(sample["input_ids"]) > self.row_tokens:
+            raise ValueError(
+                f"Its {len(sample['input_ids'])} tokens exceed the {self.row_tokens} of a row: raise data.row_tokens, "
+                "or lower data.questions_per_image or model.max_image_tokens."
+            )
+        return sample
+
+    def draw_budget(self, rng):
+        """The image processor's arguments for one record: at most n tokens an image, at least half as many."""
+        if self.image_tokens is None:
+            return {}
+        least, most = self.image_tokens
+        drawn = round(math.exp(rng.uniform(math.log(least), math.log(most))))
+        return {"min_image_tokens": max(1, drawn // 2), "max_image_tokens": drawn}
+
+
+class Chunks(IterableDataset):
+    """The samples of one rank in chunks, from a position on; in a worker, its share of the chunks.
+
+    Yields (chunk number of the rank, list of (name, sample, None or ValueError)). Chunk k of rank r is chunk k R + r of
+    all R ranks.
+    """
+
+    def __init__(self, maker, mixture, first_chunk, pictures_alone, rank, num_ranks):
+        self.maker, self.mixture, self.first_chunk = maker, mixture, first_chunk
+        self.pictures_alone, self.rank, self.num_ranks = pictures_alone, rank, num_ranks
+
+    def __iter__(self):
+        worker = get_worker_info()
+        start, step = (self.first_chunk, 1) if worker is None else (self.first_chunk + worker.id, worker.num_workers)
+        place = (start * self.num_ranks + self.rank) * CHUNK_SAMPLES
+        counts = self.mixture.counts(place)
+        for number in count(start, step):
+            sources = self.mixture.sources(place, CHUNK_SAMPLES)
+            yield number, _packed_for_travel(self._samples(sources, counts.copy()))
+            for first in range(place, place + step * self.num_ranks * CHUNK_SAMPLES, CHUNK_SAMPLES):
+                counts += np.bincount(self.mixture.sources(first, CHUNK_SAMPLES), minlength=len(counts))
+            place += step * self.num_ranks * CHUNK_SAMPLES
+
+    def _samples(self, sources, counts):
+        samples = []
+        for source in sources.tolist():
+            samples.append(self.maker.draw(source, int(counts[source]), self.pictures_alone))
+            counts[source] += 1
+        return samples
+
+
+def _packed_for_travel(samples):
+    """All patches of a chunk in one tensor: between processes it goes through shared memory."""
+    patches = [sample.pop("pixel_values") for _, sample in samples if isinstance(sample, dict) and "pixel_values" in sample]
+    return samples, torch.from_numpy(np.concatenate(patches)) if patches else None
+
+
+def _unpacked(samples, patches):
+    """Each sample gets its own patches back."""
+    first = 0
+    for _, sample in samples:
+        if isinstance(sample, dict) and "image_grid_thw" in sample:
+            last = first + int(sample["image_grid_thw"].prod(-1).sum())
+            sample["pixel_values"], first = patches[first:last].numpy(), last
+    return samples
+
+
+class PackedRows:
+    """Rows of whole samples, endlessly, the same for the same seed, also after a restart from a `state_dict`.
+
+    A bad sample is written to `bad_samples.jsonl` with its cause and skipped; too many stop the run.
+
+    Args:
+        sources: list of `Source`s.
         processor: a `VoraProcessor`.
         row_tokens: T, tokens of a row.
-        questions_per_image: conversations drawn per record and epoch; None for all.
+        weights: share of the samples that comes from each source; by default, their numbers of rows.
         image_only_rows: so many rows at the start hold pictures alone, with nothing to predict, to distill from.
-        bad_samples: path of the file that names bad records.
-        max_bad_share: stop when more than this share of the records is bad.
+        bad_samples: path of the file that names bad samples.
+        max_bad_share: stop when more than this share of the samples read is bad.
+        num_workers: processes that read and decode; 0 does it in this one.
+        rank, num_ranks: which part of all chunks is read.
+        sample_options: further arguments of `SampleMaker`.
+
+    Raises:
+        ValueError: as many weights as sources are needed.
     """
 
     def __init__(
@@ -32,95 +172,154 @@ class PackedRows(IterableDataset):
         sources,
         processor,
         row_tokens,
-        questions_per_image=None,
+        weights=None,
         image_only_rows=0,
         seed=0,
         bad_samples=None,
         max_bad_share=0.1,
+        num_workers=0,
+        rank=0,
+        num_ranks=1,
+        **sample_options,
     ):
-        self.sources, self.processor, self.row_tokens = sources, processor, row_tokens
-        self.questions_per_image, self.image_only_rows, self.seed = questions_per_image, image_only_rows, seed
+        sizes = [len(source) for source in sources]
+        weights = sizes if weights is None else weights
+        if len(weights) != len(sources):
+            raise ValueError(f"{len(weights)} weights for {len(sources)} sources: give one each, or none.")
+        self.maker = SampleMaker(sources, processor, row_tokens, seed=seed, **sample_options)
+        self.mixture = Mixture(weights, seed)
+        self.row_tokens, self.image_only_rows = row_tokens, image_only_rows
         self.bad_samples, self.max_bad_share = bad_samples and Path(bad_samples), max_bad_share
-        self.bad = set()
-        self.addresses = [(s, i) for s, source in enumerate(sources) for i in range(len(source))]
-        if not self.addresses:
-            raise ValueError("The sources hold 0 records: an empty dataset cannot be trained on.")
+        self.num_workers, self.rank, self.num_ranks = num_workers, rank, num_ranks
+        self.num_records, self.num_read, self.bad = sum(sizes), 0, set()
+        self.fingerprint = {
+            "rows of the sources": sizes, "weights": [float(w) for w in weights], "seed": seed,
+            "row_tokens": row_tokens, "questions_per_image": self.maker.questions_per_image,
+            "image_tokens": self.maker.image_tokens and list(self.maker.image_tokens),
+            "image_only_rows": image_only_rows, "processes": num_ranks,
+        }  # fmt: skip
+        self._position = self._beginning(pictures_alone=image_only_rows > 0)
 
     def __iter__(self):
-        yield from islice(self.picture_rows(), self.image_only_rows)
-        yield from self.sample_rows()
+        """Rows from where the last one ended: lists of samples."""
+        if self._position["pictures_alone"]:
+            left = self.image_only_rows - self._position["num_rows"]
+            yield from islice(self._rows(self._position), left)
+            self._position = self._beginning(pictures_alone=False)
+        yield from self._rows(self._position)
 
-    def picture_rows(self):
-        """Rows of pictures alone."""
-        samples = self.samples(conversations_per_record=1)
-        pictures = (image_only(s, self.processor.image_token_id) for s in samples if "pixel_values" in s)
-        return self.packed(pictures)
+    def state_dict(self):
+        """The position after the last row, as JSON."""
+        return {**self._position, "num_read": self.num_read, "data": self.fingerprint}
 
-    def sample_rows(self):
-        """Rows of pictures with their conversations, and of text."""
-        return self.packed(self.samples(self.questions_per_image))
-
-    def packed(self, samples):
-        """Samples to rows, each of which is filled from the last few samples read."""
-        carried = []
-        for sample in samples:
-            carried.append(sample)
-            if len(carried) < CARRIED:
-                continue
-            row = fill_rows([len(sample["input_ids"]) for sample in carried], self.row_tokens)[0]
-            yield [carried[i] for i in row]
-            carried = [sample for i, sample in enumerate(carried) if i not in set(row)]
-
-    def samples(self, conversations_per_record):
-        """An endless stream of samples, one per record and epoch."""
-        num_read = epoch = 0
-        while True:
-            rng = random.Random(f"{self.seed}/{epoch}")
-            for source, index in rng.sample(self.addresses, len(self.addresses)):
-                if (source, index) in self.bad:
-                    continue
-                record, num_read = self.sources[source][index], num_read + 1
-                try:
-                    yield self.sample_of(record, rng, conversations_per_record)
-                except ValueError as error:
-                    self.bad.add((source, index))
-                    self._report(record, error)
-                    limit = min(max(3, self.max_bad_share * len(self.addresses)), len(self.addresses) - 1)
-                    if len(self.bad) > limit:
-                        raise ValueError(
-                            f"{len(self.bad)} of {num_read} records are bad, the last one {record.name}: {error} "
-                            f"All are named in {self.bad_samples}; mend or remove them."
-                        ) from None
-            epoch += 1
-
-    def sample_of(self, record, rng, max_conversations):
-        """One record as a sample for packing, with some of its conversations (None: all).
+    def load_state_dict(self, state):
+        """Go on where a run with the same data was.
 
         Raises:
-            ValueError: its image cannot be read, it teaches nothing, or it is longer than a row.
+            ValueError: the data or what is made of them is not the same; what differs is named.
         """
-        conversations = record.conversations
-        if max_conversations is not None and len(conversations) > max_conversations:
-            conversations = rng.sample(conversations, max_conversations)
-        sample = sample_of_record(record, self.processor, conversations)
-        if len(sample["input_ids"]) > self.row_tokens:
-            raise ValueError(
-                f"Its {len(sample['input_ids'])} tokens exceed the {self.row_tokens} of a row: raise data.row_tokens, "
-                "or lower data.questions_per_image."
-            )
-        return sample
+        state = dict(state)
+        then = state.pop("data")
+        for name, now in self.fingerprint.items():
+            if then[name] != now:
+                raise ValueError(
+                    f"The checkpoint was made with other data: {name} was {then[name]} and is {now} now, so samples would "
+                    "be lost or seen twice. Restore it, or start a new run from the weights."
+                )
+        self.num_read = state.pop("num_read")
+        self._position = state
+        if self.bad_samples is not None and self.bad_samples.exists():
+            self.bad = {json.loads(line)["record"] for line in self.bad_samples.read_text().splitlines()}
+
+    def picture_rows(self):
+        """Rows of pictures alone from the beginning; the position stays."""
+        return self._rows(self._beginning(pictures_alone=True), remember=False)
+
+    def sample_rows(self):
+        """Rows of samples from the beginning; the position stays."""
+        return self._rows(self._beginning(pictures_alone=False), remember=False)
+
+    @staticmethod
+    def _beginning(pictures_alone):
+        return {"pictures_alone": pictures_alone, "num_rows": 0, "next": [0, 0], "waiting": []}
+
+    def _rows(self, position, remember=True):
+        waiting = []
+        for place, sample in self._samples(position, self.num_workers if remember else 0):
+            waiting.append((place, sample))
+            if len(waiting) < WAITING:
+                continue
+            row = next_row([len(sample["input_ids"]) for _, sample in waiting], self.row_tokens)
+            samples = [waiting[i][1] for i in row]
+            waiting = [one for i, one in enumerate(waiting) if i not in set(row)]
+            if remember:
+                self._position = {
+                    "pictures_alone": position["pictures_alone"],
+                    "num_rows": self._position["num_rows"] + 1,
+                    "next": [place[0], place[1] + 1],
+                    "waiting": [list(place) for place, _ in waiting],
+                }
+            yield samples
+
+    def _samples(self, position, num_workers):
+        """((chunk, index), sample) of a position's waiting samples and of all from its next one on, in order."""
+        waiting, following = {tuple(place) for place in position["waiting"]}, tuple(position["next"])
+        first_chunk = min({following, *waiting})[0]
+        chunks = Chunks(
+            self.maker, self.mixture, first_chunk, position["pictures_alone"], self.rank, self.num_ranks
+        )
+        loader = DataLoader(
+            chunks, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, worker_init_fn=_few_threads
+        )
+        for number, packed in loader:
+            for index, (name, sample) in enumerate(_unpacked(*packed)):
+                place = (number, index)
+                if place >= following:
+                    self.num_read += 1
+                    if isinstance(sample, ValueError):
+                        self._report(name, sample)
+                if isinstance(sample, dict) and (place >= following or place in waiting):
+                    yield place, sample
 
     def collate(self, rows):
         """Rows to a batch of `VisionLearner.forward`."""
-        tokenizer = self.processor.tokenizer
+        tokenizer = self.maker.processor.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         return collate_rows(rows, self.row_tokens, pad)
 
-    def _report(self, record, error):
-        """Name a bad record, once, also when a resumed run meets it again."""
-        if self.bad_samples is None:
+    def _report(self, name, error):
+        """Name a bad sample, once; stop if there are too many."""
+        if name in self.bad:
             return
-        line = json.dumps({"record": record.name, "cause": str(error)})
-        if not self.bad_samples.exists() or line not in self.bad_samples.read_text().splitlines():
+        self.bad.add(name)
+        if self.bad_samples is not None:
+            self.bad_samples.parent.mkdir(parents=True, exist_ok=True)
             with self.bad_samples.open("a") as file:
-                file.write(line + "\n")
+                file.write(json.dumps({"record": name, "cause": str(error)}) + "\n")
+        read = min(self.num_records, max(self.num_read, 1000))
+        limit = min(max(ALWAYS_ALLOWED, self.max_bad_share * read), self.num_records - 1)
+        if len(self.bad) > limit:
+            raise ValueError(
+                f"{len(self.bad)} of the {min(self.num_read, self.num_records)} samples read are bad, the last one "
+                f"{name}: {error} All are named in {self.bad_samples}; mend or remove them, or raise data.max_bad_share."
+            )
+
+
+def _as_it_is(chunk):
+    return chunk
+
+
+def _few_threads(worker):
+    torch.set_num_threads(1)
+
+
+class PackedBatches:
+    """What the Trainer takes as its dataloader: batches of so many rows, from where `rows` stands."""
+
+    def __init__(self, rows, batch_rows):
+        self.rows, self.batch_rows = rows, batch_rows
+
+    def __iter__(self):
+        rows = iter(self.rows)
+        while True:
+            yield self.rows.collate([next(rows) for _ in range(self.batch_rows)])

@@ -83,8 +83,7 @@ def accuracy_by_answer(right, records):
 
 def blank_picture_accuracy(model, processor, records, colour="white"):
     """What the same model scores when every picture is blank: each distinct question is asked once."""
-    first = records[0].open_image()
-    size = processor.image_processor.fetch_images(first).size
+    size = records[0].open_images()[0].size
     answers = defaultdict(Counter)
     for index in range(len(records)):
         for question, answer in records[index].conversations:
@@ -92,7 +91,7 @@ def blank_picture_accuracy(model, processor, records, colour="white"):
     blanks = [
         type(records[0])(
             "blank",
-            Image.new("RGB", size, colour),
+            [Image.new("RGB", size, colour)],
             [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for answer in counts],
         )
         for question, counts in answers.items()

@@ -1,14 +1,15 @@
 """PIL images to normalised patches and grids, each image at its own size."""
 
+import io
 import math
 import os
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import load_image, make_flat_list_of_images
+from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
 
 
@@ -19,7 +20,7 @@ def read_image(source):
     animation the first frame taken.
 
     Args:
-        source: PIL image, array, path, URL or base64 string.
+        source: PIL image, array, encoded bytes, path, URL or base64 string.
 
     Raises:
         ValueError: the file is missing, empty, truncated or no image; the message names it.
@@ -42,6 +43,12 @@ def read_image(source):
 def _opened(source):
     if isinstance(source, Image.Image):
         return source
+    if isinstance(source, bytes):
+        if not source:
+            raise ValueError("it has 0 bytes")
+        with Image.open(io.BytesIO(source)) as image:
+            image.load()
+            return image
     if not isinstance(source, (str, os.PathLike)):
         return _from_array(np.asarray(source))
     name = os.fspath(source)
@@ -80,6 +87,39 @@ def _to_8_bits(array, peak):
     return (array.clip(0, peak) * (255 / peak)).round().astype(np.uint8)
 
 
+class Video:
+    """Frames that are one image of several times: `image_grid_thw` counts them, and each is a block of attention.
+
+    Args:
+        source: list of frames (anything `read_image` takes), array [T, H, W, 3], or path of an animated picture.
+
+    Raises:
+        ValueError: there are no frames, or one cannot be read.
+    """
+
+    def __init__(self, source):
+        if isinstance(source, (str, os.PathLike)):
+            try:
+                with Image.open(source) as animation:
+                    source = [frame.copy() for frame in ImageSequence.Iterator(animation)]
+            except (OSError, UnidentifiedImageError) as error:
+                raise ValueError(
+                    f"Cannot read video {source}: {error}. Give its frames as a list of pictures, or an animated GIF, "
+                    "WebP or PNG."
+                ) from None
+        self.frames = [read_image(frame) for frame in source]
+        if not self.frames:
+            raise ValueError("The video has 0 frames: give at least one.")
+
+    @property
+    def height(self):
+        return self.frames[0].height
+
+    @property
+    def width(self):
+        return self.frames[0].width
+
+
 def fit_grid(height, width, token_size, min_image_tokens, max_image_tokens):
     """The grid of whole image tokens near an image's size and aspect ratio within a budget.
 
@@ -102,6 +142,15 @@ def fit_grid(height, width, token_size, min_image_tokens, max_image_tokens):
     shorter = min(*sides, math.isqrt(max_image_tokens))
     longer = min(max(*sides, -(-min_image_tokens // shorter)), max_image_tokens // shorter)
     return (longer, shorter) if rows > columns else (shorter, longer)
+
+
+def flat_images(images):
+    """The images of a nested list."""
+    if isinstance(images, (list, tuple)):
+        for image in images:
+            yield from flat_images(image)
+    else:
+        yield images
 
 
 class VoraImagesKwargs(ImagesKwargs, total=False):
@@ -149,30 +198,42 @@ class VoraImageProcessor(BaseImageProcessor):
         self.resample = int(resample)
 
     def fetch_images(self, image_url_or_urls):
-        """Paths, URLs and images, nested as they come, to RGB images."""
+        """Paths, URLs, images and `Video`s, nested as they come, to RGB images."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(source) for source in image_url_or_urls]
-        return read_image(image_url_or_urls)
+        return image_url_or_urls if isinstance(image_url_or_urls, Video) else read_image(image_url_or_urls)
 
     def preprocess(self, images, min_image_tokens=None, max_image_tokens=None, return_tensors=None, **kwargs):
-        """Patches of one image or of a (nested) list of them.
+        """Patches of one image or `Video`, or of a (nested) list of them.
+
+        Args:
+            min_image_tokens, max_image_tokens: budget of each image, of a video of each frame; where only the second
+                is given and lies below the processor's own first, that one gives way.
 
         Returns:
             pixel_values float[P, C*p*p]: patches of all images, raster order, each flattened (C, p, p).
-            image_grid_thw int[N, 3]: 1, patch rows, patch columns of each image.
+            image_grid_thw int[N, 3]: frames (1 of a picture), patch rows, patch columns of each image.
 
         Raises:
-            ValueError: an image cannot be read.
+            ValueError: an image cannot be read, or the budget is empty.
         """
-        budget = (min_image_tokens or self.min_image_tokens, max_image_tokens or self.max_image_tokens)
-        images = make_flat_list_of_images(self.fetch_images(images))
+        budget = self._budget(min_image_tokens, max_image_tokens)
+        images = list(flat_images(self.fetch_images(images)))
         grids = [self.patch_grid(image.height, image.width, *budget) for image in images]
-        patches = [self.patchify(image, *grid) for image, grid in zip(images, grids)]
+        frames = [image.frames if isinstance(image, Video) else [image] for image in images]
+        patches = [self.patchify(frame, *grid) for one, grid in zip(frames, grids) for frame in one]
         data = {
             "pixel_values": np.concatenate(patches),
-            "image_grid_thw": np.array([(1, *grid) for grid in grids], dtype=np.int64),
+            "image_grid_thw": np.array([(len(one), *grid) for one, grid in zip(frames, grids)], dtype=np.int64),
         }
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _budget(self, min_image_tokens, max_image_tokens):
+        most = max_image_tokens or self.max_image_tokens
+        least = min_image_tokens or min(self.min_image_tokens, most)
+        if not 1 <= least <= most:
+            raise ValueError(f"min_image_tokens {least} must be in 1..max_image_tokens {most}.")
+        return least, most
 
     def patch_grid(self, height, width, min_image_tokens, max_image_tokens):
         """(patch rows, patch columns) of an image of so many pixels, multiples of patch_merge."""
@@ -192,6 +253,6 @@ class VoraImageProcessor(BaseImageProcessor):
 
     def get_number_of_image_patches(self, height, width, images_kwargs=None):
         """Patches of an image of this size in pixels; runtimes such as vLLM plan with it."""
-        images_kwargs = images_kwargs or {}
-        budget = [images_kwargs.get(name, getattr(self, name)) for name in ("min_image_tokens", "max_image_tokens")]
+        given = [(images_kwargs or {}).get(name) for name in ("min_image_tokens", "max_image_tokens")]
+        budget = self._budget(*given)
         return math.prod(self.patch_grid(height, width, *budget))

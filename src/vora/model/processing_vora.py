@@ -6,7 +6,7 @@ import numpy as np
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .from_llm import choose_image_token, load_tokenizer
-from .image_processing_vora import VoraImageProcessor, VoraImagesKwargs
+from .image_processing_vora import Video, VoraImageProcessor, VoraImagesKwargs, flat_images
 from .vit_embedding import vit_embedding
 
 # Put before an LLM's own template, this lets it take content that is a list of images and texts.
@@ -51,6 +51,9 @@ class VoraProcessorKwargs(ProcessingKwargs, total=False):
 
 class VoraProcessor(ProcessorMixin):
     """Image processor and tokenizer in one; `apply_chat_template` makes model inputs from messages.
+
+    Content is text, or a list of texts, images and videos: `{"type": "video", "video": frames}` with all that `Video`
+    takes. A video is an image of several frames; no second processor is needed for it.
 
     Args:
         image_processor: a `VoraImageProcessor`.
@@ -106,6 +109,29 @@ class VoraProcessor(ProcessorMixin):
             image_token=image_token,
         )
 
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        return super().apply_chat_template(_videos_as_images(conversation), *args, **kwargs)
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Images and their places must match; the library's own check knows no `Video`.
+
+        Raises:
+            ValueError: they do not, or videos or audio come outside messages.
+        """
+        if videos is not None or audio is not None:
+            raise ValueError("Videos go into messages as {'type': 'video', 'video': frames}; audio is not understood.")
+        super().validate_inputs(text=None if text is None else [""], **kwargs)
+        num_places = sum(one.count(self.image_token) for one in text or [])
+        num_images = 0 if images is None else sum(1 for _ in flat_images(images))
+        if text is not None and num_places != num_images:
+            raise ValueError(
+                f"The text has {num_places} places for images ({self.image_token}), but {num_images} images were given."
+            )
+
+    def _process_images(self, images, **kwargs):
+        inputs = self.image_processor(images, **kwargs)
+        return inputs, [self.replace_image_token(inputs, index) for index in range(len(inputs["image_grid_thw"]))]
+
     def replace_image_token(self, image_inputs, image_idx, **kwargs):
         """One placeholder to as many image tokens as the image makes."""
         num_patches = math.prod(image_inputs["image_grid_thw"][image_idx].tolist())
@@ -135,7 +161,7 @@ class VoraProcessor(ProcessorMixin):
             ValueError: the template does not render turns one after the other, no assistant speaks, or placeholders
                 and images do not match.
         """
-        ids, labels, done = [], [], ""
+        messages, ids, labels, done = _videos_as_images(messages), [], [], ""
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -172,6 +198,20 @@ class VoraProcessor(ProcessorMixin):
         labels[places] = -100
         return {**sample, "input_ids": ids.repeat(repeats), "labels": labels.repeat(repeats)}
 
+    def text_sample(self, text):
+        """Plain text as `training_sample`, every token of it to be learned.
+
+        Raises:
+            ValueError: it has fewer than two tokens.
+        """
+        tokenizer = self.tokenizer
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        if ids[-2:-1] == [tokenizer.eos_token_id]:
+            ids.pop()  # the tokenizer ends texts by itself
+        if len(ids) < 2 or self.image_token_id in ids:
+            raise ValueError(f"Its text {text[:50]!r} is empty, or holds the image token {self.image_token}.")
+        return {"input_ids": np.array(ids), "labels": np.array(ids)}
+
     def _ids_after(self, ids, beginning, text):
         """Ids of the rest of a text whose beginning has become `ids`."""
         whole = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -193,6 +233,26 @@ class VoraProcessor(ProcessorMixin):
         keys = ("image", "url", "path", "base64")
         parts = [part for part in message["content"] if part["type"] == "image"]
         return [part[key] for part in parts for key in keys if key in part]
+
+
+def _videos_as_images(conversation):
+    """Messages, or a batch of them, in which each video is an image of several frames."""
+
+    def part_of(part):
+        key = next((key for key in ("video", "path", "url") if part.get(key) is not None), None)
+        if part["type"] != "video" or key is None:
+            return part
+        given = part[key]
+        return {"type": "image", "image": given if isinstance(given, Video) else Video(given)}
+
+    if conversation and isinstance(conversation[0], (list, tuple)):
+        return [_videos_as_images(one) for one in conversation]
+    return [
+        message
+        if not isinstance(message.get("content"), (list, tuple))
+        else {**message, "content": [part_of(part) for part in message["content"]]}
+        for message in conversation
+    ]
 
 
 def _template_of(tokenizer):

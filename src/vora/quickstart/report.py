@@ -6,7 +6,6 @@ from io import BytesIO
 
 from PIL import Image
 
-from vora.model.image_processing_vora import read_image
 from vora.serve.chat import Chat
 from vora.train.progress import read_log
 
@@ -57,7 +56,7 @@ What remains is the LLM's own architecture.</p>
 subtracted: 0 is perfect imitation, 1 is chance.</p>
 <img class="plot" alt="distillation by block" src="{_plot_pairs(lines)}">
 <h2>What to try next</h2>
-<pre>vora chat {html.escape(str(shown[0][0].image))} -m {html.escape(str(out / "model"))}
+<pre>vora chat {html.escape(str(shown[0][0].images[0]))} -m {html.escape(str(out / "model"))}
 vora train {html.escape(str(out / "run" / "recipe.yaml"))} --out longer training.max_steps=1000
 vora merge longer -o longer-model --llm-out longer-llm</pre>
 <p>Your own pictures: give <code>data.sources</code> of the recipe a Parquet or JSON Lines file with
@@ -67,7 +66,7 @@ or a hub id. A larger teacher: <code>teacher.name</code> takes any plain ViT.</p
 
 
 def _card(record, right, model, processor):
-    image = read_image(record.open_image())
+    image = record.open_images()[0]
     rows = []
     for conversation, ok in list(zip(record.conversations, right))[:NUM_QUESTIONS]:
         question, expected = (message["content"] for message in conversation)

@@ -106,7 +106,7 @@ def run_quickstart(out, *, llm, minutes, seed, console):
         f"[bold]{100 * result['accuracy']:.1f} %[/bold] of {num_questions:,} test questions answered exactly; a blind "
         f"model gets {100 * result['blind_accuracy']:.1f} %. Trained {train_seconds / 60:.1f} minutes, "
         f"{result['total_seconds'] / 60:.1f} in all.\nReport: {out / 'report.html'}\n"
-        f'Ask it: vora chat {test_records[0].image} -m {out / "model"} -q "what color is the shape?"'
+        f'Ask it: vora chat {test_records[0].images[0]} -m {out / "model"} -q "what color is the shape?"'
     )
     return result
 

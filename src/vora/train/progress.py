@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 
 class ProgressCallback(TrainerCallback):
-    """A bar with both losses and samples per second; every log line also goes to a file."""
+    """A bar with both losses, samples and tokens per second and the time spent waiting; log lines also go to a file."""
 
     def __init__(self, console, log_file):
         self.console, self.log_file = console, Path(log_file)
@@ -36,7 +36,8 @@ class ProgressCallback(TrainerCallback):
         with self.log_file.open("a") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
         losses = [f"{name} {logs[name]:.3f}" for name in ("lm_loss", "distill_loss") if name in logs]
-        text = "  ".join([*losses, f"{logs['samples_per_second']:.1f} samples/s"])
+        speed = f"{logs['samples_per_second']:.1f} samples/s  {logs['tokens_per_second']:.0f} tokens/s"
+        text = "  ".join([*losses, speed, f"{logs['data_wait_share']:.0%} waiting for data"])
         self.bar.update(self.task, description=text)
         if not self.console.is_terminal:  # a bar needs a terminal; a file gets lines
             self.console.print(f"step {state.global_step}/{state.max_steps}  {text}")

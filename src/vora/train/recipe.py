@@ -22,6 +22,8 @@ class ModelSection(Section):
     patch_size: int | None = None
     image_size: int | None = None
     patch_merge: int = Field(1, ge=1)
+    min_image_tokens: int | None = Field(None, ge=1)  # of an image, wherever the model is used; see `fit_grid`
+    max_image_tokens: int | None = Field(None, ge=1)
     chat_template: str | None = None  # Jinja text, or a path beside the recipe
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attn_implementation: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
@@ -58,10 +60,14 @@ class LearningRates(Section):
 
 
 class SourceSection(Section):
-    """Parquet or JSON Lines, or the pictures of `easy-vqa`; one line of `vora.data.sources` per layout."""
+    """Where samples come from; see `vora.data.sources.load_source` for what a path may be."""
 
     path: str
     split: str = "train"
+    subset: str | None = None  # of a dataset on the Hub
+    weight: float | None = Field(None, gt=0)  # share of all samples, relative to the others'; default: its rows
+    image_folder: str | None = None  # where paths of images start; default: beside the file
+    columns: dict[str, str] | None = None  # {our name: the file's}, such as {question: query}
     max_samples: int | None = Field(None, ge=1)
 
 
@@ -69,7 +75,18 @@ class DataSection(Section):
     sources: list[SourceSection] = Field(min_length=1)
     row_tokens: int = Field(1024, ge=8)
     questions_per_image: int | None = Field(None, ge=1)  # drawn anew each epoch; all of them by default
-    caption_prompts: list[str] = ["Describe the image."]
+    caption_prompts: list[str] = Field(["Describe the image."], min_length=1)
+    image_tokens: tuple[int, int] | None = None  # each image's budget is drawn between these two
+    max_bad_share: float = Field(0.1, ge=0, le=1)  # stop when more of the samples read are bad
+
+    @model_validator(mode="after")
+    def sensible(self):
+        if len({source.weight is None for source in self.sources}) > 1:
+            missing = sum(source.weight is None for source in self.sources)
+            raise ValueError(f"{missing} of {len(self.sources)} sources have no weight: give each one, or none")
+        if self.image_tokens and not 1 <= self.image_tokens[0] <= self.image_tokens[1]:
+            raise ValueError(f"image_tokens {list(self.image_tokens)} is no range: give [fewest, most]")
+        return self
 
 
 class WatchSection(Section):
@@ -143,7 +160,7 @@ def _override(values, key, value):
 
 def save_recipe(recipe, path):
     """Write the resolved recipe, defaults included."""
-    Path(path).write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False, width=110))
+    Path(path).write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=110))
 
 
 def _read_yaml(path):
@@ -201,7 +218,9 @@ def _resolve_paths(recipe, folder):
         if section is not None:
             setattr(section, key, beside(getattr(section, key)))
     for entry in recipe.data.sources:
-        entry.path = beside(entry.path)
+        pattern = any(mark in entry.path for mark in "*?[")
+        entry.path = str(folder.resolve() / entry.path) if pattern else beside(entry.path)
+        entry.image_folder = beside(entry.image_folder)
     for entry in recipe.watch:
         entry.image = beside(entry.image)
     template = recipe.model.chat_template

@@ -11,6 +11,7 @@ RUN/loss.png, report.md            the losses, and the run in short
 
 import json
 import platform
+import shutil
 import signal
 from importlib.metadata import version
 from pathlib import Path
@@ -93,22 +94,11 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
     console, directory = console or Console(stderr=True), Path(run_directory)
     checkpoint = find_checkpoint(directory, resume)
     arguments = training_arguments(recipe, directory)
-    sources = [
-        load_source(source.path, source.split, recipe.data.caption_prompts, source.max_samples)
-        for source in recipe.data.sources
-    ]
+    sources = open_sources(recipe.data)
     torch.manual_seed(arguments.seed)
     learner, processor = build_learner(recipe)
     refuse_long_rows(recipe, learner)
-    rows = PackedRows(
-        sources,
-        processor,
-        recipe.data.row_tokens,
-        recipe.data.questions_per_image,
-        image_only_rows=image_only_rows(recipe, arguments),
-        seed=arguments.seed,
-        bad_samples=directory / "bad_samples.jsonl",
-    )
+    rows = packed_rows(recipe, sources, processor, arguments, directory / "bad_samples.jsonl")
     if recipe.max_minutes is not None:
         recipe = recipe.model_copy(deep=True)
         arguments.max_steps = steps_that_fit(
@@ -126,7 +116,6 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
         model=learner,
         args=arguments,
         train_dataset=rows,
-        data_collator=rows.collate,
         processing_class=processor,
         learning_rates=recipe.learning_rates.model_dump(exclude_none=True),
         image_only_steps=recipe.teacher.image_only_steps if recipe.teacher else 0,
@@ -168,7 +157,7 @@ def merge_run(run_directory):
     if not (directory / "recipe.yaml").exists():
         raise ValueError(f"{directory} holds no recipe.yaml: it is no run directory of `vora train`.")
     final = directory / "final"
-    folder = final if final.exists() else get_last_checkpoint(str(directory))
+    folder = final if final.exists() else newest_checkpoint(directory)
     if folder is None:
         raise ValueError(f"{directory} holds neither final/ nor a checkpoint: the run has not saved anything yet.")
     recipe = load_recipe(directory / "recipe.yaml", ["model.dtype=float32"])  # merged in fp32, whatever trained
@@ -193,15 +182,49 @@ def training_arguments(recipe, directory):
         arguments = TrainingArguments(output_dir=str(directory), **values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"training: {error}") from None
-    # rows travel as lists of samples, which only our collator turns into tensors, once per process
-    arguments.accelerator_config.dispatch_batches = False
+    arguments.ignore_data_skip = True  # a checkpoint holds the position in the data
     return arguments
 
 
-def image_only_rows(recipe, arguments):
-    """Rows of all processes in the steps that only distill."""
-    steps = recipe.teacher.image_only_steps if recipe.teacher else 0
-    return steps * arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+def open_sources(data):
+    """The sources of a recipe's data section.
+
+    Raises:
+        ValueError: one of them holds nothing usable.
+    """
+    return [
+        load_source(
+            source.path,
+            source.split,
+            data.caption_prompts,
+            source.max_samples,
+            subset=source.subset,
+            image_folder=source.image_folder,
+            columns=source.columns,
+        )
+        for source in data.sources
+    ]
+
+
+def packed_rows(recipe, sources, processor, arguments, bad_samples=None):
+    """This process's part of the rows that a recipe trains on."""
+    data, steps = recipe.data, recipe.teacher.image_only_steps if recipe.teacher else 0
+    weights = [source.weight for source in data.sources]
+    return PackedRows(
+        sources,
+        processor,
+        data.row_tokens,
+        weights=None if weights[0] is None else weights,
+        image_only_rows=steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
+        seed=arguments.seed,
+        bad_samples=bad_samples,
+        max_bad_share=data.max_bad_share,
+        num_workers=arguments.dataloader_num_workers,
+        rank=arguments.process_index,
+        num_ranks=arguments.world_size,
+        questions_per_image=data.questions_per_image,
+        image_tokens=data.image_tokens,
+    )
 
 
 def refuse_long_rows(recipe, learner):
@@ -223,12 +246,23 @@ def find_checkpoint(directory, resume):
     Raises:
         ValueError: nothing is there to resume, or a fresh run would mix with an old one.
     """
-    newest = get_last_checkpoint(str(directory)) if directory.is_dir() else None
+    newest = newest_checkpoint(directory)
     if resume and newest is None:
         raise ValueError(f"{directory} holds no checkpoint to resume from: start without --resume.")
     if not resume and (newest is not None or (directory / "final").exists()):
         raise ValueError(f"{directory} already holds a run: add --resume to go on with it, or choose another --out.")
     return newest
+
+
+def newest_checkpoint(directory):
+    """The newest whole checkpoint of a run, or None. One that a killed run was still writing is removed."""
+    while directory.is_dir() and (newest := get_last_checkpoint(str(directory))) is not None:
+        try:
+            json.loads((Path(newest) / "trainer_state.json").read_text())  # written last
+            return newest
+        except (OSError, ValueError):
+            shutil.rmtree(newest)
+    return None
 
 
 def compile_blocks(learner, arguments):

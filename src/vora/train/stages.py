@@ -50,9 +50,11 @@ def build_student(recipe, teacher=None):
         ValueError: stage 2 is asked of an LLM that has no trained eyes yet.
     """
     wanted = recipe.model
+    budget = {name: getattr(wanted, name) for name in ("min_image_tokens", "max_image_tokens")}
+    budget = {name: value for name, value in budget.items() if value is not None}
     if wanted.vora is not None:
         model = VoraForConditionalGeneration.from_pretrained(wanted.vora, dtype=wanted.dtype)
-        return model, VoraProcessor.from_pretrained(wanted.vora)
+        return model, VoraProcessor.from_pretrained(wanted.vora, **budget)
     if recipe.stage == "finetune":
         raise ValueError(
             "Stage finetune trains a merged VoRA model, but the recipe names a bare LLM: run stage pretrain and "
@@ -68,7 +70,7 @@ def build_student(recipe, teacher=None):
         eyes |= {"image_mean": teacher.image_mean, "image_std": teacher.image_std}
         eyes |= {"patch_size": model.config.patch_size, "image_size": model.config.image_size}
         eyes.pop("teacher", None)
-    return model, VoraProcessor.from_llm(wanted.llm, chat_template=wanted.chat_template, **eyes)
+    return model, VoraProcessor.from_llm(wanted.llm, chat_template=wanted.chat_template, **eyes, **budget)
 
 
 def lora_depth(recipe, student, teacher):

@@ -1,5 +1,6 @@
 """transformers' Trainer with the named losses of VoRA."""
 
+import json
 import time
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
+from vora.data.stream import PackedBatches
 from vora.model.modeling_vora import VoraForConditionalGeneration
 
 DISTILLATION_FILE = "distillation.safetensors"
+DATA_FILE = "data_position_{}.json"  # one per process
 PART_MARKS = {"patch_embedding": "patch_embedding", "heads": "distillation.heads", "lora_b": "lora_B"}
 
 
@@ -25,7 +28,9 @@ class VoraTrainer(Trainer):
         image_only_steps: the first steps, whose batches hold pictures alone.
         eyes_scale: of the learning rates of what learned in these steps, from then on.
 
-    Logs `lm_loss`, `distill_loss`, the loss of each block pair, and samples and tokens per second.
+    Its `train_dataset` is a `PackedRows`, whose position each process saves in every checkpoint. Logs `lm_loss`,
+    `distill_loss`, the loss of each block pair, samples and tokens per second, and the share of time that went into
+    waiting for data.
     """
 
     def __init__(self, *args, learning_rates=None, image_only_steps=0, eyes_scale=1.0, **kwargs):
@@ -34,7 +39,16 @@ class VoraTrainer(Trainer):
         self.image_only_steps, self.eyes_scale = image_only_steps, eyes_scale
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the label tokens of all micro-batches
         self.num_samples_seen = 0
-        self._terms, self._clock, self._tokens = {}, time.monotonic(), 0
+        self._terms, self._clock, self._tokens, self._waited = {}, time.monotonic(), 0, 0.0
+
+    def get_train_dataloader(self):
+        return PackedBatches(self.train_dataset, self.args.per_device_train_batch_size)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        start = time.monotonic()
+        batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._waited += time.monotonic() - start
+        return batches
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if num_items_in_batch is not None:
@@ -81,7 +95,8 @@ class VoraTrainer(Trainer):
             logs["samples_seen"] = self.num_samples_seen
             logs["tokens_per_second"] = self._tokens / (now - self._clock)
             logs["samples_per_second"] = (self.num_samples_seen - self._samples_logged) / (now - self._clock)
-            self._terms, self._clock, self._tokens = {}, now, 0
+            logs["data_wait_share"] = self._waited / (now - self._clock)
+            self._terms, self._clock, self._tokens, self._waited = {}, now, 0, 0.0
             self._samples_logged = self.num_samples_seen
         super().log(logs, start_time)
 
@@ -122,6 +137,12 @@ class VoraTrainer(Trainer):
         self.lr_scheduler = LambdaLR(scheduler.optimizer, schedules)
         return self.lr_scheduler
 
+    def _save_rng_state(self, output_dir):
+        """Beside it, where this process stands in the data: before trainer_state.json, which says that all is there."""
+        super()._save_rng_state(output_dir)
+        state = self.train_dataset.state_dict() | {"num_samples_seen": self.num_samples_seen}
+        Path(output_dir, DATA_FILE.format(self.args.process_index)).write_text(json.dumps(state))
+
     def _save(self, output_dir=None, state_dict=None):
         if not self.args.should_save:
             return
@@ -130,6 +151,17 @@ class VoraTrainer(Trainer):
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Weights, and this process's place in the data.
+
+        Raises:
+            ValueError: the checkpoint was made with other data or another number of processes, or by an older vora.
+        """
+        file = Path(resume_from_checkpoint, DATA_FILE.format(self.args.process_index))
+        if not file.exists():
+            raise ValueError(f"{resume_from_checkpoint} holds no {file.name}: was it saved by as many processes?")
+        state = json.loads(file.read_text())
+        self.num_samples_seen = self._samples_logged = state.pop("num_samples_seen")
+        self.train_dataset.load_state_dict(state)
         load_student(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
 
 

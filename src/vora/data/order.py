@@ -1,0 +1,84 @@
+"""Which row comes when: a seeded, endless order over rows of any number, of which nothing is stored but a position."""
+
+from bisect import bisect_right
+from functools import lru_cache
+
+import numpy as np
+
+ROWS_PER_GROUP = 512  # rows shuffled among each other; their blocks are in memory together
+GOLDEN = (5**0.5 - 1) / 2
+
+
+class SourceOrder:
+    """The rows of one source, epoch after epoch, each once per epoch.
+
+    In each epoch the blocks are shuffled, then cut into groups of some 512 rows, then the rows of each group shuffled:
+    so a reader needs one group at a time, and any position is reached without walking there.
+
+    Args:
+        block_sizes: int[K], rows of each block.
+        seed: a sequence of ints; orders of different seeds are independent.
+    """
+
+    def __init__(self, block_sizes, seed):
+        self.block_sizes, self.seed = np.asarray(block_sizes), tuple(seed)
+        self.num_rows = int(self.block_sizes.sum())
+        self._groups = lru_cache(2)(self._groups)
+        self._rows = lru_cache(2)(self._rows)
+
+    def draw(self, number):
+        """(epoch, group, block, offset in block) of the row that is drawn as the `number`-th."""
+        epoch, place = divmod(number, self.num_rows)
+        starts, groups = self._groups(epoch)
+        group = bisect_right(starts, place) - 1
+        blocks, offsets = self._rows(epoch, group)
+        return epoch, group, int(blocks[place - starts[group]]), int(offsets[place - starts[group]])
+
+    def _groups(self, epoch):
+        """(rows before each group, blocks of each group) of an epoch."""
+        shuffled = np.random.default_rng([*self.seed, epoch]).permutation(len(self.block_sizes))
+        ends = self.block_sizes[shuffled].cumsum()
+        starts, groups, first = [], [], 0
+        while first < len(shuffled):
+            before = int(ends[first - 1]) if first else 0
+            last = min(int(np.searchsorted(ends, before + ROWS_PER_GROUP)), len(shuffled) - 1)
+            starts.append(before)
+            groups.append(shuffled[first : last + 1])
+            first = last + 1
+        return starts, groups
+
+    def _rows(self, epoch, group):
+        blocks = self._groups(epoch)[1][group]
+        sizes = self.block_sizes[blocks]
+        shuffled = np.random.default_rng([*self.seed, epoch, group]).permutation(int(sizes.sum()))
+        offsets = np.concatenate([np.arange(size) for size in sizes])
+        return blocks.repeat(sizes)[shuffled], offsets[shuffled]
+
+
+class Mixture:
+    """Which source each sample comes from: shares as the weights say, spread as evenly as can be.
+
+    Points of a golden-ratio sequence fall into intervals as long as the weights, so that any stretch of samples has
+    nearly the shares of the whole.
+
+    Args:
+        weights: one per source, positive; they need not add up to one.
+    """
+
+    def __init__(self, weights, seed):
+        shares = np.asarray(weights, float) / sum(weights)
+        self.borders, self.num_sources = shares.cumsum()[:-1], len(shares)
+        self.offset = np.random.default_rng(seed).random()
+
+    def sources(self, first, count):
+        """int[count]: the sources of samples `first`, `first` + 1, ..."""
+        points = (self.offset + GOLDEN * np.arange(first, first + count)) % 1
+        return np.searchsorted(self.borders, points, side="right")
+
+    def counts(self, number):
+        """int[S]: how many of the first `number` samples come from each source."""
+        counts, step = np.zeros(self.num_sources, int), 1 << 20
+        for first in range(0, number, step):
+            drawn = self.sources(first, min(step, number - first))
+            counts += np.bincount(drawn, minlength=self.num_sources)
+        return counts
