@@ -16,20 +16,21 @@ TOKENS_PER_BATCH = 2048
 
 
 @torch.inference_mode()
-def exact_answers(model, processor, records, progress=None):
+def exact_answers(model, processor, records, progress=None, **images_kwargs):
     """Which questions a model answers exactly, greedily.
 
     Args:
         model: a `VoraForConditionalGeneration`.
         records: sequence of `Record`s whose conversations are one question and one answer each.
         progress: called with the number of questions done after each batch.
+        images_kwargs: for the image processor, such as `max_image_tokens`.
 
     Returns:
         list of lists of bool: per record and conversation, True = right.
     """
     model.eval()
     right = [None] * len(records)
-    for batch in _batches(processor, records):
+    for batch in _batches(processor, records, images_kwargs):
         rows = collate_rows([[sample] for _, sample in batch], len(batch[-1][1]["input_ids"]), 0)
         rows.pop("num_samples")
         targets = rows.pop("targets").to(model.device)
@@ -50,12 +51,12 @@ def exact_answers(model, processor, records, progress=None):
     return right
 
 
-def _batches(processor, records):
+def _batches(processor, records, images_kwargs):
     """Records as samples, shortest first, in batches of about equal cost: lists of (index, sample)."""
     samples = []
     for index in range(len(records)):
         record = records[index]
-        samples.append((index, sample_of_record(record, processor, record.conversations)))
+        samples.append((index, sample_of_record(record, processor, record.conversations, **images_kwargs)))
     samples.sort(key=lambda pair: len(pair[1]["input_ids"]))
     batch = []
     for index, sample in samples:
