@@ -36,6 +36,26 @@ def quickstart(
 
 
 @app.command()
+def data(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as data.row_tokens=2048.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Gets summary.json, samples.html, bad_samples.jsonl.")] = Path(
+        "vora-data"
+    ),
+    show: Annotated[int, typer.Option(help="Samples on the page.")] = 20,
+    max_samples: Annotated[int | None, typer.Option(help="Read the first so many rows of each source only.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that read; 0 reads in this one.")] = 2,
+):
+    """Read a recipe's data before any training: what is in it, what is bad, how it packs, and how it looks."""
+    from vora.train.preview import preview
+    from vora.train.recipe import load_recipe
+
+    summary = preview(load_recipe(recipe, overrides or ()), out, show, max_samples, workers, console)
+    if not summary["num_samples"]:
+        raise ValueError(f"All {summary['num_bad']} samples are bad: {out / 'bad_samples.jsonl'} says why.")
+
+
+@app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as training.max_steps=100.")] = None,

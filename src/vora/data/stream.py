@@ -231,6 +231,11 @@ class PackedRows:
         if self.bad_samples is not None and self.bad_samples.exists():
             self.bad = {json.loads(line)["record"] for line in self.bad_samples.read_text().splitlines()}
 
+    def named_samples(self):
+        """(name, sample) in the order of training from the beginning, bad ones left out; the position stays."""
+        for _, packed in Chunks(self.maker, self.mixture, 0, False, self.rank, self.num_ranks):
+            yield from ((name, sample) for name, sample in _unpacked(*packed) if isinstance(sample, dict))
+
     def picture_rows(self):
         """Rows of pictures alone from the beginning; the position stays."""
         return self._rows(self._beginning(pictures_alone=True), remember=False)

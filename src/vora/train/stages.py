@@ -50,27 +50,45 @@ def build_student(recipe, teacher=None):
         ValueError: stage 2 is asked of an LLM that has no trained eyes yet.
     """
     wanted = recipe.model
-    budget = {name: getattr(wanted, name) for name in ("min_image_tokens", "max_image_tokens")}
-    budget = {name: value for name, value in budget.items() if value is not None}
     if wanted.vora is not None:
         model = VoraForConditionalGeneration.from_pretrained(wanted.vora, dtype=wanted.dtype)
-        return model, VoraProcessor.from_pretrained(wanted.vora, **budget)
+        return model, build_processor(recipe)
     if recipe.stage == "finetune":
         raise ValueError(
             "Stage finetune trains a merged VoRA model, but the recipe names a bare LLM: run stage pretrain and "
             "`vora merge` first, and give the merged folder as model.vora."
         )
-    eyes = {"patch_size": wanted.patch_size, "image_size": wanted.image_size, "patch_merge": wanted.patch_merge}
-    if teacher is not None and recipe.teacher.starts_eyes:
-        eyes["teacher"] = teacher
     model = VoraForConditionalGeneration.from_llm(
-        wanted.llm, dtype=wanted.dtype, attn_implementation=wanted.attn_implementation, **eyes
+        wanted.llm,
+        teacher=teacher if teacher is not None and recipe.teacher.starts_eyes else None,
+        patch_size=wanted.patch_size,
+        image_size=wanted.image_size,
+        patch_merge=wanted.patch_merge,
+        dtype=wanted.dtype,
+        attn_implementation=wanted.attn_implementation,
     )
-    if teacher is not None:  # its normalisation, also where the patch embedding starts afresh
-        eyes |= {"image_mean": teacher.image_mean, "image_std": teacher.image_std}
-        eyes |= {"patch_size": model.config.patch_size, "image_size": model.config.image_size}
-        eyes.pop("teacher", None)
-    return model, VoraProcessor.from_llm(wanted.llm, chat_template=wanted.chat_template, **eyes, **budget)
+    return model, build_processor(recipe, teacher)
+
+
+def build_processor(recipe, teacher=None):
+    """The processor of a recipe, for which no model is needed."""
+    wanted = recipe.model
+    options = {name: getattr(wanted, name) for name in ("min_image_tokens", "max_image_tokens")}
+    options = {name: value for name, value in options.items() if value is not None}
+    if wanted.vora is not None:
+        return VoraProcessor.from_pretrained(wanted.vora, **options)
+    if teacher is not None and recipe.teacher.starts_eyes:
+        options["teacher"] = teacher
+    elif teacher is not None:  # its normalisation, also where the patch embedding starts afresh
+        options |= {"image_mean": teacher.image_mean, "image_std": teacher.image_std}
+    return VoraProcessor.from_llm(
+        wanted.llm,
+        patch_size=wanted.patch_size,
+        image_size=wanted.image_size,
+        patch_merge=wanted.patch_merge,
+        chat_template=wanted.chat_template,
+        **options,
+    )
 
 
 def lora_depth(recipe, student, teacher):

@@ -1,0 +1,72 @@
+"""`vora data`: a recipe's mixture, read as training will read it."""
+
+from itertools import islice
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vora.data.page import write_page
+from vora.data.survey import survey, write_summary
+from vora.distill.teacher import Teacher
+from vora.train.run import open_sources, packed_rows, training_arguments
+from vora.train.stages import build_processor
+
+
+def preview(recipe, out, num_shown, max_samples, num_workers, console):
+    """Leave summary.json, samples.html and bad_samples.jsonl in a folder.
+
+    Args:
+        num_shown: samples on the page.
+        max_samples: rows of each source to read; None for all.
+
+    Returns:
+        The summary.
+
+    Raises:
+        ValueError: a source holds nothing usable.
+    """
+    recipe = recipe.model_copy(deep=True)
+    for source in recipe.data.sources:
+        limits = [limit for limit in (source.max_samples, max_samples) if limit is not None]
+        source.max_samples = min(limits) if limits else None
+    sources = open_sources(recipe.data)
+    processor = build_processor(recipe, None if recipe.teacher is None else Teacher.from_pretrained(recipe.teacher.name))
+    recipe.training = {"max_steps": 1, "use_cpu": True, "seed": recipe.training.get("seed", 42)}
+    rows = packed_rows(recipe, sources, processor, training_arguments(recipe, out))
+    columns = (TextColumn("reading"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=sum(map(len, sources)))
+        summary, bad = survey(rows, source_names(recipe.data), num_workers, lambda count: bar.advance(task, count))
+    write_summary(summary, bad, out)
+    shown = list(islice(rows.named_samples(), num_shown)) if summary["num_samples"] else []
+    write_page(out / "samples.html", summary, bad, shown, processor)
+    console.print(table_of(summary))
+    if summary["num_bad"] > recipe.data.max_bad_share * (summary["num_samples"] + summary["num_bad"]):
+        console.print(f"[bold red]A run would stop:[/bold red] more than {recipe.data.max_bad_share:.0%} are bad.")
+    console.print(f"Look at {out / 'samples.html'}; every bad sample is in {out / 'bad_samples.jsonl'}.")
+    return summary
+
+
+def source_names(data):
+    """A name for each source: its path, and its split or number where paths alone are the same."""
+    names = [source.path for source in data.sources]
+    if len(set(names)) < len(names):
+        names = [f"{source.path} ({source.split})" for source in data.sources]
+    if len(set(names)) < len(names):
+        names = [f"{number}: {name}" for number, name in enumerate(names)]
+    return names
+
+
+def table_of(summary):
+    """The summary as a table for the terminal."""
+    table = Table(title=f"{summary['num_samples']:,} samples, {summary['num_bad']:,} bad")
+    for name in ("source", "rows", "bad", "share of samples", "share of tokens", "tokens per sample"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for one in summary["sources"]:
+        shares = [f"{100 * one[key]:.1f} %" for key in ("share_of_samples", "share_of_tokens")]
+        table.add_row(
+            one["name"], f"{one['num_rows']:,}", f"{one['num_bad']:,}", *shares, f"{one['mean_tokens'] or 0:,.0f}"
+        )
+    efficiency = f"rows of {summary['row_tokens']:,} tokens are {100 * summary['packing_efficiency']:.1f} % full"
+    table.caption = f"{efficiency}; {summary['samples_per_second']:,.0f} samples read per second"
+    return table
