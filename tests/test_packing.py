@@ -89,21 +89,39 @@ def test_packed_rows_learn_as_their_samples_would_alone(family):
     learner = learner_of(family)
     groups = [
         questions(0),
-        [sample(*text(9, 3))],
+        [sample(*text(9, 3))],  # text only
         questions(1, count=2),
         [sample(*text(2, 4), (3, 3, 5), (2, 2, 6), *text(5, 5))],  # two pictures that touch
         [sample((2, 2, 7), *text(5, 6))],  # begins with its picture, right after the one before
+        [sample(*text(2, 7), (1, 2, 8), *text(2, 8), (2, 1, 9), *text(2, 9), (1, 1, 10), *text(4, 10))],  # many
+        [sample(*text(1, 11), (2, 2, 11, 3), *text(4, 12))],  # a video of three frames
+        [sample((1, 2, 12, 2), (1, 2, 13), *text(4, 13))],  # a video that touches a picture
     ]
     shared = [share_prefixes(group) for group in groups]
-    lengths = [len(one["input_ids"]) for one in shared]
-    first = next_row(lengths, 48)
-    rows = [first, [i for i in range(5) if i not in first]]
-    assert len(first) > 1 and sum(lengths[i] for i in rows[1]) <= 48 * 2
+    lengths, rows, left = [len(one["input_ids"]) for one in shared], [], list(range(len(groups)))
+    while left:
+        row = [left[i] for i in next_row([lengths[i] for i in left], 48)]
+        rows.append(row)
+        left = [i for i in left if i not in row]
+    assert len(rows) < len(groups) - 3
     batch = collate_rows([[shared[i] for i in row] for row in rows], 48, pad_token_id=0)
     together = learner(**batch, num_items_in_batch=1)["loss"]
-    alone = losses_of_samples(learner, sum(groups, [])).sum()
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
-    assert_same(gradients(learner, together), gradients(learner, alone))
+    alone = losses_of_samples(learner, sum(groups, []))
+    torch.testing.assert_close(together, alone.sum(), rtol=1e-5, atol=0)
+    assert_same(gradients(learner, together), gradients(learner, alone.sum()))
+
+    number = 0
+    for index, group in enumerate(groups):  # each sample's own loss, by masking all others
+        row = next(r for r, members in enumerate(rows) if index in members)
+        start = sum(lengths[i] for i in rows[row][: rows[row].index(index)])
+        for end in start + shared[index]["ends"]:
+            own = torch.zeros_like(batch["targets"], dtype=torch.bool)
+            own[row] = path_to(end, batch["seen_until"])[row] & (torch.arange(48) >= start)
+            only = {**batch, "targets": batch["targets"].where(own, -100)}
+            with torch.no_grad():
+                found = learner(**only, num_items_in_batch=1)["loss"]
+            torch.testing.assert_close(found, alone[number], rtol=1e-5, atol=0)
+            number += 1
 
 
 @FAMILIES

@@ -93,7 +93,7 @@ def prompt(*rows, grids=True):
     """Model inputs of a left-padded batch.
 
     Args:
-        rows: lists of words (int) and images ((rows, columns, seed)).
+        rows: lists of words (int), images ((rows, columns, seed)) and videos ((rows, columns, seed, frames)).
     """
     ids, pictures, shapes = [], [], []
     for row in rows:
@@ -102,9 +102,10 @@ def prompt(*rows, grids=True):
             if isinstance(part, int):
                 ids[-1].append(part)
             else:
-                ids[-1] += [IMAGE] * (part[0] * part[1])
-                pictures.append(picture(*part))
-                shapes.append((1, *part[:2]))
+                height, width, seed, frames = (*part, 1)[:4]
+                ids[-1] += [IMAGE] * (frames * height * width)
+                pictures.append(picture(frames * height, width, seed))
+                shapes.append((frames, height, width))
     longest = max(map(len, ids))
     inputs = {
         "input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in ids]),

@@ -100,7 +100,7 @@ def record_of_row(row, name, image_folder, caption_prompts):
     Raises:
         ValueError: the row fits no layout, or what it holds is not as the layout says.
     """
-    row = {key: value for key, value in row.items() if value is not None}
+    row = {key: value for key, value in row.items() if value is not None and (value or key not in IMAGE_COLUMNS)}
     images = [_located(image, image_folder) for image in _images_of(row)]
     conversations, inline = _conversations_of(row, name, caption_prompts)
     if inline and images:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vora.data.record import COLUMNS, IMAGE_COLUMNS, question_and_answer, record_of_row
@@ -254,8 +255,11 @@ class WebDataset(Source):
                     end = member.offset_data + (member.size + 511) // 512 * 512
         except tarfile.TarError as error:
             raise ValueError(f"{file} is no whole tar file (compressed ones are to be unpacked): {error}") from None
-        if end > Path(file).stat().st_size:
-            raise ValueError(f"{file} is cut off: its last sample {last} ends beyond the file.")
+        with open(file, "rb") as shard:
+            shard.seek(end)
+            rest = shard.read(512)
+        if end > Path(file).stat().st_size or rest not in (b"", bytes(512)):
+            raise ValueError(f"{file} is cut off in or after its last sample {last}: fetch or write it again.")
         yield start, end, count
 
     def _read(self, file, start, end):
@@ -355,7 +359,7 @@ def load_source(path, split="train", caption_prompts=("Describe the image.",), m
         raise ValueError(f"{path} mixes {', '.join(sorted(kind.__name__ for kind in kinds))}: name files of one kind.")
     try:
         return kinds.pop()(str(path), files, **options)
-    except OSError as error:  # pyarrow's errors among them
+    except (OSError, pa.ArrowException) as error:
         raise ValueError(f"Cannot read {path}: {' '.join(str(error).split())[:300]}") from None
 
 

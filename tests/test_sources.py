@@ -1,0 +1,236 @@
+"""Every layout and kind of file becomes the same records, and broken ones say what is wrong."""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import vora
+from vora.data.packing import sample_of_record
+from vora.data.sources import JsonArray, load_source
+
+LAYOUTS = Path(__file__).parent / "layouts"
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def told(record):
+    """A record as its images' colours (a list for a video) and its conversations as `role: text`, | for an image."""
+
+    def colour(image):
+        return [colour(frame) for frame in image] if isinstance(image, list) else image.getpixel((0, 0))
+
+    opened = record.open_images()
+    conversations = []
+    for conversation in record.conversations:
+        if conversation[0]["role"] == "text":
+            conversations.append([f"text: {conversation[0]['content']}"])
+            continue
+        turns = []
+        for message in record.messages(opened, conversation):
+            content = message["content"]
+            if not isinstance(content, str):
+                content = "".join(part.get("text", "|") for part in content)
+            turns.append(f"{message['role']}: {content}")
+        conversations.append(turns)
+    return [colour(image) for image in opened], conversations
+
+
+EXPECTED = {
+    "captions.jsonl": [
+        ([RED], [["user: |Tell.", "assistant: A red field."]]),
+        ([BLUE], [["user: |Tell.", "assistant: A blue field."], ["user: |Tell.", "assistant: All is blue."]]),
+    ],
+    "questions.jsonl": [
+        ([RED], [["user: |what colour?", "assistant: red"]]),
+        ([BLUE], [["user: |what colour?", "assistant: blue"], ["user: |is it red?", "assistant: no"]]),
+    ],
+    "messages.jsonl": [
+        (
+            [RED, BLUE],
+            [["system: Be brief.", "user: |and |: which is red?", "assistant: the first", "user: sure?", "assistant: yes"]],
+        ),
+        ([BLUE], [["user: |what colour?", "assistant: blue"]]),
+    ],
+    "llava.json": [
+        ([RED], [["user: |what colour?", "assistant: red", "user: sure?", "assistant: yes"]]),
+        ([RED, BLUE], [["user: is | or|blue?", "assistant: the second"]]),
+        ([], [["user: how many legs has an ant? é中", "assistant: six"]]),
+    ],
+    "text_only.jsonl": [
+        ([], [["user: hello", "assistant: good day"]]),
+        ([], [["user: Translate.\nrouge", "assistant: red"]]),
+        ([], [["user: two and two?", "assistant: four"]]),
+        ([], [["text: plain words to go on"]]),
+    ],
+    "recap.parquet": [
+        ([RED], [["user: |Describe.", "assistant: A red field."]]),
+        ([BLUE], [["user: Describe.|", "assistant: A blue field."]]),
+    ],
+    "frames.parquet": [
+        ([RED], [["user: |Describe.", "assistant: A red field."]]),
+        ([[RED, BLUE, RED]], [["user: |What happens?", "assistant: It blinks."]]),
+    ],
+    "shard-000.tar": [
+        ([RED], [["user: |Tell.", "assistant: A red field."]]),
+        ([BLUE], [["user: |what colour?", "assistant: blue"]]),
+        ([RED, BLUE], [["user: ||same?", "assistant: no"]]),
+    ],
+}
+
+
+def opened(path, **options):
+    return load_source(str(path), caption_prompts=["Tell."], **options)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_each_layout_reads_as_it_is(name):
+    source = opened(LAYOUTS / name, image_folder=LAYOUTS / "images" if name == "llava.json" else None)
+    assert [told(source[i]) for i in range(len(source))] == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_each_layout_becomes_tokens_and_labels(name, llm_folder):
+    processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+    tokenizer = processor.tokenizer
+    for record in opened(LAYOUTS / name, image_folder=LAYOUTS / "images" if name == "llava.json" else None):
+        for conversation in record.conversations:
+            sample = sample_of_record(record, processor, [conversation])
+            learned = tokenizer.decode(sample["targets"][sample["targets"] != -100])
+            answers = [m["content"] for m in conversation if m["role"] in ("assistant", "text")]
+            expected = "".join(answer + "<|im_end|>" for answer in answers)
+            assert learned == (expected[1:] if conversation[0]["role"] == "text" else expected)  # nothing before its p
+            places = sample["input_ids"] == processor.image_token_id
+            assert places.sum() == sum(grid.prod() for grid in sample.get("image_grid_thw", []))
+
+
+def test_kinds_of_files_and_folders_agree(tmp_path):
+    rows = [json.loads(line) for line in (LAYOUTS / "questions.jsonl").read_text().splitlines()]
+    for row in rows:
+        for name in ("question", "answer"):
+            row[name + "s"] = [row.pop(name)] if name in row else row[name + "s"]
+        row["image"] = {"bytes": (LAYOUTS / row["image"]).read_bytes(), "path": None}
+    dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    dataset.to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+    dataset.to_parquet(tmp_path / "hub" / "data" / "test-00000-of-00001.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(tmp_path / "splits")
+    expected = EXPECTED["questions.jsonl"]
+    for place in ("hub", "hub/data/train-00000-of-00001.parquet", "hub/data/te*.parquet", "saved", "splits"):
+        source = opened(tmp_path / place)
+        assert [told(source[i]) for i in range(len(source))] == expected, place
+    with pytest.raises(ValueError, match="no files of the split 'dev'"):
+        opened(tmp_path / "hub", split="dev")
+
+
+def test_shards_without_names_of_splits_are_all_read(tmp_path):
+    for number in range(3):
+        shutil.copy(LAYOUTS / "shard-000.tar", tmp_path / f"{number:05d}.tar")
+    assert len(opened(tmp_path)) == 9 and len(opened(tmp_path, max_samples=4)) == 4
+
+
+def test_columns_can_be_named(tmp_path):
+    row = {"picture": "red.png", "query": "what?", "reply": "red", "caption": "unused"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    names = {"image": "picture", "question": "query", "answer": "reply"}
+    source = opened(tmp_path / "train.jsonl", columns=names, image_folder=LAYOUTS / "images")
+    assert told(source[0]) == ([RED], [["user: |what?", "assistant: red"]])
+
+
+def test_many_blocks_keep_their_order_and_names(tmp_path):
+    rows = [{"question": f"number {i}? é", "answer": str(i)} for i in range(1000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "b.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet", row_group_size=77)
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        for number, row in enumerate(rows):
+            data = json.dumps(row).encode()
+            info = tarfile.TarInfo(f"{number:04d}.json")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "e")
+    for place in ("a.jsonl", "b.json", "c.parquet", "d.tar", "e"):
+        source = opened(tmp_path / place)
+        assert len(source.block_sizes) > 5 and len(source) == 1000
+        assert [source[i].conversations[0][1]["content"] for i in range(1000)] == [str(i) for i in range(1000)]
+        assert source[777].name.endswith(":777")
+
+
+def test_a_json_list_is_read_in_small_parts(tmp_path, monkeypatch):
+    from vora.data import sources
+
+    rows = [{"question": "q" * (i % 50), "answer": f"[{i}], {{"} for i in range(300)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    whole = [bounds for bounds in sources._elements(tmp_path / "a.json")]
+    assert [bounds for bounds in sources._elements(tmp_path / "a.json", chunk_bytes=37)] == whole
+    monkeypatch.setattr(sources, "ROWS_PER_BLOCK", 7)
+    source = JsonArray("a", [tmp_path / "a.json"])
+    assert [source[i].conversations[0][1]["content"] for i in range(300)] == [row["answer"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("row", "cause"),
+    [
+        ({"image": "red.png", "question": "what?", "answer": " "}, "answer is empty"),
+        ({"question": "what?", "answers": ["a", "b"], "questions": ["what?"]}, "1 questions, but 2 answers"),
+        ({"conversations": [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "x"}]}, "1 places"),
+        ({"image": ["red.png"] * 3, "messages": [{"role": "user", "content": "<image><image>"},
+                                                 {"role": "assistant", "content": "x"}]}, "2 places .* 3 images"),
+        ({"image": "no.png", "question": "what?", "answer": "x"}, "no.png.*no such file"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "Who is 'robot'"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no answer"),
+        ({"messages": ["x"]}, "not built as its layout"),
+        ({"image": "red.png", "label": 3}, "fit none of the layouts"),
+        ({"image": {"bytes": None, "path": None}, "caption": "x"}, "images is empty"),
+    ],
+)  # fmt: skip
+def test_bad_rows_say_why(tmp_path, row, cause):
+    good = {"image": "red.png", "question": "what?", "answer": "red"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
+    source = opened(tmp_path / "train.jsonl", image_folder=LAYOUTS / "images")
+    with pytest.raises(ValueError, match=cause):
+        record = source[1]
+        record.messages(record.open_images(), record.conversations[0])
+
+
+def test_files_that_cannot_be_used_are_refused_before_work_starts(tmp_path):
+    def refuses(name, content, cause):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=cause):
+            opened(path)
+
+    refuses("a.jsonl", b"", "0 rows")
+    refuses("b.jsonl", b"not json\n[1]\n", "None of the first 2 rows .* no JSON")
+    refuses("c.json", b'{"question": "what?"}', "no list of JSON objects")
+    refuses("d.json", b'[{"question": "what?", "answer": "x"}, {"quest', "broken at byte")
+    refuses("e.parquet", b"PAR1 not really", "Cannot read")
+    refuses("f.tar", (LAYOUTS / "shard-000.tar").read_bytes()[:1100], "cut off|no whole tar")
+    refuses("g.csv", b"a,b\n", "none of the kinds")
+    with pytest.raises(ValueError, match="neither a file nor a folder"):
+        opened(tmp_path / "nothing-here")
+    with pytest.raises(ValueError, match="matches 0 files"):
+        opened(tmp_path / "*.tar.gz")
+
+
+def test_a_bad_line_among_good_ones_is_one_bad_row(tmp_path):
+    good = json.dumps({"question": "what?", "answer": "x"})
+    (tmp_path / "a.jsonl").write_text(f"{good}\n{{broken\n{good}\n")
+    source = opened(tmp_path / "a.jsonl")
+    assert len(source) == 3 and source[2].conversations
+    with pytest.raises(ValueError, match="It is no JSON"):
+        source[1]
+
+
+def test_images_of_every_source_survive_a_second_reading(tmp_path):
+    """A block is read anew after another: nothing of it may be used up."""
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
+    source = opened(LAYOUTS / "shard-000.tar")
+    assert told(source[0]) == told(source[0]) == EXPECTED["shard-000.tar"][0]

@@ -1,0 +1,264 @@
+"""The stream of packed rows: the same for any number of workers, resumed exactly, nothing lost, nothing twice."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vora
+from vora.data.sources import load_source
+from vora.data.stream import CHUNK_SAMPLES, PackedRows
+from vora.data.survey import survey
+
+ROW_TOKENS = 96
+
+
+@pytest.fixture(scope="module")
+def processor(llm_folder):
+    return vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two sources: 50 pictures with questions, 30 texts; each answer is the number of its row."""
+    folder = tmp_path_factory.mktemp("mixture")
+    rng, lines = np.random.default_rng(0), []
+    for number in range(50):
+        height, width = rng.integers(4, 20, 2)
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(folder / f"{number}.png")
+        lines.append({"image": f"{number}.png", "question": "what?" * rng.integers(1, 4), "answer": f"a{number}"})
+    (folder / "pictures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [{"question": "hm " * rng.integers(1, 9), "answer": f"b{number}"} for number in range(30)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def rows(folder, processor, monkeypatch):
+    monkeypatch.setattr("vora.data.sources.ROWS_PER_BLOCK", 8)
+    monkeypatch.setattr("vora.data.order.ROWS_PER_GROUP", 20)
+
+    def make(**options):
+        sources = [load_source(str(folder / name)) for name in ("pictures.jsonl", "texts.jsonl")]
+        return PackedRows(sources, processor, ROW_TOKENS, **{"seed": 3, "image_tokens": (2, 9), **options})
+
+    return make
+
+
+def content(row):
+    """What a row holds, in a form that compares."""
+    return [
+        (sample["input_ids"].tolist(), float(sample["pixel_values"].sum()) if "pixel_values" in sample else None)
+        for sample in row
+    ]
+
+
+def answers(processor, row):
+    tokenizer = processor.tokenizer
+    return [tokenizer.decode(one["targets"][one["targets"] != -100], skip_special_tokens=True) for one in row]
+
+
+def first(stream, count):
+    return [content(row) for row in islice(stream, count)]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_rows_do_not_depend_on_the_number_of_workers(rows, num_workers):
+    assert first(rows(num_workers=num_workers), 40) == first(rows(), 40)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 0), (0, 2), (1, 3)])
+def test_a_resumed_stream_goes_on_where_it_was(rows, before, after):
+    options = {"image_only_rows": 7, "weights": [3, 1]}
+    whole = first(rows(**options), 40)
+    for stop in (1, 6, 7, 8, 13, 25):
+        begun = rows(num_workers=before, **options)
+        assert first(begun, stop) == whole[:stop]
+        state = json.loads(json.dumps(begun.state_dict()))
+        resumed = rows(num_workers=after, **options)
+        resumed.load_state_dict(state)
+        assert first(resumed, 40 - stop) == whole[stop:]
+
+
+def test_pictures_alone_come_first_and_predict_nothing(rows, processor):
+    found = list(islice(rows(image_only_rows=5), 12))
+    for row in found[:5]:
+        assert all((sample["targets"] == -100).all() and "pixel_values" in sample for sample in row)
+        assert sum(len(sample["input_ids"]) for sample in row) > 0.8 * ROW_TOKENS
+    assert all((sample["targets"] != -100).any() for row in found[5:] for sample in row)
+
+
+def test_nothing_is_lost_and_nothing_comes_twice(rows, processor):
+    found = Counter()
+    for row in rows(weights=[50, 30]):
+        found.update(answers(processor, row))
+        if sum(found.values()) > 10 * 80:
+            break
+    # ten epochs, less those that wait for a row, more those of the next epoch that have been read ahead
+    assert len(found) == 80 and set(found.values()) <= {9, 10, 11, 12}, found
+
+
+def test_ranks_share_the_samples(rows, processor):
+    """What two processes read together is what one reads alone."""
+
+    def samples(rank, num_ranks, num_chunks):
+        stream = rows(rank=rank, num_ranks=num_ranks)
+        return [name for name, _ in islice(stream.named_samples(), num_chunks * CHUNK_SAMPLES)]
+
+    alone = samples(0, 1, 8)
+    shared = [samples(rank, 2, 4) for rank in (0, 1)]
+    chunks = [one[i : i + CHUNK_SAMPLES] for i in range(0, 4 * CHUNK_SAMPLES, CHUNK_SAMPLES) for one in shared]
+    assert sum(chunks, []) == alone
+
+
+def test_weights_are_shares_of_samples(rows, processor):
+    found = Counter()
+    for row in islice(rows(weights=[1, 3]), 150):
+        found.update(answer[0] for answer in answers(processor, row))
+    assert found["b"] / found.total() == pytest.approx(0.75, abs=0.03)
+
+
+def test_each_image_draws_its_budget(rows):
+    drawn = {len(s["pixel_values"]) for row in islice(rows(), 60) for s in row if "pixel_values" in s}
+    assert min(drawn) <= 2 and max(drawn) >= 8 and len(drawn) >= 5
+    fixed = {len(s["pixel_values"]) for row in islice(rows(image_tokens=(4, 4)), 60) for s in row if "pixel_values" in s}
+    assert max(fixed) == 4 and min(fixed) >= 2
+
+
+def test_a_checkpoint_of_other_data_is_refused(rows):
+    state = rows().state_dict()
+    with pytest.raises(ValueError, match="seed was 3 and is 4 now"):
+        rows(seed=4).load_state_dict(state)
+    with pytest.raises(ValueError, match="weights was"):
+        rows(weights=[1, 1]).load_state_dict(state)
+
+
+def test_as_many_weights_as_sources_are_needed(rows):
+    with pytest.raises(ValueError, match="1 weights for 2 sources"):
+        rows(weights=[1])
+
+
+@pytest.fixture
+def spoilt(tmp_path, processor):
+    """40 rows, of which an empty picture, one too long for a row and one without an answer."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    (tmp_path / "empty.png").write_bytes(b"")
+    lines = [{"image": "red.png", "question": f"what? {i}", "answer": "red"} for i in range(40)]
+    lines[5]["image"], lines[17]["question"], lines[30]["answer"] = "empty.png", "long " * 200, ""
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def make(**options):
+        source = load_source(str(tmp_path / "train.jsonl"))
+        return PackedRows([source], processor, ROW_TOKENS, bad_samples=tmp_path / "bad.jsonl", **options)
+
+    return make
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_samples_are_named_once_and_skipped(spoilt, tmp_path, num_workers):
+    for _ in islice(spoilt(num_workers=num_workers), 60):  # many epochs
+        pass
+    named = {}
+    for line in (tmp_path / "bad.jsonl").read_text().splitlines():
+        named |= {Path(json.loads(line)["record"]).name: json.loads(line)["cause"]}
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == len(named) == 3
+    assert "0 bytes" in named["train.jsonl:5"] and "exceed the 96 of a row" in named["train.jsonl:17"]
+    assert "answer is empty" in named["train.jsonl:30"]
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path, processor):
+    lines = [{"image": "no.png", "question": "what?", "answer": "red"}] * 30
+    lines += [{"question": "what?", "answer": "red"}] * 30
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = load_source(str(tmp_path / "train.jsonl"))
+    with pytest.raises(ValueError, match="samples read are bad.*no.png.*max_bad_share"):
+        list(islice(PackedRows([source], processor, 64, max_bad_share=0.1), 100))
+    list(islice(PackedRows([source], processor, 64, max_bad_share=0.5), 100))
+    lonely = load_source(str(tmp_path / "train.jsonl"), max_samples=2)
+    with pytest.raises(ValueError, match="are bad"):
+        next(iter(PackedRows([lonely], processor, 64, max_bad_share=1.0)))
+
+
+def test_a_survey_counts_what_training_will_read(spoilt):
+    rows = spoilt()
+    summary, bad = survey(rows, ["it"])
+    assert (summary["num_samples"], summary["num_bad"], len(bad)) == (37, 3, 3)
+    lengths = [len(s["input_ids"]) for _, s in islice(rows.named_samples(), 37)]
+    assert summary["tokens_per_sample"]["max"] == max(lengths)
+    assert summary["tokens_per_sample"]["mean"] == pytest.approx(np.mean(lengths))
+    packed = [sum(len(s["input_ids"]) for s in row) / ROW_TOKENS for row in islice(rows, 30)]
+    assert summary["packing_efficiency"] == pytest.approx(np.mean(packed), abs=0.05)
+    parallel, _ = survey(rows, ["it"], num_workers=2)
+    assert {k: v for k, v in parallel.items() if "second" not in k} == {
+        k: v for k, v in summary.items() if "second" not in k
+    }
+
+
+READ_ALL = """
+import resource, sys
+from itertools import islice
+import vora
+from vora.data.sources import load_source
+from vora.data.stream import PackedRows
+folder, llm = sys.argv[1:]
+processor = vora.VoraProcessor.from_llm(llm, patch_size=8, image_size=64)
+source = load_source(folder)
+rows = iter(PackedRows([source], processor, 256))
+for row in islice(rows, int(len(source) * 75 / 256)):
+    pass
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "tar", "arrow"])
+def test_memory_does_not_grow_with_the_data(tmp_path, llm_folder, kind):
+    """Ten times the rows, the same peak within 5 %."""
+    peaks = []
+    for size in (1500, 15000):
+        folder = tmp_path / str(size)
+        _write_many(folder, size, kind)
+        command = [sys.executable, "-c", READ_ALL, str(folder), llm_folder]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] < 1.05 * peaks[0], peaks
+
+
+def _write_many(folder, size, kind):
+    import io
+    import tarfile
+
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir()
+    rng, pictures = np.random.default_rng(0), []
+    for _ in range(20):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(buffer, "PNG")
+        pictures.append(buffer.getvalue())
+    table = [{"image": pictures[i % 20], "question": f"what is {i}?", "answer": "noise"} for i in range(size)]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(table), folder / "train.parquet", row_group_size=100)
+    elif kind == "arrow":
+        datasets.Dataset.from_list(table).save_to_disk(folder)
+    elif kind == "jsonl":
+        for number, picture in enumerate(pictures):
+            (folder / f"{number}.png").write_bytes(picture)
+        lines = (json.dumps({**row, "image": f"{i % 20}.png"}) + "\n" for i, row in enumerate(table))
+        (folder / "train.jsonl").write_text("".join(lines))
+    else:
+        with tarfile.open(folder / "train.tar", "w") as tar:
+            for number, row in enumerate(table):
+                words = json.dumps({"question": row["question"], "answer": row["answer"]}).encode()
+                for ending, data in (("png", row["image"]), ("json", words)):
+                    info = tarfile.TarInfo(f"{number:06d}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
