@@ -59,8 +59,33 @@ def test_train_merge_chat(work, merged):
     assert json.loads((work / "llm" / "config.json").read_text())["model_type"] == "llama"
     answer = vora("chat", work / "red.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4)
     assert answer.returncode == 0 and answer.stdout.endswith("\n"), answer.stderr
+    small = vora(
+        "chat", work / "red.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4, "--max-image-tokens", 1
+    )
+    assert small.returncode == 0, small.stderr
     many = vora("chat", work / "red.png", work / "blue.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4)
     assert many.returncode == 0, many.stderr
+
+
+def test_data_shows_what_training_will_read(work, tmp_path):
+    (tmp_path / "extra.jsonl").write_text('{"image": "no.png", "question": "what?", "answer": "x"}\n' * 2)
+    recipe = yaml.safe_load((work / "recipe.yaml").read_text())
+    recipe["data"]["sources"] = [{"path": str(work / "train.jsonl")}, {"path": str(tmp_path / "extra.jsonl")}]
+    recipe["teacher"]["name"] = str(work / "vit")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    result = vora("data", tmp_path / "recipe.yaml", "--out", tmp_path / "found")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "found" / "summary.json").read_text())
+    assert (summary["num_samples"], summary["num_bad"], summary["num_images"]) == (2, 2, 2)
+    assert summary["shares_by_source"] == {str(work / "train.jsonl"): 1.0, str(tmp_path / "extra.jsonl"): 0.0}
+    assert {"mean", "p50", "p95", "max"} <= summary["tokens_per_sample"].keys()
+    assert 0.5 < summary["packing_efficiency"] <= 1
+    page = (tmp_path / "found" / "samples.html").read_text()
+    assert page.count("data:image/jpeg") == 2 and '<span class="label">red&lt;|im_end|&gt;</span>' in page
+    assert page.count("no such file") == 2 and "A run would stop" in result.stderr
+    alone = vora("data", tmp_path / "recipe.yaml", f"data.sources=[{{path: {tmp_path / 'extra.jsonl'}}}]",
+                 "--out", tmp_path / "none")  # fmt: skip
+    assert alone.returncode == 1 and "All 2 samples are bad" in alone.stderr
 
 
 def test_interactive_chat(work, merged):
@@ -72,7 +97,7 @@ def test_interactive_chat(work, merged):
 
 def test_help_reads_well():
     shown = vora("--help")
-    for verb in ("quickstart", "train", "merge", "chat"):
+    for verb in ("quickstart", "data", "train", "merge", "chat"):
         assert verb in shown.stdout
 
 
@@ -109,7 +134,7 @@ def test_interrupted_run_saves_and_says_how_to_go_on(work):
         (["train", "no-recipe.yaml"], "Cannot read recipe"),
         (["train", "{recipe}", "lora.rnak=3"], "did you mean rank?"),
         (["train", "{recipe}", "lora.target_modules=[no_proj]", "--out", "{new}"], "match no linear layer"),
-        (["train", "{recipe}", "data.sources.0.path=x"], "data.sources"),
+        (["train", "{recipe}", "data.sources.0.path=x"], "neither a file nor a folder"),
         (["train", "{recipe}", "data.row_tokens=99999", "--out", "{new}"], "context holds"),
         (["train", "{recipe}", "training.learning_rate=1e30", "training.max_grad_norm=0", "training.max_steps=50",
           "--out", "{new}"], "training diverged"),

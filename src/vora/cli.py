@@ -98,13 +98,16 @@ def chat(
     question: Annotated[str | None, typer.Option("--question", "-q", help="Ask once instead of chatting.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 answers greedily.")] = 0.0,
+    min_image_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of a picture; the model's own.")] = None,
+    max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of a picture; the model's own.")] = None,
 ):
     """Ask a model about pictures; without -q, interactively (a line `+ IMAGE` adds a picture, empty ends)."""
     from vora.model.image_processing_vora import read_image
     from vora.serve.chat import Chat, load_model
 
     pending = [read_image(image) for image in images or []]
-    conversation = Chat(*load_model(model or _default_model()), max_new_tokens, temperature)
+    loaded = load_model(model or _default_model(), min_image_tokens, max_image_tokens)
+    conversation = Chat(*loaded, max_new_tokens, temperature)
     if question is not None:
         _print_answer(conversation, question, pending)
         return

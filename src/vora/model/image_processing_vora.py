@@ -228,6 +228,10 @@ class VoraImageProcessor(BaseImageProcessor):
         }
         return BatchFeature(data, tensor_type=return_tensors)
 
+    def set_budget(self, min_image_tokens=None, max_image_tokens=None):
+        """Change the budget of all images to come; what is None stays, as far as it fits the other."""
+        self.min_image_tokens, self.max_image_tokens = self._budget(min_image_tokens, max_image_tokens)
+
     def _budget(self, min_image_tokens, max_image_tokens):
         most = max_image_tokens or self.max_image_tokens
         least = min_image_tokens or min(self.min_image_tokens, most)

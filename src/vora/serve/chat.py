@@ -6,13 +6,16 @@ from threading import Thread
 import torch
 from transformers import AutoConfig, TextIteratorStreamer
 
-from vora.model.image_processing_vora import read_image
+from vora.model.image_processing_vora import Video, read_image
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
 
-def load_model(name):
+def load_model(name, min_image_tokens=None, max_image_tokens=None):
     """A VoRA model by folder or hub id, on the GPU if there is one.
+
+    Args:
+        min_image_tokens, max_image_tokens: budget per image, if not the model's own.
 
     Returns:
         (model in eval mode, processor).
@@ -37,7 +40,9 @@ def load_model(name):
         raise ValueError(f"{name} holds unmerged weights: merge them first with `vora merge RUN -o OUT`.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = VoraForConditionalGeneration.from_pretrained(name).to(device).eval()
-    return model, VoraProcessor.from_pretrained(name)
+    processor = VoraProcessor.from_pretrained(name)
+    processor.image_processor.set_budget(min_image_tokens, max_image_tokens)
+    return model, processor
 
 
 class Chat:
@@ -59,12 +64,17 @@ class Chat:
 
         Args:
             text: the question.
-            images: paths, URLs or PIL images that come with it.
+            images: paths, URLs, PIL images or `Video`s that come with it.
 
         Raises:
             ValueError: an image cannot be read, or the conversation exceeds the LLM's context.
         """
-        content = [{"type": "image", "image": read_image(image)} for image in images]
+        content = [
+            {"type": "video", "video": image}
+            if isinstance(image, Video)
+            else {"type": "image", "image": read_image(image)}
+            for image in images
+        ]
         turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
         inputs = self._inputs([*self.messages, turn])
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}

@@ -38,7 +38,7 @@ def preview(recipe, out, num_shown, max_samples, num_workers, console):
         task = bar.add_task("", total=sum(map(len, sources)))
         summary, bad = survey(rows, source_names(recipe.data), num_workers, lambda count: bar.advance(task, count))
     write_summary(summary, bad, out)
-    shown = list(islice(rows.named_samples(), num_shown)) if summary["num_samples"] else []
+    shown = list(islice(rows.named_samples(), min(num_shown, summary["num_samples"])))
     write_page(out / "samples.html", summary, bad, shown, processor)
     console.print(table_of(summary))
     if summary["num_bad"] > recipe.data.max_bad_share * (summary["num_samples"] + summary["num_bad"]):
@@ -61,7 +61,7 @@ def table_of(summary):
     """The summary as a table for the terminal."""
     table = Table(title=f"{summary['num_samples']:,} samples, {summary['num_bad']:,} bad")
     for name in ("source", "rows", "bad", "share of samples", "share of tokens", "tokens per sample"):
-        table.add_column(name, justify="left" if name == "source" else "right")
+        table.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
     for one in summary["sources"]:
         shares = [f"{100 * one[key]:.1f} %" for key in ("share_of_samples", "share_of_tokens")]
         table.add_row(

@@ -73,15 +73,16 @@ def build_student(recipe, teacher=None):
 def build_processor(recipe, teacher=None):
     """The processor of a recipe, for which no model is needed."""
     wanted = recipe.model
-    options = {name: getattr(wanted, name) for name in ("min_image_tokens", "max_image_tokens")}
-    options = {name: value for name, value in options.items() if value is not None}
     if wanted.vora is not None:
-        return VoraProcessor.from_pretrained(wanted.vora, **options)
+        processor = VoraProcessor.from_pretrained(wanted.vora)
+        processor.image_processor.set_budget(wanted.min_image_tokens, wanted.max_image_tokens)
+        return processor
+    options = {}
     if teacher is not None and recipe.teacher.starts_eyes:
         options["teacher"] = teacher
     elif teacher is not None:  # its normalisation, also where the patch embedding starts afresh
         options |= {"image_mean": teacher.image_mean, "image_std": teacher.image_std}
-    return VoraProcessor.from_llm(
+    processor = VoraProcessor.from_llm(
         wanted.llm,
         patch_size=wanted.patch_size,
         image_size=wanted.image_size,
@@ -89,6 +90,8 @@ def build_processor(recipe, teacher=None):
         chat_template=wanted.chat_template,
         **options,
     )
+    processor.image_processor.set_budget(wanted.min_image_tokens, wanted.max_image_tokens)
+    return processor
 
 
 def lora_depth(recipe, student, teacher):
