@@ -163,3 +163,7 @@ def main():
         tail = "" if known else " (VORA_TRACEBACK=1 shows where)"
         console.print(f"[bold red]error:[/bold red] {name}{' '.join(str(error).split())}{tail}", highlight=False)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -40,7 +40,7 @@ class ProgressCallback(TrainerCallback):
         text = "  ".join([*losses, speed, f"{logs['data_wait_share']:.0%} waiting for data"])
         self.bar.update(self.task, description=text)
         if not self.console.is_terminal:  # a bar needs a terminal; a file gets lines
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}")
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}", soft_wrap=True)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:

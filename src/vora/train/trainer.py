@@ -40,6 +40,7 @@ class VoraTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the label tokens of all micro-batches
         self.num_samples_seen = 0
         self._terms, self._clock, self._tokens, self._waited = {}, time.monotonic(), 0, 0.0
+        self._samples_logged = 0
 
     def get_train_dataloader(self):
         return PackedBatches(self.train_dataset, self.args.per_device_train_batch_size)
@@ -91,16 +92,23 @@ class VoraTrainer(Trainer):
                 else:
                     logs[name] = float(value)
             refuse_non_finite(logs["loss"], self.state.global_step)
-            now = time.monotonic()
-            logs["samples_seen"] = self.num_samples_seen
-            logs["tokens_per_second"] = self._tokens / (now - self._clock)
-            logs["samples_per_second"] = (self.num_samples_seen - self._samples_logged) / (now - self._clock)
-            logs["data_wait_share"] = self._waited / (now - self._clock)
-            self._terms, self._clock, self._tokens, self._waited = {}, now, 0, 0.0
-            self._samples_logged = self.num_samples_seen
+            logs |= self._speed()
         super().log(logs, start_time)
 
-    _samples_logged = 0
+    def _speed(self):
+        """Samples seen, and speeds since the last line, of all processes together."""
+        now, device = time.monotonic(), self.args.device
+        counts = [self.num_samples_seen, self.num_samples_seen - self._samples_logged, self._tokens]
+        seen, samples, tokens = self.accelerator.reduce(torch.tensor(counts, device=device), "sum").tolist()
+        seconds, waited = now - self._clock, self._waited
+        self._clock, self._tokens, self._waited, self._samples_logged = now, 0, 0.0, self.num_samples_seen
+        self._terms = {}
+        return {
+            "samples_seen": seen,
+            "tokens_per_second": tokens / seconds,
+            "samples_per_second": samples / seconds,
+            "data_wait_share": waited / seconds,
+        }
 
     def create_optimizer(self, *args, **kwargs):
         """The Trainer's optimizer, its groups split by the part that a parameter belongs to, see `part_of`."""
