@@ -97,7 +97,9 @@ def main():
     torch.set_num_threads(1)
     ours = VoraImageProcessor(patch_size=14, max_image_tokens=1024)
     theirs = Qwen2VLImageProcessorPil()
-    patches = [len(one(Image.open(BytesIO(encoded[0])), return_tensors="np")["pixel_values"]) for one in (ours, theirs)]
+    patches = [
+        len(one(Image.open(BytesIO(encoded[0])), return_tensors="np")["pixel_values"]) for one in (ours, theirs)
+    ]
     found = {
         "patches_per_picture": patches,
         "vora_pictures_per_second": pictures_per_second(lambda i: ours(i, return_tensors="np"), encoded, args.rounds),

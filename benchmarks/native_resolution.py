@@ -1,9 +1,9 @@
 """Accuracy against image budget and aspect ratio: pictures at their own aspect ratio, or padded to a square.
 
 Both arms train on the same questions about the same pictures, with each image's budget drawn anew between 64 x 64 and
-256 x 256 pixels: easy-VQA's figures on canvases of aspect ratio 1:1, 2:1 and 1:2, and, with --nlvr, NLVR's pictures of
-4:1. One arm sees them as they are, the other padded to squares. Both are asked at budgets and aspect ratios of training
-and at such as they never saw. Each arm runs in a process of its own.
+256 x 256 pixels: easy-VQA's figures on canvases of aspect ratio 1:1, 2:1 and 1:2, and, with --nlvr, NLVR's pictures
+of 4:1. One arm sees them as they are, the other padded to squares. Both are asked at budgets and aspect ratios of
+training and at such as they never saw. Each arm runs in a process of its own.
 
     python benchmarks/native_resolution.py --teacher WinKawaks/vit-tiny-patch16-224 --nlvr nlvr/dev.parquet
 """
@@ -98,7 +98,9 @@ def run_arm(arm, args):
             "data.sources": sources, "data.row_tokens": 256, "data.image_tokens": [4, 64],
             "training.seed": args.seed, "training.max_steps": args.image_only_steps + args.lm_steps,
         } | precision_overrides()  # fmt: skip
-        values = [f"{key}={json.dumps(value) if isinstance(value, list) else value}" for key, value in overrides.items()]
+        values = [
+            f"{key}={json.dumps(value) if isinstance(value, list) else value}" for key, value in overrides.items()
+        ]
         recipe = load_recipe(Path(str(files("vora.quickstart"))) / "recipe.yaml", values)
         train(recipe, folder / "run", console=Console(stderr=True))
         model, processor = merge_run(folder / "run")

@@ -1,7 +1,7 @@
 """What does patch_merge cost and save? Tokens, time, memory and accuracy of m = 1, 2, 3 side by side.
 
-All arms see the same pictures of easy-VQA, at the same 6 x 6 patches of 16 pixels (36, 9 or 4 image tokens), in the same
-order and the same steps: first pictures alone, then with all their questions. Each arm runs in a process of its own.
+All arms see the same pictures of easy-VQA, at the same 6 x 6 patches of 16 pixels (36, 9 or 4 image tokens), in the
+same order and the same steps: first pictures alone, then with all their questions. Each arm is a process of its own.
 
     python benchmarks/patch_merge.py --teacher WinKawaks/vit-tiny-patch16-224 --json patch_merge.json
 """

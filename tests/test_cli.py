@@ -59,9 +59,7 @@ def test_train_merge_chat(work, merged):
     assert json.loads((work / "llm" / "config.json").read_text())["model_type"] == "llama"
     answer = vora("chat", work / "red.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4)
     assert answer.returncode == 0 and answer.stdout.endswith("\n"), answer.stderr
-    small = vora(
-        "chat", work / "red.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4, "--max-image-tokens", 1
-    )
+    small = vora("chat", work / "red.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4, "--max-image-tokens", 1)
     assert small.returncode == 0, small.stderr
     many = vora("chat", work / "red.png", work / "blue.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4)
     assert many.returncode == 0, many.stderr

@@ -10,9 +10,9 @@ import torch
 from test_kill import recipe  # noqa: F401  (a fixture: two sources, two workers, drawn budgets)
 
 
-def train(recipe, folder, *overrides):
+def train(path, folder, *overrides):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    command += ["--rdzv_endpoint", "localhost:0", "-m", "vora.cli", "train", str(recipe), "--out", str(folder)]
+    command += ["--rdzv_endpoint", "localhost:0", "-m", "vora.cli", "train", str(path), "--out", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -54,7 +54,15 @@ EXPECTED = {
     "messages.jsonl": [
         (
             [RED, BLUE],
-            [["system: Be brief.", "user: |and |: which is red?", "assistant: the first", "user: sure?", "assistant: yes"]],
+            [
+                [
+                    "system: Be brief.",
+                    "user: |and |: which is red?",
+                    "assistant: the first",
+                    "user: sure?",
+                    "assistant: yes",
+                ]
+            ],
         ),
         ([BLUE], [["user: |what colour?", "assistant: blue"]]),
     ],
@@ -68,6 +76,9 @@ EXPECTED = {
         ([], [["user: Translate.\nrouge", "assistant: red"]]),
         ([], [["user: two and two?", "assistant: four"]]),
         ([], [["text: plain words to go on"]]),
+    ],
+    "cauldron.jsonl": [
+        ([RED], [["user: |what colour?", "assistant: red", "user: sure?", "assistant: yes"]]),
     ],
     "recap.parquet": [
         ([RED], [["user: |Describe.", "assistant: A red field."]]),

@@ -1,6 +1,7 @@
 """The stream of packed rows: the same for any number of workers, resumed exactly, nothing lost, nothing twice."""
 
 import json
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -13,7 +14,7 @@ from PIL import Image
 
 import vora
 from vora.data.sources import load_source
-from vora.data.stream import CHUNK_SAMPLES, PackedRows
+from vora.data.stream import CHUNK_SAMPLES, Chunks, PackedRows
 from vora.data.survey import survey
 
 ROW_TOKENS = 96
@@ -127,7 +128,9 @@ def test_weights_are_shares_of_samples(rows, processor):
 def test_each_image_draws_its_budget(rows):
     drawn = {len(s["pixel_values"]) for row in islice(rows(), 60) for s in row if "pixel_values" in s}
     assert min(drawn) <= 2 and max(drawn) >= 8 and len(drawn) >= 5
-    fixed = {len(s["pixel_values"]) for row in islice(rows(image_tokens=(4, 4)), 60) for s in row if "pixel_values" in s}
+    fixed = {
+        len(s["pixel_values"]) for row in islice(rows(image_tokens=(4, 4)), 60) for s in row if "pixel_values" in s
+    }
     assert max(fixed) == 4 and min(fixed) >= 2
 
 
@@ -183,6 +186,22 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, processor):
     lonely = load_source(str(tmp_path / "train.jsonl"), max_samples=2)
     with pytest.raises(ValueError, match="are bad"):
         next(iter(PackedRows([lonely], processor, 64, max_bad_share=1.0)))
+
+
+def test_text_alone_cannot_be_distilled_from(rows, folder, processor):
+    texts = PackedRows([load_source(str(folder / "texts.jsonl"))], processor, ROW_TOKENS, image_only_rows=1)
+    with pytest.raises(ValueError, match="holds a picture.*image_only_steps=0"):
+        next(iter(texts))
+
+
+def test_workers_that_are_not_forked_get_all_they_need(rows):
+    """Where processes are spawned, what they work with travels by pickle."""
+    stream = rows()
+    chunks = Chunks(stream.maker, stream.mixture, 0, False, 0, 1)
+    next(iter(chunks))
+    again = pickle.loads(pickle.dumps(chunks))
+    (number, (samples, _)), (_, (expected, _)) = next(iter(again)), next(iter(chunks))
+    assert number == 0 and [name for name, _ in samples] == [name for name, _ in expected]
 
 
 def test_a_survey_counts_what_training_will_read(spoilt):

@@ -55,7 +55,11 @@ def test_a_video_is_an_image_of_several_frames(processor, model):
 
 
 def test_videos_batch_with_pictures_and_text(processor, model):
-    conversations = [messages(frames(2), "what?"), messages("hello"), messages(frames(1)[0], frames(1, (16, 8))[0], "?")]
+    conversations = [
+        messages(frames(2), "what?"),
+        messages("hello"),
+        messages(frames(1)[0], frames(1, (16, 8))[0], "?"),
+    ]
     batch = encode(processor, *conversations)
     assert batch["image_grid_thw"].tolist() == [[2, 3, 2], [1, 3, 2], [1, 2, 4]]
     with torch.no_grad():

@@ -39,9 +39,9 @@ def quickstart(
 def data(
     recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as data.row_tokens=2048.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Gets summary.json, samples.html, bad_samples.jsonl.")] = Path(
-        "vora-data"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Gets summary.json, samples.html, bad_samples.jsonl.")
+    ] = Path("vora-data"),
     show: Annotated[int, typer.Option(help="Samples on the page.")] = 20,
     max_samples: Annotated[int | None, typer.Option(help="Read the first so many rows of each source only.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that read; 0 reads in this one.")] = 2,

@@ -1,7 +1,6 @@
 """Which row comes when: a seeded, endless order over rows of any number, of which nothing is stored but a position."""
 
 from bisect import bisect_right
-from functools import lru_cache
 
 import numpy as np
 
@@ -23,15 +22,18 @@ class SourceOrder:
     def __init__(self, block_sizes, seed):
         self.block_sizes, self.seed = np.asarray(block_sizes), tuple(seed)
         self.num_rows = int(self.block_sizes.sum())
-        self._groups = lru_cache(2)(self._groups)
-        self._rows = lru_cache(2)(self._rows)
+        self._epoch, self._group = (None, None, None), (None, None, None)  # the last ones used, with their keys
 
     def draw(self, number):
         """(epoch, group, block, offset in block) of the row that is drawn as the `number`-th."""
         epoch, place = divmod(number, self.num_rows)
-        starts, groups = self._groups(epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, *self._groups(epoch))
+        _, starts, groups = self._epoch
         group = bisect_right(starts, place) - 1
-        blocks, offsets = self._rows(epoch, group)
+        if self._group[0] != (epoch, group):
+            self._group = ((epoch, group), *self._rows(epoch, group, groups[group]))
+        _, blocks, offsets = self._group
         return epoch, group, int(blocks[place - starts[group]]), int(offsets[place - starts[group]])
 
     def _groups(self, epoch):
@@ -47,8 +49,8 @@ class SourceOrder:
             first = last + 1
         return starts, groups
 
-    def _rows(self, epoch, group):
-        blocks = self._groups(epoch)[1][group]
+    def _rows(self, epoch, group, blocks):
+        """(block, offset) of each row of a group, in order."""
         sizes = self.block_sizes[blocks]
         shuffled = np.random.default_rng([*self.seed, epoch, group]).permutation(int(sizes.sum()))
         offsets = np.concatenate([np.arange(size) for size in sizes])

@@ -41,6 +41,7 @@ def write_page(path, summary, bad, shown, processor):
     bad_rows = "".join(
         f"<tr><td>{html.escape(one['record'])}</td><td>{html.escape(one['cause'])}</td></tr>" for one in bad
     )
+    bad_table = f'<table class="bad"><tr><th>where</th><th>why</th></tr>{bad_rows}</table>' if bad else "<p>None.</p>"
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>What training will read</title>
 <style>{STYLE}</style><h1>What training will read</h1>
 <div class="figures">{"".join(f"<div><b>{figure}</b>{text}</div>" for figure, text in figures)}</div>
@@ -52,7 +53,7 @@ def write_page(path, summary, bad, shown, processor):
 <span class="image">image tokens</span>, <span class="prompt">what is given</span>,
 <span class="label">what is to be learned</span>. Questions that share a picture share its tokens.</p>
 {"".join(_sample(name, sample, processor) for name, sample in shown)}
-<h2>Bad samples</h2>{f'<table class="bad"><tr><th>where</th><th>why</th></tr>{bad_rows}</table>' if bad else "<p>None.</p>"}
+<h2>Bad samples</h2>{bad_table}
 </html>"""
     path.write_text(page, encoding="utf-8")
 
@@ -159,7 +160,7 @@ def _histogram(histogram, width=900, height=180):
         for i, count in enumerate(counts)
     )
     labels = "".join(
-        f'<text x="{i * step:.1f}" y="{height + 16}" text-anchor="{"start" if i == 0 else "middle"}">{edges[i]:,.0f}</text>'
+        f'<text x="{i * step:.1f}" y="{height + 16}">{edges[i]:,.0f}</text>'
         for i in range(0, len(counts), max(1, len(counts) // 8))
     )
     last = f'<text x="{width}" y="{height + 16}" text-anchor="end">{edges[-1]:,.0f}</text>'

@@ -12,7 +12,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 IMAGE_COLUMNS = ("image", "images", "frames", "video")
 TEXT_COLUMNS = (
     "messages", "conversations", "question", "answer", "questions", "answers", "caption", "captions",
-    "instruction", "input", "output", "text", "id",
+    "instruction", "input", "output", "texts", "text", "id",
 )  # fmt: skip
 COLUMNS = IMAGE_COLUMNS + TEXT_COLUMNS
 PLACE = re.compile(r"\n?<(?:image|video)>\n?")
@@ -137,6 +137,9 @@ def _conversations_of(row, name, prompts):
     if "messages" in row or "conversations" in row:
         turns = row.get("messages", row.get("conversations"))
         return _from_turns(json.loads(turns) if isinstance(turns, str) else turns)
+    if "texts" in row:
+        turns = [question_and_answer(turn["user"], turn["assistant"]) for turn in row["texts"]]
+        return [_checked(sum(turns, []))], []
     for questions, answers in (("questions", "answers"), ("question", "answer")):
         if questions in row and answers in row:
             asked, told = _as_list(row[questions]), _as_list(row[answers])
@@ -155,7 +158,7 @@ def _conversations_of(row, name, prompts):
         return [_checked([{"role": "text", "content": row["text"]}])], []
     raise ValueError(
         f"Its columns {sorted(map(str, row))} fit none of the layouts messages, conversations, question and answer, "
-        "caption, instruction and output, text: name them in the source's `columns`."
+        "caption, instruction and output, texts, text: name them in the source's `columns`."
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vora.data.record import COLUMNS, IMAGE_COLUMNS, question_and_answer, record_of_row
+from vora.data.record import COLUMNS, IMAGE_COLUMNS, record_of_row
 from vora.model.wheel_files import wheel_files
 
 EASY_VQA = "easy-vqa"
@@ -59,7 +59,7 @@ class Source:
         return int(self.block_sizes.sum())
 
     def __getitem__(self, index):
-        """The `Record` of a row; neighbours are fast, since a block stays in memory until the next one is asked for."""
+        """The `Record` of a row; neighbours are fast: a block stays in memory until another is asked for."""
         index = range(len(self))[index]
         block = int(np.searchsorted(self.starts, index, side="right")) - 1
         if self._cached[0] != block:
@@ -111,11 +111,13 @@ class Source:
                 return
             except ValueError as error:
                 cause = cause or error
-        raise ValueError(f"None of the first {self.block_sizes[0]} rows of {self.name} can be used. The first: {cause}")
+        raise ValueError(
+            f"None of the first {self.block_sizes[0]} rows of {self.name} can be used. The first: {cause}"
+        )
 
 
 class Parquet(Source):
-    """Parquet files; a row group is a block."""
+    """Parquet files; a row group is a block, so groups of some hundred rows are what memory likes."""
 
     def _scanned(self, file):
         with pq.ParquetFile(file) as parquet:
@@ -169,7 +171,7 @@ class JsonLines(Source):
     def _read(self, file, start, end):
         with open(file, "rb") as lines:
             lines.seek(start)
-            return [_json_row(line) for line in lines.read(end - start).splitlines() if line.strip()]
+            return [_json_row(line) for line in lines.read(end - start).split(b"\n") if line.strip()]
 
 
 class JsonArray(Source):
@@ -379,12 +381,16 @@ def _files_of(path, split):
     if not place.is_dir() or (place / "state.json").exists() or (place / "dataset_dict.json").exists():
         return None
     for folder in (place, place / "data"):
-        files = [file for file in sorted(folder.glob("*")) if file.suffix in KINDS and file.name != "dataset_info.json"]
+        files = [
+            file for file in sorted(folder.glob("*")) if file.suffix in KINDS and file.name != "dataset_info.json"
+        ]
         of_split = [file for file in files if re.match(rf"{re.escape(split)}(?![a-zA-Z])", file.stem)]
         named = any(re.match(rf"({'|'.join(SPLITS)})(?![a-zA-Z])", file.stem) for file in files)
         if files and (of_split or not named):
             return of_split or files
-    raise ValueError(f"{path} holds no files of the split {split!r} of the kinds {', '.join(KINDS)}: check data.sources.")
+    raise ValueError(
+        f"{path} holds no files of the split {split!r} of the kinds {', '.join(KINDS)}: check data.sources."
+    )
 
 
 def _prepared_files(path, subset, split):

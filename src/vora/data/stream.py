@@ -1,8 +1,8 @@
 """Sources to an endless, seeded stream of packed rows, whose position is part of every checkpoint.
 
 Samples are made in chunks of a fixed number, which workers take in turns; rows are packed from them, in order, by the
-process that trains. So neither the samples nor the rows depend on the number of workers, and a position is the place of
-the next sample and of the few that wait for a row.
+process that trains. So neither the samples nor the rows depend on the number of workers, and a position is the place
+of the next sample and of the few that wait for a row.
 
     source rows --(order)--> chunks of samples --(workers)--> samples in order --(packing)--> rows --> batches
 """
@@ -102,8 +102,8 @@ class SampleMaker:
 class Chunks(IterableDataset):
     """The samples of one rank in chunks, from a position on; in a worker, its share of the chunks.
 
-    Yields (chunk number of the rank, list of (name, sample, None or ValueError)). Chunk k of rank r is chunk k R + r of
-    all R ranks.
+    Yields (chunk number of the rank, what `_packed_for_travel` made of its list of (name, sample, None or ValueError)).
+    Chunk k of rank r is chunk k R + r of all R ranks.
     """
 
     def __init__(self, maker, mixture, first_chunk, pictures_alone, rank, num_ranks):
@@ -132,7 +132,9 @@ class Chunks(IterableDataset):
 
 def _packed_for_travel(samples):
     """All patches of a chunk in one tensor: between processes it goes through shared memory."""
-    patches = [sample.pop("pixel_values") for _, sample in samples if isinstance(sample, dict) and "pixel_values" in sample]
+    patches = [
+        sample.pop("pixel_values") for _, sample in samples if isinstance(sample, dict) and "pixel_values" in sample
+    ]
     return samples, torch.from_numpy(np.concatenate(patches)) if patches else None
 
 
@@ -223,8 +225,8 @@ class PackedRows:
         for name, now in self.fingerprint.items():
             if then[name] != now:
                 raise ValueError(
-                    f"The checkpoint was made with other data: {name} was {then[name]} and is {now} now, so samples would "
-                    "be lost or seen twice. Restore it, or start a new run from the weights."
+                    f"The checkpoint was made with other data: {name} was {then[name]} and is {now} now, so samples "
+                    "would be lost or seen twice. Restore it, or start a new run from the weights."
                 )
         self.num_read = state.pop("num_read")
         self._position = state
@@ -270,15 +272,20 @@ class PackedRows:
         """((chunk, index), sample) of a position's waiting samples and of all from its next one on, in order."""
         waiting, following = {tuple(place) for place in position["waiting"]}, tuple(position["next"])
         first_chunk = min({following, *waiting})[0]
-        chunks = Chunks(
-            self.maker, self.mixture, first_chunk, position["pictures_alone"], self.rank, self.num_ranks
-        )
+        chunks = Chunks(self.maker, self.mixture, first_chunk, position["pictures_alone"], self.rank, self.num_ranks)
         loader = DataLoader(
             chunks, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, worker_init_fn=_few_threads
         )
+        num_fruitless = 0
         for number, packed in loader:
             for index, (name, sample) in enumerate(_unpacked(*packed)):
                 place = (number, index)
+                num_fruitless = 0 if isinstance(sample, dict) else num_fruitless + 1
+                if num_fruitless > 2 * self.num_records + CHUNK_SAMPLES:
+                    raise ValueError(
+                        f"None of the last {num_fruitless} samples holds a picture, but the first steps distill "
+                        "pictures alone: set teacher.image_only_steps=0, or add a source with pictures."
+                    )
                 if place >= following:
                     self.num_read += 1
                     if isinstance(sample, ValueError):
@@ -306,7 +313,8 @@ class PackedRows:
         if len(self.bad) > limit:
             raise ValueError(
                 f"{len(self.bad)} of the {min(self.num_read, self.num_records)} samples read are bad, the last one "
-                f"{name}: {error} All are named in {self.bad_samples}; mend or remove them, or raise data.max_bad_share."
+                f"{name}: {error} All are named in {self.bad_samples}; mend or remove them, or raise "
+                "data.max_bad_share."
             )
 
 

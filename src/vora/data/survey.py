@@ -48,7 +48,10 @@ class Blocks(IterableDataset):
             )
         except ValueError as error:
             return {"name": source.row_name(block, offset), "cause": str(error)}
-        tokens = [int(grid.prod()) // self.maker.processor.image_processor.patch_merge**2 for grid in sample.get("image_grid_thw", ())]
+        tokens = [
+            int(grid.prod()) // self.maker.processor.image_processor.patch_merge**2
+            for grid in sample.get("image_grid_thw", ())
+        ]
         first_frames = [image[0] if isinstance(image, list) else image for image in opened]
         return {
             "num_tokens": len(sample["input_ids"]),
@@ -69,8 +72,8 @@ def survey(rows, names, num_workers=0, progress=None):
         progress: called with the number of records done.
 
     Returns:
-        (summary: dict for JSON, bad: list of {record, cause}). The summary's `shares_by_source` are of the samples of the
-        mixture, `packing_efficiency` is the share of the positions of its rows that hold a sample.
+        (summary: dict for JSON, bad: list of {record, cause}). The summary's `shares_by_source` are of the samples of
+        the mixture, `packing_efficiency` is the share of the positions of its rows that hold a sample.
     """
     start, maker = time.monotonic(), rows.maker
     lengths = [np.zeros(len(source), np.int32) for source in maker.sources]  # 0: bad
@@ -138,7 +141,9 @@ def packed_mixture(rows, lengths):
         lengths: per source int[rows], tokens of each sample, 0 where it is bad.
     """
     num_drawn = min(PACKED_AT_MOST, max(sum(map(len, lengths)), 200))
-    orders = [SourceOrder(source.block_sizes, order.seed) for source, order in zip(rows.maker.sources, rows.maker.orders)]
+    orders = [
+        SourceOrder(source.block_sizes, order.seed) for source, order in zip(rows.maker.sources, rows.maker.orders)
+    ]
     starts = [source.starts for source in rows.maker.sources]
     drawn, numbers, waiting = {s: [] for s in range(len(lengths))}, [0] * len(lengths), []
     num_rows = num_tokens = 0

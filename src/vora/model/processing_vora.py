@@ -125,7 +125,7 @@ class VoraProcessor(ProcessorMixin):
         num_images = 0 if images is None else sum(1 for _ in flat_images(images))
         if text is not None and num_places != num_images:
             raise ValueError(
-                f"The text has {num_places} places for images ({self.image_token}), but {num_images} images were given."
+                f"The text has {num_places} places for images ({self.image_token}), but {num_images} images are given."
             )
 
     def _process_images(self, images, **kwargs):

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 
 class ProgressCallback(TrainerCallback):
-    """A bar with both losses, samples and tokens per second and the time spent waiting; log lines also go to a file."""
+    """A bar with both losses, speeds and the share of time spent waiting for data; log lines also go to a file."""
 
     def __init__(self, console, log_file):
         self.console, self.log_file = console, Path(log_file)

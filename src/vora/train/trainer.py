@@ -146,7 +146,7 @@ class VoraTrainer(Trainer):
         return self.lr_scheduler
 
     def _save_rng_state(self, output_dir):
-        """Beside it, where this process stands in the data: before trainer_state.json, which says that all is there."""
+        """Also where this process stands in the data: before trainer_state.json, which says that all is there."""
         super()._save_rng_state(output_dir)
         state = self.train_dataset.state_dict() | {"num_samples_seen": self.num_samples_seen}
         Path(output_dir, DATA_FILE.format(self.args.process_index)).write_text(json.dumps(state))
