@@ -3,6 +3,7 @@
 import base64
 import html
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -38,9 +39,7 @@ def write_page(path, summary, bad, shown, processor):
         (f"{100 * summary['packing_efficiency']:.1f} %", f"of a row's {summary['row_tokens']:,} tokens are filled"),
         (f"{summary['samples_per_second']:,.0f}", "samples read per second"),
     ]
-    bad_rows = "".join(
-        f"<tr><td>{html.escape(one['record'])}</td><td>{html.escape(one['cause'])}</td></tr>" for one in bad
-    )
+    bad_rows = "".join(f"<tr><td>{_short(one['record'])}</td><td>{html.escape(one['cause'])}</td></tr>" for one in bad)
     bad_table = f'<table class="bad"><tr><th>where</th><th>why</th></tr>{bad_rows}</table>' if bad else "<p>None.</p>"
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>What training will read</title>
 <style>{STYLE}</style><h1>What training will read</h1>
@@ -92,6 +91,11 @@ def token_runs(sample, tokenizer, image_token_id):
     return conversations
 
 
+def _short(name):
+    """A name without the folder that the command ran in."""
+    return html.escape(name.removeprefix(f"{Path.cwd()}/"))
+
+
 def _sample(name, sample, processor):
     pictures, first = [], 0
     for frames, rows, columns in sample.get("image_grid_thw", np.zeros((0, 3), int)).tolist():
@@ -104,7 +108,7 @@ def _sample(name, sample, processor):
     for runs in token_runs(sample, processor.tokenizer, processor.image_token_id):
         texts.append("".join(f'<span class="{kind}">{html.escape(text)}</span>' for kind, text in runs))
     return (
-        f'<div class="sample"><div class="name">{html.escape(name)}: {len(sample["input_ids"])} tokens</div>'
+        f'<div class="sample"><div class="name">{_short(name)}: {len(sample["input_ids"])} tokens</div>'
         f"{''.join(pictures)}{''.join(f'<p>{text}</p>' for text in texts)}</div>"
     )
 
@@ -129,7 +133,7 @@ def _data_url(image):
 
 def _sources(summary):
     rows = "".join(
-        f"<tr><td>{html.escape(one['name'])}</td><td>{one['num_rows']:,}</td><td>{one['num_bad']:,}</td>"
+        f"<tr><td>{_short(one['name'])}</td><td>{one['num_rows']:,}</td><td>{one['num_bad']:,}</td>"
         f"<td>{100 * one['share_of_samples']:.1f} %</td><td>{100 * one['share_of_tokens']:.1f} %</td>"
         f"<td>{one['mean_tokens'] or 0:,.0f}</td></tr>"
         for one in summary["sources"]

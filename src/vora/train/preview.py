@@ -1,6 +1,7 @@
 """`vora data`: a recipe's mixture, read as training will read it."""
 
 from itertools import islice
+from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -67,7 +68,11 @@ def table_of(summary):
     for one in summary["sources"]:
         shares = [f"{100 * one[key]:.1f} %" for key in ("share_of_samples", "share_of_tokens")]
         table.add_row(
-            one["name"], f"{one['num_rows']:,}", f"{one['num_bad']:,}", *shares, f"{one['mean_tokens'] or 0:,.0f}"
+            one["name"].removeprefix(f"{Path.cwd()}/"),
+            f"{one['num_rows']:,}",
+            f"{one['num_bad']:,}",
+            *shares,
+            f"{one['mean_tokens'] or 0:,.0f}",
         )
     efficiency = f"rows of {summary['row_tokens']:,} tokens are {100 * summary['packing_efficiency']:.1f} % full"
     table.caption = f"{efficiency}; {summary['samples_per_second']:,.0f} samples read per second"
