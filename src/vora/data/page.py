@@ -118,10 +118,11 @@ def _with_grid(picture, image_processor):
     scale = max(1, min(4, SIDE // max(picture.size)))
     shown = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).convert("RGB")
     draw = ImageDraw.Draw(shown, "RGBA")
-    for x in range(token, picture.width, token):
-        draw.line([(x * scale, 0), (x * scale, shown.height)], (255, 255, 255, 140))
-    for y in range(token, picture.height, token):
-        draw.line([(0, y * scale), (shown.width, y * scale)], (255, 255, 255, 140))
+    for shift, colour in ((0, (255, 255, 255, 130)), (1, (0, 0, 0, 70))):  # to be seen on light and on dark
+        for x in range(token * scale, shown.width, token * scale):
+            draw.line([(x + shift, 0), (x + shift, shown.height)], colour)
+        for y in range(token * scale, shown.height, token * scale):
+            draw.line([(0, y + shift), (shown.width, y + shift)], colour)
     return shown
 
 
