@@ -7,7 +7,8 @@ from PIL import Image
 from tiny import GRID, IMAGE, PATCH, prompt, states_of_blocks, text, tiny_llm, tiny_vora
 
 from vora import VoraForConditionalGeneration, VoraProcessor
-from vora.data.packing import collate_rows, next_row, next_targets, share_prefixes
+from vora.data.packing import collate_rows, next_row, next_targets, sample_of_record, share_prefixes
+from vora.data.record import Record
 from vora.distill.learner import VisionLearner
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
@@ -200,6 +201,27 @@ def test_a_row_takes_the_oldest_then_the_longest_that_fit():
     assert next_row([5, 6, 4, 3], 10) == [0, 2]
     assert next_row([5, 1, 2, 3], 10) == [0, 2, 3]
     assert next_row([10, 1], 10) == [0]
+
+
+def test_conversations_whose_images_stand_elsewhere_share_nothing(llm_folder):
+    processor = VoraProcessor.from_llm(llm_folder, patch_size=PATCH, image_size=PATCH * GRID)
+    vora = VoraForConditionalGeneration.from_llm(llm_folder, patch_size=PATCH, image_size=PATCH * GRID)
+    place, pictures = {"type": "image"}, [Image.new("RGB", (12, 12), colour) for colour in ("red", "blue")]
+
+    def asked(*words):
+        parts = [place if word is None else {"type": "text", "text": word} for word in words]
+        return [{"role": "user", "content": parts}, {"role": "assistant", "content": "no"}]
+
+    conversations = [asked(None, "is it", None), asked("is", None, "like", None), asked(None, "is it", None, "?")]
+    record = Record("r", pictures, conversations)
+    learner = VisionLearner(vora, processor.image_processor)
+    for chosen, num_copies in ((conversations, 3), (conversations[::2], 1)):
+        one = sample_of_record(record, processor, chosen)
+        assert len(one["image_grid_thw"]) == 2 * num_copies and one["num_samples"] == len(chosen)
+        batch = collate_rows([[one]], len(one["input_ids"]) + 3, 0)
+        samples = [processor.training_sample(record.messages(pictures, c)) for c in chosen]
+        alone = losses_of_samples(learner, samples)
+        torch.testing.assert_close(learner(**batch, num_items_in_batch=1)["loss"], alone.sum(), rtol=1e-5, atol=0)
 
 
 def test_a_sample_that_predicts_nothing_is_refused():

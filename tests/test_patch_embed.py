@@ -52,6 +52,16 @@ def test_positions_are_resampled_along_each_axis(embedding, axis):
     assert (table[:, 0].diff() > 0).all()  # ascending along
 
 
+def test_a_single_column_keeps_its_rows(embedding):
+    """As a single row keeps its columns; torch 2.13 alone would make all rows alike."""
+    torch.nn.init.normal_(embedding.position)
+    column = embedding.positions([(1, 7, 1)])
+    transposed = embedding.position.data.view(GRID, GRID, 16).transpose(0, 1).reshape(GRID * GRID, 16).clone()
+    embedding.position.data = transposed
+    torch.testing.assert_close(column, embedding.positions([(1, 1, 7)]))
+    assert len(column.unique(dim=0)) == 7
+
+
 def test_frames_of_a_video_share_their_positions(embedding):
     found = embedding.positions([(2, 2, 2)])
     assert found.shape == (8, 16) and torch.equal(found[:4], found[4:])

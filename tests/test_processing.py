@@ -65,10 +65,10 @@ def test_images_and_texts_become_tokens_in_order(processor, tmp_path):
     coloured("blue", (8, 8)).save(tmp_path / "blue.png")
     message = user("what?", coloured("red"), coloured("teal", (12, 4)), "and", str(tmp_path / "blue.png"))
     inputs = encode(processor, [message])
-    assert inputs["image_grid_thw"].tolist() == [[1, 3, 3], [1, 2, 4], [1, 2, 2]]  # 1 x 3 is below the budget
-    assert inputs["pixel_values"].shape == (21, 48)
+    assert inputs["image_grid_thw"].tolist() == [[1, 3, 3], [1, 1, 4], [1, 2, 2]]  # 1 x 3 is below the budget
+    assert inputs["pixel_values"].shape == (17, 48)
     rendered = processor.tokenizer.decode(inputs["input_ids"][0])
-    images = [processor.image_token * count for count in (9, 8, 4)]
+    images = [processor.image_token * count for count in (9, 4, 4)]
     expected = f"what?{images[0]}{images[1]}and{images[2]}<|im_end|>\n<|im_start|>assistant\n"
     assert rendered == "<|im_start|>user\n" + expected
     pictures = coloured("red"), coloured("teal", (12, 4)), coloured("blue", (8, 8))
@@ -276,7 +276,8 @@ except ImportError:
 loaded = {auto: auto.from_pretrained(folder, trust_remote_code=True) for auto in
           (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor)}
 model, processor = loaded[AutoModelForImageTextToText], loaded[AutoProcessor]
-content = [{"type": "image", "image": Image.new("RGB", (12, 12), "red")}, {"type": "text", "text": "what?"}]
+film = {"type": "video", "video": [Image.new("RGB", (12, 12), colour) for colour in ("red", "blue")]}
+content = [{"type": "image", "image": Image.new("RGB", (12, 12), "red")}, film, {"type": "text", "text": "what?"}]
 inputs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True,
                                        return_tensors="pt", add_generation_prompt=True)
 with torch.no_grad():
@@ -301,7 +302,9 @@ def test_a_saved_folder_loads_where_this_package_is_not_installed(model, process
     done = subprocess.run(command, env=surroundings, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
-        expected = model(**encode(processor, [user(coloured("red"), "what?")])).logits
+        asked = user(coloured("red"), "what?")
+        asked["content"].insert(1, {"type": "video", "video": [coloured("red"), coloured("blue")]})
+        expected = model(**encode(processor, [asked])).logits
     assert np.abs(np.load(tmp_path / "logits.npy") - expected.numpy()).max() == 0.0
     # what was saved there is as complete as what was saved here
     files = {file.name for file in tmp_path.iterdir() if file.suffix in (".py", ".json", ".jinja")}
@@ -338,6 +341,22 @@ def test_shrinking_keeps_the_aspect_ratio(height, ratio):
     rows, columns = fit_grid(height, width, 4, 4, 256)
     assert rows * columns >= 256 / 2
     assert math.isclose(columns / rows, width / height, rel_tol=0.3)
+
+
+@given(st.integers(1, 2000), st.integers(1, 2000), st.sampled_from([(4, 16), (4, 64), (16, 16), (64, 256), (9, 9)]))
+@settings(deadline=None, max_examples=200)
+def test_no_grid_of_as_many_tokens_is_clearly_nearer_in_aspect_ratio(height, width, budget):
+    rows, columns = fit_grid(height, width, 14, *budget)
+    own = max(1, round(height / 14)) * max(1, round(width / 14))
+    assert rows * columns <= budget[1]
+    if budget[0] <= own <= budget[1]:
+        return
+    error = abs(math.log(rows / columns * width / height))
+    for r in range(1, budget[1] + 1):
+        for c in range(-(-budget[0] // r), budget[1] // r + 1):
+            as_many = r * c >= rows * columns if own > budget[1] else r * c <= max(rows * columns, budget[0])
+            if as_many:
+                assert abs(math.log(r / c * width / height)) > error - 0.25, (r, c)
 
 
 @pytest.mark.parametrize(

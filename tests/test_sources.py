@@ -1,5 +1,6 @@
 """Every layout and kind of file becomes the same records, and broken ones say what is wrong."""
 
+import base64
 import io
 import json
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 import vora
+from vora.data import sources
 from vora.data.packing import sample_of_record
 from vora.data.sources import JsonArray, load_source
 
@@ -175,8 +177,6 @@ def test_many_blocks_keep_their_order_and_names(tmp_path):
 
 
 def test_a_json_list_is_read_in_small_parts(tmp_path, monkeypatch):
-    from vora.data import sources
-
     rows = [{"question": "q" * (i % 50), "answer": f"[{i}], {{"} for i in range(300)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     whole = [bounds for bounds in sources._elements(tmp_path / "a.json")]
@@ -196,6 +196,10 @@ def test_a_json_list_is_read_in_small_parts(tmp_path, monkeypatch):
                                                  {"role": "assistant", "content": "x"}]}, "2 places .* 3 images"),
         ({"image": "no.png", "question": "what?", "answer": "x"}, "no.png.*no such file"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "Who is 'robot'"),
+        ({"caption": "a dog", "image": None}, "a caption, but no image"),
+        ({"questions": ["what?"], "answers": [None]}, "says NoneType, not text"),
+        ({"image": "x" * 240 + ".png", "question": "what?", "answer": "x"}, "no such file"),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, "no answer"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no answer"),
         ({"messages": ["x"]}, "not built as its layout"),
         ({"image": "red.png", "label": 3}, "fit none of the layouts"),
@@ -211,6 +215,105 @@ def test_bad_rows_say_why(tmp_path, row, cause):
         record.messages(record.open_images(), record.conversations[0])
 
 
+RED_PNG = (LAYOUTS / "images" / "red.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        # what people have, beside the layouts' plain form
+        ({"image": "red.png", "question": "<image>\nwhat?", "answer": 3}, ([RED], ["user: |what?", "assistant: 3"])),
+        ({"image": "red.png", "question": "what?", "answers": ["a", "b", "b"]},
+         ([RED], ["user: |what?", "assistant: b"])),
+        ({"question": "what?", "answers": [{"answer": "b"}, {"answer": "b"}, {"answer": "a"}]},
+         ([], ["user: what?", "assistant: b"])),
+        ({"image": "", "conversations": [{"from": "gpt", "value": "Hi!"}, {"from": "human", "value": "a <video> tag?"},
+                                         {"from": "gpt", "value": "<video>"}]},
+         ([], ["user: a <video> tag?", "assistant: <video>"])),
+        ({"conversations": {"from": ["human", "gpt"], "value": ["what?", "x"]}},
+         ([], ["user: what?", "assistant: x"])),
+        ({"conversations": json.dumps([{"from": "human", "value": "what?"}, {"from": "gpt", "value": "x"}])},
+         ([], ["user: what?", "assistant: x"])),
+        ({"messages": [{"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(RED_PNG).decode()}},
+            {"type": "text", "text": "what?", "image": None}]}, {"role": "assistant", "content": "x"}]},
+         ([RED], ["user: |what?", "assistant: x"])),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "base64": base64.b64encode(RED_PNG).decode()}]},
+                       {"role": "assistant", "content": [{"type": "text", "text": "x"}]}]},
+         ([RED], ["user: |", "assistant: x"])),
+        ({"video": ["red.png", "blue.png"], "question": "what?", "answer": "x"},
+         ([[RED, BLUE]], ["user: |what?", "assistant: x"])),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "video": ["red.png", "blue.png"]}]},
+                       {"role": "assistant", "content": "x"}]}, ([[RED, BLUE]], ["user: |", "assistant: x"])),
+        ({"video": "film.png", "question": "<video>what?", "answer": "x"},
+         ([[RED, BLUE]], ["user: |what?", "assistant: x"])),
+    ],
+)  # fmt: skip
+def test_rows_as_people_have_them(tmp_path, row, expected):
+    for colour in ("red", "blue"):
+        shutil.copy(LAYOUTS / "images" / f"{colour}.png", tmp_path)
+    Image.open(tmp_path / "red.png").save(
+        tmp_path / "film.png", save_all=True, append_images=[Image.open(tmp_path / "blue.png")]
+    )
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    images, conversations = told(opened(tmp_path / "train.jsonl")[0])
+    assert (images, conversations[0]) == expected
+
+
+def test_class_labels_are_names(tmp_path):
+    features = datasets.Features(
+        {"question": datasets.Value("string"), "answer": datasets.ClassLabel(names=["ox", "ass"])}
+    )
+    dataset = datasets.Dataset.from_dict({"question": ["a?", "b?"], "answer": [1, 0]}, features=features)
+    dataset.to_parquet(tmp_path / "train.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    for place in ("train.parquet", "saved"):
+        source = opened(tmp_path / place)
+        assert [source[i].conversations[0][1]["content"] for i in range(2)] == ["ass", "ox"]
+
+
+def test_splits_are_found_wherever_they_are_named(tmp_path):
+    row = json.dumps({"question": "what?", "answer": "x"}) + "\n"
+    (tmp_path / "nlvr_train.jsonl").write_text(row * 5)
+    (tmp_path / "nlvr_dev.JSONL").write_text(row * 3)
+    (tmp_path / "folders" / "train").mkdir(parents=True)
+    (tmp_path / "folders" / "train" / "0.json").write_text(row * 4)  # JSON Lines by another name
+    assert len(opened(tmp_path)) == 5 and len(opened(tmp_path, split="dev")) == 3
+    assert len(opened(tmp_path / "folders")) == 4
+
+
+def _tar(path, *names):
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            data = RED_PNG if name.endswith("png") else b"A red field."
+            info = tarfile.TarInfo(name)
+            info.type, info.size = (tarfile.DIRTYPE, 0) if name.endswith("/") else (tarfile.REGTYPE, len(data))
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_tars_as_people_pack_them(tmp_path):
+    long = "a" * 150
+    _tar(
+        tmp_path / "a.tar", "./x/", "./x/._0.png", "./x/0.png", "./x/0.txt", f"./x/{long}.png", f"./x/{long}.txt", "y/"
+    )
+    source = opened(tmp_path / "a.tar")
+    assert [told(source[i]) for i in range(2)] == [EXPECTED["captions.jsonl"][0]] * 2 and len(source) == 2
+    _tar(tmp_path / "b.tar", "0.png", "1.png", "0.txt", "1.txt")
+    with pytest.raises(ValueError, match="do not follow each other.*--sort=name"):
+        opened(tmp_path / "b.tar")
+    named = {f"{i}.png": bytes([i]) for i in (0, 1, 10, 11, 2)}
+    assert [image[0] for image in sources._row_of_files("0", named)["images"]] == [0, 1, 2, 10, 11]
+
+
+def test_large_row_groups_are_read_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("vora.data.sources.BYTES_PER_BLOCK", 2000)
+    rows = [{"question": "what? " * (i % 9), "answer": str(i)} for i in range(1000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    source = opened(tmp_path / "a.parquet")
+    assert len(source.block_sizes) > 10
+    assert [source[i].conversations[0][1]["content"] for i in range(1000)] == [str(i) for i in range(1000)]
+
+
 def test_files_that_cannot_be_used_are_refused_before_work_starts(tmp_path):
     def refuses(name, content, cause):
         path = tmp_path / name
@@ -220,7 +323,7 @@ def test_files_that_cannot_be_used_are_refused_before_work_starts(tmp_path):
 
     refuses("a.jsonl", b"", "0 rows")
     refuses("b.jsonl", b"not json\n[1]\n", "None of the first 2 rows .* no JSON")
-    refuses("c.json", b'{"question": "what?"}', "no list of JSON objects")
+    refuses("c.json", b'"what?"', "no list of JSON objects")
     refuses("d.json", b'[{"question": "what?", "answer": "x"}, {"quest', "broken at byte")
     refuses("e.parquet", b"PAR1 not really", "Cannot read")
     refuses("f.tar", (LAYOUTS / "shard-000.tar").read_bytes()[:1100], "cut off|no whole tar")

@@ -175,6 +175,75 @@ def test_bad_samples_are_named_once_and_skipped(spoilt, tmp_path, num_workers):
     assert "answer is empty" in named["train.jsonl:30"]
 
 
+ODD = [
+    {"messages": [{"role": "user", "content": "\\ud83d broken"}, {"role": "assistant", "content": "x"}]},
+    {"image": "x" * 249, "question": "what?", "answer": "red"},
+    {"messages": 7},
+    {"image": {"bytes": [1, 2]}, "question": "what?", "answer": "red"},
+]
+
+
+@pytest.mark.parametrize("odd", range(len(ODD)))
+def test_no_row_ends_a_run(tmp_path, processor, odd):
+    good = [json.dumps({"question": f"what? {i}", "answer": "red"}) for i in range(60)]
+    row = json.dumps(ODD[odd]).replace("\\\\ud83d", "\\ud83d")
+    (tmp_path / "train.jsonl").write_text("\n".join([*good[:30], row, *good[30:]]))
+    source = load_source(str(tmp_path / "train.jsonl"))
+    stream = PackedRows([source], processor, ROW_TOKENS, bad_samples=tmp_path / "bad.jsonl")
+    list(islice(stream, 40))
+    (named,) = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert named["record"].endswith("train.jsonl:30")
+    summary, bad = survey(stream, ["it"])
+    assert summary["num_bad"] == 1 and bad[0]["record"] == named["record"]
+
+
+def test_a_broken_part_of_a_file_is_a_block_of_bad_rows(tmp_path, processor):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"question": f"what is {i}?", "answer": f"{i}"} for i in range(400)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet", row_group_size=40, compression="snappy")
+    source = load_source(str(tmp_path / "train.parquet"))
+    place = pq.ParquetFile(tmp_path / "train.parquet").metadata.row_group(7).column(0).data_page_offset
+    data = bytearray((tmp_path / "train.parquet").read_bytes())
+    data[place : place + 40] = bytes(40)
+    (tmp_path / "train.parquet").write_bytes(data)
+    stream = PackedRows([source], processor, ROW_TOKENS, bad_samples=tmp_path / "bad.jsonl", max_bad_share=0.3)
+    seen = Counter(answer for row in islice(stream, 300) for answer in answers(processor, row))
+    assert set(seen) == {str(i) for i in range(400) if not 280 <= i < 320}
+    named = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert len(named) == 40 and all("cannot be read" in one["cause"] for one in named)
+
+
+def test_bad_samples_count_alike_after_a_restart(spoilt, tmp_path):
+    whole, begun = spoilt(), spoilt()
+    list(islice(whole, 30))
+    list(islice(begun, 12))
+    state = begun.state_dict()
+    list(islice(begun, 12))  # goes on, names more, and is killed while it writes
+    with (tmp_path / "bad.jsonl").open("a") as file:
+        file.write('{"record": "half a li')
+    resumed = spoilt()
+    resumed.load_state_dict(state)
+    list(islice(resumed, 18))
+    assert resumed.state_dict() == whole.state_dict()
+    names = [json.loads(line)["record"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert len(names) == len(set(names)) == 3
+
+
+def test_a_source_that_is_all_bad_stops_the_run_however_small(rows, folder, processor, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"image": "no.png", "question": "what?", "answer": "red"}\n' * 5)
+    sources = [load_source(str(tmp_path / "train.jsonl")), load_source(str(folder / "texts.jsonl"))]
+    with pytest.raises(ValueError, match="samples read are bad"):
+        list(islice(PackedRows(sources, processor, ROW_TOKENS, weights=[1, 4]), 500))
+
+
+def test_rare_pictures_are_waited_for(folder, processor):
+    sources = [load_source(str(folder / name), max_samples=10) for name in ("pictures.jsonl", "texts.jsonl")]
+    stream = PackedRows(sources, processor, ROW_TOKENS, weights=[1, 99], image_only_rows=2)
+    assert len(list(islice(stream, 3))) == 3
+
+
 def test_too_many_bad_samples_stop_the_run(tmp_path, processor):
     lines = [{"image": "no.png", "question": "what?", "answer": "red"}] * 30
     lines += [{"question": "what?", "answer": "red"}] * 30

@@ -28,7 +28,29 @@ def sample_of_record(record, processor, conversations, **images_kwargs):
         messages = record.messages(opened, conversation)
         samples.append(processor.training_sample(messages, image_inputs, **images_kwargs))
         image_inputs = {name: samples[0][name] for name in IMAGE_INPUTS if name in samples[0]}
+    if image_inputs and not _begin_with_images(samples, processor.image_token_id):
+        return side_by_side([share_prefixes([sample]) for sample in samples])
     return share_prefixes(samples)
+
+
+def _begin_with_images(samples, image_token_id):
+    """Whether all agree up to their last image token, so that their images can stand once."""
+    first = samples[0]["input_ids"]
+    length = int(np.flatnonzero(first == image_token_id).max()) + 1
+    return all(
+        np.array_equal(sample["input_ids"][:length], first[:length]) and (sample["labels"][: length + 1] == -100).all()
+        for sample in samples
+    )
+
+
+def side_by_side(samples):
+    """Samples of `share_prefixes` as one that shares nothing."""
+    starts = np.cumsum([0, *(len(sample["input_ids"]) for sample in samples)])
+    names = ("input_ids", "targets", "position_ids", *(name for name in IMAGE_INPUTS if name in samples[0]))
+    whole = {name: np.concatenate([sample[name] for sample in samples]) for name in names}
+    for name in ("seen_until", "ends"):
+        whole[name] = np.concatenate([start + sample[name] for start, sample in zip(starts, samples)])
+    return whole | {"num_samples": sum(sample["num_samples"] for sample in samples)}
 
 
 def share_prefixes(samples):

@@ -21,6 +21,7 @@ td:first-child,th:first-child{text-align:left;word-break:break-all}
 .name{color:#5b6b7b;font-size:.82rem}.prompt{background:#e3ecf7}.label{background:#cfeeda;font-weight:600}
 .image{background:#f7e3c6}.bad td{text-align:left}svg text{font:12px system-ui,sans-serif;fill:#1c2733}
 """
+NUM_BAD_SHOWN = 1000
 SIDE = 320  # pixels of a picture on the page, at most 4 times its own
 
 
@@ -39,7 +40,11 @@ def write_page(path, summary, bad, shown, processor):
         (f"{100 * summary['packing_efficiency']:.1f} %", f"of a row's {summary['row_tokens']:,} tokens are filled"),
         (f"{summary['samples_per_second']:,.0f}", "samples read per second"),
     ]
-    bad_rows = "".join(f"<tr><td>{_short(one['record'])}</td><td>{html.escape(one['cause'])}</td></tr>" for one in bad)
+    bad_rows = "".join(
+        f"<tr><td>{_short(one['record'])}</td><td>{html.escape(one['cause'])}</td></tr>" for one in bad[:NUM_BAD_SHOWN]
+    )
+    if len(bad) > NUM_BAD_SHOWN:
+        bad_rows += f"<tr><td>and {len(bad) - NUM_BAD_SHOWN:,} more</td><td>see bad_samples.jsonl</td></tr>"
     bad_table = f'<table class="bad"><tr><th>where</th><th>why</th></tr>{bad_rows}</table>' if bad else "<p>None.</p>"
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>What training will read</title>
 <style>{STYLE}</style><h1>What training will read</h1>

@@ -1,12 +1,14 @@
 """One row of any layout to a record: images, and conversations about them."""
 
+import base64
 import json
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from vora.model.image_processing_vora import read_image
+from vora.model.image_processing_vora import Video, read_image
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 IMAGE_COLUMNS = ("image", "images", "frames", "video")
@@ -16,6 +18,11 @@ TEXT_COLUMNS = (
 )  # fmt: skip
 COLUMNS = IMAGE_COLUMNS + TEXT_COLUMNS
 PLACE = re.compile(r"\n?<(?:image|video)>\n?")
+PART_KEYS = ("image", "video", "image_url", "path", "url", "base64")
+
+
+class VideoPath(str):
+    """Where an animated picture is of which all frames are meant."""
 
 
 @dataclass
@@ -24,7 +31,8 @@ class Record:
 
     Args:
         name: says where the record stands, for messages about bad ones.
-        images: each a path, URL, PIL image or encoded bytes; a list of those is a video, frame by frame.
+        images: each a path, URL, PIL image or encoded bytes; a list of those is a video, frame by frame, and so is a
+            `VideoPath`.
         conversations: lists of messages. Content is text, or parts of `{"type": "text", "text": ...}` and places
             `{"type": "image"}`, which the images fill in order; without places they go before the first user's text.
     """
@@ -39,7 +47,9 @@ class Record:
         Raises:
             ValueError: one cannot be read.
         """
-        return [[read_image(f) for f in i] if isinstance(i, list) else read_image(i) for i in self.images]
+        return [
+            Video(image).frames if isinstance(image, (list, VideoPath)) else read_image(image) for image in self.images
+        ]
 
     def messages(self, opened, conversation):
         """A conversation with the opened images in it, as the processor takes it.
@@ -106,10 +116,11 @@ def record_of_row(row, name, image_folder, caption_prompts):
     if inline and images:
         raise ValueError("It has images both in its messages and in a column of their own.")
     images = images or [_located(image, image_folder) for image in inline]
+    conversations = [_with_places(conversation, bool(images)) for conversation in conversations]
     if "frames" in row or "video" in row:
         places = sum(part["type"] == "image" for message in conversations[0] for part in _parts(message))
         if len(images) > 1 and places < 2:
-            images = [images]
+            images = [images]  # frames of one video
     return Record(name, images, conversations)
 
 
@@ -117,39 +128,53 @@ def _images_of(row):
     for column in IMAGE_COLUMNS:
         if column in row:
             value = row[column]
+            if column == "video" and isinstance(value, str):
+                return [VideoPath(value)]
             return list(value) if isinstance(value, (list, tuple)) else [value]
     return []
 
 
 def _located(image, folder):
-    if isinstance(image, dict):  # the Image feature of datasets
+    if isinstance(image, (list, tuple)):
+        return [_located(frame, folder) for frame in image]
+    if isinstance(image, dict):  # the Image feature of datasets, or OpenAI's image_url
         image = image.get("bytes") or image.get("path") or image.get("url")
-    if isinstance(image, str) and len(image) < 1000 and not Path(image).is_absolute():
-        path = Path(folder) / image
-        return str(path) if path.exists() or not image.startswith(("http://", "https://", "data:")) else image
     if image is None:
         raise ValueError("One of its images is empty.")
-    return image
+    if not isinstance(image, str) or image.startswith(("http://", "https://", "data:")) or len(image) > 250:
+        return image  # a long text is base64
+    return type(image)(Path(folder) / image)  # an absolute path stays
 
 
 def _conversations_of(row, name, prompts):
     """(conversations, images found inside messages)."""
     if "messages" in row or "conversations" in row:
         turns = row.get("messages", row.get("conversations"))
-        return _from_turns(json.loads(turns) if isinstance(turns, str) else turns)
+        turns = json.loads(turns) if isinstance(turns, str) else turns
+        if isinstance(turns, dict):  # a list of dicts, stored by columns
+            turns = [dict(zip(turns, values)) for values in zip(*turns.values())]
+        return _from_turns(turns)
     if "texts" in row:
         turns = [question_and_answer(turn["user"], turn["assistant"]) for turn in row["texts"]]
         return [_checked(sum(turns, []))], []
+    if "question" in row and "answers" in row and "questions" not in row:
+        # several people's answers to one question, as in VQAv2: the most frequent
+        told = [one["answer"] if isinstance(one, dict) else one for one in _as_list(row["answers"])]
+        return [
+            _checked(question_and_answer(_text(row["question"]), Counter(map(_text, told)).most_common(1)[0][0]))
+        ], []
     for questions, answers in (("questions", "answers"), ("question", "answer")):
         if questions in row and answers in row:
             asked, told = _as_list(row[questions]), _as_list(row[answers])
             if len(asked) != len(told):
                 raise ValueError(f"It has {len(asked)} questions, but {len(told)} answers.")
-            return [_checked(question_and_answer(str(q), str(a))) for q, a in zip(asked, told)], []
+            return [_checked(question_and_answer(_text(q), _text(a))) for q, a in zip(asked, told)], []
     has_image = any(column in row for column in IMAGE_COLUMNS)
     captions = row.get("captions", row.get("caption", row.get("text") if has_image else None))
+    if captions is not None and not has_image:
+        raise ValueError("It has a caption, but no image.")
     if captions is not None:
-        draw = random.Random(name)
+        draw = random.Random(Path(name).name)  # the same wherever the file lies
         return [_checked(question_and_answer(draw.choice(prompts), text)) for text in _as_list(captions)], []
     if "instruction" in row and "output" in row:
         asked = "\n".join(filter(None, [row["instruction"], row.get("input")]))
@@ -164,6 +189,11 @@ def _conversations_of(row, name, prompts):
 
 def _as_list(value):
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _text(value):
+    """Text, a number or a truth value as text; anything else stays, and is refused later."""
+    return str(value) if isinstance(value, (bool, int, float)) else value
 
 
 def _checked(conversation):
@@ -182,21 +212,46 @@ def _from_turns(turns):
         if role not in ROLES:
             raise ValueError(f"Who is {role!r}? Known are {', '.join(ROLES)}.")
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-        split = []
-        for part in parts:
-            if part["type"] == "text":
-                split += _split_at_places(part["text"])
-            else:
-                split.append({"type": "image"})
-                given = [part[key] for key in ("image", "video", "path", "url", "base64") if part.get(key) is not None]
-                images += given[:1]
-        only_text = all(part["type"] == "text" for part in split)
-        content = "".join(part["text"] for part in split) if only_text else split
+        if not isinstance(content, str):
+            content, given = _parts_and_images(content or [])
+            images += given
         messages.append({"role": ROLES[role], "content": content})
+    spoken = [message["role"] for message in messages]
+    if spoken and spoken[0] == "assistant":  # an answer to nothing, as in ShareGPT: left out, as LLaVA does
+        messages = messages[next((i for i, role in enumerate(spoken) if role != "assistant"), len(spoken)) :]
     if not any(message["role"] == "assistant" and message["content"] for message in messages):
         raise ValueError("It has no answer of an assistant: there is nothing to learn.")
     return [messages], images
+
+
+def _parts_and_images(content):
+    """Parts with places for images, and the images that stand in them."""
+    parts, images = [], []
+    for part in content:
+        if part["type"] == "text":
+            parts.append({"type": "text", "text": part["text"]})
+            continue
+        parts.append({"type": "image"})
+        key = next((key for key in PART_KEYS if part.get(key) is not None), None)
+        if key is not None:
+            image = base64.b64decode(part[key]) if key == "base64" else part[key]
+            images.append(VideoPath(image) if part["type"] == "video" and isinstance(image, str) else image)
+    return parts, images
+
+
+def _with_places(conversation, has_images):
+    """A conversation whose users' `<image>` (and, beside images, `<video>`) have become places."""
+    found = []
+    for message in conversation:
+        parts = message["content"]
+        if message["role"] == "user":
+            parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+            if has_images or any("<image>" in part.get("text", "") for part in parts):
+                parts = [one for p in parts for one in (_split_at_places(p["text"]) if p["type"] == "text" else [p])]
+        if not isinstance(parts, str) and all(part["type"] == "text" for part in parts):
+            parts = "".join(part["text"] for part in parts)
+        found.append({**message, "content": parts})
+    return found
 
 
 def _split_at_places(text):

@@ -20,6 +20,7 @@ from vora.model.wheel_files import wheel_files
 
 EASY_VQA = "easy-vqa"
 ROWS_PER_BLOCK = 128  # where the file itself has no blocks
+BYTES_PER_BLOCK = 32 << 20  # larger row groups of Parquet are read in parts
 SPLITS = ("train", "validation", "valid", "val", "test", "dev")
 PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
@@ -78,9 +79,10 @@ class Source:
         Raises:
             ValueError: the row is not what a layout says.
         """
-        row = self.row(rows, offset)
+        row = rows[offset] if isinstance(rows, list) else self.row(rows, offset)
         if isinstance(row, ValueError):
             raise row
+        row = dict(row)
         for ours, theirs in self.columns.items():
             row[ours] = row.pop(theirs, None)
         try:
@@ -89,12 +91,19 @@ class Source:
             raise ValueError(f"It is not built as its layout is: {type(error).__name__}: {error}") from None
 
     def read_block(self, number):
-        """The rows of a block, in a form that `row` takes."""
-        return self._read(self.files[self.blocks[number, 0]], *self.blocks[number, 1:].tolist())
+        """The rows of a block: a list of dicts, and of ValueErrors for broken ones; or what `row` takes.
+
+        A block that cannot be read is a block of bad rows: a long run goes on.
+        """
+        try:
+            return self._read(self.files[self.blocks[number, 0]], *self.blocks[number, 1:].tolist())
+        except (OSError, ValueError, RecursionError, pa.ArrowException, tarfile.TarError) as error:
+            cause = ValueError(f"Its part of the file cannot be read: {' '.join(str(error).split())[:200]}")
+            return [cause] * int(self.block_sizes[number])
 
     def row(self, rows, offset):
-        """A row of a block as a dict, or the ValueError that it is."""
-        return dict(rows[offset]) if isinstance(rows[offset], dict) else rows[offset]
+        """A row of a block, where that is no list, as a dict."""
+        raise NotImplementedError
 
     def _scanned(self, file):
         """Yields (places..., number of rows) for each block of a file."""
@@ -117,18 +126,31 @@ class Source:
 
 
 class Parquet(Source):
-    """Parquet files; a row group is a block, so groups of some hundred rows are what memory likes."""
+    """Parquet files; a row group is a block, or, where it is large, a part of one."""
 
     def _scanned(self, file):
         with pq.ParquetFile(file) as parquet:
             for group in range(parquet.num_row_groups):
-                yield group, parquet.metadata.row_group(group).num_rows
+                found = parquet.metadata.row_group(group)
+                num_parts = max(1, -(-found.total_byte_size // BYTES_PER_BLOCK))
+                size = max(1, -(-found.num_rows // num_parts))
+                for first in range(0, found.num_rows, size):
+                    last = min(first + size, found.num_rows)
+                    yield group, first, last, last - first
 
-    def _read(self, file, group):
+    def _read(self, file, group, first, last):
         wanted = {*COLUMNS, *self.columns.values()}
-        with pq.ParquetFile(file) as parquet:
+        with pq.ParquetFile(file, pre_buffer=False) as parquet:
             names = [name for name in parquet.schema_arrow.names if name in wanted] or parquet.schema_arrow.names
-            return parquet.read_row_group(group, columns=names)
+            batches, place = [], 0
+            for batch in parquet.iter_batches(256, row_groups=[group], columns=names, use_threads=False):
+                if place + len(batch) > first:
+                    skipped = max(0, first - place)
+                    batches.append(batch.slice(skipped, last - place - skipped))
+                place += len(batch)
+                if place >= last:
+                    break
+            return _named_classes(pa.Table.from_batches(batches))
 
     def row(self, rows, offset):
         return rows.slice(offset, 1).to_pylist()[0]
@@ -144,13 +166,24 @@ class Arrow(Source):
 
     def _read(self, file, start):
         # opened anew each time, so that what was mapped into memory goes again
-        return [dict(row) for row in _arrow_table(file).slice(start, ROWS_PER_BLOCK).to_pylist()]
+        return _named_classes(_arrow_table(file).slice(start, ROWS_PER_BLOCK)).to_pylist()
 
 
 def _arrow_table(file):
     from datasets.table import MemoryMappedTable
 
     return MemoryMappedTable.from_file(file).table
+
+
+def _named_classes(table):
+    """A table whose class labels (a feature of `datasets`) are names instead of numbers."""
+    features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    for column, feature in features.items():
+        if column in table.column_names and isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+            numbers = table.column(column).to_pylist()
+            names = [None if number is None else feature["names"][number] for number in numbers]
+            table = table.set_column(table.column_names.index(column), column, pa.array(names, pa.string()))
+    return table
 
 
 class JsonLines(Source):
@@ -191,7 +224,8 @@ class JsonArray(Source):
     def _read(self, file, start, end):
         with open(file, "rb") as text:
             text.seek(start)
-            return [_dict_or_error(row) for row in json.loads(b"[" + text.read(end - start) + b"]")]
+            rows = json.loads("[" + text.read(end - start).decode(errors="replace") + "]")
+        return [_dict_or_error(row) for row in rows]
 
 
 def _json_row(line):
@@ -213,7 +247,7 @@ def _elements(file, chunk_bytes=1 << 24):
     decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
     with open(file, encoding="latin-1", newline="") as text:
         buffer, before = text.read(chunk_bytes), 0
-        place = space.match(buffer).end()
+        place = space.match(buffer, 3 if buffer.startswith("\xef\xbb\xbf") else 0).end()
         if buffer[place : place + 1] != "[":
             raise ValueError(f"{file} is no list of JSON objects: one object per line is called .jsonl.")
         place += 1
@@ -236,20 +270,25 @@ def _elements(file, chunk_bytes=1 << 24):
 class WebDataset(Source):
     """Tar shards; files with the same name up to its first dot are one sample.
 
-    A picture's ending (jpg, png, ...) makes it an image, `txt` a caption; the keys of `json` are columns.
+    A picture's ending (jpg, png, ...) makes it an image, `txt` its caption; the keys of `json` are columns.
     """
 
     def _scanned(self, file):
         start = end = count = 0
-        last = None
+        last, first_keys = None, set()
         try:
             with tarfile.open(file, "r:") as tar:
                 for member in tar:
                     tar.members = []  # it would remember all
-                    if not member.isfile():
-                        continue
                     key = _split_key(member.name)[0]
-                    if key != last:
+                    if _belongs_to_a_sample(member) and key != last:
+                        if key in first_keys:
+                            raise ValueError(
+                                f"The files of sample {key} do not follow each other in {file}: pack it again with "
+                                "tar --sort=name."
+                            )
+                        if len(first_keys) < 1000:
+                            first_keys.add(key)
                         if count == ROWS_PER_BLOCK:
                             yield start, end, count
                             start, count = end, 0
@@ -268,13 +307,18 @@ class WebDataset(Source):
         with open(file, "rb") as shard:
             shard.seek(start)
             data = shard.read(end - start)
-        samples = defaultdict(dict)
+        samples = []
         with tarfile.open(fileobj=io.BytesIO(data + bytes(1024)), mode="r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    key, ending = _split_key(member.name)
-                    samples[key][ending] = tar.extractfile(member).read()
-        return [_row_of_files(key, files) for key, files in samples.items()]
+            for member in filter(_belongs_to_a_sample, tar):
+                key, ending = _split_key(member.name)
+                if not samples or samples[-1][0] != key:
+                    samples.append((key, {}))
+                samples[-1][1][ending] = tar.extractfile(member).read()
+        return [_row_of_files(key, files) for key, files in samples]
+
+
+def _belongs_to_a_sample(member):
+    return member.isfile() and not Path(member.name).name.startswith("._")  # macOS packs such beside each file
 
 
 def _split_key(path):
@@ -285,12 +329,12 @@ def _split_key(path):
 
 def _row_of_files(key, files):
     row, images = {"id": key}, []
-    for ending, data in sorted(files.items()):
+    for ending, data in sorted(files.items(), key=_as_people_count):
         last = ending.rpartition(".")[2]
         if last in PICTURE_ENDINGS:
             images.append(data)
         elif last == "txt":
-            row["caption"] = data.decode(errors="replace").strip()
+            row["text"] = data.decode(errors="replace").strip()  # beside an image, a caption
         elif last == "json":
             values = _json_row(data)
             if isinstance(values, ValueError):
@@ -299,6 +343,11 @@ def _row_of_files(key, files):
     if images:
         row = {name: value for name, value in row.items() if name not in IMAGE_COLUMNS} | {"images": images}
     return row
+
+
+def _as_people_count(named):
+    """2.png before 10.png."""
+    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", named[0])]
 
 
 class EasyVqa(Source):
@@ -356,7 +405,7 @@ def load_source(path, split="train", caption_prompts=("Describe the image.",), m
     files = _files_of(str(path), split)
     if files is None:
         return Arrow(str(path), _prepared_files(str(path), subset, split), **options)
-    kinds = {KINDS[file.suffix] for file in files}
+    kinds = {_kind_of(file) for file in files}
     if len(kinds) > 1:
         raise ValueError(f"{path} mixes {', '.join(sorted(kind.__name__ for kind in kinds))}: name files of one kind.")
     try:
@@ -365,32 +414,45 @@ def load_source(path, split="train", caption_prompts=("Describe the image.",), m
         raise ValueError(f"Cannot read {path}: {' '.join(str(error).split())[:300]}") from None
 
 
+def _kind_of(file):
+    """The class that reads a file. JSON Lines are often called .json: they begin with an object, not with a list."""
+    kind = KINDS[file.suffix.lower()]
+    if kind is JsonArray:
+        with file.open("rb") as text:
+            kind = JsonLines if text.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{" else JsonArray
+    return kind
+
+
 def _files_of(path, split):
     """The files that a path means, or None if it is a dataset's folder or id."""
     place = Path(path)
     if place.is_file():
-        if place.suffix not in KINDS:
+        if place.suffix.lower() not in KINDS:
             raise ValueError(f"{path} is none of the kinds {', '.join(KINDS)}: rename or convert it.")
         return [place]
-    if any(mark in path for mark in "*?["):
+    if not place.is_dir() and any(mark in path for mark in "*?["):
         found = sorted(Path(place.anchor or ".").glob(path[len(place.anchor) :]))
-        files = [file for file in found if file.suffix in KINDS]
+        files = [file for file in found if file.suffix.lower() in KINDS]
         if not files:
             raise ValueError(f"{path} matches {len(found)} files, none of the kinds {', '.join(KINDS)}.")
         return files
     if not place.is_dir() or (place / "state.json").exists() or (place / "dataset_dict.json").exists():
         return None
-    for folder in (place, place / "data"):
-        files = [
-            file for file in sorted(folder.glob("*")) if file.suffix in KINDS and file.name != "dataset_info.json"
-        ]
-        of_split = [file for file in files if re.match(rf"{re.escape(split)}(?![a-zA-Z])", file.stem)]
-        named = any(re.match(rf"({'|'.join(SPLITS)})(?![a-zA-Z])", file.stem) for file in files)
+    for folder in (place / split, place, place / "data"):
+        files = [file for file in sorted(folder.glob("*")) if file.suffix.lower() in KINDS]
+        files = [file for file in files if file.name != "dataset_info.json"]
+        of_split = [file for file in files if folder.name == split or _is_named(file, split)]
+        named = any(_is_named(file, known) for file in files for known in SPLITS)
         if files and (of_split or not named):
             return of_split or files
     raise ValueError(
         f"{path} holds no files of the split {split!r} of the kinds {', '.join(KINDS)}: check data.sources."
     )
+
+
+def _is_named(file, split):
+    """Whether a split's name stands in a file's, between what are no letters."""
+    return re.search(rf"(?<![a-zA-Z]){re.escape(split)}(?![a-zA-Z])", file.stem) is not None
 
 
 def _prepared_files(path, subset, split):
@@ -408,4 +470,7 @@ def _prepared_files(path, subset, split):
             f"{path} is neither a file nor a folder here, nor a dataset that can be loaded from the Hub: "
             f"{' '.join(str(error).split())[:200]}"
         ) from None
-    return [file["filename"] for file in dataset.cache_files]
+    files = [file["filename"] for file in dataset.cache_files]
+    if sum(len(_arrow_table(file)) for file in files) != len(dataset):
+        raise ValueError(f"{path}: {split!r} is a part of a split: name a whole one, and say max_samples for less.")
+    return files

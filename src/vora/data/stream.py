@@ -2,7 +2,8 @@
 
 Samples are made in chunks of a fixed number, which workers take in turns; rows are packed from them, in order, by the
 process that trains. So neither the samples nor the rows depend on the number of workers, and a position is the place
-of the next sample and of the few that wait for a row.
+of the next sample and of the few that wait for a row. The price: each worker of each process reads all blocks, and
+decodes the images of its own samples alone.
 
     source rows --(order)--> chunks of samples --(workers)--> samples in order --(packing)--> rows --> batches
 """
@@ -22,7 +23,7 @@ from vora.data.packing import collate_rows, image_only, next_row, sample_of_reco
 
 CHUNK_SAMPLES = 32
 WAITING = 48  # samples among which rows are filled; more would pack tighter and read further ahead
-ALWAYS_ALLOWED = 3  # bad samples, however small the data
+ALWAYS_ALLOWED = 3  # bad samples, however small their share may be
 
 
 class SampleMaker:
@@ -54,15 +55,15 @@ class SampleMaker:
         """
         epoch, group, block, offset = self.orders[source].draw(number)
         rows = self._rows(source, (epoch, group), block)
+        rng = random.Random(f"{self.seed}/{source}/{number}")
+        most = 1 if pictures_alone else self.questions_per_image
         try:
-            record = self.sources[source].record(block, offset, rows)
-            rng = random.Random(f"{self.seed}/{source}/{number}")
-            sample = self.sample_of(record, rng, 1 if pictures_alone else self.questions_per_image)
-        except ValueError as error:
-            return self.sources[source].row_name(block, offset), error
-        if pictures_alone:
+            sample = self.sample_of(self.sources[source].record(block, offset, rows), rng, most)
+        except Exception as error:
+            sample = as_bad(error)
+        if pictures_alone and isinstance(sample, dict):
             sample = image_only(sample, self.processor.image_token_id) if "pixel_values" in sample else None
-        return record.name, sample
+        return self.sources[source].row_name(block, offset), sample
 
     def _rows(self, source, group, block):
         """A block's rows; those of the group at hand stay in memory."""
@@ -99,11 +100,19 @@ class SampleMaker:
         return {"min_image_tokens": max(1, drawn // 2), "max_image_tokens": drawn}
 
 
+def as_bad(error):
+    """What says that a sample is bad. Data brings errors of any kind, from chat templates and tokenizers too; only
+    what says something of the machine ends a run."""
+    if isinstance(error, MemoryError):
+        raise error
+    return error if type(error) is ValueError else ValueError(f"{type(error).__name__}: {error}")
+
+
 class Chunks(IterableDataset):
     """The samples of one rank in chunks, from a position on; in a worker, its share of the chunks.
 
-    Yields (chunk number of the rank, what `_packed_for_travel` made of its list of (name, sample, None or ValueError)).
-    Chunk k of rank r is chunk k R + r of all R ranks.
+    Yields (chunk number of the rank, its list of (name, sample or None or ValueError), as `_packed_for_travel` makes
+    it). Chunk k of rank r is chunk k R + r of all R ranks.
     """
 
     def __init__(self, maker, mixture, first_chunk, pictures_alone, rank, num_ranks):
@@ -160,7 +169,7 @@ class PackedRows:
         weights: share of the samples that comes from each source; by default, their numbers of rows.
         image_only_rows: so many rows at the start hold pictures alone, with nothing to predict, to distill from.
         bad_samples: path of the file that names bad samples.
-        max_bad_share: stop when more than this share of the samples read is bad.
+        max_bad_share: stop when more than this share of the samples read (taken as a thousand at first) is bad.
         num_workers: processes that read and decode; 0 does it in this one.
         rank, num_ranks: which part of all chunks is read.
         sample_options: further arguments of `SampleMaker`.
@@ -193,12 +202,17 @@ class PackedRows:
         self.row_tokens, self.image_only_rows = row_tokens, image_only_rows
         self.bad_samples, self.max_bad_share = bad_samples and Path(bad_samples), max_bad_share
         self.num_workers, self.rank, self.num_ranks = num_workers, rank, num_ranks
-        self.num_records, self.num_read, self.bad = sum(sizes), 0, set()
+        self.num_read, self.num_bad, self._named = 0, 0, set()
+        shares = np.array(weights) / sum(weights)
+        self._longest_gap = 2 * int((np.array(sizes) / shares).max()) + CHUNK_SAMPLES
+        images = processor.image_processor
         self.fingerprint = {
             "rows of the sources": sizes, "weights": [float(w) for w in weights], "seed": seed,
             "row_tokens": row_tokens, "questions_per_image": self.maker.questions_per_image,
             "image_tokens": self.maker.image_tokens and list(self.maker.image_tokens),
-            "image_only_rows": image_only_rows, "processes": num_ranks,
+            "image_only_rows": image_only_rows, "processes": num_ranks, "patch_merge": images.patch_merge,
+            "budget": [images.min_image_tokens, images.max_image_tokens],
+            "caption_prompts": [source.caption_prompts for source in sources],
         }  # fmt: skip
         self._position = self._beginning(pictures_alone=image_only_rows > 0)
 
@@ -212,7 +226,7 @@ class PackedRows:
 
     def state_dict(self):
         """The position after the last row, as JSON."""
-        return {**self._position, "num_read": self.num_read, "data": self.fingerprint}
+        return {**self._position, "num_read": self.num_read, "num_bad": self.num_bad, "data": self.fingerprint}
 
     def load_state_dict(self, state):
         """Go on where a run with the same data was.
@@ -228,10 +242,8 @@ class PackedRows:
                     f"The checkpoint was made with other data: {name} was {then[name]} and is {now} now, so samples "
                     "would be lost or seen twice. Restore it, or start a new run from the weights."
                 )
-        self.num_read = state.pop("num_read")
+        self.num_read, self.num_bad = state.pop("num_read"), state.pop("num_bad")
         self._position = state
-        if self.bad_samples is not None and self.bad_samples.exists():
-            self.bad = {json.loads(line)["record"] for line in self.bad_samples.read_text().splitlines()}
 
     def named_samples(self):
         """(name, sample) in the order of training from the beginning, bad ones left out; the position stays."""
@@ -281,17 +293,23 @@ class PackedRows:
             for index, (name, sample) in enumerate(_unpacked(*packed)):
                 place = (number, index)
                 num_fruitless = 0 if isinstance(sample, dict) else num_fruitless + 1
-                if num_fruitless > 2 * self.num_records + CHUNK_SAMPLES:
-                    raise ValueError(
-                        f"None of the last {num_fruitless} samples holds a picture, but the first steps distill "
-                        "pictures alone: set teacher.image_only_steps=0, or add a source with pictures."
-                    )
+                if num_fruitless > self._longest_gap:
+                    raise ValueError(self._fruitless(num_fruitless, position["pictures_alone"]))
                 if place >= following:
                     self.num_read += 1
                     if isinstance(sample, ValueError):
                         self._report(name, sample)
                 if isinstance(sample, dict) and (place >= following or place in waiting):
                     yield place, sample
+
+    @staticmethod
+    def _fruitless(count, pictures_alone):
+        if pictures_alone:
+            return (
+                f"None of the last {count} samples holds a picture, but the first steps distill pictures alone: set "
+                "teacher.image_only_steps=0, or add a source with pictures."
+            )
+        return f"All of the last {count} samples are bad: bad_samples.jsonl of the run says why."
 
     def collate(self, rows):
         """Rows to a batch of `VisionLearner.forward`."""
@@ -300,22 +318,30 @@ class PackedRows:
         return collate_rows(rows, self.row_tokens, pad)
 
     def _report(self, name, error):
-        """Name a bad sample, once; stop if there are too many."""
-        if name in self.bad:
-            return
-        self.bad.add(name)
-        if self.bad_samples is not None:
-            self.bad_samples.parent.mkdir(parents=True, exist_ok=True)
-            with self.bad_samples.open("a") as file:
-                file.write(json.dumps({"record": name, "cause": str(error)}) + "\n")
-        read = min(self.num_records, max(self.num_read, 1000))
-        limit = min(max(ALWAYS_ALLOWED, self.max_bad_share * read), self.num_records - 1)
-        if len(self.bad) > limit:
+        """Count a bad sample and name it, once; stop if there are too many."""
+        self.num_bad += 1
+        if self.bad_samples is not None and name not in self._named:
+            self._named |= names_in(self.bad_samples) | {name}
+            if name not in names_in(self.bad_samples):
+                self.bad_samples.parent.mkdir(parents=True, exist_ok=True)
+                with self.bad_samples.open("a") as file:
+                    file.write(json.dumps({"record": name, "cause": str(error)}) + "\n")
+        if self.num_bad > max(ALWAYS_ALLOWED, self.max_bad_share * max(self.num_read, 1000)):
             raise ValueError(
-                f"{len(self.bad)} of the {min(self.num_read, self.num_records)} samples read are bad, the last one "
-                f"{name}: {error} All are named in {self.bad_samples}; mend or remove them, or raise "
-                "data.max_bad_share."
+                f"{self.num_bad} of the {self.num_read} samples read are bad, the last one {name}: {error} All are "
+                f"named in {self.bad_samples}; mend or remove them, or raise data.max_bad_share."
             )
+
+
+def names_in(bad_samples):
+    """The records that a file of bad samples names; a last line that a killed run left unfinished is cut off."""
+    if not bad_samples.exists():
+        return set()
+    text = bad_samples.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        bad_samples.write_text(whole)
+    return {json.loads(line)["record"] for line in whole.splitlines()}
 
 
 def _as_it_is(chunk):

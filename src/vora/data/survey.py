@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from array import array
 from itertools import islice
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from vora.data.order import SourceOrder
 from vora.data.packing import next_row
 from vora.data.record import Record
-from vora.data.stream import WAITING
+from vora.data.stream import WAITING, as_bad
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 PACKED_AT_MOST = 20_000  # samples of the mixture that are packed to see how full rows get
@@ -46,8 +47,8 @@ class Blocks(IterableDataset):
             sample = self.maker.sample_of(
                 Record(record.name, opened, record.conversations), rng, self.maker.questions_per_image
             )
-        except ValueError as error:
-            return {"name": source.row_name(block, offset), "cause": str(error)}
+        except Exception as error:
+            return {"name": source.row_name(block, offset), "cause": str(as_bad(error))}
         tokens = [
             int(grid.prod()) // self.maker.processor.image_processor.patch_merge**2
             for grid in sample.get("image_grid_thw", ())
@@ -77,7 +78,7 @@ def survey(rows, names, num_workers=0, progress=None):
     """
     start, maker = time.monotonic(), rows.maker
     lengths = [np.zeros(len(source), np.int32) for source in maker.sources]  # 0: bad
-    measures = {name: [] for name in ("num_labels", "num_conversations", "image_tokens", "width", "height")}
+    measures = {name: array("i") for name in ("num_labels", "num_conversations", "image_tokens", "width", "height")}
     bad = [[] for _ in maker.sources]
     loader = DataLoader(Blocks(maker), batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)
     for source, first, block in loader:
@@ -88,9 +89,9 @@ def survey(rows, names, num_workers=0, progress=None):
             lengths[source][row] = found["num_tokens"]
             measures["num_labels"].append(found["num_labels"])
             measures["num_conversations"].append(found["num_conversations"])
-            measures["image_tokens"] += found["image_tokens"]
-            measures["width"] += [width for width, _ in found["image_sizes"]]
-            measures["height"] += [height for _, height in found["image_sizes"]]
+            measures["image_tokens"].extend(found["image_tokens"])
+            measures["width"].extend(width for width, _ in found["image_sizes"])
+            measures["height"].extend(height for _, height in found["image_sizes"])
         if progress is not None:
             progress(len(block))
     good = np.concatenate([one[one > 0] for one in lengths])

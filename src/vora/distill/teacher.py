@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import AutoModel
 
+from vora.model.patch_embed import resized
 from vora.model.vit_embedding import vit_embedding
 
 
@@ -129,7 +130,7 @@ def resample_features(features, own_grid, grid):
     if own_grid == grid:
         return features
     table = features.transpose(1, 2).unflatten(2, own_grid).float()
-    table = F.interpolate(table, grid, mode="bilinear", align_corners=False, antialias=True)
+    table = resized(table, grid, "bilinear")
     return table.flatten(2).transpose(1, 2).to(features.dtype)
 
 

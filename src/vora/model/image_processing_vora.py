@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 import warnings
 
 import numpy as np
@@ -11,6 +12,9 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
+
+
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 
 
 def read_image(source):
@@ -52,7 +56,7 @@ def _opened(source):
     if not isinstance(source, (str, os.PathLike)):
         return _from_array(np.asarray(source))
     name = os.fspath(source)
-    if name.startswith(("http://", "https://", "data:")) or (len(name) > 260 and not os.path.exists(name)):
+    if name.startswith(("http://", "https://", "data:")) or (len(name) > 260 and BASE64.fullmatch(name)):
         return load_image(name)
     if os.path.isfile(name) and os.path.getsize(name) == 0:
         raise ValueError("the file is empty (0 bytes)")
@@ -90,6 +94,8 @@ def _to_8_bits(array, peak):
 class Video:
     """Frames that are one image of several times: `image_grid_thw` counts them, and each is a block of attention.
 
+    Told by `is_video`, not by its class: remote code is loaded file by file, and each file has a class of its own.
+
     Args:
         source: list of frames (anything `read_image` takes), array [T, H, W, 3], or path of an animated picture.
 
@@ -97,12 +103,14 @@ class Video:
         ValueError: there are no frames, or one cannot be read.
     """
 
+    is_video = True
+
     def __init__(self, source):
         if isinstance(source, (str, os.PathLike)):
             try:
                 with Image.open(source) as animation:
                     source = [frame.copy() for frame in ImageSequence.Iterator(animation)]
-            except (OSError, UnidentifiedImageError) as error:
+            except Exception as error:  # PIL's decoders raise many kinds
                 raise ValueError(
                     f"Cannot read video {source}: {error}. Give its frames as a list of pictures, or an animated GIF, "
                     "WebP or PNG."
@@ -128,20 +136,40 @@ def fit_grid(height, width, token_size, min_image_tokens, max_image_tokens):
         token_size: side of an image token in pixels, patch_size * patch_merge.
 
     Returns:
-        (rows, columns) with rows * columns <= max_image_tokens, and >= min_image_tokens wherever a grid of this
-        shorter side can be both (always where the budget spans a factor of two).
+        (rows, columns): the image's own size in tokens if that is within budget, else of the grids near the budget's
+        bound the one nearest in aspect ratio and number of tokens. rows * columns <= max_image_tokens always, and
+        >= min_image_tokens wherever a grid near is both (always where the budget spans a factor of two).
     """
     rows, columns = height / token_size, width / token_size
-    area, scale, whole = max(1, round(rows)) * max(1, round(columns)), 1.0, round
-    if area > max_image_tokens:
-        scale, whole = math.sqrt(max_image_tokens / (rows * columns)), math.floor
-    elif area < min_image_tokens:
-        scale, whole = math.sqrt(min_image_tokens / (rows * columns)), math.ceil
-    # rounded first, so that 2.0000000000000004 tokens are 2
-    sides = [max(1, whole(round(side * scale, 6))) for side in (rows, columns)]
-    shorter = min(*sides, math.isqrt(max_image_tokens))
-    longer = min(max(*sides, -(-min_image_tokens // shorter)), max_image_tokens // shorter)
-    return (longer, shorter) if rows > columns else (shorter, longer)
+    own = max(1, round(rows)), max(1, round(columns))
+    if min_image_tokens <= own[0] * own[1] <= max_image_tokens:
+        return own
+    bound = max_image_tokens if own[0] * own[1] > max_image_tokens else min_image_tokens
+    scale = math.sqrt(bound / (rows * columns))
+    grids = _grids_near(rows * scale, columns * scale, min_image_tokens, max_image_tokens)
+    grids |= {(r, c) for c, r in _grids_near(columns * scale, rows * scale, min_image_tokens, max_image_tokens)}
+
+    def distance(grid):
+        aspect, area = grid[0] / grid[1], grid[0] * grid[1]
+        too_few = max(0, min_image_tokens - area)
+        return too_few, abs(math.log(aspect * columns / rows)) + 0.5 * abs(math.log(area / bound)), grid
+
+    return min(grids, key=distance)
+
+
+def _grids_near(first, second, fewest, most):
+    """Grids with about `first` tokens along one side, and along the other what aspect ratio and budget ask for."""
+    near = range(max(1, min(most, math.floor(first) - 2)), min(most, math.ceil(first) + 2) + 1)
+    return {
+        (one, max(1, min(max(other, -(-fewest // one)), most // one)))
+        for one in near
+        for other in (math.floor(second), math.ceil(second), round(one * second / first))
+    }
+
+
+def is_video(image):
+    """Whether it is a `Video`."""
+    return getattr(image, "is_video", False)
 
 
 def flat_images(images):
@@ -201,7 +229,7 @@ class VoraImageProcessor(BaseImageProcessor):
         """Paths, URLs, images and `Video`s, nested as they come, to RGB images."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(source) for source in image_url_or_urls]
-        return image_url_or_urls if isinstance(image_url_or_urls, Video) else read_image(image_url_or_urls)
+        return image_url_or_urls if is_video(image_url_or_urls) else read_image(image_url_or_urls)
 
     def preprocess(self, images, min_image_tokens=None, max_image_tokens=None, return_tensors=None, **kwargs):
         """Patches of one image or `Video`, or of a (nested) list of them.
@@ -220,7 +248,7 @@ class VoraImageProcessor(BaseImageProcessor):
         budget = self._budget(min_image_tokens, max_image_tokens)
         images = list(flat_images(self.fetch_images(images)))
         grids = [self.patch_grid(image.height, image.width, *budget) for image in images]
-        frames = [image.frames if isinstance(image, Video) else [image] for image in images]
+        frames = [image.frames if is_video(image) else [image] for image in images]
         patches = [self.patchify(frame, *grid) for one, grid in zip(frames, grids) for frame in one]
         data = {
             "pixel_values": np.concatenate(patches),
@@ -233,8 +261,8 @@ class VoraImageProcessor(BaseImageProcessor):
         self.min_image_tokens, self.max_image_tokens = self._budget(min_image_tokens, max_image_tokens)
 
     def _budget(self, min_image_tokens, max_image_tokens):
-        most = max_image_tokens or self.max_image_tokens
-        least = min_image_tokens or min(self.min_image_tokens, most)
+        most = self.max_image_tokens if max_image_tokens is None else max_image_tokens
+        least = min(self.min_image_tokens, most) if min_image_tokens is None else min_image_tokens
         if not 1 <= least <= most:
             raise ValueError(f"min_image_tokens {least} must be in 1..max_image_tokens {most}.")
         return least, most

@@ -53,10 +53,19 @@ class PatchEmbedding(nn.Module):
         if (num_rows, num_columns) == (self.grid_size, self.grid_size):
             return self.position
         table = self.position.unflatten(0, (self.grid_size, self.grid_size)).permute(2, 0, 1)[None]
-        table = F.interpolate(
-            table.float(), (num_rows, num_columns), mode="bicubic", align_corners=False, antialias=True
-        )
+        table = resized(table.float(), (num_rows, num_columns), "bicubic")
         return table[0].flatten(1).T.to(self.position.dtype)
+
+
+def resized(table, grid, mode):
+    """float[n, D, rows, columns] on another grid, antialiased.
+
+    One column is made as one row: torch 2.13 gives all rows of a single column the value of the first.
+    """
+    how = {"mode": mode, "align_corners": False, "antialias": True}
+    if grid[1] == 1:
+        return F.interpolate(table.transpose(2, 3), (1, grid[0]), **how).transpose(2, 3)
+    return F.interpolate(table, grid, **how)
 
 
 def merge_neighbours(features, grids, patch_merge):

@@ -6,7 +6,7 @@ import numpy as np
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .from_llm import choose_image_token, load_tokenizer
-from .image_processing_vora import Video, VoraImageProcessor, VoraImagesKwargs, flat_images
+from .image_processing_vora import Video, VoraImageProcessor, VoraImagesKwargs, flat_images, is_video
 from .vit_embedding import vit_embedding
 
 # Put before an LLM's own template, this lets it take content that is a list of images and texts.
@@ -165,6 +165,8 @@ class VoraProcessor(ProcessorMixin):
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
+            if turn == 0:
+                raise ValueError("The conversation begins with an assistant, who answers nothing.")
             prompt = self.apply_chat_template(messages[:turn], add_generation_prompt=True)
             whole = self.apply_chat_template(messages[: turn + 1])
             if not (prompt.startswith(done) and whole.startswith(prompt)):
@@ -228,7 +230,7 @@ class VoraProcessor(ProcessorMixin):
 
     @staticmethod
     def _images_of(message):
-        if isinstance(message["content"], str):
+        if not isinstance(message["content"], (list, tuple)):
             return []
         keys = ("image", "url", "path", "base64")
         parts = [part for part in message["content"] if part["type"] == "image"]
@@ -243,7 +245,7 @@ def _videos_as_images(conversation):
         if part["type"] != "video" or key is None:
             return part
         given = part[key]
-        return {"type": "image", "image": given if isinstance(given, Video) else Video(given)}
+        return {"type": "image", "image": given if is_video(given) else Video(given)}
 
     if conversation and isinstance(conversation[0], (list, tuple)):
         return [_videos_as_images(one) for one in conversation]

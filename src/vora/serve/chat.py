@@ -6,7 +6,7 @@ from threading import Thread
 import torch
 from transformers import AutoConfig, TextIteratorStreamer
 
-from vora.model.image_processing_vora import Video, read_image
+from vora.model.image_processing_vora import is_video, read_image
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
@@ -70,9 +70,7 @@ class Chat:
             ValueError: an image cannot be read, or the conversation exceeds the LLM's context.
         """
         content = [
-            {"type": "video", "video": image}
-            if isinstance(image, Video)
-            else {"type": "image", "image": read_image(image)}
+            {"type": "video", "video": image} if is_video(image) else {"type": "image", "image": read_image(image)}
             for image in images
         ]
         turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
