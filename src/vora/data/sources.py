@@ -20,7 +20,7 @@ from vora.model.wheel_files import wheel_files
 
 EASY_VQA = "easy-vqa"
 ROWS_PER_BLOCK = 128  # where the file itself has no blocks
-BYTES_PER_BLOCK = 32 << 20  # larger row groups of Parquet are read in parts
+BYTES_PER_BLOCK, MOST_ROWS = 8 << 20, 512  # larger row groups of Parquet are read in parts
 SPLITS = ("train", "validation", "valid", "val", "test", "dev")
 PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
@@ -132,7 +132,7 @@ class Parquet(Source):
         with pq.ParquetFile(file) as parquet:
             for group in range(parquet.num_row_groups):
                 found = parquet.metadata.row_group(group)
-                num_parts = max(1, -(-found.total_byte_size // BYTES_PER_BLOCK))
+                num_parts = max(-(-found.total_byte_size // BYTES_PER_BLOCK), -(-found.num_rows // MOST_ROWS), 1)
                 size = max(1, -(-found.num_rows // num_parts))
                 for first in range(0, found.num_rows, size):
                     last = min(first + size, found.num_rows)
@@ -140,7 +140,7 @@ class Parquet(Source):
 
     def _read(self, file, group, first, last):
         wanted = {*COLUMNS, *self.columns.values()}
-        with pq.ParquetFile(file, pre_buffer=False) as parquet:
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as parquet:
             names = [name for name in parquet.schema_arrow.names if name in wanted] or parquet.schema_arrow.names
             batches, place = [], 0
             for batch in parquet.iter_batches(256, row_groups=[group], columns=names, use_threads=False):
