@@ -13,7 +13,6 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
 
-
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 
 
