@@ -100,8 +100,8 @@ def record_of_row(row, name, image_folder, caption_prompts):
 
     Layouts: `messages`; `conversations` (LLaVA, VoRA: `from` and `value`, `<image>` in the text); `question(s)` and
     `answer(s)`; `caption(s)`; `instruction`, `input` and `output` (Alpaca); `texts` (the Cauldron, FineVision: turns
-    of `user` and `assistant`); `text`: a caption beside an image, plain text to go on alone. Each with `image`, `images`,
-    `frames`, `video` or none; several frames for one place are a video.
+    of `user` and `assistant`); `text`: a caption beside an image, plain text to go on alone. Each with `image`,
+    `images`, `frames`, `video` or none; several frames for one place are a video.
 
     Args:
         row: dict of columns.

@@ -1,6 +1,6 @@
 """Which student block imitates which teacher block, and how well: the block-wise distillation of VoRA.
 
-Dims: P patches of the batch, m = patch_merge, D = the student's width, D_t = the teacher's.
+Dims: T image tokens of the batch, D = the student's width, D_t = the teacher's.
 """
 
 import torch
@@ -38,19 +38,16 @@ class BlockwiseDistillation(nn.Module):
         center: subtract a running per-channel mean of the teacher's features first. Features of plain ViTs share a
             large common part, so that without this a student scores by predicting the mean (docs/LOG.md).
         momentum: of that running mean, per step.
-        patch_merge: m; the head of a student's token predicts the features of all m x m patches in it.
     """
 
-    def __init__(self, pairs, student_size, teacher_size, center=True, momentum=0.99, patch_merge=1):
+    def __init__(self, pairs, student_size, teacher_size, center=True, momentum=0.99):
         super().__init__()
         self.pairs = list(pairs)
         self.center = center
         self.momentum = momentum
         self.heads = nn.ModuleDict(
             {
-                str(student): nn.Sequential(
-                    nn.RMSNorm(student_size, eps=1e-5), nn.Linear(student_size, patch_merge**2 * teacher_size)
-                )
+                str(student): nn.Sequential(nn.RMSNorm(student_size, eps=1e-5), nn.Linear(student_size, teacher_size))
                 for student, _ in self.pairs
             }
         )
@@ -62,8 +59,8 @@ class BlockwiseDistillation(nn.Module):
         """The mean loss and each pair's own.
 
         Args:
-            student_states: {student block: float[P / m^2, D]}.
-            teacher_states: {teacher block: float[P / m^2, m^2, D_t]}, the patches of each token together.
+            student_states: {student block: float[T, D]}.
+            teacher_states: {teacher block: float[T, D_t]}.
 
         Returns:
             (float[], float[pairs]): the first is the mean of the second; 0 is perfect, 1 is chance.
@@ -75,7 +72,7 @@ class BlockwiseDistillation(nn.Module):
             target = teacher_states[teacher].float()
             if self.center:
                 target = target - getattr(self, f"mean_{student}")
-            predicted = self.heads[str(student)](student_states[student].to(self._dtype)).view_as(target)
+            predicted = self.heads[str(student)](student_states[student].to(self._dtype))
             losses.append(1 - F.cosine_similarity(predicted.float(), target, dim=-1).mean())
         losses = torch.stack(losses)
         return losses.mean(), losses.detach()
@@ -91,4 +88,4 @@ class BlockwiseDistillation(nn.Module):
         weight = torch.clamp(1.0 / self.num_updates, min=1 - self.momentum)
         for student, teacher in self.pairs:
             mean = getattr(self, f"mean_{student}")
-            mean.lerp_(teacher_states[teacher].float().flatten(0, -2).mean(0), weight.to(mean))
+            mean.lerp_(teacher_states[teacher].float().mean(0), weight.to(mean))

@@ -113,7 +113,8 @@ class VisionLearner(nn.Module):
                 hook.remove()
 
     def teach(self, pixel_values, image_grid_thw):
-        """The teacher's states at the patches of each image token: {teacher block: float[P / m^2, m^2, D_t]}."""
+        """What each image token is to say: the mean of the teacher's features of its m x m patches; it teaches better
+        than all of them (docs/LOG.md). {teacher block: float[P / m^2, D_t]}."""
         grids = [(h, w) for t, h, w in image_grid_thw.tolist() for _ in range(t)]
         processor = self.image_processor
         images = images_of_patches(
@@ -121,7 +122,7 @@ class VisionLearner(nn.Module):
         )
         features = self.teacher(images, grids, sorted({teacher for _, teacher in self.distillation.pairs}))
         grids = image_grid_thw.tolist()
-        return {block: merge_neighbours(f, grids, self.config.patch_merge) for block, f in features.items()}
+        return {block: merge_neighbours(f, grids, self.config.patch_merge).mean(1) for block, f in features.items()}
 
 
 class _EnoughBlocks(Exception):

@@ -34,9 +34,7 @@ def build_learner(recipe):
         if teacher is not None:
             pairs = block_pairs(num_blocks, teacher.num_blocks, recipe.teacher.spread)
             width = student.config.get_text_config().hidden_size
-            distillation = BlockwiseDistillation(
-                pairs, width, teacher.hidden_size, recipe.teacher.center, patch_merge=student.config.patch_merge
-            )
+            distillation = BlockwiseDistillation(pairs, width, teacher.hidden_size, recipe.teacher.center)
         weight = 0.0 if recipe.teacher is None else recipe.teacher.weight
         learner = VisionLearner(peft_model, processor.image_processor, teacher, distillation, weight)
     check_trainable(learner, recipe.stage)
