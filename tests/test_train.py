@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -120,6 +121,16 @@ def test_resumed_losses_are_those_of_an_uninterrupted_run(recipe, tmp_path, accu
     assert (tmp_path / "cut" / "checkpoint-5").exists() or (tmp_path / "cut" / "checkpoint-6").exists()
     run(load_recipe(tmp_path / "cut" / "recipe.yaml"), tmp_path / "cut", resume=True)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_a_run_killed_after_its_last_step_only_ends(recipe, tmp_path):
+    run(recipe(save_steps=3), tmp_path / "run")
+    whole = losses(tmp_path / "run")
+    expected = (tmp_path / "run" / "final" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "final")
+    run(load_recipe(tmp_path / "run" / "recipe.yaml"), tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == whole and max(whole) == 6
+    assert (tmp_path / "run" / "final" / "adapter_model.safetensors").read_bytes() == expected
 
 
 def test_gradient_accumulation_equals_one_large_batch(recipe, tmp_path):

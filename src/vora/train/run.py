@@ -129,7 +129,10 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
     )
     trainer.remove_callback(PrinterCallback)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint is not None and last_step(checkpoint) >= arguments.max_steps:
+            trainer.take_up(checkpoint)  # killed after its last step: the Trainer would do one more
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         stop.release()
     if stop.caught:
@@ -263,6 +266,11 @@ def newest_checkpoint(directory):
         except (OSError, ValueError):
             shutil.rmtree(newest)
     return None
+
+
+def last_step(checkpoint):
+    """How many steps had been done when a checkpoint was saved."""
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
 
 
 def compile_blocks(learner, arguments):

@@ -10,7 +10,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from vora.data.stream import PackedBatches
 from vora.model.modeling_vora import VoraForConditionalGeneration
@@ -157,6 +157,11 @@ class VoraTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         save_student(self.accelerator.unwrap_model(self.model), self.processing_class, folder)
         torch.save(self.args, folder / "training_args.bin")
+
+    def take_up(self, checkpoint):
+        """Stand where a checkpoint was saved, without a step."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        self._load_from_checkpoint(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Weights, and this process's place in the data.
