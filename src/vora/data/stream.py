@@ -286,7 +286,7 @@ class PackedRows:
         first_chunk = min({following, *waiting})[0]
         chunks = Chunks(self.maker, self.mixture, first_chunk, position["pictures_alone"], self.rank, self.num_ranks)
         loader = DataLoader(
-            chunks, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, worker_init_fn=_few_threads
+            chunks, batch_size=None, num_workers=num_workers, collate_fn=as_it_is, worker_init_fn=_few_threads
         )
         num_fruitless = 0
         for number, packed in loader:
@@ -344,8 +344,9 @@ def names_in(bad_samples):
     return {json.loads(line)["record"] for line in whole.splitlines()}
 
 
-def _as_it_is(chunk):
-    return chunk
+def as_it_is(item):
+    """A DataLoader's `collate_fn` that leaves arrays arrays."""
+    return item
 
 
 def _few_threads(worker):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from vora.data.order import SourceOrder
 from vora.data.packing import next_row
 from vora.data.record import Record
-from vora.data.stream import WAITING, as_bad
+from vora.data.stream import WAITING, as_bad, as_it_is
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 PACKED_AT_MOST = 20_000  # samples of the mixture that are packed to see how full rows get
@@ -80,7 +80,7 @@ def survey(rows, names, num_workers=0, progress=None):
     lengths = [np.zeros(len(source), np.int32) for source in maker.sources]  # 0: bad
     measures = {name: array("i") for name in ("num_labels", "num_conversations", "image_tokens", "width", "height")}
     bad = [[] for _ in maker.sources]
-    loader = DataLoader(Blocks(maker), batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)
+    loader = DataLoader(Blocks(maker), batch_size=None, num_workers=num_workers, collate_fn=as_it_is)
     for source, first, block in loader:
         for row, found in enumerate(block, first):
             if "cause" in found:
@@ -181,7 +181,3 @@ def write_summary(summary, bad, folder):
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     lines = "".join(json.dumps(one) + "\n" for one in bad)
     (folder / "bad_samples.jsonl").write_text(lines)
-
-
-def _as_it_is(item):
-    return item
