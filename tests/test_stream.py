@@ -77,14 +77,16 @@ def test_rows_do_not_depend_on_the_number_of_workers(rows, num_workers):
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 0), (0, 2), (1, 3)])
 def test_a_resumed_stream_goes_on_where_it_was(rows, before, after):
     options = {"image_only_rows": 7, "weights": [3, 1]}
-    whole = first(rows(**options), 40)
-    for stop in (1, 6, 7, 8, 13, 25):
+    stream = rows(**options)
+    whole = first(stream, 40)
+    for stop in (1, 6, 7, 8, 13, 25) if before or after else range(1, 40):
         begun = rows(num_workers=before, **options)
         assert first(begun, stop) == whole[:stop]
         state = json.loads(json.dumps(begun.state_dict()))
         resumed = rows(num_workers=after, **options)
         resumed.load_state_dict(state)
         assert first(resumed, 40 - stop) == whole[stop:]
+        assert resumed.state_dict() == stream.state_dict()
 
 
 def test_pictures_alone_come_first_and_predict_nothing(rows, processor):
@@ -252,6 +254,8 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, processor):
     with pytest.raises(ValueError, match="samples read are bad.*no.png.*max_bad_share"):
         list(islice(PackedRows([source], processor, 64, max_bad_share=0.1), 100))
     list(islice(PackedRows([source], processor, 64, max_bad_share=0.5), 100))
+    with pytest.raises(ValueError, match="^1 of the"):
+        list(islice(PackedRows([source], processor, 64, max_bad_share=0), 100))
     lonely = load_source(str(tmp_path / "train.jsonl"), max_samples=2)
     with pytest.raises(ValueError, match="are bad"):
         next(iter(PackedRows([lonely], processor, 64, max_bad_share=1.0)))

@@ -23,7 +23,6 @@ from vora.data.packing import collate_rows, image_only, next_row, sample_of_reco
 
 CHUNK_SAMPLES = 32
 WAITING = 48  # samples among which rows are filled; more would pack tighter and read further ahead
-ALWAYS_ALLOWED = 3  # bad samples, however small their share may be
 
 
 class SampleMaker:
@@ -203,6 +202,9 @@ class PackedRows:
         self.bad_samples, self.max_bad_share = bad_samples and Path(bad_samples), max_bad_share
         self.num_workers, self.rank, self.num_ranks = num_workers, rank, num_ranks
         self.num_read, self.num_bad, self._named = 0, 0, set()
+        if self.bad_samples is not None and self.bad_samples.exists():
+            text = self.bad_samples.read_text()  # a killed run may have left its last line unfinished
+            self.bad_samples.write_text(text[: text.rfind("\n") + 1])
         shares = np.array(weights) / sum(weights)
         self._longest_gap = 2 * int((np.array(sizes) / shares).max()) + CHUNK_SAMPLES
         images = processor.image_processor
@@ -270,7 +272,8 @@ class PackedRows:
                 continue
             row = next_row([len(sample["input_ids"]) for _, sample in waiting], self.row_tokens)
             samples = [waiting[i][1] for i in row]
-            waiting = [one for i, one in enumerate(waiting) if i not in set(row)]
+            taken = set(row)
+            waiting = [one for i, one in enumerate(waiting) if i not in taken]
             if remember:
                 self._position = {
                     "pictures_alone": position["pictures_alone"],
@@ -321,12 +324,13 @@ class PackedRows:
         """Count a bad sample and name it, once; stop if there are too many."""
         self.num_bad += 1
         if self.bad_samples is not None and name not in self._named:
-            self._named |= names_in(self.bad_samples) | {name}
-            if name not in names_in(self.bad_samples):
+            self._named = names_in(self.bad_samples)
+            if name not in self._named:
+                self._named.add(name)
                 self.bad_samples.parent.mkdir(parents=True, exist_ok=True)
                 with self.bad_samples.open("a") as file:
                     file.write(json.dumps({"record": name, "cause": str(error)}) + "\n")
-        if self.num_bad > max(ALWAYS_ALLOWED, self.max_bad_share * max(self.num_read, 1000)):
+        if self.num_bad > self.max_bad_share * max(self.num_read, 1000):
             raise ValueError(
                 f"{self.num_bad} of the {self.num_read} samples read are bad, the last one {name}: {error} All are "
                 f"named in {self.bad_samples}; mend or remove them, or raise data.max_bad_share."
@@ -334,14 +338,11 @@ class PackedRows:
 
 
 def names_in(bad_samples):
-    """The records that a file of bad samples names; a last line that a killed run left unfinished is cut off."""
+    """The records that a file of bad samples names, in whole lines: another process may be writing its last."""
     if not bad_samples.exists():
         return set()
-    text = bad_samples.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        bad_samples.write_text(whole)
-    return {json.loads(line)["record"] for line in whole.splitlines()}
+    *whole, _ = bad_samples.read_text().split("\n")
+    return {json.loads(line)["record"] for line in whole}
 
 
 def as_it_is(item):
