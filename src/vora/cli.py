@@ -73,7 +73,7 @@ def train(
 
 @app.command()
 def merge(
-    run: Annotated[Path, typer.Argument(help="Run directory of `vora train`.")],
+    run: Annotated[Path, typer.Argument(help="Run directory of `vora train`, or an unmerged model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
     llm_out: Annotated[Path | None, typer.Option(help="Also write the language part alone, as its stock LLM.")] = None,
 ):
@@ -84,11 +84,36 @@ def merge(
         raise ValueError(f"{out} is not empty: choose another --out, so that nothing is overwritten.")
     model, processor = merge_run(run)
     model.save_pretrained(out)
-    processor.save_pretrained(out)
     if llm_out is not None:
         model.to_llm().save_pretrained(llm_out)
-        processor.tokenizer.save_pretrained(llm_out)
+    if processor is not None:
+        processor.save_pretrained(out)
+        if llm_out is not None:
+            processor.tokenizer.save_pretrained(llm_out)
     console.print(f"Saved {out}. Ask it: vora chat IMAGE -m {out}")
+
+
+@app.command()
+def import_reference(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a checkpoint of the paper's code.")],
+    llm: Annotated[str, typer.Option(help="The LLM it was made from: folder (config.json is enough) or hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Fold a stage-1 checkpoint's LoRA into the weights.")] = False,
+):
+    """Bring a checkpoint of the paper's released code here, stage 1 or merged; it gives the same numbers."""
+    from rich.table import Table
+
+    from vora.adapt.reference import import_reference as run
+
+    reference = run(checkpoint, llm, out, merge)
+    table = Table(title="Where its tensors went")
+    for name in ("part", "tensors", "parameters"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for place, (count, size) in reference.places.items():
+        table.add_row(place, f"{count:,}", f"{size:,}")
+    console.print(table)
+    text_config = reference.model.config.text_config
+    console.print(f"Saved {out}: the text architecture is {text_config.model_type}. Ask it: vora chat IMAGE -m {out}")
 
 
 @app.command()

@@ -1,12 +1,21 @@
 """Vision LoRA: on (PEFT) and off (merged in fp32)."""
 
+from pathlib import Path
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file
 from torch import nn
+from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
+from vora.model.configuration_vora import VoraConfig
+from vora.model.modeling_vora import VoraForConditionalGeneration
+
 PATCH_EMBEDDING = "patch_embedding"
+DISTILLATION_FILE = "distillation.safetensors"  # beside an adapter: the distill heads
 
 
 def attach_vision_lora(model, *, rank=32, num_blocks=None, target_modules=None, lora_alpha=None):
@@ -56,7 +65,8 @@ def merge_vision_lora(model):
     """Fold every pair into its weight, W + scale * B A, computed in fp32 and cast once at the end.
 
     Args:
-        model: the `peft.PeftModel` of `attach_vision_lora`; it is used up.
+        model: the `peft.PeftModel` of `attach_vision_lora`, or a `VoraForConditionalGeneration` that
+            `from_pretrained` opened from a folder with an adapter; it is used up.
 
     Returns:
         The `VoraForConditionalGeneration` inside, whose language part has the base LLM's parameter names and shapes
@@ -66,7 +76,7 @@ def merge_vision_lora(model):
         TypeError: there is no vision LoRA on the model.
         ValueError: a merged weight is not finite; no weight has been changed then.
     """
-    if not isinstance(model, PeftModel):
+    if not (isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)):
         raise TypeError(f"{type(model).__name__} carries no vision LoRA: nothing to merge.")
     merged = {}
     for name, layer in model.named_modules():
@@ -88,4 +98,42 @@ def merge_vision_lora(model):
         merged[layer] = total
     for layer, weight in merged.items():
         layer.get_base_layer().weight.copy_(weight)
-    return model.unload()
+    return model.unload() if isinstance(model, PeftModel) else _without_adapter(model)
+
+
+def _without_adapter(model):
+    """A model without the adapter that `from_pretrained` put into it, which PEFT itself cannot take off."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            model.set_submodule(name, layer.get_base_layer())
+        elif isinstance(layer, ModulesToSaveWrapper):
+            model.set_submodule(name, layer.modules_to_save[layer.active_adapter])
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+    vars(model).pop("_weight_conversions", None)  # they would put the adapter's prefixes into saved names
+    return model
+
+
+def is_unmerged(folder):
+    """Whether a folder holds a whole model and an adapter beside it (a run's `final` holds the adapter alone)."""
+    return (Path(folder) / "adapter_config.json").exists() and bool(_weight_files(folder))
+
+
+def load_vision_lora(folder, dtype="auto"):
+    """The `peft.PeftModel` of a folder that holds a whole model and an adapter beside it, ready to train on.
+
+    Raises:
+        ValueError: one of the two is not there.
+    """
+    if not is_unmerged(folder):
+        raise ValueError(f"{folder} holds no model with an adapter beside it.")
+    state = {name: tensor for file in _weight_files(folder) for name, tensor in load_file(file).items()}
+    model = VoraForConditionalGeneration.from_pretrained(
+        None, config=VoraConfig.from_pretrained(folder), state_dict=state, dtype=dtype
+    )
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    return PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
+
+
+def _weight_files(folder):
+    return sorted([*Path(folder).glob("model.safetensors"), *Path(folder).glob("model-*.safetensors")])

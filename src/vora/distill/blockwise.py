@@ -7,22 +7,41 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+SHIFTS = {"outputs": (0, 0), "inputs": (-1, 0), "hidden_states": (-1, -1)}  # of (student, teacher)
 
-def block_pairs(num_student_blocks, num_teacher_blocks, spread=False):
-    """(student block, teacher block) pairs, outputs with outputs.
+
+def block_pairs(num_student_blocks, num_teacher_blocks, spread=False, pairing="outputs"):
+    """(student block, teacher block) pairs, outputs with outputs; block -1 stands for what enters the first block.
 
     Block i of the student imitates block i of the teacher, as many as the shallower of the two has (section 3.2 of
     the paper, without its released code's shift by one). With `spread`, the shallower one's blocks are spaced evenly
     over the deeper one's, last with last.
 
+    Two other values of `pairing` repeat the released code, which zips the student's list of hidden states, in which
+    entry i enters block i, with its teacher's. "inputs": what enters block i of the student imitates the output of
+    the teacher's block i (AIMv2's own code, whose list has no embeddings). "hidden_states": what enters block i
+    imitates what enters the teacher's block i (teachers of transformers, CLIP among them).
+
     >>> block_pairs(3, 5)
     [(0, 0), (1, 1), (2, 2)]
     >>> block_pairs(3, 6, spread=True)
     [(0, 1), (1, 3), (2, 5)]
+    >>> block_pairs(3, 3, pairing="inputs")
+    [(-1, 0), (0, 1), (1, 2)]
+    >>> block_pairs(3, 3, pairing="hidden_states")
+    [(-1, -1), (0, 0), (1, 1)]
+
+    Raises:
+        ValueError: an unknown pairing, or one of the released code's with `spread`.
     """
     count = min(num_student_blocks, num_teacher_blocks)
+    if pairing not in SHIFTS:
+        raise ValueError(f"pairing {pairing!r} is unknown: choose among {', '.join(SHIFTS)}.")
+    if spread and pairing != "outputs":
+        raise ValueError(f"pairing {pairing} repeats the released code, which knows no spread: leave one of them out.")
     if not spread:
-        return [(i, i) for i in range(count)]
+        student, teacher = SHIFTS[pairing]
+        return [(i + student, i + teacher) for i in range(count)]
 
     def spaced(depth):
         return [round((i + 1) * depth / count) - 1 for i in range(count)]

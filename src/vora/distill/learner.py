@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import nn
 
-from vora.distill.teacher import images_of_patches
+from vora.distill.teacher import hook_on_output, images_of_patches
 from vora.model.patch_embed import merge_neighbours
 
 
@@ -102,10 +102,10 @@ class VisionLearner(nn.Module):
         states, hooks = {}, []
         is_image = input_ids == self.config.image_token_id
         if self.teacher is not None and is_image.any():
-            last = max(student for student, _ in self.distillation.pairs)
+            blocks, last = self.vora.model.blocks, max(student for student, _ in self.distillation.pairs)
             for student, _ in self.distillation.pairs:
                 keep = partial(_keep_image_states, states, student, is_image, stop_early and student == last)
-                hooks.append(self.vora.model.blocks[student].register_forward_hook(keep))
+                hooks.append(hook_on_output(blocks, student, keep))
         try:
             yield states
         finally:
@@ -129,8 +129,7 @@ class _EnoughBlocks(Exception):
     """Ends a forward pass that needs no further blocks."""
 
 
-def _keep_image_states(states, block, is_image, stop, module, args, output):
-    hidden = output[0] if isinstance(output, tuple) else output
+def _keep_image_states(states, block, is_image, stop, hidden):
     states[block] = hidden[is_image]
     if stop:
         raise _EnoughBlocks

@@ -81,10 +81,12 @@ class Teacher(nn.Module):
         """Images of one grid to float[n, C, rows * p_t, columns * p_t], normalised as the teacher expects."""
         size = tuple(side * self.patch_size for side in grid)
         resized = [
-            image if image.shape[1:] == size else F.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
+            image
+            if image.shape[1:] == size  # bicubic values overshoot
+            else F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
             for image in images
         ]
-        pixels = torch.stack(resized).clamp(0, 1)
+        pixels = torch.stack(resized)
         mean, std = (pixels.new_tensor(v)[:, None, None] for v in (self.image_mean, self.image_std))
         return (pixels - mean) / std
 
@@ -111,7 +113,7 @@ class Teacher(nn.Module):
                 pixels = F.interpolate(pixels, (side * self.patch_size,) * 2, mode="bicubic", antialias=True)
             inputs = {"pixel_values": pixels}
         outputs = {}
-        hooks = [self.blocks[block].register_forward_hook(partial(_keep_output, outputs, block)) for block in blocks]
+        hooks = [hook_on_output(self.blocks, block, partial(outputs.__setitem__, block)) for block in blocks]
         try:
             self.vit(**inputs)
         finally:
@@ -121,8 +123,22 @@ class Teacher(nn.Module):
         return {block: resample_features(outputs[block][:, -num_patches:], own_grid, grid) for block in blocks}
 
 
-def _keep_output(outputs, block, module, args, output):
-    outputs[block] = output[0] if isinstance(output, tuple) else output
+def hook_on_output(blocks, block, keep):
+    """Have `keep` called with a block's output at every forward; block -1 stands for what enters the first one.
+
+    Returns:
+        The handle that removes the hook.
+    """
+
+    def before(module, args, kwargs):
+        keep(args[0] if args else kwargs["hidden_states"])
+
+    def after(module, args, output):
+        keep(output[0] if isinstance(output, tuple) else output)
+
+    if block == -1:
+        return blocks[0].register_forward_pre_hook(before, with_kwargs=True)
+    return blocks[block].register_forward_hook(after)
 
 
 def resample_features(features, own_grid, grid):

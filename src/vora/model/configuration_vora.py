@@ -26,10 +26,13 @@ class VoraConfig(PreTrainedConfig):
         vision_hidden_size: d_vit, width of the patch embedding before its projection to the LLM's width.
         patch_norm: whether an RMSNorm follows the patch projection (the paper's does; a teacher's embedding that has
             none is copied without one).
+        patch_norm_eps: of that RMSNorm.
+        image_attention: "bidirectional", tokens of one image see all of it (the paper's), or "causal".
         lm_head_bias: whether the LLM's output layer has a bias.
 
     Raises:
-        ValueError: `image_size` is smaller than one patch, or the image token lies outside the vocabulary.
+        ValueError: `image_size` is smaller than one patch, the image token lies outside the vocabulary, or
+            `image_attention` is neither of the two.
     """
 
     _auto_class = "AutoConfig"
@@ -47,6 +50,8 @@ class VoraConfig(PreTrainedConfig):
         num_channels=3,
         vision_hidden_size=768,
         patch_norm=True,
+        patch_norm_eps=1e-5,
+        image_attention="bidirectional",
         lm_head_bias=False,
         initializer_range=0.02,
         tie_word_embeddings=None,
@@ -66,6 +71,8 @@ class VoraConfig(PreTrainedConfig):
                 f"image_token_id {image_token_id} lies outside the vocabulary of {self.text_config.vocab_size} "
                 "tokens: reuse a spare special token, or resize the LLM's embeddings first."
             )
+        if image_attention not in ("bidirectional", "causal"):
+            raise ValueError(f"image_attention {image_attention!r} is unknown: give bidirectional or causal.")
         self.image_token_id = image_token_id
         self.patch_size = patch_size
         self.patch_merge = patch_merge
@@ -73,9 +80,12 @@ class VoraConfig(PreTrainedConfig):
         self.num_channels = num_channels
         self.vision_hidden_size = vision_hidden_size
         self.patch_norm = patch_norm
+        self.patch_norm_eps = patch_norm_eps
+        self.image_attention = image_attention
         self.lm_head_bias = lm_head_bias
         self.initializer_range = initializer_range
-        self.is_mm_prefix_lm = True  # vLLM reads it: the tokens of one image attend to each other in both directions
+        # vLLM reads it: the tokens of one image attend to each other in both directions
+        self.is_mm_prefix_lm = image_attention == "bidirectional"
         kwargs.pop("is_mm_prefix_lm", None)
         if tie_word_embeddings is None:
             tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)

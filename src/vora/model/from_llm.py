@@ -149,7 +149,7 @@ def refuse_unfit(model, llm):
             f"{family} computes its logits in a way that a wrapper without per-family code cannot repeat "
             f"(difference {difference:.1e} on {ids.numel()} text tokens): this LLM is not supported."
         )
-    if torch.equal(*states):
+    if torch.equal(*states) and model.config.image_attention == "bidirectional":
         raise ValueError(
             f"{family} ignores the attention mask: the first token of an image does not see its last. "
             "This LLM is not supported; choose one with plain attention."

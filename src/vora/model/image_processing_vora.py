@@ -127,6 +127,16 @@ class Video:
         return self.frames[0].width
 
 
+def on_black_square(image):
+    """An RGB image in the middle of the smallest black square that holds it."""
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new("RGB", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def fit_grid(height, width, token_size, min_image_tokens, max_image_tokens):
     """The grid of whole image tokens near an image's size and aspect ratio within a budget.
 
@@ -193,7 +203,9 @@ class VoraImageProcessor(BaseImageProcessor):
     Args:
         patch_size: p, side of a patch in pixels.
         patch_merge: m; m x m patches become one image token.
-        min_image_tokens, max_image_tokens: budget of image tokens per image; never padded, never cropped.
+        min_image_tokens, max_image_tokens: budget of image tokens per image; never cropped.
+        pad_to_square: lay each image on a black square first, as the paper's released code does. Its weights expect
+            that; otherwise bars are wasted tokens.
         image_mean, image_std: per channel, of values in 0..1; a teacher's own, if there is one.
         resample: PIL resampling filter.
     """
@@ -208,6 +220,7 @@ class VoraImageProcessor(BaseImageProcessor):
         patch_merge=1,
         min_image_tokens=4,
         max_image_tokens=1024,
+        pad_to_square=False,
         image_mean=(0.5, 0.5, 0.5),
         image_std=(0.5, 0.5, 0.5),
         resample=Image.Resampling.BICUBIC,
@@ -220,6 +233,7 @@ class VoraImageProcessor(BaseImageProcessor):
         self.patch_merge = patch_merge
         self.min_image_tokens = min_image_tokens
         self.max_image_tokens = max_image_tokens
+        self.pad_to_square = pad_to_square
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.resample = int(resample)
@@ -269,12 +283,16 @@ class VoraImageProcessor(BaseImageProcessor):
     def patch_grid(self, height, width, min_image_tokens, max_image_tokens):
         """(patch rows, patch columns) of an image of so many pixels, multiples of patch_merge."""
         token_size = self.patch_size * self.patch_merge
+        if self.pad_to_square:
+            height = width = max(height, width)
         rows, columns = fit_grid(height, width, token_size, min_image_tokens, max_image_tokens)
         return rows * self.patch_merge, columns * self.patch_merge
 
     def patchify(self, image, rows, columns):
         """An RGB image to float[rows * columns, C*p*p], normalised."""
         size = (columns * self.patch_size, rows * self.patch_size)
+        if self.pad_to_square:
+            image = on_black_square(image)
         if image.size != size:
             image = image.resize(size, self.resample)
         mean, std = np.float32(self.image_mean) * 255, np.float32(self.image_std) * 255

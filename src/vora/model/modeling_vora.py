@@ -40,6 +40,22 @@ class VoraPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As any model's; one that was opened with an adapter is saved whole, the adapter beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            return
+        state = {}
+        for name, tensor in self.state_dict().items():
+            if "lora_" not in name and ".original_module." not in name:
+                name = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+                state[name] = tensor
+        self._hf_peft_config_loaded = False
+        try:  # in this format, for the other one has the adapter's prefixes
+            super().save_pretrained(save_directory, **{**kwargs, "state_dict": state, "save_original_format": False})
+        finally:
+            self._hf_peft_config_loaded = True
+
 
 class VoraModel(VoraPreTrainedModel):
     """Patch embedding and decoder: token ids and patches to hidden states."""
@@ -115,6 +131,8 @@ class VoraModel(VoraPreTrainedModel):
             blocks = image_blocks(is_image, image_grid_thw, self.config.patch_merge)
             image_tokens = self.get_image_features(pixel_values, image_grid_thw)
             inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], image_tokens.to(inputs_embeds))
+            if self.config.image_attention == "causal":
+                blocks = None
         elif past_key_values is None and input_ids is not None:
             self._refuse_orphans(input_ids)
 
@@ -170,7 +188,16 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_llm(
-        cls, llm, *, teacher=None, patch_size=None, image_size=None, patch_merge=1, image_token_id=None, **llm_kwargs
+        cls,
+        llm,
+        *,
+        teacher=None,
+        patch_size=None,
+        image_size=None,
+        patch_merge=1,
+        image_attention="bidirectional",
+        image_token_id=None,
+        **llm_kwargs,
     ):
         """Put fresh eyes on an LLM.
 
@@ -181,6 +208,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             patch_size: side of a patch in pixels; 14 without a teacher.
             image_size: side in pixels of the square that the learned positions cover; 448 without a teacher.
             patch_merge: m; m x m neighbouring patches become one image token.
+            image_attention: within an image, "bidirectional" or "causal".
             image_token_id: a token of the vocabulary; by default the tokenizer's own or a spare special token.
             llm_kwargs: as for `AutoModelForCausalLM.from_pretrained` (`dtype`, `attn_implementation`, ...).
 
@@ -200,6 +228,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             image_token_id=image_token_id,
             lm_head_bias=head.bias is not None,
             patch_merge=patch_merge,
+            image_attention=image_attention,
             dtype=llm.dtype,
             **eyes,
         )

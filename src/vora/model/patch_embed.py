@@ -22,7 +22,7 @@ class PatchEmbedding(nn.Module):
         self.grid_size = config.grid_size
         width = config.vision_hidden_size
         self.patch = nn.Linear(config.num_channels * config.patch_size**2, width)
-        self.norm = nn.RMSNorm(width, eps=1e-5) if config.patch_norm else nn.Identity()
+        self.norm = nn.RMSNorm(width, eps=config.patch_norm_eps) if config.patch_norm else nn.Identity()
         self.position = nn.Parameter(torch.zeros(self.grid_size**2, width))
         self.patch_merge = config.patch_merge
         self.projection = nn.Linear(config.patch_merge**2 * width, config.text_config.hidden_size, bias=False)

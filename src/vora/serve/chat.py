@@ -6,6 +6,7 @@ from threading import Thread
 import torch
 from transformers import AutoConfig, TextIteratorStreamer
 
+from vora.adapt.lora import is_unmerged
 from vora.model.image_processing_vora import is_video, read_image
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
@@ -36,11 +37,17 @@ def load_model(name, min_image_tokens=None, max_image_tokens=None):
         raise ValueError(
             f"{name} is a {config.model_type} model and has no eyes: train them with `vora train`, or name a VoRA model."
         )
-    if (Path(name) / "adapter_config.json").exists():
-        raise ValueError(f"{name} holds unmerged weights: merge them first with `vora merge RUN -o OUT`.")
+    if (Path(name) / "adapter_config.json").exists() and not is_unmerged(name):
+        raise ValueError(f"{name} holds an adapter without its LLM: merge it first with `vora merge RUN -o OUT`.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = VoraForConditionalGeneration.from_pretrained(name).to(device).eval()
-    processor = VoraProcessor.from_pretrained(name)
+    try:
+        processor = VoraProcessor.from_pretrained(name)
+    except (OSError, ValueError, TypeError):
+        raise ValueError(
+            f"{name} has no tokenizer, so it cannot be asked anything: put its LLM's tokenizer files into it, or "
+            "import it again with an --llm folder that has them."
+        ) from None
     processor.image_processor.set_budget(min_image_tokens, max_image_tokens)
     return model, processor
 

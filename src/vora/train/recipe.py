@@ -24,6 +24,8 @@ class ModelSection(Section):
     patch_merge: int = Field(1, ge=1)
     min_image_tokens: int | None = Field(None, ge=1)  # of an image, wherever the model is used; see `fit_grid`
     max_image_tokens: int | None = Field(None, ge=1)
+    pad_to_square: bool | None = None  # black bars instead of the image's own shape, as the released code
+    image_attention: Literal["bidirectional", "causal"] = "bidirectional"
     chat_template: str | None = None  # Jinja text, or a path beside the recipe
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attn_implementation: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
@@ -46,6 +48,9 @@ class TeacherSection(Section):
     weight: float = Field(1.0, ge=0)
     center: bool = True
     spread: bool = False
+    pairing: Literal["outputs", "inputs", "hidden_states"] = (
+        "outputs"  # the last two: as the released code, see `block_pairs`
+    )
     image_only_steps: int = Field(0, ge=0)  # first steps that distill pictures alone and run the paired blocks only
     eyes_scale: float = Field(1.0, ge=0)  # after them, of the learning rates of all that they trained
     starts_eyes: bool = True  # the patch embedding starts from the teacher's

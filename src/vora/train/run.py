@@ -21,9 +21,10 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from vora.adapt.lora import merge_vision_lora
+from vora.adapt.lora import is_unmerged, load_vision_lora, merge_vision_lora
 from vora.data.sources import load_source
 from vora.data.stream import PackedRows
+from vora.model.processing_vora import VoraProcessor
 from vora.train.pace import steps_that_fit
 from vora.train.progress import ProgressCallback, draw_losses, write_report
 from vora.train.recipe import load_recipe, save_recipe
@@ -150,13 +151,20 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
 def merge_run(run_directory):
     """The trained model of a run, ready to be saved and used: LoRA merged (stage 1), or as it is (stage 2).
 
+    Args:
+        run_directory: of `vora train`, or a folder with an unmerged model, such as `vora import-reference` writes.
+
     Returns:
-        (model, processor).
+        (model, processor); the processor is None where an unmerged model has none.
 
     Raises:
         ValueError: the directory holds no run, or one that has no trained weights yet.
     """
     directory = Path(run_directory)
+    if is_unmerged(directory):
+        has_processor = (directory / "processor_config.json").exists()
+        model = merge_vision_lora(load_vision_lora(directory))
+        return model.eval(), VoraProcessor.from_pretrained(directory) if has_processor else None
     if not (directory / "recipe.yaml").exists():
         raise ValueError(f"{directory} holds no recipe.yaml: it is no run directory of `vora train`.")
     final = directory / "final"

@@ -1,8 +1,12 @@
 """What each stage trains, shown as a table and checked before the first step."""
 
-from rich.table import Table
+from pathlib import Path
 
-from vora.adapt.lora import attach_vision_lora
+from peft import PeftModel
+from rich.table import Table
+from safetensors.torch import load_file
+
+from vora.adapt.lora import DISTILLATION_FILE, attach_vision_lora, is_unmerged, load_vision_lora
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
 from vora.distill.teacher import Teacher
@@ -22,9 +26,11 @@ def build_learner(recipe):
         learner = VisionLearner(student.requires_grad_(True), processor.image_processor)
     else:
         num_blocks = lora_depth(recipe, student, teacher)
-        peft_model = attach_vision_lora(
-            student, rank=recipe.lora.rank, num_blocks=num_blocks, target_modules=recipe.lora.target_modules
-        )
+        peft_model = student
+        if not isinstance(student, PeftModel):
+            peft_model = attach_vision_lora(
+                student, rank=recipe.lora.rank, num_blocks=num_blocks, target_modules=recipe.lora.target_modules
+            )
         for parameter in peft_model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # updates of 1e-4 vanish in bf16
@@ -32,9 +38,10 @@ def build_learner(recipe):
         if recipe.teacher is not None and recipe.teacher.weight == 0:
             teacher = None  # it only gave the eyes their start
         if teacher is not None:
-            pairs = block_pairs(num_blocks, teacher.num_blocks, recipe.teacher.spread)
+            pairs = block_pairs(num_blocks, teacher.num_blocks, recipe.teacher.spread, recipe.teacher.pairing)
             width = student.config.get_text_config().hidden_size
             distillation = BlockwiseDistillation(pairs, width, teacher.hidden_size, recipe.teacher.center)
+            take_heads(distillation, recipe)
         weight = 0.0 if recipe.teacher is None else recipe.teacher.weight
         learner = VisionLearner(peft_model, processor.image_processor, teacher, distillation, weight)
     check_trainable(learner, recipe.stage)
@@ -49,8 +56,7 @@ def build_student(recipe, teacher=None):
     """
     wanted = recipe.model
     if wanted.vora is not None:
-        model = VoraForConditionalGeneration.from_pretrained(wanted.vora, dtype=wanted.dtype)
-        return model, build_processor(recipe)
+        return existing_student(recipe), build_processor(recipe)
     if recipe.stage == "finetune":
         raise ValueError(
             "Stage finetune trains a merged VoRA model, but the recipe names a bare LLM: run stage pretrain and "
@@ -62,19 +68,60 @@ def build_student(recipe, teacher=None):
         patch_size=wanted.patch_size,
         image_size=wanted.image_size,
         patch_merge=wanted.patch_merge,
+        image_attention=wanted.image_attention,
         dtype=wanted.dtype,
         attn_implementation=wanted.attn_implementation,
     )
     return model, build_processor(recipe, teacher)
 
 
+def existing_student(recipe):
+    """The VoRA model that a recipe goes on with: merged, or in stage 1 also with the LoRA that it has.
+
+    Raises:
+        ValueError: it has LoRA of another rank or depth than the recipe's, or should train without it.
+    """
+    folder, dtype = recipe.model.vora, recipe.model.dtype
+    if not is_unmerged(folder):
+        return VoraForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    if recipe.stage == "finetune":
+        raise ValueError(f"Stage finetune trains a merged model: vora merge {folder} -o OUT, and model.vora=OUT.")
+    model = load_vision_lora(folder, dtype)
+    has = model.peft_config["default"]
+    num_blocks, wanted = len(has.layers_to_transform), recipe.lora
+    if has.r != wanted.rank or wanted.num_blocks not in (None, num_blocks):
+        raise ValueError(
+            f"{folder} has LoRA of rank {has.r} in {num_blocks} blocks, but the recipe asks for rank {wanted.rank} in "
+            f"{wanted.num_blocks or 'as many as the teacher has'}: set lora.rank={has.r} lora.num_blocks={num_blocks}."
+        )
+    return model
+
+
+def take_heads(distillation, recipe):
+    """Go on with the distill heads that lie beside an unmerged model's adapter.
+
+    Raises:
+        ValueError: they are of other blocks or of another teacher's width.
+    """
+    file = Path(recipe.model.vora or "") / DISTILLATION_FILE
+    if recipe.model.vora is None or not file.exists():
+        return
+    state, wanted = load_file(file), distillation.state_dict()
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in wanted.items()}:
+        pairs = ", ".join(str(pair) for pair in distillation.pairs[:3])
+        raise ValueError(
+            f"The distill heads of {file.parent} are not those of the recipe's teacher with pairs {pairs}, ...: set "
+            "teacher.pairing to hidden_states (a checkpoint of the released code with a teacher of transformers) or "
+            "inputs (with AIMv2), or delete the file to begin with fresh ones."
+        )
+    distillation.load_state_dict(state)
+
+
 def build_processor(recipe, teacher=None):
     """The processor of a recipe, for which no model is needed."""
     wanted = recipe.model
     if wanted.vora is not None:
-        processor = VoraProcessor.from_pretrained(wanted.vora)
-        processor.image_processor.set_budget(wanted.min_image_tokens, wanted.max_image_tokens)
-        return processor
+        return _looking(VoraProcessor.from_pretrained(wanted.vora), wanted)
     options = {}
     if teacher is not None and recipe.teacher.starts_eyes:
         options["teacher"] = teacher
@@ -88,7 +135,14 @@ def build_processor(recipe, teacher=None):
         chat_template=wanted.chat_template,
         **options,
     )
+    return _looking(processor, wanted)
+
+
+def _looking(processor, wanted):
+    """A processor whose images get what the recipe's model section says of them."""
     processor.image_processor.set_budget(wanted.min_image_tokens, wanted.max_image_tokens)
+    if wanted.pad_to_square is not None:
+        processor.image_processor.pad_to_square = wanted.pad_to_square
     return processor
 
 
@@ -98,7 +152,8 @@ def lora_depth(recipe, student, teacher):
     Raises:
         ValueError: the teacher is deeper than the LLM, or than its LoRA, and its blocks are not to be spread.
     """
-    depth = len(student.model.blocks)
+    vora = student.get_base_model() if isinstance(student, PeftModel) else student
+    depth = len(vora.model.blocks)
     num_blocks = recipe.lora.num_blocks
     if teacher is None:
         return num_blocks or depth

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
 
+from vora.adapt.lora import DISTILLATION_FILE
 from vora.data.stream import PackedBatches
 from vora.model.modeling_vora import VoraForConditionalGeneration
 
-DISTILLATION_FILE = "distillation.safetensors"
 DATA_FILE = "data_position_{}.json"  # one per process
 PART_MARKS = {"patch_embedding": "patch_embedding", "heads": "distillation.heads", "lora_b": "lora_B"}
 
