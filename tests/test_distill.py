@@ -347,3 +347,25 @@ def test_teacher_and_heads_never_enter_a_saved_model(learner, tmp_path):
     saved = set(load_file(tmp_path / "model.safetensors"))
     fresh = set(tiny_vora("llama").state_dict())
     assert saved and saved <= fresh
+
+
+@ONE
+@pytest.mark.parametrize("pictures_alone", [False, True])
+def test_checkpointed_blocks_learn_the_same(learner, pictures_alone):
+    inputs, found = batch(), []
+    if pictures_alone:
+        inputs["targets"].fill_(-100)
+    for name, parameter in learner.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    learner.train()
+    for checkpointed in (False, True):
+        if checkpointed:
+            learner.gradient_checkpointing_enable()
+        learner.zero_grad()
+        learner.distillation.num_updates.zero_()
+        learner(**inputs)["loss"].backward()
+        found.append({name: p.grad.clone() for name, p in learner.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 10
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)

@@ -44,6 +44,11 @@ class VisionLearner(nn.Module):
     def config(self):
         return self.vora.config
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        """Keep only what enters each block, and compute the rest again in the backward pass; the Trainer asks for it."""
+        kwargs = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        self.vora.model.language_model.gradient_checkpointing_enable(kwargs)
+
     def eyes(self):
         """The trained parameters that pictures alone can teach: patch embedding, heads, and LoRA up to the last
         paired block; none without a teacher."""
@@ -79,7 +84,7 @@ class VisionLearner(nn.Module):
         images = {} if pixel_values is None else {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
         predicts = bool((targets != -100).any())
         losses, hidden_states = {"loss": 0.0}, None
-        with self.image_states(inputs["input_ids"], stop_early=not predicts) as states:
+        with self.paired_states(inputs["input_ids"], stop_early=not predicts) as states:
             try:
                 hidden_states = self.vora.model(**inputs, **images, use_cache=False).last_hidden_state
             except _EnoughBlocks:
@@ -88,23 +93,25 @@ class VisionLearner(nn.Module):
             losses["lm_loss"] = self.vora.lm_loss(hidden_states, targets, num_items_in_batch)
             losses["loss"] = losses["loss"] + losses["lm_loss"]
         if states:
+            is_image = inputs["input_ids"] == self.config.image_token_id
+            states = {block: hidden[is_image] for block, hidden in states.items()}
             losses["distill_loss"], losses["pair_losses"] = self.distillation(states, self.teach(**images))
             losses["loss"] = losses["loss"] + self.distill_weight / num_micro_batches * losses["distill_loss"]
         return losses
 
     @contextmanager
-    def image_states(self, input_ids, stop_early):
-        """Collect the paired blocks' outputs at image tokens while the student runs: {student block: float[P, D]}.
+    def paired_states(self, input_ids, stop_early):
+        """Collect the paired blocks' outputs while the student runs: {student block: float[B, T, D]}, empty without
+        images. Nothing is computed on them here: inside a checkpointed block it would be done once and missed later.
 
         Args:
             stop_early: end the student's forward after the last paired block.
         """
         states, hooks = {}, []
-        is_image = input_ids == self.config.image_token_id
-        if self.teacher is not None and is_image.any():
+        if self.teacher is not None and (input_ids == self.config.image_token_id).any():
             blocks, last = self.vora.model.blocks, max(student for student, _ in self.distillation.pairs)
             for student, _ in self.distillation.pairs:
-                keep = partial(_keep_image_states, states, student, is_image, stop_early and student == last)
+                keep = partial(_keep_states, states, student, stop_early and student == last)
                 hooks.append(hook_on_output(blocks, student, keep))
         try:
             yield states
@@ -129,7 +136,7 @@ class _EnoughBlocks(Exception):
     """Ends a forward pass that needs no further blocks."""
 
 
-def _keep_image_states(states, block, is_image, stop, hidden):
-    states[block] = hidden[is_image]
+def _keep_states(states, block, stop, hidden):
+    states[block] = hidden
     if stop:
         raise _EnoughBlocks

@@ -22,8 +22,20 @@ def build_learner(recipe):
     """
     teacher = None if recipe.teacher is None else Teacher.from_pretrained(recipe.teacher.name)
     student, processor = build_student(recipe, teacher)
+    return with_scaffolding(recipe, student, processor.image_processor, teacher), processor
+
+
+def with_scaffolding(recipe, student, image_processor, teacher=None):
+    """The learner of a stage: LoRA, teacher and heads around a student in stage 1, nothing in stage 2.
+
+    Args:
+        student: from `build_student`, or one without weights, on the meta device.
+
+    Raises:
+        ValueError: as `build_learner`.
+    """
     if recipe.stage == "finetune":
-        learner = VisionLearner(student.requires_grad_(True), processor.image_processor)
+        learner = VisionLearner(student.requires_grad_(True), image_processor)
     else:
         num_blocks = lora_depth(recipe, student, teacher)
         peft_model = student
@@ -43,9 +55,9 @@ def build_learner(recipe):
             distillation = BlockwiseDistillation(pairs, width, teacher.hidden_size, recipe.teacher.center)
             take_heads(distillation, recipe)
         weight = 0.0 if recipe.teacher is None else recipe.teacher.weight
-        learner = VisionLearner(peft_model, processor.image_processor, teacher, distillation, weight)
+        learner = VisionLearner(peft_model, image_processor, teacher, distillation, weight)
     check_trainable(learner, recipe.stage)
-    return learner, processor
+    return learner
 
 
 def build_student(recipe, teacher=None):
