@@ -40,6 +40,11 @@ THUMB, COVER, COVER_BLOCK = 4, 8, 2  # thumbnail and outline sides in cells; blo
 DEFAULT_OUT = Path(__file__).resolve().parents[1] / "src" / "vora" / "quickstart" / "teacher"
 
 CARD = """\
+---
+license: apache-2.0
+library_name: transformers
+---
+
 # easy-VQA teacher
 
 A tiny plain ViT (`transformers.ViTModel`, {params:,} parameters in fp16, no pooler): the quickstart's vision teacher.

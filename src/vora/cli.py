@@ -78,18 +78,20 @@ def merge(
     llm_out: Annotated[Path | None, typer.Option(help="Also write the language part alone, as its stock LLM.")] = None,
 ):
     """Fold vision LoRA into the LLM's weights and save an ordinary model."""
-    from vora.train.run import merge_run
+    from vora.train.run import merge_run, write_run_card
 
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose another --out, so that nothing is overwritten.")
     model, processor = merge_run(run)
     model.save_pretrained(out)
-    if llm_out is not None:
-        model.to_llm().save_pretrained(llm_out)
     if processor is not None:
         processor.save_pretrained(out)
-        if llm_out is not None:
+    write_run_card(out, run)
+    if llm_out is not None:
+        model.to_llm().save_pretrained(llm_out)
+        if processor is not None:
             processor.tokenizer.save_pretrained(llm_out)
+        write_run_card(llm_out, run)
     console.print(f"Saved {out}. Ask it: vora chat IMAGE -m {out}")
 
 

@@ -23,7 +23,7 @@ from vora.model.from_llm import load_llm, load_tokenizer
 from vora.quickstart.report import write_html
 from vora.train.pace import precision_overrides
 from vora.train.recipe import load_recipe
-from vora.train.run import merge_run, train
+from vora.train.run import merge_run, train, write_run_card
 
 NUM_SHOWN = 12
 MOST_TRAINING_MINUTES = 9.0
@@ -71,6 +71,7 @@ def run_quickstart(out, *, llm, minutes, seed, console):
         model = model.to(getattr(torch, dtype))
     model.save_pretrained(out / "model")
     processor.save_pretrained(out / "model")
+    write_run_card(out / "model", out / "run")
 
     console.print(f"[4/5] Asking the merged model all {num_questions:,} test questions")
     with Progress(console=console, transient=True) as bar:
@@ -97,6 +98,7 @@ def run_quickstart(out, *, llm, minutes, seed, console):
         "num_cpus": os.cpu_count(),
     }
     console.print("[5/5] Writing the report")
+    write_run_card(out / "model", out / "run", evaluation=evaluation_rows(result, minutes))
     shown = [(test_records[i], right[i]) for i in range(NUM_SHOWN)]
     result["total_seconds"] = time.monotonic() - start
     write_html(out, result, shown, model, processor)
@@ -109,6 +111,19 @@ def run_quickstart(out, *, llm, minutes, seed, console):
         f'Ask it: vora chat {test_records[0].images[0]} -m {out / "model"} -q "what color is the shape?"'
     )
     return result
+
+
+def evaluation_rows(result, minutes):
+    """What the model card says of the test, as fields of `vora.adapt.card.Evaluation`."""
+    command = f"vora quickstart --llm {result['llm']} --minutes {minutes:g} --seed {result['seed']}"
+    metrics = {
+        "exact answers": result["accuracy"],
+        "exact answers of a blind model (the better of this one with blank pictures, and the most frequent answer)": (
+            result["blind_accuracy"]
+        ),
+    }
+    num_questions = result["num_test_questions"]
+    return [("easy-VQA, test questions", metric, share, num_questions, command) for metric, share in metrics.items()]
 
 
 @torch.inference_mode()

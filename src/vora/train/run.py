@@ -5,7 +5,7 @@ RUN/log.jsonl                      every log line
 RUN/watch.jsonl                    answers to the watched pictures at each evaluation
 RUN/bad_samples.jsonl              records that were skipped, with their causes
 RUN/checkpoint-N/                  to resume from
-RUN/final/                         what was trained: adapter (stage 1) or model (stage 2)
+RUN/final/                         what was trained: adapter (stage 1) or model (stage 2), with its model card
 RUN/loss.png, report.md            the losses, and the run in short
 """
 
@@ -21,12 +21,13 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from vora.adapt.card import NOT_STATED, CardFacts, harmless, read_card, write_card
 from vora.adapt.lora import is_unmerged, load_vision_lora, merge_vision_lora
 from vora.data.sources import load_source
 from vora.data.stream import PackedRows
 from vora.model.processing_vora import VoraProcessor
 from vora.train.pace import steps_that_fit
-from vora.train.progress import ProgressCallback, draw_losses, write_report
+from vora.train.progress import ProgressCallback, draw_losses, read_log, write_report
 from vora.train.recipe import load_recipe, save_recipe
 from vora.train.stages import build_learner, trainable_table
 from vora.train.trainer import VoraTrainer, load_student, save_student
@@ -143,6 +144,7 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
         )
     if trainer.is_world_process_zero():
         save_student(trainer.accelerator.unwrap_model(trainer.model), processor, directory / "final")
+        write_run_card(directory / "final", directory, trainer.state.global_step)
         draw_losses(directory / "log.jsonl", directory / "loss.png")
         write_report(recipe, trainer, directory)
     return trainer
@@ -167,15 +169,65 @@ def merge_run(run_directory):
         return model.eval(), VoraProcessor.from_pretrained(directory) if has_processor else None
     if not (directory / "recipe.yaml").exists():
         raise ValueError(f"{directory} holds no recipe.yaml: it is no run directory of `vora train`.")
-    final = directory / "final"
-    folder = final if final.exists() else newest_checkpoint(directory)
-    if folder is None:
-        raise ValueError(f"{directory} holds neither final/ nor a checkpoint: the run has not saved anything yet.")
+    folder = trained_folder(directory)
     recipe = load_recipe(directory / "recipe.yaml", ["model.dtype=float32"])  # merged in fp32, whatever trained
     learner, processor = build_learner(recipe)
-    load_student(learner, Path(folder))
+    load_student(learner, folder)
     model = learner.student
     return (merge_vision_lora(model) if hasattr(model, "peft_config") else model).eval(), processor
+
+
+@harmless
+def write_run_card(folder, run_directory, steps=None, evaluation=()):
+    """Write the card of a model that comes from a run.
+
+    Args:
+        folder: where the model has just been saved: RUN/final, or the merged model, or its language part.
+        run_directory: of the run.
+        steps: how many it took, if it has only just ended; otherwise what it saved says so.
+        evaluation: see `CardFacts`.
+    """
+    directory = Path(run_directory)
+    recipe, saved = load_recipe(directory / "recipe.yaml"), trained_folder(directory)
+    # What was noted when the run ended, where its data lay and perhaps the hub could be asked
+    before = (read_card(saved) if steps is None else None) or {}
+    noted = before.get("stages", [{}])[-1]
+    if steps is None:
+        steps = noted.get("steps") or (last_step(saved) if saved.name != "final" else recipe.training["max_steps"])
+    sources = noted.get("data") or [{"name": source.path, "weight": source.weight} for source in recipe.data.sources]
+    log = directory / "log.jsonl"
+    lines = [line for line in read_log(log) if line["step"] <= steps] if log.exists() else []
+    logged = lines[-1] if lines else {}
+    is_merged = recipe.stage == "pretrain" and not (Path(folder) / "adapter_config.json").exists()
+    facts = CardFacts(
+        made="merged" if is_merged else "trained",
+        stage=recipe.stage,
+        base_llm=recipe.model.llm,
+        teacher=recipe.teacher.name if recipe.teacher else None,
+        source=recipe.model.vora,
+        data=[(source["name"], source["weight"]) for source in sources],
+        recipe=noted.get("recipe") or recipe.model_dump(mode="json"),
+        steps=steps,
+        samples_seen=logged.get("samples_seen"),
+        losses={name: logged[name] for name in ("lm_loss", "distill_loss") if name in logged},
+        logged_step=logged.get("step"),
+        evaluation=list(evaluation),
+        licences={name: known for name, known in before.get("licences", {}).items() if known != NOT_STATED},
+    )
+    write_card(folder, facts)
+
+
+def trained_folder(directory):
+    """Where a run has its newest trained weights.
+
+    Raises:
+        ValueError: nowhere yet.
+    """
+    final = Path(directory) / "final"
+    folder = final if final.exists() else newest_checkpoint(Path(directory))
+    if folder is None:
+        raise ValueError(f"{directory} holds neither final/ nor a checkpoint: the run has not saved anything yet.")
+    return Path(folder)
 
 
 def training_arguments(recipe, directory):
