@@ -84,3 +84,15 @@ def test_the_image_token_is_never_generated_and_the_llm_alone_is_free_of_that(mo
     answer = vora.generate(**prompt([*text(3), (2, 2, 0), *text(2, 1)]), max_new_tokens=4, do_sample=False)
     assert IMAGE not in answer[0, -4:].tolist()
     assert vora.to_llm().generation_config.suppress_tokens is None
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_attention_asked_for_is_the_attention_used(llm_folder, attention):
+    model = VoraForConditionalGeneration.from_llm(llm_folder, attn_implementation=attention)
+    assert model.config._attn_implementation == attention
+    assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {attention}
+
+
+def test_saved_configurations_name_no_folder_of_this_machine(llm_folder, tmp_path):
+    VoraForConditionalGeneration.from_llm(llm_folder).save_pretrained(tmp_path)
+    assert llm_folder not in (tmp_path / "config.json").read_text()

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -69,6 +70,44 @@ def train(
     out = out or Path("runs") / recipe.stem
     run(load_recipe(recipe, overrides or ()), out, resume=resume, console=console)
     console.print(f"Done: {out / 'report.md'}. Next: vora merge {out} -o OUT")
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as lora.rank=512.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Such as h200 or l4; by default this machine.")] = None,
+    num_gpus: Annotated[int, typer.Option(min=1, help="How many, in machines of 8.")] = 1,
+    utilization: Annotated[float, typer.Option(min=0.01, max=1, help="Assumed share of the peak FLOP/s.")] = 0.4,
+    num_words: Annotated[int, typer.Option(min=2, help="Text tokens of a sample, if the data is not here.")] = 150,
+    num_labels: Annotated[int, typer.Option(min=1, help="Of these, those that are learned.")] = 100,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+):
+    """What a run will need, before it starts: parameters, FLOPs, memory, disk, hours, and what bounds it."""
+    import json
+
+    from vora.train.plan import GPUS, device_at_hand, tables
+    from vora.train.plan import plan as run
+    from vora.train.recipe import load_recipe
+
+    if gpu is not None and gpu.lower() not in GPUS:
+        raise ValueError(f"--gpu {gpu} is unknown: choose among {', '.join(GPUS)}.")
+    device = device_at_hand() if gpu is None else GPUS[gpu.lower()]
+    found = run(
+        load_recipe(recipe, overrides or ()),
+        device,
+        num_gpus,
+        beside=recipe.parent,
+        utilization=utilization,
+        num_words=num_words,
+        num_labels=num_labels,
+    )
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    console.print(tables(found))
+    for remark in found["remarks"]:
+        console.print(f"* {remark}", highlight=False)
 
 
 @app.command()
@@ -175,6 +214,7 @@ def main():
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries, about names that users never wrote
     try:
         app()
     except InterruptedError as stop:

@@ -119,7 +119,6 @@ def load_reference(checkpoint, llm):
     parts = sort_tensors(tensors, folder)
     dtype = parts["eyes"]["patch.weight"].dtype
     text_config = text_config_with_biases(llm_config, {BIAS.fullmatch(name)[1] for name in parts["biases"]})
-    text_config.name_or_path = ""  # a path of this machine is nobody else's business
     position, patch = (parts["eyes"][name] for name in ("position", "patch.weight"))
     grid = round(position.shape[-2] ** 0.5)
     if grid**2 != position.shape[-2]:

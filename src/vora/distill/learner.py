@@ -35,6 +35,10 @@ class VisionLearner(nn.Module):
     def teacher(self):
         return self._teacher[0]
 
+    def set_teacher(self, teacher):
+        """Another teacher, or None."""
+        self._teacher = [teacher]
+
     @property
     def vora(self):
         """The bare `VoraForConditionalGeneration`, under PEFT or not."""
@@ -44,10 +48,10 @@ class VisionLearner(nn.Module):
     def config(self):
         return self.vora.config
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
         """Keep only what enters each block, and compute the rest again in the backward pass; the Trainer asks for it."""
-        kwargs = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
-        self.vora.model.language_model.gradient_checkpointing_enable(kwargs)
+        how = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        self.vora.model.language_model.gradient_checkpointing_enable(how, **kwargs)
 
     def eyes(self):
         """The trained parameters that pictures alone can teach: patch embedding, heads, and LoRA up to the last

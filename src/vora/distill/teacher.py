@@ -52,6 +52,13 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @property
+    def takes_any_grid(self):
+        """Whether its positions fit any grid; AIMv2's table does not."""
+        if self.embedding.position is None or {"spatial_shapes", "interpolate_pos_encoding"} & self.accepts:
+            return True
+        return hasattr(self.vit.embeddings, "interpolate_pos_encoding")
+
+    @property
     def blocks(self):
         lists = [m for m in self.vit.modules() if isinstance(m, nn.ModuleList) and len(m) == self.num_blocks]
         return lists[0]
@@ -107,7 +114,7 @@ class Teacher(nn.Module):
         elif "interpolate_pos_encoding" in self.accepts:
             inputs = {"pixel_values": pixels, "interpolate_pos_encoding": True}
         else:
-            if self.embedding.position is not None and not hasattr(self.vit.embeddings, "interpolate_pos_encoding"):
+            if not self.takes_any_grid:
                 side = round(len(self.embedding.position) ** 0.5)
                 own_grid = (side, side)
                 pixels = F.interpolate(pixels, (side * self.patch_size,) * 2, mode="bicubic", antialias=True)

@@ -1,5 +1,7 @@
 """The configuration of a VoRA model: the language model's own, plus a few flat fields for its eyes."""
 
+import os
+
 from transformers import AutoConfig, PreTrainedConfig
 
 # Saved folders carry this package's model files and load with trust_remote_code where it is not installed.
@@ -95,6 +97,8 @@ class VoraConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory, **kwargs):
         self.auto_map = dict(AUTO_MAP)
+        if os.path.exists(self.text_config.name_or_path):
+            self.text_config.name_or_path = ""  # a folder of this machine is nobody else's business
         super().save_pretrained(save_directory, **kwargs)
 
     @property

@@ -216,6 +216,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             ValueError: the LLM's logits or attention cannot be repeated here, or sizes do not fit the teacher.
         """
         llm = load_llm(llm, **llm_kwargs)
+        attention = llm.config._attn_implementation  # before configurations are nested, which forgets it
         if image_token_id is None:
             image_token_id = grow_for_image_token(llm)
         head = llm.get_output_embeddings()
@@ -232,7 +233,6 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             dtype=llm.dtype,
             **eyes,
         )
-        config._attn_implementation = llm.config._attn_implementation
         with torch.device("meta"):
             model = cls(config)
         # of an LLM that is part of a multimodal model, only the language model
@@ -242,6 +242,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         model.model.patch_embedding.apply(model._init_weights)
         if embedding is not None:
             embedding.copy_to(model.model.patch_embedding)
+        model.set_attn_implementation(attention)
         match_token_scale(model)
         model.tie_weights()
         model.generation_config = copy.deepcopy(llm.generation_config)

@@ -1,0 +1,95 @@
+"""A recipe's learner without weights, on the meta device: all shapes, at no cost and without fetching anything.
+
+`shapes/` holds the configurations of the models that recipes/ names, in the hub's layout, so that a run can be planned
+without a network, or before a gated LLM is one's own.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from vora.distill.teacher import Teacher
+from vora.model.configuration_vora import VoraConfig
+from vora.model.from_llm import ALIASES, resolve_llm
+from vora.model.image_processing_vora import VoraImageProcessor
+from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.train.recipe import load_recipe
+from vora.train.stages import with_scaffolding
+
+SHAPES = files("vora.train") / "shapes"
+SHAPE_OF_ALIAS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+def outline(recipe, beside=None):
+    """The learner of a recipe on the meta device.
+
+    Args:
+        beside: the recipe's folder. A stage-2 recipe whose model is not there yet is outlined with what
+            pretrain.yaml in that folder will make.
+
+    Returns:
+        (`VisionLearner`, list of remarks on what was assumed).
+
+    Raises:
+        ValueError: a model's configuration cannot be found, or the parts do not fit each other.
+    """
+    remarks = []
+    model, teacher = recipe.model, None
+    if recipe.teacher is not None:
+        vit_config = config_of(recipe.teacher.name)
+        with torch.device("meta"):
+            teacher = Teacher(AutoModel.from_config(getattr(vit_config, "vision_config", vit_config)))
+    if model.vora is None:
+        student = fresh_student(recipe, teacher)
+    elif (Path(model.vora) / "config.json").exists():
+        config = VoraConfig.from_pretrained(model.vora)
+        with torch.device("meta"):
+            student = VoraForConditionalGeneration(config).to(getattr(torch, model.dtype))
+    else:
+        first = Path(beside or ".") / "pretrain.yaml"
+        if not first.exists():
+            raise ValueError(f"model.vora {model.vora} does not exist, and {first} neither, which would make it.")
+        remarks.append(f"{model.vora} does not exist yet: taken as what {first.name} beside the recipe makes")
+        before = load_recipe(first)
+        before.model.dtype = model.dtype
+        made, _ = outline(before)
+        student = made.student.unload()
+    image_processor = VoraImageProcessor(patch_size=student.config.patch_size, patch_merge=student.config.patch_merge)
+    with torch.device("meta"):
+        return with_scaffolding(recipe, student.train(), image_processor, teacher), remarks
+
+
+def fresh_student(recipe, teacher):
+    """A `VoraForConditionalGeneration` for a recipe's LLM, without weights."""
+    wanted = recipe.model
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(
+            config_of(wanted.llm), dtype=getattr(torch, wanted.dtype), attn_implementation=wanted.attn_implementation
+        )
+        return VoraForConditionalGeneration.from_llm(
+            llm,
+            teacher=teacher if teacher is not None and recipe.teacher.starts_eyes else None,
+            patch_size=wanted.patch_size,
+            image_size=wanted.image_size,
+            patch_merge=wanted.patch_merge,
+            image_token_id=0,
+        )
+
+
+def config_of(name):
+    """Configuration of a model by folder, alias or hub id; of the models that recipes/ names, the one shipped here.
+
+    Raises:
+        ValueError: there is none.
+    """
+    shape = SHAPES / SHAPE_OF_ALIAS.get(name, name)
+    if not Path(name).is_dir() and (shape / "config.json").is_file():
+        return AutoConfig.from_pretrained(str(shape))
+    source, options = resolve_llm(name) if Path(name).is_dir() or name in ALIASES else (name, {})
+    try:
+        return AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"No configuration of {name}: {cause} Give a folder with its config.json.") from None

@@ -1,0 +1,345 @@
+"""`vora plan`: what a recipe's run will need, before anything is fetched, rented or started."""
+
+import math
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from vora.data.survey import survey
+from vora.distill.teacher import Teacher
+from vora.train.flops import Row, row_flops
+from vora.train.memory import bytes_of, step_memory
+from vora.train.outline import outline
+from vora.train.preview import source_names
+from vora.train.run import open_sources, packed_rows, training_arguments
+from vora.train.stages import build_processor, trainable_counts
+
+PICTURES_PER_SECOND = 150  # that one process decodes and cuts into patches (benchmarks/data_loading.py)
+LINK_BETWEEN_MACHINES = 50e9  # bytes per second and GPU: one 400 Gb/s adapter each
+GPUS_PER_MACHINE = 8
+UTILIZATION = 0.4
+ROWS_FILLED = 0.98  # by samples of many lengths (docs/LOG.md)
+
+
+@dataclass
+class Device:
+    """What samples are trained on.
+
+    Attributes:
+        flops: peak FLOP/s of dense bf16 matrix products.
+        memory_bytes: of one.
+        link: bytes per second to the others in the same machine.
+    """
+
+    name: str
+    flops: float
+    memory_bytes: float
+    link: float = 25e9
+
+
+# Peaks without sparsity and memory, by the makers' data sheets; links by NVLink's or PCIe's generation.
+GPUS = {
+    "b200": Device("B200", 2250e12, 180e9, 900e9),
+    "h200": Device("H200", 989e12, 141e9, 450e9),
+    "h100": Device("H100 SXM", 989e12, 80e9, 450e9),
+    "a100": Device("A100 80 GB", 312e12, 80e9, 300e9),
+    "a100-40": Device("A100 40 GB", 312e12, 40e9, 300e9),
+    "l40s": Device("L40S", 362e12, 48e9, 25e9),
+    "l4": Device("L4", 121e12, 24e9, 25e9),
+    "a10g": Device("A10G", 70e12, 24e9, 25e9),
+    "rtx4090": Device("RTX 4090", 165e12, 24e9, 25e9),
+    "rtx3090": Device("RTX 3090", 71e12, 24e9, 25e9),
+}
+
+
+def plan(recipe, device, num_devices=1, *, beside=None, utilization=UTILIZATION, num_words=150, num_labels=100,
+         max_samples=200):  # fmt: skip
+    """What a run of a recipe needs.
+
+    Args:
+        device: a `Device`; `GPUS` or `device_at_hand()`.
+        beside: the recipe's folder, see `outline`.
+        utilization: the share of the device's peak that training reaches: an assumption, and the answer's largest
+            uncertainty. Recomputed blocks count as work.
+        num_words, num_labels: text tokens of a sample, and those of them that are learned, where the data is not here
+            to be counted.
+        max_samples: rows of each source that are read to count tokens.
+
+    Returns:
+        dict for JSON; sizes in bytes, counts of FLOPs, times in seconds.
+
+    Raises:
+        ValueError: see `outline` and `training_arguments`.
+    """
+    learner, remarks = outline(recipe, beside)
+    settings = step_settings(recipe)
+    tokens = tokens_of_data(recipe, max_samples, remarks)
+    if tokens is None:
+        tokens = tokens_of_budget(recipe, learner.config, num_words, num_labels, remarks)
+    rows_per_device = settings["per_device_train_batch_size"]
+    rows_per_step = rows_per_device * settings["gradient_accumulation_steps"] * num_devices
+    row = Row(recipe.data.row_tokens, **{k: tokens[k] for k in ("num_images", "tokens_per_image", "num_labels")})
+    recomputes = bool(settings["gradient_checkpointing"])
+    flops = row_flops(learner, row, recomputes)
+    shards = num_devices if settings["fsdp"] else 1
+    memory = step_memory(
+        learner,
+        row,
+        rows_per_device,
+        bf16=settings["bf16"],
+        recomputes=recomputes,
+        accumulates=settings["gradient_accumulation_steps"] > 1,
+        optim=settings["optim"],
+        num_shards=shards,
+        num_processes=num_devices,
+    )
+    if device.name == "cpu":
+        memory["Python and its libraries"] = resident_bytes()
+        memory["total"] = memory.pop("total") + memory["Python and its libraries"]
+    parameters = parameter_counts(learner)
+    steps, alone = settings["max_steps"], recipe.teacher.image_only_steps if recipe.teacher else 0
+    times = step_seconds(flops["total"] * rows_per_step, tokens, recipe, device, num_devices, utilization, learner)
+    seconds = max(times["compute"], times["communication"], times["data"])
+    total = (steps - alone) * seconds
+    if alone:
+        share = pictures_alone(learner, recipe, row, recomputes) / flops["total"]
+        total += alone * max(share * times["compute"], times["communication"], times["data"])
+        remarks.append(f"the first {alone:,} steps distill pictures alone, at {share:.0%} of a step's FLOPs")
+    samples_per_step = rows_per_step * tokens["samples_per_row"]
+    fits = memory["total"] <= 0.95 * device.memory_bytes
+    slowest = max(("compute", "communication", "data"), key=lambda name: times[name])
+    return {
+        "stage": recipe.stage,
+        "device": device.name,
+        "num_devices": num_devices,
+        "utilization": utilization,
+        "parameters": parameters,
+        "tokens": tokens,
+        "flops_per_sample": {part: value / tokens["samples_per_row"] for part, value in flops.items()},
+        "memory_bytes": memory,
+        "device_memory_bytes": device.memory_bytes,
+        "fits": fits,
+        "disk_bytes": disk_bytes(learner, settings, recipe),
+        "rows_per_step": rows_per_step,
+        "samples_per_step": samples_per_step,
+        "steps": steps,
+        "samples": steps * samples_per_step,
+        "seconds_per_step": times,
+        "samples_per_second": samples_per_step / seconds,
+        "hours": total / 3600,
+        "device_hours": num_devices * total / 3600,
+        "bottleneck": slowest if fits else "memory",
+        "remarks": remarks,
+    }
+
+
+def step_settings(recipe):
+    """What of TrainingArguments decides on a step's cost, with our defaults and the Trainer's."""
+    from vora.train.run import DEFAULTS
+
+    given = DEFAULTS | recipe.training
+    training_arguments(
+        recipe.model_copy(update={"training": {**given, "use_cpu": True, "bf16": False, "fsdp": None}}), "."
+    )
+    return {
+        "max_steps": given["max_steps"],
+        "per_device_train_batch_size": given["per_device_train_batch_size"],
+        "gradient_accumulation_steps": given.get("gradient_accumulation_steps", 1),
+        "gradient_checkpointing": given.get("gradient_checkpointing", False),
+        "bf16": bool(given.get("bf16", False)),
+        "optim": str(given.get("optim", "adamw_torch")),
+        "fsdp": given.get("fsdp"),
+        "save_total_limit": given.get("save_total_limit"),
+        "save_steps": given["save_steps"],
+    }
+
+
+def tokens_of_data(recipe, max_samples, remarks):
+    """Tokens of the recipe's samples, counted in its data; None where it is not on this machine."""
+    if not all(Path(source.path.partition("*")[0] or ".").exists() for source in recipe.data.sources):
+        return None
+    recipe = recipe.model_copy(deep=True)
+    for source in recipe.data.sources:
+        source.max_samples = min(max_samples, source.max_samples or max_samples)
+    recipe.training = {"max_steps": 1, "use_cpu": True}
+    try:
+        teacher = None if recipe.teacher is None else Teacher.from_pretrained(recipe.teacher.name)
+        sources = open_sources(recipe.data)
+        rows = packed_rows(recipe, sources, build_processor(recipe, teacher), training_arguments(recipe, "."))
+        summary, _ = survey(rows, source_names(recipe.data))
+    except (ValueError, OSError) as error:
+        remarks.append(f"the data could not be read ({' '.join(str(error).split())[:200]})")
+        return None
+    if not summary["num_samples"]:
+        remarks.append(f"all of the first {max_samples} samples of each source are bad")
+        return None
+    per_sample = summary["tokens_per_sample"]["mean"]
+    num_samples, filled = summary["num_samples"], summary["packing_efficiency"] * recipe.data.row_tokens
+    per_row = filled / per_sample
+    images = summary["num_images"] / num_samples
+    remarks.append(f"tokens were counted in the first {num_samples:,} samples of the data")
+    return {
+        "counted_in": "data",
+        "per_sample": per_sample,
+        "samples_per_row": per_row,
+        "num_images": per_row * images,
+        "tokens_per_image": summary["image_tokens_per_image"].get("mean", 0.0),
+        "num_labels": per_row * summary["label_tokens_per_sample"]["mean"],
+    }
+
+
+def tokens_of_budget(recipe, config, num_words, num_labels, remarks):
+    """Tokens of a sample with one image of the largest size, or of the mean of a drawn budget."""
+    budget = recipe.data.image_tokens
+    side = config.image_size // (config.patch_size * config.patch_merge)
+    per_image = sum(budget) / 2 if budget else recipe.model.max_image_tokens or side**2
+    per_row = max(1.0, ROWS_FILLED * recipe.data.row_tokens / (per_image + num_words))
+    remarks.append(
+        f"the data is not here: taken as one image of {per_image:,.0f} tokens and {num_words} of text in every sample, "
+        f"{num_labels} of them learned"
+    )
+    return {
+        "counted_in": "budget",
+        "per_sample": per_image + num_words,
+        "samples_per_row": per_row,
+        "num_images": per_row,
+        "tokens_per_image": per_image,
+        "num_labels": per_row * num_labels,
+    }
+
+
+def parameter_counts(learner):
+    """Parameters by part, those that train, and those that a finished run saves."""
+    counts = trainable_counts(learner)
+    counts.pop("frozen copy of the patch embedding", None)
+    teacher = 0 if learner.teacher is None else sum(p.numel() for p in learner.teacher.parameters())
+    lora_blocks = {name.split(".layers.")[1].split(".")[0] for name, _ in learner.named_parameters()
+                   if "lora_" in name and ".layers." in name}  # fmt: skip
+    trained = sum(trained for trained, _ in counts.values())
+    return {
+        "frozen": sum(total for _, total in counts.values()) - trained + teacher,
+        "trained": trained,
+        "saved": trained,
+        "blocks_with_lora": len(lora_blocks),
+        "parts": {part: total for part, (_, total) in counts.items()} | ({"teacher": teacher} if teacher else {}),
+    }
+
+
+def pictures_alone(learner, recipe, row, recomputes):
+    """FLOPs of a row in the first steps, which hold pictures alone."""
+    num_images = row.num_tokens // max(row.tokens_per_image, 1)
+    return row_flops(learner, Row(row.num_tokens, num_images, row.tokens_per_image, 0), recomputes)["total"]
+
+
+def step_seconds(flops, tokens, recipe, device, num_devices, utilization, learner):
+    """Seconds of a step by what could bound it: compute, gradients sent around, pictures read."""
+    compute = flops / (num_devices * device.flops * utilization)
+    trained = sum(bytes_of(p) for p in learner.parameters() if p.requires_grad)
+    link = device.link if num_devices <= GPUS_PER_MACHINE else LINK_BETWEEN_MACHINES
+    sent = 2 * (num_devices - 1) / num_devices * trained
+    if recipe.training.get("fsdp"):
+        sent *= 1.5  # weights are gathered twice and gradients scattered once
+    given = recipe.training
+    rows = given.get("per_device_train_batch_size", 4) * given.get("gradient_accumulation_steps", 1)
+    readers = max(1, given.get("dataloader_num_workers", 0))
+    return {
+        "compute": compute,
+        "communication": sent / link,
+        "data": rows * tokens["num_images"] / (readers * PICTURES_PER_SECOND),
+    }
+
+
+def disk_bytes(learner, settings, recipe):
+    """What the run leaves on disk, by part; the data is not counted."""
+    trained = sum(bytes_of(p) for p in learner.parameters() if p.requires_grad)
+    num_trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    weights = sum(bytes_of(p) for p in learner.vora.parameters())
+    lora = sum(bytes_of(p) for name, p in learner.named_parameters() if "lora_" in name)
+    kept = min(settings["save_total_limit"] or math.inf, max(1, settings["max_steps"] // settings["save_steps"]))
+    parts = {
+        "checkpoints": kept * (trained + 8 * num_trained),
+        "final": trained,
+        "merged model": weights - lora if recipe.stage == "pretrain" else 0,
+        "teacher": 0 if learner.teacher is None else sum(bytes_of(p) for p in learner.teacher.parameters()),
+        "base LLM": sum(bytes_of(p) for name, p in learner.named_parameters() if "lora_" not in name),
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def device_at_hand():
+    """The GPU of this machine, or its processor with a measured peak."""
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(0)
+        known = next((gpu for key, gpu in GPUS.items() if gpu.name.split()[0] in found.name), None)
+        return Device(found.name, known.flops if known else matmul_flops("cuda"), found.total_memory)
+    pages = Path("/proc/meminfo")
+    total = 1024 * int(pages.read_text().split()[1]) if pages.exists() else 16e9
+    return Device("cpu", matmul_flops("cpu"), total)
+
+
+def matmul_flops(device):
+    """FLOP/s of this device's matrix products, the better of fp32 and bf16."""
+    rates = []
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.randn(1024, 1024, dtype=dtype, device=device), torch.randn(1024, 1024, device=device)
+        right = right.to(dtype)
+        seconds = []
+        for _ in islice(range(6), 6):
+            start = time.perf_counter()
+            product = left @ right
+            product[0, 0].item()
+            seconds.append(time.perf_counter() - start)
+        rates.append(2 * 1024**3 / min(seconds))
+    return max(rates)
+
+
+def resident_bytes():
+    """What this process holds in memory: Python and the libraries that a training process has too."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 5e8
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    return 1024 * int(line.split()[1])
+
+
+def tables(found):
+    """The plan as tables for the terminal."""
+    counts, tokens, times = found["parameters"], found["tokens"], found["seconds_per_step"]
+    what = Table(title=f"Stage {found['stage']} on {found['num_devices']} x {found['device']}", show_header=False)
+    what.add_row("parameters", f"{counts['trained']:,} trained, {counts['frozen']:,} frozen")
+    for part, count in counts["parts"].items():
+        blocks = f" in {counts['blocks_with_lora']} blocks" if part == "vision LoRA" else ""
+        what.add_row(f"  {part}", f"{count:,}{blocks}")
+    what.add_row("tokens per sample", f"{tokens['per_sample']:,.0f} ({tokens['samples_per_row']:.1f} samples per row)")
+    what.add_row("FLOPs per sample", f"{found['flops_per_sample']['total'] / 1e12:,.2f} T")
+    for part, value in found["flops_per_sample"].items():
+        if part != "total" and value:
+            what.add_row(f"  {part.replace('_', ' ')}", f"{value / 1e12:,.2f} T")
+    memory = found["memory_bytes"]
+    fits = "fits" if found["fits"] else "DOES NOT FIT"
+    what.add_row(
+        "memory of each device", f"{gigabytes(memory['total'])}: {fits} {gigabytes(found['device_memory_bytes'])}"
+    )
+    for part, size in memory.items():
+        if part != "total" and size:
+            what.add_row(f"  {part}", gigabytes(size))
+    what.add_row("disk", gigabytes(found["disk_bytes"]["total"]))
+    for part, size in found["disk_bytes"].items():
+        if part != "total" and size:
+            what.add_row(f"  {part}", gigabytes(size))
+    what.add_row("steps", f"{found['steps']:,} of {found['samples_per_step']:,.0f} samples: {found['samples']:,.0f}")
+    for part, seconds in times.items():
+        mark = "  <- the bottleneck" if part == found["bottleneck"] else ""
+        what.add_row(f"  {part}", f"{seconds:,.3f} s a step{mark}")
+    speed = f"{found['samples_per_second']:,.1f} at {found['utilization']:.0%} of the device's peak"
+    what.add_row("samples per second", speed)
+    what.add_row("time", f"{found['hours']:,.1f} hours, {found['device_hours']:,.0f} device hours")
+    return what
+
+
+def gigabytes(size):
+    return f"{size / 1e9:,.2f} GB"

@@ -1,0 +1,230 @@
+"""The plan agrees with what PyTorch counts and saves, and every recipe of the repository can be planned."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, ViTConfig, ViTModel
+
+from vora.distill.teacher import Teacher
+from vora.train.flops import Row, layer_sizes, row_flops
+from vora.train.memory import Saved, step_memory, traced
+from vora.train.outline import SHAPES, config_of, outline
+from vora.train.plan import GPUS, plan
+from vora.train.recipe import load_recipe
+from vora.train.stages import with_scaffolding
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(ROOT.glob("recipes/*/*.yaml"))
+SIDE = 6  # patches
+NUM_TEXT, NUM_LABELS = 40, 25
+
+
+def small_models(tmp_path, family="llama", **changes):
+    """An LLM and a ViT as folders, wide enough that linear layers matter."""
+    shape = tiny.SHAPE | {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 400} | tiny.FAMILIES[family]
+    shape |= changes
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape), attn_implementation="eager")
+    llm.save_pretrained(tmp_path / "llm")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "llm")
+    vit = ViTConfig(hidden_size=48, intermediate_size=96, num_attention_heads=3, num_hidden_layers=2, image_size=48,
+                    patch_size=8)  # fmt: skip
+    ViTModel(vit, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
+
+
+def recipe_of(tmp_path, **sections):
+    return load_recipe(
+        {
+            "model": {"llm": str(tmp_path / "llm"), "attn_implementation": "eager"},
+            "teacher": {"name": str(tmp_path / "vit")},
+            "lora": {"rank": 8, "num_blocks": 2},
+            "data": {"sources": [{"path": "nowhere.jsonl"}], "row_tokens": 2 * SIDE**2 + NUM_TEXT},
+            "training": {"max_steps": 10},
+            **sections,
+        }
+    )
+
+
+def real_learner(recipe):
+    """What `build_learner` makes, with an eager teacher, whose attention the counter sees."""
+    from vora.train.stages import build_student
+
+    teacher = Teacher.from_pretrained(recipe.teacher.name, attn_implementation="eager") if recipe.teacher else None
+    student, processor = build_student(recipe, teacher)
+    return with_scaffolding(recipe, student, processor.image_processor, teacher).train()
+
+
+def batch(config, num_labels=NUM_LABELS):
+    image = [config.image_token_id] * SIDE**2
+    ids = torch.tensor([image + [7] * 10 + image + [8] * (NUM_TEXT - 10)])
+    targets = torch.full_like(ids, -100)
+    targets[0, -num_labels - 1 : -1] = 9
+    if not num_labels:
+        targets.fill_(-100)
+    return {
+        "input_ids": ids,
+        "targets": targets,
+        "pixel_values": torch.randn(2 * SIDE**2, 3 * config.patch_size**2),
+        "image_grid_thw": torch.tensor([[1, SIDE, SIDE]] * 2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "sections", "checkpointed", "num_labels"),
+    [
+        ("llama", {}, False, NUM_LABELS),
+        ("llama", {}, True, NUM_LABELS),
+        ("llama", {}, False, 0),
+        ("gemma3_text", {}, False, NUM_LABELS),
+        ("gpt2", {"teacher": None}, False, NUM_LABELS),
+        ("phi3", {}, False, NUM_LABELS),
+    ],
+)
+def test_flops_are_those_that_pytorch_counts(tmp_path, family, sections, checkpointed, num_labels):
+    small_models(tmp_path, family, **({"sliding_window": 256} if family == "gemma3_text" else {}))
+    learner = real_learner(recipe_of(tmp_path, **sections))
+    if checkpointed:
+        learner.gradient_checkpointing_enable()
+    with FlopCounterMode(display=False) as counter:
+        learner(**batch(learner.config, num_labels))["loss"].backward()
+    row = Row(2 * SIDE**2 + NUM_TEXT, 2, SIDE**2, num_labels)
+    counted = row_flops(learner, row, checkpointed)
+    assert counted["total"] == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert counted["recomputation"] > 0 if checkpointed else counted["recomputation"] == 0
+
+
+def test_flops_of_stage_2(tmp_path):
+    small_models(tmp_path)
+    from vora import VoraForConditionalGeneration, VoraProcessor
+
+    VoraForConditionalGeneration.from_llm(str(tmp_path / "llm"), teacher=str(tmp_path / "vit")).save_pretrained(tmp_path)
+    VoraProcessor.from_llm(str(tmp_path / "llm"), teacher=str(tmp_path / "vit")).save_pretrained(tmp_path)
+    recipe = recipe_of(tmp_path, stage="finetune", model={"vora": str(tmp_path)}, teacher=None)
+    learner = real_learner(recipe)
+    learner.vora.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        learner(**batch(learner.config))["loss"].backward()
+    counted = row_flops(learner, Row(2 * SIDE**2 + NUM_TEXT, 2, SIDE**2, NUM_LABELS))
+    assert counted["total"] == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert counted["lora"] == counted["teacher"] == counted["heads"] == 0
+    planned = outline(recipe)[0]
+    assert row_flops(planned, Row(9, 1, 4, 2)) == row_flops(learner, Row(9, 1, 4, 2))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_activations_are_those_that_autograd_saves(tmp_path, checkpointed, bf16):
+    small_models(tmp_path)
+    recipe = recipe_of(tmp_path)
+    recipe.model.attn_implementation = "sdpa"
+    learner, row = real_learner(recipe), Row(2 * SIDE**2 + NUM_TEXT, 2, SIDE**2, NUM_LABELS)
+    if checkpointed:
+        learner.gradient_checkpointing_enable()
+    with Saved(learner) as saved, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        losses = learner(**batch(learner.config))
+    planned = outline(recipe)[0]
+    activations, _, loss = traced(planned, row, 1, bf16, checkpointed)
+    logits_gradient = NUM_LABELS * 400 * (4 + (2 if bf16 else 4))
+    assert activations + loss - logits_gradient == pytest.approx(saved.num_bytes, rel=0.05)
+    assert losses["loss"] > 0
+    trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    parts = step_memory(planned, row, 1, bf16=bf16, recomputes=checkpointed)
+    assert parts["optimizer"] == 8 * trained and parts["trained weights"] == 4 * trained
+    assert parts["total"] == pytest.approx(sum(size for part, size in parts.items() if part != "total"))
+
+
+def test_memory_is_shared_out_over_devices(tmp_path):
+    small_models(tmp_path)
+    learner, row = outline(recipe_of(tmp_path))[0], Row(112, 2, 36, 25)
+    alone, sharded = step_memory(learner, row, 1), step_memory(learner, row, 1, num_shards=4, num_processes=4)
+    assert sharded["optimizer"] == alone["optimizer"] / 4 and sharded["frozen weights"] == alone["frozen weights"] / 4
+    assert sharded["gathered blocks"] > 0 == alone["gathered blocks"]
+    copied = step_memory(learner, row, 1, num_processes=4)
+    assert copied["gradient buckets"] == alone["trained weights"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_recipe_stands_on_the_meta_device(path):
+    recipe = load_recipe(path)
+    learner, remarks = outline(recipe, path.parent)
+    assert {p.device.type for p in learner.parameters()} == {"meta"}
+    assert bool(remarks) == (recipe.stage == "finetune")
+    if recipe.stage == "pretrain":
+        num_blocks = recipe.lora.num_blocks
+        assert num_blocks == learner.teacher.num_blocks == len(learner.distillation.pairs)
+        sizes = [layer_sizes(block) for block in learner.vora.model.blocks]
+        assert [lora > 0 for _, _, lora in sizes] == [i < num_blocks for i in range(len(sizes))]
+        assert sizes[0][2] / sizes[0][0] == pytest.approx(0.396, abs=0.002)  # the paper's 1024 in a 7B model
+
+
+def test_the_papers_model_has_its_parameters_and_its_cost():
+    path = ROOT / "recipes" / "vora-7b" / "pretrain.yaml"
+    found = plan(load_recipe(path), GPUS["h100"], 32, beside=path.parent)
+    assert found["parameters"]["parts"]["vision LoRA"] == 2_214_592_512
+    assert found["parameters"]["blocks_with_lora"] == 24
+    assert found["fits"] and found["bottleneck"] == "compute"
+    # 6 FLOPs for a trained parameter and token, 4 for a frozen one, 2 more for recomputing; attention comes on top
+    per_token = 4 * 7.1e9 + 6 * 2.21e9 + 2 * (7.1e9 + 2.21e9)
+    assert found["flops_per_sample"]["total"] == pytest.approx(1.1 * per_token * 1174, rel=0.1)
+    assert found["hours"] == pytest.approx(found["steps"] * found["seconds_per_step"]["compute"] / 3600)
+    assert not plan(load_recipe(path), GPUS["l4"])["fits"]
+    json.dumps(found)
+
+
+def test_tokens_are_counted_in_data_that_is_here(tmp_path):
+    from PIL import Image
+
+    small_models(tmp_path)
+    Image.new("RGB", (48, 48)).save(tmp_path / "a.png")
+    lines = [json.dumps({"image": "a.png", "question": "what?", "answer": "red"})] * 8
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    data = {"sources": [{"path": str(tmp_path / "train.jsonl")}], "row_tokens": 128}
+    found = plan(recipe_of(tmp_path, data=data), GPUS["l4"])
+    assert found["tokens"]["counted_in"] == "data" and found["tokens"]["tokens_per_image"] == 36
+    assert found["tokens"]["num_images"] == pytest.approx(found["tokens"]["samples_per_row"])
+    missing = plan(recipe_of(tmp_path), GPUS["l4"])
+    assert missing["tokens"]["counted_in"] == "budget" and "not here" in " ".join(missing["remarks"])
+
+
+def test_shapes_have_the_published_sizes():
+    sizes = {}
+    for config in sorted(Path(str(SHAPES)).glob("*/*/config.json")):
+        name = f"{config.parent.parent.name}/{config.parent.name}"
+        with torch.device("meta"):
+            shape = config_of(name)
+            has_words = hasattr(shape, "vocab_size")
+            model = AutoModelForCausalLM.from_config(shape) if has_words else tiny_vit(shape)
+        sizes[name] = round(sum(p.numel() for p in model.parameters()) / 1e6, 1)
+    assert sizes == {
+        "HuggingFaceTB/SmolLM2-135M-Instruct": 134.5,
+        "HuggingFaceTB/SmolLM2-360M-Instruct": 361.8,
+        "Qwen/Qwen2.5-7B-Instruct": 7615.6,
+        "Qwen/Qwen3-1.7B": 1720.6,
+        "apple/aimv2-huge-patch14-448": 682.0,
+        "apple/aimv2-large-patch14-448": 310.0,
+        "facebook/dinov2-base": 86.6,
+        "facebook/dinov2-small": 22.1,
+        "meta-llama/Llama-3.2-1B-Instruct": 1235.8,
+    }
+
+
+def tiny_vit(config):
+    from transformers import AutoModel
+
+    return AutoModel.from_config(config)
+
+
+def test_what_cannot_be_planned_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "llm").mkdir()
+    with pytest.raises(ValueError, match="holds no config.json"):
+        plan(recipe_of(tmp_path, teacher=None), GPUS["l4"])
+    with pytest.raises(ValueError, match="max_steps is missing"):
+        small_models(tmp_path)
+        plan(recipe_of(tmp_path, training={}), GPUS["l4"])
+    with pytest.raises(ValueError, match="does not exist"):
+        plan(recipe_of(tmp_path, stage="finetune", model={"vora": "none"}, teacher=None), GPUS["l4"])
