@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from peft import set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, LlamaConfig
@@ -76,13 +77,13 @@ class Reference:
     places: dict = field(default_factory=dict)
 
     def with_lora(self):
-        """The model with its LoRA on, as `attach_vision_lora` returns it. Changes `model`.
+        """The model with its LoRA on, as `attach_vision_lora` returns it; it goes into `model` itself, so only once.
 
         Raises:
-            ValueError: the checkpoint has none: it is merged.
+            ValueError: the checkpoint has none, because it is merged, or the model has it already.
         """
-        if not self.rank:
-            raise ValueError("This checkpoint has no LoRA: it is merged already.")
+        if not self.rank or isinstance(self.model.model.patch_embedding, ModulesToSaveWrapper):
+            raise ValueError("This model has no LoRA to put on, or has it on already.")
         peft_model = attach_vision_lora(
             self.model, rank=self.rank, num_blocks=self.num_blocks, target_modules=self.target_modules
         )

@@ -1,0 +1,124 @@
+"""Checkpoints that nobody has seen: other shapes, depths, LLMs and teachers, made by the original in our own words."""
+
+import pytest
+import torch
+from original import IMAGE, OriginalVora, save_original
+from safetensors.torch import load_file, save_file
+from tiny import tiny_llm
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from vora import VoraImageProcessor
+from vora.adapt.reference import import_reference, load_reference
+from vora.distill.blockwise import BlockwiseDistillation, block_pairs
+from vora.distill.learner import VisionLearner
+from vora.distill.teacher import Teacher
+
+CASES = {
+    "deeper qwen2": {"family": "qwen2", "depth": 6, "num_blocks": 4, "teacher_depth": 4},
+    "tied qwen2": {"family": "qwen2", "tied": True},
+    "every block": {"family": "qwen2", "num_blocks": 3, "teacher_depth": 3},
+    "attention alone": {"family": "qwen2", "targets": ["self_attn.q_proj", "self_attn.o_proj"]},
+    "tied llama": {"family": "llama", "tied": True},
+    "mlp of qwen3": {"family": "qwen3", "targets": ["self_attn.v_proj"]},
+    "mistral": {"family": "mistral", "llm": {"sliding_window": None}},
+    "larger patches": {"family": "qwen2", "patch_size": 7, "image_size": 35, "width": 44, "rank": 5},
+    "bfloat16": {"family": "qwen2", "dtype": torch.bfloat16},
+}
+
+
+def original_of(family, depth=3, tied=False, teacher_depth=2, llm=None, dtype=torch.float32, **options):
+    """A tiny original whose every tensor differs from its fresh value."""
+    torch.manual_seed(3)
+    fields = tiny_llm(family).config.to_dict() | {"num_hidden_layers": depth, "tie_word_embeddings": tied} | (llm or {})
+    fields = {k: v for k, v in fields.items() if k not in ("model_type", "layer_types", "dtype")}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
+    shape = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": teacher_depth, "num_attention_heads": 3}
+    options = {"width": 20, "patch_size": 4, "image_size": 12, "rank": 3, "num_blocks": 2} | options
+    sizes = {"patch_size": options["patch_size"], "image_size": options["image_size"]}
+    teacher = AutoModel.from_config(AutoConfig.for_model("clip_vision_model", **shape, **sizes))
+    original = OriginalVora(model, teacher=teacher, **options)
+    for parameter in original.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+        parameter.data = parameter.data.to(dtype)  # not the rotary tables, which no checkpoint holds
+    return original.eval()
+
+
+def inputs_of(original, image_token_id):
+    """Two rows, one with its image first and padding behind: (the original's inputs, ours)."""
+    generator = torch.Generator().manual_seed(1)
+    side, p = original.image_size, original.patch_size
+    ids = torch.tensor([[11, 12, IMAGE, 13, 14, 15, 16], [IMAGE, 22, 23, 24, 25, 0, 0]])
+    seen = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    labels = torch.where((ids > 12) & (seen == 1), ids, -100)
+    frames = torch.randn(2, 3, side, side, generator=generator)
+    grid = side // p
+    rows = [[image_token_id] * grid**2 if i == IMAGE else [i] for row in ids.tolist() for i in row]
+    ours = [sum(rows[:7], []), sum(rows[7:], [])]
+    told = [
+        sum(([-100] * grid**2 if i == IMAGE else [t] for i, t in zip(row, wanted)), [])
+        for row, wanted in zip(ids.tolist(), labels.tolist())
+    ]
+    patches = frames.view(2, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5).reshape(2 * grid**2, -1)
+    theirs = {"input_ids": ids, "attention_mask": seen, "labels": labels, "frames": frames}
+    mask = [[1] * (6 + grid**2), [1] * (4 + grid**2) + [0] * 2]
+    return theirs, {
+        "input_ids": torch.tensor(ours),
+        "attention_mask": torch.tensor(mask),
+        "labels": torch.tensor(told),
+        "pixel_values": patches,
+        "image_grid_thw": torch.tensor([[1, grid, grid]] * 2),
+    }
+
+
+def assert_same(model, original, tolerance=1e-4):
+    vora = model.get_base_model() if hasattr(model, "get_base_model") else model
+    theirs, ours = inputs_of(original, vora.config.image_token_id)
+    with torch.no_grad():
+        wanted, found = original.float()(**theirs), model.float()(**ours)
+    valid = ours["attention_mask"].bool()
+    assert (wanted["logits"][valid] - found.logits[valid]).abs().max() < tolerance
+    assert abs(wanted["metrics"]["llm_loss"] - found.loss.item()) < max(1e-5, tolerance / 10)
+    return wanted["metrics"]
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_stage_1_and_merged(case, tmp_path):
+    original = original_of(**CASES[case])
+    save_original(original, tmp_path / "pretrain")
+    reference = load_reference(tmp_path / "pretrain", tmp_path / "llm")
+    metrics = assert_same(reference.with_lora(), original)
+    import_reference(tmp_path / "pretrain", tmp_path / "llm", tmp_path / "out")
+    assert_same(AutoModelForImageTextToText.from_pretrained(tmp_path / "out"), original)
+
+    teacher = Teacher.from_pretrained(tmp_path / "teacher")
+    pairs = block_pairs(reference.num_blocks, teacher.num_blocks, pairing="hidden_states")
+    width = reference.model.config.text_config.hidden_size
+    distillation = BlockwiseDistillation(pairs, width, teacher.hidden_size, center=False)
+    distillation.load_state_dict(reference.heads)
+    processor = VoraImageProcessor(patch_size=original.patch_size)
+    peft_model = load_reference(tmp_path / "pretrain", tmp_path / "llm").with_lora().float()
+    learner = VisionLearner(peft_model, processor, teacher.float(), distillation).eval()
+    _, ours = inputs_of(original, learner.config.image_token_id)
+    labels = ours.pop("labels")
+    losses = learner(targets=torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100), **ours)
+    wanted = torch.tensor([metrics[f"loss_aux_layer_{level}"] for level in range(teacher.num_blocks)])
+    assert (losses["pair_losses"] - wanted).abs().max() < 1e-5
+    assert abs(losses["loss"].item() - metrics["total_loss"]) < 2e-5
+
+    original.merge()
+    save_original(original, tmp_path / "merged")
+    import_reference(tmp_path / "merged", tmp_path / "llm", tmp_path / "merged-out")
+    assert_same(AutoModelForImageTextToText.from_pretrained(tmp_path / "merged-out"), original)
+
+
+def test_tied_embeddings_under_either_name(tmp_path):
+    original = original_of("qwen2", tied=True)
+    save_original(original, tmp_path / "pretrain")
+    file = tmp_path / "pretrain" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["llm.lm_head.weight"] = tensors.pop("llm.model.embed_tokens.weight")
+    save_file(tensors, file)
+    model = load_reference(tmp_path / "pretrain", tmp_path / "llm").model
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert_same(load_reference(tmp_path / "pretrain", tmp_path / "llm").with_lora(), original)
