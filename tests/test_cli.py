@@ -86,6 +86,47 @@ def test_data_shows_what_training_will_read(work, tmp_path):
     assert alone.returncode == 1 and "All 2 samples are bad" in alone.stderr
 
 
+def test_plan_tells_what_a_run_needs(work):
+    shown = vora("plan", work / "recipe.yaml", "--gpu", "l4", "--num-gpus", 2)
+    assert shown.returncode == 0, shown.stderr
+    for line in ("vision LoRA", "student backward", "optimizer", "the bottleneck", "hours", "first 2 samples"):
+        assert line in shown.stderr
+    assert "Warning" not in shown.stderr
+    printed = vora("plan", work / "recipe.yaml", "lora.rank=2", "--json")
+    found = json.loads(printed.stdout)
+    assert found["device"] == "cpu" and found["steps"] == 4 and found["fits"]
+    assert found["memory_bytes"]["total"] > found["memory_bytes"]["Python and its libraries"] > 1e8
+    unknown = vora("plan", work / "recipe.yaml", "--gpu", "h3000")
+    assert unknown.returncode == 1 and "choose among" in unknown.stderr
+
+
+def test_imported_checkpoints_chat_and_merge(tmp_path, llm_folder):
+    """Stage 1 of the released code, with a tokenizer beside its LLM: opened unmerged, merged, opened again."""
+    from original import OriginalVora, save_original
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_pretrained(llm_folder)
+    save_original(OriginalVora(llm, width=20, patch_size=4, image_size=12, rank=3, num_blocks=2), tmp_path / "theirs")
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
+    came = vora("import-reference", tmp_path / "theirs", "--llm", llm_folder, "-o", tmp_path / "ours")
+    assert came.returncode == 0 and "vision LoRA" in came.stderr and "patch embedding" in came.stderr, came.stderr
+    merged = vora("merge", tmp_path / "ours", "-o", tmp_path / "merged", "--llm-out", tmp_path / "llm")
+    assert merged.returncode == 0, merged.stderr
+    answers = set()
+    for folder in ("ours", "merged"):
+        said = vora("chat", tmp_path / "red.png", "-m", tmp_path / folder, "-q", "what?", "--max-new-tokens", 4)
+        assert said.returncode == 0, said.stderr
+        answers.add(said.stdout)
+        assert (tmp_path / folder / "README.md").read_text().startswith("---")
+    assert len(answers) == 1
+    assert str(tmp_path) not in (tmp_path / "ours" / "README.md").read_text()
+    at_once = vora("import-reference", tmp_path / "theirs", "--llm", llm_folder, "-o", tmp_path / "at-once", "--merge")
+    assert at_once.returncode == 0 and not (tmp_path / "at-once" / "adapter_config.json").exists(), at_once.stderr
+    wrong = vora("import-reference", llm_folder, "--llm", llm_folder, "-o", tmp_path / "wrong")
+    assert wrong.returncode == 1 and "no checkpoint of the released code" in wrong.stderr
+
+
 def test_interactive_chat(work, merged):
     lines = f"what?\n+ {work / 'blue.png'}\n+ nothing.png\nand now?\n\n"
     talk = vora("chat", work / "red.png", "-m", merged, "--max-new-tokens", 3, input=lines)
@@ -95,7 +136,7 @@ def test_interactive_chat(work, merged):
 
 def test_help_reads_well():
     shown = vora("--help")
-    for verb in ("quickstart", "data", "train", "merge", "chat"):
+    for verb in ("quickstart", "data", "plan", "train", "merge", "import-reference", "chat"):
         assert verb in shown.stdout
 
 

@@ -89,6 +89,15 @@ def test_it_learns_what_only_the_pictures_tell(recipe, tmp_path):
         assert answer.strip() == name
 
 
+def test_checkpointed_blocks_train_alike(recipe, tmp_path):
+    run(recipe(), tmp_path / "kept")
+    run(recipe(gradient_checkpointing=True), tmp_path / "recomputed")
+    kept, recomputed = losses(tmp_path / "kept"), losses(tmp_path / "recomputed")
+    assert kept.keys() == recomputed.keys()
+    for step, found in kept.items():
+        assert recomputed[step] == pytest.approx(found, abs=1e-5)
+
+
 def test_a_run_leaves_what_it_promises(recipe, tmp_path):
     folder = tmp_path / "run"
     run(recipe(save_steps=3), folder)

@@ -144,9 +144,19 @@ def import_reference(
     """Bring a checkpoint of the paper's released code here, stage 1 or merged; it gives the same numbers."""
     from rich.table import Table
 
+    from vora.adapt.card import CardFacts, write_card
     from vora.adapt.reference import import_reference as run
 
     reference = run(checkpoint, llm, out, merge)
+    facts = CardFacts(
+        made="imported",
+        stage="pretrain" if reference.rank or merge else "not stated",
+        base_llm=llm,
+        teacher=reference.teacher or None,
+        source=checkpoint,
+        merge_command="vora merge THIS_FOLDER -o my-vora",
+    )
+    write_card(out, facts)
     table = Table(title="Where its tensors went")
     for name in ("part", "tensors", "parameters"):
         table.add_column(name, justify="left" if name == "part" else "right")

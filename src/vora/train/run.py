@@ -183,11 +183,13 @@ def write_run_card(folder, run_directory, steps=None, evaluation=()):
 
     Args:
         folder: where the model has just been saved: RUN/final, or the merged model, or its language part.
-        run_directory: of the run.
+        run_directory: of the run, or an unmerged model.
         steps: how many it took, if it has only just ended; otherwise what it saved says so.
         evaluation: see `CardFacts`.
     """
     directory = Path(run_directory)
+    if is_unmerged(directory):  # imported, and merged now: what is known stands on its own card
+        return write_card(folder, CardFacts(made="merged", stage="pretrain", source=str(directory)))
     recipe, saved = load_recipe(directory / "recipe.yaml"), trained_folder(directory)
     # What was noted when the run ended, where its data lay and perhaps the hub could be asked
     before = (read_card(saved) if steps is None else None) or {}
