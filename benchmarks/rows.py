@@ -120,8 +120,27 @@ def spread(times):
     return (max(times) - min(times)) / 2 / median(times)
 
 
+def restart_peak():
+    """Forget earlier peaks, where the system can; returns the bytes held now."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return peak_bytes()
+    return _status("VmRSS") or peak_bytes()
+
+
 def peak_bytes():
-    """Most memory held so far: of the GPU where there is one, else of this process (resident)."""
+    """Most memory held since `restart_peak`: of the GPU where there is one, else of this process (resident)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _status("VmHWM") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _status(name):
+    """Bytes that Linux notes of this process under a name, else None."""
+    notes = Path("/proc/self/status")
+    lines = notes.read_text().splitlines() if notes.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)

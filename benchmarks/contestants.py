@@ -1,0 +1,330 @@
+"""The models, pictures and training steps that the benchmarks set against each other.
+
+All weights are random, from configurations: nothing is fetched. Both contestants get the same LLM, the same teacher,
+the same pictures and the same tokens of text.
+"""
+
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import numpy as np
+import torch
+from original import IMAGE, OriginalVora, collate, square_frame
+from PIL import Image
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from vora import Teacher, VoraForConditionalGeneration, VoraImageProcessor, attach_vision_lora
+from vora.data.packing import collate_rows, next_row, share_prefixes
+from vora.distill.blockwise import BlockwiseDistillation, block_pairs
+from vora.distill.learner import VisionLearner
+from vora.train.pace import cpu_dtype
+
+PATCH = 14
+# width and height of what people photograph and download
+PICTURE_SIZES = ((640, 480), (480, 640), (500, 375), (1280, 720), (600, 600), (375, 500), (1024, 683), (720, 1280))
+ANSWER_TOKENS = (20, 120)  # a caption
+QUESTION_TOKENS = (8, 24)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shapes of an LLM and its teacher, and what of the LLM learns."""
+
+    llm: dict
+    teacher: dict
+    image_size: int
+    rank: int
+    num_blocks: int
+
+
+SIZES = {
+    "toy": Size(
+        llm=dict(
+            model_type="llama", vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, pad_token_id=2,
+        ),
+        teacher=dict(
+            model_type="vit", hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        ),
+        image_size=56, rank=4, num_blocks=2,
+    ),
+    "smollm2-135m": Size(
+        llm=dict(
+            model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+            num_attention_heads=9, num_key_value_heads=3, rms_norm_eps=1e-5, pad_token_id=2, rope_theta=100000.0,
+            max_position_embeddings=8192, tie_word_embeddings=True,
+        ),
+        teacher=dict(  # ViT-Tiny
+            model_type="vit", hidden_size=192, intermediate_size=768, num_hidden_layers=12, num_attention_heads=3,
+        ),
+        image_size=224, rank=64, num_blocks=12,
+    ),
+    "smollm2-360m": Size(
+        llm=dict(
+            model_type="llama", vocab_size=49152, hidden_size=960, intermediate_size=2560, num_hidden_layers=32,
+            num_attention_heads=15, num_key_value_heads=5, rms_norm_eps=1e-5, pad_token_id=2, rope_theta=100000.0,
+            max_position_embeddings=8192, tie_word_embeddings=True,
+        ),
+        teacher=dict(  # ViT-Small
+            model_type="vit", hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6,
+        ),
+        image_size=224, rank=128, num_blocks=12,
+    ),
+    "qwen2.5-7b": Size(
+        llm=dict(
+            model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+            num_attention_heads=28, num_key_value_heads=4, rms_norm_eps=1e-6, pad_token_id=0, rope_theta=1000000.0,
+            max_position_embeddings=32768,
+        ),
+        teacher=dict(  # AIMv2-Huge
+            model_type="aimv2_vision_model", hidden_size=1536, intermediate_size=4096, num_hidden_layers=24,
+            num_attention_heads=12,
+        ),
+        image_size=448, rank=1024, num_blocks=24,
+    ),
+}  # fmt: skip
+
+
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype():
+    """bfloat16 on a GPU and where the processor multiplies it faster, else float32."""
+    return "bfloat16" if torch.cuda.is_available() else cpu_dtype()
+
+
+def random_llm(size, dtype=torch.float32, seed=0):
+    """The causal LM of a size."""
+    torch.manual_seed(seed)
+    fields = dict(size.llm)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with device():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def random_vit(size, dtype=torch.float32, seed=1):
+    """The teacher's network of a size."""
+    torch.manual_seed(seed)
+    fields = dict(size.teacher, patch_size=PATCH, image_size=size.image_size)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with device():
+        return AutoModel.from_config(config, dtype=dtype).eval()
+
+
+def image_token_id(size):
+    """The last word of the vocabulary, which no text here holds."""
+    return size.llm["vocab_size"] - 1
+
+
+def random_vora(size, dtype=torch.float32, attn="sdpa", patch_merge=1, seed=0):
+    """A VoRA model of a size without LoRA, as it is after the merge."""
+    model = VoraForConditionalGeneration.from_llm(
+        random_llm(size, dtype, seed),
+        patch_size=PATCH,
+        image_size=size.image_size,
+        patch_merge=patch_merge,
+        image_token_id=image_token_id(size),
+    )
+    model.set_attn_implementation(attn)
+    used = model.model.language_model.config._attn_implementation
+    if used != attn:
+        raise ValueError(f"{attn} was asked for, but the LLM uses {used}: these figures would be of that.")
+    return model
+
+
+def build_ours(size, dtype=torch.float32, attn="sdpa", pairs=None, center=True):
+    """A `VisionLearner` as stage 1 trains it: LoRA, eyes and heads in float32, the rest in `dtype`."""
+    teacher = Teacher(random_vit(size, dtype))
+    student = attach_vision_lora(random_vora(size, dtype, attn), rank=size.rank, num_blocks=size.num_blocks)
+    pairs = block_pairs(size.num_blocks, teacher.num_blocks) if pairs is None else pairs
+    distillation = BlockwiseDistillation(pairs, size.llm["hidden_size"], teacher.hidden_size, center).to(device())
+    learner = VisionLearner(student, VoraImageProcessor(patch_size=PATCH), teacher, distillation)
+    return in_float32(learner).train()
+
+
+def build_original(size, dtype=torch.float32):
+    """The original of the same size."""
+    vit = random_vit(size, dtype)
+    model = OriginalVora(
+        random_llm(size, dtype),
+        width=768,
+        patch_size=PATCH,
+        image_size=size.image_size,
+        rank=size.rank,
+        num_blocks=size.num_blocks,
+        teacher=vit,
+        skip_cls="cls_token" in "".join(name for name, _ in vit.named_parameters()),
+    )
+    model = in_float32(model.to(device())).train()
+    model.aux_vision.eval()
+    return model
+
+
+def in_float32(model):
+    """What trains is kept in float32: updates of 1e-4 vanish in bfloat16."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+@torch.no_grad()
+def share_weights(original, learner):
+    """Give both the same pairs, eyes and heads, all different from zero; biases that ours lacks become zero.
+
+    LLM and teacher are the same already, made from the same seeds. Level i of the original and the pair (i - 1, i - 1)
+    of ours compare the same states, so they share a head.
+    """
+    torch.manual_seed(2)
+    blocks, eyes = learner.vora.model.blocks, learner.vora.model.patch_embedding
+    for theirs, ours in zip(original.llm.model.layers[: original.num_blocks], blocks):
+        for target in original.targets:
+            layer, copied = theirs.get_submodule(target), ours.get_submodule(target)
+            nn.init.normal_(layer.lora_B.weight, std=0.02)
+            copied.lora_A["default"].weight.copy_(layer.lora_A.weight)
+            copied.lora_B["default"].weight.copy_(layer.lora_B.weight)
+            if layer.bias.requires_grad:
+                layer.bias.zero_()
+    vision = original.vision_embedding
+    nn.init.normal_(vision.pos_embed, std=0.02)
+    eyes = getattr(eyes, "modules_to_save", {"default": eyes})["default"]
+    eyes.patch.weight.copy_(vision.patchifier.proj.weight.flatten(1))
+    eyes.patch.bias.copy_(vision.patchifier.proj.bias)
+    eyes.norm.weight.copy_(vision.patchifier.norm.weight)
+    eyes.position.copy_(vision.pos_embed[0])
+    eyes.projection.weight.copy_(vision.out_proj.weight)
+    for name, head in learner.distillation.heads.items():
+        norm, linear = getattr(original.aux_vision, f"aux_layer_{int(name) + 1}")
+        head[0].weight.copy_(norm.weight)
+        head[1].weight.copy_(linear.weight)
+        head[1].bias.zero_()
+
+
+@dataclass
+class Sample:
+    """A picture with the ids of a question before the answer."""
+
+    picture: Image.Image
+    question: list
+    answer: list
+
+
+def make_samples(count, size, answer_tokens=ANSWER_TOKENS, seed=0):
+    """Smooth noise in the usual sizes, with words drawn at random; the same for all contestants."""
+    rng = np.random.default_rng(seed)
+
+    def words(span):
+        return rng.integers(3, image_token_id(size), rng.integers(*span)).tolist()
+
+    return [
+        Sample(
+            Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize(pixels, Image.Resampling.BICUBIC),
+            words(QUESTION_TOKENS),
+            words(answer_tokens),
+        )
+        for pixels in islice(cycle(PICTURE_SIZES), count)
+    ]
+
+
+def squared(samples, image_size):
+    """The same samples with pictures that are squares already, black bars included."""
+    return [
+        Sample(_image_of(square_frame(sample.picture, image_size)), sample.question, sample.answer)
+        for sample in samples
+    ]
+
+
+def _image_of(frame):
+    pixels = ((frame * 0.5 + 0.5) * 255).round().clamp(0, 255).byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def original_batches(samples, size, batch_size):
+    """Batches as the original makes them: each picture on a black square, rows padded to the longest."""
+    rows = []
+    for sample in samples:
+        ids = [IMAGE, *sample.question, *sample.answer]
+        labels = [-100] * (1 + len(sample.question)) + sample.answer
+        rows.append((ids, labels, square_frame(sample.picture, size.image_size)))
+    pad = size.llm["pad_token_id"]
+    batches = [collate(rows[start : start + batch_size], pad) for start in range(0, len(rows), batch_size)]
+    return [on_device(batch) for batch in batches]
+
+
+def our_sample(sample, size, same_scale=True, max_image_tokens=None):
+    """A sample of `share_prefixes`.
+
+    Args:
+        same_scale: the picture is as large as inside the original's square, only without the bars. Otherwise it
+            fills as many tokens as the square has.
+    """
+    picture = sample.picture
+    budget = max_image_tokens or (size.image_size // PATCH) ** 2
+    if same_scale:
+        scale = size.image_size / max(picture.size)
+        picture = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+    images = VoraImageProcessor(patch_size=PATCH, max_image_tokens=budget, min_image_tokens=1)(
+        [picture], return_tensors="np"
+    )
+    tokens = [image_token_id(size)] * int(images["image_grid_thw"].prod())
+    ids = np.array([*tokens, *sample.question, *sample.answer])
+    labels = np.full(len(ids), -100)
+    labels[len(ids) - len(sample.answer) :] = sample.answer
+    return share_prefixes([{"input_ids": ids, "labels": labels, **images}])
+
+
+def packed_batches(samples, size, row_tokens, rows_per_batch, same_scale=True):
+    """All samples in rows, as the stream packs them; the last batch may have fewer rows."""
+    samples = [our_sample(sample, size, same_scale) for sample in samples]
+    rows = [[samples[index] for index in row] for row in _rows_of(samples, row_tokens)]
+    return batches_of_rows(rows, size, row_tokens, rows_per_batch)
+
+
+def full_rows(size, row_tokens, num_rows, same_scale=True, answer_tokens=ANSWER_TOKENS):
+    """As many samples as fill some rows when there is a choice of more, as there is in a stream.
+
+    Returns:
+        (list of `Sample`, list of `num_rows` lists of the same samples for `collate_rows`).
+    """
+    samples = make_samples(40 * num_rows, size, answer_tokens)
+    ours = [our_sample(sample, size, same_scale) for sample in samples]
+    chosen = _rows_of(ours, row_tokens)[:num_rows]
+    return [samples[i] for row in chosen for i in row], [[ours[i] for i in row] for row in chosen]
+
+
+def _rows_of(samples, row_tokens):
+    """Indices of the samples of each row."""
+    waiting, rows = list(range(len(samples))), []
+    while waiting:
+        chosen = next_row([len(samples[index]["input_ids"]) for index in waiting], row_tokens)
+        rows.append([waiting[place] for place in chosen])
+        waiting = [index for place, index in enumerate(waiting) if place not in chosen]
+    return rows
+
+
+def batches_of_rows(rows, size, row_tokens, rows_per_batch):
+    starts = range(0, len(rows), rows_per_batch)
+    pad = size.llm["pad_token_id"]
+    return [on_device(collate_rows(rows[start : start + rows_per_batch], row_tokens, pad)) for start in starts]
+
+
+def on_device(batch):
+    return {name: value.to(device()) for name, value in batch.items()}
+
+
+def optimizer_of(model, fused):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=fused)
+
+
+def train_step(model, batch, optimizer, dtype):
+    """One optimizer step: forward, backward, clip, update. Returns what the model's forward returned."""
+    with torch.autocast(device().type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        losses = model(**batch)
+    losses["loss"].backward()
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses

@@ -1,0 +1,142 @@
+"""What seeing costs at inference: a merged VoRA model against its bare LLM, and against a model with an encoder.
+
+Against the bare LLM: as many tokens, of which VoRA's are those of a picture and a question; prefill of all in one
+pass, then decoding. Against `LlavaForConditionalGeneration` of transformers with the same LLM and a ViT of the
+teacher's size: the time from pixels to the first token's logits, at patch_merge 1 (as many image tokens as LLaVA has)
+and 2 (a quarter). Reading and resizing the picture is left out on all sides. All share the weights of one LLM.
+
+Ratios are ours / baseline: of tokens a second above 1 is better, of milliseconds below 1.
+
+    python benchmarks/prefill_decode.py --json prefill_decode.json
+"""
+
+import torch
+from contestants import PATCH, SIZES, default_dtype, device, image_token_id, random_vora
+from rows import alternate, medians, parser_of, report, row, spread
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from vora import VoraForConditionalGeneration
+
+
+class Prefill:
+    """One pass over the whole prompt; called, it returns the outputs with the cache."""
+
+    def __init__(self, model, **inputs):
+        self.model, self.inputs = model, inputs
+
+    @torch.inference_mode()
+    def __call__(self):
+        return self.model(**self.inputs, use_cache=True, logits_to_keep=1)
+
+
+class Decode:
+    """Greedy decoding of some tokens after a prefill, which is done before each call and not timed."""
+
+    def __init__(self, prefill, num_tokens):
+        self.prefill, self.num_tokens = prefill, num_tokens
+        self.outputs = prefill()
+
+    @torch.inference_mode()
+    def __call__(self):
+        model, outputs = self.prefill.model, self.outputs
+        for _ in range(self.num_tokens):
+            word = outputs.logits[:, -1].argmax(-1, keepdim=True) % 100 + 3  # never the image token
+            outputs = model(input_ids=word, past_key_values=outputs.past_key_values, use_cache=True)
+        self.outputs.past_key_values.crop(-self.num_tokens)  # ready for the next call
+
+
+def prompt_of(size, num_images, num_words, merge=1):
+    """Inputs of `VoraModel` for one square picture per row and some words."""
+    side = size.image_size // PATCH
+    num_tokens = (side // merge) ** 2
+    ids = torch.randint(3, 100, (num_images, num_tokens + num_words), device=device())
+    ids[:, 2 : 2 + num_tokens] = image_token_id(size)
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(num_images * side * side, 3 * PATCH**2, device=device()),
+        "image_grid_thw": torch.tensor([[1, side, side]] * num_images),
+    }
+
+
+def merged_twin(vora, size):
+    """The same LLM with eyes of patch_merge 2."""
+    return VoraForConditionalGeneration.from_llm(
+        vora.to_llm(), patch_size=PATCH, image_size=size.image_size, patch_merge=2, image_token_id=image_token_id(size)
+    )
+
+
+def llava_like(vora, size):
+    """LLaVA with the weights of the same LLM and a random ViT of the teacher's size."""
+    shape = {name: size.teacher[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    shape |= {"num_hidden_layers": size.teacher["num_hidden_layers"], "patch_size": PATCH, "projection_dim": 64}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**shape, image_size=size.image_size),
+        text_config=vora.config.get_text_config(),
+        image_token_index=image_token_id(size),
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.to_empty(device=device())
+    model.model.multi_modal_projector.to_empty(device=device())
+    for part in (model.model.vision_tower, model.model.multi_modal_projector):
+        part.to(vora.dtype)
+        for parameter in part.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        for module in part.modules():  # to_empty leaves buffers without values
+            if isinstance(getattr(module, "position_ids", None), torch.Tensor):
+                module.position_ids = torch.arange(module.position_ids.shape[-1], device=device())[None]
+    model.model.language_model, model.lm_head = vora.model.language_model, vora.lm_head
+    return model.eval()
+
+
+def against_bare_llm(vora, size, args):
+    """Rows of tokens a second: prefill and decoding."""
+    inputs = prompt_of(size, args.batch, args.words)
+    words = {"input_ids": inputs["input_ids"] % 100 + 3}
+    prefills = {"ours": Prefill(vora, **inputs), "bare": Prefill(vora.to_llm(), **words)}
+    decodes = {name: Decode(prefill, args.new_tokens) for name, prefill in prefills.items()}
+    counts = {"prefill": inputs["input_ids"].numel(), "decode": args.batch * args.new_tokens}
+    for kind, contestants in {"prefill": prefills, "decode": decodes}.items():
+        times = alternate(contestants, args.rounds)
+        rates = {name: counts[kind] / time for name, time in medians(times).items()}
+        noise = {name: spread(values) for name, values in times.items()}
+        what = f"{kind}, bare LLM, {args.batch} x {inputs['input_ids'].shape[1]} tokens"
+        yield row(what, rates["ours"], rates["bare"], "tokens/s", noise=noise)
+
+
+def against_llava(vora, size, args):
+    """Rows of milliseconds to the first token."""
+    side = size.image_size // PATCH
+    prompts = {1: prompt_of(size, args.batch, args.words), 2: prompt_of(size, args.batch, args.words, merge=2)}
+    pixels = torch.randn(args.batch, 3, size.image_size, size.image_size, device=device()).to(vora.dtype)
+    contestants = {
+        1: Prefill(vora, **prompts[1]),
+        2: Prefill(merged_twin(vora, size), **prompts[2]),
+        "llava": Prefill(llava_like(vora, size), input_ids=prompts[1]["input_ids"], pixel_values=pixels),
+    }
+    times = alternate(contestants, args.rounds)
+    found = medians(times)
+    for merge in (1, 2):
+        noise = {"ours": spread(times[merge]), "llava": spread(times["llava"])}
+        counts = f"{(side // merge) ** 2} against {side * side} image tokens"
+        what = f"first token, LLaVA-style, patch_merge {merge} ({counts})"
+        yield row(what, 1000 * found[merge], 1000 * found["llava"], "ms", noise=noise)
+
+
+def main():
+    parser = parser_of(__doc__)
+    parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default_dtype())
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--words", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    size = SIZES[args.size]
+    vora = random_vora(size, getattr(torch, args.dtype))
+    rows = [*against_bare_llm(vora, size, args), *against_llava(vora, size, args)]
+    report([{**one, "name": f"{one['name']}, {args.size}, {args.dtype}"} for one in rows], args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Training steps a second: ours against the plain original, on the same pictures and the same text.
+
+The original pads each picture to a black square and each row to the longest, adds a dense float mask made token by
+token, computes logits for every place and keeps all hidden states. On a CPU it computes in float32; on a GPU in
+bfloat16, as its recipe does. Ours packs the pictures without bars into rows, computes logits where a label is, and
+computes in bfloat16 where that is faster. Both keep what trains in float32 and end each step with AdamW.
+
+By default each picture is as large as it is inside the square; with `--scale tokens` it fills as many tokens as the
+square has. The pictures are those that fill the rows of ours when it may choose among many, as in a stream.
+Then a check in float32 on square pictures: `lm_loss` agrees, and so does the distillation loss once the pairing is
+equalised: the levels 1, 2, ... of the original (level 0 compares what enters the first blocks, which ours leaves out)
+against the pairs (0, 0), (1, 1), ... of ours, without subtracting the mean feature.
+
+    python benchmarks/train_step.py --json train_step.json
+"""
+
+import torch
+from contestants import (
+    SIZES,
+    batches_of_rows,
+    build_original,
+    build_ours,
+    default_dtype,
+    full_rows,
+    make_samples,
+    optimizer_of,
+    original_batches,
+    packed_batches,
+    share_weights,
+    squared,
+    train_step,
+)
+from rows import alternate, medians, parser_of, report, row, spread
+
+
+class Contestant:
+    """A model with its optimizer and batches; called, it trains on all of them once."""
+
+    def __init__(self, model, batches, dtype, fused):
+        self.model, self.batches, self.dtype = model, batches, dtype
+        self.optimizer = optimizer_of(model, fused)
+
+    def __call__(self):
+        for batch in self.batches:
+            train_step(self.model, batch, self.optimizer, self.dtype)
+
+    def warm_up(self):
+        train_step(self.model, self.batches[0], self.optimizer, self.dtype)
+
+
+def losses_in_float32(size, num_samples=2):
+    """{loss: (ours, original's)} on identical square pictures, with the pairing equalised."""
+    samples = squared(make_samples(num_samples, size), size.image_size)
+    pairs = [(block, block) for block in range(min(size.num_blocks, size.teacher["num_hidden_layers"]) - 1)]
+    learner, original = build_ours(size, pairs=pairs, center=False), build_original(size)
+    share_weights(original, learner)
+    longest = max(size.image_size**2 // 196 + len(s.question) + len(s.answer) for s in samples)
+    with torch.no_grad():
+        (packed,) = packed_batches(samples, size, num_samples * longest, 1)
+        (batch,) = original_batches(samples, size, num_samples)
+        ours, theirs = learner(**packed), original(**batch)["metrics"]
+    levels = [theirs[f"loss_aux_layer_{block + 1}"] for block, _ in pairs]
+    return {
+        "lm_loss": (float(ours["lm_loss"]), theirs["llm_loss"]),
+        "distill_loss": (float(ours["distill_loss"]), sum(levels) / len(levels)),
+    }
+
+
+def compare_steps(size, args):
+    """The row of samples a second."""
+    ours, plain = getattr(torch, args.our_dtype), getattr(torch, args.baseline_dtype)
+    samples, rows = full_rows(size, args.row_tokens, args.rows, same_scale=args.scale == "pixels")
+    packed = batches_of_rows(rows, size, args.row_tokens, args.rows_per_batch)
+    padded = original_batches(samples, size, args.batch)
+    contestants = {
+        "ours": Contestant(build_ours(size, ours, args.attn), packed, ours, fused=True),
+        "original": Contestant(build_original(size, plain), padded, plain, fused=False),
+    }
+    for contestant in contestants.values():
+        contestant.warm_up()
+    times = alternate(contestants, args.rounds, warmups=0)
+    found, num_tokens = medians(times), sum(len(sample["input_ids"]) for row in rows for sample in row)
+    return row(
+        f"train step, {args.size}, same {args.scale}, {args.our_dtype} against {args.baseline_dtype}",
+        len(samples) / found["ours"],
+        len(samples) / found["original"],
+        "samples/s",
+        noise={name: spread(values) for name, values in times.items()},
+        num_samples=len(samples),
+        row_fill=num_tokens / args.row_tokens / args.rows,
+        tokens_per_sample=num_tokens / len(samples),
+    )
+
+
+def main():
+    parser = parser_of(__doc__)
+    parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
+    parser.add_argument("--scale", choices=("pixels", "tokens"), default="pixels", help="what pictures have alike")
+    parser.add_argument("--batch", type=int, default=4, help="pictures in a step of the original")
+    parser.add_argument("--row-tokens", type=int, default=1024, help="tokens of a row of ours")
+    parser.add_argument("--rows", type=int, default=2, help="rows in a round")
+    parser.add_argument("--rows-per-batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--our-dtype", choices=("float32", "bfloat16"), default=default_dtype())
+    plain = "bfloat16" if torch.cuda.is_available() else "float32"
+    parser.add_argument("--baseline-dtype", choices=("float32", "bfloat16"), default=plain)
+    parser.add_argument("--attn", default="sdpa", help="attention of ours")
+    parser.add_argument("--no-check", action="store_true", help="leave out the losses in float32")
+    args = parser.parse_args()
+    size = SIZES[args.size]
+    rows = [compare_steps(size, args)]
+    if not args.no_check:
+        for name, (ours, theirs) in losses_in_float32(size).items():
+            rows.append(
+                row(f"{name} in float32, square pictures", ours, theirs, "nats" if name == "lm_loss" else "1 - cos")
+            )
+    report(rows, args.json)
+    for one in rows[1:]:
+        if abs(one["ours"] - one["baseline"]) > 1e-3:
+            raise SystemExit(f"{one['name']} differs: {one['ours']} and {one['baseline']}.")
+
+
+if __name__ == "__main__":
+    main()
