@@ -8,7 +8,7 @@ CPU only losses are compared, for flex_attention has no backward pass there.
 
 import torch
 from contestants import SIZES, batches_of_rows, build_ours, device, full_rows
-from rows import parser_of, report, row
+from rows import arguments, parser_of, report, row
 
 ROW_TOKENS = 256
 
@@ -57,7 +57,7 @@ def compare(size, batch):
 def main():
     parser = parser_of(__doc__)
     parser.add_argument("--size", choices=SIZES, default="toy")
-    args = parser.parse_args()
+    args = arguments(parser)
     size = SIZES[args.size]
     _, rows = full_rows(size, ROW_TOKENS, 2)
     report(list(compare(size, batches_of_rows(rows, size, ROW_TOKENS, 2)[0])), args.json)

@@ -24,7 +24,7 @@ from contestants import (
     original_batches,
     train_step,
 )
-from rows import parser_of, peak_bytes, report, restart_peak, row, seconds, spread
+from rows import arguments, parser_of, peak_bytes, report, restart_peak, row, seconds, spread
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -121,7 +121,7 @@ def main():
     parser.add_argument("--attn", default="sdpa")
     parser.add_argument("--checkpointing", action="store_true", help="ours recomputes blocks in the backward pass")
     parser.add_argument("--no-baseline", action="store_true")
-    args = parser.parse_args()
+    args = arguments(parser)
     size, dtype = SIZES[args.size], getattr(torch, args.dtype)
     ceiling = product_ceiling(args.ceiling_side, dtype)
     samples, rows = full_rows(size, args.row_tokens, args.rows)

@@ -9,7 +9,7 @@ cannot.
 import torch
 from contestants import device
 from original import dense_mask
-from rows import alternate, medians, parser_of, report, row, spread
+from rows import alternate, arguments, medians, parser_of, report, row, spread
 from transformers import LlamaConfig
 
 from vora.model.attention import attention_masks, image_blocks
@@ -58,7 +58,7 @@ def main():
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--side", type=int, default=14, help="patches along a side of each picture")
     parser.add_argument("--rounds", type=int, default=9)
-    args = parser.parse_args()
+    args = arguments(parser)
     report([compare_masks(num_tokens, args.side, args.rounds) for num_tokens in args.tokens], args.json)
 
 

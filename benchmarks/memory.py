@@ -32,7 +32,7 @@ from contestants import (
     squared,
     train_step,
 )
-from rows import parser_of, peak_bytes, report, restart_peak, row, seconds
+from rows import arguments, parser_of, peak_bytes, report, restart_peak, row, seconds
 
 ARMS = ("ours", "original")
 WORDS = (24, 25)  # of each answer where tokens of images are counted
@@ -73,6 +73,7 @@ def measure(args, arm, *words):
     """What `run_arm` prints, from a process of its own."""
     options = ("size", "row_tokens", "steps", "our_dtype", "baseline_dtype", "attn")
     given = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in options]
+    given += [f"--clock={args.clock}", *([f"--threads={args.threads}"] if args.threads else [])]
     command = [sys.executable, __file__, *given, "--arm", arm, *map(str, words)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     return json.loads(done.stdout.splitlines()[-1])
@@ -129,7 +130,7 @@ def main():
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--image-tokens", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=1, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = arguments(parser)
     if args.arm:
         run_arm(args)
         return

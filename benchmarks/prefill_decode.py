@@ -12,7 +12,7 @@ Ratios are ours / baseline: of tokens a second above 1 is better, of millisecond
 
 import torch
 from contestants import PATCH, SIZES, default_dtype, device, image_token_id, random_vora
-from rows import alternate, medians, parser_of, report, row, spread
+from rows import alternate, arguments, medians, parser_of, report, row, spread
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vora import VoraForConditionalGeneration
@@ -131,7 +131,7 @@ def main():
     parser.add_argument("--words", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args()
+    args = arguments(parser)
     size = SIZES[args.size]
     vora = random_vora(size, getattr(torch, args.dtype))
     rows = [*against_bare_llm(vora, size, args), *against_llava(vora, size, args)]

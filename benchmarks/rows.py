@@ -15,11 +15,33 @@ import torch
 HEADINGS = ("name", "ours", "baseline", "ratio", "unit")
 
 
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+_clock = ["wall"]
+
+
 def parser_of(description):
-    """An argument parser with `--json`, which all benchmarks take; `description` is a module's docstring."""
+    """An argument parser with what all benchmarks take; `description` is a module's docstring."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--threads", type=int, help="of torch; its own choice without it")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="processor: seconds of processors at work, for a busy machine; only with --threads 1, and not with a GPU",
+    )
     return parser
+
+
+def arguments(parser):
+    """Parse the command line and set threads and clock."""
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.clock == "processor" and (torch.get_num_threads() > 1 or torch.cuda.is_available()):
+        parser.error("--clock processor needs --threads 1 and no GPU: waiting threads count as work.")
+    _clock[0] = args.clock
+    return args
 
 
 def machine():
@@ -59,12 +81,12 @@ def row(name, ours, baseline, unit, ratio=None, **more):
 
 def report(rows, json_file=None):
     """Print rows as a table, and write them to a file with `machine` and `commit` in each."""
-    where = {"machine": machine(), "commit": commit()}
+    where = {"machine": machine(), "commit": commit(), "clock": _clock[0]}
     rows = [one | where for one in rows]
     if json_file:
         json_file.write_text(json.dumps(rows, indent=1))
     width = max(len(one["name"]) for one in rows)
-    print(f"{where['machine']}, commit {where['commit']}")
+    print(f"{where['machine']}, commit {where['commit']}, {where['clock']} clock")
     print(f"{HEADINGS[0]:{width}} " + " ".join(f"{heading:>10}" for heading in HEADINGS[1:4]) + f" {HEADINGS[4]}")
     for one in rows:
         figures = " ".join(f"{_short(one[heading]):>10}" for heading in HEADINGS[1:4])
@@ -82,12 +104,13 @@ def synchronize():
 
 
 def seconds(work):
-    """Wall-clock time of one call, to its end on the device."""
+    """Time of one call by the chosen clock, to its end on the device."""
+    clock = CLOCKS[_clock[0]]
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     work()
     synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def alternate(contestants, rounds, warmups=1):

@@ -30,7 +30,7 @@ from contestants import (
     squared,
     train_step,
 )
-from rows import alternate, medians, parser_of, report, row, spread
+from rows import alternate, arguments, medians, parser_of, report, row, spread
 
 
 class Contestant:
@@ -106,7 +106,7 @@ def main():
     parser.add_argument("--baseline-dtype", choices=("float32", "bfloat16"), default=plain)
     parser.add_argument("--attn", default="sdpa", help="attention of ours")
     parser.add_argument("--no-check", action="store_true", help="leave out the losses in float32")
-    args = parser.parse_args()
+    args = arguments(parser)
     size = SIZES[args.size]
     rows = [compare_steps(size, args)]
     if not args.no_check:
