@@ -204,14 +204,13 @@ def share_weights(original, learner):
 
 @dataclass
 class Sample:
-    """A picture with the ids of a question before the answer."""
+    """A picture with one or more turns: (ids of a question, ids of its answer)."""
 
     picture: Image.Image
-    question: list
-    answer: list
+    turns: list
 
 
-def make_samples(count, size, answer_tokens=ANSWER_TOKENS, seed=0):
+def make_samples(count, size, answer_tokens=ANSWER_TOKENS, num_turns=1, seed=0):
     """Smooth noise in the usual sizes, with words drawn at random; the same for all contestants."""
     rng = np.random.default_rng(seed)
 
@@ -221,8 +220,7 @@ def make_samples(count, size, answer_tokens=ANSWER_TOKENS, seed=0):
     return [
         Sample(
             Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize(pixels, Image.Resampling.BICUBIC),
-            words(QUESTION_TOKENS),
-            words(answer_tokens),
+            [(words(QUESTION_TOKENS), words(answer_tokens)) for _ in range(num_turns)],
         )
         for pixels in islice(cycle(PICTURE_SIZES), count)
     ]
@@ -230,10 +228,7 @@ def make_samples(count, size, answer_tokens=ANSWER_TOKENS, seed=0):
 
 def squared(samples, image_size):
     """The same samples with pictures that are squares already, black bars included."""
-    return [
-        Sample(_image_of(square_frame(sample.picture, image_size)), sample.question, sample.answer)
-        for sample in samples
-    ]
+    return [Sample(_image_of(square_frame(sample.picture, image_size)), sample.turns) for sample in samples]
 
 
 def _image_of(frame):
@@ -242,19 +237,21 @@ def _image_of(frame):
 
 
 def original_batches(samples, size, batch_size):
-    """Batches as the original makes them: each picture on a black square, rows padded to the longest."""
+    """Batches as the original makes them: a row for each question, with its picture on a black square, padded to the
+    longest row."""
     rows = []
     for sample in samples:
-        ids = [IMAGE, *sample.question, *sample.answer]
-        labels = [-100] * (1 + len(sample.question)) + sample.answer
-        rows.append((ids, labels, square_frame(sample.picture, size.image_size)))
+        frame = square_frame(sample.picture, size.image_size)
+        for question, answer in sample.turns:
+            labels = [-100] * (1 + len(question)) + answer
+            rows.append(([IMAGE, *question, *answer], labels, frame))
     pad = size.llm["pad_token_id"]
     batches = [collate(rows[start : start + batch_size], pad) for start in range(0, len(rows), batch_size)]
     return [on_device(batch) for batch in batches]
 
 
 def our_sample(sample, size, same_scale=True, max_image_tokens=None):
-    """A sample of `share_prefixes`.
+    """A sample of `share_prefixes`, in which all its turns share the picture.
 
     Args:
         same_scale: the picture is as large as inside the original's square, only without the bars. Otherwise it
@@ -269,26 +266,21 @@ def our_sample(sample, size, same_scale=True, max_image_tokens=None):
         [picture], return_tensors="np"
     )
     tokens = [image_token_id(size)] * int(images["image_grid_thw"].prod())
-    ids = np.array([*tokens, *sample.question, *sample.answer])
-    labels = np.full(len(ids), -100)
-    labels[len(ids) - len(sample.answer) :] = sample.answer
-    return share_prefixes([{"input_ids": ids, "labels": labels, **images}])
+    conversations = []
+    for question, answer in sample.turns:
+        ids = np.array([*tokens, *question, *answer])
+        labels = np.where(np.arange(len(ids)) < len(ids) - len(answer), -100, ids)
+        conversations.append({"input_ids": ids, "labels": labels, **images})
+    return share_prefixes(conversations)
 
 
-def packed_batches(samples, size, row_tokens, rows_per_batch, same_scale=True):
-    """All samples in rows, as the stream packs them; the last batch may have fewer rows."""
-    samples = [our_sample(sample, size, same_scale) for sample in samples]
-    rows = [[samples[index] for index in row] for row in _rows_of(samples, row_tokens)]
-    return batches_of_rows(rows, size, row_tokens, rows_per_batch)
-
-
-def full_rows(size, row_tokens, num_rows, same_scale=True, answer_tokens=ANSWER_TOKENS):
+def full_rows(size, row_tokens, num_rows, same_scale=True, answer_tokens=ANSWER_TOKENS, num_turns=1):
     """As many samples as fill some rows when there is a choice of more, as there is in a stream.
 
     Returns:
         (list of `Sample`, list of `num_rows` lists of the same samples for `collate_rows`).
     """
-    samples = make_samples(40 * num_rows, size, answer_tokens)
+    samples = make_samples(40 * num_rows, size, answer_tokens, num_turns)
     ours = [our_sample(sample, size, same_scale) for sample in samples]
     chosen = _rows_of(ours, row_tokens)[:num_rows]
     return [samples[i] for row in chosen for i in row], [[ours[i] for i in row] for row in chosen]

@@ -39,9 +39,9 @@ WORDS = (24, 25)  # of each answer where tokens of images are counted
 
 
 def usual_batches(size, args):
-    """Batches of both for the pictures that fill one row."""
-    samples, rows = full_rows(size, args.row_tokens, 1)
-    return batches_of_rows(rows, size, args.row_tokens, 1), original_batches(samples, size, len(samples))
+    """Batches of both for the pictures that fill some rows."""
+    samples, rows = full_rows(size, args.row_tokens, args.rows)
+    return batches_of_rows(rows, size, args.row_tokens, args.rows), original_batches(samples, size, len(samples))
 
 
 def square_batches(size, args):
@@ -71,7 +71,7 @@ def run_arm(args):
 
 def measure(args, arm, *words):
     """What `run_arm` prints, from a process of its own."""
-    options = ("size", "row_tokens", "steps", "our_dtype", "baseline_dtype", "attn")
+    options = ("size", "row_tokens", "rows", "steps", "our_dtype", "baseline_dtype", "attn")
     given = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in options]
     given += [f"--clock={args.clock}", *([f"--threads={args.threads}"] if args.threads else [])]
     command = [sys.executable, __file__, *given, "--arm", arm, *map(str, words)]
@@ -118,7 +118,8 @@ def growth(args, name, points, of_point):
 def main():
     parser = parser_of(__doc__)
     parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
-    parser.add_argument("--row-tokens", type=int, default=1024, help="of the batch of usual pictures")
+    parser.add_argument("--row-tokens", type=int, default=512, help="of the batch of usual pictures")
+    parser.add_argument("--rows", type=int, default=2, help="of that batch")
     parser.add_argument("--grow-tokens", type=int, nargs="*", default=[64, 256, 1024], help="image tokens; squares")
     parser.add_argument("--grow-batch", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--grow-batch-tokens", type=int, default=64, help="image tokens while the batch grows")
@@ -136,7 +137,7 @@ def main():
         return
     usual = [measure(args, arm) for arm in ARMS]
     peaks, above = [one["peak"] for one in usual], [one["peak"] - one["resting"] for one in usual]
-    what = f"train step, {args.size}, one row of {args.row_tokens} tokens"
+    what = f"train step, {args.size}, {args.rows} rows of {args.row_tokens} tokens"
     rows = [row(f"peak of a {what}", *peaks, "bytes"), row(f"memory above rest of a {what}", *above, "bytes")]
     if args.grow_tokens:
         rows += growth(args, "image tokens", args.grow_tokens, lambda count: ("--image-tokens", count))

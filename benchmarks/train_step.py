@@ -6,7 +6,10 @@ bfloat16, as its recipe does. Ours packs the pictures without bars into rows, co
 computes in bfloat16 where that is faster. Both keep what trains in float32 and end each step with AdamW.
 
 By default each picture is as large as it is inside the square; with `--scale tokens` it fills as many tokens as the
-square has. The pictures are those that fill the rows of ours when it may choose among many, as in a stream.
+square has. The pictures are those that fill the rows of ours when it may choose among many, as in a stream. With
+`--questions` each has several short questions: a row each in the original, as in its data; ours lets them share the
+picture.
+
 Then a check in float32 on square pictures: `lm_loss` agrees, and so does the distillation loss once the pairing is
 equalised: the levels 1, 2, ... of the original (level 0 compares what enters the first blocks, which ours leaves out)
 against the pairs (0, 0), (1, 1), ... of ours, without subtracting the mean feature.
@@ -16,6 +19,7 @@ against the pairs (0, 0), (1, 1), ... of ours, without subtracting the mean feat
 
 import torch
 from contestants import (
+    ANSWER_TOKENS,
     SIZES,
     batches_of_rows,
     build_original,
@@ -25,12 +29,14 @@ from contestants import (
     make_samples,
     optimizer_of,
     original_batches,
-    packed_batches,
+    our_sample,
     share_weights,
     squared,
     train_step,
 )
 from rows import alternate, arguments, medians, parser_of, report, row, spread
+
+SHORT_ANSWER_TOKENS = (2, 8)  # where there are several questions
 
 
 class Contestant:
@@ -54,9 +60,10 @@ def losses_in_float32(size, num_samples=2):
     pairs = [(block, block) for block in range(min(size.num_blocks, size.teacher["num_hidden_layers"]) - 1)]
     learner, original = build_ours(size, pairs=pairs, center=False), build_original(size)
     share_weights(original, learner)
-    longest = max(size.image_size**2 // 196 + len(s.question) + len(s.answer) for s in samples)
+    ours = [our_sample(sample, size) for sample in samples]
+    row_tokens = sum(len(sample["input_ids"]) for sample in ours)
     with torch.no_grad():
-        (packed,) = packed_batches(samples, size, num_samples * longest, 1)
+        (packed,) = batches_of_rows([ours], size, row_tokens, 1)
         (batch,) = original_batches(samples, size, num_samples)
         ours, theirs = learner(**packed), original(**batch)["metrics"]
     levels = [theirs[f"loss_aux_layer_{block + 1}"] for block, _ in pairs]
@@ -69,7 +76,8 @@ def losses_in_float32(size, num_samples=2):
 def compare_steps(size, args):
     """The row of samples a second."""
     ours, plain = getattr(torch, args.our_dtype), getattr(torch, args.baseline_dtype)
-    samples, rows = full_rows(size, args.row_tokens, args.rows, same_scale=args.scale == "pixels")
+    answers = ANSWER_TOKENS if args.questions == 1 else SHORT_ANSWER_TOKENS
+    samples, rows = full_rows(size, args.row_tokens, args.rows, args.scale == "pixels", answers, args.questions)
     packed = batches_of_rows(rows, size, args.row_tokens, args.rows_per_batch)
     padded = original_batches(samples, size, args.batch)
     contestants = {
@@ -80,15 +88,17 @@ def compare_steps(size, args):
         contestant.warm_up()
     times = alternate(contestants, args.rounds, warmups=0)
     found, num_tokens = medians(times), sum(len(sample["input_ids"]) for row in rows for sample in row)
+    num_questions = args.questions * len(samples)
+    what = "a caption each" if args.questions == 1 else f"{args.questions} questions each"
     return row(
-        f"train step, {args.size}, same {args.scale}, {args.our_dtype} against {args.baseline_dtype}",
-        len(samples) / found["ours"],
-        len(samples) / found["original"],
+        f"train step, {args.size}, {what}, same {args.scale}, {args.our_dtype} against {args.baseline_dtype}",
+        num_questions / found["ours"],
+        num_questions / found["original"],
         "samples/s",
         noise={name: spread(values) for name, values in times.items()},
-        num_samples=len(samples),
+        num_samples=num_questions,
         row_fill=num_tokens / args.row_tokens / args.rows,
-        tokens_per_sample=num_tokens / len(samples),
+        tokens_per_sample=num_tokens / num_questions,
     )
 
 
@@ -96,10 +106,11 @@ def main():
     parser = parser_of(__doc__)
     parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
     parser.add_argument("--scale", choices=("pixels", "tokens"), default="pixels", help="what pictures have alike")
-    parser.add_argument("--batch", type=int, default=4, help="pictures in a step of the original")
-    parser.add_argument("--row-tokens", type=int, default=1024, help="tokens of a row of ours")
+    parser.add_argument("--questions", type=int, default=1, help="to each picture; with 1 it has a caption")
+    parser.add_argument("--batch", type=int, default=4, help="samples in a step of the original")
+    parser.add_argument("--row-tokens", type=int, default=512, help="tokens of a row of ours")
     parser.add_argument("--rows", type=int, default=2, help="rows in a round")
-    parser.add_argument("--rows-per-batch", type=int, default=1)
+    parser.add_argument("--rows-per-batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--our-dtype", choices=("float32", "bfloat16"), default=default_dtype())
     plain = "bfloat16" if torch.cuda.is_available() else "float32"
