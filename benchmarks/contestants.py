@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from vora import Teacher, VoraForConditionalGeneration, VoraImageProcessor, attach_vision_lora
 from vora.data.packing import collate_rows, next_row, share_prefixes
+from vora.data.stream import WAITING
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
 from vora.train.pace import cpu_dtype
@@ -25,6 +26,7 @@ PATCH = 14
 PICTURE_SIZES = ((640, 480), (480, 640), (500, 375), (1280, 720), (600, 600), (375, 500), (1024, 683), (720, 1280))
 ANSWER_TOKENS = (20, 120)  # a caption
 QUESTION_TOKENS = (8, 24)
+NUM_EARLIER = 16  # rows of a stream before those that are measured
 
 
 @dataclass(frozen=True)
@@ -275,14 +277,19 @@ def our_sample(sample, size, same_scale=True, max_image_tokens=None):
 
 
 def full_rows(size, row_tokens, num_rows, same_scale=True, answer_tokens=ANSWER_TOKENS, num_turns=1):
-    """As many samples as fill some rows when there is a choice of more, as there is in a stream.
+    """As many samples as some rows of a stream hold, packed as the stream packs them.
+
+    The stream's first rows are its fullest, since it may choose among samples of every length; these come later.
 
     Returns:
         (list of `Sample`, list of `num_rows` lists of the same samples for `collate_rows`).
     """
-    samples = make_samples(40 * num_rows, size, answer_tokens, num_turns)
+    samples = make_samples(WAITING, size, answer_tokens, num_turns)
+    shortest = min(len(our_sample(sample, size, same_scale)["input_ids"]) for sample in samples)
+    count = WAITING + (NUM_EARLIER + num_rows) * (row_tokens // shortest + 1)
+    samples = make_samples(count, size, answer_tokens, num_turns)
     ours = [our_sample(sample, size, same_scale) for sample in samples]
-    chosen = _rows_of(ours, row_tokens)[:num_rows]
+    chosen = _rows_of(ours, row_tokens)[NUM_EARLIER : NUM_EARLIER + num_rows]
     return [samples[i] for row in chosen for i in row], [[ours[i] for i in row] for row in chosen]
 
 
@@ -290,7 +297,7 @@ def _rows_of(samples, row_tokens):
     """Indices of the samples of each row."""
     waiting, rows = list(range(len(samples))), []
     while waiting:
-        chosen = next_row([len(samples[index]["input_ids"]) for index in waiting], row_tokens)
+        chosen = next_row([len(samples[index]["input_ids"]) for index in waiting[:WAITING]], row_tokens)
         rows.append([waiting[place] for place in chosen])
         waiting = [index for place, index in enumerate(waiting) if place not in chosen]
     return rows

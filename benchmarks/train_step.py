@@ -6,9 +6,8 @@ bfloat16, as its recipe does. Ours packs the pictures without bars into rows, co
 computes in bfloat16 where that is faster. Both keep what trains in float32 and end each step with AdamW.
 
 By default each picture is as large as it is inside the square; with `--scale tokens` it fills as many tokens as the
-square has. The pictures are those that fill the rows of ours when it may choose among many, as in a stream. With
-`--questions` each has several short questions: a row each in the original, as in its data; ours lets them share the
-picture.
+square has. The pictures are those of some rows of ours, packed as in the middle of a stream. With `--questions` each
+has several short questions: a row each in the original, as in its data; ours lets them share the picture.
 
 Then a check in float32 on square pictures: `lm_loss` agrees, and so does the distillation loss once the pairing is
 equalised: the levels 1, 2, ... of the original (level 0 compares what enters the first blocks, which ours leaves out)
@@ -109,7 +108,7 @@ def main():
     parser.add_argument("--questions", type=int, default=1, help="to each picture; with 1 it has a caption")
     parser.add_argument("--batch", type=int, default=4, help="samples in a step of the original")
     parser.add_argument("--row-tokens", type=int, default=512, help="tokens of a row of ours")
-    parser.add_argument("--rows", type=int, default=2, help="rows in a round")
+    parser.add_argument("--rows", type=int, default=4, help="rows in a round")
     parser.add_argument("--rows-per-batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--our-dtype", choices=("float32", "bfloat16"), default=default_dtype())
