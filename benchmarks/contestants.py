@@ -139,7 +139,9 @@ def random_vora(size, dtype=torch.float32, attn="sdpa", patch_merge=1, seed=0):
 def build_ours(size, dtype=torch.float32, attn="sdpa", pairs=None, center=True):
     """A `VisionLearner` as stage 1 trains it: LoRA, eyes and heads in float32, the rest in `dtype`."""
     teacher = Teacher(random_vit(size, dtype))
-    student = attach_vision_lora(random_vora(size, dtype, attn), rank=size.rank, num_blocks=size.num_blocks)
+    vora = random_vora(size, dtype, attn)
+    with device():  # billions of values are drawn faster there
+        student = attach_vision_lora(vora, rank=size.rank, num_blocks=size.num_blocks)
     pairs = block_pairs(size.num_blocks, teacher.num_blocks) if pairs is None else pairs
     distillation = BlockwiseDistillation(pairs, size.llm["hidden_size"], teacher.hidden_size, center).to(device())
     learner = VisionLearner(student, VoraImageProcessor(patch_size=PATCH), teacher, distillation)
@@ -149,16 +151,18 @@ def build_ours(size, dtype=torch.float32, attn="sdpa", pairs=None, center=True):
 def build_original(size, dtype=torch.float32):
     """The original of the same size."""
     vit = random_vit(size, dtype)
-    model = OriginalVora(
-        random_llm(size, dtype),
-        width=768,
-        patch_size=PATCH,
-        image_size=size.image_size,
-        rank=size.rank,
-        num_blocks=size.num_blocks,
-        teacher=vit,
-        skip_cls="cls_token" in "".join(name for name, _ in vit.named_parameters()),
-    )
+    llm = random_llm(size, dtype)
+    with device():
+        model = OriginalVora(
+            llm,
+            width=768,
+            patch_size=PATCH,
+            image_size=size.image_size,
+            rank=size.rank,
+            num_blocks=size.num_blocks,
+            teacher=vit,
+            skip_cls="cls_token" in "".join(name for name, _ in vit.named_parameters()),
+        )
     model = in_float32(model.to(device())).train()
     model.aux_vision.eval()
     return model

@@ -36,12 +36,12 @@ else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
     part flex 60 benchmarks/flex.py
     part train_step 60 benchmarks/train_step.py --row-tokens 4096 --rows 4 --rows-per-batch 1 --batch 16
-    part train_step_flex 60 benchmarks/train_step.py --row-tokens 4096 --rows 4 --rows-per-batch 1 --batch 16 --attn flex_attention --no-check
-    part prefill_decode 45 benchmarks/prefill_decode.py
-    part mask 30 benchmarks/mask.py
-    part memory 75 benchmarks/memory.py --row-tokens 4096 --rows 1 --grow-tokens 256 1024 4096 --grow-batch
+    part train_step_flex 50 benchmarks/train_step.py --row-tokens 4096 --rows 4 --rows-per-batch 1 --batch 16 --attn flex_attention --no-check
+    part prefill_decode 40 benchmarks/prefill_decode.py
+    part mask 20 benchmarks/mask.py
+    part memory 110 benchmarks/memory.py --row-tokens 4096 --rows 1 --grow-tokens 256 1024 4096 --grow-batch
     part large_step 120 benchmarks/large_step.py --size qwen2.5-7b
-    part large_step_flex 80 benchmarks/large_step.py --size qwen2.5-7b --attn flex_attention --no-baseline --rounds 3
+    part large_step_flex 70 benchmarks/large_step.py --size qwen2.5-7b --attn flex_attention --no-baseline --rounds 3
 fi
 echo "== $SECONDS s, $failed parts failed; figures in $out"
 exit $((failed > 0))
