@@ -19,6 +19,7 @@ from vora.data.packing import collate_rows, next_row, share_prefixes
 from vora.data.stream import WAITING
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
+from vora.model.attention import BY_STRETCH
 from vora.train.pace import cpu_dtype
 
 PATCH = 14
@@ -95,6 +96,11 @@ def device():
 def default_dtype():
     """bfloat16 on a GPU and where the processor multiplies it faster, else float32."""
     return "bfloat16" if torch.cuda.is_available() else cpu_dtype()
+
+
+def default_attention():
+    """What `vora train` uses: see `vora.model.attention.sdpa_by_stretch`."""
+    return "sdpa" if torch.cuda.is_available() else BY_STRETCH
 
 
 def random_llm(size, dtype=torch.float32, seed=0):

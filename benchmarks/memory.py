@@ -23,6 +23,7 @@ from contestants import (
     batches_of_rows,
     build_original,
     build_ours,
+    default_attention,
     default_dtype,
     full_rows,
     make_samples,
@@ -127,7 +128,7 @@ def main():
     parser.add_argument("--our-dtype", choices=("float32", "bfloat16"), default=default_dtype())
     plain = "bfloat16" if torch.cuda.is_available() else "float32"
     parser.add_argument("--baseline-dtype", choices=("float32", "bfloat16"), default=plain)
-    parser.add_argument("--attn", default="sdpa")
+    parser.add_argument("--attn", default=default_attention())
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--image-tokens", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=1, help=argparse.SUPPRESS)

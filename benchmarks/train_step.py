@@ -23,6 +23,7 @@ from contestants import (
     batches_of_rows,
     build_original,
     build_ours,
+    default_attention,
     default_dtype,
     full_rows,
     make_samples,
@@ -114,7 +115,7 @@ def main():
     parser.add_argument("--our-dtype", choices=("float32", "bfloat16"), default=default_dtype())
     plain = "bfloat16" if torch.cuda.is_available() else "float32"
     parser.add_argument("--baseline-dtype", choices=("float32", "bfloat16"), default=plain)
-    parser.add_argument("--attn", default="sdpa", help="attention of ours")
+    parser.add_argument("--attn", default=default_attention(), help="attention of ours")
     parser.add_argument("--no-check", action="store_true", help="leave out the losses in float32")
     args = arguments(parser)
     size = SIZES[args.size]

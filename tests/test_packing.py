@@ -10,6 +10,7 @@ from vora import VoraForConditionalGeneration, VoraProcessor
 from vora.data.packing import collate_rows, next_row, next_targets, sample_of_record, share_prefixes
 from vora.data.record import Record
 from vora.distill.learner import VisionLearner
+from vora.model.attention import BY_STRETCH, stretches
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
 
@@ -228,3 +229,36 @@ def test_a_sample_that_predicts_nothing_is_refused():
     silent = {"input_ids": np.array([4, 5]), "labels": np.array([-100, -100])}
     with pytest.raises(ValueError, match="All labels of 1 of its 2 conversations are masked"):
         share_prefixes([sample(*text(5)), silent])
+
+
+@FAMILIES
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_attention_by_stretch_is_attention_in_rows(family, checkpointed):
+    learner, found = learner_of(family), []
+    rows = [[share_prefixes(questions(0)), share_prefixes([sample(*text(9, 3))])], [share_prefixes(questions(1, 1))]]
+    batch = collate_rows(rows, 64, pad_token_id=0)
+    calls = []
+    for attention in ("sdpa", BY_STRETCH):
+        learner.vora.set_attn_implementation(attention)
+        if checkpointed:
+            learner.gradient_checkpointing_enable()
+        learner.train()
+        hook = learner.vora.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: calls.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+        losses = learner(**batch, num_items_in_batch=1)
+        found.append({"loss": losses["loss"].detach(), **gradients(learner, losses["loss"])})
+        hook.remove()
+    assert_same(found[1], found[0])
+    masks = [one if isinstance(one, torch.Tensor) else one["full_attention"] for one in calls]
+    assert not hasattr(masks[0], "stretches")
+    lengths = [[length for length, _ in row] for row in masks[1].stretches]
+    assert lengths == [
+        [len(one["input_ids"]) for one in row] + [64 - sum(len(o["input_ids"]) for o in row)] for row in rows
+    ]
+    assert [mask is None for _, mask in masks[1].stretches[0]] == [False, True, False]  # text alone is causal
+
+
+def test_stretches_are_the_trees_of_a_row():
+    seen_until = torch.tensor([[3, 1, 3, 3, 5, 5, 6, 7, 8], [8, 8, 8, 8, 8, 8, 8, 8, 8]])
+    assert stretches(seen_until) == [[(0, 4), (4, 2), (6, 3)], [(0, 9)]]

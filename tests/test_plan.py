@@ -101,7 +101,9 @@ def test_flops_of_stage_2(tmp_path):
     small_models(tmp_path)
     from vora import VoraForConditionalGeneration, VoraProcessor
 
-    VoraForConditionalGeneration.from_llm(str(tmp_path / "llm"), teacher=str(tmp_path / "vit")).save_pretrained(tmp_path)
+    VoraForConditionalGeneration.from_llm(str(tmp_path / "llm"), teacher=str(tmp_path / "vit")).save_pretrained(
+        tmp_path
+    )
     VoraProcessor.from_llm(str(tmp_path / "llm"), teacher=str(tmp_path / "vit")).save_pretrained(tmp_path)
     recipe = recipe_of(tmp_path, stage="finetune", model={"vora": str(tmp_path)}, teacher=None)
     learner = real_learner(recipe)

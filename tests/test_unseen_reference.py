@@ -29,7 +29,9 @@ CASES = {
 def original_of(family, depth=3, tied=False, teacher_depth=2, llm=None, dtype=torch.float32, **options):
     """A tiny original whose every tensor differs from its fresh value."""
     torch.manual_seed(3)
-    fields = tiny_llm(family).config.to_dict() | {"num_hidden_layers": depth, "tie_word_embeddings": tied} | (llm or {})
+    fields = (
+        tiny_llm(family).config.to_dict() | {"num_hidden_layers": depth, "tie_word_embeddings": tied} | (llm or {})
+    )
     fields = {k: v for k, v in fields.items() if k not in ("model_type", "layer_types", "dtype")}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
     shape = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": teacher_depth, "num_attention_heads": 3}

@@ -5,7 +5,11 @@ Dims: B rows, Q new tokens, K all tokens so far, N images.
 
 import torch
 from torch import nn
-from transformers.masking_utils import create_masks_for_generate
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_masks_for_generate, sdpa_mask
+
+BY_STRETCH = "sdpa_by_stretch"  # an attention implementation: see `sdpa_by_stretch`
 
 
 def image_blocks(is_image, image_grid_thw, patch_merge=1):
@@ -81,7 +85,7 @@ def attention_masks(config, inputs_embeds, attention_mask, past_key_values, posi
         def still_seen(batch, head, query, key):
             return query <= seen_until[batch, key]
 
-    return create_masks_for_generate(
+    masks = create_masks_for_generate(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
@@ -90,3 +94,64 @@ def attention_masks(config, inputs_embeds, attention_mask, past_key_values, posi
         and_mask_function=still_seen,
         block_sequence_ids=blocks,
     )
+    if seen_until is not None and config._attn_implementation == BY_STRETCH:
+        rows = stretches(seen_until)
+        for mask in masks.values() if isinstance(masks, dict) else [masks]:
+            mask.stretches = [
+                [(length, own_mask(mask[row, 0], start, length)) for start, length in one]
+                for row, one in enumerate(rows)
+            ]
+    return masks
+
+
+def stretches(seen_until):
+    """The stretches of packed rows that see nothing of each other: list of B lists of (start, length).
+
+    Places that only see themselves (padding) are gathered into one stretch.
+    """
+    found = []
+    for row in seen_until.cummax(-1).values.tolist():
+        starts = [0, *(place for place in range(1, len(row)) if row[place - 1] < place)]
+        lengths = [end - start for start, end in zip(starts, [*starts[1:], len(row)])]
+        one = []
+        for start, length in zip(starts, lengths):
+            if length == 1 and one and one[-1][2]:
+                one[-1] = (one[-1][0], one[-1][1] + 1, True)
+            else:
+                one.append((start, length, length == 1))
+        found.append([(start, length) for start, length, _ in one])
+    return found
+
+
+def own_mask(mask, start, length):
+    """A stretch's part bool[1, 1, L, L] of a row's mask bool[T, T], or None where it is causal."""
+    part = mask[start : start + length, start : start + length]
+    causal = torch.ones_like(part).tril()
+    return None if torch.equal(part, causal) else part[None, None].contiguous()
+
+
+def sdpa_by_stretch(module, query, key, value, attention_mask, **kwargs):
+    """`sdpa` on each stretch of a packed row by itself: on a processor, which computes what a mask forbids too, the
+    cost is that of the samples and not of the row's square. Without stretches it is `sdpa`.
+
+    Args:
+        query, key, value: float[B, heads, T, width of a head].
+        attention_mask: from `attention_masks`, with an attribute `stretches`: per row a list of (length, mask or None
+            where causal), which cover it in order.
+
+    Returns:
+        (float[B, T, heads, width of a head], None).
+    """
+    rows = getattr(attention_mask, "stretches", None)
+    if rows is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    outputs = []
+    for row, *states in zip(rows, query.split(1), key.split(1), value.split(1)):
+        parts = zip(row, *(state.split([length for length, _ in row], dim=2) for state in states))
+        seen = [sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0] for (_, mask), q, k, v in parts]
+        outputs.append(torch.cat(seen, dim=1))
+    return torch.cat(outputs), None
+
+
+AttentionInterface.register(BY_STRETCH, sdpa_by_stretch)
+AttentionMaskInterface.register(BY_STRETCH, sdpa_mask)

@@ -40,7 +40,8 @@ class PatchEmbedding(nn.Module):
                 f"pixel_values holds {pixel_values.shape[0]} patches but image_grid_thw describes {num_patches} "
                 f"in {len(grids)} images: pass both from one call of the image processor."
             )
-        tokens = self.norm(self.patch(pixel_values.to(self.patch.weight.dtype)))
+        # in the weights' precision also under autocast, whose half precision the norm has no fused kernel for
+        tokens = self.norm(self.patch(pixel_values.to(self.patch.weight.dtype)).to(self.position.dtype))
         return self.projection(merge_neighbours(tokens + self.positions(grids), grids, self.patch_merge).flatten(1))
 
     def positions(self, grids):

@@ -25,6 +25,7 @@ from vora.adapt.card import NOT_STATED, CardFacts, harmless, read_card, write_ca
 from vora.adapt.lora import is_unmerged, load_vision_lora, merge_vision_lora
 from vora.data.sources import load_source
 from vora.data.stream import PackedRows
+from vora.model.attention import BY_STRETCH
 from vora.model.processing_vora import VoraProcessor
 from vora.train.pace import steps_that_fit
 from vora.train.progress import ProgressCallback, draw_losses, read_log, write_report
@@ -99,6 +100,8 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
     sources = open_sources(recipe.data)
     torch.manual_seed(arguments.seed)
     learner, processor = build_learner(recipe)
+    if arguments.device.type == "cpu" and recipe.model.attn_implementation == "sdpa":
+        learner.vora.set_attn_implementation(BY_STRETCH)  # the same numbers, sooner
     refuse_long_rows(recipe, learner)
     rows = packed_rows(recipe, sources, processor, arguments, directory / "bad_samples.jsonl")
     if recipe.max_minutes is not None:
