@@ -15,12 +15,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from vora import Teacher, VoraForConditionalGeneration, VoraImageProcessor, attach_vision_lora
-from vora.data.packing import collate_rows, next_row, share_prefixes
+from vora.data.packing import collate_rows, next_row, places, share_prefixes
 from vora.data.stream import WAITING
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
 from vora.model.attention import BY_STRETCH
 from vora.train.pace import cpu_dtype
+from vora.train.trainer import ON_HOST
 
 PATCH = 14
 # width and height of what people photograph and download
@@ -316,11 +317,13 @@ def _rows_of(samples, row_tokens):
 def batches_of_rows(rows, size, row_tokens, rows_per_batch):
     starts = range(0, len(rows), rows_per_batch)
     pad = size.llm["pad_token_id"]
-    return [on_device(collate_rows(rows[start : start + rows_per_batch], row_tokens, pad)) for start in starts]
+    batches = [collate_rows(rows[start : start + rows_per_batch], row_tokens, pad) for start in starts]
+    return [on_device(batch | places(batch, image_token_id(size))) for batch in batches]
 
 
 def on_device(batch):
-    return {name: value.to(device()) for name, value in batch.items()}
+    """As the trainer: what only the host reads stays there."""
+    return {name: value if name in ON_HOST else value.to(device()) for name, value in batch.items()}
 
 
 def optimizer_of(model, fused):

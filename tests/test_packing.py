@@ -5,10 +5,13 @@ import pytest
 import torch
 from PIL import Image
 from tiny import GRID, IMAGE, PATCH, prompt, states_of_blocks, text, tiny_llm, tiny_vora
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import ViTConfig, ViTModel
 
-from vora import VoraForConditionalGeneration, VoraProcessor
-from vora.data.packing import collate_rows, next_row, next_targets, sample_of_record, share_prefixes
+from vora import Teacher, VoraForConditionalGeneration, VoraImageProcessor, VoraProcessor
+from vora.data.packing import collate_rows, next_row, next_targets, places, sample_of_record, share_prefixes
 from vora.data.record import Record
+from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
 from vora.model.attention import BY_STRETCH, stretches
 
@@ -262,3 +265,50 @@ def test_attention_by_stretch_is_attention_in_rows(family, checkpointed):
 def test_stretches_are_the_trees_of_a_row():
     seen_until = torch.tensor([[3, 1, 3, 3, 5, 5, 6, 7, 8], [8, 8, 8, 8, 8, 8, 8, 8, 8]])
     assert stretches(seen_until) == [[(0, 4), (4, 2), (6, 3)], [(0, 9)]]
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that make the host wait for a GPU: reading a number, or finding where a mask is true."""
+
+    NAMES = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name() if hasattr(function, "name") else str(function)
+        name = name.replace("::", ".").rsplit(".", 1)[0] if name.count(".") else name.replace("::", ".")
+        masked = name in ("aten.index", "aten.index_put", "aten.index_put_") and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in args[1]
+        )
+        if name in self.NAMES or masked:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_step_never_waits_for_the_device(family):
+    learner = learner_of(family)
+    config = ViTConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3, patch_size=PATCH
+    )
+    learner.set_teacher(Teacher(ViTModel(config, add_pooling_layer=False).requires_grad_(False)))
+    learner.image_processor = VoraImageProcessor(patch_size=PATCH)
+    learner.distillation = BlockwiseDistillation(block_pairs(3, 2), 32, 24)
+    batch = collate_rows([[share_prefixes(questions(0))], [share_prefixes(questions(1, 1))]], 64, pad_token_id=0)
+    told = batch | places(batch, IMAGE)
+    learner.train()
+    without = learner(**batch)["loss"]
+    with Waits() as waits:
+        losses = learner(**told)
+        losses["loss"].backward()
+    assert losses["loss"].item() == pytest.approx(without.item(), rel=1e-3) and {"lm_loss", "distill_loss"} < set(
+        losses
+    )
+    assert waits.found == []
+    with Waits() as waits:
+        learner(**batch)
+    assert len(waits.found) > 3
+    with pytest.raises(ValueError, match="image tokens"):
+        places({**batch, "image_grid_thw": batch["image_grid_thw"][:1]}, IMAGE)

@@ -6,6 +6,8 @@ Dims: B rows, T tokens of a row, P patches of all images, N images.
 import numpy as np
 import torch
 
+from vora.model.attention import image_blocks
+
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw")
 
 
@@ -172,3 +174,21 @@ def collate_rows(rows, row_tokens, pad_token_id):
         if with_images:
             batch[name] = np.concatenate([sample[name] for sample in with_images])
     return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def places(batch, image_token_id, patch_merge=1):
+    """What a step must know of a batch before it can go on, told by the processor, so that it never waits for a GPU.
+
+    Returns:
+        dict: label_places int[L] and, with images, image_places int[I], see `VisionLearner.forward`, and image_numbers
+        int[B, T], see `VoraModel.forward`.
+
+    Raises:
+        ValueError: image tokens and images do not match.
+    """
+    found = {"label_places": (batch["targets"] != -100).flatten().nonzero()[:, 0]}
+    if "image_grid_thw" in batch:
+        is_image = batch["input_ids"] == image_token_id
+        found["image_places"] = is_image.flatten().nonzero()[:, 0]
+        found["image_numbers"] = image_blocks(is_image, batch["image_grid_thw"], patch_merge)
+    return found

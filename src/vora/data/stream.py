@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vora.data.order import Mixture, SourceOrder
-from vora.data.packing import collate_rows, image_only, next_row, sample_of_record
+from vora.data.packing import collate_rows, image_only, next_row, places, sample_of_record
 
 CHUNK_SAMPLES = 32
 WAITING = 48  # samples among which rows are filled; more would pack tighter and read further ahead
@@ -318,7 +318,9 @@ class PackedRows:
         """Rows to a batch of `VisionLearner.forward`."""
         tokenizer = self.maker.processor.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return collate_rows(rows, self.row_tokens, pad)
+        batch = collate_rows(rows, self.row_tokens, pad)
+        processor = self.maker.processor
+        return batch | places(batch, processor.image_token_id, processor.image_processor.patch_merge)
 
     def _report(self, name, error):
         """Count a bad sample and name it, once; stop if there are too many."""

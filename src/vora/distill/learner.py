@@ -49,7 +49,7 @@ class VisionLearner(nn.Module):
         return self.vora.config
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
-        """Keep only what enters each block, and compute the rest again in the backward pass; the Trainer asks for it."""
+        """Keep only what enters each block and compute the rest again when gradients are; the Trainer asks for it."""
         how = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
         self.vora.model.language_model.gradient_checkpointing_enable(how, **kwargs)
 
@@ -67,6 +67,8 @@ class VisionLearner(nn.Module):
         targets,
         pixel_values=None,
         image_grid_thw=None,
+        label_places=None,
+        image_places=None,
         num_samples=None,
         num_items_in_batch=None,
         num_micro_batches=1,
@@ -77,6 +79,8 @@ class VisionLearner(nn.Module):
         Args:
             targets: int[B, T], the token that each place should predict, -100 where masked.
             pixel_values, image_grid_thw, inputs: as for `VoraModel.forward`.
+            label_places, image_places: int[L] and int[I], where in the flattened rows something is to be predicted
+                and where image tokens are, if that is known (`vora.data.packing.places`): then no GPU is waited for.
             num_samples: of the batch; for who counts, not used here.
             num_items_in_batch: label tokens of the whole optimizer step, by which `lm_loss` is divided.
             num_micro_batches: of the step, by which `distill_loss` is divided in `loss`.
@@ -86,33 +90,37 @@ class VisionLearner(nn.Module):
             float[pairs]. Without targets only the paired blocks run: what lies above them would learn nothing.
         """
         images = {} if pixel_values is None else {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
-        predicts = bool((targets != -100).any())
+        if label_places is None:
+            label_places = (targets != -100).flatten().nonzero()[:, 0]
+        if image_places is None:
+            image_places = (inputs["input_ids"] == self.config.image_token_id).flatten().nonzero()[:, 0]
+        predicts, distills = len(label_places) > 0, self.teacher is not None and len(image_places) > 0
         losses, hidden_states = {"loss": 0.0}, None
-        with self.paired_states(inputs["input_ids"], stop_early=not predicts) as states:
+        with self.paired_states(distills, stop_early=not predicts) as states:
             try:
                 hidden_states = self.vora.model(**inputs, **images, use_cache=False).last_hidden_state
             except _EnoughBlocks:
                 pass
         if predicts or not states:  # with neither, lm_loss says that nothing could be learned
-            losses["lm_loss"] = self.vora.lm_loss(hidden_states, targets, num_items_in_batch)
+            losses["lm_loss"] = self.vora.lm_loss(hidden_states, targets, num_items_in_batch, label_places)
             losses["loss"] = losses["loss"] + losses["lm_loss"]
         if states:
-            is_image = inputs["input_ids"] == self.config.image_token_id
-            states = {block: hidden[is_image] for block, hidden in states.items()}
+            states = {block: hidden.flatten(0, 1)[image_places] for block, hidden in states.items()}
             losses["distill_loss"], losses["pair_losses"] = self.distillation(states, self.teach(**images))
             losses["loss"] = losses["loss"] + self.distill_weight / num_micro_batches * losses["distill_loss"]
         return losses
 
     @contextmanager
-    def paired_states(self, input_ids, stop_early):
-        """Collect the paired blocks' outputs while the student runs: {student block: float[B, T, D]}, empty without
-        images. Nothing is computed on them here: inside a checkpointed block it would be done once and missed later.
+    def paired_states(self, distills, stop_early):
+        """Collect the paired blocks' outputs while the student runs: {student block: float[B, T, D]}. Nothing is
+        computed on them here: inside a checkpointed block it would be done once and missed later.
 
         Args:
+            distills: whether there is something to distill; without, nothing is collected.
             stop_early: end the student's forward after the last paired block.
         """
         states, hooks = {}, []
-        if self.teacher is not None and (input_ids == self.config.image_token_id).any():
+        if distills:
             blocks, last = self.vora.model.blocks, max(student for student, _ in self.distillation.pairs)
             for student, _ in self.distillation.pairs:
                 keep = partial(_keep_states, states, student, stop_early and student == last)

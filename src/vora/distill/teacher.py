@@ -5,7 +5,7 @@ Dims: P patches of all images, C channels, p the student's patch side, D_t = the
 
 import inspect
 import json
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -94,7 +94,7 @@ class Teacher(nn.Module):
             for image in images
         ]
         pixels = torch.stack(resized)
-        mean, std = (pixels.new_tensor(v)[:, None, None] for v in (self.image_mean, self.image_std))
+        mean, std = (channels(tuple(v), pixels.device) for v in (self.image_mean, self.image_std))
         return (pixels - mean) / std
 
     def features_on_grid(self, pixels, grid, blocks):
@@ -177,9 +177,16 @@ def images_of_patches(pixel_values, grids, patch_size, image_mean, image_std):
     for (rows, columns), patches in zip(grids, pixel_values.split([r * c for r, c in grids])):
         patches = patches.float().view(rows, columns, -1, patch_size, patch_size)
         image = patches.permute(2, 0, 3, 1, 4).reshape(-1, rows * patch_size, columns * patch_size)
-        mean, std = (image.new_tensor(v)[:, None, None] for v in (image_mean, image_std))
+        mean, std = (channels(tuple(v), image.device) for v in (image_mean, image_std))
         images.append(image * std + mean)
     return images
+
+
+@lru_cache
+def channels(values, device):
+    """float[C, 1, 1], made once per device: to copy numbers to a GPU is to wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)[:, None, None]
 
 
 def _normalisation(name):

@@ -102,17 +102,20 @@ class VoraModel(VoraPreTrainedModel):
         inputs_embeds=None,
         pixel_values=None,
         image_grid_thw=None,
+        image_numbers=None,
         seen_until=None,
         **kwargs,
     ):
         """Hidden states of a batch of rows that mix text and images.
 
         Args:
-            input_ids: int[B, T] with `config.image_token_id` once per (merged) patch; or `inputs_embeds` float[B, T, D].
+            input_ids: int[B, T], `config.image_token_id` once per (merged) patch; or `inputs_embeds` float[B, T, D].
             attention_mask: int[B, T], 0 at padding; None for packed rows, whose `position_ids` restart.
             position_ids: int[B, T].
             pixel_values: float[P, C*p*p], normalised patches of all images, raster order, each flattened (C, p, p).
             image_grid_thw: int[N, 3], frames, patch rows, patch columns of each image.
+            image_numbers: int[B, T], what `image_blocks` makes of the grids, if that is known; otherwise a GPU is
+                waited for, to check that image tokens and images match.
             seen_until: int[B, T], see `attention_masks`.
 
         Raises:
@@ -128,7 +131,9 @@ class VoraModel(VoraPreTrainedModel):
         blocks = None
         if pixel_values is not None:
             is_image = self.image_token_mask(input_ids, inputs_embeds)
-            blocks = image_blocks(is_image, image_grid_thw, self.config.patch_merge)
+            blocks = image_numbers
+            if blocks is None:
+                blocks = image_blocks(is_image, image_grid_thw, self.config.patch_merge)
             image_tokens = self.get_image_features(pixel_values, image_grid_thw)
             inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], image_tokens.to(inputs_embeds))
             if self.config.image_attention == "causal":
@@ -319,26 +324,28 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             logits = torch.tanh(logits / cap) * cap
         return logits
 
-    def lm_loss(self, hidden_states, targets, num_items_in_batch=None):
+    def lm_loss(self, hidden_states, targets, num_items_in_batch=None, places=None):
         """Next-token cross-entropy; logits are made only where something is to be predicted.
 
         Args:
             hidden_states: float[B, T, D].
             targets: int[B, T], the token that each place should predict, -100 where masked.
             num_items_in_batch: label tokens to divide by (all micro-batches of a step); None: those present.
+            places: int[L], where in the flattened targets something is to be predicted, if that is known.
 
         Raises:
             ValueError: every target is masked, so nothing could be learned.
         """
-        wanted = targets != -100
-        if not wanted.any():
+        if places is None:
+            places = (targets != -100).flatten().nonzero()[:, 0]
+        if not len(places):
             raise ValueError(
                 f"All {targets.numel()} labels are masked (-100): there is nothing to predict. "
                 "Check that the chat template marks assistant turns and that rows are not truncated before them."
             )
-        logits = self.logits(hidden_states[wanted])
-        total = nn.functional.cross_entropy(logits.float(), targets[wanted], reduction="sum")
-        return total / (wanted.sum() if num_items_in_batch is None else num_items_in_batch)
+        logits = self.logits(hidden_states.flatten(0, 1)[places])
+        total = nn.functional.cross_entropy(logits.float(), targets.flatten()[places], reduction="sum")
+        return total / (len(places) if num_items_in_batch is None else num_items_in_batch)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(

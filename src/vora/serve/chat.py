@@ -35,7 +35,8 @@ def load_model(name, min_image_tokens=None, max_image_tokens=None):
         raise ValueError(f"Cannot load model {name}: {str(error).splitlines()[0]}") from None
     if config.model_type != "vora":
         raise ValueError(
-            f"{name} is a {config.model_type} model and has no eyes: train them with `vora train`, or name a VoRA model."
+            f"{name} is a {config.model_type} model and has no eyes: train them with `vora train`, or name a VoRA "
+            "model."
         )
     if (Path(name) / "adapter_config.json").exists() and not is_unmerged(name):
         raise ValueError(f"{name} holds an adapter without its LLM: merge it first with `vora merge RUN -o OUT`.")

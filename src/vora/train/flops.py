@@ -41,8 +41,8 @@ def row_flops(learner, row, recomputes=False):
         recomputes: blocks are computed again in the backward pass (activation checkpointing).
 
     Returns:
-        {part: FLOPs}: `student_forward` and `student_backward` (LLM, output layer, patch embedding), `lora`, `teacher`,
-        `heads`, `recomputation`, and their sum `total`.
+        {part: FLOPs}: `student_forward` and `student_backward` (LLM, output layer, patch embedding), `lora`,
+        `teacher`, `heads`, `recomputation`, and their sum `total`.
     """
     config, pairs = (
         learner.config.get_text_config(),

@@ -32,8 +32,8 @@ def step_memory(learner, row, num_rows, *, bf16=False, recomputes=False, accumul
         num_processes: with several and no sharding, DDP holds the gradients a second time in its buckets.
 
     Returns:
-        {part: bytes}, in which `total` is the sum of the others. `activations` and `loss` are zero when the optimizer's
-        update is the peak, `gradients` when they do not exist yet at the peak.
+        {part: bytes}, in which `total` is the sum of the others. `activations` and `loss` are zero when the
+        optimizer's update is the peak, `gradients` when they do not exist yet at the peak.
     """
     frozen, trained = weight_bytes(learner)
     num_trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)

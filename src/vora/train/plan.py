@@ -1,6 +1,7 @@
 """`vora plan`: what a recipe's run will need, before anything is fetched, rented or started."""
 
 import math
+import platform
 import time
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +23,8 @@ PICTURES_PER_SECOND = 150  # that one process decodes and cuts into patches (ben
 LINK_BETWEEN_MACHINES = 50e9  # bytes per second and GPU: one 400 Gb/s adapter each
 GPUS_PER_MACHINE = 8
 UTILIZATION = 0.4
+# Share of what a step makes and frees that glibc's heap keeps, without and with blocks computed again (docs/LOG.md)
+HEAP_KEEPS = {False: 0.35, True: 1.5}
 ROWS_FILLED = 0.98  # by samples of many lengths (docs/LOG.md)
 
 
@@ -98,8 +101,10 @@ def plan(recipe, device, num_devices=1, *, beside=None, utilization=UTILIZATION,
         num_processes=num_devices,
     )
     if device.name == "cpu":
-        memory["Python and its libraries"] = resident_bytes()
-        memory["total"] = memory.pop("total") + memory["Python and its libraries"]
+        memory |= held_by_process(memory, recomputes)
+        remarks.append(
+            "with MALLOC_MMAP_THRESHOLD_=131072 in the environment the heap keeps nothing, but steps take longer"
+        )
     parameters = parameter_counts(learner)
     steps, alone = settings["max_steps"], recipe.teacher.image_only_steps if recipe.teacher else 0
     times = step_seconds(flops["total"] * rows_per_step, tokens, recipe, device, num_devices, utilization, learner)
@@ -199,8 +204,8 @@ def tokens_of_budget(recipe, config, num_words, num_labels, remarks):
     per_image = sum(budget) / 2 if budget else recipe.model.max_image_tokens or side**2
     per_row = max(1.0, ROWS_FILLED * recipe.data.row_tokens / (per_image + num_words))
     remarks.append(
-        f"the data is not here: taken as one image of {per_image:,.0f} tokens and {num_words} of text in every sample, "
-        f"{num_labels} of them learned"
+        f"the data is not here: taken as one image of {per_image:,.0f} tokens and {num_words} of text in every "
+        f"sample, {num_labels} of them learned"
     )
     return {
         "counted_in": "budget",
@@ -295,6 +300,16 @@ def matmul_flops(device):
             seconds.append(time.perf_counter() - start)
         rates.append(2 * 1024**3 / min(seconds))
     return max(rates)
+
+
+def held_by_process(memory, recomputes):
+    """What a process holds beside its tensors: libraries, and what glibc's heap keeps of freed ones; the new total."""
+    moving = memory["activations"] + memory["loss"] + memory["gradients"]
+    parts = {
+        "Python and its libraries": resident_bytes(),
+        "kept by the heap": HEAP_KEEPS[recomputes] * moving if platform.system() == "Linux" else 0,
+    }
+    return parts | {"total": memory["total"] + sum(parts.values())}
 
 
 def resident_bytes():

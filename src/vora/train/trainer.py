@@ -16,6 +16,7 @@ from vora.adapt.lora import DISTILLATION_FILE
 from vora.data.stream import PackedBatches
 from vora.model.modeling_vora import VoraForConditionalGeneration
 
+ON_HOST = ("image_grid_thw", "num_samples")  # of a batch: sizes and counts
 DATA_FILE = "data_position_{}.json"  # one per process
 PART_MARKS = {"patch_embedding": "patch_embedding", "heads": "distillation.heads", "lora_b": "lora_B"}
 
@@ -50,6 +51,14 @@ class VoraTrainer(Trainer):
         batches = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._waited += time.monotonic() - start
         return batches
+
+    def _prepare_inputs(self, inputs):
+        """To the device, but for what only the host reads; a GPU is fed without being waited for."""
+        kept = {name: inputs[name] for name in ON_HOST if name in inputs}
+        moved = {name: tensor for name, tensor in inputs.items() if name not in kept}
+        if self.args.device.type == "cuda":
+            moved = {name: t.pin_memory().to(self.args.device, non_blocking=True) for name, t in moved.items()}
+        return super()._prepare_inputs(moved) | kept
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if num_items_in_batch is not None:
