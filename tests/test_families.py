@@ -455,3 +455,10 @@ def test_bfloat16_merges_in_float32():
     merged = merge_vision_lora(learner)
     assert torch.equal(merged.model.blocks[0].self_attn.q_proj.weight, expected)
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+
+
+@FAMILIES
+def test_a_static_cache_generates_the_same(family):
+    vora = tiny_vora(family)
+    inputs = prompt([*text(3), (2, 3, 0), *text(2)], [*text(5), (3, 3, 1), *text(4)])
+    assert torch.equal(generate(vora, inputs), generate(vora, inputs, cache_implementation="static"))

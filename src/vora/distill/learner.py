@@ -48,6 +48,11 @@ class VisionLearner(nn.Module):
     def config(self):
         return self.vora.config
 
+    @property
+    def _no_split_modules(self):
+        """What FSDP wraps one by one: the LLM's blocks."""
+        return self.vora.model._no_split_modules
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
         """Keep only what enters each block and compute the rest again when gradients are; the Trainer asks for it."""
         how = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})

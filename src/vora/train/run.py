@@ -31,7 +31,7 @@ from vora.train.pace import steps_that_fit
 from vora.train.progress import ProgressCallback, draw_losses, read_log, write_report
 from vora.train.recipe import load_recipe, save_recipe
 from vora.train.stages import build_learner, trainable_table
-from vora.train.trainer import VoraTrainer, load_student, save_student
+from vora.train.trainer import VoraTrainer, load_student
 from vora.train.watch import WatchCallback
 
 DEFAULTS = {
@@ -145,8 +145,8 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
             f"{stop.caught}: stopped and saved at step {trainer.state.global_step} of {arguments.max_steps}. "
             f"Go on with: vora train {directory / 'recipe.yaml'} --out {directory} --resume"
         )
+    trainer.save_model(directory / "final")  # on all processes, for each may hold a part
     if trainer.is_world_process_zero():
-        save_student(trainer.accelerator.unwrap_model(trainer.model), processor, directory / "final")
         write_run_card(directory / "final", directory, trainer.state.global_step)
         draw_losses(directory / "log.jsonl", directory / "loss.png")
         write_report(recipe, trainer, directory)

@@ -164,8 +164,9 @@ class VoraTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        save_student(self.accelerator.unwrap_model(self.model), self.processing_class, folder)
-        torch.save(self.args, folder / "training_args.bin")
+        save_student(self.accelerator.unwrap_model(self.model), self.processing_class, folder, state_dict)
+        if folder.name.startswith("checkpoint-"):
+            torch.save(self.args, folder / "training_args.bin")
 
     def take_up(self, checkpoint):
         """Stand where a checkpoint was saved, without a step."""
@@ -214,15 +215,28 @@ def refuse_non_finite(loss, step):
         )
 
 
-def save_student(learner, processor, folder):
-    """Write what was trained: the adapter and the distillation heads (stage 1), or the whole model (stage 2)."""
+def save_student(learner, processor, folder, state_dict=None):
+    """Write what was trained: the adapter and the distillation heads (stage 1), or the whole model (stage 2).
+
+    Args:
+        state_dict: of the learner, gathered, where FSDP has spread it over processes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    learner.student.save_pretrained(folder)
+    state = {} if state_dict is None else {"state_dict": part_of_state(state_dict, "student.")}
+    learner.student.save_pretrained(folder, **state)
     if isinstance(learner.student, PeftModel):
         learner.config.save_pretrained(folder)
     if learner.distillation is not None:
-        save_file(learner.distillation.state_dict(), folder / DISTILLATION_FILE)
+        heads = learner.distillation.state_dict()
+        if state_dict is not None:
+            heads = part_of_state(state_dict, "distillation.")
+        save_file({name: tensor.contiguous() for name, tensor in heads.items()}, folder / DISTILLATION_FILE)
     processor.save_pretrained(folder)
+
+
+def part_of_state(state_dict, prefix):
+    """The tensors of a state dict whose names begin so, without that beginning."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
 
 
 def load_student(learner, folder):
