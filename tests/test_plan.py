@@ -7,10 +7,10 @@ import pytest
 import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, ViTConfig, ViTModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, ViTConfig, ViTModel
 
 from vora.distill.teacher import Teacher
-from vora.train.flops import Row, layer_sizes, row_flops
+from vora.train.flops import Row, layer_sizes, row_flops, teacher_flops
 from vora.train.memory import Saved, step_memory, traced
 from vora.train.outline import SHAPES, config_of, outline
 from vora.train.plan import GPUS, plan
@@ -95,6 +95,28 @@ def test_flops_are_those_that_pytorch_counts(tmp_path, family, sections, checkpo
     counted = row_flops(learner, row, checkpointed)
     assert counted["total"] == pytest.approx(counter.get_total_flops(), rel=0.02)
     assert counted["recomputation"] > 0 if checkpointed else counted["recomputation"] == 0
+
+
+VIT = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 2, "patch_size": 8}
+TEACHERS = {
+    "clip_vision_model": {"intermediate_size": 96, "image_size": 48},
+    "siglip_vision_model": {"intermediate_size": 96, "image_size": 48},
+    "siglip2_vision_model": {"intermediate_size": 96, "num_patches": 36},
+    "dinov2": {"image_size": 48, "use_swiglu_ffn": True},
+    "dinov2_with_registers": {"image_size": 48},
+    "dinov3_vit": {"intermediate_size": 96, "image_size": 48, "num_register_tokens": 4},
+    "aimv2_vision_model": {"intermediate_size": 96, "image_size": 40},
+}
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+def test_flops_of_a_teacher(family):
+    vit = AutoModel.from_config(AutoConfig.for_model(family, **VIT, **TEACHERS[family]), attn_implementation="eager")
+    teacher, grid = Teacher(vit), (SIDE, SIDE)
+    images = [torch.rand(3, 8 * SIDE, 8 * SIDE)]
+    with FlopCounterMode(display=False) as counter:
+        teacher(images, [grid], [0, 1])
+    assert teacher_flops(teacher, SIDE**2) == pytest.approx(counter.get_total_flops(), rel=0.015)
 
 
 def test_flops_of_stage_2(tmp_path):
@@ -213,8 +235,6 @@ def test_shapes_have_the_published_sizes():
 
 
 def tiny_vit(config):
-    from transformers import AutoModel
-
     return AutoModel.from_config(config)
 
 
@@ -228,3 +248,17 @@ def test_what_cannot_be_planned_is_named(tmp_path, monkeypatch):
         plan(recipe_of(tmp_path, training={}), GPUS["l4"])
     with pytest.raises(ValueError, match="does not exist"):
         plan(recipe_of(tmp_path, stage="finetune", model={"vora": "none"}, teacher=None), GPUS["l4"])
+
+
+def test_odd_settings_are_planned_as_they_would_run(tmp_path):
+    small_models(tmp_path)
+    recipe, teacher = recipe_of(tmp_path), str(tmp_path / "vit")
+    assert "of 186 tokens does not fit a row of 112" in " ".join(plan(recipe, GPUS["l4"])["remarks"])
+    alone = recipe_of(tmp_path, teacher={"name": teacher, "image_only_steps": 1000})
+    assert 0 < plan(alone, GPUS["l4"])["hours"] <= plan(recipe, GPUS["l4"])["hours"]
+    every = {"max_steps": 10, "save_total_limit": None}
+    sizes = [
+        plan(recipe_of(tmp_path, training=every | {"save_steps": wanted}), GPUS["l4"])["disk_bytes"]["checkpoints"]
+        for wanted in (5, 0.5, 10)
+    ]
+    assert sizes[0] == sizes[1] == 2 * sizes[2]
