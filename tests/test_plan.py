@@ -13,7 +13,7 @@ from vora.distill.teacher import Teacher
 from vora.train.flops import Row, layer_sizes, row_flops, teacher_flops
 from vora.train.memory import Saved, step_memory, traced
 from vora.train.outline import SHAPES, config_of, outline
-from vora.train.plan import GPUS, plan
+from vora.train.plan import GPUS, plan, tokens_of_budget
 from vora.train.recipe import load_recipe
 from vora.train.stages import with_scaffolding
 
@@ -174,6 +174,7 @@ def test_every_recipe_stands_on_the_meta_device(path):
     recipe = load_recipe(path)
     learner, remarks = outline(recipe, path.parent)
     assert {p.device.type for p in learner.parameters()} == {"meta"}
+    assert tokens_of_budget(recipe, learner.config, 150, 100, [])["per_sample"] <= recipe.data.row_tokens
     assert bool(remarks) == (recipe.stage == "finetune")
     if recipe.stage == "pretrain":
         num_blocks = recipe.lora.num_blocks
