@@ -15,6 +15,7 @@ from vora.adapt.reference import import_reference, load_reference
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
 from vora.distill.teacher import Teacher
+from vora.train.run import merge_run
 
 CASES = {
     "deeper qwen2": {"family": "qwen2", "depth": 6, "num_blocks": 4, "teacher_depth": 4},
@@ -203,3 +204,10 @@ def test_a_merged_model_is_not_saved_over_its_adapter(tmp_path):
     model = merge_vision_lora(AutoModelForImageTextToText.from_pretrained(tmp_path / "out"))
     with pytest.raises(ValueError, match="holds an adapter"):
         model.save_pretrained(tmp_path / "out")
+
+
+def test_merging_keeps_the_squares_of_a_model_without_a_tokenizer(tmp_path):
+    save_original(original_of("qwen2"), tmp_path / "pretrain")
+    import_reference(tmp_path / "pretrain", tmp_path / "llm", tmp_path / "out")
+    _, processor = merge_run(tmp_path / "out")
+    assert processor.pad_to_square and processor.max_image_tokens == 9
