@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from vora import VoraImageProcessor
 from vora.adapt.lora import load_vision_lora, merge_vision_lora
-from vora.adapt.reference import import_reference, load_reference
+from vora.adapt.reference import CLIP_MEAN, CLIP_STD, import_reference, load_reference
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
 from vora.distill.teacher import Teacher
@@ -26,6 +26,7 @@ CASES = {
     "mlp of qwen3": {"family": "qwen3", "targets": ["self_attn.v_proj"]},
     "mistral": {"family": "mistral", "llm": {"sliding_window": None}},
     "larger patches": {"family": "qwen2", "patch_size": 7, "image_size": 35, "width": 44, "rank": 5},
+    "coarse norms": {"family": "qwen2", "llm": {"rms_norm_eps": 0.02}},
     "bfloat16": {"family": "qwen2", "dtype": torch.bfloat16},
 }
 
@@ -211,3 +212,16 @@ def test_merging_keeps_the_squares_of_a_model_without_a_tokenizer(tmp_path):
     import_reference(tmp_path / "pretrain", tmp_path / "llm", tmp_path / "out")
     _, processor = merge_run(tmp_path / "out")
     assert processor.pad_to_square and processor.max_image_tokens == 9
+    assert processor.image_mean == list(CLIP_MEAN) and processor.image_std == list(CLIP_STD)
+
+
+def test_the_checkpoints_mask_is_kept_and_no_answer_holds_a_picture(tmp_path):
+    save_original(original_of("qwen2"), tmp_path / "pretrain")
+    file = tmp_path / "pretrain" / "config.json"
+    for mask in ("causal", "bidirectional"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"vision_attention_mask": mask}))
+        import_reference(tmp_path / "pretrain", tmp_path / "llm", tmp_path / mask)
+        opened = [AutoModelForImageTextToText.from_pretrained(tmp_path / mask), load_vision_lora(tmp_path / mask)]
+        for model in opened:
+            assert model.config.image_attention == mask
+            assert model.generation_config.suppress_tokens == [model.config.image_token_id]
