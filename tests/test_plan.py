@@ -263,3 +263,50 @@ def test_odd_settings_are_planned_as_they_would_run(tmp_path):
         for wanted in (5, 0.5, 10)
     ]
     assert sizes[0] == sizes[1] == 2 * sizes[2]
+
+
+def test_flops_of_merged_patches(tmp_path):
+    small_models(tmp_path)
+    model = {"llm": str(tmp_path / "llm"), "attn_implementation": "eager", "patch_merge": 2}
+    learner = real_learner(recipe_of(tmp_path, model=model))
+    inputs = batch(learner.config)
+    image = [learner.config.image_token_id] * (SIDE // 2) ** 2
+    inputs["input_ids"] = torch.tensor([image + [7] * 10 + image + [8] * (NUM_TEXT - 10)])
+    inputs["targets"] = inputs["targets"][:, -inputs["input_ids"].shape[1] :]
+    with FlopCounterMode(display=False) as counter:
+        learner(**inputs)["loss"].backward()
+    counted = row_flops(learner, Row(len(image) * 2 + NUM_TEXT, 2, len(image), NUM_LABELS))
+    assert counted["total"] == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_memory_at_each_moment_of_a_step(tmp_path):
+    small_models(tmp_path)
+    learner, row = outline(recipe_of(tmp_path))[0], Row(112, 2, 36, 1)
+    at_first_block = step_memory(learner, row, 8, recomputes=True)
+    saved, one_block, _ = traced(learner, row, 8, False, True)
+    assert at_first_block["activations"] == saved + one_block and at_first_block["loss"] == 0
+    at_loss = [step_memory(learner, Row(112, 2, 36, 70), 16, accumulates=more) for more in (False, True)]
+    assert [parts["gradients"] for parts in at_loss] == [0, at_loss[0]["trained weights"]]
+    blocks = [sum(p.numel() * 4 for p in block.parameters()) for block in learner.vora.model.blocks]
+    assert step_memory(learner, row, 1, num_shards=2)["gathered blocks"] == 2 * max(blocks)
+
+
+def test_figures_of_a_plan_follow_from_each_other(tmp_path, monkeypatch):
+    small_models(tmp_path)
+    monkeypatch.setattr("vora.train.plan.PICTURES_PER_SECOND", 1e12)
+    training = {"max_steps": 10, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    data = {"sources": [{"path": "nowhere.jsonl"}], "row_tokens": 600}
+    found = plan(recipe_of(tmp_path, training=training, data=data), GPUS["l4"], 4)
+    trained, times = found["parameters"]["trained"], found["seconds_per_step"]
+    assert found["rows_per_step"] == 24 and found["tokens"]["samples_per_row"] > 3
+    assert found["samples_per_step"] == 24 * found["tokens"]["samples_per_row"]
+    work = found["flops_per_sample"]["total"] * found["samples_per_step"]
+    assert times["compute"] == pytest.approx(work / (4 * 121e12 * 0.4))
+    assert times["communication"] == pytest.approx(2 * 3 / 4 * 4 * trained / 25e9)
+    assert found["samples_per_second"] == pytest.approx(found["samples_per_step"] / max(times.values()))
+    assert found["disk_bytes"]["checkpoints"] == 12 * trained
+    sharded = plan(recipe_of(tmp_path, training=training | {"fsdp": "full_shard"}, data=data), GPUS["l4"], 4)
+    assert sharded["memory_bytes"]["optimizer"] == found["memory_bytes"]["optimizer"] / 4
+    alone, teacher = plan(recipe_of(tmp_path, data=data), GPUS["l4"]), {"name": str(tmp_path / "vit")}
+    first = plan(recipe_of(tmp_path, data=data, teacher=teacher | {"image_only_steps": 5}), GPUS["l4"])
+    assert alone["hours"] / 2 < first["hours"] < alone["hours"]
