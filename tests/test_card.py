@@ -268,6 +268,9 @@ def test_unmerged_imports_say_how_to_merge(saved, pages):
     (saved / "adapter_config.json").write_text("{}")
     text = write_card(saved, FACTS).read_text()
     assert FACTS.merge_command in text and "RUN" not in text
+    # from_pretrained opens such a folder, whose files are the whole model and the adapter
+    assert "do not run by themselves" not in text and "AutoModelForImageTextToText.from_pretrained" in text
+    assert "model code" in text
 
 
 def test_measured_figures_are_shown_with_their_commands(saved, pages):

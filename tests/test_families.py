@@ -457,8 +457,6 @@ def test_bfloat16_merges_in_float32():
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
 
 
-@FAMILIES
-def test_a_static_cache_generates_the_same(family):
-    vora = tiny_vora(family)
+def test_a_static_cache_generates_the_same(vora):
     inputs = prompt([*text(3), (2, 3, 0), *text(2)], [*text(5), (3, 3, 1), *text(4)])
     assert torch.equal(generate(vora, inputs), generate(vora, inputs, cache_implementation="static"))

@@ -86,7 +86,7 @@ def test_every_vora_command_in_the_readme_exists():
         line.strip() for fence in re.findall(r"```[a-z]*\n(.*?)```", README, flags=re.S) for line in fence.splitlines()
     ]
     commands = {
-        tuple(re.search(r"\bvora (\w+)(.*)", line).groups()) for line in lines if re.search(r"(^|&& )vora \w", line)
+        tuple(re.search(r"\bvora ([\w-]+)(.*)", line).groups()) for line in lines if re.search(r"(^|&& )vora \w", line)
     }
     assert {"quickstart", "train", "merge", "chat"} <= {verb for verb, _ in commands}
     for verb, rest in commands:

@@ -7,13 +7,13 @@ import pytest
 import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, ViTConfig, ViTModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, ViTConfig, ViTModel
 
 from vora.distill.teacher import Teacher
-from vora.train.flops import Row, layer_sizes, row_flops
+from vora.train.flops import Row, layer_sizes, row_flops, teacher_flops
 from vora.train.memory import Saved, step_memory, traced
 from vora.train.outline import SHAPES, config_of, outline
-from vora.train.plan import GPUS, plan
+from vora.train.plan import GPUS, plan, tokens_of_budget
 from vora.train.recipe import load_recipe
 from vora.train.stages import with_scaffolding
 
@@ -97,6 +97,28 @@ def test_flops_are_those_that_pytorch_counts(tmp_path, family, sections, checkpo
     assert counted["recomputation"] > 0 if checkpointed else counted["recomputation"] == 0
 
 
+VIT = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 2, "patch_size": 8}
+TEACHERS = {
+    "clip_vision_model": {"intermediate_size": 96, "image_size": 48},
+    "siglip_vision_model": {"intermediate_size": 96, "image_size": 48},
+    "siglip2_vision_model": {"intermediate_size": 96, "num_patches": 36},
+    "dinov2": {"image_size": 48, "use_swiglu_ffn": True},
+    "dinov2_with_registers": {"image_size": 48},
+    "dinov3_vit": {"intermediate_size": 96, "image_size": 48, "num_register_tokens": 4},
+    "aimv2_vision_model": {"intermediate_size": 96, "image_size": 40},
+}
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+def test_flops_of_a_teacher(family):
+    vit = AutoModel.from_config(AutoConfig.for_model(family, **VIT, **TEACHERS[family]), attn_implementation="eager")
+    teacher, grid = Teacher(vit), (SIDE, SIDE)
+    images = [torch.rand(3, 8 * SIDE, 8 * SIDE)]
+    with FlopCounterMode(display=False) as counter:
+        teacher(images, [grid], [0, 1])
+    assert teacher_flops(teacher, SIDE**2) == pytest.approx(counter.get_total_flops(), rel=0.015)
+
+
 def test_flops_of_stage_2(tmp_path):
     small_models(tmp_path)
     from vora import VoraForConditionalGeneration, VoraProcessor
@@ -154,6 +176,7 @@ def test_every_recipe_stands_on_the_meta_device(path):
     recipe = load_recipe(path)
     learner, remarks = outline(recipe, path.parent)
     assert {p.device.type for p in learner.parameters()} == {"meta"}
+    assert tokens_of_budget(recipe, learner.config, 150, 100, [])["per_sample"] <= recipe.data.row_tokens
     assert bool(remarks) == (recipe.stage == "finetune")
     if recipe.stage == "pretrain":
         num_blocks = recipe.lora.num_blocks
@@ -215,8 +238,6 @@ def test_shapes_have_the_published_sizes():
 
 
 def tiny_vit(config):
-    from transformers import AutoModel
-
     return AutoModel.from_config(config)
 
 
@@ -230,3 +251,64 @@ def test_what_cannot_be_planned_is_named(tmp_path, monkeypatch):
         plan(recipe_of(tmp_path, training={}), GPUS["l4"])
     with pytest.raises(ValueError, match="does not exist"):
         plan(recipe_of(tmp_path, stage="finetune", model={"vora": "none"}, teacher=None), GPUS["l4"])
+
+
+def test_odd_settings_are_planned_as_they_would_run(tmp_path):
+    small_models(tmp_path)
+    recipe, teacher = recipe_of(tmp_path), str(tmp_path / "vit")
+    assert "of 186 tokens does not fit a row of 112" in " ".join(plan(recipe, GPUS["l4"])["remarks"])
+    alone = recipe_of(tmp_path, teacher={"name": teacher, "image_only_steps": 1000})
+    assert 0 < plan(alone, GPUS["l4"])["hours"] <= plan(recipe, GPUS["l4"])["hours"]
+    every = {"max_steps": 10, "save_total_limit": None}
+    sizes = [
+        plan(recipe_of(tmp_path, training=every | {"save_steps": wanted}), GPUS["l4"])["disk_bytes"]["checkpoints"]
+        for wanted in (5, 0.5, 10)
+    ]
+    assert sizes[0] == sizes[1] == 2 * sizes[2]
+
+
+def test_flops_of_merged_patches(tmp_path):
+    small_models(tmp_path)
+    model = {"llm": str(tmp_path / "llm"), "attn_implementation": "eager", "patch_merge": 2}
+    learner = real_learner(recipe_of(tmp_path, model=model))
+    inputs = batch(learner.config)
+    image = [learner.config.image_token_id] * (SIDE // 2) ** 2
+    inputs["input_ids"] = torch.tensor([image + [7] * 10 + image + [8] * (NUM_TEXT - 10)])
+    inputs["targets"] = inputs["targets"][:, -inputs["input_ids"].shape[1] :]
+    with FlopCounterMode(display=False) as counter:
+        learner(**inputs)["loss"].backward()
+    counted = row_flops(learner, Row(len(image) * 2 + NUM_TEXT, 2, len(image), NUM_LABELS))
+    assert counted["total"] == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_memory_at_each_moment_of_a_step(tmp_path):
+    small_models(tmp_path)
+    learner, row = outline(recipe_of(tmp_path))[0], Row(112, 2, 36, 1)
+    at_first_block = step_memory(learner, row, 8, recomputes=True)
+    saved, one_block, _ = traced(learner, row, 8, False, True)
+    assert at_first_block["activations"] == saved + one_block and at_first_block["loss"] == 0
+    at_loss = [step_memory(learner, Row(112, 2, 36, 70), 16, accumulates=more) for more in (False, True)]
+    assert [parts["gradients"] for parts in at_loss] == [0, at_loss[0]["trained weights"]]
+    blocks = [sum(p.numel() * 4 for p in block.parameters()) for block in learner.vora.model.blocks]
+    assert step_memory(learner, row, 1, num_shards=2)["gathered blocks"] == 2 * max(blocks)
+
+
+def test_figures_of_a_plan_follow_from_each_other(tmp_path, monkeypatch):
+    small_models(tmp_path)
+    monkeypatch.setattr("vora.train.plan.PICTURES_PER_SECOND", 1e12)
+    training = {"max_steps": 10, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    data = {"sources": [{"path": "nowhere.jsonl"}], "row_tokens": 600}
+    found = plan(recipe_of(tmp_path, training=training, data=data), GPUS["l4"], 4)
+    trained, times = found["parameters"]["trained"], found["seconds_per_step"]
+    assert found["rows_per_step"] == 24 and found["tokens"]["samples_per_row"] > 3
+    assert found["samples_per_step"] == 24 * found["tokens"]["samples_per_row"]
+    work = found["flops_per_sample"]["total"] * found["samples_per_step"]
+    assert times["compute"] == pytest.approx(work / (4 * 121e12 * 0.4))
+    assert times["communication"] == pytest.approx(2 * 3 / 4 * 4 * trained / 25e9)
+    assert found["samples_per_second"] == pytest.approx(found["samples_per_step"] / max(times.values()))
+    assert found["disk_bytes"]["checkpoints"] == 12 * trained
+    sharded = plan(recipe_of(tmp_path, training=training | {"fsdp": "full_shard"}, data=data), GPUS["l4"], 4)
+    assert sharded["memory_bytes"]["optimizer"] == found["memory_bytes"]["optimizer"] / 4
+    alone, teacher = plan(recipe_of(tmp_path, data=data), GPUS["l4"]), {"name": str(tmp_path / "vit")}
+    first = plan(recipe_of(tmp_path, data=data, teacher=teacher | {"image_only_steps": 5}), GPUS["l4"])
+    assert alone["hours"] / 2 < first["hours"] < alone["hours"]

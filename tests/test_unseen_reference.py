@@ -1,5 +1,7 @@
 """Checkpoints that nobody has seen: other shapes, depths, LLMs and teachers, made by the original in our own words."""
 
+import json
+
 import pytest
 import torch
 from original import IMAGE, OriginalVora, save_original
@@ -8,10 +10,12 @@ from tiny import tiny_llm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from vora import VoraImageProcessor
-from vora.adapt.reference import import_reference, load_reference
+from vora.adapt.lora import load_vision_lora, merge_vision_lora
+from vora.adapt.reference import CLIP_MEAN, CLIP_STD, import_reference, load_reference
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
 from vora.distill.teacher import Teacher
+from vora.train.run import merge_run
 
 CASES = {
     "deeper qwen2": {"family": "qwen2", "depth": 6, "num_blocks": 4, "teacher_depth": 4},
@@ -22,6 +26,7 @@ CASES = {
     "mlp of qwen3": {"family": "qwen3", "targets": ["self_attn.v_proj"]},
     "mistral": {"family": "mistral", "llm": {"sliding_window": None}},
     "larger patches": {"family": "qwen2", "patch_size": 7, "image_size": 35, "width": 44, "rank": 5},
+    "coarse norms": {"family": "qwen2", "llm": {"rms_norm_eps": 0.02}},
     "bfloat16": {"family": "qwen2", "dtype": torch.bfloat16},
 }
 
@@ -124,3 +129,101 @@ def test_tied_embeddings_under_either_name(tmp_path):
     model = load_reference(tmp_path / "pretrain", tmp_path / "llm").model
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert_same(load_reference(tmp_path / "pretrain", tmp_path / "llm").with_lora(), original)
+
+
+def rewritten(folder, change):
+    """Change the tensors of a checkpoint where it lies."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"lora": None, "vision_attention_mask": None}, {"lora": {"r": 3, "layers": None, "target_modules": None}}],
+)
+def test_a_configuration_may_say_nothing(tmp_path, fields):
+    original = original_of("qwen2")
+    save_original(original, tmp_path / "pretrain")
+    (tmp_path / "pretrain" / "config.json").write_text(json.dumps(fields))
+    assert_same(load_reference(tmp_path / "pretrain", tmp_path / "llm").with_lora(), original)
+
+
+def test_all_layers(tmp_path):
+    original = original_of("qwen2", num_blocks=3, teacher_depth=3)
+    save_original(original, tmp_path / "pretrain")
+    file = tmp_path / "pretrain" / "config.json"
+    fields = json.loads(file.read_text())
+    fields["lora"]["layers"] = "all"
+    file.write_text(json.dumps(fields))
+    assert_same(load_reference(tmp_path / "pretrain", tmp_path / "llm").with_lora(), original)
+    rewritten(tmp_path / "pretrain", lambda tensors: tensors.pop("llm.model.layers.2.mlp.up_proj.bias"))
+    with pytest.raises(ValueError, match="1 of 56 tensors are missing, such as .*layers.2.mlp.up_proj.bias"):
+        load_reference(tmp_path / "pretrain", tmp_path / "llm")
+
+
+def test_tied_embeddings_that_differ_are_refused(tmp_path):
+    original = original_of("qwen2", tied=True)
+    save_original(original, tmp_path / "pretrain")
+    head = original.llm.lm_head.weight.detach()
+    rewritten(tmp_path / "pretrain", lambda tensors: tensors.update({"llm.lm_head.weight": head.clone()}))
+    assert_same(load_reference(tmp_path / "pretrain", tmp_path / "llm").with_lora(), original)
+    rewritten(tmp_path / "pretrain", lambda tensors: tensors.update({"llm.lm_head.weight": head + 1}))
+    with pytest.raises(ValueError, match="set tie_word_embeddings to false"):
+        load_reference(tmp_path / "pretrain", tmp_path / "llm")
+
+
+@pytest.mark.parametrize("narrow", ["vision_embedding.", "llm."])
+@torch.no_grad()
+def test_of_two_precisions_the_wider_one_is_kept(tmp_path, narrow):
+    original = original_of("qwen2")
+    for name, parameter in original.named_parameters():
+        if name.startswith(narrow) and not name.endswith(".bias"):
+            parameter.data = parameter.bfloat16().float()
+    save_original(original, tmp_path / "pretrain")
+
+    def halve(tensors):
+        found = [name for name in tensors if name.startswith(narrow) and not name.endswith(".bias")]
+        tensors.update({name: tensors[name].bfloat16() for name in found})
+
+    rewritten(tmp_path / "pretrain", halve)
+    import_reference(tmp_path / "pretrain", tmp_path / "llm", tmp_path / "out")
+    assert_same(AutoModelForImageTextToText.from_pretrained(tmp_path / "out"), original)
+
+
+def test_a_merged_model_has_one_precision(tmp_path):
+    save_original(original_of("qwen2", dtype=torch.bfloat16), tmp_path / "pretrain")
+    import_reference(tmp_path / "pretrain", tmp_path / "llm", tmp_path / "now", merge=True)
+    import_reference(tmp_path / "pretrain", tmp_path / "llm", tmp_path / "unmerged")
+    merge_vision_lora(load_vision_lora(tmp_path / "unmerged")).save_pretrained(tmp_path / "later")
+    for folder in ("now", "later"):
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / folder)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_merged_model_is_not_saved_over_its_adapter(tmp_path):
+    save_original(original_of("qwen2"), tmp_path / "pretrain")
+    import_reference(tmp_path / "pretrain", tmp_path / "llm", tmp_path / "out")
+    model = merge_vision_lora(AutoModelForImageTextToText.from_pretrained(tmp_path / "out"))
+    with pytest.raises(ValueError, match="holds an adapter"):
+        model.save_pretrained(tmp_path / "out")
+
+
+def test_merging_keeps_the_squares_of_a_model_without_a_tokenizer(tmp_path):
+    save_original(original_of("qwen2"), tmp_path / "pretrain")
+    import_reference(tmp_path / "pretrain", tmp_path / "llm", tmp_path / "out")
+    _, processor = merge_run(tmp_path / "out")
+    assert processor.pad_to_square and processor.max_image_tokens == 9
+    assert processor.image_mean == list(CLIP_MEAN) and processor.image_std == list(CLIP_STD)
+
+
+def test_the_checkpoints_mask_is_kept_and_no_answer_holds_a_picture(tmp_path):
+    save_original(original_of("qwen2"), tmp_path / "pretrain")
+    file = tmp_path / "pretrain" / "config.json"
+    for mask in ("causal", "bidirectional"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"vision_attention_mask": mask}))
+        import_reference(tmp_path / "pretrain", tmp_path / "llm", tmp_path / mask)
+        opened = [AutoModelForImageTextToText.from_pretrained(tmp_path / mask), load_vision_lora(tmp_path / mask)]
+        for model in opened:
+            assert model.config.image_attention == mask
+            assert model.generation_config.suppress_tokens == [model.config.image_token_id]

@@ -128,7 +128,7 @@ def merge(
     write_run_card(out, run)
     if llm_out is not None:
         model.to_llm().save_pretrained(llm_out)
-        if processor is not None:
+        if hasattr(processor, "tokenizer"):
             processor.tokenizer.save_pretrained(llm_out)
         write_run_card(llm_out, run)
     console.print(f"Saved {out}. Ask it: vora chat IMAGE -m {out}")

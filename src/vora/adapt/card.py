@@ -71,6 +71,17 @@ This folder holds vision LoRA and a patch embedding, which do not run by themsel
 vora chat picture.png -m my-vora -q "What is this?"
 ```
 """
+LOAD_UNMERGED = (
+    LOAD_MODEL.rstrip()
+    + """
+
+Merged, which changes no answer, it runs faster:
+
+```
+{command}
+```
+"""
+)
 LOAD_RUN = """
 RUN is the run directory, in which this folder is called `final` and its recipe `recipe.yaml`. The recipe on this card
 has lost the folders of its paths: fill in where your copies are.
@@ -286,9 +297,10 @@ def _hub_page(name, repo_type):
 
 
 def _kind_of(folder):
-    """`adapter` (unmerged vision LoRA), `model` (all of it) or `llm` (the language part), by a folder's files."""
+    """By a folder's files: `adapter` (vision LoRA alone), `unmerged` (with the model beside it), `model` (all of it,
+    merged) or `llm` (the language part)."""
     if (folder / "adapter_config.json").exists():
-        return "adapter"
+        return "unmerged" if (folder / "config.json").exists() else "adapter"
     return "model" if json.loads((folder / "config.json").read_text())["model_type"] == "vora" else "llm"
 
 
@@ -301,7 +313,7 @@ def _front_matter(record, kind):
         front["base_model"] = record["base_llm"]
     front["pipeline_tag"] = "text-generation" if kind == "llm" else "image-text-to-text"
     front["library_name"] = "transformers"
-    front["tags"] = ["vora", "vision-as-lora"] + (["lora"] if kind == "adapter" else [])
+    front["tags"] = ["vora", "vision-as-lora"] + (["lora"] if kind in ("adapter", "unmerged") else [])
     datasets = [source["name"] for stage in record["stages"] for source in stage["data"]]
     if found := [name for name in dict.fromkeys(datasets) if is_hub_id(name)]:
         front["datasets"] = found
@@ -325,6 +337,12 @@ def _text(record, kind, facts):
             f"{llm} learned to see by the method of [Vision as LoRA](https://arxiv.org/abs/2503.20680); this is what "
             "it learned, kept apart from its weights.",
             LOAD_ADAPTER.format(command=facts.merge_command) + (LOAD_RUN if "RUN" in facts.merge_command else ""),
+        ),
+        "unmerged": (
+            f"# {name}, with sight in a vision LoRA, not merged yet",
+            f"{llm} that reads images without a vision encoder, by the method of "
+            "[Vision as LoRA](https://arxiv.org/abs/2503.20680): the whole model, and what it learned beside it.",
+            LOAD_UNMERGED.replace("{command}", facts.merge_command),
         ),
         "llm": (
             f"# {name}, language part of a VoRA model",
@@ -405,7 +423,7 @@ def _licences(record, kind):
         for part, name in parts
         if name not in ("none", "not stated")
     ]
-    if kind == "model":
+    if kind in ("model", "unmerged"):
         rows.append(["model code (`*.py`)", "`vora`", "apache-2.0"])
     recipes = [stage.get("recipe") or {} for stage in record["stages"]]
     starts = any((r.get("teacher") or {}).get("starts_eyes") and r["model"]["llm"] for r in recipes)

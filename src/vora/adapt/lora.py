@@ -98,7 +98,9 @@ def merge_vision_lora(model):
         merged[layer] = total
     for layer, weight in merged.items():
         layer.get_base_layer().weight.copy_(weight)
-    return model.unload() if isinstance(model, PeftModel) else _without_adapter(model)
+    model = model.unload() if isinstance(model, PeftModel) else _without_adapter(model)
+    model.model.patch_embedding.to(model.lm_head.weight.dtype)  # trained in fp32; saved models have one precision
+    return model
 
 
 def _without_adapter(model):

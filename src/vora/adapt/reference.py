@@ -9,6 +9,7 @@ Dims: D LLM width, D_v width of the patch embedding, p patch side, G side of the
 import json
 import re
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -118,7 +119,7 @@ def load_reference(checkpoint, llm):
     tensors = read_tensors(folder)
     llm_config = AutoConfig.from_pretrained(llm).get_text_config()
     parts = sort_tensors(tensors, folder)
-    dtype = parts["eyes"]["patch.weight"].dtype
+    dtype = widest_dtype(parts)
     text_config = text_config_with_biases(llm_config, {BIAS.fullmatch(name)[1] for name in parts["biases"]})
     position, patch = (parts["eyes"][name] for name in ("position", "patch.weight"))
     grid = round(position.shape[-2] ** 0.5)
@@ -132,7 +133,7 @@ def load_reference(checkpoint, llm):
         num_channels=patch.shape[1],
         vision_hidden_size=patch.shape[0],
         patch_norm_eps=getattr(llm_config, "rms_norm_eps", config.get("rms_norm_eps", 1e-5)),
-        image_attention=config.get("vision_attention_mask", "bidirectional"),
+        image_attention=config.get("vision_attention_mask") or "bidirectional",
         lm_head_bias="lm_head.bias" in parts["llm"],
         dtype=dtype,
     )
@@ -229,6 +230,12 @@ def sort_tensors(tensors, folder):
     return parts
 
 
+def widest_dtype(parts):
+    """The precision that holds every weight of the model exactly: trained parts may be wider than frozen ones."""
+    dtypes = [tensor.dtype for part in ("llm", "biases", "eyes") for tensor in parts[part].values()]
+    return reduce(torch.promote_types, dtypes)
+
+
 def text_config_with_biases(llm_config, kinds):
     """The configuration of a stock LLM that computes what the given one does and has the biases besides.
 
@@ -285,9 +292,9 @@ def needed_biases(llm_config, lora):
     with torch.device("meta"):
         own = AutoModel.from_config(llm_config).state_dict()
     names = {name for name in own if name.endswith("_proj.bias")}
-    layers = lora.get("layers", 0)
+    layers = lora.get("layers") or 0
     depth = layers if isinstance(layers, int) else llm_config.num_hidden_layers
-    names |= {f"layers.{i}.{target}.bias" for i in range(depth) for target in lora.get("target_modules", ())}
+    names |= {f"layers.{i}.{target}.bias" for i in range(depth) for target in lora.get("target_modules") or ()}
     return {f"model.language_model.{name}" for name in names}
 
 
@@ -310,6 +317,11 @@ def build_model(config, parts, needed, folder):
     words = "model.language_model.embed_tokens.weight"
     if config.tie_word_embeddings:  # files hold one of the two names
         tied = state.get("lm_head.weight", state.get(words))
+        if words in state and not torch.equal(tied, state[words]):
+            raise ValueError(
+                f"{folder} has an output layer that differs from its embeddings, but the LLM given ties the two: set "
+                "tie_word_embeddings to false in its config.json, so that both are kept."
+            )
         state |= {} if tied is None else {"lm_head.weight": tied, words: tied}
     dtype = config.dtype
     for name, tensor in wanted.items():

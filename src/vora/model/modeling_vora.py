@@ -4,6 +4,7 @@ Dims: B rows, T tokens, P patches, N images, D = LLM width, V = vocabulary, L = 
 """
 
 import copy
+import os
 
 import torch
 from torch import nn
@@ -41,9 +42,19 @@ class VoraPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As any model's; one that was opened with an adapter is saved whole, the adapter beside it."""
+        """As any model's; one that was opened with an adapter is saved whole, the adapter beside it.
+
+        Raises:
+            ValueError: a model without adapter would be saved beside an old one, which `from_pretrained` would add.
+        """
+        has_adapter = getattr(self, "_hf_peft_config_loaded", False)
+        if not has_adapter and os.path.exists(os.path.join(save_directory, "adapter_config.json")):
+            raise ValueError(
+                f"{save_directory} holds an adapter, which would be added to this model whenever it is loaded: save to "
+                "another folder, or delete adapter_config.json first."
+            )
         super().save_pretrained(save_directory, **kwargs)
-        if not getattr(self, "_hf_peft_config_loaded", False):
+        if not has_adapter:
             return
         state = {}
         for name, tensor in self.state_dict().items():

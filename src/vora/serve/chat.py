@@ -46,8 +46,8 @@ def load_model(name, min_image_tokens=None, max_image_tokens=None):
         processor = VoraProcessor.from_pretrained(name)
     except (OSError, ValueError, TypeError):
         raise ValueError(
-            f"{name} has no tokenizer, so it cannot be asked anything: put its LLM's tokenizer files into it, or "
-            "import it again with an --llm folder that has them."
+            f"{name} has no tokenizer, so it cannot be asked anything: import it again with an --llm folder that has "
+            "its LLM's tokenizer files."
         ) from None
     processor.image_processor.set_budget(min_image_tokens, max_image_tokens)
     return model, processor

@@ -12,6 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+SPECIAL_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")  # beside a ViT's patches
+
 
 @dataclass
 class Row:
@@ -100,7 +102,9 @@ def teacher_flops(teacher, num_patches):
     """FLOPs of a teacher on one image of so many patches; one that cannot resample its positions sees its own grid."""
     if not teacher.takes_any_grid:
         num_patches = len(teacher.embedding.position)
-    num_tokens = num_patches + 1  # CLS
+    width, embeddings = teacher.hidden_size, teacher.vit.embeddings.named_parameters()
+    num_tokens = num_patches + sum(p.numel() // width for name, p in embeddings if name in SPECIAL_TOKENS)
     linear = sum(layer_sizes(block)[0] for block in teacher.blocks)
-    attention = 4 * num_tokens**2 * teacher.hidden_size * len(teacher.blocks)
-    return 2 * linear * num_tokens + attention + 2 * teacher.embedding.weight.numel() * num_patches
+    attention = 4 * num_tokens**2 * width * len(teacher.blocks)
+    pooling = 4 * num_tokens * width**2 if hasattr(teacher.vit, "head") else 0  # keys and values of SigLIP and AIMv2
+    return 2 * linear * num_tokens + attention + pooling + 2 * teacher.embedding.weight.numel() * num_patches

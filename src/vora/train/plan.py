@@ -106,7 +106,8 @@ def plan(recipe, device, num_devices=1, *, beside=None, utilization=UTILIZATION,
             "with MALLOC_MMAP_THRESHOLD_=131072 in the environment the heap keeps nothing, but steps take longer"
         )
     parameters = parameter_counts(learner)
-    steps, alone = settings["max_steps"], recipe.teacher.image_only_steps if recipe.teacher else 0
+    steps = settings["max_steps"]
+    alone = min(recipe.teacher.image_only_steps, steps) if recipe.teacher else 0
     times = step_seconds(flops["total"] * rows_per_step, tokens, recipe, device, num_devices, utilization, learner)
     seconds = max(times["compute"], times["communication"], times["data"])
     total = (steps - alone) * seconds
@@ -203,6 +204,11 @@ def tokens_of_budget(recipe, config, num_words, num_labels, remarks):
     side = config.image_size // (config.patch_size * config.patch_merge)
     per_image = sum(budget) / 2 if budget else recipe.model.max_image_tokens or side**2
     per_row = max(1.0, ROWS_FILLED * recipe.data.row_tokens / (per_image + num_words))
+    if per_image + num_words > recipe.data.row_tokens:
+        remarks.append(
+            f"a sample of {per_image + num_words:,.0f} tokens does not fit a row of {recipe.data.row_tokens:,}, and a "
+            "run would skip it: raise data.row_tokens, or lower model.max_image_tokens"
+        )
     remarks.append(
         f"the data is not here: taken as one image of {per_image:,.0f} tokens and {num_words} of text in every "
         f"sample, {num_labels} of them learned"
@@ -264,7 +270,9 @@ def disk_bytes(learner, settings, recipe):
     num_trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
     weights = sum(bytes_of(p) for p in learner.vora.parameters())
     lora = sum(bytes_of(p) for name, p in learner.named_parameters() if "lora_" in name)
-    kept = min(settings["save_total_limit"] or math.inf, max(1, settings["max_steps"] // settings["save_steps"]))
+    every, steps = settings["save_steps"], settings["max_steps"]
+    every = max(1, math.ceil(every * steps) if every < 1 else every)  # below 1 it is a share of the steps
+    kept = min(settings["save_total_limit"] or math.inf, max(1, steps // every))
     parts = {
         "checkpoints": kept * (trained + 8 * num_trained),
         "final": trained,

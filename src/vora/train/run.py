@@ -26,6 +26,7 @@ from vora.adapt.lora import is_unmerged, load_vision_lora, merge_vision_lora
 from vora.data.sources import load_source
 from vora.data.stream import PackedRows
 from vora.model.attention import BY_STRETCH
+from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.processing_vora import VoraProcessor
 from vora.train.pace import steps_that_fit
 from vora.train.progress import ProgressCallback, draw_losses, read_log, write_report
@@ -160,16 +161,19 @@ def merge_run(run_directory):
         run_directory: of `vora train`, or a folder with an unmerged model, such as `vora import-reference` writes.
 
     Returns:
-        (model, processor); the processor is None where an unmerged model has none.
+        (model, processor); of an unmerged model without a tokenizer the processor is its image part, or None.
 
     Raises:
         ValueError: the directory holds no run, or one that has no trained weights yet.
     """
     directory = Path(run_directory)
     if is_unmerged(directory):
-        has_processor = (directory / "processor_config.json").exists()
-        model = merge_vision_lora(load_vision_lora(directory))
-        return model.eval(), VoraProcessor.from_pretrained(directory) if has_processor else None
+        model, processor = merge_vision_lora(load_vision_lora(directory)), None
+        if (directory / "processor_config.json").exists():
+            processor = VoraProcessor.from_pretrained(directory)
+        elif (directory / "preprocessor_config.json").exists():
+            processor = VoraImageProcessor.from_pretrained(directory)
+        return model.eval(), processor
     if not (directory / "recipe.yaml").exists():
         raise ValueError(f"{directory} holds no recipe.yaml: it is no run directory of `vora train`.")
     folder = trained_folder(directory)

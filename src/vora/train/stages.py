@@ -50,7 +50,8 @@ def with_scaffolding(recipe, student, image_processor, teacher=None):
         if recipe.teacher is not None and recipe.teacher.weight == 0:
             teacher = None  # it only gave the eyes their start
         if teacher is not None:
-            pairs = block_pairs(num_blocks, teacher.num_blocks, recipe.teacher.spread, recipe.teacher.pairing)
+            taught = num_blocks if recipe.teacher.pairing == "outputs" else teacher.num_blocks
+            pairs = block_pairs(taught, teacher.num_blocks, recipe.teacher.spread, recipe.teacher.pairing)
             width = student.config.get_text_config().hidden_size
             distillation = BlockwiseDistillation(pairs, width, teacher.hidden_size, recipe.teacher.center)
             take_heads(distillation, recipe)
@@ -170,6 +171,8 @@ def lora_depth(recipe, student, teacher):
     if teacher is None:
         return num_blocks or depth
     limit = num_blocks or depth
+    if recipe.teacher.pairing != "outputs":
+        limit = depth  # the released code teaches blocks that have no LoRA too
     if teacher.num_blocks > limit and not recipe.teacher.spread:
         raise ValueError(
             f"The teacher has {teacher.num_blocks} blocks, but only {limit} of the LLM's {depth} would learn from it: "
