@@ -90,7 +90,7 @@ def test_logits_and_loss_are_the_released_codes(imported, kind):
 def test_losses_of_every_level_are_the_released_codes():
     reference, figures = load_reference(SHARED / "pretrain", SHARED / "llm"), expected("pretrain")[1]["losses"]
     teacher = Teacher.from_pretrained(SHARED / "teacher")
-    pairs = block_pairs(reference.num_blocks, teacher.num_blocks, pairing="hidden_states")
+    pairs = block_pairs(teacher.num_blocks, teacher.num_blocks, pairing="hidden_states")
     distillation = BlockwiseDistillation(pairs, 64, teacher.hidden_size, center=False)
     distillation.load_state_dict(reference.heads)
     looks = vora.VoraImageProcessor(image_mean=teacher.image_mean, image_std=teacher.image_std)

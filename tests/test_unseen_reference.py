@@ -25,6 +25,7 @@ CASES = {
     "tied llama": {"family": "llama", "tied": True},
     "mlp of qwen3": {"family": "qwen3", "targets": ["self_attn.v_proj"]},
     "mistral": {"family": "mistral", "llm": {"sliding_window": None}},
+    "teacher deeper than LoRA": {"family": "qwen2", "depth": 4, "num_blocks": 2, "teacher_depth": 3},
     "larger patches": {"family": "qwen2", "patch_size": 7, "image_size": 35, "width": 44, "rank": 5},
     "coarse norms": {"family": "qwen2", "llm": {"rms_norm_eps": 0.02}},
     "bfloat16": {"family": "qwen2", "dtype": torch.bfloat16},
@@ -99,7 +100,7 @@ def test_stage_1_and_merged(case, tmp_path):
     assert_same(AutoModelForImageTextToText.from_pretrained(tmp_path / "out"), original)
 
     teacher = Teacher.from_pretrained(tmp_path / "teacher")
-    pairs = block_pairs(reference.num_blocks, teacher.num_blocks, pairing="hidden_states")
+    pairs = block_pairs(teacher.num_blocks, teacher.num_blocks, pairing="hidden_states")
     width = reference.model.config.text_config.hidden_size
     distillation = BlockwiseDistillation(pairs, width, teacher.hidden_size, center=False)
     distillation.load_state_dict(reference.heads)
