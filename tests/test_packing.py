@@ -255,11 +255,30 @@ def test_attention_by_stretch_is_attention_in_rows(family, checkpointed):
     assert_same(found[1], found[0])
     masks = [one if isinstance(one, torch.Tensor) else one["full_attention"] for one in calls]
     assert not hasattr(masks[0], "stretches")
-    lengths = [[length for length, _ in row] for row in masks[1].stretches]
+    lengths = [[stretch.length for stretch in row] for row in masks[1].stretches]
     assert lengths == [
         [len(one["input_ids"]) for one in row] + [64 - sum(len(o["input_ids"]) for o in row)] for row in rows
     ]
-    assert [mask is None for _, mask in masks[1].stretches[0]] == [False, True, False]  # text alone is causal
+    assert [stretch.is_causal for stretch in masks[1].stretches[0]] == [False, True, False]  # text alone is causal
+
+
+@FAMILIES
+def test_attention_by_stretch_in_bf16_is_as_exact_as_sdpa(family):
+    """Both are compared with sdpa in float32."""
+    rows = [[share_prefixes(questions(0)), share_prefixes([sample(*text(9, 3))])], [share_prefixes(questions(1, 1))]]
+    batch, found = collate_rows(rows, 64, pad_token_id=0), {}
+    for name, attention, bf16 in (("exact", "sdpa", False), ("sdpa", "sdpa", True), ("ours", BY_STRETCH, True)):
+        learner = learner_of(family)
+        learner.vora.set_attn_implementation(attention)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = learner(**batch, num_items_in_batch=1)["loss"]
+        found[name] = gradients(learner, loss)
+
+    def distance(name):
+        parts = [(found[name][key] - exact).norm() / exact.norm() for key, exact in found["exact"].items()]
+        return torch.stack(parts).mean()
+
+    assert 0 < distance("ours") < 1.5 * distance("sdpa")
 
 
 def test_stretches_are_the_trees_of_a_row():

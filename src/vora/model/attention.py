@@ -98,7 +98,7 @@ def attention_masks(config, inputs_embeds, attention_mask, past_key_values, posi
         rows = stretches(seen_until)
         for mask in masks.values() if isinstance(masks, dict) else [masks]:
             mask.stretches = [
-                [(length, own_mask(mask[row, 0], start, length)) for start, length in one]
+                [Stretch(mask[row, 0, start : start + length, start : start + length]) for start, length in one]
                 for row, one in enumerate(rows)
             ]
     return masks
@@ -123,11 +123,25 @@ def stretches(seen_until):
     return found
 
 
-def own_mask(mask, start, length):
-    """A stretch's part bool[1, 1, L, L] of a row's mask bool[T, T], or None where it is causal."""
-    part = mask[start : start + length, start : start + length]
-    causal = torch.ones_like(part).tril()
-    return None if torch.equal(part, causal) else part[None, None].contiguous()
+class Stretch:
+    """A part of a packed row that sees nothing of the rest.
+
+    Args:
+        mask: bool[L, L], its part of the row's mask.
+    """
+
+    def __init__(self, mask):
+        self.length = len(mask)
+        self.is_causal = torch.equal(mask, torch.ones_like(mask).tril())
+        self.mask = mask[None, None].contiguous()
+        self._added = {}
+
+    def added(self, dtype):
+        """float[1, L, L] to add to scores, made once per step."""
+        if dtype not in self._added:
+            zeros = torch.zeros(self.mask.shape[1:], dtype=dtype)
+            self._added[dtype] = zeros.masked_fill(~self.mask[0], torch.finfo(dtype).min)
+        return self._added[dtype]
 
 
 def sdpa_by_stretch(module, query, key, value, attention_mask, **kwargs):
@@ -136,8 +150,8 @@ def sdpa_by_stretch(module, query, key, value, attention_mask, **kwargs):
 
     Args:
         query, key, value: float[B, heads, T, width of a head].
-        attention_mask: from `attention_masks`, with an attribute `stretches`: per row a list of (length, mask or None
-            where causal), which cover it in order.
+        attention_mask: from `attention_masks`, with an attribute `stretches`: per row a list of `Stretch`, which cover
+            it in order.
 
     Returns:
         (float[B, T, heads, width of a head], None).
@@ -147,10 +161,23 @@ def sdpa_by_stretch(module, query, key, value, attention_mask, **kwargs):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     outputs = []
     for row, *states in zip(rows, query.split(1), key.split(1), value.split(1)):
-        parts = zip(row, *(state.split([length for length, _ in row], dim=2) for state in states))
-        seen = [sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0] for (_, mask), q, k, v in parts]
-        outputs.append(torch.cat(seen, dim=1))
+        parts = zip(row, *(state.split([stretch.length for stretch in row], dim=2) for state in states))
+        outputs.append(torch.cat([_seen_in(module, *part, **kwargs) for part in parts], dim=1))
     return torch.cat(outputs), None
+
+
+def _seen_in(module, stretch, query, key, value, **kwargs):
+    """One stretch's attention, float[1, L, heads, width]."""
+    if query.dtype != torch.bfloat16 or kwargs.get("dropout"):
+        mask = None if stretch.is_causal else stretch.mask
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+    # In bf16 torch's kernel for processors takes two to three times as long as three plain products (docs/LOG.md)
+    groups = query.shape[1] // key.shape[1]
+    query, key, value = query[0], key[0].repeat_interleave(groups, 0), value[0].repeat_interleave(groups, 0)
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    mask = stretch.added(query.dtype).expand(len(query), -1, -1)
+    scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), value).transpose(0, 1)[None]
 
 
 AttentionInterface.register(BY_STRETCH, sdpa_by_stretch)
