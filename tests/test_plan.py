@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, ViTConfig, ViTModel
 
 from vora.distill.teacher import Teacher
+from vora.model.attention import BY_STRETCH
 from vora.train.flops import Row, layer_sizes, row_flops, teacher_flops
 from vora.train.memory import Saved, step_memory, traced
 from vora.train.outline import SHAPES, config_of, outline
@@ -159,6 +160,39 @@ def test_activations_are_those_that_autograd_saves(tmp_path, checkpointed, bf16)
     parts = step_memory(planned, row, 1, bf16=bf16, recomputes=checkpointed)
     assert parts["optimizer"] == 8 * trained and parts["trained weights"] == 4 * trained
     assert parts["total"] == pytest.approx(sum(size for part, size in parts.items() if part != "total"))
+
+
+def two_stretches(config):
+    """A row of two equal samples, neither of which sees the other."""
+    half = SIDE**2 + NUM_TEXT // 2
+    both = batch(config, 2 * (NUM_LABELS // 2))
+    ids = [config.image_token_id] * SIDE**2 + [7] * (NUM_TEXT // 2)
+    both["input_ids"] = torch.tensor([ids * 2])
+    both["targets"] = torch.full((1, 2 * half), -100)
+    for end in (half, 2 * half):
+        both["targets"][0, end - 1 - NUM_LABELS // 2 : end - 1] = 9
+    both["position_ids"] = torch.arange(half).repeat(2)[None]
+    both["seen_until"] = torch.tensor([[half - 1] * half + [2 * half - 1] * half])
+    return both
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_stretches_attend_and_save_by_themselves(tmp_path, bf16):
+    small_models(tmp_path)
+    recipe = recipe_of(tmp_path)
+    recipe.model.attn_implementation = "sdpa"
+    learner = real_learner(recipe)
+    learner.vora.set_attn_implementation(BY_STRETCH)
+    row = Row(2 * SIDE**2 + NUM_TEXT, 2, SIDE**2, 2 * (NUM_LABELS // 2), num_stretches=2)
+    with FlopCounterMode(display=False) as counter:
+        with Saved(learner) as saved, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            losses = learner(**two_stretches(learner.config))
+        losses["loss"].backward()
+    if bf16:  # sdpa of fp32 on processors is not in PyTorch's counter
+        assert row_flops(learner, row)["total"] == pytest.approx(counter.get_total_flops(), rel=0.02)
+    activations, _, loss = traced(outline(recipe)[0], row, 1, bf16, False)
+    logits_gradient = row.num_labels * 400 * (4 + (2 if bf16 else 4))
+    assert activations + loss - logits_gradient == pytest.approx(saved.num_bytes, rel=0.05)
 
 
 def test_memory_is_shared_out_over_devices(tmp_path):

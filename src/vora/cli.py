@@ -92,9 +92,10 @@ def plan(
 
     if gpu is not None and gpu.lower() not in GPUS:
         raise ValueError(f"--gpu {gpu} is unknown: choose among {', '.join(GPUS)}.")
-    device = device_at_hand() if gpu is None else GPUS[gpu.lower()]
+    read = load_recipe(recipe, overrides or ())
+    device = device_at_hand(bool(read.training.get("bf16"))) if gpu is None else GPUS[gpu.lower()]
     found = run(
-        load_recipe(recipe, overrides or ()),
+        read,
         device,
         num_gpus,
         beside=recipe.parent,

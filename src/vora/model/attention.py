@@ -128,11 +128,12 @@ class Stretch:
 
     Args:
         mask: bool[L, L], its part of the row's mask.
+        is_causal: whether that is causal, if it is known.
     """
 
-    def __init__(self, mask):
+    def __init__(self, mask, is_causal=None):
         self.length = len(mask)
-        self.is_causal = torch.equal(mask, torch.ones_like(mask).tril())
+        self.is_causal = torch.equal(mask, torch.ones_like(mask).tril()) if is_causal is None else is_causal
         self.mask = mask[None, None].contiguous()
         self._added = {}
 
@@ -168,14 +169,16 @@ def sdpa_by_stretch(module, query, key, value, attention_mask, **kwargs):
 
 def _seen_in(module, stretch, query, key, value, **kwargs):
     """One stretch's attention, float[1, L, heads, width]."""
-    if query.dtype != torch.bfloat16 or kwargs.get("dropout"):
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    if dtype != torch.bfloat16 or kwargs.get("dropout"):
         mask = None if stretch.is_causal else stretch.mask
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
     # In bf16 torch's kernel for processors takes two to three times as long as three plain products (docs/LOG.md)
     groups = query.shape[1] // key.shape[1]
-    query, key, value = query[0], key[0].repeat_interleave(groups, 0), value[0].repeat_interleave(groups, 0)
+    query, key, value = (states[0].to(dtype) for states in (query, key, value))
+    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    mask = stretch.added(query.dtype).expand(len(query), -1, -1)
+    mask = stretch.added(dtype).expand(len(query), -1, -1)
     scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale)
     return torch.bmm(scores.softmax(-1), value).transpose(0, 1)[None]
 

@@ -50,8 +50,8 @@ class VoraPreTrainedModel(PreTrainedModel):
         has_adapter = getattr(self, "_hf_peft_config_loaded", False)
         if not has_adapter and os.path.exists(os.path.join(save_directory, "adapter_config.json")):
             raise ValueError(
-                f"{save_directory} holds an adapter, which would be added to this model whenever it is loaded: save to "
-                "another folder, or delete adapter_config.json first."
+                f"{save_directory} holds an adapter, which would be added to this model whenever it is loaded: save "
+                "to another folder, or delete adapter_config.json first."
             )
         super().save_pretrained(save_directory, **kwargs)
         if not has_adapter:

@@ -1,7 +1,7 @@
 """What a training step computes, counted from the learner's own layers; agrees with PyTorch's FlopCounterMode.
 
 A multiply-add counts as two. Norms, activations and embeddings are left out, as that counter leaves them out.
-Attention counts every pair of places of a row, seen or masked, as dense kernels compute it.
+Attention counts every pair of places of a row (or stretch), seen or masked, as dense kernels compute it.
 
 Dims: T places of a row, I image tokens, D LLM width.
 """
@@ -23,12 +23,14 @@ class Row:
         num_tokens: places, padding included.
         num_images, tokens_per_image: images of the row (frames count as images).
         num_labels: places at which something is predicted; 0 in rows of pictures alone.
+        num_stretches: parts that attend by themselves (`sdpa_by_stretch`); 1 where attention is of the whole row.
     """
 
     num_tokens: float
     num_images: float
     tokens_per_image: float
     num_labels: float
+    num_stretches: float = 1
 
     @property
     def num_image_tokens(self):
@@ -54,7 +56,7 @@ def row_flops(learner, row, recomputes=False):
     if not row.num_labels and pairs:
         blocks = blocks[: max(student for student, _ in pairs) + 1]
     parts = dict.fromkeys(("student_forward", "student_backward", "lora", "teacher", "heads", "recomputation"), 0.0)
-    attention = 4 * row.num_tokens**2 * attention_width(config)
+    attention = 4 * row.num_tokens**2 / row.num_stretches * attention_width(config)
     for block in blocks:
         base, base_trained, lora = layer_sizes(block)
         parts["student_forward"] += 2 * base * row.num_tokens + attention

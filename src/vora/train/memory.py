@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vora.model.attention import BY_STRETCH, Stretch
+
 STATES_OF_OPTIMIZER = {"adamw": 2, "adam": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1, "lion": 1}
 
 
@@ -61,7 +63,8 @@ def traced(learner, row, num_rows, bf16, recomputes):
     """(bytes saved until the losses, bytes that one block saves, bytes held by the losses at their largest)."""
     fake = copy.deepcopy(learner)
     with FakeTensorMode():
-        take_storage(fake)
+        own = learner.vora.model.language_model.config._attn_implementation
+        take_storage(fake, BY_STRETCH if row.num_stretches > 1 else own)
         activations, one_block = saved_by_blocks(fake, row, num_rows, bf16, recomputes)
         activations += saved_by_eyes(fake, row, num_rows, bf16)
         return activations, one_block, held_by_losses(fake, row, num_rows, bf16)
@@ -81,8 +84,12 @@ def largest_block(learner):
     return max(sum(bytes_of(p) for p in block.parameters()) for block in learner.vora.model.blocks)
 
 
-def take_storage(learner):
-    """Have an outlined learner's tensors claim to be on the processor; to be called within a FakeTensorMode."""
+def take_storage(learner, attention):
+    """Have an outlined learner's tensors claim to be on the processor; to be called within a FakeTensorMode.
+
+    Args:
+        attention: the implementation that is traced.
+    """
     learner.set_teacher(None)
     for module in learner.modules():
         for name, parameter in module._parameters.items():
@@ -92,6 +99,7 @@ def take_storage(learner):
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    learner.vora.set_attn_implementation(attention)
     learner.train()
 
 
@@ -142,6 +150,14 @@ def saved_by_blocks(learner, row, num_rows, bf16, recomputes):
             lm.gradient_checkpointing_disable()
         embeds = torch.empty(num_rows, length, width, dtype=dtype, requires_grad=True)
         mask = torch.empty(num_rows, 1, length, length, dtype=torch.bool)
+        if row.num_stretches > 1:
+            count = round(row.num_stretches)
+            ends = [round((i + 1) * length / count) for i in range(count)]
+            lengths = [end - start for start, end in zip([0, *ends], ends)]
+            mask.stretches = [
+                [Stretch(torch.empty(n, n, dtype=torch.bool), is_causal=False) for n in lengths]
+                for _ in range(num_rows)
+            ]
         kinds = set(getattr(lm.config, "layer_types", None) or ())
         positions = torch.empty(num_rows, length, dtype=torch.long)
         with Saved(lm) as found, computing_in(bf16):

@@ -4,7 +4,6 @@ import math
 import platform
 import time
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -86,6 +85,8 @@ def plan(recipe, device, num_devices=1, *, beside=None, utilization=UTILIZATION,
     rows_per_device = settings["per_device_train_batch_size"]
     rows_per_step = rows_per_device * settings["gradient_accumulation_steps"] * num_devices
     row = Row(recipe.data.row_tokens, **{k: tokens[k] for k in ("num_images", "tokens_per_image", "num_labels")})
+    if device.name == "cpu" and recipe.model.attn_implementation == "sdpa":
+        row.num_stretches = max(1.0, tokens["samples_per_row"])  # see `vora.train.run.train`
     recomputes = bool(settings["gradient_checkpointing"])
     flops = row_flops(learner, row, recomputes)
     shards = num_devices if settings["fsdp"] else 1
@@ -243,7 +244,9 @@ def parameter_counts(learner):
 def pictures_alone(learner, recipe, row, recomputes):
     """FLOPs of a row in the first steps, which hold pictures alone."""
     num_images = row.num_tokens // max(row.tokens_per_image, 1)
-    return row_flops(learner, Row(row.num_tokens, num_images, row.tokens_per_image, 0), recomputes)["total"]
+    stretches = max(1.0, num_images if row.num_stretches > 1 else 1.0)
+    alone = Row(row.num_tokens, num_images, row.tokens_per_image, 0, stretches)
+    return row_flops(learner, alone, recomputes)["total"]
 
 
 def step_seconds(flops, tokens, recipe, device, num_devices, utilization, learner):
@@ -283,31 +286,30 @@ def disk_bytes(learner, settings, recipe):
     return parts | {"total": sum(parts.values())}
 
 
-def device_at_hand():
-    """The GPU of this machine, or its processor with a measured peak."""
+def device_at_hand(bf16=False):
+    """The GPU of this machine, or its processor with a measured peak.
+
+    Args:
+        bf16: whether training computes in bf16, which a processor may do faster or slower than fp32.
+    """
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
         known = next((gpu for key, gpu in GPUS.items() if gpu.name.split()[0] in found.name), None)
-        return Device(found.name, known.flops if known else matmul_flops("cuda"), found.total_memory)
+        return Device(found.name, known.flops if known else matmul_flops("cuda", torch.bfloat16), found.total_memory)
     pages = Path("/proc/meminfo")
     total = 1024 * int(pages.read_text().split()[1]) if pages.exists() else 16e9
-    return Device("cpu", matmul_flops("cpu"), total)
+    return Device("cpu", matmul_flops("cpu", torch.bfloat16 if bf16 else torch.float32), total)
 
 
-def matmul_flops(device):
-    """FLOP/s of this device's matrix products, the better of fp32 and bf16."""
-    rates = []
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.randn(1024, 1024, dtype=dtype, device=device), torch.randn(1024, 1024, device=device)
-        right = right.to(dtype)
-        seconds = []
-        for _ in islice(range(6), 6):
-            start = time.perf_counter()
-            product = left @ right
-            product[0, 0].item()
-            seconds.append(time.perf_counter() - start)
-        rates.append(2 * 1024**3 / min(seconds))
-    return max(rates)
+def matmul_flops(device, dtype):
+    """FLOP/s of this device's matrix products, the best of a few."""
+    left, right = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        (left @ right)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(seconds)
 
 
 def held_by_process(memory, recomputes):
