@@ -101,7 +101,8 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
     sources = open_sources(recipe.data)
     torch.manual_seed(arguments.seed)
     learner, processor = build_learner(recipe)
-    if arguments.device.type == "cpu" and recipe.model.attn_implementation == "sdpa":
+    by_stretch = recipe.model.attn_implementation == "sdpa" and not arguments.torch_compile  # lengths change each step
+    if arguments.device.type == "cpu" and by_stretch:
         learner.vora.set_attn_implementation(BY_STRETCH)  # the same numbers, sooner
     refuse_long_rows(recipe, learner)
     rows = packed_rows(recipe, sources, processor, arguments, directory / "bad_samples.jsonl")
