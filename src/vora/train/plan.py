@@ -15,7 +15,7 @@ from vora.train.flops import Row, row_flops
 from vora.train.memory import bytes_of, step_memory
 from vora.train.outline import outline
 from vora.train.preview import source_names
-from vora.train.run import open_sources, packed_rows, training_arguments
+from vora.train.run import DEFAULTS, open_sources, packed_rows, training_arguments
 from vora.train.stages import build_processor, trainable_counts
 
 PICTURES_PER_SECOND = 150  # that one process decodes and cuts into patches (benchmarks/data_loading.py)
@@ -146,8 +146,6 @@ def plan(recipe, device, num_devices=1, *, beside=None, utilization=UTILIZATION,
 
 def step_settings(recipe):
     """What of TrainingArguments decides on a step's cost, with our defaults and the Trainer's."""
-    from vora.train.run import DEFAULTS
-
     given = DEFAULTS | recipe.training
     training_arguments(
         recipe.model_copy(update={"training": {**given, "use_cpu": True, "bf16": False, "fsdp": None}}), "."
