@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
-from original import IMAGE, OriginalVora, save_original
+from original import IMAGE, OriginalVora, save_original, square_frame
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -228,3 +230,15 @@ def test_the_checkpoints_mask_is_kept_and_no_answer_holds_a_picture(tmp_path):
         for model in opened:
             assert model.config.image_attention == mask
             assert model.generation_config.suppress_tokens == [model.config.image_token_id]
+
+
+@pytest.mark.parametrize("size", [(30, 17), (17, 30), (8, 8), (200, 3)])
+def test_black_squares_are_the_originals(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    looks = {"patch_size": 4, "min_image_tokens": 9, "max_image_tokens": 9}
+    found = VoraImageProcessor(pad_to_square=True, **looks)(Image.fromarray(pixels), return_tensors="pt")
+    frame = square_frame(Image.fromarray(pixels), 12)
+    patches = frame.view(3, 3, 4, 3, 4).permute(1, 3, 0, 2, 4).reshape(9, -1)
+    assert found["image_grid_thw"].tolist() == [[1, 3, 3]]
+    assert (found["pixel_values"] - patches).abs().max() < 1e-5
+    assert VoraImageProcessor(pad_to_square=True, **looks).get_number_of_image_patches(*size) == 9
