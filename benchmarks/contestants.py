@@ -4,6 +4,7 @@ All weights are random, from configurations: nothing is fetched. Both contestant
 the same pictures and the same tokens of text.
 """
 
+import json
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -20,6 +21,7 @@ from vora.data.stream import WAITING
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
 from vora.model.attention import BY_STRETCH
+from vora.train.outline import SHAPES
 from vora.train.pace import cpu_dtype
 from vora.train.trainer import ON_HOST
 
@@ -42,6 +44,12 @@ class Size:
     num_blocks: int
 
 
+def fields_of(name):
+    """The fields of a configuration that vora ships, without what says how it is loaded."""
+    fields = json.loads((SHAPES / name / "config.json").read_text())
+    return {key: value for key, value in fields.items() if key not in ("architectures", "torch_dtype")}
+
+
 SIZES = {
     "toy": Size(
         llm=dict(
@@ -54,37 +62,22 @@ SIZES = {
         image_size=56, rank=4, num_blocks=2,
     ),
     "smollm2-135m": Size(
-        llm=dict(
-            model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-            num_attention_heads=9, num_key_value_heads=3, rms_norm_eps=1e-5, pad_token_id=2, rope_theta=100000.0,
-            max_position_embeddings=8192, tie_word_embeddings=True,
-        ),
+        llm=fields_of("HuggingFaceTB/SmolLM2-135M-Instruct"),
         teacher=dict(  # ViT-Tiny
             model_type="vit", hidden_size=192, intermediate_size=768, num_hidden_layers=12, num_attention_heads=3,
         ),
         image_size=224, rank=64, num_blocks=12,
     ),
     "smollm2-360m": Size(
-        llm=dict(
-            model_type="llama", vocab_size=49152, hidden_size=960, intermediate_size=2560, num_hidden_layers=32,
-            num_attention_heads=15, num_key_value_heads=5, rms_norm_eps=1e-5, pad_token_id=2, rope_theta=100000.0,
-            max_position_embeddings=8192, tie_word_embeddings=True,
-        ),
+        llm=fields_of("HuggingFaceTB/SmolLM2-360M-Instruct"),
         teacher=dict(  # ViT-Small
             model_type="vit", hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6,
         ),
         image_size=224, rank=128, num_blocks=12,
     ),
     "qwen2.5-7b": Size(
-        llm=dict(
-            model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-            num_attention_heads=28, num_key_value_heads=4, rms_norm_eps=1e-6, pad_token_id=0, rope_theta=1000000.0,
-            max_position_embeddings=32768,
-        ),
-        teacher=dict(  # AIMv2-Huge
-            model_type="aimv2_vision_model", hidden_size=1536, intermediate_size=4096, num_hidden_layers=24,
-            num_attention_heads=12,
-        ),
+        llm=fields_of("Qwen/Qwen2.5-7B-Instruct") | {"pad_token_id": 0},
+        teacher=fields_of("apple/aimv2-huge-patch14-448"),
         image_size=448, rank=1024, num_blocks=24,
     ),
 }  # fmt: skip

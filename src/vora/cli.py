@@ -165,7 +165,9 @@ def import_reference(
         table.add_row(place, f"{count:,}", f"{size:,}")
     console.print(table)
     text_config = reference.model.config.text_config
-    console.print(f"Saved {out}: the text architecture is {text_config.model_type}. Ask it: vora chat IMAGE -m {out}")
+    has_words = (out / "processor_config.json").exists()
+    then = f"Ask it: vora chat IMAGE -m {out}" if has_words else "--llm has no tokenizer, so it cannot chat."
+    console.print(f"Saved {out}: the text architecture is {text_config.model_type}. {then}")
 
 
 @app.command()

@@ -109,11 +109,11 @@ def plan(recipe, device, num_devices=1, *, beside=None, utilization=UTILIZATION,
     parameters = parameter_counts(learner)
     steps = settings["max_steps"]
     alone = min(recipe.teacher.image_only_steps, steps) if recipe.teacher else 0
-    times = step_seconds(flops["total"] * rows_per_step, tokens, recipe, device, num_devices, utilization, learner)
+    times = step_seconds(flops["total"] * rows_per_step, tokens, settings, device, num_devices, utilization, learner)
     seconds = max(times["compute"], times["communication"], times["data"])
     total = (steps - alone) * seconds
     if alone:
-        share = pictures_alone(learner, recipe, row, recomputes) / flops["total"]
+        share = pictures_alone(learner, row, recomputes) / flops["total"]
         total += alone * max(share * times["compute"], times["communication"], times["data"])
         remarks.append(f"the first {alone:,} steps distill pictures alone, at {share:.0%} of a step's FLOPs")
     samples_per_step = rows_per_step * tokens["samples_per_row"]
@@ -160,6 +160,7 @@ def step_settings(recipe):
         "fsdp": given.get("fsdp"),
         "save_total_limit": given.get("save_total_limit"),
         "save_steps": given["save_steps"],
+        "dataloader_num_workers": given.get("dataloader_num_workers", 0),
     }
 
 
@@ -239,7 +240,7 @@ def parameter_counts(learner):
     }
 
 
-def pictures_alone(learner, recipe, row, recomputes):
+def pictures_alone(learner, row, recomputes):
     """FLOPs of a row in the first steps, which hold pictures alone."""
     num_images = row.num_tokens // max(row.tokens_per_image, 1)
     stretches = max(1.0, num_images if row.num_stretches > 1 else 1.0)
@@ -247,17 +248,16 @@ def pictures_alone(learner, recipe, row, recomputes):
     return row_flops(learner, alone, recomputes)["total"]
 
 
-def step_seconds(flops, tokens, recipe, device, num_devices, utilization, learner):
+def step_seconds(flops, tokens, settings, device, num_devices, utilization, learner):
     """Seconds of a step by what could bound it: compute, gradients sent around, pictures read."""
     compute = flops / (num_devices * device.flops * utilization)
     trained = sum(bytes_of(p) for p in learner.parameters() if p.requires_grad)
     link = device.link if num_devices <= GPUS_PER_MACHINE else LINK_BETWEEN_MACHINES
     sent = 2 * (num_devices - 1) / num_devices * trained
-    if recipe.training.get("fsdp"):
+    if settings["fsdp"]:
         sent *= 1.5  # weights are gathered twice and gradients scattered once
-    given = recipe.training
-    rows = given.get("per_device_train_batch_size", 4) * given.get("gradient_accumulation_steps", 1)
-    readers = max(1, given.get("dataloader_num_workers", 0))
+    rows = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    readers = max(1, settings["dataloader_num_workers"])
     return {
         "compute": compute,
         "communication": sent / link,
