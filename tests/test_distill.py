@@ -10,11 +10,12 @@ from tiny import GRID, IMAGE, PATCH, SHAPE, prompt, states_of_blocks, text, tiny
 from transformers import AutoConfig, AutoModel
 
 from vora import Teacher, VoraForConditionalGeneration, VoraImageProcessor, attach_vision_lora, merge_vision_lora
-from vora.distill.blockwise import BlockwiseDistillation, block_pairs
+from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
 from vora.distill.teacher import images_of_patches, resample_features
 
 SIDE = PATCH * GRID
+ONE = pytest.mark.parametrize("kind", ["vit"], indirect=True)
 TINY = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 3}
 TINY["patch_size"] = PATCH
 SIZED = {**TINY, "image_size": SIDE, "initializer_range": 0.2}
@@ -280,6 +281,47 @@ def test_the_running_mean_is_that_of_the_teachers_channels_and_is_subtracted():
     assert plain({0: common.expand(50, 8)}, {0: features})[0] < 0.01  # which is why the mean goes
 
 
+def test_standardized_channels_count_alike():
+    distillation = BlockwiseDistillation([(0, 0)], 8, 8, standardize=True).train()
+    perfect_heads(distillation)
+    scale, common = torch.tensor([300.0, 1, 1, 1, 1, 1, 1, 1]), 5.0  # one channel holds nearly all of the variance
+    batches = [scale * states(seed, tokens=400)[0] + common for seed in range(8)]
+    for batch in batches:
+        distillation({0: batch}, {0: batch})
+    torch.testing.assert_close(distillation.variance_0.sqrt(), scale, rtol=0.1, atol=0)
+    features = scale * states(9, tokens=400)[0] + common
+    first_alone = torch.zeros_like(features)
+    first_alone[:, 0] = features[:, 0] - common
+    centered = BlockwiseDistillation([(0, 0)], 8, 8)
+    perfect_heads(centered)
+    centered.mean_0.fill_(common)
+    assert centered.eval()({0: first_alone}, {0: features})[0] < 0.05  # the one channel is enough for a perfect score
+    assert distillation.eval()({0: first_alone}, {0: features})[0] > 0.5
+    perfect = (features - distillation.mean_0) / distillation.variance_0.sqrt()
+    assert distillation({0: perfect}, {0: features})[0] < 1e-4
+    with pytest.raises(ValueError, match="center"):
+        BlockwiseDistillation([(0, 0)], 8, 8, center=False, standardize=True)
+
+
+@ONE
+def test_the_summary_is_the_cls_token_at_every_token_of_its_own_image(learner_with_summary):
+    learner, inputs = learner_with_summary, batch()
+    taught = learner.teach(inputs["pixel_values"], inputs["image_grid_thw"])
+    sizes = inputs["image_grid_thw"].prod(-1).tolist()
+    first, second = taught[SUMMARY].split(sizes)
+    assert torch.equal(first, first[:1].expand_as(first)) and torch.equal(second, second[:1].expand_as(second))
+    assert not torch.equal(first[0], second[0])
+    grids, processor = [tuple(grid[1:]) for grid in inputs["image_grid_thw"].tolist()], learner.image_processor
+    pixels = images_of_patches(inputs["pixel_values"], grids, PATCH, processor.image_mean, processor.image_std)
+    pixels = learner.teacher.resize(pixels[:1], grids[0])
+    said = learner.teacher.vit(pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(first[0], said[0, 0])
+    losses = learner(**batch())
+    assert losses["pair_losses"].shape == (4,) and learner.distillation.pairs[-1] == (2, SUMMARY)
+    losses["loss"].backward()
+    assert learner.distillation.heads[SUMMARY][1].weight.grad.abs().sum() > 0
+
+
 # The student with its scaffolding
 
 
@@ -292,14 +334,19 @@ def learner(teacher):
     return VisionLearner(student, processor, teacher, distillation, distill_weight=0.5)
 
 
+@pytest.fixture
+def learner_with_summary(teacher):
+    student = attach_vision_lora(tiny_vora("llama"), rank=2)
+    pairs = [*block_pairs(3, 4), (2, SUMMARY)]
+    distillation = BlockwiseDistillation(pairs, SHAPE["hidden_size"], teacher.hidden_size, standardize=True)
+    return VisionLearner(student, VoraImageProcessor(patch_size=PATCH), teacher, distillation)
+
+
 def batch():
     inputs = prompt([*text(3), (2, 3, 0), (3, 3, 1), *text(4, 2)])
     inputs["targets"] = torch.cat([inputs["input_ids"][:, 1:], torch.full((1, 1), -100)], 1)
     inputs["targets"][:, :17] = -100
     return inputs
-
-
-ONE = pytest.mark.parametrize("kind", ["vit"], indirect=True)
 
 
 @ONE

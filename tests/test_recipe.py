@@ -72,3 +72,13 @@ def test_missing_file_is_refused():
 @pytest.mark.parametrize("path", sorted([*ROOT.glob("recipes/**/*.yaml"), *ROOT.glob("src/**/recipe.yaml")]), ids=str)
 def test_every_recipe_of_the_repository_loads(path):
     assert load_recipe(path).training["max_steps"] > 0
+
+
+def test_sources_start_in_the_data_folder(tmp_path):
+    recipe = {**GOOD, "data": {"folder": "pictures", "sources": [{"path": "a*.parquet"}, {"path": "/else/b.jsonl"}]}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "pictures").mkdir()
+    paths = [source.path for source in load_recipe(tmp_path / "recipe.yaml").data.sources]
+    assert paths == [str(tmp_path / "pictures" / "a*.parquet"), "/else/b.jsonl"]
+    moved = load_recipe(tmp_path / "recipe.yaml", [f"data.folder={tmp_path}"])
+    assert moved.data.sources[0].path == str(tmp_path / "a*.parquet")

@@ -16,6 +16,7 @@ from PIL import Image
 import vora
 from vora.data import sources
 from vora.data.packing import sample_of_record
+from vora.data.prompts import Prompts
 from vora.data.sources import JsonArray, load_source
 
 LAYOUTS = Path(__file__).parent / "layouts"
@@ -99,7 +100,7 @@ EXPECTED = {
 
 
 def opened(path, **options):
-    return load_source(str(path), caption_prompts=["Tell."], **options)
+    return load_source(str(path), prompts=Prompts(["Tell."]), **options)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -202,7 +203,7 @@ def test_a_json_list_is_read_in_small_parts(tmp_path, monkeypatch):
         ({"messages": [{"role": "assistant", "content": "hi"}]}, "no answer"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no answer"),
         ({"messages": ["x"]}, "not built as its layout"),
-        ({"image": "red.png", "label": 3}, "fit none of the layouts"),
+        ({"image": "red.png", "label": 3}, "no name of a class"),
         ({"image": {"bytes": None, "path": None}, "caption": "x"}, "images is empty"),
     ],
 )  # fmt: skip
@@ -348,3 +349,29 @@ def test_images_of_every_source_survive_a_second_reading(tmp_path):
     Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
     source = opened(LAYOUTS / "shard-000.tar")
     assert told(source[0]) == told(source[0]) == EXPECTED["shard-000.tar"][0]
+
+
+def picture_rows(folder, *rows):
+    Image.new("RGB", (8, 8)).save(folder / "0.png")
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"image": "0.png", **row}) + "\n" for row in rows))
+    return load_source(str(folder / "rows.jsonl"), prompts=Prompts(["Tell."], ["Which?"], ["So: {}"]))
+
+
+def test_labels_and_statements_get_their_prompts(tmp_path):
+    rows = [{"label": "tabby cat"}, {"sentence": "It is {red}.", "label": True}, {"sentence": "No.", "label": "False"}]
+    source = picture_rows(tmp_path, *rows)
+    spoken = [[message["content"] for message in record.conversations[0]] for record in source]
+    assert spoken == [["Which?", "tabby cat"], ["So: It is {red}.", "true"], ["So: No.", "false"]]
+
+
+def test_a_sentence_that_is_neither_true_nor_false_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="neither"):
+        picture_rows(tmp_path, {"sentence": "a", "label": "maybe"})
+
+
+@pytest.mark.parametrize(
+    ("lists", "cause"), [(dict(caption=[]), "0 caption"), (dict(statement=["True?"]), "needs one")]
+)
+def test_prompts_are_checked(lists, cause):
+    with pytest.raises(ValueError, match=cause):
+        Prompts(**lists)

@@ -14,7 +14,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 IMAGE_COLUMNS = ("image", "images", "frames", "video")
 TEXT_COLUMNS = (
     "messages", "conversations", "question", "answer", "questions", "answers", "caption", "captions",
-    "instruction", "input", "output", "texts", "text", "id",
+    "instruction", "input", "output", "texts", "text", "label", "sentence", "id",
 )  # fmt: skip
 COLUMNS = IMAGE_COLUMNS + TEXT_COLUMNS
 PLACE = re.compile(r"\n?<(?:image|video)>\n?")
@@ -95,25 +95,26 @@ def question_and_answer(question, answer):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def record_of_row(row, name, image_folder, caption_prompts):
+def record_of_row(row, name, image_folder, prompts):
     """A row of a file as a `Record`.
 
     Layouts: `messages`; `conversations` (LLaVA, VoRA: `from` and `value`, `<image>` in the text); `question(s)` and
-    `answer(s)`; `caption(s)`; `instruction`, `input` and `output` (Alpaca); `texts` (the Cauldron, FineVision: turns
-    of `user` and `assistant`); `text`: a caption beside an image, plain text to go on alone. Each with `image`,
-    `images`, `frames`, `video` or none; several frames for one place are a video.
+    `answer(s)`; `caption(s)`; `sentence` and `label` (true or false, as NLVR); `label`, the name of a class;
+    `instruction`, `input` and `output` (Alpaca); `texts` (the Cauldron, FineVision: turns of `user` and `assistant`);
+    `text`: a caption beside an image, plain text to go on alone. Each with `image`, `images`, `frames`, `video` or
+    none; several frames for one place are a video.
 
     Args:
         row: dict of columns.
         image_folder: where paths of images start.
-        caption_prompts: one is drawn for each caption, always the same.
+        prompts: a `Prompts`; one is drawn for each answer that comes without a question, always the same.
 
     Raises:
         ValueError: the row fits no layout, or what it holds is not as the layout says.
     """
     row = {key: value for key, value in row.items() if value is not None and (value or key not in IMAGE_COLUMNS)}
     images = [_located(image, image_folder) for image in _images_of(row)]
-    conversations, inline = _conversations_of(row, name, caption_prompts)
+    conversations, inline = _conversations_of(row, name, prompts)
     if inline and images:
         raise ValueError("It has images both in its messages and in a column of their own.")
     images = images or [_located(image, image_folder) for image in inline]
@@ -171,12 +172,14 @@ def _conversations_of(row, name, prompts):
                 raise ValueError(f"It has {len(asked)} questions, but {len(told)} answers.")
             return [_checked(question_and_answer(_text(q), _text(a))) for q, a in zip(asked, told)], []
     has_image = any(column in row for column in IMAGE_COLUMNS)
+    draw = random.Random(Path(name).name)  # the same wherever the file lies
     captions = row.get("captions", row.get("caption", row.get("text") if has_image else None))
     if captions is not None and not has_image:
         raise ValueError("It has a caption, but no image.")
     if captions is not None:
-        draw = random.Random(Path(name).name)  # the same wherever the file lies
-        return [_checked(question_and_answer(draw.choice(prompts), text)) for text in _as_list(captions)], []
+        return [_checked(question_and_answer(draw.choice(prompts.caption), text)) for text in _as_list(captions)], []
+    if has_image and "label" in row:
+        return [_checked(_of_label(row, draw, prompts))], []
     if "instruction" in row and "output" in row:
         asked = "\n".join(filter(None, [row["instruction"], row.get("input")]))
         return [_checked(question_and_answer(asked, row["output"]))], []
@@ -184,8 +187,21 @@ def _conversations_of(row, name, prompts):
         return [_checked([{"role": "text", "content": row["text"]}])], []
     raise ValueError(
         f"Its columns {sorted(map(str, row))} fit none of the layouts messages, conversations, question and answer, "
-        "caption, instruction and output, texts, text: name them in the source's `columns`."
+        "caption, sentence and label, label, instruction and output, texts, text: name them in the source's `columns`."
     )
+
+
+def _of_label(row, draw, prompts):
+    """The question and the answer of a row with a label."""
+    label = row["label"]
+    if "sentence" in row:
+        truth = {"true": "true", "false": "false"}.get(str(label).lower())
+        if truth is None:
+            raise ValueError(f"Its sentence has the label {label!r}, which is neither true nor false.")
+        return question_and_answer(draw.choice(prompts.statement).replace("{}", row["sentence"]), truth)
+    if not isinstance(label, str):
+        raise ValueError(f"Its label {label!r} is no name of a class: give names, not numbers.")
+    return question_and_answer(draw.choice(prompts.label), label)
 
 
 def _as_list(value):

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vora.data.prompts import DEFAULT_PROMPTS
 from vora.data.record import COLUMNS, IMAGE_COLUMNS, record_of_row
 from vora.model.wheel_files import wheel_files
 
@@ -32,7 +33,7 @@ class Source:
         name: of the source, for messages.
         files: paths.
         image_folder: where paths of images start; by default the folder of the first file.
-        caption_prompts: see `record_of_row`.
+        prompts: see `record_of_row`.
         columns: {our name: the file's name} of columns.
         max_samples: the first so many rows only.
 
@@ -40,10 +41,10 @@ class Source:
         ValueError: no row is there, a file cannot be read, or no row of the first block has a layout.
     """
 
-    def __init__(self, name, files, image_folder=None, caption_prompts=(), columns=None, max_samples=None):
+    def __init__(self, name, files, image_folder=None, prompts=DEFAULT_PROMPTS, columns=None, max_samples=None):
         self.name, self.files = name, [str(file) for file in files]
         self.image_folder = str(image_folder or (Path(self.files[0]).parent if self.files else "."))
-        self.caption_prompts, self.columns = list(caption_prompts), dict(columns or {})
+        self.prompts, self.columns = prompts, dict(columns or {})
         blocks = [(f, *place, count) for f, file in enumerate(self.files) for *place, count in self._scanned(file)]
         sizes = np.array([block[-1] for block in blocks], np.int64)
         self.blocks = np.array([block[:-1] for block in blocks], np.int64)
@@ -86,7 +87,7 @@ class Source:
         for ours, theirs in self.columns.items():
             row[ours] = row.pop(theirs, None)
         try:
-            return record_of_row(row, self.row_name(block, offset), self.image_folder, self.caption_prompts)
+            return record_of_row(row, self.row_name(block, offset), self.image_folder, self.prompts)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f"It is not built as its layout is: {type(error).__name__}: {error}") from None
 
@@ -381,7 +382,7 @@ class EasyVqa(Source):
 KINDS = {".parquet": Parquet, ".jsonl": JsonLines, ".json": JsonArray, ".tar": WebDataset, ".arrow": Arrow}
 
 
-def load_source(path, split="train", caption_prompts=("Describe the image.",), max_samples=None, **options):
+def load_source(path, split="train", prompts=DEFAULT_PROMPTS, max_samples=None, **options):
     """Open what a recipe's source names.
 
     Args:
@@ -401,7 +402,7 @@ def load_source(path, split="train", caption_prompts=("Describe the image.",), m
     subset = options.pop("subset", None)
     if path == EASY_VQA:
         return EasyVqa(split, max_samples)
-    options |= {"caption_prompts": caption_prompts, "max_samples": max_samples}
+    options |= {"prompts": prompts, "max_samples": max_samples}
     files = _files_of(str(path), split)
     if files is None:
         return Arrow(str(path), _prepared_files(str(path), subset, split), **options)

@@ -11,6 +11,7 @@ decodes the images of its own samples alone.
 import json
 import math
 import random
+from dataclasses import astuple
 from itertools import count, islice
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from vora.data.augment import augmented
 from vora.data.order import Mixture, SourceOrder
 from vora.data.packing import collate_rows, image_only, next_row, places, sample_of_record
 
@@ -35,11 +37,15 @@ class SampleMaker:
         questions_per_image: conversations drawn per record and epoch; None for all.
         image_tokens: (fewest, most); each record's budget is drawn anew between them in each epoch, its logarithm
             evenly, so that one model serves many resolutions. None: the processor's own budget.
+        augment: per source None or the arguments of `vora.data.augment.augmented`; drawn anew in each epoch.
     """
 
-    def __init__(self, sources, processor, row_tokens, questions_per_image=None, image_tokens=None, seed=0):
+    def __init__(
+        self, sources, processor, row_tokens, questions_per_image=None, image_tokens=None, augment=None, seed=0
+    ):
         self.sources, self.processor, self.row_tokens = sources, processor, row_tokens
         self.questions_per_image, self.image_tokens, self.seed = questions_per_image, image_tokens, seed
+        self.augment = augment or [None] * len(sources)
         self.orders = [SourceOrder(source.block_sizes, (seed, number)) for number, source in enumerate(sources)]
         self._open = [(None, {}) for _ in sources]
 
@@ -57,7 +63,10 @@ class SampleMaker:
         rng = random.Random(f"{self.seed}/{source}/{number}")
         most = 1 if pictures_alone else self.questions_per_image
         try:
-            sample = self.sample_of(self.sources[source].record(block, offset, rows), rng, most)
+            record = self.sources[source].record(block, offset, rows)
+            if self.augment[source]:
+                record = augmented(record, rng, **self.augment[source])
+            sample = self.sample_of(record, rng, most)
         except Exception as error:
             sample = as_bad(error)
         if pictures_alone and isinstance(sample, dict):
@@ -214,7 +223,8 @@ class PackedRows:
             "image_tokens": self.maker.image_tokens and list(self.maker.image_tokens),
             "image_only_rows": image_only_rows, "processes": num_ranks, "patch_merge": images.patch_merge,
             "budget": [images.min_image_tokens, images.max_image_tokens],
-            "caption_prompts": [source.caption_prompts for source in sources],
+            "augment": self.maker.augment,
+            "prompts": [[list(asked) for asked in astuple(source.prompts)] for source in sources],
         }  # fmt: skip
         self._position = self._beginning(pictures_alone=image_only_rows > 0)
 
@@ -239,10 +249,10 @@ class PackedRows:
         state = dict(state)
         then = state.pop("data")
         for name, now in self.fingerprint.items():
-            if then[name] != now:
+            if then.get(name) != now:
                 raise ValueError(
-                    f"The checkpoint was made with other data: {name} was {then[name]} and is {now} now, so samples "
-                    "would be lost or seen twice. Restore it, or start a new run from the weights."
+                    f"The checkpoint was made with other data: {name} was {then.get(name)} and is {now} now, so "
+                    "samples would be lost or seen twice. Restore it, or start a new run from the weights."
                 )
         self.num_read, self.num_bad = state.pop("num_read"), state.pop("num_bad")
         self._position = state

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+SUMMARY = "summary"  # in the place of a teacher's block: its CLS token's last state, at every image token
 SHIFTS = {"outputs": (0, 0), "inputs": (-1, 0), "hidden_states": (-1, -1)}  # of (student, teacher)
 
 
@@ -49,29 +50,44 @@ def block_pairs(num_student_blocks, num_teacher_blocks, spread=False, pairing="o
     return list(zip(spaced(num_student_blocks), spaced(num_teacher_blocks)))
 
 
+def name_of(pair):
+    """What a pair's head and moments are called: by the student's block, or `summary`."""
+    student, teacher = pair
+    return SUMMARY if teacher == SUMMARY else str(student)
+
+
 class BlockwiseDistillation(nn.Module):
     """One head (norm and linear) per pair and the loss 1 - cosine, mean over tokens, then over pairs.
 
     Args:
-        pairs: from `block_pairs`.
+        pairs: from `block_pairs`; a pair with `SUMMARY` imitates what the teacher says of the whole picture.
         center: subtract a running per-channel mean of the teacher's features first. Features of plain ViTs share a
             large common part, so that without this a student scores by predicting the mean (docs/LOG.md).
-        momentum: of that running mean, per step.
+        standardize: then divide by the running per-channel deviation. In the later blocks of plain ViTs one or two
+            channels hold nearly all of the variance, so that without this a student scores by predicting those.
+        momentum: of these running moments, per step.
+
+    Raises:
+        ValueError: deviations are asked for without means.
     """
 
-    def __init__(self, pairs, student_size, teacher_size, center=True, momentum=0.99):
+    def __init__(self, pairs, student_size, teacher_size, center=True, standardize=False, momentum=0.99):
         super().__init__()
+        if standardize and not center:
+            raise ValueError("To standardize the teacher's features is to center them too: set center=True.")
         self.pairs = list(pairs)
-        self.center = center
+        self.center, self.standardize = center, standardize
         self.momentum = momentum
         self.heads = nn.ModuleDict(
             {
-                str(student): nn.Sequential(nn.RMSNorm(student_size, eps=1e-5), nn.Linear(student_size, teacher_size))
-                for student, _ in self.pairs
+                name_of(pair): nn.Sequential(nn.RMSNorm(student_size, eps=1e-5), nn.Linear(student_size, teacher_size))
+                for pair in self.pairs
             }
         )
-        for student, _ in self.pairs:
-            self.register_buffer(f"mean_{student}", torch.zeros(teacher_size))
+        for pair in self.pairs:
+            self.register_buffer(f"mean_{name_of(pair)}", torch.zeros(teacher_size))
+            if standardize:
+                self.register_buffer(f"variance_{name_of(pair)}", torch.ones(teacher_size))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
 
     def forward(self, student_states, teacher_states):
@@ -79,32 +95,44 @@ class BlockwiseDistillation(nn.Module):
 
         Args:
             student_states: {student block: float[T, D]}.
-            teacher_states: {teacher block: float[T, D_t]}.
+            teacher_states: {teacher block or SUMMARY: float[T, D_t]}.
 
         Returns:
             (float[], float[pairs]): the first is the mean of the second; 0 is perfect, 1 is chance.
         """
         if self.training and self.center:
-            self._update_means(teacher_states)
+            self._update_moments(teacher_states)
         losses = []
-        for student, teacher in self.pairs:
-            target = teacher_states[teacher].float()
-            if self.center:
-                target = target - getattr(self, f"mean_{student}")
-            predicted = self.heads[str(student)](student_states[student].to(self._dtype))
+        for pair in self.pairs:
+            student, teacher = pair
+            target = self.target(pair, teacher_states[teacher])
+            predicted = self.heads[name_of(pair)](student_states[student].to(self._dtype))
             losses.append(1 - F.cosine_similarity(predicted.float(), target, dim=-1).mean())
         losses = torch.stack(losses)
         return losses.mean(), losses.detach()
+
+    def target(self, pair, features):
+        """What a pair's head is to point at: float[T, D_t], centred and standardized if so wished."""
+        target = features.float()
+        if self.center:
+            target = target - getattr(self, f"mean_{name_of(pair)}")
+        if self.standardize:
+            target = target * (getattr(self, f"variance_{name_of(pair)}") + 1e-6).rsqrt()
+        return target
 
     @property
     def _dtype(self):
         return next(self.heads.parameters()).dtype
 
     @torch.no_grad()
-    def _update_means(self, teacher_states):
+    def _update_moments(self, teacher_states):
         self.num_updates += 1
         # the first steps average evenly, so that the mean is right from the start
         weight = torch.clamp(1.0 / self.num_updates, min=1 - self.momentum)
-        for student, teacher in self.pairs:
-            mean = getattr(self, f"mean_{student}")
-            mean.lerp_(teacher_states[teacher].float().mean(0), weight.to(mean))
+        for pair in self.pairs:
+            features, name = teacher_states[pair[1]].float(), name_of(pair)
+            mean = getattr(self, f"mean_{name}")
+            mean.lerp_(features.mean(0), weight.to(mean))
+            if self.standardize:
+                variance = getattr(self, f"variance_{name}")
+                variance.lerp_((features - mean).square().mean(0), weight.to(variance))

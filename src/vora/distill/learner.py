@@ -6,8 +6,10 @@ Dims: B rows, T tokens, P patches of all images.
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import nn
 
+from vora.distill.blockwise import SUMMARY
 from vora.distill.teacher import hook_on_output, images_of_patches
 from vora.model.patch_embed import merge_neighbours
 
@@ -126,9 +128,9 @@ class VisionLearner(nn.Module):
         """
         states, hooks = {}, []
         if distills:
-            blocks, last = self.vora.model.blocks, max(student for student, _ in self.distillation.pairs)
-            for student, _ in self.distillation.pairs:
-                keep = partial(_keep_states, states, student, stop_early and student == last)
+            blocks, paired = self.vora.model.blocks, sorted({student for student, _ in self.distillation.pairs})
+            for student in paired:
+                keep = partial(_keep_states, states, student, stop_early and student == paired[-1])
                 hooks.append(hook_on_output(blocks, student, keep))
         try:
             yield states
@@ -138,15 +140,21 @@ class VisionLearner(nn.Module):
 
     def teach(self, pixel_values, image_grid_thw):
         """What each image token is to say: the mean of the teacher's features of its m x m patches; it teaches better
-        than all of them (docs/LOG.md). {teacher block: float[P / m^2, D_t]}."""
+        than all of them (docs/LOG.md). {teacher block: float[P / m^2, D_t]}; the summary is the same at all tokens of
+        an image."""
         grids = [(h, w) for t, h, w in image_grid_thw.tolist() for _ in range(t)]
         processor = self.image_processor
         images = images_of_patches(
             pixel_values, grids, self.config.patch_size, processor.image_mean, processor.image_std
         )
-        features = self.teacher(images, grids, sorted({teacher for _, teacher in self.distillation.pairs}))
-        grids = image_grid_thw.tolist()
-        return {block: merge_neighbours(f, grids, self.config.patch_merge).mean(1) for block, f in features.items()}
+        features = self.teacher(images, grids, list(dict.fromkeys(teacher for _, teacher in self.distillation.pairs)))
+        summary, merge = features.pop(SUMMARY, None), self.config.patch_merge
+        shapes = image_grid_thw.tolist()
+        taught = {block: merge_neighbours(f, shapes, merge).mean(1) for block, f in features.items()}
+        if summary is not None:
+            repeated = [said.expand(h * w // merge**2, -1) for said, (h, w) in zip(summary.split(1), grids)]
+            taught[SUMMARY] = torch.cat(repeated)
+        return taught
 
 
 class _EnoughBlocks(Exception):

@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import AutoModel
 
+from vora.distill.blockwise import SUMMARY
 from vora.model.patch_embed import resized
 from vora.model.vit_embedding import vit_embedding
 
@@ -22,7 +23,8 @@ class Teacher(nn.Module):
     """Features of every block at every patch, on whatever grid the student uses.
 
     The images are taken from the student's own patches, brought to the teacher's normalisation and patch size, so
-    that both see the same pixels and their grids agree patch by patch. CLS and register tokens are dropped.
+    that both see the same pixels and their grids agree patch by patch. CLS and register tokens are dropped,
+    but for the summary: the CLS token's last state, or the mean of all patches where there is none.
     """
 
     def __init__(self, vit, image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5)):
@@ -70,10 +72,10 @@ class Teacher(nn.Module):
         Args:
             images: list of N float[C, H, W] in 0..1.
             grids: list of N (rows, columns): the student's patches of each image.
-            blocks: indices of the teacher's blocks.
+            blocks: indices of the teacher's blocks; `SUMMARY` among them stands for the last block's CLS token.
 
         Returns:
-            {block: float[P, D_t]}, patches of all images in raster order.
+            {block: float[P, D_t]}, patches of all images in raster order; of `SUMMARY` float[N, D_t].
         """
         features = {block: [None] * len(images) for block in blocks}
         for grid in sorted(set(grids)):
@@ -98,7 +100,7 @@ class Teacher(nn.Module):
         return (pixels - mean) / std
 
     def features_on_grid(self, pixels, grid, blocks):
-        """{block: float[n, rows * columns, D_t]} of normalised images of one grid.
+        """{block: float[n, rows * columns, D_t]} of normalised images of one grid; of `SUMMARY` float[n, 1, D_t].
 
         Positions are resampled to the grid where the ViT can; where it cannot (AIMv2's table), it runs at its own
         size and its features are resampled.
@@ -120,14 +122,23 @@ class Teacher(nn.Module):
                 pixels = F.interpolate(pixels, (side * self.patch_size,) * 2, mode="bicubic", antialias=True)
             inputs = {"pixel_values": pixels}
         outputs = {}
-        hooks = [hook_on_output(self.blocks, block, partial(outputs.__setitem__, block)) for block in blocks]
+        wanted = {self.num_blocks - 1 if block == SUMMARY else block for block in blocks}
+        hooks = [hook_on_output(self.blocks, block, partial(outputs.__setitem__, block)) for block in wanted]
         try:
             self.vit(**inputs)
         finally:
             for hook in hooks:
                 hook.remove()
         num_patches = own_grid[0] * own_grid[1]  # CLS and register tokens come first
-        return {block: resample_features(outputs[block][:, -num_patches:], own_grid, grid) for block in blocks}
+        features = {
+            block: resample_features(outputs[block][:, -num_patches:], own_grid, grid)
+            for block in blocks
+            if block != SUMMARY
+        }
+        if SUMMARY in blocks:
+            last = outputs[self.num_blocks - 1]
+            features[SUMMARY] = last[:, :1] if last.shape[1] > num_patches else last.mean(1, keepdim=True)
+        return features
 
 
 def hook_on_output(blocks, block, keep):

@@ -84,7 +84,7 @@ def write_report(recipe, trainer, directory):
         ("teacher", recipe.teacher.name if recipe.teacher else "none"),
         ("steps", trainer.state.global_step),
         ("samples seen", trainer.num_samples_seen),
-        ("lm_loss, last", f"{last['lm_loss']:.4f}"),
+        ("lm_loss, last", f"{last['lm_loss']:.4f}" if "lm_loss" in last else "none: pictures alone"),
         ("distill_loss, last", f"{last['distill_loss']:.4f}" if "distill_loss" in last else "none"),
         ("samples per second", f"{last['samples_per_second']:.1f}"),
         ("bad samples skipped", num_bad),

@@ -9,6 +9,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import TrainingArguments
 
+from vora.data.prompts import DEFAULT_PROMPTS, Prompts
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -46,7 +48,9 @@ class LoraSection(Section):
 class TeacherSection(Section):
     name: str
     weight: float = Field(1.0, ge=0)
-    center: bool = True
+    center: bool = True  # these three: see `BlockwiseDistillation`
+    standardize: bool = False
+    summary: bool = False
     spread: bool = False
     pairing: Literal["outputs", "inputs", "hidden_states"] = (
         "outputs"  # the last two: as the released code, see `block_pairs`
@@ -64,6 +68,14 @@ class LearningRates(Section):
     heads: float | None = Field(None, gt=0)
 
 
+class AugmentSection(Section):
+    """How pictures are changed each time that they are drawn; see `vora.data.augment.augmented`."""
+
+    crop: float = Field(1.0, gt=0, le=1)
+    flip: bool = False
+    colour: float = Field(0.0, ge=0, lt=1)
+
+
 class SourceSection(Section):
     """Where samples come from; see `vora.data.sources.load_source` for what a path may be."""
 
@@ -74,13 +86,17 @@ class SourceSection(Section):
     image_folder: str | None = None  # where paths of images start; default: beside the file
     columns: dict[str, str] | None = None  # {our name: the file's}, such as {question: query}
     max_samples: int | None = Field(None, ge=1)
+    augment: AugmentSection | None = None
 
 
 class DataSection(Section):
+    folder: str | None = None  # where the paths of the sources start; default: beside the recipe
     sources: list[SourceSection] = Field(min_length=1)
     row_tokens: int = Field(1024, ge=8)
     questions_per_image: int | None = Field(None, ge=1)  # drawn anew each epoch; all of them by default
-    caption_prompts: list[str] = Field(["Describe the image."], min_length=1)
+    caption_prompts: list[str] = list(DEFAULT_PROMPTS.caption)  # asked where a row has an answer alone: `Prompts`
+    label_prompts: list[str] = list(DEFAULT_PROMPTS.label)
+    statement_prompts: list[str] = list(DEFAULT_PROMPTS.statement)
     image_tokens: tuple[int, int] | None = None  # each image's budget is drawn between these two
     max_bad_share: float = Field(0.1, ge=0, le=1)  # stop when more of the samples read are bad
 
@@ -91,7 +107,13 @@ class DataSection(Section):
             raise ValueError(f"{missing} of {len(self.sources)} sources have no weight: give each one, or none")
         if self.image_tokens and not 1 <= self.image_tokens[0] <= self.image_tokens[1]:
             raise ValueError(f"image_tokens {list(self.image_tokens)} is no range: give [fewest, most]")
+        self.prompts  # it refuses empty lists
         return self
+
+    @property
+    def prompts(self):
+        """The three lists as `Prompts`."""
+        return Prompts(self.caption_prompts, self.label_prompts, self.statement_prompts)
 
 
 class WatchSection(Section):
@@ -223,6 +245,8 @@ def _resolve_paths(recipe, folder):
         if section is not None:
             setattr(section, key, beside(getattr(section, key)))
     for entry in recipe.data.sources:
+        if recipe.data.folder is not None:
+            entry.path = str(Path(beside(recipe.data.folder), entry.path).resolve())
         pattern = any(mark in entry.path for mark in "*?[")
         entry.path = str(folder.resolve() / entry.path) if pattern else beside(entry.path)
         entry.image_folder = beside(entry.image_folder)

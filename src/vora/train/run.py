@@ -269,7 +269,7 @@ def open_sources(data):
         load_source(
             source.path,
             source.split,
-            data.caption_prompts,
+            data.prompts,
             source.max_samples,
             subset=source.subset,
             image_folder=source.image_folder,
@@ -297,6 +297,7 @@ def packed_rows(recipe, sources, processor, arguments, bad_samples=None):
         num_ranks=arguments.world_size,
         questions_per_image=data.questions_per_image,
         image_tokens=data.image_tokens,
+        augment=[source.augment and source.augment.model_dump() for source in data.sources],
     )
 
 

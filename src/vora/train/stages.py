@@ -7,7 +7,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from vora.adapt.lora import DISTILLATION_FILE, attach_vision_lora, is_unmerged, load_vision_lora
-from vora.distill.blockwise import BlockwiseDistillation, block_pairs
+from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
 from vora.distill.teacher import Teacher
 from vora.model.modeling_vora import VoraForConditionalGeneration
@@ -52,8 +52,12 @@ def with_scaffolding(recipe, student, image_processor, teacher=None):
         if teacher is not None:
             taught = num_blocks if recipe.teacher.pairing == "outputs" else teacher.num_blocks
             pairs = block_pairs(taught, teacher.num_blocks, recipe.teacher.spread, recipe.teacher.pairing)
+            if recipe.teacher.summary:
+                pairs.append((pairs[-1][0], SUMMARY))
             width = student.config.get_text_config().hidden_size
-            distillation = BlockwiseDistillation(pairs, width, teacher.hidden_size, recipe.teacher.center)
+            distillation = BlockwiseDistillation(
+                pairs, width, teacher.hidden_size, recipe.teacher.center, recipe.teacher.standardize
+            )
             take_heads(distillation, recipe)
         weight = 0.0 if recipe.teacher is None else recipe.teacher.weight
         learner = VisionLearner(peft_model, image_processor, teacher, distillation, weight)
