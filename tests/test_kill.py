@@ -113,10 +113,10 @@ def test_ten_kills_leave_no_trace(recipe, whole, tmp_path):
 
 
 def test_a_checkpoint_that_was_not_finished_is_not_resumed_from(recipe, whole, tmp_path):
-    from vora.train.run import newest_checkpoint
+    from vora.train.checkpoints import find_checkpoint
 
     for step, text in ((3, '{"global_step": 3}'), (6, '{"global_st')):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
     (tmp_path / "checkpoint-9").mkdir()
-    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    assert find_checkpoint(tmp_path, resume=True) == str(tmp_path / "checkpoint-3")

@@ -10,9 +10,11 @@ import tiny
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback, ViTConfig, ViTModel
 
 import vora
+from vora.adapt.lora import DISTILLATION_FILE
 from vora.data.sources import load_source
 from vora.data.stream import PackedRows
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
@@ -250,6 +252,34 @@ def test_each_part_has_its_learning_rate_and_the_eyes_slow_down_when_words_join(
     assert rates[0] == pytest.approx(eyes | above)
     assert rates[3] == pytest.approx({part: rate / 4 for part, rate in (eyes | above).items()})
     assert rates[7] == pytest.approx({part: rate / 2 for part, rate in eyes.items()} | above)
+
+
+def test_eyes_that_were_trained_before_slow_down_from_the_start(recipe, tmp_path):
+    first = recipe(max_steps=2, learning_rate=1e-3)
+    first.teacher.image_only_steps, first.lora.num_blocks = 2, 3
+    run(first, tmp_path / "eyes")
+    second = recipe(max_steps=3, learning_rate=1e-3, lr_scheduler_type="constant_with_warmup", warmup_steps=0)
+    second.model.llm, second.model.vora = None, str(tmp_path / "eyes")
+    second.teacher.eyes_scale, second.lora.num_blocks = 0.1, 3
+    rates = {}
+
+    class Note(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer, **kwargs):
+            rates.update({group["part"]: group["lr"] for group in optimizer.param_groups})
+
+    run(second, tmp_path / "words", callbacks=[Note()])
+    assert rates[("rest", True)] == rates[("heads", True)] == pytest.approx(1e-4)
+    assert rates[("rest", False)] == rates[("lora_b", False)] == pytest.approx(1e-3)
+    second.training["learning_rate"] = 0.0  # so what comes out is what it began with
+    begun = run(second, tmp_path / "still").model
+    before = load_file(tmp_path / "eyes" / "final" / "adapter_model.safetensors")
+    after = load_file(tmp_path / "still" / "final" / "adapter_model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    heads = load_file(tmp_path / "eyes" / "final" / DISTILLATION_FILE)
+    assert torch.equal(begun.distillation.heads["0"][1].weight, heads["heads.0.1.weight"])
+    second.stage, second.teacher = "finetune", None
+    with pytest.raises(ValueError, match="vora merge"):
+        build_learner(second)
 
 
 def test_distilling_alone_runs_no_block_above_the_teachers(recipe):

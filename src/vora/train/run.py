@@ -11,7 +11,6 @@ RUN/loss.png, report.md            the losses, and the run in short
 
 import json
 import platform
-import shutil
 import signal
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from vora.adapt.card import NOT_STATED, CardFacts, harmless, read_card, write_card
 from vora.adapt.lora import is_unmerged, load_vision_lora, merge_vision_lora
@@ -28,6 +26,7 @@ from vora.data.stream import PackedRows
 from vora.model.attention import BY_STRETCH
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.processing_vora import VoraProcessor
+from vora.train.checkpoints import find_checkpoint, is_run, last_step, trained_folder
 from vora.train.pace import steps_that_fit
 from vora.train.progress import ProgressCallback, draw_losses, read_log, write_report
 from vora.train.recipe import load_recipe, save_recipe
@@ -175,7 +174,7 @@ def merge_run(run_directory):
         elif (directory / "preprocessor_config.json").exists():
             processor = VoraImageProcessor.from_pretrained(directory)
         return model.eval(), processor
-    if not (directory / "recipe.yaml").exists():
+    if not is_run(directory):
         raise ValueError(f"{directory} holds no recipe.yaml: it is no run directory of `vora train`.")
     folder = trained_folder(directory)
     recipe = load_recipe(directory / "recipe.yaml", ["model.dtype=float32"])  # merged in fp32, whatever trained
@@ -214,7 +213,7 @@ def write_run_card(folder, run_directory, steps=None, evaluation=()):
         stage=recipe.stage,
         base_llm=recipe.model.llm,
         teacher=recipe.teacher.name if recipe.teacher else None,
-        source=recipe.model.vora,
+        source=recipe.model.vora and str(trained_folder(recipe.model.vora)),
         data=[(source["name"], source["weight"]) for source in sources],
         recipe=noted.get("recipe") or recipe.model_dump(mode="json"),
         steps=steps,
@@ -226,18 +225,6 @@ def write_run_card(folder, run_directory, steps=None, evaluation=()):
     )
     write_card(folder, facts)
 
-
-def trained_folder(directory):
-    """Where a run has its newest trained weights.
-
-    Raises:
-        ValueError: nowhere yet.
-    """
-    final = Path(directory) / "final"
-    folder = final if final.exists() else newest_checkpoint(Path(directory))
-    if folder is None:
-        raise ValueError(f"{directory} holds neither final/ nor a checkpoint: the run has not saved anything yet.")
-    return Path(folder)
 
 
 def training_arguments(recipe, directory):
@@ -314,34 +301,7 @@ def refuse_long_rows(recipe, learner):
         )
 
 
-def find_checkpoint(directory, resume):
-    """The newest checkpoint to resume from, or None for a fresh run.
 
-    Raises:
-        ValueError: nothing is there to resume, or a fresh run would mix with an old one.
-    """
-    newest = newest_checkpoint(directory)
-    if resume and newest is None:
-        raise ValueError(f"{directory} holds no checkpoint to resume from: start without --resume.")
-    if not resume and (newest is not None or (directory / "final").exists()):
-        raise ValueError(f"{directory} already holds a run: add --resume to go on with it, or choose another --out.")
-    return newest
-
-
-def newest_checkpoint(directory):
-    """The newest whole checkpoint of a run, or None. One that a killed run was still writing is removed."""
-    while directory.is_dir() and (newest := get_last_checkpoint(str(directory))) is not None:
-        try:
-            json.loads((Path(newest) / "trainer_state.json").read_text())  # written last
-            return newest
-        except (OSError, ValueError):
-            shutil.rmtree(newest)
-    return None
-
-
-def last_step(checkpoint):
-    """How many steps had been done when a checkpoint was saved."""
-    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
 
 
 def compile_blocks(learner, arguments):

@@ -12,6 +12,9 @@ from vora.distill.learner import VisionLearner
 from vora.distill.teacher import Teacher
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
+from vora.train.checkpoints import is_run, trained_folder
+from vora.train.recipe import load_recipe
+from vora.train.trainer import load_student
 
 
 def build_learner(recipe):
@@ -93,17 +96,29 @@ def build_student(recipe, teacher=None):
 
 
 def existing_student(recipe):
-    """The VoRA model that a recipe goes on with: merged, or in stage 1 also with the LoRA that it has.
+    """The VoRA model that a recipe goes on with: merged, or in stage 1 also with the LoRA that it has; a folder, or
+    the directory of a run.
 
     Raises:
         ValueError: it has LoRA of another rank or depth than the recipe's, or should train without it.
     """
-    folder, dtype = recipe.model.vora, recipe.model.dtype
-    if not is_unmerged(folder):
+    folder, dtype = trained_folder(recipe.model.vora), recipe.model.dtype
+    has_adapter = (folder / "adapter_config.json").exists()
+    if not has_adapter:
         return VoraForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     if recipe.stage == "finetune":
-        raise ValueError(f"Stage finetune trains a merged model: vora merge {folder} -o OUT, and model.vora=OUT.")
-    model = load_vision_lora(folder, dtype)
+        raise ValueError(
+            f"Stage finetune trains a merged model: vora merge {recipe.model.vora} -o OUT, and model.vora=OUT."
+        )
+    if is_unmerged(folder):
+        model = load_vision_lora(folder, dtype)
+    elif is_run(recipe.model.vora):
+        model = student_of_run(recipe.model.vora, dtype)
+    else:
+        raise ValueError(
+            f"{folder} holds an adapter without its LLM: give the run's directory, or merge it first with "
+            "`vora merge RUN -o OUT`."
+        )
     has = model.peft_config["default"]
     num_blocks, wanted = len(has.layers_to_transform), recipe.lora
     if has.r != wanted.rank or wanted.num_blocks not in (None, num_blocks):
@@ -114,14 +129,23 @@ def existing_student(recipe):
     return model
 
 
+def student_of_run(directory, dtype):
+    """What a run of stage 1 has trained, with its LoRA on, to go on training."""
+    learner, _ = build_learner(load_recipe(Path(directory) / "recipe.yaml", [f"model.dtype={dtype}"]))
+    load_student(learner, trained_folder(directory))
+    return learner.student
+
+
 def take_heads(distillation, recipe):
     """Go on with the distill heads that lie beside an unmerged model's adapter.
 
     Raises:
         ValueError: they are of other blocks or of another teacher's width.
     """
-    file = Path(recipe.model.vora or "") / DISTILLATION_FILE
-    if recipe.model.vora is None or not file.exists():
+    if recipe.model.vora is None:
+        return
+    file = trained_folder(recipe.model.vora) / DISTILLATION_FILE
+    if not file.exists():
         return
     state, wanted = load_file(file), distillation.state_dict()
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in wanted.items()}:
@@ -138,7 +162,7 @@ def build_processor(recipe, teacher=None):
     """The processor of a recipe, for which no model is needed."""
     wanted = recipe.model
     if wanted.vora is not None:
-        return _looking(VoraProcessor.from_pretrained(wanted.vora), wanted)
+        return _looking(VoraProcessor.from_pretrained(trained_folder(wanted.vora)), wanted)
     options = {}
     if teacher is not None and recipe.teacher.starts_eyes:
         options["teacher"] = teacher

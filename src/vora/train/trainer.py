@@ -27,7 +27,7 @@ class VoraTrainer(Trainer):
     Args:
         learning_rates: {part: rate} where it is not the recipe's one rate; see `PART_MARKS`.
         image_only_steps: the first steps, whose batches hold pictures alone.
-        eyes_scale: of the learning rates of what learned in these steps, from then on.
+        eyes_scale: of the learning rates of what learns in these steps, from then on; from the start without them.
 
     Its `train_dataset` is a `PackedRows`, whose position each process saves in every checkpoint. Logs `lm_loss`,
     `distill_loss`, the loss of each block pair, samples and tokens per second, and the share of time that went into
@@ -143,7 +143,7 @@ class VoraTrainer(Trainer):
         """
         first = self.image_only_steps
         scheduler = super().create_scheduler(num_training_steps - first, optimizer)
-        if not first:
+        if not first and self.eyes_scale == 1.0:
             return scheduler
         warmup = max(1, self.args.get_warmup_steps(num_training_steps - first))
         schedules = []
