@@ -111,6 +111,52 @@ def plan(
         console.print(f"* {remark}", highlight=False)
 
 
+@app.command(name="eval")
+def evaluate(
+    task: Annotated[str, typer.Option(help="captions, vqa, classify, statements or presence.")],
+    data: Annotated[
+        list[str], typer.Option(help="Files, folders or datasets: all that recipes read; see `vora data`.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file of the report.")],
+    more_data: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help="More data.")] = None,
+    model: ModelOption = None,
+    prompt: Annotated[str | None, typer.Option(help="Instead of the task's own, see vora/data/prompts.py.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Names of all classes, one per line, for classify.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="ours=theirs, such as captions=alt_text.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of folders and datasets; test, else validation, else train.")
+    ] = None,
+    subset: Annotated[str | None, typer.Option(help="Of a dataset on the Hub.")] = None,
+    image_folder: Annotated[Path | None, typer.Option(help="Where paths of images start.")] = None,
+    max_examples: Annotated[int | None, typer.Option(min=1, help="Ask the first so many only.")] = None,
+    min_image_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of a picture; the model's own.")] = None,
+    max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of a picture; the model's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Of intervals, and of what presence asks.")] = 0,
+):
+    """Measure a model on a task, with 95 % intervals; the same command goes on after a stop."""
+    from vora.adapt.pretrained import committed_model
+    from vora.eval.run import evaluate as run
+    from vora.eval.run import make_task, metrics_table
+    from vora.serve.chat import load_model
+
+    known = None if labels is None else labels.read_text().splitlines()
+    known = known and [line.strip() for line in known if line.strip()]
+    chosen = make_task(task, prompt=prompt, labels=known, max_examples=max_examples, seed=seed)
+    name = model or committed_model()
+    loaded = load_model(name, min_image_tokens, max_image_tokens)
+    if wrong := [pair for pair in column or () if "=" not in pair]:
+        raise ValueError(f"--column {wrong[0]} is not of the form ours=theirs, such as captions=alt_text.")
+    options = {
+        "split": split,
+        "subset": subset,
+        "image_folder": None if image_folder is None else str(image_folder),
+        "columns": dict(pair.split("=", 1) for pair in column or ()) or None,
+    }
+    report = run(*loaded, chosen, [*data, *(more_data or ())], out, console, model_name=name, rows_options=options)
+    console.print(metrics_table(report))
+    console.print(f"Report: {out}")
+
+
 @app.command()
 def merge(
     run: Annotated[Path, typer.Argument(help="Run directory of `vora train`, or an unmerged model.")],

@@ -30,3 +30,10 @@ class Prompts:
 
 
 DEFAULT_PROMPTS = Prompts()
+PRESENCE_PROMPT = "Is there {} in the image?"  # with its article: a dog, an apple; asked by evaluation alone
+TRUE_FALSE, YES_NO = ("true", "false"), ("yes", "no")
+
+
+def with_article(noun):
+    """`a dog`, `an apple`."""
+    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"

@@ -113,7 +113,7 @@ def record_of_row(row, name, image_folder, prompts):
         ValueError: the row fits no layout, or what it holds is not as the layout says.
     """
     row = {key: value for key, value in row.items() if value is not None and (value or key not in IMAGE_COLUMNS)}
-    images = [_located(image, image_folder) for image in _images_of(row)]
+    images = images_of_row(row, image_folder)
     conversations, inline = _conversations_of(row, name, prompts)
     if inline and images:
         raise ValueError("It has images both in its messages and in a column of their own.")
@@ -124,6 +124,15 @@ def record_of_row(row, name, image_folder, prompts):
         if len(images) > 1 and places < 2:
             images = [images]  # frames of one video
     return Record(name, images, conversations)
+
+
+def images_of_row(row, image_folder):
+    """What stands in a row's column of images, as `Record` takes it: paths from where they start.
+
+    Raises:
+        ValueError: an image is empty.
+    """
+    return [_located(image, image_folder) for image in _images_of(row)]
 
 
 def _images_of(row):

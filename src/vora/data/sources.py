@@ -36,12 +36,25 @@ class Source:
         prompts: see `record_of_row`.
         columns: {our name: the file's name} of columns.
         max_samples: the first so many rows only.
+        read_row: what makes an item of a row; takes and raises what `record_of_row` does.
+        wanted: the columns that it looks at; files that allow it are read no further.
 
     Raises:
         ValueError: no row is there, a file cannot be read, or no row of the first block has a layout.
     """
 
-    def __init__(self, name, files, image_folder=None, prompts=DEFAULT_PROMPTS, columns=None, max_samples=None):
+    def __init__(
+        self,
+        name,
+        files,
+        image_folder=None,
+        prompts=DEFAULT_PROMPTS,
+        columns=None,
+        max_samples=None,
+        read_row=record_of_row,
+        wanted=COLUMNS,
+    ):
+        self.read_row, self.wanted = read_row, wanted
         self.name, self.files = name, [str(file) for file in files]
         self.image_folder = str(image_folder or (Path(self.files[0]).parent if self.files else "."))
         self.prompts, self.columns = prompts, dict(columns or {})
@@ -87,7 +100,7 @@ class Source:
         for ours, theirs in self.columns.items():
             row[ours] = row.pop(theirs, None)
         try:
-            return record_of_row(row, self.row_name(block, offset), self.image_folder, self.prompts)
+            return self.read_row(row, self.row_name(block, offset), self.image_folder, self.prompts)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f"It is not built as its layout is: {type(error).__name__}: {error}") from None
 
@@ -140,7 +153,7 @@ class Parquet(Source):
                     yield group, first, last, last - first
 
     def _read(self, file, group, first, last):
-        wanted = {*COLUMNS, *self.columns.values()}
+        wanted = {*self.wanted, *self.columns.values()}
         with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as parquet:
             names = [name for name in parquet.schema_arrow.names if name in wanted] or parquet.schema_arrow.names
             batches, place = [], 0
@@ -358,13 +371,13 @@ class EasyVqa(Source):
         split: `train` (4,000 pictures, 38,575 questions) or `test` (1,000 and 9,673).
     """
 
-    def __init__(self, split, max_samples=None):
+    def __init__(self, split, max_samples=None, **options):
         self.folder = wheel_files("easy-vqa==1.0") / "easy_vqa" / "data" / split
         by_image = defaultdict(list)
         for question, answer, image in json.loads((self.folder / "questions.json").read_text()):
             by_image[image].append((question, answer))
         self.pictures = sorted(by_image.items())
-        super().__init__(EASY_VQA, [self.folder / "questions.json"], max_samples=max_samples)
+        super().__init__(EASY_VQA, [self.folder / "questions.json"], max_samples=max_samples, **options)
 
     def _scanned(self, file):
         yield 0, len(self.pictures)
@@ -390,7 +403,7 @@ def load_source(path, split="train", prompts=DEFAULT_PROMPTS, max_samples=None, 
             not, in itself or in `data/`; a folder of `datasets.save_to_disk`; or the id of a dataset on the Hub.
         split: of those the folder or the dataset has.
         max_samples: the first so many rows only.
-        options: `subset` of a dataset; `image_folder`, `columns` as for `Source`.
+        options: `subset` of a dataset; `image_folder`, `columns`, `read_row`, `wanted` as for `Source`.
 
     Returns:
         A `Source`: a sequence of `Record`s.
@@ -401,7 +414,9 @@ def load_source(path, split="train", prompts=DEFAULT_PROMPTS, max_samples=None, 
     options = {name: value for name, value in options.items() if value is not None}
     subset = options.pop("subset", None)
     if path == EASY_VQA:
-        return EasyVqa(split, max_samples)
+        return EasyVqa(
+            split, max_samples, **{name: options[name] for name in ("read_row", "wanted") if name in options}
+        )
     options |= {"prompts": prompts, "max_samples": max_samples}
     files = _files_of(str(path), split)
     if files is None:

@@ -1,0 +1,196 @@
+"""Which of given answers a model finds likeliest, the picture being read once.
+
+The score of an answer is its log-probability after the prompt, the sum over its tokens, end of turn included: what the
+model would say it with, and not divided by its length, which would favour long names. Answers form a tree, in which
+what they begin with alike stands once; a model reads that tree in one pass behind the cached prompt. And as a sum only
+falls along an answer, those whose beginnings are already less likely than a whole answer are never read: the best is
+found for certain, at the cost of a few.
+
+Dims: B rows, T tokens of the prompt, W nodes of the tree that are read, V vocabulary, C candidates.
+"""
+
+import numpy as np
+import torch
+
+from vora.eval.prompting import padded, refuse_too_long
+
+FIRST_NODES, MORE_TIMES, MOST_NODES = 16, 2, 512  # read in the first pass, growth from pass to pass
+TOKENS_PER_PASS = 16384  # of all rows
+ROWS_OF_LOGITS = 512  # made at once
+
+
+class AnswerTree:
+    """Candidates' tokens as a tree. Node 0 is the prompt's end; a node stands for all tokens from there to it.
+
+    Args:
+        answers: list of C lists of tokens.
+    """
+
+    def __init__(self, answers):
+        self.tokens, self.parents, self.children, self.paths = [-1], [0], [{}], []
+        for answer in answers:
+            node, path = 0, []
+            for token in answer:
+                if token not in self.children[node]:
+                    self.children[node][token] = len(self.tokens)
+                    self.tokens.append(token)
+                    self.parents.append(node)
+                    self.children.append({})
+                node = self.children[node][token]
+                path.append(node)
+            self.paths.append(path)
+
+
+class Search:
+    """What is known of one prompt's candidates."""
+
+    def __init__(self, tree):
+        self.tree = tree
+        self.sums = np.full(len(tree.tokens), np.nan)  # of log-probabilities, from the prompt's end to each node
+        self.sums[0] = 0.0
+        self.bounds = np.zeros(len(tree.paths))  # no candidate is likelier than this
+        self.is_exact = np.zeros(len(tree.paths), bool)
+
+    def update(self):
+        for number, path in enumerate(self.tree.paths):
+            known = [node for node in path if not np.isnan(self.sums[node])]
+            self.bounds[number] = self.sums[known[-1]] if known else 0.0
+            self.is_exact[number] = len(known) == len(path)
+
+    def open(self, top):
+        """Candidates that may still be among the `top` best, likeliest first."""
+        exact = np.sort(self.bounds[self.is_exact])[::-1]
+        least = exact[top - 1] if len(exact) >= top else -np.inf
+        order = np.argsort(-self.bounds, kind="stable")
+        return [number for number in order if not self.is_exact[number] and self.bounds[number] >= least]
+
+    def next_nodes(self, top, most):
+        """At most so many nodes to read (but one candidate's), depth first: a list of nodes, parents before them."""
+        chosen = set()
+        for number in self.open(top):
+            path = set(self.tree.paths[number][:-1])  # the last token is not read, only told
+            if chosen and len(chosen | path) > most:
+                break
+            chosen |= path
+        return self._depth_first(0, chosen)
+
+    def _depth_first(self, node, chosen):
+        found = []
+        for child in self.tree.children[node].values():
+            if child in chosen:
+                found += [child, *self._depth_first(child, chosen)]
+        return found
+
+    def scores(self):
+        """float[C]: log-probabilities, -inf for those that are not among the best."""
+        return np.where(self.is_exact, self.bounds, -np.inf)
+
+
+def answer_ids(processor, prompt, answers):
+    """Tokens of each answer to a prompt, end of turn included, as training has them."""
+    found = []
+    for answer in answers:
+        messages = [*prompt.messages, {"role": "assistant", "content": answer}]
+        sample = processor.training_sample(messages, _as_arrays(prompt.image_inputs))
+        labels = sample["labels"]
+        found.append([int(token) for token in labels[labels != -100]])
+    return found
+
+
+def _as_arrays(image_inputs):
+    return {name: np.asarray(value) for name, value in image_inputs.items()} or None
+
+
+@torch.inference_mode()
+def candidate_scores(model, processor, prompts, trees, top=1):
+    """Log-probabilities of candidates after one batch of prompts.
+
+    Args:
+        prompts: list of B `Prompt`s.
+        trees: list of B `AnswerTree`s.
+        top: so many of the best are found for certain; None: all are read.
+
+    Returns:
+        list of B float[C]: exact for the `top` best and whatever else was read; -inf for others, less likely ones.
+
+    Raises:
+        ValueError: prompt and candidates exceed the LLM's context.
+    """
+    tokenizer = processor.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    inputs = padded(prompts, pad, model.device)
+    mask = inputs["attention_mask"]
+    length = mask.shape[1]
+    refuse_too_long(model, length + max(len(path) for tree in trees for path in tree.paths))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    outputs = model.model(**inputs, position_ids=positions, use_cache=True)
+    cache = outputs.past_key_values
+    top = max(len(tree.paths) for tree in trees) if top is None else top
+    searches = [Search(tree) for tree in trees]
+    _learn(model, outputs.last_hidden_state[:, -1:], searches, [[0]] * len(searches))
+    rows, most = list(range(len(prompts))), FIRST_NODES
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    while True:
+        still = [row for row in rows if searches[row].open(top)]
+        if not still:
+            return [search.scores() for search in searches]
+        if len(still) < len(rows):
+            kept = torch.tensor([rows.index(row) for row in still], device=model.device)
+            cache.batch_select_indices(kept)
+            mask, rows = mask[kept], still
+        limit = min(most, MOST_NODES, TOKENS_PER_PASS // len(rows), *([max(1, window - length)] if window else []))
+        open_ones = [searches[row] for row in rows]
+        nodes = [search.next_nodes(top, limit) for search in open_ones]
+        states = _read(model, cache, mask, open_ones, nodes)
+        _learn(model, states, open_ones, nodes)
+        cache.crop(-states.shape[1])  # the prompts alone again
+        most *= MORE_TIMES
+
+
+def _read(model, cache, mask, searches, nodes):
+    """Hidden states float[B, W, D] of nodes behind the cached prompts; each sees its prompt and its own beginning."""
+    count, length = mask.shape
+    width = max(map(len, nodes))
+    ids = np.zeros((count, width), int)
+    depths = np.zeros((count, width), int)
+    seen_until = np.tile(np.arange(length + width), (count, 1))
+    seen_until[:, :length] = length + width - 1
+    for row, (search, chosen) in enumerate(zip(searches, nodes)):
+        place_of = {node: place for place, node in enumerate(chosen)}
+        for node, place in place_of.items():
+            parent = search.tree.parents[node]
+            ids[row, place] = search.tree.tokens[node]
+            depths[row, place] = 0 if parent == 0 else depths[row, place_of[parent]] + 1
+            while parent:  # all that it follows is seen up to it
+                seen_until[row, length + place_of[parent]] = length + place
+                parent = search.tree.parents[parent]
+    first = mask.sum(-1, keepdim=True)
+    outputs = model.model(
+        input_ids=torch.from_numpy(ids).to(mask.device),
+        attention_mask=torch.cat([mask, mask.new_ones(count, width)], 1),
+        position_ids=first + torch.from_numpy(depths).to(mask.device),
+        past_key_values=cache,
+        seen_until=torch.from_numpy(seen_until).to(mask.device),
+        use_cache=True,
+    )
+    return outputs.last_hidden_state
+
+
+def _learn(model, states, searches, nodes):
+    """Take in what follows each node, of hidden states float[B, W, D]."""
+    at = [(row, place) for row, chosen in enumerate(nodes) for place in range(len(chosen))]
+    for start in range(0, len(at), ROWS_OF_LOGITS):
+        part = at[start : start + ROWS_OF_LOGITS]
+        rows, places = (torch.tensor(side, device=states.device) for side in zip(*part))
+        logits = model.logits(states[rows, places]).float()
+        following = [  # (row of logits, token, search, node, its child)
+            (number, token, searches[row], nodes[row][place], child)
+            for number, (row, place) in enumerate(part)
+            for token, child in searches[row].tree.children[nodes[row][place]].items()
+        ]
+        numbers, tokens = (torch.tensor(side, device=states.device) for side in list(zip(*following))[:2])
+        log_probs = (logits[numbers, tokens] - logits.logsumexp(-1)[numbers]).tolist()
+        for (_, _, search, node, child), log_prob in zip(following, log_probs):
+            search.sums[child] = search.sums[node] + log_prob
+    for search in searches:
+        search.update()

@@ -1,0 +1,193 @@
+"""Whether an object is in a picture, asked as POPE asks (Li et al. 2023, "Evaluating Object Hallucination").
+
+What is in a picture is told by its captions (words for the 80 objects of COCO), or by its label or list of objects.
+For each picture as many absent objects are asked for as present ones, three ways: any (random), those that most
+pictures have (popular), and those that are most often seen together with what is there (adversarial).
+"""
+
+import random
+from collections import Counter, defaultdict
+
+import numpy as np
+
+from vora.data.prompts import YES_NO, with_article
+from vora.eval.caption_scores import words_of
+from vora.eval.intervals import interval_of, share
+from vora.eval.rows import Example
+from vora.eval.tasks import Task
+
+NUM_PRESENT = 3  # of each picture at most
+KINDS = ("random", "popular", "adversarial")
+
+# object: other words for it in captions; plurals are found by themselves
+OBJECTS = {
+    "person": "man woman boy girl child kid baby toddler lady guy men women children people infant teenager adult "
+    "player rider surfer skier snowboarder skateboarder swimmer climber biker cyclist runner crowd couple team",
+    "bicycle": "bike bmx", "car": "truck van jeep suv taxi sedan", "motorcycle": "motorbike dirtbike",
+    "airplane": "plane jet aircraft", "bus": "", "train": "locomotive", "boat": "ship canoe kayak sailboat raft",
+    "traffic light": "stoplight", "fire hydrant": "hydrant", "stop sign": "", "parking meter": "", "bench": "",
+    "bird": "duck goose geese seagull pigeon parrot eagle",
+    "cat": "kitten kitty",
+    "dog": "puppy poodle greyhound retriever terrier collie dalmatian bulldog labrador husky",
+    "horse": "pony", "sheep": "lamb", "cow": "cattle calf bull", "elephant": "", "bear": "", "zebra": "",
+    "giraffe": "",
+    "backpack": "rucksack", "umbrella": "parasol", "handbag": "purse", "tie": "necktie", "suitcase": "luggage",
+    "frisbee": "", "ski": "", "snowboard": "", "ball": "football basketball baseball volleyball soccer", "kite": "",
+    "baseball bat": "", "skateboard": "", "surfboard": "", "tennis racket": "racquet racket", "bottle": "",
+    "wine glass": "", "cup": "mug", "fork": "", "knife": "", "spoon": "", "bowl": "", "banana": "", "apple": "",
+    "sandwich": "", "orange": "", "broccoli": "", "carrot": "", "hot dog": "hotdog", "pizza": "", "donut": "doughnut",
+    "cake": "cupcake", "chair": "armchair", "couch": "sofa", "potted plant": "houseplant", "bed": "",
+    "table": "desk", "toilet": "", "tv": "television", "laptop": "", "mouse": "", "remote": "", "keyboard": "",
+    "cell phone": "cellphone phone", "microwave": "", "oven": "stove", "toaster": "", "sink": "", 
+    "refrigerator": "fridge",
+    "book": "", "clock": "", "vase": "", "scissors": "", "teddy bear": "teddy", "hair drier": "", "toothbrush": "",
+}  # fmt: skip
+COLOURS = {"orange"}  # which in captions are rarely the thing
+
+
+class Presence(Task):
+    """Questions such as "Is there a dog in the image?"; the likelier of yes and no is the answer."""
+
+    name, generates, chooses, top = "presence", False, True, None
+
+    def examples(self, rows, bad):
+        found = []
+        for row in rows.read(bad):
+            try:
+                found.append((row, objects_of(row.values)))
+            except ValueError as error:
+                bad.add(row.name, error)
+        examples = []
+        for (row, _), questions in zip(found, questions_of([present for _, present in found], self.seed)):
+            for number, (thing, answer, kind) in enumerate(questions):
+                prompt = self.asked(object=with_article(thing))
+                name = f"{row.name}#{number}"
+                examples.append(Example(name, prompt, [answer], row.pictures, row.number, YES_NO, kind))
+        return examples[: self.max_examples]
+
+    def score_one(self, example, prediction):
+        said, wanted = prediction["chosen"] == YES_NO[0], example.references[0] == YES_NO[0]
+        return {
+            "true_positive": float(said and wanted),
+            "false_positive": float(said and not wanted),
+            "false_negative": float(wanted and not said),
+            "true_negative": float(not said and not wanted),
+        }
+
+    def metrics(self, examples, scores):
+        sums = np.array([list(one.values()) for one in scores], float).reshape(len(scores), 4)
+        groups = np.array([str(example.group) for example in examples])
+        kinds = np.array([example.kind for example in examples])
+        found = {}
+        for kind in (None, *dict.fromkeys(kinds.tolist())):
+            chosen = np.full(len(kinds), True) if kind is None else kinds == kind
+            for name, value_of in MEASURES.items():
+                found[name if kind is None else f"{name}_{kind}"] = (
+                    share(sums[chosen][:, [0, 3]].sum(1), groups[chosen], self.seed)
+                    if name == "accuracy"
+                    else interval_of(value_of, sums[chosen], groups[chosen], self.seed)
+                )
+        return found
+
+
+def _share(numerator, denominator):
+    def value_of(sums):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return sums @ np.array(numerator, float) / (sums @ np.array(denominator, float))
+
+    return value_of
+
+
+# of true positives, false positives, false negatives, true negatives
+MEASURES = {
+    "accuracy": _share([1, 0, 0, 1], [1, 1, 1, 1]),
+    "precision": _share([1, 0, 0, 0], [1, 1, 0, 0]),
+    "recall": _share([1, 0, 0, 0], [1, 0, 1, 0]),
+    "f1": _share([2, 0, 0, 0], [2, 1, 1, 0]),
+    "yes_share": _share([1, 1, 0, 0], [1, 1, 1, 1]),
+}
+
+
+def objects_of(values):
+    """Names of the objects that a row says are in its picture.
+
+    Raises:
+        ValueError: it says nothing about them.
+    """
+    if "objects" in values or "label" in values:
+        given = values.get("objects", values.get("label"))
+        names = given if isinstance(given, (list, tuple)) else [given]
+        return {str(name).strip() for name in names if str(name).strip()}
+    captions = values.get("captions", values.get("caption", values.get("text")))
+    if captions is None:
+        raise ValueError("It has no captions, label or objects that say what is in the picture.")
+    captions = captions if isinstance(captions, (list, tuple)) else [captions]
+    return set().union(*(objects_in(str(caption)) for caption in captions))
+
+
+def objects_in(caption):
+    """Names of `OBJECTS` that a caption speaks of."""
+    words = words_of(caption)
+    found = set()
+    place = 0
+    while place < len(words):
+        pair = " ".join(words[place : place + 2])
+        two = _object_of(pair)
+        if two is not None:  # a hot dog is no dog
+            found.add(two)
+            place += 2
+            continue
+        one = _object_of(words[place])
+        if one is not None and one not in COLOURS:
+            found.add(one)
+        place += 1
+    return found
+
+
+def _object_of(word):
+    for form in (word, word.removesuffix("s"), word.removesuffix("es"), word.removesuffix("ies") + "y"):
+        if form in WORDS:
+            return WORDS[form]
+    return None
+
+
+WORDS = {word: name for name, others in OBJECTS.items() for word in (name, *others.split())}
+WORDS |= {"knives": "knife", "skis": "ski", "mice": "mouse", "puppies": "dog"}
+
+
+def questions_of(present, seed):
+    """Questions about each picture, half of them to be denied in each of the three ways.
+
+    Args:
+        present: for each picture, the set of objects in it; how popular they are, and together with what, is counted.
+
+    Returns:
+        for each picture a list of (object, yes or no, kind); none where nothing is known to be in it.
+    """
+    often = Counter(thing for things in present for thing in things)
+    together = defaultdict(Counter)
+    for things in present:
+        for thing in things:
+            together[thing].update(things - {thing})
+    by_number = sorted(often, key=lambda thing: (-often[thing], thing))
+    found = []
+    for number, things in enumerate(present):
+        draw = random.Random(f"{seed} {number}")
+        there = draw.sample(sorted(things), min(NUM_PRESENT, len(things)))
+        absent = [thing for thing in by_number if thing not in things]
+        there = there[: len(absent)]
+        near = Counter()
+        for thing in things:
+            near.update({other: count for other, count in together[thing].items() if other not in things})
+        ways = {
+            "random": draw.sample(absent, len(there)),
+            "popular": absent[: len(there)],
+            "adversarial": sorted(near, key=lambda thing: (-near[thing], thing))[: len(there)],
+        }
+        found.append([
+            (thing, answer, kind)
+            for kind, denied in ways.items()
+            for yes, no in zip(there, denied)
+            for thing, answer in ((yes, YES_NO[0]), (no, YES_NO[1]))
+        ])  # fmt: skip
+    return found

@@ -1,0 +1,156 @@
+"""Rows of any files that `vora.data.sources` reads, as evaluation needs them: texts at once, pictures when asked."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vora.data.record import IMAGE_COLUMNS, images_of_row
+from vora.data.sources import EASY_VQA, KINDS, load_source
+from vora.model.image_processing_vora import read_image
+
+SPLITS = ("test", "validation", "valid", "val", "dev", "train")  # the first that a folder or dataset has is read
+COLUMNS = (
+    "captions", "caption", "text", "questions", "question", "answers", "answer", "label", "objects", "sentence",
+    "statement", "identifier",
+)  # fmt: skip
+NUM_NAMED = 20  # bad rows that a report names
+
+
+@dataclass
+class Example:
+    """One thing that a model is asked.
+
+    Args:
+        name: file, row and number of the question, for people.
+        prompt: what is asked.
+        references: what is right, as the task understands it.
+        pictures: opens the pictures, a list of RGB images; to ask about others, or none, replace it.
+        group: examples of one group (a picture) are not independent of each other.
+        candidates: the answers to choose from, where it is not free.
+        kind: of the example, where a task knows several.
+    """
+
+    name: str
+    prompt: str
+    references: Any
+    pictures: Callable[[], list]
+    group: Any
+    candidates: tuple = ()
+    kind: str = ""
+
+
+@dataclass
+class Row:
+    """A row without its pictures; `pictures` opens them and raises ValueError."""
+
+    name: str
+    number: int
+    values: dict
+    pictures: Callable[[], list]
+
+
+@dataclass
+class Bad:
+    """What was left out, and why."""
+
+    count: int = 0
+    named: list = field(default_factory=list)
+
+    def add(self, name, cause):
+        self.count += 1
+        if len(self.named) < NUM_NAMED:
+            self.named.append({"name": name, "cause": " ".join(str(cause).split())[:300]})
+
+
+class Rows:
+    """The rows of all files, in order.
+
+    Args:
+        paths: what `load_source` takes, each.
+        split: of folders and datasets; None: the first of `SPLITS` that is there.
+        columns: {our name: the files' name}.
+
+    Raises:
+        ValueError: a path cannot be read.
+    """
+
+    def __init__(self, paths, split=None, subset=None, image_folder=None, columns=None):
+        options = {"subset": subset, "image_folder": image_folder, "columns": columns}
+        self.texts, self.images = [], []
+        for path in map(str, paths):
+            texts = _opened(path, split, {**options, "read_row": _values_of, "wanted": COLUMNS})
+            self.texts.append(texts)
+            self.images.append(_opened(path, split, {**options, "read_row": _images_of, "wanted": IMAGE_COLUMNS}))
+        self.files = sorted({file for source in self.texts for file in source.files})
+
+    def __len__(self):
+        return sum(map(len, self.texts))
+
+    def read(self, bad):
+        """Yields each `Row`; those that cannot be read are added to `bad`."""
+        number = 0
+        for texts, images in zip(self.texts, self.images):
+            for block, size in enumerate(texts.block_sizes):
+                rows = texts.read_block(block)
+                for offset in range(size):
+                    name = _short(texts.row_name(block, offset))
+                    index = int(texts.starts[block]) + offset
+                    try:
+                        yield Row(name, number, texts.record(block, offset, rows), _opener(images, index, name))
+                    except ValueError as error:
+                        bad.add(name, error)
+                    number += 1
+
+
+def _opened(path, split, options):
+    """A source by the split that is named, or by the first of `SPLITS` that it has."""
+    is_pattern = any(mark in path for mark in "*?[")
+    if not Path(path).exists() and Path(path).suffix.lower() in KINDS and not is_pattern:
+        raise ValueError(f"{path}: there is no such file.")
+    if split or not Path(path).is_dir():
+        return load_source(path, split or _split_on_hub(path, options["subset"]), **options)
+    for name in SPLITS:
+        try:
+            return load_source(path, name, **options)
+        except ValueError as error:
+            cause = error
+            if all(word not in str(error) for word in ("no files of the split", repr(name))):
+                break
+    raise cause
+
+
+def _split_on_hub(path, subset):
+    """The first of `SPLITS` of a dataset on the Hub; of a file, any."""
+    if Path(path).exists() or path == EASY_VQA or any(mark in path for mark in "*?["):
+        return SPLITS[0]
+    import datasets
+
+    try:
+        names = datasets.get_dataset_split_names(path, subset)
+    except Exception:  # of many kinds; what loads it says what is wrong
+        return SPLITS[-1]
+    return next((name for name in SPLITS if name in names), names[0])
+
+
+def _values_of(row, name, image_folder, prompts):
+    values = {key: value for key, value in row.items() if value is not None and key not in IMAGE_COLUMNS}
+    if not values:
+        raise ValueError(f"It has none of the columns {', '.join(COLUMNS)}: name its own with --column ours=theirs.")
+    return values
+
+
+def _images_of(row, name, image_folder, prompts):
+    row = {key: value for key, value in row.items() if value is not None}
+    images = images_of_row(row, image_folder)
+    if not images:
+        raise ValueError(f"It has no image in {', '.join(IMAGE_COLUMNS)}.")
+    return images
+
+
+def _opener(source, index, name):
+    return lambda: [read_image(image) for image in source[index]]
+
+
+def _short(name):
+    return Path(name).name

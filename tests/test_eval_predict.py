@@ -1,0 +1,95 @@
+"""Answers in batches, by likelihood and freely, are those of one example alone."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vora
+from vora.data.record import question_and_answer
+from vora.eval import likelihood
+from vora.eval.likelihood import AnswerTree, answer_ids, candidate_scores
+from vora.eval.prompting import batches, greedy_answers, prompt_of
+from vora.eval.rows import Example
+
+ANSWERS = ["red", "red circle", "red circle two", "blue", "blue square", "yes", "no", "teal", "green", "yes yes yes"]
+
+
+@pytest.fixture(scope="module")
+def seeing(llm_folder):
+    torch.manual_seed(0)
+    model = vora.VoraForConditionalGeneration.from_llm(llm_folder, patch_size=4, image_size=12)
+    for parameter in model.parameters():
+        parameter.data *= 1.5  # surer of its answers, so that they differ
+    processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+    draw = np.random.default_rng(0)
+    pictures = [Image.fromarray(draw.integers(0, 255, (8, 4 * n, 3), dtype=np.uint8)) for n in (1, 2, 3, 4)]
+    questions = ("what?", "Which colour is the shape?", "what is it?", "Is there a teal shape in the picture?")
+    examples = [Example(f"e{i}", question, [], lambda i=i: [pictures[i]], i) for i, question in enumerate(questions)]
+    examples.append(Example("blind", "what?", [], lambda: [], 4))
+    return model, processor, [prompt_of(processor, example) for example in examples], examples, pictures
+
+
+@torch.no_grad()
+def brute_force(model, processor, example, answer):
+    """Log-probability of an answer in a forward pass of its own."""
+    content = [{"type": "image", "image": one} for one in example.pictures()]
+    content.append({"type": "text", "text": example.prompt})
+    messages = [{"role": "user", "content": content}, question_and_answer("", answer)[1]]
+    sample = {name: torch.as_tensor(value) for name, value in processor.training_sample(messages).items()}
+    labels = sample.pop("labels")[1:]
+    inputs = {name: value[None] if name == "input_ids" else value for name, value in sample.items()}
+    log_probs = model(**inputs).logits[0, :-1].log_softmax(-1)
+    return sum(float(log_probs[place, labels[place]]) for place in range(len(labels)) if labels[place] != -100)
+
+
+@pytest.mark.parametrize("top", [None, 1, 3])
+@pytest.mark.parametrize("first_nodes", [1, 16])
+def test_likelihoods_are_those_of_each_answer_alone(seeing, top, first_nodes, monkeypatch):
+    model, processor, prompts, examples, _ = seeing
+    monkeypatch.setattr(likelihood, "FIRST_NODES", first_nodes)
+    top = len(ANSWERS) if top is None else top
+    trees = [AnswerTree(answer_ids(processor, prompt, ANSWERS)) for prompt in prompts]
+    found = candidate_scores(model, processor, prompts, trees, top)
+    winners = set()
+    for example, scores in zip(examples, found):
+        wanted = np.array([brute_force(model, processor, example, answer) for answer in ANSWERS])
+        best = np.argsort(-wanted)[:top]
+        assert np.array_equal(np.argsort(-scores, kind="stable")[:top], best)
+        exact = np.isfinite(scores)
+        np.testing.assert_allclose(scores[exact], wanted[exact], atol=2e-4)
+        winners.add(int(best[0]))
+    if top == 1 and first_nodes == 1:
+        assert not all(np.isfinite(scores).all() for scores in found)  # some were never read
+
+
+def test_answers_share_what_they_begin_with(seeing):
+    _, processor, prompts, _, _ = seeing
+    answers = answer_ids(processor, prompts[0], ["red circle", "red square"])
+    assert AnswerTree(answers).paths[0][0] == AnswerTree(answers).paths[1][0]
+    assert all(answer[-1] == processor.tokenizer.eos_token_id for answer in answers)
+
+
+def test_batched_answers_are_those_of_each_alone(seeing):
+    model, processor, prompts, _, _ = seeing
+    together = greedy_answers(model, processor, prompts, 6)
+    alone = [greedy_answers(model, processor, [prompt], 6)[0] for prompt in prompts]
+    assert together == alone and len(set(together)) > 1
+
+
+def test_answers_depend_on_the_picture(seeing):
+    model, processor, prompts, examples, pictures = seeing
+    examples = [Example("x", "what?", [], lambda one=one: [one], 0) for one in (pictures[0], pictures[3])]
+    prompts = [prompt_of(processor, example) for example in examples]
+    trees = [AnswerTree(answer_ids(processor, prompt, ANSWERS)) for prompt in prompts]
+    first, second = candidate_scores(model, processor, prompts, trees, None or len(ANSWERS))
+    assert not np.allclose(first, second)
+
+
+def test_batches_hold_all_and_no_more_tokens_than_allowed(monkeypatch):
+    monkeypatch.setattr("vora.eval.prompting.TOKENS_PER_BATCH", {"cpu": 100})
+    lengths = [5, 60, 7, 33, 30, 90, 200]
+    found = list(batches(lengths, torch.device("cpu")))
+    assert sorted(index for batch in found for index in batch) == list(range(7))
+    assert all(len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 100 for batch in found)
+    assert len(found) == 5

@@ -1,0 +1,291 @@
+"""Tasks: rows of the layouts to examples, predictions to scores, scores to metrics; and the command end to end."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import vora
+from vora.eval.ledger import Ledger, fingerprint
+from vora.eval.presence import objects_in, questions_of
+from vora.eval.rows import Bad, Rows
+from vora.eval.run import make_task
+from vora.serve.chat import load_model
+
+PICTURES = 8
+
+
+def png(number):
+    noise = np.random.default_rng(number).integers(0, 255, (8, 12, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": f"{number}.png"}
+
+
+LAYOUTS = {
+    "captions": [{"captions": [f"a dog runs number {n}", "the dog is red"]} for n in range(PICTURES)],
+    "vqa": [{"questions": ["what?", "is it red?"], "answers": ["cup, book", "yes"]} for _ in range(PICTURES)],
+    "classify": [{"label": ("red", "blue", "green square")[n % 3]} for n in range(PICTURES)],
+    "statements": [
+        {
+            "sentence": f"there is a {('red', 'blue')[n // 4]} box",
+            "label": n % 4 < 2,
+            "identifier": f"{n // 4}-{n % 2}-0",
+        }
+        for n in range(PICTURES)
+    ],
+    "presence": [
+        {"captions": [("a man with a dog", "two cats on a chair", "a hot dog")[n % 3]]} for n in range(PICTURES)
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for task, rows in LAYOUTS.items():
+        table = pa.Table.from_pylist([{"image": png(n), **row} for n, row in enumerate(rows)])
+        pq.write_table(table, folder / f"{task}.parquet", row_group_size=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, llm_folder):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    vora.VoraForConditionalGeneration.from_llm(llm_folder, patch_size=4, image_size=12).save_pretrained(folder)
+    vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12).save_pretrained(folder)
+    return folder
+
+
+def run(*arguments, code="from vora.cli import main; main()"):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "300"}
+    environment.pop("VORA_TRACEBACK", None)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+
+
+def in_process(monkeypatch, *arguments):
+    from vora import cli
+
+    monkeypatch.setattr(sys, "argv", ["vora", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code or 0
+
+
+METRICS = {
+    "captions": ["cider_d", "bleu_4"],
+    "vqa": ["exact_accuracy", "vqa_accuracy", "wups_0.9", "wups_0.0"],
+    "classify": ["accuracy", "generated_accuracy"],
+    "statements": ["accuracy", "consistency", "ordering_consistency"],
+    "presence": ["accuracy", "precision", "recall", "f1", "yes_share"],
+}
+
+
+@pytest.mark.parametrize("task", METRICS)
+def test_every_task_leaves_a_report(task, data, model_folder, tmp_path, monkeypatch):
+    out = tmp_path / "found" / "report.json"
+    code = in_process(
+        monkeypatch, "eval", "-m", model_folder, "--task", task, "--data", data / f"{task}.parquet", "-o", out
+    )
+    assert code == 0
+    report = json.loads(out.read_text())
+    lines = [json.loads(line) for line in (tmp_path / "found" / "report.predictions.jsonl").read_text().splitlines()]
+    expected = {"vqa": 16, "presence": 3 * (2 * 3 + 2 * 3 + 2)}.get(task, PICTURES)
+    assert report["task"] == task and report["num_bad"] == 0
+    assert report["num_examples"] == len(lines) - 1
+    if task != "presence":
+        assert report["num_examples"] == expected
+    for name in METRICS[task]:
+        value, (low, high) = report["metrics"][name]["value"], report["metrics"][name]["interval"]
+        if value is not None:
+            assert 0 <= low <= value <= high
+    assert report["commit"] is None or len(report["commit"]) >= 40
+    assert report["seconds"] > 0 and report["model"] == str(model_folder) and report["seed"] == 0
+    assert all("scores" in line for line in lines[1:])
+    again = in_process(
+        monkeypatch, "eval", "-m", model_folder, "--task", task, "--data", data / f"{task}.parquet", "-o", out
+    )
+    rerun = json.loads(out.read_text())
+    assert again == 0 and rerun["num_resumed"] == report["num_examples"] and rerun["metrics"] == report["metrics"]
+
+
+def test_a_killed_run_goes_on_and_loses_at_most_a_batch(data, model_folder, tmp_path, monkeypatch, capsys):
+    arguments = ["eval", "-m", model_folder, "--task", "vqa", "--data", data / "vqa.parquet", "-o"]
+    small = (
+        "import vora.eval.prompting as p; p.MOST_ROWS['cpu'] = 3\n"
+        "import vora.eval.predict as q, os\n"
+        "answers, calls = q.greedy_answers, []\n"
+        "def counted(*a):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 4: os._exit(9)\n"
+        "    return answers(*a)\n"
+    )
+    main = "from vora.cli import main; main()"
+    killed = run(*arguments, tmp_path / "a.json", code=small + "q.greedy_answers = counted\n" + main)
+    assert killed.returncode == 9 and not (tmp_path / "a.json").exists()
+    ledger = tmp_path / "a.predictions.jsonl"
+    assert len(ledger.read_text().splitlines()) == 1 + 9
+    with ledger.open("a") as file:
+        file.write('{"index": 11, "gen')  # died while writing
+    assert in_process(monkeypatch, *arguments, tmp_path / "a.json") == 0
+    assert "Going on after 9 of 16" in " ".join(capsys.readouterr().err.split())
+    assert in_process(monkeypatch, *arguments, tmp_path / "b.json") == 0
+    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
+    assert first["metrics"] == second["metrics"] and first["num_resumed"] == 9 and second["num_resumed"] == 0
+    capsys.readouterr()
+    assert in_process(monkeypatch, *arguments, tmp_path / "a.json", "--prompt", "Say: {question}") == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert 'settings.prompt was "{question}", is "Say: {question}". Choose' in told
+
+
+def test_a_ledger_of_other_conditions_is_refused(tmp_path):
+    Ledger(tmp_path / "x.jsonl", {"task": "vqa", "seed": 0}).add([{"index": 0}])
+    assert Ledger(tmp_path / "x.jsonl", {"task": "vqa", "seed": 0}).num_found == 1
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
+        Ledger(tmp_path / "x.jsonl", {"task": "vqa", "seed": 1})
+    (tmp_path / "y.jsonl").write_text("no json\n")
+    with pytest.raises(ValueError, match="no file of predictions"):
+        Ledger(tmp_path / "y.jsonl", {})
+
+
+def test_fingerprints_see_a_change_anywhere_in_small_files(tmp_path):
+    data = bytearray(os.urandom(100_000))
+    (tmp_path / "a").write_bytes(data)
+    before = fingerprint(tmp_path / "a")
+    data[77_777] ^= 1
+    (tmp_path / "a").write_bytes(data)
+    assert fingerprint(tmp_path / "a") != before
+
+
+def test_bad_rows_are_counted_named_and_skipped(data, model_folder, tmp_path, monkeypatch):
+    rows = [{"image": png(n), "captions": ["a dog", "red dog"]} for n in range(4)]
+    rows[1]["captions"] = []
+    rows[2]["image"] = {"bytes": b"no picture", "path": "x.png"}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "some.parquet")
+    out = tmp_path / "r.json"
+    code = in_process(
+        monkeypatch, "eval", "-m", model_folder, "--task", "captions", "--data", tmp_path / "some.parquet", "-o", out
+    )
+    report = json.loads(out.read_text())
+    assert code == 0 and report["num_examples"] == 2 and report["num_bad"] == 2
+    assert {one["name"] for one in report["bad"]} == {"some.parquet:1", "some.parquet:2"}
+
+
+def test_several_files_are_one_set(data, model_folder, tmp_path, monkeypatch):
+    file, out = data / "captions.parquet", tmp_path / "r.json"
+    options = ["eval", "-m", model_folder, "--task", "captions", "-o", out, "--max-examples", "12"]
+    assert in_process(monkeypatch, *options, "--data", file, file) == 0
+    assert json.loads(out.read_text())["num_examples"] == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--task", "dreams", "-m", "{model}", "--data", "{data}/vqa.parquet"], "choose among captions, vqa"),
+        (["--task", "vqa", "--data", "{data}/vqa.parquet"], "-m MODEL"),
+        (["--task", "vqa", "-m", "{model}", "--data", "{data}/captions.parquet"], "has no questions"),
+        (["--task", "vqa", "-m", "{model}", "--data", "nowhere.parquet"], "no such file"),
+        (["--task", "vqa", "-m", "{model}", "--data", "{data}/vqa.parquet", "--prompt", "{{x}}"], "brace"),
+        (["--task", "vqa", "-m", "{model}", "--data", "{data}/vqa.parquet", "--column", "x"], "ours=theirs"),
+    ],
+)
+def test_what_goes_wrong_is_one_line(data, model_folder, tmp_path, monkeypatch, capsys, arguments, wanted):
+    filled = [argument.format(model=model_folder, data=data) for argument in arguments]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert in_process(monkeypatch, "eval", *filled, "-o", tmp_path / "r.json") == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "error:" in told and wanted in told, told
+
+
+def predictions(task, examples, answer):
+    return [{"generated": answer(one), "chosen": answer(one)} for one in examples]
+
+
+@pytest.mark.parametrize("task", METRICS)
+def test_the_right_answers_score_full(task, data):
+    made = make_task(task)
+    examples = made.examples(Rows([data / f"{task}.parquet"]), Bad())
+    metrics = made.metrics(examples, made.score(examples, predictions(made, examples, lambda one: one.references[0])))
+    for name in METRICS[task]:
+        value = metrics[name]["value"]
+        assert value == pytest.approx({"yes_share": 0.5}.get(name, 1.0)) or (name == "cider_d" and value > 1)
+
+
+def test_consistency_wants_every_picture_of_a_sentence(data):
+    made = make_task("statements")
+    examples = made.examples(Rows([data / "statements.parquet"]), Bad())
+    told = predictions(made, examples, lambda one: one.references[0])
+    told[0]["chosen"] = "false"
+    metrics = {name: one["value"] for name, one in made.metrics(examples, made.score(examples, told)).items()}
+    assert metrics == {"accuracy": 7 / 8, "consistency": 1 / 2, "ordering_consistency": 3 / 4}
+
+
+def test_labels_may_be_numbers_of_named_classes(tmp_path):
+    rows = [{"image": png(n), "label": n % 3} for n in range(6)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "numbers.parquet")
+    made = make_task("classify", labels=["red", "blue", "green"])
+    examples = made.examples(Rows([tmp_path / "numbers.parquet"]), Bad())
+    assert [one.references[0] for one in examples[:4]] == ["red", "blue", "green", "red"]
+    assert examples[0].candidates == ("red", "blue", "green")
+    bad = Bad()
+    assert len(make_task("classify", labels=["red", "blue"]).examples(Rows([tmp_path / "numbers.parquet"]), bad)) == 4
+    assert bad.count == 2
+
+
+def test_all_classes_are_candidates_of_a_few_examples(data):
+    examples = make_task("classify", max_examples=1).examples(Rows([data / "classify.parquet"]), Bad())
+    assert len(examples) == 1 and examples[0].candidates == ("blue", "green square", "red")
+
+
+def test_the_first_split_that_is_there_is_read(data, tmp_path):
+    for name in ("train", "validation"):
+        rows = [{"image": png(0), "captions": [name]}]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}-00000-of-00001.parquet")
+    made = make_task("captions")
+    assert made.examples(Rows([tmp_path]), Bad())[0].references == ["validation"]
+    assert made.examples(Rows([tmp_path], split="train"), Bad())[0].references == ["train"]
+    with pytest.raises(ValueError, match="dev"):
+        Rows([tmp_path], split="dev")
+
+
+def test_objects_are_found_in_captions():
+    assert objects_in("Two men and their puppies on a skateboard") == {"person", "dog", "skateboard"}
+    assert objects_in("a hot dog beside an orange cat") == {"hot dog", "cat"}
+
+
+def test_presence_is_balanced_and_asks_for_what_is_not_there():
+    present = [{"dog", "person"}, {"cat"}, {"dog", "ball"}, {"dog"}, set()]
+    asked = questions_of(present, 0)
+    assert asked == questions_of(present, 0) != questions_of(present, 1)
+    assert asked[4] == []
+    for things, questions in zip(present, asked):
+        for kind in ("random", "popular"):
+            answers = [answer for _, answer, k in questions if k == kind]
+            assert answers.count("yes") == answers.count("no") == min(3, len(things), 4 - len(things))
+        assert all((thing in things) == (answer == "yes") for thing, answer, _ in questions)
+    assert ("dog", "no", "popular") in asked[1]
+    assert ("person", "no", "adversarial") in asked[3] or ("ball", "no", "adversarial") in asked[3]
+
+
+def test_a_picture_can_be_replaced(data, model_folder):
+    from dataclasses import replace
+
+    from vora.eval.prompting import prompt_of
+
+    _, processor = load_model(str(model_folder))
+    example = make_task("captions").examples(Rows([data / "captions.parquet"]), Bad())[0]
+    blank = replace(example, pictures=lambda: [Image.new("RGB", one.size, "white") for one in example.pictures()])
+    none = replace(example, pictures=lambda: [])
+    seen, white, blind = (prompt_of(processor, one) for one in (example, blank, none))
+    assert len(seen) == len(white) > len(blind)
+    assert not torch.equal(seen.inputs["pixel_values"], white.inputs["pixel_values"])
