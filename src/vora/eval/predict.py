@@ -5,7 +5,7 @@ import time
 from vora.eval.likelihood import AnswerTree, answer_ids, candidate_scores
 from vora.eval.prompting import batches, greedy_answers, prompt_of
 
-AT_ONCE = 512  # examples whose pictures are processed, and that are sorted by length, together
+MOST_AT_ONCE, BYTES_AT_ONCE = 512, 256 << 20  # examples, and their pixels, that are sorted by length together
 
 
 def predict(model, processor, task, examples, ledger, progress=None, **images_kwargs):
@@ -18,14 +18,7 @@ def predict(model, processor, task, examples, ledger, progress=None, **images_kw
     """
     model.eval()
     trees = {}
-    waiting = [index for index in range(len(examples)) if index not in ledger.done]
-    for start in range(0, len(waiting), AT_ONCE):
-        prompts = {}
-        for index in waiting[start : start + AT_ONCE]:
-            try:
-                prompts[index] = prompt_of(processor, examples[index], **images_kwargs)
-            except ValueError as error:
-                ledger.add([{"index": index, "name": examples[index].name, "bad": " ".join(str(error).split())}])
+    for prompts in _prompts(processor, examples, ledger, images_kwargs):
         indices = list(prompts)
         extra = task.max_new_tokens if task.generates else 0
         for batch in batches([len(prompts[index]) for index in indices], model.device, extra):
@@ -42,6 +35,25 @@ def predict(model, processor, task, examples, ledger, progress=None, **images_kw
             ledger.add([line | {"seconds": round(seconds, 4)} for line in lines])
             if progress is not None:
                 progress(len(batch))
+
+
+def _prompts(processor, examples, ledger, images_kwargs):
+    """Yields {index: Prompt} of some examples at a time; those that cannot be asked are noted in the ledger."""
+    prompts, num_bytes = {}, 0
+    for index, example in enumerate(examples):
+        if index in ledger.done:
+            continue
+        try:
+            prompts[index] = prompt_of(processor, example, **images_kwargs)
+        except ValueError as error:
+            ledger.add([{"index": index, "name": example.name, "bad": " ".join(str(error).split())}])
+            continue
+        num_bytes += sum(value.nbytes for value in prompts[index].inputs.values())
+        if len(prompts) == MOST_AT_ONCE or num_bytes > BYTES_AT_ONCE:
+            yield prompts
+            prompts, num_bytes = {}, 0
+    if prompts:
+        yield prompts
 
 
 def _line(index, example):

@@ -59,10 +59,11 @@ class Presence(Task):
                 bad.add(row.name, error)
         examples = []
         for (row, _), questions in zip(found, questions_of([present for _, present in found], self.seed)):
-            for number, (thing, answer, kind) in enumerate(questions):
-                prompt = self.asked(object=with_article(thing))
-                name = f"{row.name}#{number}"
-                examples.append(Example(name, prompt, [answer], row.pictures, row.number, YES_NO, kind))
+            for number, (thing, answer, kinds) in enumerate(questions):
+                prompt, name = self.asked(object=with_article(thing)), f"{row.name}#{number}"
+                examples.append(
+                    Example(name, prompt, [answer], row.pictures, row.number, YES_NO, kind=" ".join(kinds))
+                )
         return examples[: self.max_examples]
 
     def score_one(self, example, prediction):
@@ -75,18 +76,18 @@ class Presence(Task):
         }
 
     def metrics(self, examples, scores):
+        """Of each way of asking, and of all; a question that belongs to several ways counts in each."""
         sums = np.array([list(one.values()) for one in scores], float).reshape(len(scores), 4)
-        groups = np.array([str(example.group) for example in examples])
-        kinds = np.array([example.kind for example in examples])
+        groups = [str(example.group) for example in examples]
         found = {}
-        for kind in (None, *dict.fromkeys(kinds.tolist())):
-            chosen = np.full(len(kinds), True) if kind is None else kinds == kind
+        for ending, ways in {"": KINDS, **{f"_{kind}": (kind,) for kind in KINDS}}.items():
+            times = [sum(kind in ways for kind in example.kind.split()) for example in examples]
+            counted, of_groups = np.repeat(sums, times, axis=0), np.repeat(groups, times)
+            if not len(counted):
+                continue
             for name, value_of in MEASURES.items():
-                found[name if kind is None else f"{name}_{kind}"] = (
-                    share(sums[chosen][:, [0, 3]].sum(1), groups[chosen], self.seed)
-                    if name == "accuracy"
-                    else interval_of(value_of, sums[chosen], groups[chosen], self.seed)
-                )
+                found[name + ending] = interval_of(value_of, counted, of_groups, self.seed)
+            found["accuracy" + ending] = share(counted[:, [0, 3]].sum(1), of_groups, self.seed)
         return found
 
 
@@ -162,7 +163,8 @@ def questions_of(present, seed):
         present: for each picture, the set of objects in it; how popular they are, and together with what, is counted.
 
     Returns:
-        for each picture a list of (object, yes or no, kind); none where nothing is known to be in it.
+        for each picture a list of (object, yes or no, ways in which this is asked); none where nothing is known to be
+        in it.
     """
     often = Counter(thing for things in present for thing in things)
     together = defaultdict(Counter)
@@ -184,10 +186,10 @@ def questions_of(present, seed):
             "popular": absent[: len(there)],
             "adversarial": sorted(near, key=lambda thing: (-near[thing], thing))[: len(there)],
         }
-        found.append([
-            (thing, answer, kind)
-            for kind, denied in ways.items()
-            for yes, no in zip(there, denied)
-            for thing, answer in ((yes, YES_NO[0]), (no, YES_NO[1]))
-        ])  # fmt: skip
+        kinds_of = defaultdict(list)
+        for kind, denied in ways.items():
+            for yes, no in zip(there, denied):
+                kinds_of[yes, YES_NO[0]].append(kind)
+                kinds_of[no, YES_NO[1]].append(kind)
+        found.append([(thing, answer, tuple(kinds)) for (thing, answer), kinds in kinds_of.items()])
     return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,9 @@ class Rows:
         options = {"subset": subset, "image_folder": image_folder, "columns": columns}
         self.texts, self.images = [], []
         for path in map(str, paths):
-            texts = _opened(path, split, {**options, "read_row": _values_of, "wanted": COLUMNS})
-            self.texts.append(texts)
-            self.images.append(_opened(path, split, {**options, "read_row": _images_of, "wanted": IMAGE_COLUMNS}))
+            self.texts.append(_opened(path, split, {**options, "read_row": _values_of, "wanted": COLUMNS}))
+            images = {**options, "read_row": _images_of, "wanted": IMAGE_COLUMNS}
+            self.images.append(cache(partial(_opened, path, split, images)))  # when the first is asked for
         self.files = sorted({file for source in self.texts for file in source.files})
 
     def __len__(self):
@@ -97,7 +98,7 @@ class Rows:
                     name = _short(texts.row_name(block, offset))
                     index = int(texts.starts[block]) + offset
                     try:
-                        yield Row(name, number, texts.record(block, offset, rows), _opener(images, index, name))
+                        yield Row(name, number, texts.record(block, offset, rows), _opener(images, index))
                     except ValueError as error:
                         bad.add(name, error)
                     number += 1
@@ -148,8 +149,8 @@ def _images_of(row, name, image_folder, prompts):
     return images
 
 
-def _opener(source, index, name):
-    return lambda: [read_image(image) for image in source[index]]
+def _opener(source, index):
+    return lambda: [read_image(image) for image in source()[index]]
 
 
 def _short(name):

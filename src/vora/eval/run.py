@@ -83,18 +83,7 @@ def evaluate(model, processor, task, paths, out, console, *, model_name, rows_op
     if ledger.num_found:
         console.print(f"Going on after {ledger.num_found:,} of {len(examples):,} examples in {ledger.file}")
     earlier = ledger.seconds
-    with _progress(console) as bar:
-        shown = bar.add_task(task.name, total=len(examples), completed=ledger.num_found)
-        predict(model, processor, task, examples, ledger, lambda count: bar.advance(shown, count))
-
-    kept, lines = [], []
-    for index, example in enumerate(examples):
-        line = ledger.done[index]
-        if "bad" in line:
-            bad.add(line["name"], line["bad"])
-        else:
-            kept.append(example)
-            lines.append(line)
+    kept, lines = answered(model, processor, task, examples, ledger, bad, console)
     scores = task.score(kept, lines)
     metrics = task.metrics(kept, scores)
     ledger.rewrite([line | {"scores": score} for line, score in zip(lines, scores)]
@@ -123,16 +112,37 @@ def evaluate(model, processor, task, paths, out, console, *, model_name, rows_op
     return report
 
 
+def answered(model, processor, task, examples, ledger, bad, console):
+    """A model's answers to examples, from a ledger as far as it has them, with a progress bar.
+
+    Returns:
+        (the examples that could be asked, their lines); the others are added to `bad`.
+
+    Raises:
+        ValueError: none could be asked.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bar:
+        shown = bar.add_task(task.name, total=len(examples), completed=len(ledger.done))
+        predict(model, processor, task, examples, ledger, lambda count: bar.advance(shown, count))
+    kept, lines = [], []
+    for index, example in enumerate(examples):
+        line = ledger.done[index]
+        if "bad" in line:
+            bad.add(line["name"], line["bad"])
+        else:
+            kept.append(example)
+            lines.append(line)
+    if not kept:
+        raise ValueError(f"None of {len(examples)} examples could be asked. The first: {bad.named[0]['cause']}")
+    return kept, lines
+
+
 def _told_apart(examples):
     """How many answers examples may be chosen from, and a hash of these."""
     known = dict.fromkeys(example.candidates for example in examples)
     return {"most": max(map(len, known)), "hash": hashlib.sha256(repr(list(known)).encode()).hexdigest()[:16]}
-
-
-def _progress(console):
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    return Progress(*columns, console=console, transient=True)
 
 
 def metrics_table(report):

@@ -106,6 +106,7 @@ class Captions(Task):
         ]
 
     def metrics(self, examples, scores):
+        """CIDEr-D's interval is that of a mean over pictures, n-grams' weights being fixed; BLEU's of the corpus."""
         groups, counts = [example.group for example in examples], [one["bleu_counts"] for one in scores]
         return {
             "cider_d": mean([one["cider_d"] for one in scores], groups, self.seed),
@@ -187,6 +188,7 @@ class Statements(Task):
 
     def of_row(self, row):
         sentence = _text(_first(row.values, "sentence", "statement", "question", "text"))
+        sentence += "" if sentence[-1:] in (".", "!", "?") else "."
         truth = str(_first(row.values, "label", "answer")).strip().lower()
         if truth not in ("true", "false", "1", "0", "yes", "no"):
             raise ValueError(f"Its label {truth!r} is neither true nor false.")
