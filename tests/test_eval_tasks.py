@@ -143,9 +143,9 @@ def test_a_killed_run_goes_on_and_loses_at_most_a_batch(data, model_folder, tmp_
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
     assert first["metrics"] == second["metrics"] and first["num_resumed"] == 9 and second["num_resumed"] == 0
     capsys.readouterr()
-    assert in_process(monkeypatch, *arguments, tmp_path / "a.json", "--prompt", "Say: {question}") == 1
+    assert in_process(monkeypatch, *arguments, tmp_path / "a.json", "--prompt", "Say: {}") == 1
     told = " ".join(capsys.readouterr().err.split())
-    assert 'settings.prompt was "{question}", is "Say: {question}". Choose' in told
+    assert 'settings.prompt was "{}", is "Say: {}". Choose' in told
 
 
 def test_a_ledger_of_other_conditions_is_refused(tmp_path):
@@ -195,7 +195,7 @@ def test_several_files_are_one_set(data, model_folder, tmp_path, monkeypatch):
         (["--task", "vqa", "--data", "{data}/vqa.parquet"], "-m MODEL"),
         (["--task", "vqa", "-m", "{model}", "--data", "{data}/captions.parquet"], "has no questions"),
         (["--task", "vqa", "-m", "{model}", "--data", "nowhere.parquet"], "no such file"),
-        (["--task", "vqa", "-m", "{model}", "--data", "{data}/vqa.parquet", "--prompt", "{{x}}"], "brace"),
+        (["--task", "vqa", "-m", "{model}", "--data", "{data}/vqa.parquet", "--prompt", "what?"], "exactly one"),
         (["--task", "vqa", "-m", "{model}", "--data", "{data}/vqa.parquet", "--column", "x"], "ours=theirs"),
     ],
 )

@@ -120,7 +120,9 @@ def evaluate(
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON file of the report.")],
     more_data: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help="More data.")] = None,
     model: ModelOption = None,
-    prompt: Annotated[str | None, typer.Option(help="Instead of the task's own, see vora/data/prompts.py.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Instead of the task's own; {} is where a row's text goes.")
+    ] = None,
     labels: Annotated[Path | None, typer.Option(help="Names of all classes, one per line, for classify.")] = None,
     column: Annotated[list[str] | None, typer.Option(help="ours=theirs, such as captions=alt_text.")] = None,
     split: Annotated[

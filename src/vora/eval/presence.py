@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from vora.data.prompts import YES_NO, with_article
+from vora.data.prompts import PRESENCE_PROMPT, YES_NO, with_article
 from vora.eval.caption_scores import words_of
 from vora.eval.intervals import interval_of, share
 from vora.eval.rows import Example
@@ -49,6 +49,7 @@ class Presence(Task):
     """Questions such as "Is there a dog in the image?"; the likelier of yes and no is the answer."""
 
     name, generates, chooses, top = "presence", False, True, None
+    default_prompt = PRESENCE_PROMPT
 
     def examples(self, rows, bad):
         found = []
@@ -60,7 +61,7 @@ class Presence(Task):
         examples = []
         for (row, _), questions in zip(found, questions_of([present for _, present in found], self.seed)):
             for number, (thing, answer, kinds) in enumerate(questions):
-                prompt, name = self.asked(object=with_article(thing)), f"{row.name}#{number}"
+                prompt, name = self.asked(with_article(thing)), f"{row.name}#{number}"
                 examples.append(
                     Example(name, prompt, [answer], row.pictures, row.number, YES_NO, kind=" ".join(kinds))
                 )

@@ -94,7 +94,7 @@ def evaluate(model, processor, task, paths, out, console, *, model_name, rows_op
         "num_bad": bad.count,
         "metrics": metrics,
         "model": str(model_name),
-        "commit": commit(),
+        **commit(),
         "recipe": recipe_of(model_name),
         "seed": task.seed,
         "settings": conditions["settings"],
@@ -158,7 +158,7 @@ def metrics_table(report):
 
 
 def commit():
-    """The git commit that this code is of, or None where it is installed without its history."""
+    """The git commit that this code is of and whether it was changed since; None where it has no history."""
     folder = Path(__file__).resolve().parents[1]
 
     def git(*arguments):
@@ -168,11 +168,10 @@ def commit():
 
     try:
         git("ls-files", "--error-unmatch", "__init__.py")  # another project's history around it is not its own
-        return git("rev-parse", "HEAD").strip() + (
-            "-dirty" if git("status", "--porcelain", "-uno", ".").strip() else ""
-        )
+        changed = bool(git("status", "--porcelain", "--untracked-files=no", ".").strip())
+        return {"commit": git("rev-parse", "HEAD").strip(), "commit_is_changed": changed}
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return {"commit": None, "commit_is_changed": None}
 
 
 def recipe_of(model_name):

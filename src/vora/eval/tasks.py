@@ -9,7 +9,7 @@ from itertools import islice
 
 import numpy as np
 
-from vora.data.prompts import PROMPTS, TRUE_FALSE
+from vora.data.prompts import DEFAULT_PROMPTS, TRUE_FALSE
 from vora.eval.caption_scores import bleu_4, bleu_counts, cider_d
 from vora.eval.intervals import interval_of, mean, share
 from vora.eval.rows import Example
@@ -22,7 +22,7 @@ class Task:
     """The base of all tasks.
 
     Args:
-        prompt: the question, with the braces of `PROMPTS`; None: the one there.
+        prompt: the question; what a row asks stands at `{}`. None: the task's own, that of `vora.data.prompts`.
         labels: the classes, where the data does not name all.
         max_examples: the first so many.
         seed: of what is drawn.
@@ -38,22 +38,17 @@ class Task:
     chooses = False  # predictions have `chosen`, the likeliest candidate
     top = 1  # of the candidates, so many of the best are scored for certain; None: all
 
+    default_prompt = "{}"
+
     def __post_init__(self):
-        self.prompt = self.prompt or PROMPTS[self.name]
+        self.prompt = self.prompt or self.default_prompt
+        if self.prompt.count("{}") != self.default_prompt.count("{}"):
+            wanted = "exactly one {}, where the row's text goes" if "{}" in self.default_prompt else "no {}"
+            raise ValueError(f"The prompt {self.prompt!r} is to have {wanted}.")
 
-    def asked(self, **values):
-        """The question to one example.
-
-        Raises:
-            ValueError: `prompt` has braces that nothing fills.
-        """
-        try:
-            return self.prompt.format(**values)
-        except (KeyError, IndexError, ValueError) as error:
-            known = ", ".join("{" + name + "}" for name in values) or "none"
-            raise ValueError(
-                f"The prompt {self.prompt!r} has a brace that nothing fills ({error}): known are {known}."
-            )
+    def asked(self, text=""):
+        """The question to one example."""
+        return self.prompt.replace("{}", text)
 
     def examples(self, rows, bad):
         """All examples of `rows`; rows that are none are added to `bad`."""
@@ -90,6 +85,7 @@ class Captions(Task):
     """Captions held against people's."""
 
     name, max_new_tokens = "captions", 40
+    default_prompt = DEFAULT_PROMPTS.caption[0]
 
     def of_row(self, row):
         captions = _listed(_first(row.values, "captions", "caption", "text"))
@@ -132,7 +128,7 @@ class Vqa(Task):
             told = [one for one in told if one]
             if not told or not _text(question):
                 raise ValueError(f"Question {number} has no text or no answer.")
-            prompt = self.asked(question=_text(question))
+            prompt = self.asked(str(question))
             yield Example(f"{row.name}#{number}", prompt, told, row.pictures, row.number)
 
     def score_one(self, example, prediction):
@@ -149,6 +145,7 @@ class Classify(Task):
     """One of many classes, chosen by likelihood and, separately, said freely."""
 
     name, chooses = "classify", True
+    default_prompt = DEFAULT_PROMPTS.label[0]
 
     def examples(self, rows, bad):
         found = list(self._each(rows, bad))
@@ -185,10 +182,10 @@ class Statements(Task):
     """Whether a statement about a picture is true, by which of the two words is likelier."""
 
     name, generates, chooses, top = "statements", False, True, None
+    default_prompt = DEFAULT_PROMPTS.statement[0]
 
     def of_row(self, row):
-        sentence = _text(_first(row.values, "sentence", "statement", "question", "text"))
-        sentence += "" if sentence[-1:] in (".", "!", "?") else "."
+        sentence = str(_first(row.values, "sentence", "statement", "question", "text"))
         truth = str(_first(row.values, "label", "answer")).strip().lower()
         if truth not in ("true", "false", "1", "0", "yes", "no"):
             raise ValueError(f"Its label {truth!r} is neither true nor false.")
@@ -197,7 +194,7 @@ class Statements(Task):
         # all that is said with one sentence is drawn together; the orderings of one picture are of one kind
         yield Example(
             row.name,
-            self.asked(sentence=sentence),
+            self.asked(sentence),
             [answer],
             row.pictures,
             sentence,
