@@ -93,3 +93,16 @@ def test_batches_hold_all_and_no_more_tokens_than_allowed(monkeypatch):
     assert sorted(index for batch in found for index in batch) == list(range(7))
     assert all(len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 100 for batch in found)
     assert len(found) == 5
+
+
+@pytest.mark.parametrize(("end", "still_open"), [(-5.0, [1]), (-0.2, []), (-0.4, [1])])
+def test_a_likely_beginning_is_not_yet_a_likely_answer(end, still_open):
+    tree = AnswerTree([[1, 9], [2, 9]])
+    search = likelihood.Search(tree)
+    (first, first_end), (second, _) = tree.paths
+    search.sums[[first, second]] = -0.1, -0.5
+    search.update()
+    assert search.open(1) == [0, 1] and search.next_nodes(1, 1) == [first]
+    search.sums[first_end] = -0.1 + end
+    search.update()
+    assert search.open(1) == still_open  # -0.5 is the most that the second can reach
