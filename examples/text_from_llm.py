@@ -1,0 +1,81 @@
+"""Text-only turns sampled from an LLM itself, to keep its language while it learns to see.
+
+    python examples/text_from_llm.py smollm2-135m --num 2000 --out text.jsonl
+
+The LLM is given the beginning of a user's turn and goes on: first the question, then the answer (Magpie, arXiv
+2406.08464). A file that is there is gone on with. Needs no data and no network but the LLM.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from vora.model.from_llm import load_llm, load_tokenizer
+
+MARK = "\u2042"  # stands where a turn's text goes
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("llm", help="alias, folder or hub id of an LLM with a chat template")
+    parser.add_argument("--num", type=int, default=2000, help="conversations in the file at the end")
+    parser.add_argument("--out", type=Path, default=Path("text.jsonl"))
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--question-tokens", type=int, default=64, help="longer questions are thrown away")
+    parser.add_argument("--answer-tokens", type=int, default=160, help="longer answers are cut after a sentence")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    tokenizer, llm = load_tokenizer(options.llm), load_llm(options.llm, dtype=torch.bfloat16).eval()
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+    seen = {line for line in options.out.read_text().splitlines()} if options.out.exists() else set()
+    while len(seen) < options.num:
+        torch.manual_seed(options.seed + len(seen))
+        begun = rendered(tokenizer, [{"role": "user", "content": MARK}]).partition(MARK)[0]
+        questions = [
+            text for text, ended in continued(llm, tokenizer, [begun] * options.batch, options.question_tokens) if ended
+        ]
+        questions = [question for question in dict.fromkeys(questions) if len(question.split()) >= 3]
+        if not questions:
+            continue
+        asked = [[{"role": "user", "content": question}] for question in questions]
+        prompts = [rendered(tokenizer, turns, add_generation_prompt=True) for turns in asked]
+        with options.out.open("a") as file:
+            for turns, (answer, ended) in zip(asked, continued(llm, tokenizer, prompts, options.answer_tokens)):
+                answer = answer if ended else whole_sentences(answer)
+                line = json.dumps({"messages": [*turns, {"role": "assistant", "content": answer}]})
+                if answer and line not in seen and len(seen) < options.num:
+                    seen.add(line)
+                    file.write(line + "\n")
+        print(f"{len(seen)} of {options.num} conversations", flush=True)
+
+
+def rendered(tokenizer, turns, **options):
+    """Turns as the chat template writes them."""
+    return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+
+
+@torch.inference_mode()
+def continued(llm, tokenizer, prompts, max_new_tokens):
+    """How each prompt goes on, sampled, to the end of the turn: list of (text, whether it ended by itself)."""
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    tokens = llm.generate(
+        **inputs,
+        do_sample=True,
+        temperature=1.0,
+        top_p=0.95,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+    )[:, inputs["input_ids"].shape[1] :]
+    ends = tokenizer.eos_token_id
+    return [(tokenizer.decode(row, skip_special_tokens=True).strip(), bool((row == ends).any())) for row in tokens]
+
+
+def whole_sentences(text):
+    """A text up to its last full stop; empty if it has none."""
+    return text[: max(text.rfind(mark) for mark in ".!?") + 1]
+
+
+if __name__ == "__main__":
+    main()
