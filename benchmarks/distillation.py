@@ -8,7 +8,6 @@ pictures against questions seen.
     python benchmarks/distillation.py --seeds 0 1 2 --json distillation.json
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 from rich.console import Console
+from rows import arguments, parser_of, report, row
 from transformers import TrainerCallback
 
 from vora.data.sources import load_source
@@ -65,31 +65,36 @@ def run_arm(seed, arm, args, folder):
     return checkpoints.points
 
 
+def rows_of(points):
+    """With distillation beside without, at each number of steps that both arms reached: mean accuracy of the seeds."""
+    for step in sorted({point["lm_steps"] for point in points}):
+        of_arm = {arm: [p for p in points if p["arm"] == arm and p["lm_steps"] == step] for arm in ARMS}
+        accuracies = {arm: {p["seed"]: p["accuracy"] for p in found} for arm, found in of_arm.items()}
+        if all(of_arm.values()):
+            questions = mean(p["questions_seen"] for found in of_arm.values() for p in found)
+            yield row(
+                f"distillation against none, some {questions:,.0f} questions seen, {len(of_arm['with'])} seeds",
+                *(mean(accuracies[arm].values()) for arm in ARMS),
+                "accuracy",
+                by_seed=accuracies,
+                points=of_arm,
+            )
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--llm", default="smollm2-135m")
     parser.add_argument("--lm-steps", type=int, default=120, help="steps with questions, some 37 questions each")
     parser.add_argument("--every", type=int, default=40, help="steps between measurements")
     parser.add_argument("--test-pictures", type=int, default=100)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = arguments(parser)
     points = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
-            for arm in args.arms:
+            for arm in ARMS:
                 points += run_arm(seed, arm, args, Path(folder))
-    if args.json:
-        args.json.write_text(json.dumps(points, indent=1))
-    print(f"{'questions':>10} " + " ".join(f"{arm + ' seed ' + str(s):>15}" for arm in args.arms for s in args.seeds))
-    for step in sorted({point["lm_steps"] for point in points}):
-        row = {(p["arm"], p["seed"]): p for p in points if p["lm_steps"] == step}
-        questions = mean(point["questions_seen"] for point in row.values())
-        print(
-            f"{questions:10.0f} "
-            + " ".join(f"{row[arm, s]['accuracy']:15.3f}" for arm in args.arms for s in args.seeds)
-        )
+    report(rows_of(points), args.json)
 
 
 if __name__ == "__main__":

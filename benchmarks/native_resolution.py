@@ -8,7 +8,6 @@ training and at such as they never saw. Each arm runs in a process of its own.
     python benchmarks/native_resolution.py --teacher WinKawaks/vit-tiny-patch16-224 --nlvr nlvr/dev.parquet
 """
 
-import argparse
 import json
 import random
 import subprocess
@@ -23,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from rich.console import Console
+from rows import arguments, parser_of, report, row
 
 from vora.data.sources import load_source
 from vora.eval.answers import accuracy, exact_answers
@@ -74,10 +74,10 @@ def figures(split, aspects, count=None):
 
 def statements(path, test):
     """NLVR's pictures with their statements: every fifth scene is for testing, there without its other orderings."""
-    for row in pq.read_table(path).to_pylist():
-        scene, _, ordering = row["identifier"].rpartition("-")
+    for one in pq.read_table(path).to_pylist():
+        scene, _, ordering = one["identifier"].rpartition("-")
         if (int(scene.split("-")[0]) % 5 == 0) == test and (not test or ordering == "0"):
-            yield Image.open(BytesIO(row["image"]["bytes"])).convert("RGB"), [row["sentence"]], [str(row["label"])]
+            yield Image.open(BytesIO(one["image"]["bytes"])).convert("RGB"), [one["sentence"]], [str(one["label"])]
 
 
 def run_arm(arm, args):
@@ -116,8 +116,20 @@ def run_arm(arm, args):
     print(json.dumps(found))
 
 
+def rows_of(found):
+    """Native beside padded, for each set of pictures and each budget.
+
+    Args:
+        found: {arm: {set: {budget: accuracy}}}, budgets in image tokens.
+    """
+    for name, native in found["native"].items():
+        for budget, share in native.items():
+            what = f"{name}, native against square, {int(budget) * TOKEN**2:,} pixels"
+            yield row(what, share, found["square"][name][budget], "accuracy", image_tokens=int(budget))
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--teacher", default="WinKawaks/vit-tiny-patch16-224", help="a ViT with patches of 16 pixels")
     parser.add_argument("--nlvr", help="Parquet of NLVR with image, sentence, label, identifier")
     parser.add_argument("--llm", default="smollm2-135m")
@@ -125,9 +137,8 @@ def main():
     parser.add_argument("--image-only-steps", type=int, default=320)
     parser.add_argument("--lm-steps", type=int, default=400)
     parser.add_argument("--test-pictures", type=int, default=70)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--arm", choices=ARMS, help="one arm, in this process")
-    args = parser.parse_args()
+    args = arguments(parser)
     if args.arm:
         run_arm(args.arm, args)
         return
@@ -135,12 +146,7 @@ def main():
     for arm in ARMS:
         done = subprocess.run([sys.executable, *sys.argv, "--arm", arm], check=True, stdout=subprocess.PIPE)
         found[arm] = json.loads(done.stdout.splitlines()[-1])
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
-    print(f"{'pixels per image':12s} {'':8s}" + "".join(f"{n * TOKEN**2:>9,d}" for n in BUDGETS))
-    for name in found["native"]:
-        for arm in ARMS:
-            print(f"{name:12s} {arm:8s}" + "".join(f"{100 * share:9.1f}" for share in found[arm][name].values()))
+    report(rows_of(found), args.json)
 
 
 if __name__ == "__main__":

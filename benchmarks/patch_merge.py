@@ -6,10 +6,8 @@ same order and the same steps: first pictures alone, then with all their questio
     python benchmarks/patch_merge.py --teacher WinKawaks/vit-tiny-patch16-224 --json patch_merge.json
 """
 
-import argparse
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from rows import arguments, parser_of, peak_bytes, report, row
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
@@ -33,6 +32,13 @@ from vora.train.trainer import VoraTrainer
 
 SIDE = 6  # patches
 PICTURES_PER_STEP = {"pictures alone": 16, "with questions": 4}
+UNITS = {  # of what an arm prints; all others are accuracies
+    "seconds_per_1000_pictures_alone": "s",
+    "seconds_per_1000_with_questions": "s",
+    "peak_bytes": "bytes",
+    "distill_loss": "1 - cos",
+    "lm_loss": "nats",
+}
 
 
 class Steps(IterableDataset):
@@ -104,7 +110,7 @@ def run_arm(merge, args):
         )
         trainer.train()
     lines = [line for line in trainer.state.log_history if "lm_loss" in line or "distill_loss" in line]
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_bytes()
     records = load_source("easy-vqa", "test", max_samples=args.test_pictures)
     right = exact_answers(merge_vision_lora(learner.student), processor, records)
     first, second, end = clock.marks
@@ -116,7 +122,7 @@ def run_arm(merge, args):
                 "image_tokens": tokens,
                 "seconds_per_1000_pictures_alone": 1000 * (second - first) / args.image_only_steps / 16,
                 "seconds_per_1000_with_questions": 1000 * (end - second) / args.lm_steps / 4,
-                "peak_rss_bytes": peak,
+                "peak_bytes": peak,
                 "distill_loss": lines[-1]["distill_loss"],
                 "lm_loss": sum(line["lm_loss"] for line in lines[-3:]) / 3,
                 "accuracy": accuracy(right),
@@ -126,31 +132,41 @@ def run_arm(merge, args):
     )
 
 
+def rows_of(one, plain):
+    """Of what an arm printed, each figure beside that of m = 1."""
+    for name, value in one.items():
+        if name not in ("patch_merge", "image_tokens"):
+            what = f"patch_merge {one['patch_merge']} against 1, {name}"
+            yield row(what, value, plain[name], UNITS.get(name, "accuracy"), image_tokens=one["image_tokens"])
+
+
+def compared():
+    """Rows as the arms finish."""
+    plain = figures_of(1)
+    for merge in (2, 3):
+        yield from rows_of(figures_of(merge), plain)
+
+
+def figures_of(merge):
+    """What an arm prints, in a process of its own."""
+    done = subprocess.run([sys.executable, *sys.argv, "--arm", str(merge)], check=True, stdout=subprocess.PIPE)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--teacher", default="WinKawaks/vit-tiny-patch16-224", help="a ViT with patches of 16 pixels")
     parser.add_argument("--llm", default="smollm2-135m")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--image-only-steps", type=int, default=320, help="of 16 pictures")
     parser.add_argument("--lm-steps", type=int, default=400, help="of 4 pictures with some 38 questions")
     parser.add_argument("--test-pictures", type=int, default=300)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--arm", type=int, choices=(1, 2, 3), help="one arm, in this process")
-    args = parser.parse_args()
+    args = arguments(parser)
     if args.arm:
         run_arm(args.arm, args)
         return
-    rows = []
-    for merge in (1, 2, 3):
-        done = subprocess.run([sys.executable, *sys.argv, "--arm", str(merge)], check=True, stdout=subprocess.PIPE)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(json.dumps(rows[-1]), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
-    print(f"{'':34s}" + "".join(f"{'m = ' + str(row['patch_merge']):>12}" for row in rows))
-    for name in rows[0]:
-        if name != "patch_merge":
-            print(f"{name:34s}" + "".join(f"{row[name]:12.4g}" for row in rows))
+    report(compared(), args.json)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,12 @@ import os
 import platform
 import resource
 import subprocess
+import sys
 import time
 from pathlib import Path
 from statistics import median
 
 import torch
-
-HEADINGS = ("name", "ours", "baseline", "ratio", "unit")
-
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 _clock = ["wall"]
@@ -36,12 +34,21 @@ def parser_of(description):
 def arguments(parser):
     """Parse the command line and set threads and clock."""
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_clock(args.threads or torch.get_num_threads(), args.clock)
     if args.clock == "processor" and (torch.get_num_threads() > 1 or torch.cuda.is_available()):
         parser.error("--clock processor needs --threads 1 and no GPU: waiting threads count as work.")
-    _clock[0] = args.clock
     return args
+
+
+def set_clock(num_threads, clock):
+    """Compute on so many threads, and time by a clock of `CLOCKS`."""
+    torch.set_num_threads(num_threads)
+    _clock[0] = clock
+
+
+def clock():
+    """What `set_clock` was given."""
+    return torch.get_num_threads(), _clock[0]
 
 
 def machine():
@@ -80,17 +87,34 @@ def row(name, ours, baseline, unit, ratio=None, **more):
 
 
 def report(rows, json_file=None):
-    """Print rows as a table, and write them to a file with `machine` and `commit` in each."""
+    """Print rows as they come, and write those so far to a file, with `machine` and `commit` in each.
+
+    A benchmark that is stopped, or fails, leaves the rows that it had.
+
+    Args:
+        rows: any iterable of `row`s.
+
+    Returns:
+        list of the rows.
+    """
     where = {"machine": machine(), "commit": commit(), "clock": _clock[0]}
-    rows = [one | where for one in rows]
-    if json_file:
-        json_file.write_text(json.dumps(rows, indent=1))
-    width = max(len(one["name"]) for one in rows)
     print(f"{where['machine']}, commit {where['commit']}, {where['clock']} clock")
-    print(f"{HEADINGS[0]:{width}} " + " ".join(f"{heading:>10}" for heading in HEADINGS[1:4]) + f" {HEADINGS[4]}")
+    print_line("ours", "baseline", "ratio", "unit", "what")
+    found = []
     for one in rows:
-        figures = " ".join(f"{_short(one[heading]):>10}" for heading in HEADINGS[1:4])
-        print(f"{one['name']:{width}} {figures} {one['unit']}")
+        found.append(one | where)
+        if json_file:
+            json_file.write_text(json.dumps(found, indent=1))
+        print_row(one)
+    return found
+
+
+def print_row(one):
+    print_line(*(_short(one[figure]) for figure in ("ours", "baseline", "ratio")), one["unit"], one["name"])
+
+
+def print_line(ours, baseline, ratio, unit, name):
+    print(f"{ours:>10} {baseline:>10} {ratio:>8} {unit:12} {name}", flush=True)
 
 
 def _short(value):
@@ -105,12 +129,12 @@ def synchronize():
 
 def seconds(work):
     """Time of one call by the chosen clock, to its end on the device."""
-    clock = CLOCKS[_clock[0]]
+    now = CLOCKS[_clock[0]]
     synchronize()
-    start = clock()
+    start = now()
     work()
     synchronize()
-    return clock() - start
+    return now() - start
 
 
 def alternate(contestants, rounds, warmups=1):
@@ -167,3 +191,15 @@ def _status(name):
     notes = Path("/proc/self/status")
     lines = notes.read_text().splitlines() if notes.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
+
+
+def main():
+    """Print the rows of JSON files once more, in one table."""
+    for file in map(Path, sys.argv[1:]):
+        print(file.stem)
+        for one in json.loads(file.read_text()):
+            print_row(one)
+
+
+if __name__ == "__main__":
+    main()

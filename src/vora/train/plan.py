@@ -18,7 +18,7 @@ from vora.train.preview import source_names
 from vora.train.run import DEFAULTS, open_sources, packed_rows, training_arguments
 from vora.train.stages import build_processor, trainable_counts
 
-PICTURES_PER_SECOND = 150  # that one process decodes and cuts into patches (benchmarks/data_loading.py)
+PICTURES_PER_SECOND = 150  # that one process decodes and cuts into patches (benchmarks/data.py)
 LINK_BETWEEN_MACHINES = 50e9  # bytes per second and GPU: one 400 Gb/s adapter each
 GPUS_PER_MACHINE = 8
 UTILIZATION = 0.4

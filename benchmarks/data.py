@@ -1,0 +1,162 @@
+"""Pictures on their way into the model: how many a second, and does the trainer ever wait for them?
+
+JPEGs of 500 x 375 pixels, decoded, resized and cut into patches of 14 pixels by one thread: ours against the PIL
+processor of Qwen2-VL, which keeps aspect ratios too, and against the black square of the original. Then the whole
+loader (Parquet to packed batches, in this one process) against training steps on its batches, which is what it must
+feed. Nothing is fetched: without --pictures the JPEGs are of smooth noise, and the tokenizer knows bytes alone.
+
+    python benchmarks/data.py --json data.json
+"""
+
+import tempfile
+from io import BytesIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from contestants import (
+    PATCH,
+    SIZES,
+    build_ours,
+    default_attention,
+    default_dtype,
+    image_token_id,
+    on_device,
+    optimizer_of,
+    train_step,
+)
+from original import square_frame
+from PIL import Image
+from rows import alternate, arguments, clock, medians, parser_of, report, row, set_clock, spread
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from vora import VoraImageProcessor, VoraProcessor
+from vora.data.sources import load_source
+from vora.data.stream import PackedBatches, PackedRows
+
+PICTURE_SIZE = (500, 375)
+LARGEST = 448  # side of the original's square; ours may make as many tokens of a picture
+
+
+def jpegs(path, count):
+    """list of encoded pictures of 500 x 375 pixels: a Parquet file's, or smooth noise."""
+    if path:
+        column = pq.read_table(path, columns=["image"]).column("image").slice(0, count).to_pylist()
+        pictures = [Image.open(BytesIO(one["bytes"])).convert("RGB") for one in column]
+    else:
+        rng = np.random.default_rng(0)
+        pictures = [Image.fromarray(rng.integers(0, 255, (24, 32, 3), np.uint8)) for _ in range(count)]
+    return [encoded(picture.resize(PICTURE_SIZE, Image.Resampling.BICUBIC)) for picture in pictures]
+
+
+def encoded(picture):
+    buffer = BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def compare_processors(pictures, rounds):
+    """Rows of pictures a second on one thread."""
+    ours = VoraImageProcessor(patch_size=PATCH, max_image_tokens=(LARGEST // PATCH) ** 2)
+    qwen = Qwen2VLImageProcessorPil()
+    processes = {
+        "ours": lambda image: ours(image, return_tensors="np")["pixel_values"],
+        "Qwen2-VL's PIL processor": lambda image: qwen(image.convert("RGB"), return_tensors="np")["pixel_values"],
+        "the original's black square": lambda image: square_frame(image.convert("RGB"), LARGEST),
+    }
+    first = Image.open(BytesIO(pictures[0]))
+    patches = {name: int(np.prod(process(first).shape)) // (3 * PATCH**2) for name, process in processes.items()}
+    patches["Qwen2-VL's PIL processor"] //= 2  # each patch is there twice: it thinks in pairs of frames
+
+    def of_all(process):
+        return lambda: [process(Image.open(BytesIO(data))) for data in pictures]
+
+    num_threads, kind = clock()
+    set_clock(1, kind)
+    times = alternate({name: of_all(process) for name, process in processes.items()}, rounds)
+    set_clock(num_threads, kind)
+    rates = {name: len(pictures) / seconds for name, seconds in medians(times).items()}
+    for name in list(processes)[1:]:
+        yield row(
+            f"JPEGs to patches, one thread, against {name} ({patches['ours']} and {patches[name]} patches)",
+            rates["ours"],
+            rates[name],
+            "pictures/s",
+            noise={"ours": spread(times["ours"]), "baseline": spread(times[name])},
+        )
+
+
+class Loader:
+    """A stream of packed batches; called, it makes some, and notes how many samples they hold."""
+
+    def __init__(self, folder, pictures, size, args):
+        rows = [{"image": data, "question": "What is this?", "answer": "a picture of something"} for data in pictures]
+        pq.write_table(pa.Table.from_pylist(rows), f"{folder}/train.parquet", row_group_size=100)
+        processor = VoraProcessor.from_llm(byte_tokenizer(size), patch_size=PATCH, image_size=size.image_size)
+        packed = PackedRows([load_source(f"{folder}/train.parquet")], processor, args.row_tokens)
+        self.batches, self.num_batches = iter(PackedBatches(packed, args.rows_per_batch)), args.batches
+        self.num_samples = []
+
+    def __call__(self):
+        self.num_samples.append(sum(int(next(self.batches)["num_samples"]) for _ in range(self.num_batches)))
+
+
+def byte_tokenizer(size):
+    """A token for each byte, and the image token of a size's models."""
+    vocabulary = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {"<image>": image_token_id(size)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!")
+
+
+def compare_with_trainer(folder, pictures, size, args):
+    """The row of samples a second that are loaded and trained on."""
+    loader, dtype = Loader(folder, pictures, size, args), getattr(torch, args.dtype)
+    learner, batch = build_ours(size, dtype, default_attention()), next(loader.batches)
+    optimizer, batch_on_device = optimizer_of(learner, fused=True), on_device(batch)
+    contestants = {
+        "loader": loader,
+        "trainer": lambda: train_step(learner, batch_on_device, optimizer, dtype),
+    }
+    times = alternate(contestants, args.rounds)
+    loaded = float(np.median([count / seconds for count, seconds in zip(loader.num_samples[1:], times["loader"])]))
+    num_samples = int(batch["num_samples"])
+    trained = num_samples / medians(times)["trainer"]
+    num_tokens = int((batch["seen_until"] > torch.arange(args.row_tokens)).sum())
+    return row(
+        f"Parquet to packed batches in one process, against train step, {args.size}, {args.dtype}",
+        loaded,
+        trained,
+        "samples/s",
+        noise={name: spread(values) for name, values in times.items()},
+        tokens_per_sample=num_tokens / num_samples,
+    )
+
+
+def main():
+    parser = parser_of(__doc__)
+    parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
+    parser.add_argument("--pictures", help="Parquet with encoded pictures in `image`; smooth noise without it")
+    parser.add_argument("--count", type=int, default=100, help="pictures")
+    parser.add_argument("--row-tokens", type=int, default=1024)
+    parser.add_argument("--rows-per-batch", type=int, default=1)
+    parser.add_argument("--batches", type=int, default=40, help="that the loader makes in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default_dtype())
+    args = arguments(parser)
+    pictures = jpegs(args.pictures, args.count)
+
+    def rows():
+        yield from compare_processors(pictures, args.rounds)
+        with tempfile.TemporaryDirectory() as folder:
+            yield compare_with_trainer(folder, pictures, SIZES[args.size], args)
+
+    report(rows(), args.json)
+
+
+if __name__ == "__main__":
+    main()
