@@ -168,6 +168,16 @@ def build_original(size, dtype=torch.float32):
     return model
 
 
+def merged_original(size, dtype=torch.float32):
+    """The original of the same size as it is after the merge: no pairs, no teacher, but biases."""
+    llm = random_llm(size, dtype)
+    with device():
+        model = OriginalVora(
+            llm, width=768, patch_size=PATCH, image_size=size.image_size, rank=None, num_blocks=size.num_blocks
+        )
+    return model.to(device(), dtype).eval()
+
+
 def in_float32(model):
     """What trains is kept in float32: updates of 1e-4 vanish in bfloat16."""
     for parameter in model.parameters():

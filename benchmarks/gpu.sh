@@ -1,47 +1,64 @@
 #!/usr/bin/env bash
 # All figures of one GPU in under 9 minutes, as text and as JSON: bash benchmarks/gpu.sh [FOLDER] [--toy]
-# Each part has a limit of its own, so that one that hangs or fails leaves the others their time. --toy runs every
-# part at toy size on whatever is there, to see that it works.
+# What matters most comes first. Each part has a limit of its own, and none gets more than is left of the 9 minutes; one
+# that hangs or fails leaves the others their time and its rows so far. --toy runs every part at toy size on whatever is
+# there, to see that it works.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false
-out=${1:-gpu-figures}
-toy=${2:-}
+out=gpu-figures
+toy=
+for word in "$@"; do
+    if [ "$word" = --toy ]; then toy=yes; else out=$word; fi
+done
 mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "$(dirname "$0")/.."
+export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
+export TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+deadline=525
 failed=0
 
 part() { # name, limit in seconds, words of the command
-    local name=$1 limit=$2
+    local name=$1 limit=$2 start=$SECONDS left=$((deadline - SECONDS))
     shift 2
-    echo "== $name: python $*"
-    local start=$SECONDS
-    if timeout "$limit" python "$@" --json "$out/$name.json" > >(tee "$out/$name.txt") 2>"$out/$name.err"; then
+    limit=$((limit < left ? limit : left))
+    echo "== $name, at most $limit s: python $*"
+    if [ "$limit" -gt 0 ] && timeout --kill-after=3 "$limit" python "$@" --json "$out/$name.json" > >(tee "$out/$name.txt") 2>"$out/$name.err"; then
         echo "== $name took $((SECONDS - start)) s"
     else
-        echo "== $name FAILED after $((SECONDS - start)) s (exit code $?):"
+        echo "== $name FAILED after $((SECONDS - start)) s:"
         tail -5 "$out/$name.err"
         failed=$((failed + 1))
+        return 1
     fi
 }
 
-if [ "$toy" = --toy ]; then
+if [ -n "$toy" ]; then
     small="--size toy --rounds 1"
     part flex 60 benchmarks/flex.py
     part train_step 60 benchmarks/train_step.py $small --row-tokens 256
+    part large_step 60 benchmarks/large_step.py $small --row-tokens 256 --ceiling-side 256 ||
+        part large_step_again 60 benchmarks/large_step.py $small --row-tokens 256 --ceiling-side 256 --checkpointing
     part prefill_decode 60 benchmarks/prefill_decode.py $small --new-tokens 4
+    part data 60 benchmarks/data.py $small --count 10 --batches 2 --row-tokens 256
+    part memory 60 benchmarks/memory.py $small --row-tokens 256
     part mask 60 benchmarks/mask.py --tokens 256 --rounds 1
-    part memory 120 benchmarks/memory.py --size toy --row-tokens 256 --grow-tokens 16 64 --grow-batch
-    part large_step 60 benchmarks/large_step.py $small --row-tokens 256 --ceiling-side 256
+    part growth 60 benchmarks/growth.py --size toy --sides 2 4 --batches
 else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
-    part flex 60 benchmarks/flex.py
-    part train_step 60 benchmarks/train_step.py --row-tokens 4096 --rows 4 --rows-per-batch 1 --batch 16
-    part train_step_flex 50 benchmarks/train_step.py --row-tokens 4096 --rows 4 --rows-per-batch 1 --batch 16 --attn flex_attention --no-check
-    part prefill_decode 40 benchmarks/prefill_decode.py
+    part flex 100 benchmarks/flex.py --size smollm2-135m
+    part train_step 80 benchmarks/train_step.py --row-tokens 4096 --rows 8 --rows-per-batch 4 --batch 64
+    part large_step 150 benchmarks/large_step.py ||
+        part large_step_again 110 benchmarks/large_step.py --checkpointing --no-baseline
+    part large_step_flex 90 benchmarks/large_step.py --attn flex_attention --no-baseline --rounds 3
+    part step_of_135m 60 benchmarks/large_step.py --size smollm2-135m --scale pixels --row-tokens 4096 --rows 8 --rows-per-batch 4 --batch 64
+    part train_step_flex 70 benchmarks/train_step.py --row-tokens 4096 --rows 8 --rows-per-batch 4 --batch 64 --attn flex_attention --no-check
+    part prefill_decode 50 benchmarks/prefill_decode.py
+    part data 40 benchmarks/data.py --rows-per-batch 4 --row-tokens 4096 --batches 4
+    part memory 50 benchmarks/memory.py --row-tokens 4096 --rows 4 --rounds 1
     part mask 20 benchmarks/mask.py
-    part memory 110 benchmarks/memory.py --row-tokens 4096 --rows 1 --grow-tokens 256 1024 4096 --grow-batch
-    part large_step 120 benchmarks/large_step.py --size qwen2.5-7b
-    part large_step_flex 70 benchmarks/large_step.py --size qwen2.5-7b --attn flex_attention --no-baseline --rounds 3
+    part growth 90 benchmarks/growth.py --sides 8 16 32 64 --batches
 fi
+echo "== all figures"
+python benchmarks/rows.py "$out"/*.json
 echo "== $SECONDS s, $failed parts failed; figures in $out"
 exit $((failed > 0))

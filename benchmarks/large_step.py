@@ -1,14 +1,18 @@
 """A training step at the size of the released model: FLOP/s against a measured ceiling, memory, where time goes.
 
-The ceiling is measured: the fastest of some products of large matrices in bfloat16. FLOPs are those the model needs:
-2 per weight and token forward; backward 2 more where a weight is frozen and 4 where it trains; logits at labels only;
-attention over the pairs of tokens that see each other; the teacher forward. Recomputation and padding do not count.
-The original runs after ours, when ours has left the memory.
+Qwen2.5-7B's shape with rank 1024 on 24 of 28 blocks, AIMv2-Huge's as the teacher, pictures of some 1,000 tokens (448
+pixels): random weights. The ceiling is what matrix products in the same precision reach over more than a second.
+FLOPs are those the model needs (vora.train.flops), as PaLM counts them: 2 per weight and token forward, backward 2
+more where a weight is frozen and 4 where it trains; logits where a label is; the teacher forward. Attention is that
+of each sample by itself. Padding and blocks computed again do not count.
+
+Ours is measured first and reported at once; then the original, when ours has left the memory.
 
     python benchmarks/large_step.py --size qwen2.5-7b --json large_step.json
 """
 
 import gc
+import sys
 from statistics import median
 
 import torch
@@ -25,65 +29,47 @@ from contestants import (
     train_step,
 )
 from rows import arguments, parser_of, peak_bytes, report, restart_peak, row, seconds, spread
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from where_time_goes import profiled, seconds_by_kind, table
+
+from vora.train.flops import Row, row_flops
 
 
-def product_ceiling(side, dtype=torch.bfloat16, rounds=10):
-    """FLOP/s of the fastest of some products of two `side` x `side` matrices."""
+def product_ceiling(side, dtype=torch.bfloat16, at_least=1.5):
+    """FLOP/s of products of two `side` x `side` matrices, one after the other for so many seconds: chips that start
+    faster than they can go on for long are caught."""
     left, right = (torch.randn(side, side, device=device(), dtype=dtype) for _ in range(2))
-    left @ right
-    return 2 * side**3 / min(seconds(lambda: left @ right) for _ in range(rounds))
+    product = left @ right
+
+    def some():
+        for _ in range(20):
+            torch.matmul(left, right, out=product)
+
+    times = [seconds(some)]
+    while sum(times) < at_least:
+        times.append(seconds(some))
+    return 20 * 2 * side**3 / median(times[len(times) // 2 :])
 
 
-def linear_weights(module):
-    """(frozen, trained) weights of its linear layers."""
-    weights = [part.weight for part in module.modules() if isinstance(part, nn.Linear)]
-    return tuple(sum(w.numel() for w in weights if w.requires_grad == trains) for trains in (False, True))
+def needed_flops(learner, samples):
+    """FLOPs of a training step on some samples of `share_prefixes`, each by itself."""
+    return sum(row_flops(learner, as_row(sample))["total"] for sample in samples)
 
 
-def real_tokens(batch):
-    """bool[B, T], False at padding, which alone is seen by none but itself and predicts nothing."""
-    places = torch.arange(batch["seen_until"].shape[1], device=batch["seen_until"].device)
-    return (batch["seen_until"] > places) | (batch["targets"] != -100)
+def as_row(sample):
+    num_images, num_patches = len(sample["image_grid_thw"]), sample["image_grid_thw"].prod(-1).sum()
+    num_labels = (sample["targets"] != -100).sum()
+    return Row(len(sample["input_ids"]), num_images, float(num_patches) / num_images, int(num_labels))
 
 
-def num_pairs(batch):
-    """Pairs of tokens of a packed batch of which one sees the other."""
-    places = torch.arange(batch["seen_until"].shape[1], device=batch["seen_until"].device)
-    causal = (batch["seen_until"] - places + 1)[real_tokens(batch)].sum()
-    num_patches = batch["image_grid_thw"].prod(-1)
-    return float(causal) + float((num_patches * (num_patches - 1) / 2).sum())  # within an image the later ones too
-
-
-def model_flops(learner, batch):
-    """FLOPs of one training step of a `VisionLearner` on a packed batch."""
-    blocks, text = learner.vora.model.blocks, learner.config.get_text_config()
-    teacher = learner.teacher.vit
-    num_tokens, num_labels = int(real_tokens(batch).sum()), int((batch["targets"] != -100).sum())
-    num_patches = len(batch["pixel_values"])
-    frozen, trained = linear_weights(blocks)
-    _, eyes = linear_weights(learner.vora.model.patch_embedding)  # PEFT keeps a frozen copy, which does not run
-    _, heads = linear_weights(learner.distillation)
-    pixels = batch["pixel_values"].shape[1] * learner.config.vision_hidden_size  # no gradient flows into pixels
-    width = text.num_attention_heads * (
-        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    )
-    flops = (4 * frozen + 6 * trained) * num_tokens
-    flops += 4 * text.vocab_size * text.hidden_size * num_labels
-    flops += 12 * width * num_pairs(batch) * len(blocks)
-    flops += (6 * (eyes + heads) - 2 * pixels) * num_patches
-    flops += 2 * sum(linear_weights(teacher)) * num_patches
-    patches_of_image = batch["image_grid_thw"].prod(-1).float()
-    return flops + 4 * teacher.config.hidden_size * teacher.config.num_hidden_layers * float(
-        (patches_of_image**2).sum()
-    )
-
-
-def run(model, batches, dtype, rounds, fused):
-    """(list of seconds of a pass over all batches, peak bytes, the optimizer)."""
+def take_steps(arm, size, batches, dtype, args):
+    """{seconds: list, of passes over all batches; peak: bytes; by_kind: {kind of work: seconds of such a pass}; model:
+    itself} of one contestant. Prints the operations that take most."""
+    model = build_ours(size, dtype, args.attn) if arm == "ours" else build_original(size, dtype)
+    if args.checkpointing:
+        llm = model.vora.model.language_model if arm == "ours" else model.llm
+        llm.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = optimizer_of(model, fused=arm == "ours")
     restart_peak()
-    optimizer = optimizer_of(model, fused)
 
     def all_batches():
         for batch in batches:
@@ -91,26 +77,72 @@ def run(model, batches, dtype, rounds, fused):
 
     for _ in range(2):
         all_batches()
-    return [seconds(all_batches) for _ in range(rounds)], peak_bytes(), optimizer
+    found = {"seconds": [seconds(all_batches) for _ in range(args.rounds)], "peak": peak_bytes()}
+    events = profiled(all_batches)
+    print(f"Where the time of {arm} goes:\n{table(events)}")
+    by_kind = seconds_by_kind(events)
+    if torch.cuda.is_available():
+        by_kind["no kernel running"] = max(0.0, median(found["seconds"]) - sum(by_kind.values()))
+    return found | {"by_kind": by_kind, "model": model}
 
 
-def profile_table(model, batch, optimizer, dtype, num_lines=25):
-    """Where one step's time goes."""
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    with profile(activities=kinds) as profiled:
-        train_step(model, batch, optimizer, dtype)
-    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    return profiled.key_averages().table(sort_by=key, row_limit=num_lines, max_name_column_width=60)
+def measured(size, dtype, args):
+    """Rows, as they come."""
+    samples, rows = full_rows(size, args.row_tokens, args.rows, args.scale == "pixels")
+    packed = [sample for one in rows for sample in one]
+    num_image_tokens = sum(int(sample["image_grid_thw"].prod(-1).sum()) for sample in packed) / len(packed)
+    again = ", blocks computed again" if args.checkpointing else ""
+    name = f"{args.size}, {args.dtype}, {args.attn}{again}, {len(samples)} pictures of {num_image_tokens:.0f} tokens"
+    ceiling = product_ceiling(args.ceiling_side, dtype)
+    batches = batches_of_rows(rows, size, args.row_tokens, args.rows_per_batch)
+    ours = take_steps("ours", size, batches, dtype, args)
+    learner = ours.pop("model")
+    flops, rate = needed_flops(learner, packed), len(samples) / median(ours["seconds"])
+    trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    yield row(
+        f"{name}: against products of {args.ceiling_side}^3",
+        flops / median(ours["seconds"]),
+        ceiling,
+        "FLOP/s",
+        samples_per_second=rate,
+        peak_bytes=ours["peak"],
+        flops_per_sample=flops / len(samples),
+        seconds_by_kind=ours["by_kind"],
+        trained_parameters=trained,
+        noise={"ours": spread(ours["seconds"])},
+    )
+    del learner
+    gc.collect()
+    torch.cuda.empty_cache()
+    original = None
+    if not args.no_baseline:
+        original = try_original(size, original_batches(samples, size, args.batch), dtype, args)
+    arms = {"ours": ours} | ({"original": original} if original else {})
+    seconds_of = {arm: median(found["seconds"]) for arm, found in arms.items()}
+    noise = {arm: spread(found["seconds"]) for arm, found in arms.items()}
+    plain_rate = len(samples) / seconds_of["original"] if original else None
+    yield row(f"{name}: train step", rate, plain_rate, "samples/s", noise=noise)
+    yield row(f"{name}: peak memory", ours["peak"], original["peak"] if original else None, "bytes")
+    for kind in ours["by_kind"]:
+        took = {arm: 1000 * found["by_kind"][kind] / len(samples) for arm, found in arms.items()}
+        yield row(f"{name}: {kind}", took["ours"], took.get("original"), "ms/sample")
 
 
-def checkpoint_blocks(learner):
-    """Recompute each block of the LLM in the backward pass."""
-    learner.vora.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+def try_original(size, batches, dtype, args):
+    """`take_steps` of the original, or None if its memory does not suffice."""
+    try:
+        found = take_steps("original", size, batches, dtype, args)
+    except torch.OutOfMemoryError as error:
+        print(f"The original does not fit: {error}", file=sys.stderr)
+        return None
+    del found["model"]
+    return found
 
 
 def main():
     parser = parser_of(__doc__)
     parser.add_argument("--size", choices=SIZES, default="qwen2.5-7b")
+    parser.add_argument("--scale", choices=("pixels", "tokens"), default="tokens", help="what pictures have alike")
     parser.add_argument("--row-tokens", type=int, default=2304)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--rows-per-batch", type=int, default=2)
@@ -119,41 +151,10 @@ def main():
     parser.add_argument("--ceiling-side", type=int, default=8192)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default_dtype())
     parser.add_argument("--attn", default="sdpa")
-    parser.add_argument("--checkpointing", action="store_true", help="ours recomputes blocks in the backward pass")
+    parser.add_argument("--checkpointing", action="store_true", help="both compute blocks again in the backward pass")
     parser.add_argument("--no-baseline", action="store_true")
     args = arguments(parser)
-    size, dtype = SIZES[args.size], getattr(torch, args.dtype)
-    ceiling = product_ceiling(args.ceiling_side, dtype)
-    samples, rows = full_rows(size, args.row_tokens, args.rows)
-    packed = batches_of_rows(rows, size, args.row_tokens, args.rows_per_batch)
-
-    learner = build_ours(size, dtype, args.attn)
-    if args.checkpointing:
-        checkpoint_blocks(learner)
-    times, peak, optimizer = run(learner, packed, dtype, args.rounds, fused=True)
-    flops = sum(model_flops(learner, batch) for batch in packed)
-    table = profile_table(learner, packed[0], optimizer, dtype)
-    print(table)
-    del learner, optimizer
-    gc.collect()
-    torch.cuda.empty_cache()
-
-    plain_rate, plain_peak, noise = None, None, {"ours": spread(times)}
-    if not args.no_baseline:
-        original = build_original(size, dtype)
-        plain_times, plain_peak, _ = run(
-            original, original_batches(samples, size, args.batch), dtype, args.rounds, False
-        )
-        plain_rate, noise["original"] = len(samples) / median(plain_times), spread(plain_times)
-    name = f"train step, {args.size}, {args.dtype}, {args.attn}"
-    report(
-        [
-            row(name, len(samples) / median(times), plain_rate, "samples/s", noise=noise, num_samples=len(samples)),
-            row(f"{name}: against products of {args.ceiling_side}^3", flops / median(times), ceiling, "FLOP/s"),
-            row(f"{name}: peak memory", peak, plain_peak, "bytes"),
-        ],
-        args.json,
-    )
+    report(measured(SIZES[args.size], getattr(torch, args.dtype), args), args.json)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,221 @@
+"""How time and memory grow with image tokens and with the batch: a training step, and the prefill of a merged model.
+
+Square pictures, for the original takes no others, with some words to each; then batches of them. Each contestant runs
+in a process of its own (see own_process.py), ours and the original in turn. One whose work took longer than --longest
+is asked for no larger size, and its rows are empty from there.
+
+What to expect: linear layers cost as many times more as there are tokens (exponent 1), attention the square of that
+(2). Weights, the optimizer's step and Python cost the same at any size, so small sizes grow by less than 1. One
+exponent over all sizes would hide this: there is one for the smaller sizes and one for the larger, beside that of the
+counted FLOPs, and the share of the square at the largest size, from the c + a n + b n^2 that fits best.
+
+    python benchmarks/growth.py --json growth.json
+"""
+
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+from contestants import (
+    PATCH,
+    SIZES,
+    batches_of_rows,
+    build_original,
+    build_ours,
+    default_attention,
+    default_dtype,
+    device,
+    make_samples,
+    merged_original,
+    optimizer_of,
+    original_batches,
+    our_sample,
+    random_vora,
+    squared,
+    train_step,
+)
+from original import IMAGE
+from own_process import in_own_process, taken_by
+from power_laws import exponent, quadratic_share, split
+from prefill_decode import Prefill, prompt_of
+from rows import arguments, parser_of, report, row
+
+from vora.distill.learner import VisionLearner
+from vora.train.flops import Row, row_flops
+
+ARMS = ("ours", "original")
+ANSWER_TOKENS = (24, 25)  # of each training sample
+NUM_WORDS = 32  # of each prompt
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Of all figures of a run: the models' size, the precision of each arm, the attention of ours in training."""
+
+    size: str
+    dtypes: dict
+    attn: str
+
+
+def figures(arm, work, side, batch, setting):
+    """What one contestant takes for a batch of pictures of `side` x `side` tokens: see `taken_by`; ours also says how
+    many FLOPs it needs."""
+    size = replace(SIZES[setting.size], image_size=PATCH * side)
+    dtype = getattr(torch, setting.dtypes[arm])
+    call, flops = WORKS[work][arm](size, batch, dtype, setting)
+    return taken_by(call) | {"flops": flops}
+
+
+def our_step(size, batch, dtype, setting):
+    samples = [our_sample(sample, size) for sample in training_samples(size, batch)]
+    learner = build_ours(size, dtype, setting.attn)
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    (packed,) = batches_of_rows([[sample] for sample in samples], size, max(lengths), batch)
+    optimizer = optimizer_of(learner, fused=True)
+    num_patches, num_labels = (size.image_size // PATCH) ** 2, ANSWER_TOKENS[0]
+    flops = sum(row_flops(learner, Row(length, 1, num_patches, num_labels))["total"] for length in lengths)
+    return lambda: train_step(learner, packed, optimizer, dtype), flops
+
+
+def original_step(size, batch, dtype, setting):
+    (padded,) = original_batches(training_samples(size, batch), size, batch)
+    model = build_original(size, dtype)
+    optimizer = optimizer_of(model, fused=False)
+    return lambda: train_step(model, padded, optimizer, dtype), None
+
+
+def training_samples(size, batch):
+    return squared(make_samples(batch, size, ANSWER_TOKENS), size.image_size)
+
+
+def our_prefill(size, batch, dtype, setting):
+    vora, prompt = random_vora(size, dtype), prompt_of(size, batch, NUM_WORDS)
+    num_patches = (size.image_size // PATCH) ** 2
+    one = row_flops(VisionLearner(vora, None), Row(num_patches + NUM_WORDS, 1, num_patches, 1))
+    return Prefill(vora, **prompt), batch * one["student_forward"]
+
+
+def original_prefill(size, batch, dtype, setting):
+    model = merged_original(size, dtype)
+    ids = torch.randint(3, 100, (batch, NUM_WORDS + 1), device=device())
+    ids[:, 2] = IMAGE
+    frames = torch.randn(batch, 3, size.image_size, size.image_size, device=device(), dtype=dtype)
+    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "frames": frames}
+    return torch.inference_mode()(lambda: model.prefill(**prompt)), None
+
+
+WORKS = {
+    "train step": {"ours": our_step, "original": original_step},
+    "prefill": {"ours": our_prefill, "original": original_prefill},
+}
+
+
+def growth(work, name, sizes, points, setting, longest):
+    """Rows of time and peak memory for each size as they come, then those that say how they grow.
+
+    Args:
+        name: of what grows.
+        sizes: how much of it.
+        points: to each size the arguments `side` and `batch` of `figures`.
+    """
+    found = {arm: [] for arm in ARMS}
+    for size, point in zip(sizes, points):
+        for arm in ARMS:
+            found[arm].append(next_figures(found[arm], arm, work, *point, setting, longest))
+        ours, original = (found[arm][-1] or {} for arm in ARMS)
+        what = f"{work}, {size:,} {name}"
+        yield row(f"{what}: time", ours.get("seconds"), original.get("seconds"), "s", flops=ours.get("flops"))
+        rest = {"resting": {"ours": ours.get("resting"), "original": original.get("resting")}}
+        yield row(f"{what}: peak memory", ours.get("peak"), original.get("peak"), "bytes", **rest)
+    yield from laws(work, name, sizes, found)
+
+
+def next_figures(earlier, arm, work, side, batch, setting, longest):
+    """`figures` from a process of its own, or None where the next smaller size took too long or the process died."""
+    if earlier and (earlier[-1] is None or earlier[-1]["seconds"] > longest):
+        return None
+    try:
+        return in_own_process(figures, arm, work, side, batch, setting)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return None
+
+
+def laws(work, name, sizes, found):
+    """Rows of exponents of time and of memory above rest, and of the quadratic share where there are sizes enough."""
+    values = {"time": lambda one: one["seconds"], "memory above rest": lambda one: one["peak"] - one["resting"]}
+    costs = {what: {arm: costs_of(sizes, found[arm], value) for arm in ARMS} for what, value in values.items()}
+    flops = costs_of(sizes, found["ours"], lambda one: one["flops"])
+    for what, costs_of_arm in costs.items():
+        for part in halves(sizes):
+            both = [size for size in part if all(size in costs_of_arm[arm] for arm in ARMS)]
+            part = both if len(both) > 1 else [size for size in part if size in costs_of_arm["ours"]]
+            if len(part) > 1:
+                fitted = [exponent_of(part, costs_of_arm[arm]) for arm in ARMS]
+                expected = exponent_of(part, flops)
+                beside = f", that of FLOPs {expected:.2f}" if what == "time" else ""
+                title = f"{work}: exponent of {what}, {part[0]:,} to {part[-1]:,} {name}{beside}"
+                yield row(title, *fitted, "exponent", flops=expected)
+        if len(sizes) > 4:
+            yield from shares(work, name, what, costs_of_arm, flops)
+
+
+def shares(work, name, what, costs_of_arm, flops):
+    """The row of the quadratic share at the largest size that both have, if each has three or more."""
+    common = sorted(set.intersection(*(set(costs) for costs in costs_of_arm.values())))
+    if len(common) > 2 and all(min(costs.values()) > 0 for costs in costs_of_arm.values()):
+        fits = {arm: split(list(costs), list(costs.values())) for arm, costs in costs_of_arm.items()}
+        at_largest = [quadratic_share(fits[arm], common[-1]) for arm in ARMS]
+        expected = quadratic_share(split(list(flops), list(flops.values())), common[-1])
+        beside = f", in FLOPs {expected:.2f}" if what == "time" else ""
+        title = f"{work}: share of the square in {what} at {common[-1]:,} {name}{beside}"
+        yield row(title, *at_largest, "share", flops=expected, fixed_linear_quadratic=fits)
+
+
+def costs_of(sizes, found, value):
+    """{size: value} where there are figures."""
+    return {size: value(one) for size, one in zip(sizes, found) if one is not None}
+
+
+def exponent_of(sizes, costs):
+    return exponent(sizes, [costs[size] for size in sizes]) if set(sizes) <= set(costs) else None
+
+
+def halves(sizes):
+    """The smaller sizes and the larger, with the one in the middle in both; all together where they are few."""
+    middle = len(sizes) // 2
+    return [sizes[: middle + 1], sizes[middle:]] if len(sizes) > 4 else [sizes]
+
+
+def main():
+    parser = parser_of(__doc__)
+    parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
+    parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS))
+    parser.add_argument(
+        "--sides", type=int, nargs="*", default=[8, 11, 16, 23, 32, 45, 64], help="patches along a side of a picture"
+    )
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8], help="pictures at once")
+    parser.add_argument("--batch-side", type=int, default=16, help="of pictures while the batch grows")
+    parser.add_argument("--longest", type=float, default=25, help="seconds; who took longer gets no larger size")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default_dtype())
+    plain = "bfloat16" if torch.cuda.is_available() else "float32"
+    parser.add_argument("--baseline-dtype", choices=("float32", "bfloat16"), default=plain, help="of its training")
+    parser.add_argument("--attn", default=default_attention(), help="of ours in training")
+    args = arguments(parser)
+
+    def rows():
+        for work in args.work:
+            baseline = args.baseline_dtype if work == "train step" else args.dtype
+            setting = Setting(args.size, {"ours": args.dtype, "original": baseline}, args.attn)
+            tokens = [side**2 for side in args.sides]
+            points = [(side, 1) for side in args.sides]
+            yield from growth(work, "image tokens", tokens, points, setting, args.longest)
+            name = f"pictures of {args.batch_side**2} tokens"
+            points = [(args.batch_side, batch) for batch in args.batches]
+            yield from growth(work, name, args.batches, points, setting, args.longest)
+
+    report(rows(), args.json)
+
+
+if __name__ == "__main__":
+    main()
