@@ -21,8 +21,8 @@ part() { # name, limit in seconds, words of the command
     local name=$1 limit=$2 start=$SECONDS left=$((deadline - SECONDS))
     shift 2
     limit=$((limit < left ? limit : left))
-    echo "== $name, at most $limit s: python $*"
-    if [ "$limit" -gt 0 ] && timeout --kill-after=3 "$limit" python "$@" --json "$out/$name.json" > >(tee "$out/$name.txt") 2>"$out/$name.err"; then
+    echo "== $name, at most $limit s: python3 $*"
+    if [ "$limit" -gt 0 ] && timeout --kill-after=3 "$limit" python3 "$@" --json "$out/$name.json" > >(tee "$out/$name.txt") 2>"$out/$name.err"; then
         echo "== $name took $((SECONDS - start)) s"
     else
         echo "== $name FAILED after $((SECONDS - start)) s:"
@@ -59,6 +59,6 @@ else
     part growth 90 benchmarks/growth.py --sides 8 16 32 64 --batches
 fi
 echo "== all figures"
-python benchmarks/rows.py "$out"/*.json
+python3 benchmarks/rows.py "$out"/*.json
 echo "== $SECONDS s, $failed parts failed; figures in $out"
 exit $((failed > 0))

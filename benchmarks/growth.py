@@ -14,6 +14,7 @@ counted FLOPs, and the share of the square at the largest size, from the c + a n
 
 import sys
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from contestants import (
@@ -155,7 +156,8 @@ def laws(work, name, sizes, found):
                 expected = exponent_of(part, flops)
                 beside = f", that of FLOPs {expected:.2f}" if what == "time" else ""
                 title = f"{work}: exponent of {what}, {part[0]:,} to {part[-1]:,} {name}{beside}"
-                yield row(title, *fitted, "exponent", flops=expected)
+                steps = {arm: [exponent_of(pair, costs_of_arm[arm]) for pair in pairwise(part)] for arm in ARMS}
+                yield row(title, *fitted, "exponent", flops=expected, between_neighbours=steps)
         if len(sizes) > 4:
             yield from shares(work, name, what, costs_of_arm, flops)
 

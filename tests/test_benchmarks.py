@@ -18,7 +18,7 @@ import patch_merge
 import pytest
 import rows as rows_of_benchmarks
 import torch
-from contestants import SIZES, batches_of_rows, build_ours, full_rows, merged_original, original_batches
+from contestants import PATCH, SIZES, batches_of_rows, build_ours, full_rows, merged_original, original_batches
 from large_step import needed_flops
 from original import IMAGE
 from own_process import in_own_process, taken_by
@@ -215,6 +215,15 @@ def test_every_benchmark_takes_json():
     for path in scripts:
         text = path.read_text()
         assert "parser_of(__doc__)" in text and "report(" in text and "args.json" in text, path.name
+
+
+def test_the_large_size_is_that_of_the_released_model():
+    """Rank, blocks and pixels as in the released recipe; shapes from the models' own configurations."""
+    size = SIZES["qwen2.5-7b"]
+    assert (size.rank, size.num_blocks, (size.image_size // PATCH) ** 2) == (1024, 24, 1024)
+    names = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers")
+    assert [size.llm[name] for name in names] == ["qwen2", 3584, 18944, 28]
+    assert [size.teacher[name] for name in names] == ["aimv2_vision_model", 1536, 4096, 24]
 
 
 def test_gpu_script_is_sound():
