@@ -1,6 +1,8 @@
 """Rows of a benchmark: ours beside a named baseline, with the machine and the commit, as text and as JSON."""
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -168,10 +170,13 @@ def spread(times):
 
 
 def restart_peak():
-    """Forget earlier peaks, where the system can; returns the bytes held now."""
+    """Forget earlier peaks, where the system can; returns the bytes held now, without what is free already."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # else what making a model left behind would hide what comes next
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
