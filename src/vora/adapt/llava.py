@@ -127,30 +127,34 @@ class VoraLlavaForConditionalGeneration(VoraForConditionalGeneration):
 
         Args:
             encoder: a `Teacher`, which becomes part of the model.
-            patch_size, image_size: in pixels, of the patches that the pictures are cut into; the ViT's own by default.
+            patch_size: the encoder's own, or None.
+            image_size: as for `VoraForConditionalGeneration.from_llm`; by default the encoder's own.
             llm, patch_merge, image_token_id, llm_kwargs: as for `VoraForConditionalGeneration.from_llm`.
 
         Raises:
-            ValueError: the LLM's logits or attention cannot be repeated here.
+            ValueError: the LLM's logits or attention cannot be repeated here, or the encoder's patches are of another
+                size.
         """
+        sizes = encoder.embedding.eyes(patch_size, image_size)
         vora = VoraForConditionalGeneration.from_llm(
             llm,
-            patch_size=patch_size or encoder.patch_size,
-            image_size=image_size or encoder.embedding.image_size,
+            patch_size=sizes["patch_size"],
+            image_size=sizes["image_size"],
             patch_merge=patch_merge,
             image_attention="causal",
             image_token_id=image_token_id,
             **llm_kwargs,
         )
-        sizes = ("image_token_id", "patch_size", "image_size", "patch_merge", "lm_head_bias")
         config = VoraLlavaConfig(
             text_config=vora.config.text_config,
             vision_config=getattr(encoder.vit.config, "vision_config", encoder.vit.config),
             image_mean=encoder.image_mean,
             image_std=encoder.image_std,
-            vision_hidden_size=encoder.hidden_size,
+            image_token_id=vora.config.image_token_id,
+            patch_merge=patch_merge,
+            lm_head_bias=vora.config.lm_head_bias,
             dtype=vora.dtype,
-            **{name: getattr(vora.config, name) for name in sizes},
+            **sizes,
         )
         with torch.device("meta"):
             model = cls(config)
