@@ -74,9 +74,7 @@ class SampleMaker:
         most = 1 if pictures_alone else self.questions_per_image
         try:
             record = self.sources[source].record(block, offset, rows)
-            if self.blind:
-                record = blinded(record)
-            elif self.augment[source]:
+            if self.augment[source] and not self.blind:
                 record = augmented(record, rng, **self.augment[source])
             sample = self.sample_of(record, rng, most)
         except Exception as error:
@@ -100,6 +98,8 @@ class SampleMaker:
         Raises:
             ValueError: an image cannot be read, it teaches nothing, or it is longer than a row.
         """
+        if self.blind:
+            record = blinded(record)
         conversations = record.conversations
         if max_conversations is not None and len(conversations) > max_conversations:
             conversations = rng.sample(conversations, max_conversations)
