@@ -17,6 +17,7 @@ from vora.data.record import Record, blinded
 from vora.distill.teacher import images_of_patches
 from vora.serve.chat import Chat, load_model
 from vora.train.outline import outline
+from vora.train.plan import tokens_of_budget
 from vora.train.recipe import load_recipe
 from vora.train.run import merge_run, open_sources, packed_rows, train, training_arguments, write_run_card
 from vora.train.stages import build_learner, build_processor, check_trainable, load_vit, trainable_counts
@@ -118,7 +119,7 @@ def test_lora_and_projector_train_and_the_tower_is_in_no_adapter(kind, tmp_path)
     assert {n: p.shape for n, p in merged.named_parameters()} == {n: p.shape for n, p in before.named_parameters()}
 
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "black": (0, 0, 0)}
+COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,7 @@ def answer(folder, picture=None):
 
 
 def test_two_stages_of_llavas_way(recipe, tmp_path):
-    training = recipe().training | {"max_steps": 120, "learning_rate": 1e-2, "lr_scheduler_type": "linear"}
+    training = recipe().training | {"max_steps": 50, "learning_rate": 1e-2, "lr_scheduler_type": "linear"}
     first = recipe(training=training, lora={"rank": 8})
     trainer = run(first, tmp_path / "one")
     counts = trainable_counts(trainer.model)
@@ -241,6 +242,8 @@ def test_a_blind_llm_learns_from_the_words_alone(recipe, tmp_path):
     assert len(losses(tmp_path / "run")) == 2
     saved(tmp_path / "run", tmp_path / "merged")
     answer(tmp_path / "merged")  # asked without a picture
+    found = tokens_of_budget(blind, learner.config, 30, 10, [])
+    assert found["num_images"] == 0 and found["per_sample"] == 30
     with pytest.raises(ValueError, match="blind was True and is None"):
         seeing = packed_rows(recipe(), open_sources(recipe().data), processor, training_arguments(recipe(), "."))
         seeing.load_state_dict(json.loads(json.dumps(rows.state_dict())))

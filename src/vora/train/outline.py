@@ -69,8 +69,9 @@ def refuse_encoder(recipe):
     Raises:
         ValueError: says what can be planned instead.
     """
-    file = Path(recipe.model.vora or "") / "config.json"
-    has_encoder = file.is_file() and AutoConfig.from_pretrained(file.parent).model_type == "vora_llava"
+    folder = recipe.model.vora
+    is_saved = folder is not None and Path(folder, "config.json").is_file()
+    has_encoder = is_saved and AutoConfig.from_pretrained(folder).model_type == "vora_llava"
     if recipe.model.encoder is not None or has_encoder:
         raise ValueError(
             f"{recipe.model.encoder or recipe.model.vora} is an encoder that stays on (LLaVA's way), and `vora plan` "
