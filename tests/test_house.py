@@ -16,8 +16,8 @@ README = (ROOT / "README.md").read_text()
 
 MAY_IMPORT = {
     "model": set(),
-    "adapt": {"model"},
     "distill": {"model"},
+    "adapt": {"model", "distill"},
     "data": {"model"},
     "train": {"model", "adapt", "distill", "data"},
     "eval": {"model", "adapt", "distill", "data"},

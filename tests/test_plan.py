@@ -19,7 +19,7 @@ from vora.train.recipe import load_recipe
 from vora.train.stages import with_scaffolding
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted(ROOT.glob("recipes/*/*.yaml"))
+RECIPES = sorted([*ROOT.glob("recipes/*/pretrain.yaml"), *ROOT.glob("recipes/*/finetune.yaml")])  # as the paper's
 SIDE = 6  # patches
 NUM_TEXT, NUM_LABELS = 40, 25
 

@@ -9,6 +9,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from vora.adapt.llava import VoraLlavaConfig, VoraLlavaForConditionalGeneration, VoraLlavaModel
 from vora.adapt.lora import attach_vision_lora, merge_vision_lora
 from vora.distill.teacher import Teacher
 from vora.model.configuration_vora import VoraConfig
@@ -33,3 +34,9 @@ AutoModel.register(VoraConfig, VoraModel, exist_ok=True)
 AutoModelForImageTextToText.register(VoraConfig, VoraForConditionalGeneration, exist_ok=True)
 AutoImageProcessor.register(VoraConfig, image_processor_classes={"pil": VoraImageProcessor}, exist_ok=True)
 AutoProcessor.register(VoraConfig, VoraProcessor, exist_ok=True)
+
+AutoConfig.register("vora_llava", VoraLlavaConfig, exist_ok=True)
+AutoModel.register(VoraLlavaConfig, VoraLlavaModel, exist_ok=True)
+AutoModelForImageTextToText.register(VoraLlavaConfig, VoraLlavaForConditionalGeneration, exist_ok=True)
+AutoImageProcessor.register(VoraLlavaConfig, image_processor_classes={"pil": VoraImageProcessor}, exist_ok=True)
+AutoProcessor.register(VoraLlavaConfig, VoraProcessor, exist_ok=True)

@@ -54,6 +54,17 @@ print(answer)
 
 With vora installed: `vora chat picture.png -m THIS_FOLDER -q "What is this?"`
 """
+LOAD_LLAVA = """\
+Its code is vora's: `vora chat picture.png -m THIS_FOLDER -q "What is this?"`, or in Python
+
+```python
+import vora
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")
+processor = AutoProcessor.from_pretrained("THIS_FOLDER")
+```
+"""
 LOAD_LLM = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -105,7 +116,7 @@ class CardFacts:
     Args:
         made: how the weights came about.
         stage: pretrain or finetune.
-        base_llm, teacher: alias, hub id or folder; by default those of `source`'s card.
+        base_llm, teacher, encoder: alias, hub id or folder; by default those of `source`'s card.
         source: folder or hub id of the model that this one went on from, or was imported from.
         data: (name, weight) of each source; the weight is None where rows count alike.
         recipe: as a dict.
@@ -120,6 +131,7 @@ class CardFacts:
     stage: str
     base_llm: str | None = None
     teacher: str | None = None
+    encoder: str | None = None
     source: str | None = None
     data: list = field(default_factory=list)
     recipe: dict | None = None
@@ -170,7 +182,8 @@ def lineage(facts):
     """What is known of a model and of those it came from, in names that may be published.
 
     Returns:
-        {"base_llm", "teacher": names; "licences": {name: licence}; "stages": [first, ..., this one]}.
+        {"base_llm", "teacher", and where there is one "encoder": names; "licences": {name: licence}; "stages": [first,
+        ..., this one]}.
     """
     before = (read_card(facts.source) if facts.source else None) or {}
     no_teacher = "none" if facts.recipe is not None and facts.source is None else "not stated"
@@ -186,14 +199,16 @@ def lineage(facts):
         "recipe": _without_folders(facts.recipe),
     }
     kinds = {name: DatasetCard for name, _ in facts.data}
-    kinds |= {name: ModelCard for name in (facts.base_llm, facts.teacher) if name}
+    kinds |= {name: ModelCard for name in (facts.base_llm, facts.teacher, facts.encoder) if name}
     inherited = before.get("licences", {})
     known = {name: licence for name, licence in inherited.items() if is_hub_id(name)}  # a folder may be another one
     known |= {published(name): licence for name, licence in facts.licences.items()}
     found = _looked_up({name: kind for name, kind in kinds.items() if published(name) not in known})
+    encoder = published(facts.encoder) if facts.encoder else before.get("encoder")
     return {
         "base_llm": published(facts.base_llm) if facts.base_llm else before.get("base_llm", "not stated"),
         "teacher": published(facts.teacher) if facts.teacher else before.get("teacher", no_teacher),
+        **({"encoder": encoder} if encoder else {}),
         "licences": inherited | known | found,
         "stages": [*before.get("stages", []), {key: value for key, value in stage.items() if value is not None}],
     }
@@ -301,7 +316,8 @@ def _kind_of(folder):
     merged) or `llm` (the language part)."""
     if (folder / "adapter_config.json").exists():
         return "unmerged" if (folder / "config.json").exists() else "adapter"
-    return "model" if json.loads((folder / "config.json").read_text())["model_type"] == "vora" else "llm"
+    is_whole = json.loads((folder / "config.json").read_text())["model_type"].startswith("vora")
+    return "model" if is_whole else "llm"
 
 
 def _front_matter(record, kind):
@@ -313,7 +329,9 @@ def _front_matter(record, kind):
         front["base_model"] = record["base_llm"]
     front["pipeline_tag"] = "text-generation" if kind == "llm" else "image-text-to-text"
     front["library_name"] = "transformers"
-    front["tags"] = ["vora", "vision-as-lora"] + (["lora"] if kind in ("adapter", "unmerged") else [])
+    front["tags"] = ["vora", "llava" if "encoder" in record else "vision-as-lora"] + (
+        ["lora"] if kind in ("adapter", "unmerged") else []
+    )
     datasets = [source["name"] for stage in record["stages"] for source in stage["data"]]
     if found := [name for name in dict.fromkeys(datasets) if is_hub_id(name)]:
         front["datasets"] = found
@@ -351,6 +369,17 @@ def _text(record, kind, facts):
             LOAD_LLM,
         ),
     }[kind]
+    if "encoder" in record and kind != "llm":
+        title = f"# {name} with an encoder, LLaVA's way" + (", not merged yet" if kind != "model" else "")
+        opening = (
+            f"{llm} that reads images through the frozen encoder `{record['encoder']}` and a projector, as "
+            "[LLaVA](https://arxiv.org/abs/2304.08485) does: what a VoRA model of the same recipe is measured against."
+        )
+        load = (
+            LOAD_LLAVA
+            if kind == "model"
+            else load.replace("vision LoRA and a patch embedding", "LoRA and a projector")
+        )
     sections = [f"{title}\n\n{opening}", f"## How to load it\n\n{load}", _how_it_was_made(record)]
     if kind != "llm":
         sections.append(_evaluation(facts.evaluation))
@@ -370,9 +399,10 @@ def _how_it_was_made(record):
         ("last losses", [_losses(stage) for stage in stages]),
     ]
     table = _table(["stage", *(stage["stage"] for stage in stages)], [[name, *cells] for name, cells in rows])
+    encoder = f"* Encoder: `{record['encoder']}`\n" if "encoder" in record else ""
     return (
-        f"## How it was made\n\n* Base LLM: {_quoted(record['base_llm'])}\n* Teacher: {_quoted(record['teacher'])}\n\n"
-        f"{table}"
+        f"## How it was made\n\n* Base LLM: {_quoted(record['base_llm'])}\n* Teacher: {_quoted(record['teacher'])}\n"
+        f"{encoder}\n{table}"
     )
 
 
@@ -417,13 +447,14 @@ def _evaluation(rows):
 def _licences(record, kind):
     data = [source["name"] for stage in record["stages"] for source in stage["data"]]
     parts = [("base LLM", record["base_llm"]), ("teacher", record["teacher"])]
+    parts += [("encoder", record["encoder"])] if "encoder" in record else []
     parts += [("data", name) for name in dict.fromkeys(data)]
     rows = [
         [part, f"`{name}`", record["licences"].get(name, NOT_STATED)]
         for part, name in parts
         if name not in ("none", "not stated")
     ]
-    if kind in ("model", "unmerged"):
+    if kind in ("model", "unmerged") and "encoder" not in record:
         rows.append(["model code (`*.py`)", "`vora`", "apache-2.0"])
     recipes = [stage.get("recipe") or {} for stage in record["stages"]]
     starts = any((r.get("teacher") or {}).get("starts_eyes") and r["model"]["llm"] for r in recipes)

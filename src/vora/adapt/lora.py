@@ -55,7 +55,8 @@ def attach_vision_lora(model, *, rank=32, num_blocks=None, target_modules=None, 
         target_modules=target_modules,
         layers_to_transform=list(range(num_blocks)),
         layers_pattern=next(name for name, m in model.named_modules() if m is blocks).rsplit(".")[-1],
-        modules_to_save=[PATCH_EMBEDDING],
+        modules_to_save=[getattr(model, "trained_eyes", PATCH_EMBEDDING)],
+        exclude_modules=rf".*\b{PATCH_EMBEDDING}\..*" if hasattr(model, "trained_eyes") else None,
     )
     return get_peft_model(model, config)
 

@@ -5,7 +5,7 @@ import json
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vora.model.image_processing_vora import Video, read_image
@@ -64,6 +64,20 @@ class Record:
             raise ValueError(f"It has {num_places} places for images, but {len(opened)} images.")
         opened = iter(opened)
         return [{**message, "content": _filled(message["content"], opened)} for message in conversation]
+
+
+def blinded(record):
+    """A record without its images and their places: only the words are left."""
+    conversations = [
+        [
+            message
+            if isinstance(message["content"], str)
+            else {**message, "content": "".join(part["text"] for part in message["content"] if part["type"] == "text")}
+            for message in conversation
+        ]
+        for conversation in record.conversations
+    ]
+    return replace(record, images=[], conversations=conversations)
 
 
 def _parts(message):

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from vora.data.augment import augmented
 from vora.data.order import Mixture, SourceOrder
 from vora.data.packing import collate_rows, image_only, next_row, places, sample_of_record
+from vora.data.record import blinded
 
 CHUNK_SAMPLES = 32
 WAITING = 48  # samples among which rows are filled; more would pack tighter and read further ahead
@@ -37,15 +38,24 @@ class SampleMaker:
         questions_per_image: conversations drawn per record and epoch; None for all.
         image_tokens: (fewest, most); each record's budget is drawn anew between them in each epoch, its logarithm
             evenly, so that one model serves many resolutions. None: the processor's own budget.
+        blind: leave the images out of each record.
         augment: per source None or the arguments of `vora.data.augment.augmented`; drawn anew in each epoch.
     """
 
     def __init__(
-        self, sources, processor, row_tokens, questions_per_image=None, image_tokens=None, augment=None, seed=0
+        self,
+        sources,
+        processor,
+        row_tokens,
+        questions_per_image=None,
+        image_tokens=None,
+        augment=None,
+        blind=False,
+        seed=0,
     ):
         self.sources, self.processor, self.row_tokens = sources, processor, row_tokens
         self.questions_per_image, self.image_tokens, self.seed = questions_per_image, image_tokens, seed
-        self.augment = augment or [None] * len(sources)
+        self.augment, self.blind = augment or [None] * len(sources), blind
         self.orders = [SourceOrder(source.block_sizes, (seed, number)) for number, source in enumerate(sources)]
         self._open = [(None, {}) for _ in sources]
 
@@ -64,7 +74,7 @@ class SampleMaker:
         most = 1 if pictures_alone else self.questions_per_image
         try:
             record = self.sources[source].record(block, offset, rows)
-            if self.augment[source]:
+            if self.augment[source] and not self.blind:
                 record = augmented(record, rng, **self.augment[source])
             sample = self.sample_of(record, rng, most)
         except Exception as error:
@@ -88,6 +98,8 @@ class SampleMaker:
         Raises:
             ValueError: an image cannot be read, it teaches nothing, or it is longer than a row.
         """
+        if self.blind:
+            record = blinded(record)
         conversations = record.conversations
         if max_conversations is not None and len(conversations) > max_conversations:
             conversations = rng.sample(conversations, max_conversations)
@@ -223,7 +235,7 @@ class PackedRows:
             "image_tokens": self.maker.image_tokens and list(self.maker.image_tokens),
             "image_only_rows": image_only_rows, "processes": num_ranks, "patch_merge": images.patch_merge,
             "budget": [images.min_image_tokens, images.max_image_tokens],
-            "augment": self.maker.augment,
+            "augment": self.maker.augment, "blind": self.maker.blind or None,
             "prompts": [[list(asked) for asked in astuple(source.prompts)] for source in sources],
         }  # fmt: skip
         self._position = self._beginning(pictures_alone=image_only_rows > 0)

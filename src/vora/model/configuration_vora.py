@@ -96,9 +96,11 @@ class VoraConfig(PreTrainedConfig):
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
-        self.auto_map = dict(AUTO_MAP)
-        if os.path.exists(self.text_config.name_or_path):
-            self.text_config.name_or_path = ""  # a folder of this machine is nobody else's business
+        if self._auto_class:  # not of a subclass, whose code does not ship
+            self.auto_map = dict(AUTO_MAP)
+        for name in self.sub_configs:
+            if os.path.exists(getattr(self, name).name_or_path):
+                getattr(self, name).name_or_path = ""  # a folder of this machine is nobody else's business
         super().save_pretrained(save_directory, **kwargs)
 
     @property

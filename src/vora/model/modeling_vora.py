@@ -72,10 +72,11 @@ class VoraModel(VoraPreTrainedModel):
     """Patch embedding and decoder: token ids and patches to hidden states."""
 
     _auto_class = "AutoModel"
+    patch_embedding_class = PatchEmbedding
 
     def __init__(self, config):
         super().__init__(config)
-        self.patch_embedding = PatchEmbedding(config)
+        self.patch_embedding = self.patch_embedding_class(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self._no_split_modules = self.language_model._no_split_modules
         self.post_init()
@@ -190,10 +191,11 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
     """A decoder LLM that reads images: `VoraModel` and the LLM's output layer."""
 
     _auto_class = "AutoModelForImageTextToText"
+    model_class = VoraModel
 
     def __init__(self, config):
         super().__init__(config)
-        self.model = VoraModel(config)
+        self.model = self.model_class(config)
         text_config = config.get_text_config()
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
         if config.tie_word_embeddings:

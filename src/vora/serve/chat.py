@@ -6,9 +6,10 @@ from threading import Thread
 import torch
 from transformers import AutoConfig, TextIteratorStreamer
 
+from vora.adapt.llava import kind_of_student
 from vora.adapt.lora import is_unmerged
+from vora.model.configuration_vora import VoraConfig
 from vora.model.image_processing_vora import is_video, read_image
-from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
 
@@ -33,7 +34,7 @@ def load_model(name, min_image_tokens=None, max_image_tokens=None):
         config = AutoConfig.from_pretrained(name)
     except OSError as error:
         raise ValueError(f"Cannot load model {name}: {str(error).splitlines()[0]}") from None
-    if config.model_type != "vora":
+    if not isinstance(config, VoraConfig):
         raise ValueError(
             f"{name} is a {config.model_type} model and has no eyes: train them with `vora train`, or name a VoRA "
             "model."
@@ -41,7 +42,7 @@ def load_model(name, min_image_tokens=None, max_image_tokens=None):
     if (Path(name) / "adapter_config.json").exists() and not is_unmerged(name):
         raise ValueError(f"{name} holds an adapter without its LLM: merge it first with `vora merge RUN -o OUT`.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = VoraForConditionalGeneration.from_pretrained(name).to(device).eval()
+    model = kind_of_student(name).from_pretrained(name).to(device).eval()
     try:
         processor = VoraProcessor.from_pretrained(name)
     except (OSError, ValueError, TypeError):

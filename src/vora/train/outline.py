@@ -33,8 +33,10 @@ def outline(recipe, beside=None):
         (`VisionLearner`, list of remarks on what was assumed).
 
     Raises:
-        ValueError: a model's configuration cannot be found, or the parts do not fit each other.
+        ValueError: a model's configuration cannot be found, the parts do not fit each other, or the recipe goes
+            LLaVA's way.
     """
+    refuse_encoder(recipe)
     remarks = []
     model, teacher = recipe.model, None
     if recipe.teacher is not None:
@@ -59,6 +61,22 @@ def outline(recipe, beside=None):
     image_processor = VoraImageProcessor(patch_size=student.config.patch_size, patch_merge=student.config.patch_merge)
     with torch.device("meta"):
         return with_scaffolding(recipe, student.train(), image_processor, teacher), remarks
+
+
+def refuse_encoder(recipe):
+    """Raise for what is not outlined: an encoder that stays on.
+
+    Raises:
+        ValueError: says what can be planned instead.
+    """
+    folder = recipe.model.vora
+    is_saved = folder is not None and Path(folder, "config.json").is_file()
+    has_encoder = is_saved and AutoConfig.from_pretrained(folder).model_type == "vora_llava"
+    if recipe.model.encoder is not None or has_encoder:
+        raise ValueError(
+            f"{recipe.model.encoder or recipe.model.vora} is an encoder that stays on (LLaVA's way), and `vora plan` "
+            "counts VoRA students alone: plan the recipe's VoRA twin, which differs by the encoder's forward pass."
+        )
 
 
 def fresh_student(recipe, teacher):

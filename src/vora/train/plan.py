@@ -203,6 +203,7 @@ def tokens_of_budget(recipe, config, num_words, num_labels, remarks):
     budget = recipe.data.image_tokens
     side = config.image_size // (config.patch_size * config.patch_merge)
     per_image = sum(budget) / 2 if budget else recipe.model.max_image_tokens or side**2
+    per_image = 0 if recipe.data.blind else per_image
     per_row = max(1.0, ROWS_FILLED * recipe.data.row_tokens / (per_image + num_words))
     if per_image + num_words > recipe.data.row_tokens:
         remarks.append(
@@ -217,7 +218,7 @@ def tokens_of_budget(recipe, config, num_words, num_labels, remarks):
         "counted_in": "budget",
         "per_sample": per_image + num_words,
         "samples_per_row": per_row,
-        "num_images": per_row,
+        "num_images": 0 if recipe.data.blind else per_row,
         "tokens_per_image": per_image,
         "num_labels": per_row * num_labels,
     }

@@ -8,9 +8,8 @@ from rich.table import Table
 
 from vora.data.page import write_page
 from vora.data.survey import survey, write_summary
-from vora.distill.teacher import Teacher
 from vora.train.run import open_sources, packed_rows, training_arguments
-from vora.train.stages import build_processor
+from vora.train.stages import build_processor, load_vit
 
 
 def preview(recipe, out, num_shown, max_samples, num_workers, console):
@@ -31,9 +30,7 @@ def preview(recipe, out, num_shown, max_samples, num_workers, console):
         limits = [limit for limit in (source.max_samples, max_samples) if limit is not None]
         source.max_samples = min(limits) if limits else None
     sources = open_sources(recipe.data)
-    processor = build_processor(
-        recipe, None if recipe.teacher is None else Teacher.from_pretrained(recipe.teacher.name)
-    )
+    processor = build_processor(recipe, load_vit(recipe))
     recipe.training = {"max_steps": 1, "use_cpu": True, "seed": recipe.training.get("seed", 42)}
     rows = packed_rows(recipe, sources, processor, training_arguments(recipe, out))
     columns = (TextColumn("reading"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())

@@ -21,6 +21,7 @@ class ModelSection(Section):
 
     llm: str | None = None
     vora: str | None = None
+    encoder: str | None = None  # LLaVA's way: a ViT that stays on, frozen, behind a projector; folder or hub id
     patch_size: int | None = None
     image_size: int | None = None
     patch_merge: int = Field(1, ge=1)
@@ -36,6 +37,18 @@ class ModelSection(Section):
     def one_source(self):
         if (self.llm is None) == (self.vora is None):
             raise ValueError("give exactly one of llm (fresh eyes) and vora (a model that has some)")
+        return self
+
+    @model_validator(mode="after")
+    def as_llava(self):
+        if self.encoder is None:
+            return self
+        if self.vora is not None:
+            raise ValueError("encoder makes fresh eyes for an llm, and model.vora has its own: leave one of them out")
+        if "image_attention" not in self.model_fields_set:
+            self.image_attention = "causal"
+        if self.image_attention != "causal":
+            raise ValueError("with an encoder the LLM reads images causally, as LLaVA's: leave image_attention out")
         return self
 
 
@@ -97,6 +110,7 @@ class DataSection(Section):
     caption_prompts: list[str] = list(DEFAULT_PROMPTS.caption)  # asked where a row has an answer alone: `Prompts`
     label_prompts: list[str] = list(DEFAULT_PROMPTS.label)
     statement_prompts: list[str] = list(DEFAULT_PROMPTS.statement)
+    blind: bool = False  # leave every picture out: the LLM learns from the words alone
     image_tokens: tuple[int, int] | None = None  # each image's budget is drawn between these two
     max_bad_share: float = Field(0.1, ge=0, le=1)  # stop when more of the samples read are bad
 
@@ -135,6 +149,24 @@ class Recipe(Section):
     watch: list[WatchSection] = []
     max_minutes: float | None = Field(None, gt=0)  # plan fewer steps than training.max_steps if they would take longer
     training: dict = {}
+
+    @model_validator(mode="after")
+    def one_way_to_see(self):
+        ways = [
+            name
+            for name, given in {
+                "teacher": self.teacher,
+                "model.encoder": self.model.encoder,
+                "data.blind": self.data.blind or None,
+            }.items()
+            if given is not None
+        ]
+        if len(ways) > 1:
+            raise ValueError(
+                f"{' and '.join(ways)} exclude each other: an encoder is taught by nobody, and a blind LLM sees no "
+                "pictures; keep one"
+            )
+        return self
 
     @model_validator(mode="after")
     def known_training_arguments(self):
@@ -241,7 +273,8 @@ def _resolve_paths(recipe, folder):
     def beside(text):
         return str((folder / text).resolve()) if text and len(text) < 200 and (folder / text).exists() else text
 
-    for section, key in [(recipe.model, "llm"), (recipe.model, "vora"), (recipe.teacher, "name")]:
+    named = [(recipe.model, "llm"), (recipe.model, "vora"), (recipe.model, "encoder"), (recipe.teacher, "name")]
+    for section, key in named:
         if section is not None:
             setattr(section, key, beside(getattr(section, key)))
     for entry in recipe.data.sources:

@@ -233,6 +233,7 @@ def write_run_card(folder, run_directory, steps=None, evaluation=()):
         stage=recipe.stage,
         base_llm=recipe.model.llm,
         teacher=recipe.teacher.name if recipe.teacher else None,
+        encoder=recipe.model.encoder,
         source=recipe.model.vora and str(trained_folder(recipe.model.vora)),
         data=[(source["name"], source["weight"]) for source in sources],
         recipe=noted.get("recipe") or recipe.model_dump(mode="json"),
@@ -304,6 +305,7 @@ def packed_rows(recipe, sources, processor, arguments, bad_samples=None):
         questions_per_image=data.questions_per_image,
         image_tokens=data.image_tokens,
         augment=[source.augment and source.augment.model_dump() for source in data.sources],
+        blind=data.blind,
     )
 
 

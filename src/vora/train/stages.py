@@ -6,6 +6,7 @@ from peft import PeftModel
 from rich.table import Table
 from safetensors.torch import load_file
 
+from vora.adapt.llava import VoraLlavaForConditionalGeneration, kind_of_student
 from vora.adapt.lora import DISTILLATION_FILE, attach_vision_lora, is_unmerged, load_vision_lora
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
@@ -16,16 +17,27 @@ from vora.train.checkpoints import is_run, trained_folder
 from vora.train.recipe import load_recipe
 from vora.train.trainer import load_student
 
+TRAINED_FIRST = ("vision LoRA", "patch embedding", "projector", "distill heads")  # in stage pretrain
+FROZEN_COPY = "frozen copy of the "
+
 
 def build_learner(recipe):
-    """The learner and the processor of a recipe: stage 1 with LoRA and teacher, stage 2 with everything free.
+    """The learner and the processor of a recipe: stage 1 with LoRA and teacher, stage 2 with everything free; an
+    encoder never trains.
 
     Raises:
         ValueError: teacher, LLM and LoRA do not fit each other, or what trains is not what the stage says.
     """
-    teacher = None if recipe.teacher is None else Teacher.from_pretrained(recipe.teacher.name)
-    student, processor = build_student(recipe, teacher)
+    vit = load_vit(recipe)
+    student, processor = build_student(recipe, vit)
+    teacher = None if recipe.teacher is None else vit
     return with_scaffolding(recipe, student, processor.image_processor, teacher), processor
+
+
+def load_vit(recipe):
+    """The ViT that a recipe names, as teacher or as encoder; None where it names none."""
+    name = recipe.model.encoder or (recipe.teacher and recipe.teacher.name)
+    return Teacher.from_pretrained(name) if name else None
 
 
 def with_scaffolding(recipe, student, image_processor, teacher=None):
@@ -68,8 +80,11 @@ def with_scaffolding(recipe, student, image_processor, teacher=None):
     return learner
 
 
-def build_student(recipe, teacher=None):
+def build_student(recipe, vit=None):
     """The model and processor that a recipe starts from.
+
+    Args:
+        vit: from `load_vit`.
 
     Raises:
         ValueError: stage 2 is asked of an LLM that has no trained eyes yet.
@@ -82,17 +97,21 @@ def build_student(recipe, teacher=None):
             "Stage finetune trains a merged VoRA model, but the recipe names a bare LLM: run stage pretrain and "
             "`vora merge` first, and give the merged folder as model.vora."
         )
-    model = VoraForConditionalGeneration.from_llm(
-        wanted.llm,
-        teacher=teacher if teacher is not None and recipe.teacher.starts_eyes else None,
-        patch_size=wanted.patch_size,
-        image_size=wanted.image_size,
-        patch_merge=wanted.patch_merge,
-        image_attention=wanted.image_attention,
-        dtype=wanted.dtype,
-        attn_implementation=wanted.attn_implementation,
-    )
-    return model, build_processor(recipe, teacher)
+    options = {
+        "patch_size": wanted.patch_size,
+        "image_size": wanted.image_size,
+        "patch_merge": wanted.patch_merge,
+        "dtype": wanted.dtype,
+        "attn_implementation": wanted.attn_implementation,
+    }
+    if wanted.encoder is not None:
+        model = VoraLlavaForConditionalGeneration.from_llm(wanted.llm, encoder=vit, **options)
+    else:
+        start = vit if vit is not None and recipe.teacher.starts_eyes else None
+        model = VoraForConditionalGeneration.from_llm(
+            wanted.llm, teacher=start, image_attention=wanted.image_attention, **options
+        )
+    return model, build_processor(recipe, vit)
 
 
 def existing_student(recipe):
@@ -105,7 +124,7 @@ def existing_student(recipe):
     folder, dtype = trained_folder(recipe.model.vora), recipe.model.dtype
     has_adapter = (folder / "adapter_config.json").exists()
     if not has_adapter:
-        return VoraForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        return kind_of_student(folder).from_pretrained(folder, dtype=dtype)
     if recipe.stage == "finetune":
         raise ValueError(
             f"Stage finetune trains a merged model: vora merge {recipe.model.vora} -o OUT, and model.vora=OUT."
@@ -158,16 +177,20 @@ def take_heads(distillation, recipe):
     distillation.load_state_dict(state)
 
 
-def build_processor(recipe, teacher=None):
-    """The processor of a recipe, for which no model is needed."""
+def build_processor(recipe, vit=None):
+    """The processor of a recipe, for which no model is needed.
+
+    Args:
+        vit: from `load_vit`.
+    """
     wanted = recipe.model
     if wanted.vora is not None:
         return _looking(VoraProcessor.from_pretrained(trained_folder(wanted.vora)), wanted)
     options = {}
-    if teacher is not None and recipe.teacher.starts_eyes:
-        options["teacher"] = teacher
-    elif teacher is not None:  # its normalisation, also where the patch embedding starts afresh
-        options |= {"image_mean": teacher.image_mean, "image_std": teacher.image_std}
+    if vit is not None and (wanted.encoder is not None or recipe.teacher.starts_eyes):
+        options["teacher"] = vit
+    elif vit is not None:  # its normalisation, also where the patch embedding starts afresh
+        options |= {"image_mean": vit.image_mean, "image_std": vit.image_std}
     processor = VoraProcessor.from_llm(
         wanted.llm,
         patch_size=wanted.patch_size,
@@ -215,8 +238,11 @@ def group_of(name):
         return "distill heads"
     if "lora_" in name:
         return "vision LoRA"
+    if "patch_embedding.encoder." in name:
+        return "encoder"
     if "patch_embedding" in name:
-        return "frozen copy of the patch embedding" if "original_module" in name else "patch embedding"
+        eyes = "projector" if "patch_embedding.projector." in name else "patch embedding"
+        return FROZEN_COPY + eyes if "original_module" in name else eyes
     return "LLM"
 
 
@@ -237,7 +263,7 @@ def check_trainable(learner, stage):
         ValueError: a part that should train is (partly) frozen, or the other way round.
     """
     for part, (trained, total) in trainable_counts(learner).items():
-        should = stage == "finetune" or part in ("vision LoRA", "patch embedding", "distill heads")
+        should = part != "encoder" if stage == "finetune" else part in TRAINED_FIRST
         if trained != (total if should else 0):
             raise ValueError(
                 f"Stage {stage} should train {'all' if should else 'none'} of the {part}, but {trained:,} of its "
@@ -252,7 +278,7 @@ def trainable_table(learner, stage):
     table.add_column("trained", justify="right")
     table.add_column("of", justify="right")
     for part, (trained, total) in trainable_counts(learner).items():
-        if part != "frozen copy of the patch embedding":
+        if not part.startswith(FROZEN_COPY):
             table.add_row(part, f"{trained:,}", f"{total:,}")
     if learner.teacher is not None:
         table.add_row("teacher (not saved)", "0", f"{sum(p.numel() for p in learner.teacher.parameters()):,}")

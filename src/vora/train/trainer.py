@@ -14,7 +14,6 @@ from transformers import Trainer, TrainerState
 
 from vora.adapt.lora import DISTILLATION_FILE
 from vora.data.stream import PackedBatches
-from vora.model.modeling_vora import VoraForConditionalGeneration
 
 ON_HOST = ("image_grid_thw", "num_samples")  # of a batch: sizes and counts
 DATA_FILE = "data_position_{}.json"  # one per process
@@ -255,7 +254,7 @@ def load_student(learner, folder):
                 f"{loaded.unexpected_keys[0]}: was the recipe's LLM or rank changed?"
             )
     else:
-        trained = VoraForConditionalGeneration.from_pretrained(folder, dtype=learner.vora.dtype)
+        trained = type(learner.vora).from_pretrained(folder, dtype=learner.vora.dtype)
         learner.student.load_state_dict(trained.state_dict())
     if learner.distillation is not None:
         learner.distillation.load_state_dict(load_file(folder / DISTILLATION_FILE))
