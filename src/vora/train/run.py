@@ -174,14 +174,34 @@ def merge_run(run_directory):
         elif (directory / "preprocessor_config.json").exists():
             processor = VoraImageProcessor.from_pretrained(directory)
         return model.eval(), processor
+    learner, processor = open_run(directory)
+    model = learner.student
+    return (merge_vision_lora(model) if hasattr(model, "peft_config") else model).eval(), processor
+
+
+def open_run(run_directory, teacher=None):
+    """The learner of a run with what it last saved, in fp32 whatever it trained in, with its teacher and heads.
+
+    Args:
+        teacher: where the recipe's teacher lies now, if it has moved since; a folder of another name is another
+            teacher, which the heads were not trained for, and is not taken.
+
+    Returns:
+        (learner in eval mode, processor).
+
+    Raises:
+        ValueError: the directory holds no run, or one that has no trained weights yet.
+    """
+    directory = Path(run_directory)
     if not is_run(directory):
         raise ValueError(f"{directory} holds no recipe.yaml: it is no run directory of `vora train`.")
     folder = trained_folder(directory)
-    recipe = load_recipe(directory / "recipe.yaml", ["model.dtype=float32"])  # merged in fp32, whatever trained
+    recipe = load_recipe(directory / "recipe.yaml", ["model.dtype=float32"])
+    if teacher is not None and recipe.teacher is not None and Path(teacher).name == Path(recipe.teacher.name).name:
+        recipe.teacher.name = teacher
     learner, processor = build_learner(recipe)
     load_student(learner, folder)
-    model = learner.student
-    return (merge_vision_lora(model) if hasattr(model, "peft_config") else model).eval(), processor
+    return learner.eval(), processor
 
 
 @harmless
@@ -224,7 +244,6 @@ def write_run_card(folder, run_directory, steps=None, evaluation=()):
         licences={name: known for name, known in before.get("licences", {}).items() if known != NOT_STATED},
     )
     write_card(folder, facts)
-
 
 
 def training_arguments(recipe, directory):
@@ -299,9 +318,6 @@ def refuse_long_rows(recipe, learner):
         raise ValueError(
             f"data.row_tokens is {recipe.data.row_tokens}, but the LLM's context holds {limit} tokens: lower it."
         )
-
-
-
 
 
 def compile_blocks(learner, arguments):
