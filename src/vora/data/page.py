@@ -108,7 +108,7 @@ def _sample(name, sample, processor):
             patches = sample["pixel_values"][first : first + rows * columns]
             first += rows * columns
             picture = picture_of_patches(patches, rows, columns, processor.image_processor)
-            pictures.append(f'<img alt="" src="{_data_url(_with_grid(picture, processor.image_processor))}">')
+            pictures.append(f'<img alt="" src="{data_url(with_grid(picture, processor.image_processor))}">')
     texts = []
     for runs in token_runs(sample, processor.tokenizer, processor.image_token_id):
         texts.append("".join(f'<span class="{kind}">{html.escape(text)}</span>' for kind, text in runs))
@@ -118,9 +118,10 @@ def _sample(name, sample, processor):
     )
 
 
-def _with_grid(picture, image_processor):
+def with_grid(picture, image_processor, side=SIDE):
+    """A picture as the model sees it, enlarged towards `side` pixels, with the borders of its image tokens."""
     token = image_processor.patch_size * image_processor.patch_merge
-    scale = max(1, min(4, SIDE // max(picture.size)))
+    scale = max(1, min(4, side // max(picture.size)))
     shown = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).convert("RGB")
     draw = ImageDraw.Draw(shown, "RGBA")
     for shift, colour in ((0, (255, 255, 255, 130)), (1, (0, 0, 0, 70))):  # to be seen on light and on dark
@@ -131,10 +132,11 @@ def _with_grid(picture, image_processor):
     return shown
 
 
-def _data_url(image):
+def data_url(image, kind="jpeg"):
+    """A picture inside a page: `jpeg`, or `png` where every pixel counts."""
     buffer = BytesIO()
-    image.save(buffer, format="JPEG", quality=90)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.save(buffer, format=kind, quality=90)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _sources(summary):

@@ -138,16 +138,18 @@ class VisionLearner(nn.Module):
             for hook in hooks:
                 hook.remove()
 
-    def teach(self, pixel_values, image_grid_thw):
+    def teach(self, pixel_values, image_grid_thw, blocks=None):
         """What each image token is to say: the mean of the teacher's features of its m x m patches; it teaches better
-        than all of them (docs/LOG.md). {teacher block: float[P / m^2, D_t]}; the summary is the same at all tokens of
-        an image."""
+        than all of them (docs/LOG.md). {teacher block: float[P / m^2, D_t]}, by default of the paired blocks; the
+        summary is the same at all tokens of an image."""
+        if blocks is None:
+            blocks = list(dict.fromkeys(teacher for _, teacher in self.distillation.pairs))
         grids = [(h, w) for t, h, w in image_grid_thw.tolist() for _ in range(t)]
         processor = self.image_processor
         images = images_of_patches(
             pixel_values, grids, self.config.patch_size, processor.image_mean, processor.image_std
         )
-        features = self.teacher(images, grids, list(dict.fromkeys(teacher for _, teacher in self.distillation.pairs)))
+        features = self.teacher(images, grids, blocks)
         summary, merge = features.pop(SUMMARY, None), self.config.patch_merge
         shapes = image_grid_thw.tolist()
         taught = {block: merge_neighbours(f, shapes, merge).mean(1) for block, f in features.items()}

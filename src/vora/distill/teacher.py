@@ -27,6 +27,8 @@ class Teacher(nn.Module):
     but for the summary: the CLS token's last state, or the mean of all patches where there is none.
     """
 
+    name = None  # hub id or folder, where it came from one
+
     def __init__(self, vit, image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5)):
         super().__init__()
         self.vit = getattr(vit, "vision_model", vit).requires_grad_(False).eval()
@@ -47,7 +49,9 @@ class Teacher(nn.Module):
             ValueError: the model has no plain patch projection.
         """
         vit = AutoModel.from_pretrained(name, dtype=dtype, **kwargs)
-        return cls(vit, **_normalisation(name))
+        teacher = cls(vit, **_normalisation(name))
+        teacher.name = str(name)
+        return teacher
 
     def train(self, mode=True):
         """A teacher never trains: it stays in eval mode whatever its surroundings do."""

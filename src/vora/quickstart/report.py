@@ -4,8 +4,7 @@ import base64
 import html
 from io import BytesIO
 
-from PIL import Image
-
+from vora.data.page import data_url
 from vora.serve.chat import Chat
 from vora.train.progress import read_log
 
@@ -74,7 +73,7 @@ def _card(record, right, model, processor):
         note = "" if ok else f" (expected {html.escape(expected)})"
         style = "right" if ok else "wrong"
         rows.append(f'<p>{html.escape(question)}<br><b class="{style}">{html.escape(answer)}</b>{note}</p>')
-    return f'<div class="card"><img alt="" src="{_data_url(image)}"><div>{"".join(rows)}</div></div>'
+    return f'<div class="card"><img alt="" src="{data_url(image, "png")}"><div>{"".join(rows)}</div></div>'
 
 
 def _plot_losses(lines):
@@ -115,10 +114,4 @@ def _figure_url(figure):
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _data_url(image: Image.Image):
-    buffer = BytesIO()
-    image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
