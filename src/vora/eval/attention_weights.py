@@ -1,0 +1,72 @@
+"""Who looked where: the attention weights of chosen places, and tokens put together into words.
+
+Dims: T tokens of the row, R chosen places.
+"""
+
+import re
+from contextlib import contextmanager
+from functools import partial
+
+# Letters and digits, also around an apostrophe or a hyphen; characters of scripts without spaces one by one; marks.
+ALONE = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"[{ALONE}]|[^\W{ALONE}]+(?:['’-][^\W{ALONE}]+)*|[^\w\s]+")
+CUT = "\ufffd"  # what a tokenizer writes for a character whose last bytes are still to come
+
+
+@contextmanager
+def watched_attention(model, places):
+    """Collect the attention weights of some places while a model runs on one row.
+
+    Within, the model attends eagerly: that is the implementation of which transformers has each family's own (with
+    its scaling, soft caps and sinks), which makes its own mask of numbers, and which returns its weights. Each block's
+    are cut down to the chosen places as soon as they are there, so that no more than one block's square is held.
+
+    Args:
+        model: a `VoraForConditionalGeneration`; merged, or with its vision LoRA on.
+        places: list of R places in the row; negative ones count from its end.
+
+    Yields:
+        {block: float[R, T]}, filled by the forward pass: how each place shares its attention out over the row, mean
+        over heads. Blocks without attention weights (linear attention) are left out.
+    """
+    weights, hooks = {}, []
+    before = model.model.language_model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    for number, block in enumerate(model.model.blocks):
+        keep = partial(_keep_weights, weights, number, list(places))
+        hooks += [module.register_forward_hook(keep) for module in block.modules()]
+    try:
+        yield weights
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.set_attn_implementation(before)
+
+
+def _keep_weights(weights, block, places, module, args, output):
+    """A hook: of all that a block is made of, its attention alone returns (output, float[1, heads, T, T])."""
+    if isinstance(output, tuple) and len(output) > 1 and getattr(output[1], "ndim", 0) == 4:
+        weights[block] = output[1][0, :, places].float().mean(0).cpu()
+
+
+def words_of_tokens(ids, tokenizer):
+    """An answer's tokens put together into words.
+
+    Args:
+        ids: list of int.
+
+    Returns:
+        list of (word, [indices of its tokens]). A token that reaches into two words belongs to both; special tokens
+        and blanks belong to none.
+    """
+    spans, start, text = [], 0, ""
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        end = len(text.rstrip(CUT))
+        spans.append((start, end + 1 if text.endswith(CUT) else end))
+        start = end
+    words = []
+    for found in WORD.finditer(text):
+        tokens = [index for index, (first, end) in enumerate(spans) if first < found.end() and end > found.start()]
+        words.append((found.group(), tokens))
+    return words
