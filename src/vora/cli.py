@@ -250,6 +250,60 @@ def chat(
         pending = []
 
 
+@app.command()
+def inspect(
+    image: Annotated[str, typer.Argument(help="Path or URL.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder or hub id of a VoRA model, or run directory.")
+    ] = None,
+    question: Annotated[str, typer.Option("--question", "-q", help="What to ask.")] = "Describe the image.",
+    answer: Annotated[str | None, typer.Option(help="Answer to follow; the model's own by default.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="ViT to compare with: folder or hub id; by default the run's own.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Page; a PNG and a JSON go beside it.")] = Path(
+        "inspect.html"
+    ),
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    min_image_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of a picture; the model's own.")] = None,
+    max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of a picture; the model's own.")] = None,
+):
+    """Pictures of how a model sees one: its blocks beside the teacher's, and where each word of the answer looked."""
+    from vora.eval.inspection import inspect_picture
+    from vora.eval.inspection_page import write_inspection
+    from vora.eval.taught_by import take_teacher
+    from vora.model.image_processing_vora import read_image
+    from vora.train.checkpoints import trained_folder
+
+    if out.suffix != ".html":
+        raise ValueError(f"--out {out} names no page: give a name that ends in .html; the PNG goes beside it.")
+    picture, name = read_image(image), model or _default_model()
+    learner, processor = _opened(name, teacher, min_image_tokens, max_image_tokens)
+    pairs, remark = take_teacher(learner, str(trained_folder(name)), teacher)
+    found = inspect_picture(learner, processor, picture, question, answer, pairs, max_new_tokens)
+    write_inspection(out, found, processor.image_processor, image, name, [remark] if remark else [])
+    if remark:
+        console.print(remark, highlight=False)
+    console.print(f"{found.answer}\nPage: {out}, picture: {out.with_suffix('.png')}", highlight=False)
+
+
+def _opened(name, teacher, min_image_tokens, max_image_tokens):
+    """The learner around a model, or of a run, and its processor."""
+    import torch
+
+    from vora.distill.learner import VisionLearner
+    from vora.serve.chat import load_model
+    from vora.train.checkpoints import is_run
+    from vora.train.run import open_run
+
+    if is_run(name):
+        learner, processor = open_run(name, teacher)
+        processor.image_processor.set_budget(min_image_tokens, max_image_tokens)
+        return learner.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    model, processor = load_model(name, min_image_tokens, max_image_tokens)
+    return VisionLearner(model, processor.image_processor), processor
+
+
 def _print_answer(conversation, question, images):
     for piece in conversation.ask(question, images):
         print(piece, end="", flush=True)
