@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,23 @@ def test_train_merge_chat(work, merged):
     assert small.returncode == 0, small.stderr
     many = vora("chat", work / "red.png", work / "blue.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4)
     assert many.returncode == 0, many.stderr
+
+
+def test_inspect_draws_a_page_of_a_run_and_of_its_merged_model(work, merged, tmp_path):
+    shutil.copytree(work / "vit", tmp_path / "vit")  # a teacher that has moved since
+    page = tmp_path / "new" / "page.html"
+    of_run = vora("inspect", work / "red.png", "-m", work / "run", "-q", "what?", "--answer", "red or blue",
+                  "--teacher", tmp_path / "vit", "-o", page)  # fmt: skip
+    assert of_run.returncode == 0 and str(page) in of_run.stderr, of_run.stderr
+    figures = json.loads(page.with_suffix(".json").read_text())
+    assert [word["word"] for word in figures["attention"]["words"]] == ["red", "or", "blue"]
+    assert figures["similarity"]["teacher"] == str(tmp_path / "vit") and figures["grid"] == [2, 2]
+    assert [-1 <= pair["cosine"] <= 1 for pair in figures["similarity"]["pairs"]] == [True, True]
+    assert page.read_text().count("data:image/png") > 8 and Image.open(page.with_suffix(".png")).height > 800
+    alone = vora("inspect", work / "red.png", "-m", merged, "-q", "what?", "--max-image-tokens", 1, cwd=tmp_path)
+    assert alone.returncode == 0 and "--teacher" in alone.stderr, alone.stderr
+    figures = json.loads((tmp_path / "inspect.json").read_text())
+    assert figures["similarity"] is None and figures["grid"] == [1, 1] and len(figures["remarks"]) == 1
 
 
 def test_data_shows_what_training_will_read(work, tmp_path):
@@ -136,7 +154,7 @@ def test_interactive_chat(work, merged):
 
 def test_help_reads_well():
     shown = vora("--help")
-    for verb in ("quickstart", "data", "plan", "train", "merge", "import-reference", "chat"):
+    for verb in ("quickstart", "data", "plan", "train", "merge", "import-reference", "chat", "inspect"):
         assert verb in shown.stdout
 
 
@@ -170,6 +188,9 @@ def test_interrupted_run_saves_and_says_how_to_go_on(work):
         (["chat", "-m", "{llm}", "-q", "hello"], "has no eyes"),
         (["chat", "-m", "{run}", "-q", "hello"], "merge it first"),
         (["chat", "-m", "no/such/model", "-q", "hello"], "Cannot load model"),
+        (["inspect", "no.png", "-m", "{model}"], "no such file"),
+        (["inspect", "{picture}", "-m", "{model}", "--teacher", "no-vit"], "no hub id"),
+        (["inspect", "{picture}", "-m", "{model}", "-o", "page.png"], "ends in .html"),
         (["train", "no-recipe.yaml"], "Cannot read recipe"),
         (["train", "{recipe}", "lora.rnak=3"], "did you mean rank?"),
         (["train", "{recipe}", "lora.target_modules=[no_proj]", "--out", "{new}"], "match no linear layer"),
@@ -187,7 +208,7 @@ def test_what_goes_wrong_is_one_line(work, merged, llm_folder, tmp_path, argumen
     (work / "text.png").write_text("not a picture")
     places = {
         "model": merged, "llm": llm_folder, "run": work / "run", "recipe": work / "recipe.yaml",
-        "empty": work / "empty.png", "text": work / "text.png", "new": tmp_path / "new",
+        "empty": work / "empty.png", "text": work / "text.png", "picture": work / "red.png", "new": tmp_path / "new",
     }  # fmt: skip
     result = vora(*(argument.format(**places) for argument in arguments), cwd=tmp_path)
     assert result.returncode == 1
