@@ -86,7 +86,7 @@ def run_arm(merge, args):
         "model.llm": args.llm, "teacher.name": args.teacher, "model.patch_merge": merge, "lora.num_blocks": 12,
         "model.min_image_tokens": tokens, "model.max_image_tokens": tokens, "max_minutes": "null",
         "training.seed": args.seed, "training.max_steps": args.image_only_steps + args.lm_steps,
-        "training.per_device_train_batch_size": 1, "training.logging_steps": 10, "training.save_strategy": "no",
+        "training.per_device_train_batch_size": 1, "training.logging_steps": 10, "training.save_strategy": "'no'",
         "teacher.image_only_steps": args.image_only_steps,
     } | precision_overrides()  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
