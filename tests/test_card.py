@@ -147,6 +147,7 @@ def test_the_language_part_loads_as_its_card_says(work):
 
 def test_unmerged_weights_merge_as_their_card_says(work, tmp_path):
     text = (work / "one" / "final" / "README.md").read_text()
+    assert "do not run by themselves" in text and "from_pretrained" not in text
     command = re.search(r"^vora (merge .*)$", text, flags=re.M).group(1)
     words = command.replace("RUN", str(work / "one")).replace("my-vora", str(tmp_path / "my-vora")).split()
     merge(*words[1:])
@@ -266,6 +267,7 @@ def test_a_hub_that_hangs_holds_nothing_up(saved, monkeypatch):
 
 def test_unmerged_imports_say_how_to_merge(saved, pages):
     (saved / "adapter_config.json").write_text("{}")
+    (saved / "model.safetensors").touch()
     text = write_card(saved, FACTS).read_text()
     assert FACTS.merge_command in text and "RUN" not in text
     # from_pretrained opens such a folder, whose files are the whole model and the adapter

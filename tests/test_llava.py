@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from vora import Teacher, attach_vision_lora, merge_vision_lora
 from vora.adapt.llava import VoraLlavaForConditionalGeneration
+from vora.adapt.lora import load_vision_lora
 from vora.data.record import Record, blinded
 from vora.distill.teacher import images_of_patches
 from vora.serve.chat import Chat, load_model
@@ -108,11 +109,14 @@ def test_lora_and_projector_train_and_the_tower_is_in_no_adapter(kind, tmp_path)
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
     peft_model.save_pretrained(tmp_path)
+    before.save_pretrained(tmp_path / "both")
+    peft_model.save_pretrained(tmp_path / "both")
     size = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 4 * size + 20_000
     inputs = prompt([*text(3), (GRID, GRID, 0), *text(4, 1)])
     expected = logits_of(peft_model.eval(), **inputs)
     assert (expected - logits_of(before, **inputs)).abs().max() > 1e-3
+    assert torch.equal(logits_of(load_vision_lora(tmp_path / "both"), **inputs), expected)
     merged = merge_vision_lora(peft_model)
     assert type(merged) is VoraLlavaForConditionalGeneration
     torch.testing.assert_close(logits_of(merged, **inputs), expected, atol=1e-4, rtol=1e-4)
@@ -176,6 +180,7 @@ def test_two_stages_of_llavas_way(recipe, tmp_path):
     assert set(counts) == {"vision LoRA", "projector"} and all(some == whole for some, whole in counts.values())
     with safe_open(tmp_path / "one" / "final" / "adapter_model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if "encoder" in name]
+    assert "LoRA and a projector, which do not run by them" in (tmp_path / "one" / "final" / "README.md").read_text()
     merged = saved(tmp_path / "one", tmp_path / "merged")
     for name, colour in COLOURS.items():
         assert answer(tmp_path / "merged", Image.new("RGB", (16, 16), colour)) == name

@@ -21,6 +21,8 @@ import yaml
 from huggingface_hub import DatasetCard, ModelCard, get_session, hf_hub_url, is_offline_mode
 from huggingface_hub.utils import build_hf_headers
 
+from vora.adapt.lora import is_unmerged
+
 HUB_ID_OF_ALIAS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 KNOWN_LICENCES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0", "easy-vqa": "mit"}
 NOT_STATED = "not stated; see its page"
@@ -315,7 +317,7 @@ def _kind_of(folder):
     """By a folder's files: `adapter` (vision LoRA alone), `unmerged` (with the model beside it), `model` (all of it,
     merged) or `llm` (the language part)."""
     if (folder / "adapter_config.json").exists():
-        return "unmerged" if (folder / "config.json").exists() else "adapter"
+        return "unmerged" if is_unmerged(folder) else "adapter"
     is_whole = json.loads((folder / "config.json").read_text())["model_type"].startswith("vora")
     return "model" if is_whole else "llm"
 

@@ -8,11 +8,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from vora.model.configuration_vora import VoraConfig
-from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.adapt.llava import kind_of_student
 
 PATCH_EMBEDDING = "patch_embedding"
 DISTILLATION_FILE = "distillation.safetensors"  # beside an adapter: the distill heads
@@ -131,9 +130,8 @@ def load_vision_lora(folder, dtype="auto"):
     if not is_unmerged(folder):
         raise ValueError(f"{folder} holds no model with an adapter beside it.")
     state = {name: tensor for file in _weight_files(folder) for name, tensor in load_file(file).items()}
-    model = VoraForConditionalGeneration.from_pretrained(
-        None, config=VoraConfig.from_pretrained(folder), state_dict=state, dtype=dtype
-    )
+    config = AutoConfig.from_pretrained(folder)
+    model = kind_of_student(folder).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     model.generation_config = GenerationConfig.from_pretrained(folder)
     return PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
 
