@@ -349,9 +349,29 @@ def test_teacher_and_heads_never_enter_a_saved_model(learner, tmp_path):
     assert saved and saved <= fresh
 
 
+def count_runs(learner):
+    """list of how often each block of the LLM computes, recomputation included, from now on."""
+    counts = [0] * len(learner.vora.model.blocks)
+    for block, module in enumerate(learner.vora.model.blocks):
+
+        def count(*_, block=block):
+            counts[block] += 1
+
+        module.self_attn.register_forward_pre_hook(count)
+    return counts
+
+
 @ONE
+@pytest.mark.parametrize("num_blocks", [0, 4])
+def test_as_many_blocks_as_there_are_can_be_checkpointed(learner, num_blocks):
+    with pytest.raises(ValueError, match=f"{num_blocks} blocks .* the LLM has 3"):
+        learner.gradient_checkpointing_enable(num_blocks=num_blocks)
+
+
+@ONE
+@pytest.mark.parametrize("num_blocks", [None, 1, 2])
 @pytest.mark.parametrize("pictures_alone", [False, True])
-def test_checkpointed_blocks_learn_the_same(learner, pictures_alone):
+def test_checkpointed_blocks_learn_the_same(learner, pictures_alone, num_blocks):
     inputs, found = batch(), []
     if pictures_alone:
         inputs["targets"].fill_(-100)
@@ -361,11 +381,13 @@ def test_checkpointed_blocks_learn_the_same(learner, pictures_alone):
     learner.train()
     for checkpointed in (False, True):
         if checkpointed:
-            learner.gradient_checkpointing_enable()
+            learner.gradient_checkpointing_enable(num_blocks=num_blocks)
+            ran = count_runs(learner)
         learner.zero_grad()
         learner.distillation.num_updates.zero_()
         learner(**inputs)["loss"].backward()
         found.append({name: p.grad.clone() for name, p in learner.named_parameters() if p.grad is not None})
+    assert ran == [2 if num_blocks is None or block < num_blocks else 1 for block in range(3)]
     assert found[0].keys() == found[1].keys() and len(found[0]) > 10
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)

@@ -91,11 +91,17 @@ def test_it_learns_what_only_the_pictures_tell(recipe, tmp_path):
 
 def test_checkpointed_blocks_train_alike(recipe, tmp_path):
     run(recipe(), tmp_path / "kept")
-    run(recipe(gradient_checkpointing=True), tmp_path / "recomputed")
-    kept, recomputed = losses(tmp_path / "kept"), losses(tmp_path / "recomputed")
-    assert kept.keys() == recomputed.keys()
-    for step, found in kept.items():
-        assert recomputed[step] == pytest.approx(found, abs=1e-5)
+    kept = losses(tmp_path / "kept")
+    for num_blocks in (True, 2):
+        trainer = run(recipe(gradient_checkpointing=num_blocks), tmp_path / f"recomputed-{num_blocks}")
+        flags = [block.gradient_checkpointing for block in trainer.model.vora.model.blocks]
+        assert flags == [True, True, num_blocks is True]
+        recomputed = losses(tmp_path / f"recomputed-{num_blocks}")
+        assert kept.keys() == recomputed.keys()
+        for step, found in kept.items():
+            assert recomputed[step] == pytest.approx(found, abs=1e-5)
+    with pytest.raises(ValueError, match="9 blocks .* the LLM has 3"):
+        run(recipe(gradient_checkpointing=9), tmp_path / "nowhere")
 
 
 def test_a_run_leaves_what_it_promises(recipe, tmp_path):

@@ -11,7 +11,7 @@ MOST_LOGITS = 2**26  # in memory at once: some 1 GB with gradients, and products
 
 
 def labels_at_once(num_labels, vocab_size):
-    """How many of the labels get their logits at a time: all, or as many as make equal parts of at most `MOST_LOGITS`."""
+    """How many labels get their logits at a time: all, or as many as make equal parts of at most `MOST_LOGITS`."""
     num_parts = min(num_labels, -(-num_labels * vocab_size // MOST_LOGITS))
     return -(-num_labels // num_parts)
 
