@@ -4,6 +4,8 @@ from functools import partial
 
 import torch
 
+MOST_KINDS = 64  # of compiled blocks: with and without LoRA, of each sort that the LLM has, for one length or any
+
 
 def recompute_blocks(learner, wanted, arguments):
     """Have blocks keep only what enters them, here and not by the Trainer, which knows nothing of the first n.
@@ -27,6 +29,7 @@ def compile_blocks(learner, arguments):
     more compilation, which then serves all lengths. Answers to watched pictures, which grow word by word, are not
     compiled.
     """
+    torch._dynamo.config.recompile_limit = max(MOST_KINDS, torch._dynamo.config.recompile_limit)
     how = {"backend": arguments.torch_compile_backend, "mode": arguments.torch_compile_mode}
     # not again by the Trainer, as a whole, hooks and all
     arguments.torch_compile, arguments.torch_compile_backend, arguments.torch_compile_mode = False, None, None
