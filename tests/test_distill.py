@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from tiny import GRID, IMAGE, PATCH, SHAPE, prompt, states_of_blocks, text, tiny_llm, tiny_vora
 from transformers import AutoConfig, AutoModel
 
+import vora
 from vora import Teacher, VoraForConditionalGeneration, VoraImageProcessor, attach_vision_lora, merge_vision_lora
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
@@ -278,6 +280,31 @@ def test_the_running_mean_is_that_of_the_teachers_channels_and_is_subtracted():
     plain = BlockwiseDistillation([(0, 0)], 8, 8, center=False)
     perfect_heads(plain)
     assert plain({0: common.expand(50, 8)}, {0: features})[0] < 0.01  # which is why the mean goes
+
+
+def test_a_teacher_in_bf16_teaches_what_it_teaches_in_float32():
+    """The quickstart's, which is trained; a student half way there."""
+    folder = Path(vora.__file__).parent / "quickstart" / "teacher"
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(12, 3, 4, 4, generator=generator)
+    pictures, grids = (
+        list(torch.nn.functional.interpolate(coarse, (64, 64), mode="bicubic").clamp(0, 1)),
+        [(4, 4)] * 12,
+    )
+    exact, rounded = (Teacher.from_pretrained(folder, dtype)(pictures, grids, range(5))
+                      for dtype in (torch.float32, torch.bfloat16))  # fmt: skip
+    assert {features.dtype for features in rounded.values()} == {torch.bfloat16}
+    distillation = BlockwiseDistillation([(i, i) for i in range(5)], 96, 96).train()
+    perfect_heads(distillation)
+    distillation(exact, exact)  # finds the means
+    distillation.eval()
+    means = {i: getattr(distillation, f"mean_{i}") for i in exact}
+    perfect = {i: features - means[i] for i, features in exact.items()}
+    noise = {i: f + f.std() * torch.randn(f.shape, generator=generator) for i, f in perfect.items()}
+    for student in (perfect, noise):
+        (loss, pairs), (other, others) = (distillation(student, teacher) for teacher in (exact, rounded))
+        assert abs(other - loss) < 2e-4 and (others - pairs).abs().max() < 5e-4
+    assert 0.2 < loss < 0.4
 
 
 # The student with its scaffolding

@@ -17,6 +17,7 @@ from vora.data.sources import load_source
 from vora.data.stream import PackedRows
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
+from vora.train.outline import outline
 from vora.train.pace import precision_overrides, steps_that_fit
 from vora.train.recipe import load_recipe
 from vora.train.run import merge_run, train, training_arguments
@@ -278,6 +279,20 @@ def test_bf16_training_keeps_what_trains_in_fp32(recipe, tmp_path):
     assert kinds == {torch.float32}
     model, _ = merge_run(tmp_path / "run")
     assert model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bf16", "wanted"),
+    [("float32", False, torch.float32), ("float32", True, torch.bfloat16), ("bfloat16", False, torch.bfloat16),
+     ("float16", False, torch.float32)],
+)  # fmt: skip
+def test_the_teacher_computes_in_bf16_where_the_run_does(recipe, tmp_path, dtype, bf16, wanted):
+    changed = recipe(bf16=bf16)
+    changed.model.dtype = dtype
+    learner, _ = build_learner(changed)
+    planned, _ = outline(changed)
+    for made in (learner, planned):
+        assert {parameter.dtype for parameter in made.teacher.parameters()} == {wanted}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -157,7 +157,10 @@ class VisionLearner(nn.Module):
 
     def teach(self, pixel_values, image_grid_thw):
         """What each image token is to say: the mean of the teacher's features of its m x m patches; it teaches better
-        than all of them (docs/LOG.md). {teacher block: float[P / m^2, D_t]}."""
+        than all of them (docs/LOG.md). {teacher block: float[P / m^2, D_t]}. The teacher goes where the pictures are,
+        for it is no part of what the Trainer moves."""
+        if self.teacher.device != pixel_values.device:
+            self.teacher.to(pixel_values.device)
         grids = [(h, w) for t, h, w in image_grid_thw.tolist() for _ in range(t)]
         processor = self.image_processor
         images = images_of_patches(

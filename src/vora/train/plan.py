@@ -278,7 +278,7 @@ def disk_bytes(learner, settings, recipe):
         "checkpoints": kept * (trained + 8 * num_trained),
         "final": trained,
         "merged model": weights - lora if recipe.stage == "pretrain" else 0,
-        "teacher": 0 if learner.teacher is None else sum(bytes_of(p) for p in learner.teacher.parameters()),
+        "teacher": 0 if learner.teacher is None else 4 * sum(p.numel() for p in learner.teacher.parameters()),
         "base LLM": sum(bytes_of(p) for name, p in learner.named_parameters() if "lora_" not in name),
     }
     return parts | {"total": sum(parts.values())}
