@@ -15,7 +15,7 @@ from .attention import attention_masks, image_blocks
 from .configuration_vora import VoraConfig
 from .from_llm import grow_for_image_token, load_llm, match_token_scale, refuse_unfit
 from .label_loss import summed_loss
-from .patch_embed import PatchEmbedding
+from .patch_embed import PatchEmbedding, put_tokens
 from .vit_embedding import vit_embedding
 
 
@@ -147,7 +147,7 @@ class VoraModel(VoraPreTrainedModel):
             if blocks is None:
                 blocks = image_blocks(is_image, image_grid_thw, self.config.patch_merge)
             image_tokens = self.get_image_features(pixel_values, image_grid_thw)
-            inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], image_tokens.to(inputs_embeds))
+            inputs_embeds = put_tokens(inputs_embeds, is_image, image_tokens)
             if self.config.image_attention == "causal":
                 blocks = None
         elif past_key_values is None and input_ids is not None:
