@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from tiny import GRID, IMAGE, PATCH, SHAPE, prompt, states_of_blocks, text, tiny_llm, tiny_vora
 from transformers import AutoConfig, AutoModel
 
+import vora
 from vora import Teacher, VoraForConditionalGeneration, VoraImageProcessor, attach_vision_lora, merge_vision_lora
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
@@ -322,6 +324,31 @@ def test_the_summary_is_the_cls_token_at_every_token_of_its_own_image(learner_wi
     assert learner.distillation.heads[SUMMARY][1].weight.grad.abs().sum() > 0
 
 
+def test_a_teacher_in_bf16_teaches_what_it_teaches_in_float32():
+    """The quickstart's, which is trained; a student half way there."""
+    folder = Path(vora.__file__).parent / "quickstart" / "teacher"
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(12, 3, 4, 4, generator=generator)
+    pictures, grids = (
+        list(torch.nn.functional.interpolate(coarse, (64, 64), mode="bicubic").clamp(0, 1)),
+        [(4, 4)] * 12,
+    )
+    exact, rounded = (Teacher.from_pretrained(folder, dtype)(pictures, grids, range(5))
+                      for dtype in (torch.float32, torch.bfloat16))  # fmt: skip
+    assert {features.dtype for features in rounded.values()} == {torch.bfloat16}
+    distillation = BlockwiseDistillation([(i, i) for i in range(5)], 96, 96).train()
+    perfect_heads(distillation)
+    distillation(exact, exact)  # finds the means
+    distillation.eval()
+    means = {i: getattr(distillation, f"mean_{i}") for i in exact}
+    perfect = {i: features - means[i] for i, features in exact.items()}
+    noise = {i: f + f.std() * torch.randn(f.shape, generator=generator) for i, f in perfect.items()}
+    for student in (perfect, noise):
+        (loss, pairs), (other, others) = (distillation(student, teacher) for teacher in (exact, rounded))
+        assert abs(other - loss) < 2e-4 and (others - pairs).abs().max() < 5e-4
+    assert 0.2 < loss < 0.4
+
+
 # The student with its scaffolding
 
 
@@ -396,9 +423,29 @@ def test_teacher_and_heads_never_enter_a_saved_model(learner, tmp_path):
     assert saved and saved <= fresh
 
 
+def count_runs(learner):
+    """list of how often each block of the LLM computes, recomputation included, from now on."""
+    counts = [0] * len(learner.vora.model.blocks)
+    for block, module in enumerate(learner.vora.model.blocks):
+
+        def count(*_, block=block):
+            counts[block] += 1
+
+        module.self_attn.register_forward_pre_hook(count)
+    return counts
+
+
 @ONE
+@pytest.mark.parametrize("num_blocks", [0, 4])
+def test_as_many_blocks_as_there_are_can_be_checkpointed(learner, num_blocks):
+    with pytest.raises(ValueError, match=f"{num_blocks} blocks .* the LLM has 3"):
+        learner.gradient_checkpointing_enable(num_blocks=num_blocks)
+
+
+@ONE
+@pytest.mark.parametrize("num_blocks", [None, 1, 2])
 @pytest.mark.parametrize("pictures_alone", [False, True])
-def test_checkpointed_blocks_learn_the_same(learner, pictures_alone):
+def test_checkpointed_blocks_learn_the_same(learner, pictures_alone, num_blocks):
     inputs, found = batch(), []
     if pictures_alone:
         inputs["targets"].fill_(-100)
@@ -408,11 +455,13 @@ def test_checkpointed_blocks_learn_the_same(learner, pictures_alone):
     learner.train()
     for checkpointed in (False, True):
         if checkpointed:
-            learner.gradient_checkpointing_enable()
+            learner.gradient_checkpointing_enable(num_blocks=num_blocks)
+            ran = count_runs(learner)
         learner.zero_grad()
         learner.distillation.num_updates.zero_()
         learner(**inputs)["loss"].backward()
         found.append({name: p.grad.clone() for name, p in learner.named_parameters() if p.grad is not None})
+    assert ran == [2 if num_blocks is None or block < num_blocks else 1 for block in range(3)]
     assert found[0].keys() == found[1].keys() and len(found[0]) > 10
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)

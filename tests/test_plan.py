@@ -75,27 +75,29 @@ def batch(config, num_labels=NUM_LABELS):
 
 
 @pytest.mark.parametrize(
-    ("family", "sections", "checkpointed", "num_labels"),
+    ("family", "sections", "recomputed", "num_labels"),
     [
-        ("llama", {}, False, NUM_LABELS),
-        ("llama", {}, True, NUM_LABELS),
-        ("llama", {}, False, 0),
-        ("gemma3_text", {}, False, NUM_LABELS),
-        ("gpt2", {"teacher": None}, False, NUM_LABELS),
-        ("phi3", {}, False, NUM_LABELS),
+        ("llama", {}, 0, NUM_LABELS),
+        ("llama", {}, 3, NUM_LABELS),
+        ("llama", {}, 2, NUM_LABELS),
+        ("llama", {}, 2, 0),
+        ("llama", {}, 0, 0),
+        ("gemma3_text", {}, 0, NUM_LABELS),
+        ("gpt2", {"teacher": None}, 1, NUM_LABELS),
+        ("phi3", {}, 0, NUM_LABELS),
     ],
 )
-def test_flops_are_those_that_pytorch_counts(tmp_path, family, sections, checkpointed, num_labels):
+def test_flops_are_those_that_pytorch_counts(tmp_path, family, sections, recomputed, num_labels):
     small_models(tmp_path, family, **({"sliding_window": 256} if family == "gemma3_text" else {}))
     learner = real_learner(recipe_of(tmp_path, **sections))
-    if checkpointed:
-        learner.gradient_checkpointing_enable()
+    if recomputed:
+        learner.gradient_checkpointing_enable(num_blocks=recomputed)
     with FlopCounterMode(display=False) as counter:
         learner(**batch(learner.config, num_labels))["loss"].backward()
     row = Row(2 * SIDE**2 + NUM_TEXT, 2, SIDE**2, num_labels)
-    counted = row_flops(learner, row, checkpointed)
+    counted = row_flops(learner, row, recomputed)
     assert counted["total"] == pytest.approx(counter.get_total_flops(), rel=0.02)
-    assert counted["recomputation"] > 0 if checkpointed else counted["recomputation"] == 0
+    assert counted["recomputation"] > 0 if recomputed else counted["recomputation"] == 0
 
 
 VIT = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 2, "patch_size": 8}
@@ -140,24 +142,30 @@ def test_flops_of_stage_2(tmp_path):
     assert row_flops(planned, Row(9, 1, 4, 2)) == row_flops(learner, Row(9, 1, 4, 2))
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("recomputed", [0, 1, 3])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_activations_are_those_that_autograd_saves(tmp_path, checkpointed, bf16):
+def test_activations_are_those_that_autograd_saves(tmp_path, recomputed, bf16, in_parts, monkeypatch):
     small_models(tmp_path)
+    if in_parts:
+        monkeypatch.setattr("vora.model.label_loss.MOST_LOGITS", 10 * 400)
     recipe = recipe_of(tmp_path)
     recipe.model.attn_implementation = "sdpa"
     learner, row = real_learner(recipe), Row(2 * SIDE**2 + NUM_TEXT, 2, SIDE**2, NUM_LABELS)
-    if checkpointed:
-        learner.gradient_checkpointing_enable()
+    if recomputed:
+        learner.gradient_checkpointing_enable(num_blocks=recomputed)
     with Saved(learner) as saved, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         losses = learner(**batch(learner.config))
     planned = outline(recipe)[0]
-    activations, _, loss = traced(planned, row, 1, bf16, checkpointed)
-    logits_gradient = NUM_LABELS * 400 * (4 + (2 if bf16 else 4))
-    assert activations + loss - logits_gradient == pytest.approx(saved.num_bytes, rel=0.05)
+    found = traced(planned, row, 1, bf16, recomputed)
+    at_once = (9 if in_parts else NUM_LABELS) * 400  # logits; three parts of 9, 9 and 7 labels
+    later = at_once * (4 + (2 if bf16 else 4))  # their gradients
+    if in_parts:  # are made again later, with the head's weights in bf16
+        later += at_once * 4 + (400 * 64 * 2 if bf16 else 0)
+    assert found.activations + found.loss - later == pytest.approx(saved.num_bytes, rel=0.05)
     assert losses["loss"] > 0
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
-    parts = step_memory(planned, row, 1, bf16=bf16, recomputes=checkpointed)
+    parts = step_memory(planned, row, 1, bf16=bf16, num_recomputed=recomputed)
     assert parts["optimizer"] == 8 * trained and parts["trained weights"] == 4 * trained
     assert parts["total"] == pytest.approx(sum(size for part, size in parts.items() if part != "total"))
 
@@ -190,9 +198,9 @@ def test_stretches_attend_and_save_by_themselves(tmp_path, bf16):
         losses["loss"].backward()
     if bf16:  # sdpa of fp32 on processors is not in PyTorch's counter
         assert row_flops(learner, row)["total"] == pytest.approx(counter.get_total_flops(), rel=0.02)
-    activations, _, loss = traced(outline(recipe)[0], row, 1, bf16, False)
+    found = traced(outline(recipe)[0], row, 1, bf16, 0)
     logits_gradient = row.num_labels * 400 * (4 + (2 if bf16 else 4))
-    assert activations + loss - logits_gradient == pytest.approx(saved.num_bytes, rel=0.05)
+    assert found.activations + found.loss - logits_gradient == pytest.approx(saved.num_bytes, rel=0.05)
 
 
 def test_memory_is_shared_out_over_devices(tmp_path):
@@ -318,9 +326,9 @@ def test_flops_of_merged_patches(tmp_path):
 def test_memory_at_each_moment_of_a_step(tmp_path):
     small_models(tmp_path)
     learner, row = outline(recipe_of(tmp_path))[0], Row(112, 2, 36, 1)
-    at_first_block = step_memory(learner, row, 8, recomputes=True)
-    saved, one_block, _ = traced(learner, row, 8, False, True)
-    assert at_first_block["activations"] == saved + one_block and at_first_block["loss"] == 0
+    at_first_block = step_memory(learner, row, 8, num_recomputed=3)
+    found = traced(learner, row, 8, False, 3)
+    assert at_first_block["activations"] == found.activations + found.one_block and at_first_block["loss"] == 0
     at_loss = [step_memory(learner, Row(112, 2, 36, 70), 16, accumulates=more) for more in (False, True)]
     assert [parts["gradients"] for parts in at_loss] == [0, at_loss[0]["trained weights"]]
     blocks = [sum(p.numel() * 4 for p in block.parameters()) for block in learner.vora.model.blocks]

@@ -31,6 +31,11 @@ def test_defaults_fill_what_is_left_out():
         (with_values(model={}), "exactly one of llm"),
         (with_values(lora={"rank": 0}), "lora.rank"),
         (with_values(stage="pretraining"), "stage"),
+        (with_values(training={"gradient_checkpointing": "first 3"}), "give true (every block), false, or n"),
+        (with_values(training={"activation_checkpointing": -1}), "give true (every block), false, or n"),
+        (with_values(training={"gradient_checkpointing": 1, "activation_checkpointing": 2}), "are one thing"),
+        (with_values(training={"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 2}}), "to a number n"),
+        (with_values(training={"use_liger_kernel": True}), "in parts of bounded size"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(values, wanted):
@@ -38,6 +43,13 @@ def test_mistakes_are_named(values, wanted):
         load_recipe(values)
     assert wanted in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["gradient_checkpointing", "activation_checkpointing"])
+def test_blocks_to_be_computed_again_have_one_key_by_either_name(key):
+    for value in (True, False, 0, 7):
+        assert load_recipe(with_values(training={key: value})).recomputed_blocks is value
+    assert not load_recipe(dict(GOOD)).recomputed_blocks
 
 
 def test_overrides_reach_nested_keys_and_are_checked(tmp_path):

@@ -19,6 +19,7 @@ from vora.data.sources import load_source
 from vora.data.stream import PackedRows
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
+from vora.train.outline import outline
 from vora.train.pace import precision_overrides, steps_that_fit
 from vora.train.recipe import load_recipe
 from vora.train.run import merge_run, train, training_arguments
@@ -93,11 +94,17 @@ def test_it_learns_what_only_the_pictures_tell(recipe, tmp_path):
 
 def test_checkpointed_blocks_train_alike(recipe, tmp_path):
     run(recipe(), tmp_path / "kept")
-    run(recipe(gradient_checkpointing=True), tmp_path / "recomputed")
-    kept, recomputed = losses(tmp_path / "kept"), losses(tmp_path / "recomputed")
-    assert kept.keys() == recomputed.keys()
-    for step, found in kept.items():
-        assert recomputed[step] == pytest.approx(found, abs=1e-5)
+    kept = losses(tmp_path / "kept")
+    for num_blocks in (True, 2):
+        trainer = run(recipe(gradient_checkpointing=num_blocks), tmp_path / f"recomputed-{num_blocks}")
+        flags = [block.gradient_checkpointing for block in trainer.model.vora.model.blocks]
+        assert flags == [True, True, num_blocks is True]
+        recomputed = losses(tmp_path / f"recomputed-{num_blocks}")
+        assert kept.keys() == recomputed.keys()
+        for step, found in kept.items():
+            assert recomputed[step] == pytest.approx(found, abs=1e-5)
+    with pytest.raises(ValueError, match="9 blocks .* the LLM has 3"):
+        run(recipe(gradient_checkpointing=9), tmp_path / "nowhere")
 
 
 def test_a_run_leaves_what_it_promises(recipe, tmp_path):
@@ -302,6 +309,20 @@ def test_bf16_training_keeps_what_trains_in_fp32(recipe, tmp_path):
     assert kinds == {torch.float32}
     model, _ = merge_run(tmp_path / "run")
     assert model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bf16", "wanted"),
+    [("float32", False, torch.float32), ("float32", True, torch.bfloat16), ("bfloat16", False, torch.bfloat16),
+     ("float16", False, torch.float32)],
+)  # fmt: skip
+def test_the_teacher_computes_in_bf16_where_the_run_does(recipe, tmp_path, dtype, bf16, wanted):
+    changed = recipe(bf16=bf16)
+    changed.model.dtype = dtype
+    learner, _ = build_learner(changed)
+    planned, _ = outline(changed)
+    for made in (learner, planned):
+        assert {parameter.dtype for parameter in made.teacher.parameters()} == {wanted}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -55,10 +55,29 @@ class VisionLearner(nn.Module):
         """What FSDP wraps one by one: the LLM's blocks."""
         return self.vora.model._no_split_modules
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
-        """Keep only what enters each block and compute the rest again when gradients are; the Trainer asks for it."""
-        how = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, num_blocks=None, **kwargs):
+        """Keep only what enters a block and compute the rest again when gradients are.
+
+        Args:
+            gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
+            num_blocks: of so many blocks, the first ones; all by default. The first are the right ones: they are
+                computed again last, when what the others kept is free, so any other choice of as many needs more.
+            kwargs: as for a model of transformers.
+
+        Raises:
+            ValueError: the LLM has fewer blocks, or they cannot be told one by one.
+        """
+        blocks, how = self.vora.model.blocks, {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        if num_blocks is not None and not 1 <= num_blocks <= len(blocks):
+            raise ValueError(f"{num_blocks} blocks are to be computed again, but the LLM has {len(blocks)}.")
         self.vora.model.language_model.gradient_checkpointing_enable(how, **kwargs)
+        for block in [] if num_blocks is None else blocks[num_blocks:]:
+            if not hasattr(block, "gradient_checkpointing"):
+                raise ValueError(
+                    f"The blocks of {self.config.get_text_config().model_type} are computed again all or none: give "
+                    f"true instead of {num_blocks}."
+                )
+            block.gradient_checkpointing = False
 
     def eyes(self):
         """The trained parameters that pictures alone can teach: patch embedding, heads, and LoRA up to the last
@@ -141,7 +160,10 @@ class VisionLearner(nn.Module):
     def teach(self, pixel_values, image_grid_thw, blocks=None):
         """What each image token is to say: the mean of the teacher's features of its m x m patches; it teaches better
         than all of them (docs/LOG.md). {teacher block: float[P / m^2, D_t]}, by default of the paired blocks; the
-        summary is the same at all tokens of an image."""
+        summary is the same at all tokens of an image. The teacher goes where the pictures are, for it is no part of
+        what the Trainer moves."""
+        if self.teacher.device != pixel_values.device:
+            self.teacher.to(pixel_values.device)
         if blocks is None:
             blocks = list(dict.fromkeys(teacher for _, teacher in self.distillation.pairs))
         grids = [(h, w) for t, h, w in image_grid_thw.tolist() for _ in range(t)]

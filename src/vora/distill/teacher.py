@@ -43,7 +43,8 @@ class Teacher(nn.Module):
     def from_pretrained(cls, name, dtype=torch.float32, **kwargs):
         """A ViT by hub id or folder (ViT, DeiT, CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3, AIMv2), with the
         normalisation of its preprocessor_config.json (0.5, 0.5 where there is none). Half-precision files are read
-        as float32 by default: processors without half-precision arithmetic are many times slower on them.
+        as float32 by default: processors without half-precision arithmetic are many times slower on them; a run in
+        bf16 asks for bf16.
 
         Raises:
             ValueError: the model has no plain patch projection.
@@ -56,6 +57,10 @@ class Teacher(nn.Module):
     def train(self, mode=True):
         """A teacher never trains: it stays in eval mode whatever its surroundings do."""
         return super().train(False)
+
+    @property
+    def device(self):
+        return next(self.vit.parameters()).device
 
     @property
     def takes_any_grid(self):
@@ -113,10 +118,10 @@ class Teacher(nn.Module):
         pixels = pixels.to(parameter.device, parameter.dtype)
         own_grid = grid
         if "spatial_shapes" in self.accepts:  # SigLIP 2 takes patches, channel last
-            pixels, shapes = pixel_patches(pixels, self.patch_size), pixels.new_tensor([grid] * len(pixels)).long()
-            mask = torch.ones(pixels.shape[:2], dtype=torch.long, device=pixels.device)
-            inputs = {"pixel_values": pixels, "spatial_shapes": shapes, "pixel_attention_mask": mask}
-            inputs = {("attention_mask" if k not in self.accepts else k): v for k, v in inputs.items()}
+            # sizes on the host, where they are read; without padding there is nothing to mask, or to look for
+            shapes = torch.tensor([grid] * len(pixels))
+            inputs = {"pixel_values": pixel_patches(pixels, self.patch_size), "spatial_shapes": shapes}
+            inputs["pixel_attention_mask" if "pixel_attention_mask" in self.accepts else "attention_mask"] = None
         elif "interpolate_pos_encoding" in self.accepts:
             inputs = {"pixel_values": pixels, "interpolate_pos_encoding": True}
         else:

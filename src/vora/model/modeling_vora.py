@@ -14,7 +14,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .attention import attention_masks, image_blocks
 from .configuration_vora import VoraConfig
 from .from_llm import grow_for_image_token, load_llm, match_token_scale, refuse_unfit
-from .patch_embed import PatchEmbedding
+from .label_loss import summed_loss
+from .patch_embed import PatchEmbedding, put_tokens
 from .vit_embedding import vit_embedding
 
 
@@ -147,7 +148,7 @@ class VoraModel(VoraPreTrainedModel):
             if blocks is None:
                 blocks = image_blocks(is_image, image_grid_thw, self.config.patch_merge)
             image_tokens = self.get_image_features(pixel_values, image_grid_thw)
-            inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], image_tokens.to(inputs_embeds))
+            inputs_embeds = put_tokens(inputs_embeds, is_image, image_tokens)
             if self.config.image_attention == "causal":
                 blocks = None
         elif past_key_values is None and input_ids is not None:
@@ -338,7 +339,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         return logits
 
     def lm_loss(self, hidden_states, targets, num_items_in_batch=None, places=None):
-        """Next-token cross-entropy; logits are made only where something is to be predicted.
+        """Next-token cross-entropy; logits are made only where something is to be predicted, see `summed_loss`.
 
         Args:
             hidden_states: float[B, T, D].
@@ -356,8 +357,8 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
                 f"All {targets.numel()} labels are masked (-100): there is nothing to predict. "
                 "Check that the chat template marks assistant turns and that rows are not truncated before them."
             )
-        logits = self.logits(hidden_states.flatten(0, 1)[places])
-        total = nn.functional.cross_entropy(logits.float(), targets.flatten()[places], reduction="sum")
+        states, vocab_size = hidden_states.flatten(0, 1)[places], self.lm_head.out_features
+        total = summed_loss(self.logits, states, targets.flatten()[places], vocab_size)
         return total / (len(places) if num_items_in_batch is None else num_items_in_batch)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):

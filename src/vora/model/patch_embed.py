@@ -1,7 +1,7 @@
 """Patches to image tokens: linear, norm, two-dimensional positions resampled to any grid, merge, projection.
 
 Dims: P patches of all images of the batch, C channels, p patch side, m = patch_merge, D_v = vision_hidden_size,
-D = LLM width, G = side of the learned grid, N images.
+D = LLM width, G = side of the learned grid, N images, B rows, T tokens of a row.
 """
 
 import torch
@@ -56,6 +56,24 @@ class PatchEmbedding(nn.Module):
         table = self.position.unflatten(0, (self.grid_size, self.grid_size)).permute(2, 0, 1)[None]
         table = resized(table.float(), (num_rows, num_columns), "bicubic")
         return table[0].flatten(1).T.to(self.position.dtype)
+
+
+def put_tokens(inputs_embeds, is_image, image_tokens):
+    """Image tokens in the places that wait for them.
+
+    What `masked_scatter` does, whose gradient makes the host wait for a GPU to count the places.
+
+    Args:
+        inputs_embeds: float[B, T, D].
+        is_image: bool[B, T], with as many True as there are image tokens.
+        image_tokens: float[P / m^2, D], in order.
+
+    Returns:
+        float[B, T, D].
+    """
+    order = is_image.flatten().cumsum(0).sub(1).clamp(min=0)  # at text any token, which is not taken
+    tokens = image_tokens.to(inputs_embeds).index_select(0, order).view_as(inputs_embeds)
+    return torch.where(is_image[..., None], tokens, inputs_embeds)
 
 
 def resized(table, grid, mode):

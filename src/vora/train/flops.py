@@ -12,6 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from vora.model.label_loss import labels_at_once
+
 SPECIAL_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")  # beside a ViT's patches
 
 
@@ -37,12 +39,13 @@ class Row:
         return self.num_images * self.tokens_per_image
 
 
-def row_flops(learner, row, recomputes=False):
+def row_flops(learner, row, num_recomputed=0, num_rows=1):
     """FLOPs of one row, forward and backward.
 
     Args:
         learner: a `VisionLearner`, on whatever device (meta will do).
-        recomputes: blocks are computed again in the backward pass (activation checkpointing).
+        num_recomputed: of the first so many blocks, which are computed again in the backward pass.
+        num_rows: rows of a batch, whose logits are computed again too if they are made in parts (`summed_loss`).
 
     Returns:
         {part: FLOPs}: `student_forward` and `student_backward` (LLM, output layer, patch embedding), `lora`,
@@ -57,16 +60,19 @@ def row_flops(learner, row, recomputes=False):
         blocks = blocks[: max(student for student, _ in pairs) + 1]
     parts = dict.fromkeys(("student_forward", "student_backward", "lora", "teacher", "heads", "recomputation"), 0.0)
     attention = 4 * row.num_tokens**2 / row.num_stretches * attention_width(config)
-    for block in blocks:
+    for index, block in enumerate(blocks):
         base, base_trained, lora = layer_sizes(block)
         parts["student_forward"] += 2 * base * row.num_tokens + attention
         parts["student_backward"] += 2 * (base + base_trained) * row.num_tokens + 2 * attention
         parts["lora"] += 6 * lora * row.num_tokens
-        if recomputes:
+        if index < num_recomputed:
             parts["recomputation"] += 2 * (base + lora) * row.num_tokens + attention
     head = learner.vora.lm_head.weight
     parts["student_forward"] += 2 * head.numel() * row.num_labels
     parts["student_backward"] += 2 * head.numel() * row.num_labels * (2 if head.requires_grad else 1)
+    num_labels = round(num_rows * row.num_labels)
+    if num_labels and labels_at_once(num_labels, len(head)) < num_labels:
+        parts["recomputation"] += 2 * head.numel() * row.num_labels
     eyes = learner.vora.model.patch_embedding
     eyes = getattr(eyes, "modules_to_save", {"default": eyes})["default"]
     patches = row.num_image_tokens * learner.config.patch_merge**2

@@ -8,6 +8,7 @@ Dims: B rows, T places of a row, I image tokens, L labels, D LLM width.
 
 import copy
 from contextlib import nullcontext
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -15,11 +16,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vora.model.attention import BY_STRETCH, Stretch
+from vora.model.label_loss import labels_at_once
 
 STATES_OF_OPTIMIZER = {"adamw": 2, "adam": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1, "lion": 1}
 
 
-def step_memory(learner, row, num_rows, *, bf16=False, recomputes=False, accumulates=False, optim="adamw_torch",
+def step_memory(learner, row, num_rows, *, bf16=False, num_recomputed=0, accumulates=False, optim="adamw_torch",
                 num_shards=1, num_processes=1):  # fmt: skip
     """Bytes on one device at the moment of a step when most are in use.
 
@@ -27,7 +29,7 @@ def step_memory(learner, row, num_rows, *, bf16=False, recomputes=False, accumul
         learner: from `vora.train.outline.outline`.
         row: a `vora.train.flops.Row`; the batch has `num_rows` of them.
         bf16: whether autocast to bf16 is on.
-        recomputes: whether blocks are checkpointed.
+        num_recomputed: of the first so many blocks, which are computed again in the backward pass.
         accumulates: whether gradients of earlier micro-batches are held during the forward pass.
         optim: name of the optimizer, as in TrainingArguments.
         num_shards: devices over which FSDP spreads weights, gradients and optimizer; 1 without it.
@@ -40,7 +42,7 @@ def step_memory(learner, row, num_rows, *, bf16=False, recomputes=False, accumul
     frozen, trained = weight_bytes(learner)
     num_trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
     states = next((count for name, count in STATES_OF_OPTIMIZER.items() if optim.startswith(name)), 2)
-    activations, one_block, loss = traced(learner, row, num_rows, bf16, recomputes)
+    found = traced(learner, row, num_rows, bf16, num_recomputed)
     gradients = trained / num_shards
     buckets = gradients if num_processes > 1 and num_shards == 1 else 0
     parts = {
@@ -52,22 +54,42 @@ def step_memory(learner, row, num_rows, *, bf16=False, recomputes=False, accumul
         "teacher": 0 if learner.teacher is None else sum(bytes_of(p) for p in learner.teacher.parameters()),
     }
     early = gradients if accumulates else 0  # gradients that are there before the backward pass
-    at_loss = {"gradients": early, "activations": activations, "loss": loss}
-    at_first_block = {"gradients": early, "activations": activations + (one_block if recomputes else 0), "loss": 0}
-    at_update = {"gradients": gradients, "activations": one_block, "loss": 0}
-    parts |= max(at_loss, at_first_block, at_update, key=lambda moment: sum(moment.values()))
+    at_loss = {"gradients": early, "activations": found.activations, "loss": found.loss}
+    at_recomputation = {"gradients": early, "activations": found.recomputing, "loss": 0}
+    at_update = {"gradients": gradients, "activations": found.one_block, "loss": 0}
+    parts |= max(at_loss, at_recomputation, at_update, key=lambda moment: sum(moment.values()))
     return parts | {"total": sum(parts.values())}
 
 
-def traced(learner, row, num_rows, bf16, recomputes):
-    """(bytes saved until the losses, bytes that one block saves, bytes held by the losses at their largest)."""
+@dataclass
+class Traced:
+    """Bytes of a step.
+
+    Attributes:
+        activations: saved until the losses.
+        recomputing: in use when the first of the blocks is computed again; 0 where none is.
+        one_block: saved by one block that keeps all.
+        loss: held by the losses at their largest.
+    """
+
+    activations: int
+    recomputing: int
+    one_block: int
+    loss: int
+
+
+def traced(learner, row, num_rows, bf16, num_recomputed):
+    """What a step saves, found on tensors without storage: a `Traced`."""
     fake = copy.deepcopy(learner)
     with FakeTensorMode():
         own = learner.vora.model.language_model.config._attn_implementation
         take_storage(fake, BY_STRETCH if row.num_stretches > 1 else own)
-        activations, one_block = saved_by_blocks(fake, row, num_rows, bf16, recomputes)
-        activations += saved_by_eyes(fake, row, num_rows, bf16)
-        return activations, one_block, held_by_losses(fake, row, num_rows, bf16)
+        found = saved_by_blocks(fake, row, num_rows, bf16, num_recomputed)
+        eyes = saved_by_eyes(fake, row, num_rows, bf16)
+        found.activations += eyes
+        found.recomputing += eyes if num_recomputed else 0
+        found.loss = held_by_losses(fake, row, num_rows, bf16)
+        return found
 
 
 def bytes_of(tensor):
@@ -133,21 +155,21 @@ def computing_in(bf16):
     return torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
 
 
-def saved_by_blocks(learner, row, num_rows, bf16, recomputes):
-    """(bytes saved by all blocks that run, bytes saved by the one that saves most)."""
+def saved_by_blocks(learner, row, num_rows, bf16, num_recomputed):
+    """The `Traced` of the blocks alone."""
     lm, blocks = learner.vora.model.language_model, learner.vora.model.blocks
     length, width = round(row.num_tokens), learner.config.get_text_config().hidden_size
     dtype = learner.vora.dtype
 
-    def saved(num_blocks, recomputes):
+    def saved(num_blocks, num_recomputed):
+        if num_recomputed:
+            learner.gradient_checkpointing_enable(num_blocks=num_recomputed)
+        else:
+            lm.gradient_checkpointing_disable()
         kept = blocks[:num_blocks]
         parent = next(m for m in lm.modules() if any(child is blocks for child in m.children()))
         name = next(name for name, child in parent.named_children() if child is blocks)
         setattr(parent, name, kept)
-        if recomputes:
-            learner.gradient_checkpointing_enable()
-        else:
-            lm.gradient_checkpointing_disable()
         embeds = torch.empty(num_rows, length, width, dtype=dtype, requires_grad=True)
         mask = torch.empty(num_rows, 1, length, length, dtype=torch.bool)
         if row.num_stretches > 1:
@@ -173,7 +195,10 @@ def saved_by_blocks(learner, row, num_rows, bf16, recomputes):
     depth = len(blocks)
     if not row.num_labels and learner.distillation is not None:
         depth = max(student for student, _ in learner.distillation.pairs) + 1
-    return saved(depth, recomputes), saved(2, False) - saved(1, False)
+    one_block, recomputing = saved(2, 0) - saved(1, 0), 0
+    if num_recomputed:  # those above have been through their backward pass then, and their memory is free
+        recomputing = saved(min(num_recomputed, depth), num_recomputed) + one_block
+    return Traced(saved(depth, num_recomputed), recomputing, one_block, 0)
 
 
 def saved_by_eyes(learner, row, num_rows, bf16):
@@ -191,16 +216,20 @@ def saved_by_eyes(learner, row, num_rows, bf16):
 
 
 def held_by_losses(learner, row, num_rows, bf16):
-    """Bytes of output layer, heads and losses at their largest: saved ones, and the gradient of the logits."""
+    """Bytes of output layer, heads and losses at their largest: saved ones, and the gradient of the logits, of which
+    there is one part at a time (`summed_loss`)."""
     config, dtype = learner.config.get_text_config(), learner.vora.dtype
     num_labels, num_images = round(num_rows * row.num_labels), round(num_rows * row.num_image_tokens)
     held = 0
     if num_labels:
-        states = torch.empty(num_labels, config.hidden_size, dtype=dtype, requires_grad=True)
+        size = labels_at_once(num_labels, config.vocab_size)
+        states = torch.empty(size, config.hidden_size, dtype=dtype, requires_grad=True)
         with Saved(learner.vora.lm_head) as found, computing_in(bf16):
             logits = learner.vora.logits(states)
-            nn.functional.cross_entropy(logits.float(), torch.empty(num_labels, dtype=torch.long), reduction="sum")
-        held += found.num_bytes + num_labels * config.vocab_size * (4 + logits.element_size())
+            nn.functional.cross_entropy(logits.float(), torch.empty(size, dtype=torch.long), reduction="sum")
+        held += found.num_bytes + size * config.vocab_size * (4 + logits.element_size())
+        if size < num_labels:  # what enters each part is kept for the second time
+            held += num_labels * config.hidden_size * states.element_size()
     if learner.distillation is not None and num_images:
         heads, pairs = learner.distillation, learner.distillation.pairs
         width = next(iter(heads.heads.values()))[1].out_features

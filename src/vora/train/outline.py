@@ -16,7 +16,7 @@ from vora.model.from_llm import ALIASES, resolve_llm
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.train.recipe import load_recipe
-from vora.train.stages import with_scaffolding
+from vora.train.stages import teacher_dtype, with_scaffolding
 
 SHAPES = files("vora.train") / "shapes"
 SHAPE_OF_ALIAS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -42,7 +42,8 @@ def outline(recipe, beside=None):
     if recipe.teacher is not None:
         vit_config = config_of(recipe.teacher.name)
         with torch.device("meta"):
-            teacher = Teacher(AutoModel.from_config(getattr(vit_config, "vision_config", vit_config)))
+            vit = AutoModel.from_config(getattr(vit_config, "vision_config", vit_config), dtype=teacher_dtype(recipe))
+            teacher = Teacher(vit)
     if model.vora is None:
         student = fresh_student(recipe, teacher)
     elif (Path(model.vora) / "config.json").exists():

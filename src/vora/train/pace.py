@@ -40,7 +40,8 @@ def seconds_per_step(learner, rows, iterator, arguments):
     """
     trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)  # all the work, to no effect
-    learner.eval()
+    if learner.distillation is not None:
+        learner.distillation.eval()  # its means stay; all else trains, for only then are blocks recomputed or compiled
     for step in range(NUM_WARMING + NUM_TIMED):
         if step == NUM_WARMING:
             start = time.perf_counter()

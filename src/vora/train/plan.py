@@ -22,8 +22,8 @@ PICTURES_PER_SECOND = 150  # that one process decodes and cuts into patches (ben
 LINK_BETWEEN_MACHINES = 50e9  # bytes per second and GPU: one 400 Gb/s adapter each
 GPUS_PER_MACHINE = 8
 UTILIZATION = 0.4
-# Share of what a step makes and frees that glibc's heap keeps, without and with blocks computed again (docs/LOG.md)
-HEAP_KEEPS = {False: 0.35, True: 1.5}
+# Share of what a step makes and frees that glibc's heap keeps: none, and all blocks computed again (docs/LOG.md)
+HEAP_KEEPS = (0.35, 1.5)
 ROWS_FILLED = 0.98  # by samples of many lengths (docs/LOG.md)
 
 
@@ -87,22 +87,23 @@ def plan(recipe, device, num_devices=1, *, beside=None, utilization=UTILIZATION,
     row = Row(recipe.data.row_tokens, **{k: tokens[k] for k in ("num_images", "tokens_per_image", "num_labels")})
     if device.name == "cpu" and recipe.model.attn_implementation == "sdpa":
         row.num_stretches = max(1.0, tokens["samples_per_row"])  # see `vora.train.run.train`
-    recomputes = bool(settings["gradient_checkpointing"])
-    flops = row_flops(learner, row, recomputes)
+    depth = len(learner.vora.model.blocks)
+    num_recomputed = depth if recipe.recomputed_blocks is True else recipe.recomputed_blocks
+    flops = row_flops(learner, row, num_recomputed, rows_per_device)
     shards = num_devices if settings["fsdp"] else 1
     memory = step_memory(
         learner,
         row,
         rows_per_device,
         bf16=settings["bf16"],
-        recomputes=recomputes,
+        num_recomputed=num_recomputed,
         accumulates=settings["gradient_accumulation_steps"] > 1,
         optim=settings["optim"],
         num_shards=shards,
         num_processes=num_devices,
     )
     if device.name == "cpu":
-        memory |= held_by_process(memory, recomputes)
+        memory |= held_by_process(memory, num_recomputed / depth)
         remarks.append(
             "with MALLOC_MMAP_THRESHOLD_=131072 in the environment the heap keeps nothing, but steps take longer"
         )
@@ -113,7 +114,7 @@ def plan(recipe, device, num_devices=1, *, beside=None, utilization=UTILIZATION,
     seconds = max(times["compute"], times["communication"], times["data"])
     total = (steps - alone) * seconds
     if alone:
-        share = pictures_alone(learner, row, recomputes) / flops["total"]
+        share = pictures_alone(learner, row, num_recomputed) / flops["total"]
         total += alone * max(share * times["compute"], times["communication"], times["data"])
         remarks.append(f"the first {alone:,} steps distill pictures alone, at {share:.0%} of a step's FLOPs")
     samples_per_step = rows_per_step * tokens["samples_per_row"]
@@ -154,7 +155,6 @@ def step_settings(recipe):
         "max_steps": given["max_steps"],
         "per_device_train_batch_size": given["per_device_train_batch_size"],
         "gradient_accumulation_steps": given.get("gradient_accumulation_steps", 1),
-        "gradient_checkpointing": given.get("gradient_checkpointing", False),
         "bf16": bool(given.get("bf16", False)),
         "optim": str(given.get("optim", "adamw_torch")),
         "fsdp": given.get("fsdp"),
@@ -241,12 +241,12 @@ def parameter_counts(learner):
     }
 
 
-def pictures_alone(learner, row, recomputes):
+def pictures_alone(learner, row, num_recomputed):
     """FLOPs of a row in the first steps, which hold pictures alone."""
     num_images = row.num_tokens // max(row.tokens_per_image, 1)
     stretches = max(1.0, num_images if row.num_stretches > 1 else 1.0)
     alone = Row(row.num_tokens, num_images, row.tokens_per_image, 0, stretches)
-    return row_flops(learner, alone, recomputes)["total"]
+    return row_flops(learner, alone, num_recomputed)["total"]
 
 
 def step_seconds(flops, tokens, settings, device, num_devices, utilization, learner):
@@ -279,7 +279,7 @@ def disk_bytes(learner, settings, recipe):
         "checkpoints": kept * (trained + 8 * num_trained),
         "final": trained,
         "merged model": weights - lora if recipe.stage == "pretrain" else 0,
-        "teacher": 0 if learner.teacher is None else sum(bytes_of(p) for p in learner.teacher.parameters()),
+        "teacher": 0 if learner.teacher is None else 4 * sum(p.numel() for p in learner.teacher.parameters()),
         "base LLM": sum(bytes_of(p) for name, p in learner.named_parameters() if "lora_" not in name),
     }
     return parts | {"total": sum(parts.values())}
@@ -311,12 +311,17 @@ def matmul_flops(device, dtype):
     return 2 * 1024**3 / min(seconds)
 
 
-def held_by_process(memory, recomputes):
-    """What a process holds beside its tensors: libraries, and what glibc's heap keeps of freed ones; the new total."""
+def held_by_process(memory, recomputed):
+    """What a process holds beside its tensors: libraries, and what glibc's heap keeps of freed ones; the new total.
+
+    Args:
+        recomputed: the share of the blocks that are computed again.
+    """
     moving = memory["activations"] + memory["loss"] + memory["gradients"]
+    kept = HEAP_KEEPS[0] + recomputed * (HEAP_KEEPS[1] - HEAP_KEEPS[0])
     parts = {
         "Python and its libraries": resident_bytes(),
-        "kept by the heap": HEAP_KEEPS[recomputes] * moving if platform.system() == "Linux" else 0,
+        "kept by the heap": kept * moving if platform.system() == "Linux" else 0,
     }
     return parts | {"total": memory["total"] + sum(parts.values())}
 

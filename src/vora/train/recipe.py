@@ -11,6 +11,8 @@ from transformers import TrainingArguments
 
 from vora.data.prompts import DEFAULT_PROMPTS, Prompts
 
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transformers' old and its new name
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -175,6 +177,38 @@ class Recipe(Section):
             if key not in known or key == "output_dir":
                 raise ValueError(f"training.{key} is not a field of TrainingArguments{_nearest(key, known)}")
         return self
+
+    @model_validator(mode="after")
+    def no_kernels_that_change_nothing(self):
+        if self.training.get("use_liger_kernel"):
+            raise ValueError(
+                "training.use_liger_kernel would change nothing: the Trainer gives Liger's kernels to bare models of "
+                "families that Liger knows. What its fused loss saves is saved already, for logits are made at labels "
+                "alone and in parts of bounded size (model/label_loss.py): leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def known_recomputation(self):
+        given = [key for key in CHECKPOINTING if self.training.get(key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"training.{given[0]} and training.{given[1]} are one thing: give one of them")
+        for key in given:
+            value = self.training[key]
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"training.{key} is {value!r}: give true (every block), false, or n (the first n)")
+            if "every_n_layers" in (self.training.get(f"{key}_kwargs") or {}):
+                raise ValueError(
+                    f"training.{key}_kwargs.every_n_layers is not used here: set training.{key} to a number n, for "
+                    "the first n blocks; of any n they need least memory, since they are computed again last"
+                )
+        return self
+
+    @property
+    def recomputed_blocks(self):
+        """Which of the LLM's blocks are computed again in the backward pass: True (all), or how many of the first."""
+        given = [self.training[key] for key in CHECKPOINTING if self.training.get(key) is not None]
+        return given[0] if given else 0
 
 
 def load_recipe(source, overrides=()):

@@ -26,10 +26,11 @@ from vora.data.stream import PackedRows
 from vora.model.attention import BY_STRETCH
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.processing_vora import VoraProcessor
+from vora.train.blocks import compile_blocks, recompute_blocks
 from vora.train.checkpoints import find_checkpoint, is_run, last_step, trained_folder
 from vora.train.pace import steps_that_fit
 from vora.train.progress import ProgressCallback, draw_losses, read_log, write_report
-from vora.train.recipe import load_recipe, save_recipe
+from vora.train.recipe import CHECKPOINTING, load_recipe, save_recipe
 from vora.train.stages import build_learner, trainable_table
 from vora.train.trainer import VoraTrainer, load_student
 from vora.train.watch import WatchCallback
@@ -104,6 +105,10 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
     if arguments.device.type == "cpu" and by_stretch:
         learner.vora.set_attn_implementation(BY_STRETCH)  # the same numbers, sooner
     refuse_long_rows(recipe, learner)
+    if recipe.recomputed_blocks:
+        recompute_blocks(learner, recipe.recomputed_blocks, arguments)
+    if arguments.torch_compile:
+        compile_blocks(learner, arguments)
     rows = packed_rows(recipe, sources, processor, arguments, directory / "bad_samples.jsonl")
     if recipe.max_minutes is not None:
         recipe = recipe.model_copy(deep=True)
@@ -115,8 +120,6 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
     save_recipe(recipe, directory / "recipe.yaml")
     (directory / "versions.json").write_text(json.dumps(versions(), indent=1))
     console.print(trainable_table(learner, recipe.stage))
-    if arguments.torch_compile:
-        compile_blocks(learner, arguments)
     stop = StopOnSignal()
     trainer = VoraTrainer(
         model=learner,
@@ -248,12 +251,12 @@ def write_run_card(folder, run_directory, steps=None, evaluation=()):
 
 
 def training_arguments(recipe, directory):
-    """TrainingArguments of a recipe, over our defaults.
+    """TrainingArguments of a recipe, over our defaults; which blocks are computed again is not the Trainer's part.
 
     Raises:
         ValueError: `max_steps` is missing, or a value is not accepted.
     """
-    values = DEFAULTS | recipe.training
+    values = DEFAULTS | {key: value for key, value in recipe.training.items() if key not in CHECKPOINTING}
     if values.get("max_steps", -1) < 1:
         raise ValueError(
             "training.max_steps is missing: rows are packed from an endless stream, so say how many steps."
@@ -320,13 +323,6 @@ def refuse_long_rows(recipe, learner):
         raise ValueError(
             f"data.row_tokens is {recipe.data.row_tokens}, but the LLM's context holds {limit} tokens: lower it."
         )
-
-
-def compile_blocks(learner, arguments):
-    """Compile each transformer block by itself, which needs one compilation for all blocks alike."""
-    arguments.torch_compile = False  # the Trainer would compile the whole model, hooks and all
-    for block in learner.vora.model.blocks:
-        block.compile(dynamic=False)
 
 
 def versions():

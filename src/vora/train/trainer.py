@@ -74,8 +74,10 @@ class VoraTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples, device):
         if not batch_samples:
             return None
-        count = sum((batch["targets"] != -100).sum() for batch in batch_samples).to(device)
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        count = sum(int((batch["targets"] != -100).sum()) for batch in batch_samples)  # still on the host
+        if self.args.world_size == 1:
+            return count
+        return self.accelerator.gather(torch.full((1,), count, device=device)).sum()
 
     def _note(self, losses, inputs):
         """Add a micro-batch to what the next log line reports; stays on the device."""

@@ -1,0 +1,40 @@
+"""The language loss where something is to be predicted, with a bounded number of logits at a time.
+
+Dims: L labels, D = LLM width, V = vocabulary.
+"""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+MOST_LOGITS = 2**26  # in memory at once: some 1 GB with gradients, and products that still fill a GPU
+
+
+def labels_at_once(num_labels, vocab_size):
+    """How many labels get their logits at a time: all, or as many as make equal parts of at most `MOST_LOGITS`."""
+    num_parts = min(num_labels, -(-num_labels * vocab_size // MOST_LOGITS))
+    return -(-num_labels // num_parts)
+
+
+def summed_loss(logits_of, states, targets, vocab_size):
+    """Cross-entropy summed over labels, in float32.
+
+    Where all logits would be more than `MOST_LOGITS` they are made part by part, and each part again when gradients
+    are, so that memory grows with the labels' states and not with L x V.
+
+    Args:
+        logits_of: function of float[l, D] to float[l, V].
+        states: float[L, D].
+        targets: int[L].
+    """
+    size = labels_at_once(len(targets), vocab_size)
+    if size == len(targets):
+        return _summed(logits_of, states, targets)
+    parts = zip(states.split(size), targets.split(size))
+    # nothing here is random, so no random state is kept for the second time
+    sums = [checkpoint(_summed, logits_of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.stack(sums).sum()
+
+
+def _summed(logits_of, states, targets):
+    return nn.functional.cross_entropy(logits_of(states).float(), targets, reduction="sum")
