@@ -33,6 +33,7 @@ from original import IMAGE
 from own_process import in_own_process, taken_by
 from power_laws import exponent, quadratic_share, split
 from rows import report, row
+from teacher_channels import of_block
 from torch.utils.flop_counter import FlopCounterMode
 from train_step import losses_in_float32
 from where_time_goes import kind_of, own_times, profiled, seconds_by_kind, table
@@ -245,3 +246,10 @@ def test_gpu_script_is_sound():
     assert all(int(words[2]) < deadline for words in real)
     assert {words[3] for words in toy} == {words[3] for words in real}
     assert len({words[1] for words in real}) == len(real)
+
+
+def test_one_channel_of_a_teacher_gets_credit_only_where_features_are_not_standardized():
+    features = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
+    features[:, 3] *= 100
+    found = of_block(0, features)
+    assert found["baseline"] > 0.95 and found["ours"] < 0.3 and found["top_share"] > 0.99
