@@ -63,7 +63,7 @@ def _with_answer(sample, ids, end):
 
 def test_answers_do_not_depend_on_how_records_are_batched(seeing, monkeypatch):
     model, processor, images = seeing
-    monkeypatch.setattr(model, "logits", lambda states: states @ torch.eye(states.shape[-1], 128))
+    monkeypatch.setattr(model, "logits", lambda states: states @ torch.eye(states.shape[-1], 400))
     questions = [("what?", "a"), ("which shape?", "b c"), ("is it?", "yes")]
     records = [
         Record("r", [image], [question_and_answer(*q) for q in questions[: i + 1]]) for i, image in enumerate(images)

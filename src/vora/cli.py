@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -113,7 +114,9 @@ def plan(
 
 @app.command(name="eval")
 def evaluate(
-    task: Annotated[str, typer.Option(help="captions, vqa, classify, statements or presence.")],
+    task: Annotated[
+        str, typer.Option(help="captions, vqa, classify, statements, presence, probe (does it look?) or text.")
+    ],
     data: Annotated[
         list[str], typer.Option(help="Files, folders or datasets: all that recipes read; see `vora data`.")
     ],
@@ -133,19 +136,16 @@ def evaluate(
     max_examples: Annotated[int | None, typer.Option(min=1, help="Ask the first so many only.")] = None,
     min_image_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of a picture; the model's own.")] = None,
     max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of a picture; the model's own.")] = None,
-    seed: Annotated[int, typer.Option(help="Of intervals, and of what presence asks.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of intervals, of what presence asks, and of what a probe shows.")] = 0,
+    of: Annotated[str | None, typer.Option(help="The task that a probe is of; told by the data's columns.")] = None,
+    generate: Annotated[bool, typer.Option("--generate", help="A probe also lets the model speak; slow.")] = False,
 ):
     """Measure a model on a task, with 95 % intervals; the same command goes on after a stop."""
     from vora.adapt.pretrained import committed_model
     from vora.eval.run import evaluate as run
-    from vora.eval.run import make_task, metrics_table
+    from vora.eval.run import make_task, metrics_table, task_of
     from vora.serve.chat import load_model
 
-    known = None if labels is None else labels.read_text().splitlines()
-    known = known and [line.strip() for line in known if line.strip()]
-    chosen = make_task(task, prompt=prompt, labels=known, max_examples=max_examples, seed=seed)
-    name = model or committed_model()
-    loaded = load_model(name, min_image_tokens, max_image_tokens)
     if wrong := [pair for pair in column or () if "=" not in pair]:
         raise ValueError(f"--column {wrong[0]} is not of the form ours=theirs, such as captions=alt_text.")
     options = {
@@ -154,8 +154,21 @@ def evaluate(
         "image_folder": None if image_folder is None else str(image_folder),
         "columns": dict(pair.split("=", 1) for pair in column or ()) or None,
     }
-    report = run(*loaded, chosen, [*data, *(more_data or ())], out, console, model_name=name, rows_options=options)
+    paths = [*data, *(more_data or ())]
+    if task == "probe":
+        from vora.eval.probe import probe
+        from vora.eval.rows import Rows
+
+        run, task = partial(probe, generate=generate), of or task_of(Rows(paths, **options))
+    known = None if labels is None else labels.read_text().splitlines()
+    known = known and [line.strip() for line in known if line.strip()]
+    chosen = make_task(task, prompt=prompt, labels=known, max_examples=max_examples, seed=seed)
+    name = model or committed_model()
+    loaded = load_model(name, min_image_tokens, max_image_tokens)
+    report = run(*loaded, chosen, paths, out, console, model_name=name, rows_options=options)
     console.print(metrics_table(report))
+    if "verdict" in report:
+        console.print(report["verdict"], highlight=False)
     console.print(f"Report: {out}")
 
 

@@ -1,21 +1,41 @@
-"""Exact-match accuracy of greedy answers, in one forward pass per picture.
+"""How likely given answers are and whether a greedy model would give them, in one forward pass per picture.
 
 A greedy answer is right exactly when, fed the right answer, the model's first choice at every place is the next token
 of that answer, end of turn included. So no token is generated, and all questions about a picture share its tokens.
+
+Dims: A answers about one picture.
 """
 
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
 from vora.data.packing import collate_rows, sample_of_record
+from vora.eval.prompting import refuse_too_long
 
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
+ROWS_OF_LOGITS = 512  # made at once
+MOST_AT_ONCE, BYTES_AT_ONCE = 1024, 512 << 20  # records, and their pixels, that are sorted by length together
 
 
-@torch.inference_mode()
+@dataclass
+class Told:
+    """What a model holds of the answers about one picture.
+
+    Args:
+        log_probs: float[A], sums over the tokens of each answer, end of turn included.
+        num_tokens: int[A], of each answer.
+        right: list of A bools, True = a greedy model says exactly this.
+    """
+
+    log_probs: np.ndarray
+    num_tokens: np.ndarray
+    right: list
+
+
 def exact_answers(model, processor, records, progress=None, **images_kwargs):
     """Which questions a model answers exactly, greedily.
 
@@ -28,43 +48,96 @@ def exact_answers(model, processor, records, progress=None, **images_kwargs):
     Returns:
         list of lists of bool: per record and conversation, True = right.
     """
-    model.eval()
     right = [None] * len(records)
-    for batch in _batches(processor, records, images_kwargs):
+    for batch in told_answers(model, processor, records, **images_kwargs):
+        for index, told in batch.items():
+            right[index] = told.right
+        if progress is not None:
+            progress(sum(len(told.right) for told in batch.values()))
+    return right
+
+
+@torch.inference_mode()
+def told_answers(model, processor, records, done=(), **images_kwargs):
+    """How a model takes the answers of records, batch by batch.
+
+    Args:
+        records: as for `exact_answers`.
+        done: indices that are left out.
+
+    Yields:
+        {index of the record: `Told`} for each batch.
+
+    Raises:
+        ValueError: a picture with an answer exceeds the LLM's context.
+    """
+    model.eval()
+    for batch in _batches(processor, records, done, model.device, images_kwargs):
         rows = collate_rows([[sample] for _, sample in batch], len(batch[-1][1]["input_ids"]), 0)
         rows.pop("num_samples")
+        refuse_too_long(model, int(rows["position_ids"].max()) + 2)
         targets = rows.pop("targets").to(model.device)
         inputs = {name: tensor.to(model.device) for name, tensor in rows.items()}
         states = model.model(**inputs, use_cache=False).last_hidden_state
         wanted = targets != -100
-        chosen = torch.full_like(targets, -100)
-        chosen[wanted] = model.logits(states[wanted]).argmax(-1)
-        as_wanted = (chosen == targets).cpu()
+        found = torch.zeros(2, *targets.shape, dtype=torch.float64, device=model.device)
+        found[:, wanted] = _at_targets(model, states[wanted], targets[wanted])
+        log_probs, chosen = found.cpu().numpy()
+        wanted = wanted.cpu().numpy()
+        told = {}
         for row, (index, sample) in enumerate(batch):
             places = np.arange(len(sample["input_ids"]))
-            right[index] = [
-                bool(as_wanted[row, places[(places <= end) & (end <= sample["seen_until"])]].all())
-                for end in sample["ends"]
+            paths = [
+                wanted[row, : len(places)] & (places <= end) & (end <= sample["seen_until"]) for end in sample["ends"]
             ]
-        if progress is not None:
-            progress(sum(len(right[index]) for index, _ in batch))
-    return right
+            told[index] = Told(
+                np.array([log_probs[row, : len(places)][path].sum() for path in paths]),
+                np.array([path.sum() for path in paths]),
+                [bool(chosen[row, : len(places)][path].all()) for path in paths],
+            )
+        yield told
 
 
-def _batches(processor, records, images_kwargs):
-    """Records as samples, shortest first, in batches of about equal cost: lists of (index, sample)."""
-    samples = []
+def _at_targets(model, states, targets):
+    """float[2, places]: log-probability of each target, and 1 where it is the model's first choice."""
+    found = torch.zeros(2, len(targets), dtype=torch.float64, device=targets.device)
+    for part in torch.arange(len(targets), device=targets.device).split(ROWS_OF_LOGITS):
+        logits = model.logits(states[part]).float()
+        found[0, part] = (logits.gather(1, targets[part, None])[:, 0] - logits.logsumexp(-1)).double()
+        found[1, part] = (logits.argmax(-1) == targets[part]).double()
+    return found
+
+
+def _batches(processor, records, done, device, images_kwargs):
+    """Records as samples, of many at a time the shortest first, in batches of about equal cost: lists of
+    (index, sample)."""
+    most = TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"]
+    for samples in _samples(processor, records, done, images_kwargs):
+        samples.sort(key=lambda pair: len(pair[1]["input_ids"]))
+        batch = []
+        for index, sample in samples:
+            if batch and len(sample["input_ids"]) * (len(batch) + 1) > most:
+                yield batch
+                batch = []
+            batch.append((index, sample))
+        yield batch
+
+
+def _samples(processor, records, done, images_kwargs):
+    """Lists of (index, sample), whose pixels are bounded."""
+    samples, num_bytes = [], 0
     for index in range(len(records)):
+        if index in done:
+            continue
         record = records[index]
-        samples.append((index, sample_of_record(record, processor, record.conversations, **images_kwargs)))
-    samples.sort(key=lambda pair: len(pair[1]["input_ids"]))
-    batch = []
-    for index, sample in samples:
-        if batch and len(sample["input_ids"]) * (len(batch) + 1) > TOKENS_PER_BATCH:
-            yield batch
-            batch = []
-        batch.append((index, sample))
-    yield batch
+        sample = sample_of_record(record, processor, record.conversations, **images_kwargs)
+        samples.append((index, sample))
+        num_bytes += sample["pixel_values"].nbytes if "pixel_values" in sample else 0
+        if len(samples) == MOST_AT_ONCE or num_bytes > BYTES_AT_ONCE:
+            yield samples
+            samples, num_bytes = [], 0
+    if samples:
+        yield samples
 
 
 def accuracy(right):

@@ -42,10 +42,14 @@ class AnswerTree:
 
 
 class Search:
-    """What is known of one prompt's candidates."""
+    """What is known of one prompt's candidates.
 
-    def __init__(self, tree):
-        self.tree = tree
+    Args:
+        asked: numbers of candidates that are read even if they are not among the best.
+    """
+
+    def __init__(self, tree, asked=()):
+        self.tree, self.asked = tree, set(asked)
         self.sums = np.full(len(tree.tokens), np.nan)  # of log-probabilities, from the prompt's end to each node
         self.sums[0] = 0.0
         self.bounds = np.zeros(len(tree.paths))  # no candidate is likelier than this
@@ -58,11 +62,12 @@ class Search:
             self.is_exact[number] = len(known) == len(path)
 
     def open(self, top):
-        """Candidates that may still be among the `top` best, likeliest first."""
+        """Candidates that are asked for or may still be among the `top` best, the former first, likeliest first."""
         exact = np.sort(self.bounds[self.is_exact])[::-1]
         least = exact[top - 1] if len(exact) >= top else -np.inf
-        order = np.argsort(-self.bounds, kind="stable")
-        return [number for number in order if not self.is_exact[number] and self.bounds[number] >= least]
+        order = sorted(np.argsort(-self.bounds, kind="stable"), key=lambda number: number not in self.asked)
+        unread = [number for number in order if not self.is_exact[number]]
+        return [number for number in unread if self.bounds[number] >= least or number in self.asked]
 
     def next_nodes(self, top, most):
         """At most so many nodes to read (but one candidate's), depth first: a list of nodes, parents before them."""
@@ -102,16 +107,18 @@ def _as_arrays(image_inputs):
 
 
 @torch.inference_mode()
-def candidate_scores(model, processor, prompts, trees, top=1):
+def candidate_scores(model, processor, prompts, trees, top=1, asked=None):
     """Log-probabilities of candidates after one batch of prompts.
 
     Args:
         prompts: list of B `Prompt`s.
         trees: list of B `AnswerTree`s.
         top: so many of the best are found for certain; None: all are read.
+        asked: list of B lists of candidates' numbers that are read in any case.
 
     Returns:
-        list of B float[C]: exact for the `top` best and whatever else was read; -inf for others, less likely ones.
+        list of B float[C]: exact for the `top` best, `asked`, and whatever else was read; -inf for others, less likely
+        ones.
 
     Raises:
         ValueError: prompt and candidates exceed the LLM's context.
@@ -126,7 +133,7 @@ def candidate_scores(model, processor, prompts, trees, top=1):
     outputs = model.model(**inputs, position_ids=positions, use_cache=True)
     cache = outputs.past_key_values
     top = max(len(tree.paths) for tree in trees) if top is None else top
-    searches = [Search(tree) for tree in trees]
+    searches = [Search(*pair) for pair in zip(trees, asked or [()] * len(trees))]
     _learn(model, outputs.last_hidden_state[:, -1:], searches, [[0]] * len(searches))
     rows, most = list(range(len(prompts))), FIRST_NODES
     window = getattr(model.config.get_text_config(), "sliding_window", None)

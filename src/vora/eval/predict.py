@@ -68,8 +68,11 @@ def _choose(model, processor, task, examples, prompts, lines, trees):
             trees[key] = AnswerTree(answer_ids(processor, prompt, example.candidates))
     of_each = [trees[example.prompt, bool(prompt.image_inputs), example.candidates]
                for example, prompt in zip(examples, prompts)]  # fmt: skip
-    for example, line, scores in zip(examples, lines, candidate_scores(model, processor, prompts, of_each, task.top)):
+    right = [example.candidates.index(example.references[0]) for example in examples]
+    scored = candidate_scores(model, processor, prompts, of_each, task.top, [[number] for number in right])
+    for example, line, scores, tree, number in zip(examples, lines, scored, of_each, right):
         line["chosen"] = example.candidates[int(scores.argmax())]
+        line["reference_log_prob"], line["reference_tokens"] = float(scores[number]), len(tree.paths[number])
         order = scores.argsort()[::-1][:5]
         line["log_probs"] = {
             example.candidates[i]: round(float(scores[i]), 4) for i in order if scores[i] > float("-inf")

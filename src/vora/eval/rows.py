@@ -63,6 +63,12 @@ class Bad:
         if len(self.named) < NUM_NAMED:
             self.named.append({"name": name, "cause": " ".join(str(cause).split())[:300]})
 
+    def first(self):
+        """A sentence about the first of them, for the message of an error."""
+        if not self.count:
+            return ""
+        return f" The first of {self.count} bad rows, {self.named[0]['name']}: {self.named[0]['cause']}"
+
 
 class Rows:
     """The rows of all files, in order.
@@ -71,22 +77,26 @@ class Rows:
         paths: what `load_source` takes, each.
         split: of folders and datasets; None: the first of `SPLITS` that is there.
         columns: {our name: the files' name}.
+        wanted: the columns that are read, where a file allows to leave out others.
 
     Raises:
         ValueError: a path cannot be read.
     """
 
-    def __init__(self, paths, split=None, subset=None, image_folder=None, columns=None):
+    def __init__(self, paths, split=None, subset=None, image_folder=None, columns=None, wanted=COLUMNS):
         options = {"subset": subset, "image_folder": image_folder, "columns": columns}
-        self.texts, self.images = [], []
+        self.paths, self.texts, self.images = list(map(str, paths)), [], []
         for path in map(str, paths):
-            self.texts.append(_opened(path, split, {**options, "read_row": _values_of, "wanted": COLUMNS}))
+            self.texts.append(_opened(path, split, {**options, "read_row": _values_of, "wanted": wanted}))
             images = {**options, "read_row": _images_of, "wanted": IMAGE_COLUMNS}
             self.images.append(cache(partial(_opened, path, split, images)))  # when the first is asked for
         self.files = sorted({file for source in self.texts for file in source.files})
 
     def __len__(self):
         return sum(map(len, self.texts))
+
+    def __str__(self):
+        return ", ".join(self.paths)
 
     def read(self, bad):
         """Yields each `Row`; those that cannot be read are added to `bad`."""

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,6 +25,31 @@ TASKS = {task.name: task for task in (Captions, Vqa, Classify, Statements, Prese
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "pillow", "numpy")
 
 
+def task_of(rows):
+    """The name of the task that data is for, by the columns of its first readable row.
+
+    Args:
+        rows: `Rows`.
+
+    Raises:
+        ValueError: it is for several, or for none.
+    """
+    for row in rows.read(Bad()):
+        has = row.values.keys().__contains__
+        fits = {
+            "captions": has("captions") or has("caption") or (has("text") and not has("label")),
+            "vqa": (has("questions") or has("question")) and (has("answers") or has("answer")),
+            "statements": (has("sentence") or has("statement")) and (has("label") or has("answer")),
+            "classify": has("label") and not (has("sentence") or has("statement")),
+        }
+        found = [name for name, fit in fits.items() if fit]
+        if len(found) == 1:
+            return found[0]
+        what = f"may be of {' or '.join(found)}" if found else "fit no task"
+        raise ValueError(f"The columns {', '.join(sorted(row.values))} {what}: say which with --of.")
+    raise ValueError(f"No row of {rows} can be read.")
+
+
 def make_task(name, **options):
     """A task by its name.
 
@@ -31,7 +57,7 @@ def make_task(name, **options):
         ValueError: there is none of that name.
     """
     if name not in TASKS:
-        raise ValueError(f"There is no task {name!r}: choose among {', '.join(TASKS)}.")
+        raise ValueError(f"There is no task {name!r}: choose among {', '.join([*TASKS, 'probe', 'text'])}.")
     return TASKS[name](**options)
 
 
@@ -55,13 +81,34 @@ def evaluate(model, processor, task, paths, out, console, *, model_name, rows_op
     """
     start, out, bad = time.monotonic(), Path(out), Bad()
     rows = Rows(paths, **(rows_options or {}))
+    examples = examples_of(task, rows, bad)
+    settings = {**(rows_options or {}), **(settings or {})}
+    conditions = conditions_of(task, examples, model, processor, model_name, rows, settings)
+    ledger = open_ledger(out.with_suffix(".predictions.jsonl"), conditions, len(examples), console)
+    kept, lines = answered(model, processor, task, examples, ledger, bad, console)
+    scores = task.score(kept, lines)
+    metrics = task.metrics(kept, scores)
+    ledger.rewrite([line | {"scores": score} for line, score in zip(lines, scores)]
+                   + [line for line in ledger.done.values() if "bad" in line])  # fmt: skip
+    found = {"num_examples": len(kept), "metrics": metrics}
+    return write_report(out, found, conditions, model, model_name, rows, bad, ledger, start)
+
+
+def examples_of(task, rows, bad):
+    """A task's examples.
+
+    Raises:
+        ValueError: there is none.
+    """
     examples = task.examples(rows, bad)
     if not examples:
-        cause = (
-            f" The first of {bad.count} bad rows, {bad.named[0]['name']}: {bad.named[0]['cause']}" if bad.count else ""
-        )
-        raise ValueError(f"{', '.join(map(str, paths))} holds no example of the task {task.name}.{cause}")
-    conditions = {
+        raise ValueError(f"{rows} holds no example of the task {task.name}.{bad.first()}")
+    return examples
+
+
+def conditions_of(task, examples, model, processor, model_name, rows, settings):
+    """All that predictions depend on, for the `Ledger` and the report."""
+    return {
         "task": task.name,
         "model": model_fingerprint(model_name),
         "data": {Path(file).name: fingerprint(file) for file in rows.files},
@@ -74,42 +121,58 @@ def evaluate(model, processor, task, paths, out, console, *, model_name, rows_op
             "dtype": str(model.dtype).removeprefix("torch."),
             "min_image_tokens": processor.image_processor.min_image_tokens,
             "max_image_tokens": processor.image_processor.max_image_tokens,
-            **(rows_options or {}),
-            **(settings or {}),
+            **settings,
         },
         "num_examples": len(examples),
     }
-    ledger = Ledger(out.with_suffix(".predictions.jsonl"), conditions)
+
+
+def open_ledger(file, conditions, count, console):
+    """The `Ledger` of a run that will have `count` lines; says where it goes on."""
+    ledger = Ledger(file, conditions)
     if ledger.num_found:
-        console.print(f"Going on after {ledger.num_found:,} of {len(examples):,} examples in {ledger.file}")
-    earlier = ledger.seconds
-    kept, lines = answered(model, processor, task, examples, ledger, bad, console)
-    scores = task.score(kept, lines)
-    metrics = task.metrics(kept, scores)
-    ledger.rewrite([line | {"scores": score} for line, score in zip(lines, scores)]
-                   + [line for line in ledger.done.values() if "bad" in line])  # fmt: skip
+        console.print(f"Going on after {ledger.num_found:,} of {count:,} examples in {ledger.file}")
+    return ledger
+
+
+def write_report(out, found, conditions, model, model_name, rows, bad, ledger, start):
+    """Write what was found, and all that it depends on.
+
+    Args:
+        found: `num_examples`, `metrics`, and whatever else a task has to say.
+        start: `time.monotonic()` when it began.
+    """
     report = {
-        "task": task.name,
-        "num_examples": len(kept),
+        "task": conditions["task"],
         "num_bad": bad.count,
-        "metrics": metrics,
+        **found,
         "model": str(model_name),
         **commit(),
         "recipe": recipe_of(model_name),
-        "seed": task.seed,
+        "seed": conditions["settings"]["seed"],
         "settings": conditions["settings"],
         "data": [{"file": str(file), "fingerprint": fingerprint(file)} for file in rows.files],
         "bad": bad.named,
         "predictions": ledger.file.name,
         "num_resumed": ledger.num_found,
-        "seconds": round(time.monotonic() - start + earlier, 2),
+        "seconds": round(time.monotonic() - start + ledger.seconds, 2),
         "vora_version": sys.modules["vora"].__version__,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
         "model_fingerprint": conditions["model"],
     }
-    out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    Path(out).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return report
+
+
+@contextmanager
+def progress(console, name, total, completed=0):
+    """Yields what is called with the number of examples done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bar:
+        shown = bar.add_task(name, total=total, completed=completed)
+        yield lambda count: bar.advance(shown, count)
 
 
 def answered(model, processor, task, examples, ledger, bad, console):
@@ -121,11 +184,8 @@ def answered(model, processor, task, examples, ledger, bad, console):
     Raises:
         ValueError: none could be asked.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bar:
-        shown = bar.add_task(task.name, total=len(examples), completed=len(ledger.done))
-        predict(model, processor, task, examples, ledger, lambda count: bar.advance(shown, count))
+    with progress(console, task.name, len(examples), len(ledger.done)) as advance:
+        predict(model, processor, task, examples, ledger, advance)
     kept, lines = [], []
     for index, example in enumerate(examples):
         line = ledger.done[index]
@@ -135,7 +195,7 @@ def answered(model, processor, task, examples, ledger, bad, console):
             kept.append(example)
             lines.append(line)
     if not kept:
-        raise ValueError(f"None of {len(examples)} examples could be asked. The first: {bad.named[0]['cause']}")
+        raise ValueError(f"None of {len(examples)} examples could be asked.{bad.first()}")
     return kept, lines
 
 
