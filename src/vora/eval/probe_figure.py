@@ -11,6 +11,7 @@ TITLES = {
     "right": "right\npicture", "other": "another\npicture", "blank": "blank", "shuffled": "patches\nshuffled",
     "none": "no\npicture",
 }  # fmt: skip
+LINEAR = 0.3  # nats; the axis of gains is about linear up to here
 
 
 def draw_probe(file, metrics, readings, verdict, title):
@@ -23,19 +24,19 @@ def draw_probe(file, metrics, readings, verdict, title):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5.4), layout="constrained")
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
-    bars, spread = figure.subplots(1, 2, width_ratios=[1, 1.15])
+    axes = figure.subplot_mosaic([["bars", name] for name in CONDITIONS[1:]], width_ratios=[1, 1.15])
     name = next(iter(readings.scores), None)
     if name is None:
         values = [_surprise(readings, condition) for condition in CONDITIONS]
-        _bars(bars, values, "nats per token of the references (lower is better)")
+        _bars(axes["bars"], values, "nats per token of the references (lower is better)")
     else:
         values = [metrics[f"{name}_with_{condition}"] for condition in CONDITIONS]
-        _bars(bars, values, f"{name.replace('_', ' ')} (higher is better)")
-    bars.set_title("with 95 % intervals", fontsize=10)
-    _spread(spread, readings, metrics)
-    lines = textwrap.wrap(verdict, 125)
+        _bars(axes["bars"], values, f"{name.replace('_', ' ')} (higher is better)")
+    axes["bars"].set_title("with 95 % intervals", fontsize=10)
+    _spreads([axes[name] for name in CONDITIONS[1:]], readings, metrics)
+    lines = textwrap.wrap(verdict, 150)
     figure.suptitle("\n".join([f"Does it look? {title}", *lines]), fontsize=10, ha="left", x=0.01)
     figure.savefig(file, dpi=110)
 
@@ -65,23 +66,29 @@ def _bars(axes, values, label):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _spread(axes, readings, metrics):
+def _spreads(all_axes, readings, metrics):
+    """One histogram below the other, on an axis that is linear around 0 and logarithmic further out."""
     gains = {name: readings.log_probs["right"] - readings.log_probs[name] for name in CONDITIONS[1:]}
-    low, high = np.quantile(np.concatenate(list(gains.values())), [0.01, 0.99])
-    low, high = min(low, -0.01), max(high, 0.01)
-    edges = np.linspace(low, high, 41)
-    for name, values in gains.items():
-        beats = metrics[f"right_beats_{name}"]["value"]
-        label = f"over {TITLES[name].replace(chr(10), ' ')}: {100 * beats:.1f} % above 0"
+    low, high = np.quantile(np.concatenate(list(gains.values())), [0.005, 0.995])
+    low, high = min(low, -LINEAR), max(high, LINEAR)
+    edges = LINEAR * np.sinh(np.linspace(np.arcsinh(low / LINEAR), np.arcsinh(high / LINEAR), 51))
+    steps = [-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100]
+    for axes, (name, values) in zip(all_axes, gains.items()):
+        share = metrics[f"right_beats_{name}"]
         weights = np.full(len(values), 100 / len(values))
-        inside = values.clip(low, high)
-        if name == "other":
-            axes.hist(inside, edges, weights=weights, color=COLOURS[name], alpha=0.45, label=label)
-        else:
-            axes.hist(inside, edges, weights=weights, histtype="step", color=COLOURS[name], linewidth=1.6, label=label)
-    axes.axvline(0, color="#1c2733", linewidth=1)
-    axes.set_xlabel("gain in log-likelihood that the right picture brings, nats per reference (ends gathered)")
-    axes.set_ylabel("% of references")
-    axes.set_title("above 0: the right picture is better (ties count half)", fontsize=10)
-    axes.legend(fontsize=9, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+        axes.hist(values.clip(low, high), edges, weights=weights, color=COLOURS[name])
+        axes.axvline(0, color="#1c2733", linewidth=1)
+        axes.set_xscale("asinh", linear_width=LINEAR)
+        axes.set_xlim(low, high)
+        shown = [step for step in steps if low <= step <= high]
+        axes.set_xticks(shown, [f"{step:g}" for step in shown] if axes is all_axes[-1] else [""] * len(shown))
+        axes.minorticks_off()
+        axes.set_ylabel("% of cases", fontsize=8)
+        against = TITLES[name].replace("\n", " ")
+        interval = " to ".join(f"{100 * one:.1f}" for one in share["interval"])
+        axes.set_title(
+            f"against {against}: the right one is better in {100 * share['value']:.1f} % ({interval})",
+            fontsize=9, loc="left",
+        )  # fmt: skip
+        axes.spines[["top", "right"]].set_visible(False)
+    all_axes[-1].set_xlabel("what the right picture adds to the log-likelihood of an answer, nats", fontsize=9)

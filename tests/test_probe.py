@@ -1,0 +1,260 @@
+"""Does it look? A model that cannot, one that does, and what stands in for a picture."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import vora
+from vora.eval import probe as probing
+from vora.eval.answers import Told
+from vora.eval.conditions import CONDITIONS, blank, num_alike, other_scenes, scenes_of, shuffled
+from vora.eval.probe import Readings, probe_metrics
+from vora.eval.rows import Bad, Example, Rows
+from vora.eval.run import make_task, task_of
+from vora.eval.verdict import verdict_of
+
+COUNT = 14
+
+
+def noise(number, size=(12, 8)):
+    pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def png(number):
+    file = io.BytesIO()
+    noise(number).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": f"{number}.png"}
+
+
+LAYOUTS = {
+    "captions": [{"captions": [f"a dog number {n}", f"the {n} is red"]} for n in range(COUNT)],
+    "vqa": [{"questions": ["what?", "is it red?"], "answers": [f"cup {n}", "yes"]} for n in range(COUNT)],
+    "classify": [{"label": ("red", "blue", "green square")[n % 3]} for n in range(COUNT)],
+    "statements": [{"sentence": f"it is {n % 5}", "label": n % 2 < 1, "identifier": f"{n}-0"} for n in range(COUNT)],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for task, rows in LAYOUTS.items():
+        table = pa.Table.from_pylist([{"image": png(n), **row} for n, row in enumerate(rows)])
+        pq.write_table(table, folder / f"{task}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, llm_folder):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    vora.VoraForConditionalGeneration.from_llm(llm_folder, patch_size=4, image_size=12).save_pretrained(folder)
+    vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def blind(monkeypatch):
+    """Every picture of one grid becomes the same tokens."""
+    features = vora.VoraForConditionalGeneration.base_model_prefix and vora.model.modeling_vora.VoraModel
+    seen = features.get_image_features
+    monkeypatch.setattr(features, "get_image_features", lambda self, pixels, grid: seen(self, 0 * pixels, grid))
+
+
+def in_process(monkeypatch, *arguments):
+    from vora import cli
+
+    monkeypatch.setattr(sys, "argv", ["vora", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code or 0
+
+
+def probed(monkeypatch, model_folder, data, out, *options):
+    code = in_process(monkeypatch, "eval", "-m", model_folder, "--task", "probe", "--data", data, "-o", out, *options)
+    assert code == 0
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("task", LAYOUTS)
+def test_a_model_that_ignores_pictures_does_not_look(task, data, model_folder, tmp_path, monkeypatch, blind):
+    report = probed(monkeypatch, model_folder, data / f"{task}.parquet", tmp_path / "r.json")
+    assert report["task"] == "probe" and report["of"] == task and report["num_examples"] >= COUNT
+    assert report["looks"] is False and report["verdict"].startswith("It does not look")
+    metrics = report["metrics"]
+    for condition in ("other", "blank", "shuffled"):
+        assert metrics[f"gain_over_{condition}"]["value"] == pytest.approx(0, abs=1e-4)
+        assert metrics[f"right_beats_{condition}"]["value"] == 0.5
+    assert metrics["log_likelihood_with_none"]["value"] != metrics["log_likelihood_with_right"]["value"]
+    assert (tmp_path / report["picture"]).stat().st_size > 10_000
+    if task != "captions":
+        assert metrics["accuracy_drop_other"] == {"value": 0.0, "interval": [0.0, 0.0]}
+
+
+def test_the_same_command_goes_on(data, model_folder, tmp_path, monkeypatch):
+    for task in ("vqa", "statements"):
+        out = tmp_path / f"{task}.json"
+        first = probed(monkeypatch, model_folder, data / f"{task}.parquet", out)
+        ledger = out.with_suffix(".predictions.jsonl")
+        lines = ledger.read_text().splitlines(keepends=True)
+        ledger.write_text("".join(lines[: len(lines) // 2]))
+        second = probed(monkeypatch, model_folder, data / f"{task}.parquet", out)
+        assert 0 < second["num_resumed"] < len(lines) - 1
+        for name, metric in first["metrics"].items():
+            assert second["metrics"][name]["value"] == pytest.approx(metric["value"], abs=1e-4)
+        assert first["metrics"]["gain_over_other"]["value"] != 0
+
+
+def test_an_oracle_looks(data, model_folder, tmp_path, monkeypatch):
+    """One that knows which captions belong to which pixels."""
+    truth = {noise(n).tobytes(): row["captions"] for n, row in enumerate(LAYOUTS["captions"])}
+
+    def oracle(model, processor, records, done=()):
+        for index in range(len(records)):
+            pictures = records[index].images
+            known = truth.get(pictures[0].tobytes(), []) if pictures else []
+            told = [conversation[-1]["content"] for conversation in records[index].conversations]
+            log_probs = np.array([-1.0 if text in known else -9.0 for text in told])
+            yield {index: Told(log_probs, np.full(len(told), 4), [False] * len(told))}
+
+    monkeypatch.setattr(probing, "told_answers", oracle)
+    report = probed(monkeypatch, model_folder, data / "captions.parquet", tmp_path / "r.json")
+    assert report["looks"] is True and report["verdict"].startswith("It looks: ")
+    assert report["num_references"] == 2 * COUNT and report["num_pictures"] == COUNT
+    for condition in CONDITIONS[1:]:
+        assert report["metrics"][f"gain_over_{condition}"] == {"value": 8.0, "interval": [8.0, 8.0]}
+        assert report["metrics"][f"gain_over_{condition}_per_token"]["value"] == 2.0
+    low, high = report["metrics"]["right_beats_other"]["interval"]
+    assert 0.7 < low < high == 1.0  # all of 14 pictures are not all pictures
+
+
+@pytest.mark.parametrize("task", ["captions", "statements"])
+def test_what_is_read_together_is_what_is_read_alone(task, data, model_folder, tmp_path, monkeypatch):
+    """A showing shares its picture among many; each is held against a pass of its own."""
+    from test_eval_predict import brute_force
+
+    from vora.serve.chat import load_model
+
+    report = probed(monkeypatch, model_folder, data / f"{task}.parquet", tmp_path / "r.json", "--max-examples", "6")
+    model, processor = load_model(str(model_folder))
+    made = make_task(task, max_examples=6)
+    examples, scenes = scenes_of(made.examples(Rows([data / f"{task}.parquet"]), Bad()), Bad())
+    others = other_scenes(scenes)
+    under = probing._under_conditions(examples, scenes, others, processor, 0)
+    for place, condition in enumerate(CONDITIONS):
+        wanted = [
+            brute_force(model, processor, one, text)
+            for one in under[place * 6 : place * 6 + 6]
+            for text in one.references
+        ]
+        found = report["metrics"][f"log_likelihood_with_{condition}"]["value"]
+        assert found == pytest.approx(np.mean(wanted), abs=1e-4)
+
+
+def test_a_probe_may_let_the_model_speak(data, model_folder, tmp_path, monkeypatch):
+    options = "--generate", "--max-examples", "3"
+    report = probed(monkeypatch, model_folder, data / "captions.parquet", tmp_path / "r.json", *options)
+    assert report["looks"] is None and report["verdict"].startswith("Too few examples to tell")
+    assert {"cider_d_with_none", "cider_d_drop_other"} < report["metrics"].keys()
+    assert (tmp_path / "r.generated.jsonl").exists()
+
+
+def test_another_picture_is_never_the_same_nor_known_to_be_as_right():
+    labels = [n % 4 for n in range(40)]
+    pictures = [lambda n=n: [noise(n // 2)] for n in range(40)]  # each picture in two rows, with two labels
+    examples = [Example(f"{n}", "what?", [str(labels[n])], pictures[n], n) for n in range(40)]
+    kept, scenes = scenes_of(examples, Bad())
+    assert len(kept) == 40 and len(scenes) == 20 and scenes[0].examples == [0, 1]
+    others = other_scenes(scenes)
+    assert sorted(others) == list(range(20)) and all(number != other for number, other in enumerate(others))
+    assert num_alike(scenes, others) == 0
+    assert others == other_scenes(scenes) != other_scenes(scenes, 1)
+
+
+def test_where_all_are_alike_it_is_said():
+    examples = [Example(f"{n}", "what?", ["x"], lambda n=n: [noise(n)], n) for n in range(5)]
+    _, scenes = scenes_of(examples, Bad())
+    others = other_scenes(scenes)
+    assert num_alike(scenes, others) == 5 and all(number != other for number, other in enumerate(others))
+    with pytest.raises(ValueError, match="at least 2 different pictures"):
+        other_scenes(scenes[:1])
+
+
+def test_examples_whose_picture_is_broken_are_left_out():
+    def broken():
+        raise ValueError("no picture")
+
+    bad = Bad()
+    examples = [Example("a", "?", ["x"], broken, 0), Example("b", "?", ["y"], lambda: [noise(1)], 1)]
+    kept, scenes = scenes_of(examples, bad)
+    assert [one.name for one in kept] == ["b"] and bad.named[0]["name"] == "a" and scenes[0].examples == [0]
+
+
+@pytest.mark.parametrize(("merge", "square"), [(1, False), (2, False), (1, True)])
+@pytest.mark.parametrize("size", [(12, 8), (37, 50), (90, 11)])
+def test_shuffled_patches_are_the_same_pixels_in_another_order(merge, square, size):
+    image_processor = vora.VoraImageProcessor(
+        patch_size=4, patch_merge=merge, min_image_tokens=4, max_image_tokens=30, pad_to_square=square
+    )
+    picture = noise(3, size)
+    right, mixed, flat = (
+        image_processor.preprocess(one, return_tensors="np")
+        for one in (picture, shuffled(picture, image_processor, 7), blank(picture))
+    )
+    assert np.array_equal(right["image_grid_thw"], mixed["image_grid_thw"])
+    assert np.array_equal(right["image_grid_thw"], flat["image_grid_thw"])
+    before, after = (sorted(map(bytes, one["pixel_values"])) for one in (right, mixed))
+    assert before == after and not np.array_equal(right["pixel_values"], mixed["pixel_values"])
+
+
+def test_a_blank_picture_has_the_mean_colour():
+    picture = Image.new("RGB", (4, 2), (10, 20, 30))
+    picture.paste((50, 20, 30), (0, 0, 2, 2))
+    assert blank(picture).getcolors() == [(8, (30, 20, 30))] and blank(picture).size == (4, 2)
+
+
+def readings(gains, groups):
+    gains = np.asarray(gains, float)
+    log_probs = {condition: -gains * (condition != "right") for condition in CONDITIONS}
+    return Readings(np.arange(len(gains)), log_probs, np.full(len(gains), 2), {}, groups)
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "looks", "words"),
+    [
+        (0.9, 200, True, "It looks: "),
+        (0.56, 1200, True, "It looks, but little"),
+        (0.5, 500, False, "It does not look"),
+        (0.2, 200, False, "It does not look"),
+        (0.6, 30, None, "Too few examples"),
+        (1.0, 9, None, "Too few examples"),
+    ],
+)
+def test_the_verdict_follows_its_rule(share, count, looks, words):
+    gains = np.where(np.arange(count) < round(share * count), 1.0, -1.0)
+    metrics = probe_metrics(readings(gains, list(range(count))))
+    found, verdict = verdict_of(metrics, [], count, count)
+    assert found is looks and verdict.startswith(words)
+
+
+def test_captions_of_one_picture_are_not_independent():
+    gains = np.repeat(np.random.default_rng(0).normal(0.3, 1, 40), 5)
+    apart = probe_metrics(readings(gains, list(range(200))))["gain_over_other"]["interval"]
+    together = probe_metrics(readings(gains, [n // 5 for n in range(200)]))["gain_over_other"]["interval"]
+    assert together[1] - together[0] > 1.7 * (apart[1] - apart[0])
+
+
+def test_the_task_is_told_by_the_columns(data, tmp_path):
+    for task in LAYOUTS:
+        assert task_of(Rows([data / f"{task}.parquet"])) == task
+    rows = [{"image": png(0), "captions": ["a"], "label": "b"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "both.parquet")
+    with pytest.raises(ValueError, match="captions or classify: say which with --of"):
+        task_of(Rows([tmp_path / "both.parquet"]))
