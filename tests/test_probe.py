@@ -147,7 +147,7 @@ def test_what_is_read_together_is_what_is_read_alone(task, data, model_folder, t
     made = make_task(task, max_examples=6)
     examples, scenes = scenes_of(made.examples(Rows([data / f"{task}.parquet"]), Bad()), Bad())
     others = other_scenes(scenes)
-    under = probing._under_conditions(examples, scenes, others, processor, 0)
+    under = probing._under_conditions(CONDITIONS, examples, scenes, others, processor, 0)
     for place, condition in enumerate(CONDITIONS):
         wanted = [
             brute_force(model, processor, one, text)
@@ -156,6 +156,19 @@ def test_what_is_read_together_is_what_is_read_alone(task, data, model_folder, t
         ]
         found = report["metrics"][f"log_likelihood_with_{condition}"]["value"]
         assert found == pytest.approx(np.mean(wanted), abs=1e-4)
+
+
+def test_a_probe_against_another_picture_alone(data, model_folder, tmp_path, monkeypatch, capsys):
+    file, out = data / "captions.parquet", tmp_path / "r.json"
+    whole = probed(monkeypatch, model_folder, file, out)
+    part = probed(monkeypatch, model_folder, file, tmp_path / "p.json", "--against", "other")
+    kept = {name for name in whole["metrics"] if not name.endswith(("blank", "shuffled", "none", "token"))}
+    assert part["metrics"].keys() == kept | {"gain_over_other_per_token"}
+    value = whole["metrics"]["gain_over_other"]["value"]
+    assert part["metrics"]["gain_over_other"]["value"] == pytest.approx(value, abs=1e-4)
+    arguments = ["eval", "-m", model_folder, "--task", "probe", "--data", file, "-o", out, "--against"]
+    assert in_process(monkeypatch, *arguments, "blank") == 1 and "other is needed" in capsys.readouterr().err
+    assert in_process(monkeypatch, *arguments, "other,black") == 1 and "there is no black" in capsys.readouterr().err
 
 
 def test_a_probe_may_let_the_model_speak(data, model_folder, tmp_path, monkeypatch):
@@ -230,8 +243,8 @@ def readings(gains, groups):
     ("share", "count", "looks", "words"),
     [
         (0.9, 200, True, "It looks: "),
-        (0.56, 1200, True, "It looks, but little"),
-        (0.5, 500, False, "It does not look"),
+        (0.57, 600, True, "It looks, but little"),
+        (0.5, 300, False, "It does not look"),
         (0.2, 200, False, "It does not look"),
         (0.6, 30, None, "Too few examples"),
         (1.0, 9, None, "Too few examples"),

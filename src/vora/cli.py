@@ -139,11 +139,17 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of intervals, of what presence asks, and of what a probe shows.")] = 0,
     of: Annotated[str | None, typer.Option(help="The task that a probe is of; told by the data's columns.")] = None,
     generate: Annotated[bool, typer.Option("--generate", help="A probe also lets the model speak; slow.")] = False,
+    against: Annotated[
+        str, typer.Option(help="What a probe shows besides the right picture; other alone is the fastest.")
+    ] = "other,blank,shuffled,none",
+    base: Annotated[
+        str | None, typer.Option(help="The LLM that --task text holds the model against; what its card names.")
+    ] = None,
 ):
     """Measure a model on a task, with 95 % intervals; the same command goes on after a stop."""
     from vora.adapt.pretrained import committed_model
     from vora.eval.run import evaluate as run
-    from vora.eval.run import make_task, metrics_table, task_of
+    from vora.eval.run import make_task, task_of
     from vora.serve.chat import load_model
 
     if wrong := [pair for pair in column or () if "=" not in pair]:
@@ -159,13 +165,29 @@ def evaluate(
         from vora.eval.probe import probe
         from vora.eval.rows import Rows
 
-        run, task = partial(probe, generate=generate), of or task_of(Rows(paths, **options))
+        run, task = (
+            partial(probe, generate=generate, against=against.split(",")),
+            of or task_of(Rows(paths, **options)),
+        )
+    name = model or committed_model()
+    if task == "text":
+        from vora.eval.text import text_ability
+
+        given = {"base": base, "max_examples": max_examples, "seed": seed, "rows_options": options}
+        report = text_ability(*load_model(name), paths, out, console, model_name=name, **given)
+        _print_report(report, out)
+        return
     known = None if labels is None else labels.read_text().splitlines()
     known = known and [line.strip() for line in known if line.strip()]
     chosen = make_task(task, prompt=prompt, labels=known, max_examples=max_examples, seed=seed)
-    name = model or committed_model()
     loaded = load_model(name, min_image_tokens, max_image_tokens)
     report = run(*loaded, chosen, paths, out, console, model_name=name, rows_options=options)
+    _print_report(report, out)
+
+
+def _print_report(report, out):
+    from vora.eval.run import metrics_table
+
     console.print(metrics_table(report))
     if "verdict" in report:
         console.print(report["verdict"], highlight=False)

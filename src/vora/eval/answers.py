@@ -57,7 +57,6 @@ def exact_answers(model, processor, records, progress=None, **images_kwargs):
     return right
 
 
-@torch.inference_mode()
 def told_answers(model, processor, records, done=(), **images_kwargs):
     """How a model takes the answers of records, batch by batch.
 
@@ -65,14 +64,37 @@ def told_answers(model, processor, records, done=(), **images_kwargs):
         records: as for `exact_answers`.
         done: indices that are left out.
 
-    Yields:
-        {index of the record: `Told`} for each batch.
+    Returns:
+        iterator over batches: {index of the record: `Told`}.
 
     Raises:
         ValueError: a picture with an answer exceeds the LLM's context.
     """
+
+    def samples():
+        for index in range(len(records)):
+            if index not in done:
+                record = records[index]
+                yield index, sample_of_record(record, processor, record.conversations, **images_kwargs)
+
+    return told_samples(model, samples())
+
+
+@torch.inference_mode()
+def told_samples(model, samples):
+    """How a model takes what is to be predicted in samples, batch by batch.
+
+    Args:
+        samples: iterable of (index, sample of `share_prefixes`).
+
+    Yields:
+        {index: `Told`} for each batch.
+
+    Raises:
+        ValueError: a sample exceeds the LLM's context.
+    """
     model.eval()
-    for batch in _batches(processor, records, done, model.device, images_kwargs):
+    for batch in _batches(samples, model.device):
         rows = collate_rows([[sample] for _, sample in batch], len(batch[-1][1]["input_ids"]), 0)
         rows.pop("num_samples")
         refuse_too_long(model, int(rows["position_ids"].max()) + 2)
@@ -108,14 +130,12 @@ def _at_targets(model, states, targets):
     return found
 
 
-def _batches(processor, records, done, device, images_kwargs):
-    """Records as samples, of many at a time the shortest first, in batches of about equal cost: lists of
-    (index, sample)."""
+def _batches(samples, device):
+    """Samples, of many at a time the shortest first, in batches of about equal cost: lists of (index, sample)."""
     most = TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"]
-    for samples in _samples(processor, records, done, images_kwargs):
-        samples.sort(key=lambda pair: len(pair[1]["input_ids"]))
+    for part in _parts(samples):
         batch = []
-        for index, sample in samples:
+        for index, sample in sorted(part, key=lambda pair: len(pair[1]["input_ids"])):
             if batch and len(sample["input_ids"]) * (len(batch) + 1) > most:
                 yield batch
                 batch = []
@@ -123,21 +143,17 @@ def _batches(processor, records, done, device, images_kwargs):
         yield batch
 
 
-def _samples(processor, records, done, images_kwargs):
-    """Lists of (index, sample), whose pixels are bounded."""
-    samples, num_bytes = [], 0
-    for index in range(len(records)):
-        if index in done:
-            continue
-        record = records[index]
-        sample = sample_of_record(record, processor, record.conversations, **images_kwargs)
-        samples.append((index, sample))
+def _parts(samples):
+    """Lists of samples whose pixels are bounded."""
+    part, num_bytes = [], 0
+    for index, sample in samples:
+        part.append((index, sample))
         num_bytes += sample["pixel_values"].nbytes if "pixel_values" in sample else 0
-        if len(samples) == MOST_AT_ONCE or num_bytes > BYTES_AT_ONCE:
-            yield samples
-            samples, num_bytes = [], 0
-    if samples:
-        yield samples
+        if len(part) == MOST_AT_ONCE or num_bytes > BYTES_AT_ONCE:
+            yield part
+            part, num_bytes = [], 0
+    if part:
+        yield part
 
 
 def accuracy(right):

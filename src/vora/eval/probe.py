@@ -76,50 +76,67 @@ class Showings:
         return Record(showing.name, showing.pictures(), conversations)
 
 
-def probe(model, processor, task, paths, out, console, *, model_name, rows_options=None, generate=False):
+def probe(
+    model,
+    processor,
+    task,
+    paths,
+    out,
+    console,
+    *,
+    model_name,
+    rows_options=None,
+    generate=False,
+    against=CONDITIONS[1:],
+):
     """Probe whether a model looks, write a report and beside it a picture.
 
     Args:
         task: the `Task` that the data is for.
         paths, out, model_name, rows_options: as for `evaluate`.
         generate: also let it speak freely, and score that as the task does; slow.
+        against: what the right picture is held against: some of `CONDITIONS`, `other` among them.
 
     Returns:
         What the report holds: besides metrics a `verdict` in words, and `looks`: true, false or, unclear, null.
 
     Raises:
-        ValueError: the data holds no example of the task or but one picture, or the predictions found are not of this
-            model, data and task.
+        ValueError: `against` is wrong, the data holds no example of the task or but one picture, or the predictions
+            found are not of this model, data and task.
     """
     start, out, bad = time.monotonic(), Path(out), Bad()
+    if "other" not in against or (wrong := set(against) - set(CONDITIONS[1:])):
+        cause = "other is needed for the verdict" if "other" not in against else f"there is no {', '.join(wrong)}"
+        raise ValueError(f"Held against {', '.join(against)}: {cause}; choose among {', '.join(CONDITIONS[1:])}.")
+    shown = [condition for condition in CONDITIONS if condition == "right" or condition in against]
     task.generates = task.generates and generate
     rows = Rows(paths, **(rows_options or {}))
     found = examples_of(task, rows, bad)
     conditions = conditions_of(task, found, model, processor, model_name, rows, rows_options or {})
-    conditions |= {"task": "probe", "of": task.name, "generate": generate}
+    conditions |= {"task": "probe", "of": task.name, "generate": generate, "shown": shown}
     examples, scenes = scenes_of(found, bad)
     others = other_scenes(scenes, task.seed)
 
-    count = len(examples) * len(CONDITIONS)
+    count = len(examples) * len(shown)
     file = out.with_suffix(".predictions.jsonl")
     if task.chooses:
         ledger = open_ledger(file, conditions, count, console)
-        under = _under_conditions(examples, scenes, others, processor, task.seed)
-        readings = _choose(model, processor, task, examples, under, ledger, console)
+        under = _under_conditions(shown, examples, scenes, others, processor, task.seed)
+        readings = _choose(model, processor, task, examples, shown, under, ledger, console)
     else:
         answers = [
             example.references if task.name == "captions" else [max(example.references, key=example.references.count)]
             for example in examples
         ]
-        showings = _showings(answers, scenes, others, processor.image_processor, task.seed)
+        showings = _showings(shown, answers, scenes, others, processor.image_processor, task.seed)
         ledger = open_ledger(file, conditions, len(showings), console)
-        readings = _read(model, processor, Showings(showings, examples, answers), ledger, console)
+        readings = _read(model, processor, Showings(showings, examples, answers), shown, ledger, console)
         if task.name == "captions":
             readings.scores = {}  # to say one of a person's captions word by word is no score
         if task.generates:
             spoken = open_ledger(out.with_suffix(".generated.jsonl"), conditions, count, console)
-            under = _under_conditions(examples, scenes, others, processor, task.seed)
-            readings.scores |= _speak(model, processor, task, examples, under, spoken, console)
+            under = _under_conditions(shown, examples, scenes, others, processor, task.seed)
+            readings.scores |= _speak(model, processor, task, examples, shown, under, spoken, console)
             ledger.seconds += spoken.seconds
     readings.groups = _drawn_together(examples, scenes)
     metrics = probe_metrics(readings, task.seed)
@@ -137,7 +154,7 @@ def probe(model, processor, task, paths, out, console, *, model_name, rows_optio
         "metrics": metrics,
         "picture": picture.name,
     }
-    return write_report(out, facts, conditions, model, model_name, rows, bad, ledger, start)
+    return write_report(out, facts, conditions, model, model_name, rows.files, bad, ledger, start)
 
 
 def probe_metrics(readings, seed=0):
@@ -147,10 +164,11 @@ def probe_metrics(readings, seed=0):
     and `gain_over_C_per_token`; `right_beats_C` the share of references that it makes likelier, ties counting half;
     and of each score its value `with_C` and its paired `drop` from the right picture to C.
     """
+    shown = list(readings.log_probs)
     found, of_references = {}, [readings.groups[example] for example in readings.examples]
-    for condition in CONDITIONS:
+    for condition in shown:
         found[f"log_likelihood_with_{condition}"] = mean(readings.log_probs[condition], of_references, seed)
-    for condition in CONDITIONS[1:]:
+    for condition in shown[1:]:
         gains = readings.log_probs["right"] - readings.log_probs[condition]
         sums = np.stack([gains, readings.num_tokens], 1)
         found[f"gain_over_{condition}"] = mean(gains, of_references, seed)
@@ -158,10 +176,10 @@ def probe_metrics(readings, seed=0):
         wins = np.where(np.abs(gains) < TIE, 0.5, gains > 0)
         found[f"right_beats_{condition}"] = share(wins, of_references, seed)
     for name, scores in readings.scores.items():
-        for condition in CONDITIONS:
+        for condition in shown:
             is_share = np.isin(scores[condition], (0.0, 1.0)).all()
             found[f"{name}_with_{condition}"] = (share if is_share else mean)(scores[condition], readings.groups, seed)
-        for condition in CONDITIONS[1:]:
+        for condition in shown[1:]:
             drop = np.asarray(scores["right"]) - np.asarray(scores[condition])
             found[f"{name}_drop_{condition}"] = mean(drop, readings.groups, seed)
     return found
@@ -187,7 +205,7 @@ def _drawn_together(examples, scenes):
     return [numbers.setdefault(top(("group", str(example.group))), len(numbers)) for example in examples]
 
 
-def _showings(answers, scenes, others, image_processor, seed):
+def _showings(shown, answers, scenes, others, image_processor, seed):
     """All that is to be read. A picture stands once for what is asked of it rightly and, as another one, wrongly."""
     own = [
         [(example, reference) for example in scene.examples for reference in range(len(answers[example]))]
@@ -197,13 +215,13 @@ def _showings(answers, scenes, others, image_processor, seed):
     found, alone = [], []
     for number, scene in enumerate(scenes):
         right = [(*pair, "right") for pair in own[number]] + [(*pair, "other") for pair in own[shown_for[number]]]
-        forms = {"right": right}
-        for form in ("blank", "shuffled"):
-            forms[form] = [(*pair, form) for pair in own[number]]
+        forms = {form: [(*pair, form) for pair in own[number]] for form in shown}
+        forms |= {"right": right, "none": []}
+        del forms["other"]
         for form, asked in forms.items():
             opens = pictures_under(form, scene, scene, image_processor, seed)
             found += _cut(Showing(f"{scene.key}, {form}", opens, asked))
-        alone += [(*pair, "none") for pair in own[number]]
+        alone += [(*pair, "none") for pair in own[number] if "none" in shown]
     return found + _cut(Showing("no picture", list, alone))
 
 
@@ -213,7 +231,7 @@ def _cut(showing):
     return [replace(showing, asked=showing.asked[start : start + MOST_ASKED]) for start in starts]
 
 
-def _read(model, processor, records, ledger, console):
+def _read(model, processor, records, shown, ledger, console):
     """`Readings` of references that are read, not chosen among; the score is whether a greedy model says them."""
     total = sum(len(showing.asked) for showing in records.showings)
     done = sum(len(records.showings[index].asked) for index in ledger.done)
@@ -233,8 +251,8 @@ def _read(model, processor, records, ledger, console):
     for example, texts in enumerate(records.answers):
         for reference in range(len(texts)):
             place[example, reference] = len(place)
-    log_probs = {condition: np.full(len(place), np.nan) for condition in CONDITIONS}
-    right = {condition: np.zeros(len(place)) for condition in CONDITIONS}
+    log_probs = {condition: np.full(len(place), np.nan) for condition in shown}
+    right = {condition: np.zeros(len(place)) for condition in shown}
     num_tokens = np.zeros(len(place), int)
     for line in ledger.done.values():
         told = zip(line["asked"], line["log_probs"], line["num_tokens"], line["right"])
@@ -245,11 +263,11 @@ def _read(model, processor, records, ledger, console):
     return Readings(examples, log_probs, num_tokens, {"accuracy": right}, [])
 
 
-def _under_conditions(examples, scenes, others, processor, seed):
+def _under_conditions(shown, examples, scenes, others, processor, seed):
     """Examples under each condition in turn: E of the first, E of the next."""
     scene_of = {example: number for number, scene in enumerate(scenes) for example in scene.examples}
     found = []
-    for condition in CONDITIONS:
+    for condition in shown:
         opens = [
             pictures_under(condition, scene, scenes[other], processor.image_processor, seed)
             for scene, other in zip(scenes, others)
@@ -259,7 +277,7 @@ def _under_conditions(examples, scenes, others, processor, seed):
     return found
 
 
-def _answer_all(model, processor, task, under, ledger, console):
+def _answer_all(model, processor, task, shown, under, ledger, console):
     """{condition: lines of its examples} of all that is asked under all conditions.
 
     Raises:
@@ -270,13 +288,13 @@ def _answer_all(model, processor, task, under, ledger, console):
     lines = [ledger.done[index] for index in range(len(under))]
     if wrong := [line for line in lines if "bad" in line]:
         raise ValueError(f"{wrong[0]['name']}: {wrong[0]['bad']}")
-    count = len(under) // len(CONDITIONS)
-    return {condition: lines[place * count : (place + 1) * count] for place, condition in enumerate(CONDITIONS)}
+    count = len(under) // len(shown)
+    return {condition: lines[place * count : (place + 1) * count] for place, condition in enumerate(shown)}
 
 
-def _choose(model, processor, task, examples, under, ledger, console):
+def _choose(model, processor, task, examples, shown, under, ledger, console):
     """`Readings` of a task whose answers are chosen by likelihood."""
-    lines = _answer_all(model, processor, task, under, ledger, console)
+    lines = _answer_all(model, processor, task, shown, under, ledger, console)
     log_probs = {name: np.array([line["reference_log_prob"] for line in found]) for name, found in lines.items()}
     num_tokens = np.array([line["reference_tokens"] for line in lines["right"]])
     wanted = [example.references[0] for example in examples]
@@ -290,9 +308,9 @@ def _choose(model, processor, task, examples, under, ledger, console):
     return Readings(np.arange(len(examples)), log_probs, num_tokens, scores, [])
 
 
-def _speak(model, processor, task, examples, under, ledger, console):
+def _speak(model, processor, task, examples, shown, under, ledger, console):
     """The task's own scores of what a model says freely: {name: {condition: float[E]}}."""
-    lines = _answer_all(model, processor, task, under, ledger, console)
+    lines = _answer_all(model, processor, task, shown, under, ledger, console)
     names = {"captions": ["cider_d"], "vqa": ["exact_accuracy", "vqa_accuracy"]}[task.name]
     return _task_scores(task, examples, lines, names)
 

@@ -4,7 +4,7 @@ import textwrap
 
 import numpy as np
 
-from vora.eval.conditions import CONDITIONS
+from vora.eval.intervals import interval_of
 
 COLOURS = {"right": "#157347", "other": "#b02a37", "blank": "#8a94a0", "shuffled": "#c77d0a", "none": "#3d5a80"}
 TITLES = {
@@ -24,43 +24,42 @@ def draw_probe(file, metrics, readings, verdict, title):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    shown = list(readings.log_probs)
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplot_mosaic([["bars", name] for name in CONDITIONS[1:]], width_ratios=[1, 1.15])
+    axes = figure.subplot_mosaic([["bars", name] for name in shown[1:]], width_ratios=[1, 1.15])
     name = next(iter(readings.scores), None)
     if name is None:
-        values = [_surprise(readings, condition) for condition in CONDITIONS]
-        _bars(axes["bars"], values, "nats per token of the references (lower is better)")
+        values = [_surprise(readings, condition) for condition in shown]
+        _bars(axes["bars"], shown, values, "nats per token of the references (lower is better)")
     else:
-        values = [metrics[f"{name}_with_{condition}"] for condition in CONDITIONS]
-        _bars(axes["bars"], values, f"{name.replace('_', ' ')} (higher is better)")
+        values = [metrics[f"{name}_with_{condition}"] for condition in shown]
+        _bars(axes["bars"], shown, values, f"{name.replace('_', ' ')} (higher is better)")
     axes["bars"].set_title("with 95 % intervals", fontsize=10)
-    _spreads([axes[name] for name in CONDITIONS[1:]], readings, metrics)
+    _spreads([axes[name] for name in shown[1:]], readings, metrics)
     lines = textwrap.wrap(verdict, 150)
     figure.suptitle("\n".join([f"Does it look? {title}", *lines]), fontsize=10, ha="left", x=0.01)
     figure.savefig(file, dpi=110)
 
 
 def _surprise(readings, condition):
-    from vora.eval.intervals import interval_of
-
     sums = np.stack([-readings.log_probs[condition], readings.num_tokens], 1)
     groups = [readings.groups[example] for example in readings.examples]
     return interval_of(lambda drawn: drawn[..., 0] / drawn[..., 1], sums, groups)
 
 
-def _bars(axes, values, label):
+def _bars(axes, shown, values, label):
     heights = [one["value"] for one in values]
     errors = [[max(0.0, one["value"] - one["interval"][0]) for one in values],
               [max(0.0, one["interval"][1] - one["value"]) for one in values]]  # fmt: skip
-    places = range(len(CONDITIONS))
-    axes.bar(places, heights, color=[COLOURS[condition] for condition in CONDITIONS], width=0.7)
+    places = range(len(shown))
+    axes.bar(places, heights, color=[COLOURS[condition] for condition in shown], width=0.7)
     axes.errorbar(places, heights, errors, fmt="none", ecolor="#1c2733", capsize=4, linewidth=1.2)
     for place, one in zip(places, values):
         axes.annotate(
             f"{one['value']:.3g}", (place, one["interval"][1]), (0, 3), textcoords="offset points", ha="center"
         )
-    axes.set_xticks(list(places), [TITLES[condition] for condition in CONDITIONS])
+    axes.set_xticks(list(places), [TITLES[condition] for condition in shown])
     axes.set_ylabel(label)
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
@@ -68,7 +67,7 @@ def _bars(axes, values, label):
 
 def _spreads(all_axes, readings, metrics):
     """One histogram below the other, on an axis that is linear around 0 and logarithmic further out."""
-    gains = {name: readings.log_probs["right"] - readings.log_probs[name] for name in CONDITIONS[1:]}
+    gains = {name: readings.log_probs["right"] - readings.log_probs[name] for name in list(readings.log_probs)[1:]}
     low, high = np.quantile(np.concatenate(list(gains.values())), [0.005, 0.995])
     low, high = min(low, -LINEAR), max(high, LINEAR)
     edges = LINEAR * np.sinh(np.linspace(np.arcsinh(low / LINEAR), np.arcsinh(high / LINEAR), 51))

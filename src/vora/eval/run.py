@@ -91,7 +91,7 @@ def evaluate(model, processor, task, paths, out, console, *, model_name, rows_op
     ledger.rewrite([line | {"scores": score} for line, score in zip(lines, scores)]
                    + [line for line in ledger.done.values() if "bad" in line])  # fmt: skip
     found = {"num_examples": len(kept), "metrics": metrics}
-    return write_report(out, found, conditions, model, model_name, rows, bad, ledger, start)
+    return write_report(out, found, conditions, model, model_name, rows.files, bad, ledger, start)
 
 
 def examples_of(task, rows, bad):
@@ -135,7 +135,7 @@ def open_ledger(file, conditions, count, console):
     return ledger
 
 
-def write_report(out, found, conditions, model, model_name, rows, bad, ledger, start):
+def write_report(out, found, conditions, model, model_name, files, bad, ledger, start):
     """Write what was found, and all that it depends on.
 
     Args:
@@ -151,7 +151,7 @@ def write_report(out, found, conditions, model, model_name, rows, bad, ledger, s
         "recipe": recipe_of(model_name),
         "seed": conditions["settings"]["seed"],
         "settings": conditions["settings"],
-        "data": [{"file": str(file), "fingerprint": fingerprint(file)} for file in rows.files],
+        "data": [{"file": str(file), "fingerprint": fingerprint(file)} for file in files],
         "bad": bad.named,
         "predictions": ledger.file.name,
         "num_resumed": ledger.num_found,

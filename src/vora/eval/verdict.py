@@ -36,7 +36,7 @@ def verdict_of(metrics, scores, num_pictures, num_references):
     if low <= CHANCE:
         return False, f"It does not look: {found}"
     opening = "It looks, but little: " if beats["value"] < LITTLE else "It looks: "
-    return True, " ".join([opening + found, *_drops(metrics, scores), _order(metrics)])
+    return True, " ".join([opening + found, *_drops(metrics, scores), *_order(metrics)])
 
 
 def _drops(metrics, scores):
@@ -52,9 +52,11 @@ def _drops(metrics, scores):
 
 
 def _order(metrics):
+    if "gain_over_shuffled" not in metrics:
+        return
     low, high = metrics["gain_over_shuffled"]["interval"]
     what = "matters" if low > 0 else "helps not" if high < 0 else "is not shown to matter"
-    return f"Where things are in it {what} (gain over shuffled patches {low:.3g} to {high:.3g} nats)."
+    yield f"Where things are in it {what} (gain over shuffled patches {low:.3g} to {high:.3g} nats)."
 
 
 def _percent(value):

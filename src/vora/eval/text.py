@@ -1,0 +1,212 @@
+"""Text ability: what a model lost of its base LLM's language when it learned to see.
+
+Both read the same tokens: held text, for the perplexity of each token and bits per byte, and questions whose choices
+are scored by likelihood. All differences are paired.
+
+Dims: W windows, Q questions, C choices.
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from vora.adapt.card import HUB_ID_OF_ALIAS, read_card
+from vora.eval.answers import told_samples
+from vora.eval.intervals import interval_of, mean, share
+from vora.eval.ledger import fingerprint, model_fingerprint
+from vora.eval.likelihood import AnswerTree, candidate_scores
+from vora.eval.prompting import Prompt, batches
+from vora.eval.rows import Bad
+from vora.eval.run import open_ledger, progress, write_report
+from vora.eval.text_items import WINDOW, read_items
+from vora.model.from_llm import load_tokenizer
+from vora.model.modeling_vora import VoraForConditionalGeneration
+
+FEW_DOCUMENTS = 10  # with fewer, windows are drawn instead
+MOST_LOST = 0.02  # of the perplexity; more than this is called lost
+
+
+def text_ability(
+    model, processor, paths, out, console, *, model_name, base=None, rows_options=None, max_examples=None, seed=0
+):
+    """Measure a model and its base LLM on text, write a report.
+
+    Args:
+        base: the LLM (anything `load_llm` takes); by default what the model's card names.
+        paths, out, model_name, rows_options: as for `evaluate`.
+
+    Returns:
+        What the report holds.
+
+    Raises:
+        ValueError: there is no text, the base is not known, or splits text otherwise.
+    """
+    start, out, bad = time.monotonic(), Path(out), Bad()
+    base = base or base_of(model_name)
+    windows, questions, files = read_items(
+        paths, processor, window_length(model), bad, max_examples, **(rows_options or {})
+    )
+    if not windows and not questions:
+        raise ValueError(f"{', '.join(map(str, paths))} holds no text and no question.{bad.first()}")
+    conditions = {
+        "task": "text",
+        "model": model_fingerprint(model_name),
+        "base": model_fingerprint(base),
+        "data": {Path(file).name: fingerprint(file) for file in files},
+        "settings": {
+            "seed": seed,
+            "max_examples": max_examples,
+            "window": window_length(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            **(rows_options or {}),
+        },
+    }
+    count = len(windows) + len(questions)
+    ledger = open_ledger(out.with_suffix(".predictions.jsonl"), conditions, 2 * count, console)
+    with progress(console, "text", 2 * count, len(ledger.done)) as advance:
+        for number in range(2):
+            if all(index in ledger.done for index in range(number * count, (number + 1) * count)):
+                continue
+            reader = model if number == 0 else _load_base(base, model, processor)
+            for lines in _read(reader, processor, windows, questions, number * count, ledger.done):
+                ledger.add(lines)
+                advance(len(lines))
+    mine, its = ([ledger.done[number * count + index] for index in range(count)] for number in range(2))
+    metrics = _language(windows, mine, its, seed) if windows else {}
+    metrics |= _knowledge(questions, mine[len(windows) :], its[len(windows) :], seed) if questions else {}
+    documents = {window.document for window in windows}
+    found = {
+        "num_examples": len(documents) + len(questions),
+        "num_documents": len(documents),
+        "num_questions": len(questions),
+        "base": str(base),
+        "drawn": "documents" if len(documents) >= FEW_DOCUMENTS else "windows",
+        "verdict": _verdict(metrics),
+        "metrics": metrics,
+    }
+    return write_report(out, found, conditions, model, model_name, files, bad, ledger, start)
+
+
+def base_of(model_name):
+    """The base LLM that a model's card names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    name = (read_card(model_name) or {}).get("base_llm", "not stated")
+    if name == "not stated":
+        raise ValueError(f"{model_name} does not say what its base LLM is: name it with --base.")
+    return next((alias for alias, hub_id in HUB_ID_OF_ALIAS.items() if hub_id == name), name)
+
+
+def window_length(model):
+    """Tokens of a window: `WINDOW`, or what the LLM holds or sees at once."""
+    config = model.config.get_text_config()
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
+    return min(WINDOW, *(limit for limit in limits if limit), WINDOW)
+
+
+def _load_base(base, model, processor):
+    """The base LLM in the same dress, in which its logits are its own."""
+    if load_tokenizer(base).get_vocab().items() - processor.tokenizer.get_vocab().items():
+        raise ValueError(f"--base {base} splits text into other tokens than the model: it is not what that came from.")
+    token = model.config.image_token_id
+    dressed = VoraForConditionalGeneration.from_llm(base, image_token_id=token, dtype=model.dtype)
+    return dressed.to(model.device).eval()
+
+
+def _read(model, processor, windows, questions, first, done):
+    """Lines of what a model makes of each item, batch by batch."""
+    samples = ((index, window.sample) for index, window in enumerate(windows) if first + index not in done)
+    began = time.monotonic()
+    for batch in told_samples(model, samples):
+        seconds = round((time.monotonic() - began) / len(batch), 4)
+        yield [
+            {"index": first + index, "name": windows[index].name, "log_prob": round(float(told.log_probs[0]), 5),
+             "num_tokens": int(told.num_tokens[0]), "seconds": seconds}
+            for index, told in batch.items()
+        ]  # fmt: skip
+        began = time.monotonic()
+    first += len(windows)
+    asked = [number for number in range(len(questions)) if first + number not in done]
+    told = [_tokens(processor.tokenizer, questions[number]) for number in asked]
+    for batch in batches([len(context) for context, _ in told], model.device):
+        prompts = [Prompt({"input_ids": told[place][0]}, []) for place in batch]
+        found = candidate_scores(model, processor, prompts, [AnswerTree(told[place][1]) for place in batch], None)
+        seconds = round((time.monotonic() - began) / len(batch), 4)
+        yield [
+            {"index": first + asked[place], "name": questions[asked[place]].name,
+             "log_probs": scores.round(5).tolist(), "seconds": seconds}
+            for place, scores in zip(batch, found)
+        ]  # fmt: skip
+        began = time.monotonic()
+
+
+def _tokens(tokenizer, question):
+    """(ids of the beginning int[T], lists of ids of each way to go on, a space before it)."""
+    context = tokenizer(question.context)["input_ids"]
+    found = []
+    for choice in question.choices:
+        whole = tokenizer(f"{question.context} {choice}")["input_ids"]
+        if whole[: len(context)] != context:  # a token reaches across the border
+            whole = context + tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
+        found.append(whole[len(context) :])
+    return np.array(context), found
+
+
+def _language(windows, mine, its, seed):
+    """Perplexity and bits per byte of both, and the ratio of the first."""
+    sums = np.array(
+        [
+            [-line["log_prob"], -base["log_prob"], line["num_tokens"], window.num_bytes]
+            for window, line, base in zip(windows, mine, its)
+        ]
+    )
+    documents = [window.document for window in windows]
+    groups = documents if len(set(documents)) >= FEW_DOCUMENTS else list(range(len(windows)))
+    values = {
+        "perplexity": lambda s: np.exp(s[..., 0] / s[..., 2]),
+        "base_perplexity": lambda s: np.exp(s[..., 1] / s[..., 2]),
+        "perplexity_ratio": lambda s: np.exp((s[..., 0] - s[..., 1]) / s[..., 2]),
+        "bits_per_byte": lambda s: s[..., 0] / s[..., 3] / np.log(2),
+        "base_bits_per_byte": lambda s: s[..., 1] / s[..., 3] / np.log(2),
+    }
+    return {name: interval_of(value_of, sums, groups, seed) for name, value_of in values.items()}
+
+
+def _knowledge(questions, mine, its, seed):
+    """Accuracy of both and its difference, by the likelihood of a choice, and by that per byte of it."""
+    right = np.array([question.right for question in questions])
+    lengths = [np.array([len(choice.encode()) for choice in question.choices]) for question in questions]
+    groups, found = list(range(len(questions))), {}
+    for ending, divisors in {"": [1] * len(questions), "_per_byte": lengths}.items():
+        of_each = []
+        for lines in (mine, its):
+            chosen = [int(np.argmax(np.array(line["log_probs"]) / by)) for line, by in zip(lines, divisors)]
+            of_each.append((np.array(chosen) == right).astype(float))
+        found["accuracy" + ending] = share(of_each[0], groups, seed)
+        found["base_accuracy" + ending] = share(of_each[1], groups, seed)
+        found["accuracy_difference" + ending] = mean(of_each[0] - of_each[1], groups, seed)
+    return found
+
+
+def _verdict(metrics):
+    """In words: kept, lost or unclear, by whether the interval lies on one side of the bound."""
+    words = []
+    if "perplexity_ratio" in metrics:
+        low, high = metrics["perplexity_ratio"]["interval"]
+        most = 1 + MOST_LOST
+        told = "Language is kept" if high <= most else "Language is lost" if low > most else "Too little text to tell"
+        words.append(
+            f"{told}: the perplexity of held text is {metrics['perplexity_ratio']['value']:.4f} times the base's "
+            f"({low:.4f} to {high:.4f}; at most {most} counts as kept)."
+        )
+    if "accuracy_difference" in metrics:
+        (low, high), value = metrics["accuracy_difference"]["interval"], metrics["accuracy_difference"]["value"]
+        told = "lower than" if high < 0 else "higher than" if low > 0 else "not shown to differ from"
+        words.append(
+            f"Accuracy of choices is {told} the base's: {100 * value:+.1f} points ({100 * low:+.1f} to "
+            f"{100 * high:+.1f})."
+        )
+    return " ".join(words)
