@@ -32,14 +32,14 @@ QUESTIONS = [
 def merged(tmp_path_factory, llm_folder):
     """{how far from its base: folder} of models."""
     folders = {}
-    for noise in (0.0, 0.5):
+    for change in (0, 2):
         torch.manual_seed(0)
         model = vora.VoraForConditionalGeneration.from_llm(llm_folder, patch_size=4, image_size=12)
         for parameter in model.model.language_model.parameters():
-            parameter.data += noise * torch.randn_like(parameter)
-        folders[noise] = tmp_path_factory.mktemp(f"merged{noise}")
-        model.save_pretrained(folders[noise])
-        vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12).save_pretrained(folders[noise])
+            parameter.data *= 1 + change  # too sure of what it knows nothing of
+        folders[change] = tmp_path_factory.mktemp(f"merged{change}")
+        model.save_pretrained(folders[change])
+        vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12).save_pretrained(folders[change])
     return folders
 
 
@@ -74,19 +74,19 @@ def surprise(llm_folder, text):
 
 def test_a_model_that_is_its_base_has_its_figures(merged, llm_folder, data, tmp_path, monkeypatch):
     files = data / "held.jsonl", data / "arc.parquet", data / "turns.jsonl"
-    report = measured(monkeypatch, merged[0.0], llm_folder, tmp_path / "r.json", *files)
+    report = measured(monkeypatch, merged[0], llm_folder, tmp_path / "r.json", *files)
     metrics = report["metrics"]
     assert report["task"] == "text" and report["num_documents"] == 12 and report["num_questions"] == 2
     assert report["drawn"] == "documents" and report["verdict"].startswith("Language is kept")
     assert metrics["perplexity_ratio"]["value"] == pytest.approx(1, abs=1e-6)
     assert metrics["perplexity_ratio"]["interval"] == pytest.approx([1, 1], abs=1e-6)
     assert metrics["accuracy_difference"] == {"value": 0.0, "interval": [0.0, 0.0]}
-    again = measured(monkeypatch, merged[0.0], llm_folder, tmp_path / "r.json", *files)
+    again = measured(monkeypatch, merged[0], llm_folder, tmp_path / "r.json", *files)
     assert again["metrics"] == metrics and again["num_resumed"] == 2 * 14
 
 
 def test_perplexity_is_that_of_transformers(merged, llm_folder, data, tmp_path, monkeypatch):
-    report = measured(monkeypatch, merged[0.5], llm_folder, tmp_path / "r.json", data / "held.jsonl")
+    report = measured(monkeypatch, merged[2], llm_folder, tmp_path / "r.json", data / "held.jsonl")
     nats, count, num_bytes = np.sum([surprise(llm_folder, sentence(n)) for n in range(1, 12)], axis=0)
     metrics = {name: one["value"] for name, one in report["metrics"].items()}
     assert metrics["base_perplexity"] == pytest.approx(np.exp(nats / count), rel=1e-5)
@@ -97,7 +97,7 @@ def test_perplexity_is_that_of_transformers(merged, llm_folder, data, tmp_path, 
 
 def test_a_long_text_goes_in_windows(merged, llm_folder, data, tmp_path, monkeypatch):
     monkeypatch.setattr("vora.eval.text.WINDOW", 64)
-    report = measured(monkeypatch, merged[0.0], llm_folder, tmp_path / "r.json", data / "held.txt")
+    report = measured(monkeypatch, merged[0], llm_folder, tmp_path / "r.json", data / "held.txt")
     assert report["drawn"] == "windows" and report["num_documents"] == 1
     lines = [json.loads(line) for line in (tmp_path / "r.predictions.jsonl").read_text().splitlines()[1:]]
     tokens = AutoTokenizer.from_pretrained(llm_folder)((data / "held.txt").read_text())["input_ids"]
@@ -142,7 +142,7 @@ def test_a_wrong_key_is_named():
 
 
 def test_choices_are_scored_as_each_alone(merged, llm_folder, data, tmp_path, monkeypatch):
-    measured(monkeypatch, merged[0.0], llm_folder, tmp_path / "r.json", data / "arc.parquet")
+    measured(monkeypatch, merged[0], llm_folder, tmp_path / "r.json", data / "arc.parquet")
     lines = [json.loads(line) for line in (tmp_path / "r.predictions.jsonl").read_text().splitlines()[1:]]
     llm, tokenizer = AutoModelForCausalLM.from_pretrained(llm_folder), AutoTokenizer.from_pretrained(llm_folder)
     found = {line["index"]: line["log_probs"] for line in lines}
@@ -158,7 +158,7 @@ def test_choices_are_scored_as_each_alone(merged, llm_folder, data, tmp_path, mo
 
 
 def test_what_is_wrong_is_said(merged, llm_folder, data, tmp_path, monkeypatch, capsys):
-    arguments = ["eval", "-m", merged[0.0], "--task", "text", "-o", tmp_path / "r.json", "--data"]
+    arguments = ["eval", "-m", merged[0], "--task", "text", "-o", tmp_path / "r.json", "--data"]
     assert in_process(monkeypatch, *arguments, data / "held.txt") == 1
     assert "name it with --base" in " ".join(capsys.readouterr().err.split())
     other = tmp_path / "other"

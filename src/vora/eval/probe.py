@@ -140,7 +140,7 @@ def probe(
             ledger.seconds += spoken.seconds
     readings.groups = _drawn_together(examples, scenes)
     metrics = probe_metrics(readings, task.seed)
-    looks, verdict = verdict_of(metrics, list(readings.scores), len(scenes), len(readings.examples))
+    looks, verdict = verdict_of(metrics, list(readings.scores), len(set(readings.groups)), len(readings.examples))
     picture = out.with_suffix(".png")
     draw_probe(picture, metrics, readings, verdict, f"{task.name}, {Path(str(model_name)).name}")
     facts = {

@@ -5,20 +5,22 @@ set does (chance: one half), and at its 95 % interval:
 
 * "It looks" where all of the interval lies above one half; "but little" where the share itself is below 60 %.
 * "It does not look" where all of it lies below 60 %, and one half or less is possible.
-* "Too few examples to tell" otherwise, and of fewer than 10 pictures always.
+* "Too few examples to tell" otherwise, and of fewer than 10 pictures always. Pictures that are
+  drawn together, as those of one sentence, count once.
 
 Blank, shuffled and missing pictures decide nothing: a model may do badly with one only because it never saw the like.
 """
 
-CHANCE, LITTLE, FEWEST_PICTURES = 0.5, 0.6, 10
+CHANCE, LITTLE, FEWEST_GROUPS = 0.5, 0.6, 10
 
 
-def verdict_of(metrics, scores, num_pictures, num_references):
+def verdict_of(metrics, scores, num_groups, num_references):
     """What a probe's metrics say.
 
     Args:
         metrics: of `probe_metrics`.
         scores: names of the task's scores in it.
+        num_groups: pictures, those that are drawn together counting as one.
 
     Returns:
         (True, False or None, the verdict).
@@ -30,9 +32,9 @@ def verdict_of(metrics, scores, num_pictures, num_references):
         f"{_percent(beats['value'])} of {num_references:,} cases (95 % interval {_percents(beats)}, chance 50 %), by "
         f"{gain['value']:.3g} nats on average ({gain['interval'][0]:.3g} to {gain['interval'][1]:.3g})."
     )
-    if num_pictures < FEWEST_PICTURES or not (low > CHANCE or high < LITTLE):
-        wanted = f"at least {FEWEST_PICTURES} are needed" if num_pictures < FEWEST_PICTURES else "give more"
-        return None, f"Too few examples to tell: of {num_pictures:,} pictures ({wanted}), {found}"
+    if num_groups < FEWEST_GROUPS or not (low > CHANCE or high < LITTLE):
+        wanted = f"at least {FEWEST_GROUPS} are needed" if num_groups < FEWEST_GROUPS else "give more"
+        return None, f"Too few examples to tell: of {num_groups:,} independent pictures ({wanted}), {found}"
     if low <= CHANCE:
         return False, f"It does not look: {found}"
     opening = "It looks, but little: " if beats["value"] < LITTLE else "It looks: "
