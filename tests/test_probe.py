@@ -38,7 +38,7 @@ LAYOUTS = {
     "captions": [{"captions": [f"a dog number {n}", f"the {n} is red"]} for n in range(COUNT)],
     "vqa": [{"questions": ["what?", "is it red?"], "answers": [f"cup {n}", "yes"]} for n in range(COUNT)],
     "classify": [{"label": ("red", "blue", "green square")[n % 3]} for n in range(COUNT)],
-    "statements": [{"sentence": f"it is {n % 5}", "label": n % 2 < 1, "identifier": f"{n}-0"} for n in range(COUNT)],
+    "statements": [{"sentence": f"it is {n % 12}", "label": n % 2 < 1, "identifier": f"{n}-0"} for n in range(COUNT)],
 }
 
 
