@@ -63,6 +63,18 @@ def test_likelihoods_are_those_of_each_answer_alone(seeing, top, first_nodes, mo
         assert not all(np.isfinite(scores).all() for scores in found)  # some were never read
 
 
+def test_what_is_asked_for_is_read_though_it_is_not_the_best(seeing, monkeypatch):
+    model, processor, prompts, examples, _ = seeing
+    monkeypatch.setattr(likelihood, "FIRST_NODES", 1)
+    trees = [AnswerTree(answer_ids(processor, prompt, ANSWERS)) for prompt in prompts]
+    for number, answer in enumerate(ANSWERS):
+        both = [[number, (number + 4) % len(ANSWERS)]]
+        found = candidate_scores(model, processor, prompts, trees, 1, both * len(prompts))
+        for example, scores in zip(examples[:2], found):
+            assert np.isfinite(scores[both[0]]).all()
+            assert scores[number] == pytest.approx(brute_force(model, processor, example, answer), abs=2e-4)
+
+
 def test_answers_share_what_they_begin_with(seeing):
     _, processor, prompts, _, _ = seeing
     answers = answer_ids(processor, prompts[0], ["red circle", "red square"])
