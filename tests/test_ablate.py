@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +21,11 @@ from vora.ablate.run import ablate
 from vora.ablate.spec import cells_of, load_spec
 from vora.ablate.table import over_seeds, summary
 from vora.cli import app
+from vora.eval.run import make_task
 from vora.train.recipe import load_recipe
 from vora.train.run import train
 
+ROOT = Path(__file__).resolve().parents[1]
 QUIET = Console(quiet=True)
 
 
@@ -208,6 +211,19 @@ def test_a_grid_is_all_combinations_and_arms_override_the_command_line(work, tmp
     assert {cell.recipe.data.row_tokens for cell in cells} == {32}
     assert [cell.seed for cell in cells] == [0] * 4 + [1] * 4
     assert cells[-1].recipe.training["seed"] == 1 and cells[-1].folder == tmp_path / cells[-1].arm / "seed-1"
+
+
+SPECS = [path for path in sorted(ROOT.glob("recipes/*/ablations/*.yaml")) if path.stem != "base"]
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_every_specification_of_the_repository_loads(path, tmp_path):
+    spec = load_spec(path)
+    cells = cells_of(spec, ["data.folder=pictures", "teacher.name=vit"] * (path.stem != "full"), tmp_path)
+    assert len(cells) == len(spec.arms) * len(spec.seeds)
+    assert len({str(cell.recipe) for cell in cells}) == len(cells)  # no two cells are the same run
+    for asked in spec.evaluate:
+        make_task(asked.task)
 
 
 def log(folder, values, size=10, alone=0, rate=5.0, name="log.jsonl"):

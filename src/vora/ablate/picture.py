@@ -62,9 +62,9 @@ def _colours(count):
 
 
 def _frame(axes, drawn):
-    """The first tenth of a run falls from far above: what differs later is given the room."""
+    """A run begins far above where it ends: the room is given to what differs after the first third."""
     last = max(samples[-1] for *_, samples, _ in drawn)
-    later = np.concatenate([values[:, samples >= 0.1 * last].ravel() for *_, samples, values in drawn])
+    later = np.concatenate([values[:, samples >= last / 3].ravel() for *_, samples, values in drawn])
     low, high = later.min(), later.max()
     room = 0.05 * (high - low) or 0.1
     axes.set_ylim(low - room, high + room)
@@ -86,6 +86,7 @@ def _label(axes, drawn, baseline):
     for (arm, colour, end, value, *_), place in zip(order, places):
         text = f"{arm} {value:.3f}" + (" (baseline)" if arm == baseline else "")
         axes.annotate(
-            text, (end, value), (1.02, place), textcoords="axes fraction", color=colour, fontsize=9, va="center",
-            annotation_clip=False, arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.6},
+            text, (end, value), (1.04, place), textcoords="axes fraction", color=colour, fontsize=9, va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "relpos": (0, 0.5), "shrinkB": 0},
         )  # fmt: skip
