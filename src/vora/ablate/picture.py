@@ -58,7 +58,7 @@ def _colours(count):
         return COLOURS
     import matplotlib
 
-    return [matplotlib.colormaps["viridis"](share) for share in np.linspace(0, 0.95, count)]
+    return [matplotlib.colormaps["viridis"](share) for share in np.linspace(0, 0.88, count)]
 
 
 def _frame(axes, drawn):
