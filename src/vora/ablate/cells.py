@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from transformers import TrainerCallback
 
 from vora.eval.run import commit, evaluate, make_task
@@ -68,7 +67,7 @@ def train_cell(cell, samples, console):
         unfinished = cell.folder / "final" if resume else cell.folder  # killed before cell.json: it may not be whole
         shutil.rmtree(unfinished, ignore_errors=True)
         callbacks = [] if samples is None else [EnoughSamples(samples)]
-        train(cell.recipe, cell.folder, resume, Console(quiet=not console.is_terminal, stderr=True), callbacks)
+        train(cell.recipe, cell.folder, resume, console, callbacks)
         facts = {"arm": cell.arm, "seed": cell.seed, **commit()}
         write_whole(cell.folder / "cell.json", facts)
     for checkpoint in cell.folder.glob("checkpoint-*"):  # final/ has what was learned; optimizers fill disks
