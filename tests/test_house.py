@@ -22,8 +22,9 @@ MAY_IMPORT = {
     "train": {"model", "adapt", "distill", "data"},
     "eval": {"model", "adapt", "distill", "data"},
     "serve": {"model", "adapt", "distill", "data"},
+    "ablate": {"model", "adapt", "distill", "data", "train", "eval"},
     "quickstart": {"model", "adapt", "distill", "data", "train", "eval", "serve"},
-    "cli": {"model", "adapt", "distill", "data", "train", "eval", "serve", "quickstart"},
+    "cli": {"model", "adapt", "distill", "data", "train", "eval", "serve", "ablate", "quickstart"},
 }
 MODEL_LIBRARIES = {"torch", "transformers", "numpy", "PIL"}
 

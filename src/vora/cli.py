@@ -74,6 +74,29 @@ def train(
 
 
 @app.command()
+def ablate(
+    spec: Annotated[Path, typer.Argument(help="YAML file of arms and seeds; see recipes/*/ablations/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value of the recipe, for all arms, such as data.folder=FOLDER.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="For runs, table and curves; runs/SPEC by default.")
+    ] = None,
+):
+    """Train a grid of arms and seeds and draw table and curves; the same command goes on after a stop."""
+    from vora.ablate.run import ablate as run
+    from vora.ablate.run import num_failed
+
+    out = out or Path("runs") / spec.stem
+    found = run(spec, out, overrides or (), console)
+    for warning in found["warnings"]:
+        console.print(f"* {warning}", highlight=False)
+    console.print(f"Table: {out / 'table.md'}, curves: {out / 'curves.png'}", highlight=False)
+    if failed := num_failed(found):
+        raise ValueError(f"{failed} cells failed; {out / 'table.md'} says why. The same command tries them again.")
+
+
+@app.command()
 def plan(
     recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as lora.rank=512.")] = None,

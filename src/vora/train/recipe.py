@@ -63,6 +63,8 @@ class LoraSection(Section):
 class TeacherSection(Section):
     name: str
     weight: float = Field(1.0, ge=0)
+    weight_end: float | None = Field(None, ge=0)  # of the last step; see `DistillWeightDecay`
+    pairs: Literal["all", "last"] = "all"  # which blocks are taught: each pair's, or the deepest pair's alone
     center: bool = True  # these three: see `BlockwiseDistillation`
     standardize: bool = False
     summary: bool = False
@@ -222,19 +224,31 @@ def load_recipe(source, overrides=()):
         ValueError: unknown or missing keys, values of the wrong kind, all named in one message.
     """
     name = "recipe" if isinstance(source, dict) else str(source)
-    values = source if isinstance(source, dict) else _read_yaml(Path(source))
+    values = source if isinstance(source, dict) else read_yaml(Path(source))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"{override!r} is no override: write key=value, such as training.max_steps=100.")
         _override(values, key, _yaml_value(value))
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(f"{name}: " + "; ".join(map(_explain, error.errors()))) from None
+    recipe = validated(Recipe, values, name)
     if not isinstance(source, dict):
         _resolve_paths(recipe, Path(source).parent)
     return recipe
+
+
+def validated(kind, values, name):
+    """Values as a `Section` of that kind.
+
+    Args:
+        name: of where they come from, for messages.
+
+    Raises:
+        ValueError: unknown or missing keys, values of the wrong kind, all named in one message.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{name}: " + "; ".join(_explain(kind, found) for found in error.errors())) from None
 
 
 def _override(values, key, value):
@@ -256,7 +270,12 @@ def save_recipe(recipe, path):
     Path(path).write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=110))
 
 
-def _read_yaml(path):
+def read_yaml(path):
+    """What a YAML file of keys holds, as a dict.
+
+    Raises:
+        ValueError: it cannot be read, is no YAML, or holds no keys.
+    """
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -278,11 +297,10 @@ def _yaml_value(text):
     return value
 
 
-def _explain(error):
+def _explain(section, error):
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] != "extra_forbidden":
         return f"{place}: {error['msg']}" if place else error["msg"]
-    section = Recipe
     for part in error["loc"][:-1]:
         section = _section_of(section, part)
     return f"unknown key {place}{_nearest(error['loc'][-1], set(section.model_fields))}"

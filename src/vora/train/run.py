@@ -28,6 +28,7 @@ from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.processing_vora import VoraProcessor
 from vora.train.blocks import compile_blocks, recompute_blocks
 from vora.train.checkpoints import find_checkpoint, is_run, last_step, trained_folder
+from vora.train.decay import DistillWeightDecay
 from vora.train.pace import steps_that_fit
 from vora.train.progress import ProgressCallback, draw_losses, read_log, write_report
 from vora.train.recipe import CHECKPOINTING, load_recipe, save_recipe
@@ -121,6 +122,7 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
     (directory / "versions.json").write_text(json.dumps(versions(), indent=1))
     console.print(trainable_table(learner, recipe.stage))
     stop = StopOnSignal()
+    decay = [] if recipe.teacher is None or recipe.teacher.weight_end is None else [DistillWeightDecay(recipe.teacher)]
     trainer = VoraTrainer(
         model=learner,
         args=arguments,
@@ -133,6 +135,7 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
             stop,
             ProgressCallback(console, directory / "log.jsonl"),
             WatchCallback(recipe.watch, processor, directory / "watch.jsonl", console),
+            *decay,
             *callbacks,
         ],
     )

@@ -69,6 +69,8 @@ def with_scaffolding(recipe, student, image_processor, teacher=None):
         if teacher is not None:
             taught = num_blocks if recipe.teacher.pairing == "outputs" else teacher.num_blocks
             pairs = block_pairs(taught, teacher.num_blocks, recipe.teacher.spread, recipe.teacher.pairing)
+            if recipe.teacher.pairs == "last":
+                pairs = pairs[-1:]
             if recipe.teacher.summary:
                 pairs.append((pairs[-1][0], SUMMARY))
             width = student.config.get_text_config().hidden_size

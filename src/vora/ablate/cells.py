@@ -1,0 +1,172 @@
+"""One cell of the grid: trained, measured, or taken up where it stood.
+
+CELL/log.jsonl, recipe.yaml, final/, ...    of `vora.train.run.train`, without its checkpoints once it has ended
+CELL/cell.json                              written last: the run is whole; the commit that it was trained at
+CELL/failed.json                            why it could not end; it is tried again by the next command
+CELL/eval/NAME.json                         reports of `vora eval`, each beside its predictions
+"""
+
+import gc
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from vora.eval.run import commit, evaluate, make_task
+from vora.train.checkpoints import newest_checkpoint
+from vora.train.recipe import load_recipe
+from vora.train.run import merge_run, train
+
+
+class EnoughSamples(TrainerCallback):
+    """Ends a run at the first log line with so many samples seen: arms whose rows hold other numbers of samples then
+    end alike, where equal steps would not do."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if (logs or {}).get("samples_seen", 0) >= self.samples:
+            control.should_save = control.should_training_stop = True
+
+
+def is_finished(cell):
+    """Whether a cell's training has ended."""
+    return (cell.folder / "cell.json").exists()
+
+
+def refuse_other(cell):
+    """Raise if a cell's folder holds a run of another recipe than the specification's.
+
+    Raises:
+        ValueError: names the keys that differ.
+    """
+    file = cell.folder / "recipe.yaml"
+    if not file.exists() or not (is_finished(cell) or newest_checkpoint(cell.folder)):
+        return  # nothing would be lost
+    there, wanted = _flat(load_recipe(file).model_dump(mode="json")), _flat(cell.recipe.model_dump(mode="json"))
+    differ = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
+    if differ:
+        told = "; ".join(f"{key} was {there.get(key)}, is {wanted.get(key)}" for key in differ[:4])
+        raise ValueError(
+            f"{cell.folder} was run by another recipe ({len(differ)} keys differ: {told}): choose another --out, or "
+            "delete that folder to run it anew."
+        )
+
+
+def train_cell(cell, samples, console):
+    """Train a cell, from its newest checkpoint if it has one; nothing to do if it has ended.
+
+    Raises:
+        InterruptedError: a signal stopped the run; the next command goes on.
+    """
+    if not is_finished(cell):
+        resume = newest_checkpoint(cell.folder) is not None
+        unfinished = cell.folder / "final" if resume else cell.folder  # killed before cell.json: it may not be whole
+        shutil.rmtree(unfinished, ignore_errors=True)
+        callbacks = [] if samples is None else [EnoughSamples(samples)]
+        train(cell.recipe, cell.folder, resume, console, callbacks)
+        facts = {"arm": cell.arm, "seed": cell.seed, **commit()}
+        write_whole(cell.folder / "cell.json", facts)
+    for checkpoint in cell.folder.glob("checkpoint-*"):  # final/ has what was learned; optimizers fill disks
+        shutil.rmtree(checkpoint)
+
+
+def measure_cell(cell, asked, beside, console):
+    """Do those of a specification's measurements that have not been done yet.
+
+    Args:
+        asked: list of `EvaluateSection`.
+        beside: folder that paths of data may start from.
+    """
+    todo = [one for one in asked if report_of(cell, one) is None]
+    if not todo:
+        return
+    model, processor = merge_run(cell.folder)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    for one in todo:
+        out, options = _report_file(cell, one), one.model_dump(exclude={"name", "task", "data"})
+        if not _was_asked_alike(out, one):
+            for stale in out.parent.glob(f"{out.stem}.*"):
+                stale.unlink()
+        out.parent.mkdir(exist_ok=True)
+        write_whole(_asked_file(out), one.model_dump(mode="json"))
+        chosen = {key: options.pop(key) for key in ("prompt", "labels", "max_examples", "seed")}
+        data = [_data_path(path, cell.recipe.data.folder, beside) for path in _listed(one.data)]
+        evaluate(model, processor, make_task(one.task, **chosen), data, out, console,
+                 model_name=cell.folder / "final", rows_options=options)  # fmt: skip
+
+
+def report_of(cell, asked):
+    """The report of a measurement, or None if it has not been done, or by other words."""
+    file = _report_file(cell, asked)
+    if not file.exists() or not _was_asked_alike(file, asked):
+        return None
+    return json.loads(file.read_text())
+
+
+def note_failure(cell, error):
+    """Write down why a cell could not end."""
+    known = isinstance(error, (ValueError, OSError, ArithmeticError))
+    cause = ("" if known else f"{type(error).__name__}: ") + " ".join(str(error).split())
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    write_whole(cell.folder / "failed.json", {"arm": cell.arm, "seed": cell.seed, "cause": cause})
+    return cause
+
+
+def failure_of(cell):
+    """Why a cell could not end; None if it did not fail."""
+    file = cell.folder / "failed.json"
+    return json.loads(file.read_text())["cause"] if file.exists() else None
+
+
+def forget_failure(cell):
+    (cell.folder / "failed.json").unlink(missing_ok=True)
+
+
+def free_memory():
+    """What a cell leaves is given back before the next one, as if each had a process of its own."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def write_whole(file, values):
+    """Write JSON so that whoever reads finds all of it or the file before."""
+    unfinished = file.with_suffix(".part")
+    unfinished.write_text(json.dumps(values, indent=1) + "\n")
+    unfinished.replace(file)
+
+
+def _report_file(cell, asked):
+    return cell.folder / "eval" / f"{asked.name or asked.task}.json"
+
+
+def _asked_file(report):
+    return report.with_suffix(".asked.json")
+
+
+def _was_asked_alike(report, asked):
+    file = _asked_file(report)
+    return file.exists() and json.loads(file.read_text()) == asked.model_dump(mode="json")
+
+
+def _listed(data):
+    return [data] if isinstance(data, str) else data
+
+
+def _data_path(path, folder, beside):
+    for start in (folder, beside):
+        if start is not None and list(Path(start).glob(path) if not Path(path).is_absolute() else ()):
+            return str(Path(start, path))
+    return path
+
+
+def _flat(values, before=""):
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + str(key): value}
+    return flat

@@ -1,0 +1,97 @@
+"""Logs of runs to curves of loss against samples seen, and what is read off them.
+
+Dims: L log lines with a language loss.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vora.train.progress import read_log
+
+
+@dataclass
+class Curve:
+    """What one run's log says.
+
+    Args:
+        samples: int[L], samples seen at each line.
+        lm_loss: float[L], of each line, the mean since the one before.
+        smooth: float[L], means over the window that ends at each line; see `smoothed`.
+        pictures_alone: samples seen before there was a language loss.
+        samples_seen, tokens, seconds: of the whole run, pictures alone included; seconds of steps, not of starting.
+        distill_loss: mean over the last window; None without a teacher.
+    """
+
+    samples: np.ndarray
+    lm_loss: np.ndarray
+    smooth: np.ndarray
+    pictures_alone: int
+    samples_seen: int
+    tokens: int
+    seconds: float
+    distill_loss: float | None
+
+    @property
+    def final(self):
+        """The language loss at the end: the mean over the last window."""
+        return float(self.smooth[-1])
+
+
+def read_curve(log_file, window):
+    """A run's curve.
+
+    Args:
+        window: share of all its samples that means are taken over.
+
+    Raises:
+        ValueError: the log has no line with a language loss.
+    """
+    lines = read_log(log_file) if Path(log_file).exists() else []
+    with_words = [line for line in lines if "lm_loss" in line]
+    if not with_words:
+        raise ValueError(f"{log_file} has no line with lm_loss: raise training.max_steps, or log more often.")
+    before, seconds, tokens, alone = 0, 0.0, 0.0, 0
+    for line in lines:  # speeds are of the steps since the line before, so that they give back time and tokens
+        took = (line["samples_seen"] - before) / line["samples_per_second"] if line["samples_per_second"] else 0.0
+        seconds, tokens, before = seconds + took, tokens + took * line["tokens_per_second"], line["samples_seen"]
+        alone = alone if "lm_loss" in line else before
+    width = window * before
+    taught = [line for line in lines if "distill_loss" in line]
+    distill = smoothed(*_columns(taught, "distill_loss"), width)[-1] if taught else None
+    samples, losses = _columns(with_words, "lm_loss")
+    smooth = smoothed(samples, losses, width, alone)
+    return Curve(samples, losses, smooth, alone, before, round(tokens), seconds, None if distill is None else distill)
+
+
+def smoothed(samples, losses, width, start=0):
+    """float[L]: at each line the mean over the last `width` samples, each line weighted by its own.
+
+    Args:
+        start: samples seen before the first line's.
+    """
+    sizes = np.diff(samples, prepend=start)
+    sizes = np.where(sizes > 0, sizes, 1)
+    means = [
+        np.average(losses[inside], weights=sizes[inside])
+        for inside in ((samples > last - width) & (samples <= last) for last in samples)
+    ]
+    return np.array(means)
+
+
+def samples_until(curve, loss):
+    """Samples seen when the smoothed language loss is first at `loss` or below, between lines on a straight line;
+    None if it never is."""
+    below = np.flatnonzero(curve.smooth <= loss)
+    if not len(below):
+        return None
+    i = below[0]
+    if i == 0:
+        return float(curve.samples[0])
+    share = (curve.smooth[i - 1] - loss) / (curve.smooth[i - 1] - curve.smooth[i])
+    return float(curve.samples[i - 1] + share * (curve.samples[i] - curve.samples[i - 1]))
+
+
+def _columns(lines, name):
+    return np.array([line["samples_seen"] for line in lines]), np.array([line[name] for line in lines], float)

@@ -1,0 +1,121 @@
+"""`vora ablate`: a specification to runs, a table and curves.
+
+OUT/ARM/seed-N/                 each cell; see `vora.ablate.cells`
+OUT/table.md, table.json        each arm over its seeds, against the baseline
+OUT/curves.png                  lm_loss against samples seen
+"""
+
+import json
+import shlex
+from pathlib import Path
+
+from vora.ablate.cells import (
+    failure_of,
+    forget_failure,
+    free_memory,
+    is_finished,
+    measure_cell,
+    note_failure,
+    refuse_other,
+    report_of,
+    train_cell,
+    write_whole,
+)
+from vora.ablate.curves import read_curve
+from vora.ablate.page import markdown
+from vora.ablate.picture import draw_curves
+from vora.ablate.spec import cells_of, load_spec
+from vora.ablate.table import summary
+from vora.eval.run import commit, make_task
+
+
+def ablate(spec_file, out, overrides, console):
+    """Run what has not been run yet of a grid, and draw its table and curves.
+
+    Cells run one after another in this process: two side by side would share cores and memory, so that their seconds
+    would say nothing; and each is seeded anew, so that it is the run that `vora train` would have made.
+
+    Args:
+        spec_file: see `Spec`.
+        overrides: of the recipe, for all arms, such as `data.folder=FOLDER`.
+
+    Returns:
+        What table.json holds.
+
+    Raises:
+        ValueError: bad specification or recipe, or a folder in `out` that another recipe has made; before any work.
+        InterruptedError: a signal stopped it; the same command goes on.
+    """
+    spec, out = load_spec(spec_file), Path(out)
+    cells = cells_of(spec, overrides, out)
+    for cell in cells:
+        refuse_other(cell)
+    for asked in spec.evaluate:
+        make_task(asked.task, prompt=asked.prompt)  # a wrong name is told before hours of training
+    command = shlex.join(["vora", "ablate", str(spec_file), *overrides, "--out", str(out)])
+    out.mkdir(parents=True, exist_ok=True)
+    for number, cell in enumerate(cells, 1):
+        done = is_finished(cell) and all(report_of(cell, asked) for asked in spec.evaluate)
+        console.print(f"\\[{number}/{len(cells)}] {cell.name}{': done before' if done else ''}", highlight=False)
+        forget_failure(cell)
+        try:
+            train_cell(cell, spec.samples, console)
+            measure_cell(cell, spec.evaluate, Path(spec_file).parent, console)
+        except InterruptedError as stop:
+            raise InterruptedError(f"{str(stop).partition(' Go on')[0]} Go on with: {command}") from None
+        except Exception as error:  # whatever it was, the other cells are worth having
+            console.print(f"[red]{cell.name} failed:[/red] {note_failure(cell, error)}", highlight=False)
+        if not done:
+            free_memory()
+    return draw(spec, cells, out, Path(spec_file).stem, command)
+
+
+def draw(spec, cells, out, name, command):
+    """Table and curves of the cells that have ended."""
+    curves, scores, failures, commits = {}, {}, {}, {}
+    for cell in cells:
+        key = (cell.arm, cell.seed)
+        if (cause := failure_of(cell)) is not None:
+            failures[key] = cause
+        if not is_finished(cell):
+            continue
+        try:
+            curves[key] = read_curve(cell.folder / "log.jsonl", spec.window)
+        except ValueError as error:
+            failures[key] = str(error)
+            continue
+        commits[trained_at(cell)] = None
+        scores[key] = {
+            f"{asked.name or asked.task} {metric}": value["value"]
+            for asked in spec.evaluate
+            for metric, value in ((report_of(cell, asked) or {}).get("metrics", {})).items()
+        }
+    found = {
+        "name": name,
+        "command": command,
+        **commit(),
+        "trained_at": list(commits),
+        "baseline": spec.baseline,
+        "seeds": spec.seeds,
+        "samples": spec.samples,
+        "window": spec.window,
+        "set": spec.set,
+        **summary(spec.arms, spec.baseline, curves, scores, failures),
+    }
+    if len(commits) > 1:
+        found["warnings"].append(f"Cells were trained at {len(commits)} states of the code: {', '.join(commits)}.")
+    write_whole(out / "table.json", found)
+    (out / "table.md").write_text(markdown(found))
+    draw_curves(curves, list(spec.arms), spec.baseline, out / "curves.png", name)
+    return found
+
+
+def trained_at(cell):
+    """The commit of a cell's training, in words."""
+    facts = json.loads((cell.folder / "cell.json").read_text())
+    return f"{(facts['commit'] or 'unknown')[:12]}{' with changes' if facts['commit_is_changed'] else ''}"
+
+
+def num_failed(found):
+    """How many cells of a table could not end."""
+    return sum(len(row["failed"]) for row in found["arms"])

@@ -1,0 +1,290 @@
+"""A grid of runs: what it trains, that it goes on, and that its figures are right."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+from transformers import TrainerCallback, ViTConfig, ViTModel
+from typer.testing import CliRunner
+
+from vora.ablate import cells as cells_module
+from vora.ablate.curves import read_curve, samples_until, smoothed
+from vora.ablate.page import markdown
+from vora.ablate.run import ablate
+from vora.ablate.spec import cells_of, load_spec
+from vora.ablate.table import over_seeds, summary
+from vora.cli import app
+from vora.eval.run import make_task
+from vora.train.recipe import load_recipe
+from vora.train.run import train
+
+ROOT = Path(__file__).resolve().parents[1]
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def work(tmp_path, llm_folder):
+    """A folder with a recipe of two steps, its data and its teacher; a function that writes a specification."""
+    lines = []
+    for name in ("red", "blue"):
+        Image.new("RGB", (16, 16), name).save(tmp_path / f"{name}.png")
+        lines.append({"image": f"{name}.png", "question": "what?", "answer": name})
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    torch.manual_seed(1)
+    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    ViTModel(ViTConfig(**shape, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(
+        tmp_path / "vit"
+    )
+    recipe = {
+        "model": {"llm": llm_folder},
+        "teacher": {"name": "vit"},
+        "lora": {"rank": 4},
+        "data": {"sources": [{"path": "train.jsonl"}], "row_tokens": 64},
+        "training": {
+            "max_steps": 2, "per_device_train_batch_size": 1, "logging_steps": 1, "save_steps": 1, "use_cpu": True,
+            "learning_rate": 1e-3,
+        },
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    def write(**values):
+        spec = {"recipe": "recipe.yaml", "seeds": [0, 1], **values}
+        (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+        return tmp_path / "spec.yaml"
+
+    return write
+
+
+ARMS = {"taught": [], "untaught": ["teacher.weight=0"]}
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["lm_loss"], line["samples_seen"]) for line in lines]
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, ["ablate", *map(str, arguments)])
+
+
+def test_two_arms_two_seeds_end_to_end(work, tmp_path):
+    asked = {"task": "vqa", "data": "train.jsonl", "max_examples": 2}
+    spec, out = work(arms=ARMS, baseline="untaught", evaluate=[asked]), tmp_path / "out"
+    result = command(spec, "--out", out)
+    assert result.exit_code == 0, (result.output, result.exception)
+    found = json.loads((out / "table.json").read_text())
+    taught, untaught = found["arms"]
+    assert set(taught["lm_loss"]["by_seed"]) == {"0", "1"} and not found["warnings"]
+    assert taught["distill_loss"]["mean"] > 0 and untaught["distill_loss"]["mean"] is None
+    assert any(name.startswith("vqa ") for name in taught["metrics"])
+    for seed in (0, 1):
+        folder = out / "taught" / f"seed-{seed}"
+        assert found["arms"][0]["lm_loss"]["by_seed"][str(seed)] == losses(folder)[-1][1]
+        assert not list(folder.glob("checkpoint-*")) and (folder / "final").exists()
+        assert (folder / "eval" / "vqa.json").exists()
+    assert losses(out / "taught" / "seed-0") != losses(out / "taught" / "seed-1")
+    page = (out / "table.md").read_text()
+    assert "untaught (baseline)" in page and "vora ablate" in page and "commit" in page
+    assert Image.open(out / "curves.png").width > 500
+    # each cell is the run that `vora train` makes
+    train(load_recipe(tmp_path / "recipe.yaml", ["training.seed=1"]), tmp_path / "alone", console=QUIET)
+    assert losses(tmp_path / "alone") == losses(out / "taught" / "seed-1")
+    # the same command again draws the same, without training or asking
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if "seed-" in str(path) and path.is_file()}
+    drawn = {name: (out / name).read_bytes() for name in ("table.md", "table.json", "curves.png")}
+    assert command(spec, "--out", out).exit_code == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert drawn == {name: (out / name).read_bytes() for name in drawn}
+    # other words of a measurement are asked anew; another recipe is refused
+    assert command(work(arms=ARMS, evaluate=[{**asked, "max_examples": 1}]), "--out", out).exit_code == 0
+    assert json.loads((out / "taught" / "seed-0" / "eval" / "vqa.json").read_text())["num_examples"] == 1
+    other = command(spec, "lora.rank=8", "--out", out)
+    assert other.exit_code == 1 and "lora.rank was 4, is 8" in str(other.exception)
+
+
+class Killed(BaseException):
+    """Like SIGKILL, nothing catches it: what is on the disk stays as it was."""
+
+
+def test_a_grid_goes_on_after_a_signal_and_after_a_kill(work, tmp_path, monkeypatch):
+    spec, out = work(arms=ARMS, seeds=[0], set=["training.max_steps=5", "training.save_steps=2"]), tmp_path / "out"
+    ablate(spec, tmp_path / "whole", [], QUIET)
+
+    class EndAt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if "untaught" in args.output_dir and state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            elif "untaught" not in args.output_dir and state.global_step == 3:
+                raise Killed
+
+    def ended(recipe, folder, resume, console, callbacks):
+        return train(recipe, folder, resume, console, [*callbacks, *([] if resume else [EndAt()])])
+
+    monkeypatch.setattr(cells_module, "train", ended)
+    taught, untaught = (out / arm / "seed-0" for arm in ARMS)
+    with pytest.raises(Killed):
+        ablate(spec, out, [], QUIET)
+    assert (taught / "checkpoint-2").exists() and not (out / "table.md").exists()
+    (taught / "final").mkdir()
+    (taught / "final" / "half").write_text("killed while it saved")
+    with pytest.raises(InterruptedError, match="Go on with: vora ablate"):
+        ablate(spec, out, [], QUIET)
+    assert list(untaught.glob("checkpoint-*")) and not (taught / "final" / "half").exists()
+    first = (taught / "cell.json").stat().st_mtime_ns
+    ablate(spec, out, [], QUIET)
+    assert first == (taught / "cell.json").stat().st_mtime_ns
+    for arm in ARMS:
+        assert losses(out / arm / "seed-0") == losses(tmp_path / "whole" / arm / "seed-0")
+    assert [step for step, *_ in losses(taught)] == [1, 2, 3, 4, 5]
+
+
+def test_a_failing_arm_is_told_and_the_others_go_on(work, tmp_path):
+    arms = {"bad": ["data.row_tokens=512", "lora.rank=2"], **ARMS}
+    spec, out = work(arms=arms, baseline="untaught", seeds=[0]), tmp_path / "out"
+    result = command(spec, "--out", out)
+    assert result.exit_code == 1 and "1 cells failed" in str(result.exception)
+    found = json.loads((out / "table.json").read_text())
+    bad, taught, _ = found["arms"]
+    assert "context holds 256" in bad["failed"]["0"] and bad["lm_loss"]["mean"] is None
+    assert taught["lm_loss"]["mean"] > 0 and "context holds 256" in (out / "table.md").read_text()
+    assert any("finished seeds" in warning for warning in found["warnings"])
+    mended = work(arms={**arms, "bad": ["lora.rank=2"]}, baseline="untaught", seeds=[0])
+    assert command(mended, "--out", out).exit_code == 0
+    assert not (out / "bad" / "seed-0" / "failed.json").exists()
+
+
+def test_cells_end_at_equal_samples(work, tmp_path):
+    arms = {"one": [], "two": ["data.row_tokens=32"]}
+    shared = ["training.max_steps=30", "training.save_steps=1000"]
+    found = ablate(work(arms=arms, seeds=[0], set=shared, samples=12), tmp_path / "out", [], QUIET)
+    steps = [losses(tmp_path / "out" / arm / "seed-0")[-1] for arm in arms]
+    assert steps[0][0] < steps[1][0] < 30 and all(12 <= seen <= 15 for *_, seen in steps)
+    assert not any("unequal samples" in warning for warning in found["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"arms": ARMS, "sed": [1]}, "unknown key sed (did you mean seeds?)"),
+        ({"arms": ARMS, "evaluate": [{"task": "vqa", "dat": "x"}]}, "did you mean data?"),
+        ({}, "exactly one of arms"),
+        ({"arms": ARMS, "grid": {"lora.rank": [1]}}, "exactly one of arms"),
+        ({"arms": {"a": ["lora.rank"]}}, "no override"),
+        ({"arms": {"../a": []}}, "no name for an arm"),
+        ({"arms": {"a": ["training.seed=3"]}}, "seeds"),
+        ({"arms": ARMS, "baseline": "b"}, "choose among taught, untaught"),
+        ({"arms": ARMS, "seeds": [1, 1]}, "twice"),
+        ({"grid": {"lora.rank": [2, 2]}}, "a value twice"),
+        ({"arms": ARMS, "evaluate": [{"task": "vqa", "data": "a"}, {"task": "vqa", "data": "b"}]}, "give each a name"),
+    ],
+)
+def test_a_bad_specification_is_refused(work, values, message):
+    with pytest.raises(ValueError) as error:
+        load_spec(work(**values))
+    assert message in str(error.value) and "spec.yaml" in str(error.value)
+
+
+def test_bad_arms_are_refused_before_any_work(work, tmp_path):
+    for arm, message in {"lora.rnk=3": "arm b: .*did you mean rank", "max_minutes=3": "leave it out"}.items():
+        with pytest.raises(ValueError, match=message):
+            ablate(work(arms={"a": [], "b": [arm]}), tmp_path / "out", [], QUIET)
+    with pytest.raises(ValueError, match="no task"):
+        ablate(work(arms=ARMS, evaluate=[{"task": "vqx", "data": "a"}]), tmp_path / "out", [], QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_grid_is_all_combinations_and_arms_override_the_command_line(work, tmp_path):
+    spec = load_spec(work(grid={"lora.rank": [2, 4], "training.learning_rate": ["1e-3", 0.01]}))
+    assert list(spec.arms) == [
+        f"rank={rank},learning_rate={rate}" for rank in (2, 4) for rate in ("1e-3", "0.01")
+    ]  # fmt: skip
+    cells = cells_of(spec, ["lora.rank=3", "data.row_tokens=32"], tmp_path)
+    assert [cell.recipe.lora.rank for cell in cells[:4]] == [2, 2, 4, 4]
+    assert [cell.recipe.training["learning_rate"] for cell in cells[:2]] == [1e-3, 1e-2]
+    assert {cell.recipe.data.row_tokens for cell in cells} == {32}
+    assert [cell.seed for cell in cells] == [0] * 4 + [1] * 4
+    assert cells[-1].recipe.training["seed"] == 1 and cells[-1].folder == tmp_path / cells[-1].arm / "seed-1"
+
+
+SPECS = [path for path in sorted(ROOT.glob("recipes/*/ablations/*.yaml")) if path.stem != "base"]
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_every_specification_of_the_repository_loads(path, tmp_path):
+    spec = load_spec(path)
+    cells = cells_of(spec, ["data.folder=pictures", "teacher.name=vit"] * (path.stem != "full"), tmp_path)
+    assert len(cells) == len(spec.arms) * len(spec.seeds)
+    assert len({str(cell.recipe) for cell in cells}) == len(cells)  # no two cells are the same run
+    for asked in spec.evaluate:
+        make_task(asked.task)
+
+
+def log(folder, values, size=10, alone=0, rate=5.0, name="log.jsonl"):
+    """A hand-made log: `alone` lines of pictures alone, then one per loss, each of `size` samples."""
+    lines = []
+    for number, loss in enumerate([None] * alone + list(values), 1):
+        line = {"step": number, "samples_seen": size * number, "samples_per_second": rate, "tokens_per_second": 100.0}
+        line |= {} if loss is None else {"lm_loss": loss}
+        lines.append(line | {"distill_loss": 0.5})
+    (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / name
+
+
+def test_curves_of_hand_made_logs(tmp_path):
+    curve = read_curve(log(tmp_path, [8.0, 6.0, 4.0, 2.0], alone=6), window=0.2)  # 100 samples: two lines
+    assert curve.samples.tolist() == [70, 80, 90, 100] and curve.smooth.tolist() == [8, 7, 5, 3]
+    assert (curve.final, curve.pictures_alone, curve.samples_seen) == (3.0, 60, 100)
+    assert (curve.seconds, curve.tokens, curve.distill_loss) == (20.0, 2000, 0.5)
+    assert samples_until(curve, 6.0) == 85 and samples_until(curve, 3.0) == 100 and samples_until(curve, 8.5) == 70
+    assert samples_until(curve, 2.9) is None
+    with pytest.raises(ValueError, match="no line with lm_loss"):
+        read_curve(log(tmp_path, [], alone=2), 0.1)
+    # a long line weighs more than a short one
+    assert smoothed(np.array([30, 40]), np.array([1.0, 5.0]), 100).tolist() == [1.0, 2.0]
+
+
+def test_table_of_hand_made_logs(tmp_path):
+    def curves(slopes, **kwargs):
+        return {seed: read_curve(log(tmp_path, np.linspace(10, 10 - slope, 11), **kwargs), 0.01)
+                for seed, slope in enumerate(slopes)}  # fmt: skip
+
+    slow, fast, short = curves([4, 5, 6]), curves([8, 10, 11]), curves([1, 1, 1], size=5)
+    every = {
+        (arm, seed): c for arm, own in (("slow", slow), ("fast", fast), ("short", short)) for seed, c in own.items()
+    }
+    scores = {("slow", 0): {"vqa a": 0.5}, ("fast", 0): {"vqa a": 0.75}, ("fast", 1): {"vqa a": 0.25}}
+    arms = {"slow": [], "fast": ["a=1"], "short": [], "broken": []}
+    found = summary(arms, "slow", every, scores, {("broken", 2): "it broke"})
+    baseline, row, short_row, broken = found["arms"]
+    assert baseline["lm_loss"] == {
+        "mean": 5.0,
+        "half": pytest.approx(4.303 / 3**0.5),
+        "by_seed": {"0": 6.0, "1": 5.0, "2": 4.0},
+    }
+    assert baseline["difference"] == {} and baseline["to_baseline"]["samples"]["mean"] == 110
+    differences = {"0": -4.0, "1": -5.0, "2": -5.0}
+    assert row["difference"]["lm_loss"]["by_seed"] == differences
+    assert row["difference"]["lm_loss"]["half"] == pytest.approx(4.303 / 3)  # far narrower than of either arm's own
+    assert row["difference"]["vqa a"] == {"mean": 0.25, "half": None, "by_seed": {"0": 0.25}}
+    needed = row["to_baseline"]["samples"]["by_seed"]  # the first line is at 10 samples, each next 10 further
+    assert needed == pytest.approx({"0": 60.0, "1": 60.0, "2": 10 + 100 * 6 / 11})
+    assert row["to_baseline"]["fewer_share"]["by_seed"]["0"] == pytest.approx(1 - 60 / 110)
+    assert short_row["to_baseline"]["seeds_not_reached"] == [0, 1, 2]
+    assert broken["failed"] == {"2": "it broke"} and broken["lm_loss"]["mean"] is None
+    assert any("unequal samples (slow 110, fast 110, short 55)" in warning for warning in found["warnings"])
+    page = markdown({"name": "x", "baseline": "slow", "window": 0.01, "set": [], "seeds": [0, 1, 2], "command": "c",
+                     "commit": None, "commit_is_changed": None, "trained_at": [], **found})  # fmt: skip
+    assert "not reached by 3 of 3" in page and "-4.6667 ± 1.4343" in page and "broken, seed 2: it broke" in page
+    assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 1
+
+
+def test_intervals():
+    assert over_seeds({0: 1.0}) == {"mean": 1.0, "half": None, "by_seed": {"0": 1.0}}
+    assert over_seeds({0: 1.0, 1: 3.0})["half"] == pytest.approx(12.706)
