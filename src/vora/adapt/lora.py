@@ -57,7 +57,25 @@ def attach_vision_lora(model, *, rank=32, num_blocks=None, target_modules=None, 
         modules_to_save=[getattr(model, "trained_eyes", PATCH_EMBEDDING)],
         exclude_modules=rf".*\b{PATCH_EMBEDDING}\..*" if hasattr(model, "trained_eyes") else None,
     )
-    return get_peft_model(model, config)
+    return leave_precision_to_autocast(get_peft_model(model, config))
+
+
+class UnlessAutocast:
+    """True, but where autocast chooses the precision of products: PEFT asks it at each of them."""
+
+    def __bool__(self):
+        return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
+
+
+def leave_precision_to_autocast(model):
+    """Have LoRA layers take their input as it is under autocast. PEFT casts it to the pairs' float32, autocast casts
+    that back, and the copy is kept for the gradient, once for each layer that the same input enters; the numbers are
+    the same to the last bit.
+    """
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = UnlessAutocast()
+    return model
 
 
 @torch.no_grad()
@@ -133,7 +151,7 @@ def load_vision_lora(folder, dtype="auto"):
     config = AutoConfig.from_pretrained(folder)
     model = kind_of_student(folder).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     model.generation_config = GenerationConfig.from_pretrained(folder)
-    return PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
+    return leave_precision_to_autocast(PeftModel.from_pretrained(model, folder, is_trainable=True)).eval()
 
 
 def _weight_files(folder):
