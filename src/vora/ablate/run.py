@@ -46,7 +46,8 @@ def ablate(spec_file, out, overrides, console):
         ValueError: bad specification or recipe, or a folder in `out` that another recipe has made; before any work.
         InterruptedError: a signal stopped it; the same command goes on.
     """
-    spec, out = load_spec(spec_file), Path(out)
+    spec_file, out = Path(spec_file), Path(out)
+    spec = load_spec(spec_file)
     cells = cells_of(spec, overrides, out)
     for cell in cells:
         refuse_other(cell)
@@ -60,14 +61,15 @@ def ablate(spec_file, out, overrides, console):
         forget_failure(cell)
         try:
             train_cell(cell, spec.samples, console)
-            measure_cell(cell, spec.evaluate, Path(spec_file).parent, console)
+            measure_cell(cell, spec.evaluate, spec_file.parent, console)
         except InterruptedError as stop:
             raise InterruptedError(f"{str(stop).partition(' Go on')[0]} Go on with: {command}") from None
         except Exception as error:  # whatever it was, the other cells are worth having
             console.print(f"[red]{cell.name} failed:[/red] {note_failure(cell, error)}", highlight=False)
-        if not done:
+        if not done and number < len(cells):
             free_memory()
-    return draw(spec, cells, out, Path(spec_file).stem, command)
+            draw(spec, cells, out, spec_file.stem, command)  # what there is so far, for those who look meanwhile
+    return draw(spec, cells, out, spec_file.stem, command)
 
 
 def draw(spec, cells, out, name, command):
