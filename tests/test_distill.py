@@ -461,6 +461,7 @@ def test_checkpointed_blocks_learn_the_same(learner, pictures_alone, num_blocks)
         learner.distillation.num_updates.zero_()
         learner(**inputs)["loss"].backward()
         found.append({name: p.grad.clone() for name, p in learner.named_parameters() if p.grad is not None})
+    assert learner.distillation.recomputes
     assert ran == [2 if num_blocks is None or block < num_blocks else 1 for block in range(3)]
     assert found[0].keys() == found[1].keys() and len(found[0]) > 10
     for name, gradient in found[0].items():

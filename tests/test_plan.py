@@ -162,6 +162,12 @@ def test_activations_are_those_that_autograd_saves(tmp_path, recomputed, bf16, i
     later = at_once * (4 + (2 if bf16 else 4))  # their gradients
     if in_parts:  # are made again later, with the head's weights in bf16
         later += at_once * 4 + (400 * 64 * 2 if bf16 else 0)
+    if recomputed:  # so are the heads, one at a time
+        heads = learner.distillation
+        states = torch.randn(2 * SIDE**2, 64, requires_grad=True), torch.randn(2 * SIDE**2, 48)
+        with Saved(heads) as one, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            heads.loss_of_pair(heads.pairs[0], *states)
+        later += one.num_bytes
     assert found.activations + found.loss - later == pytest.approx(saved.num_bytes, rel=0.05)
     assert losses["loss"] > 0
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)

@@ -3,9 +3,12 @@
 Dims: T image tokens of the batch, D = the student's width, D_t = the teacher's.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 SUMMARY = "summary"  # in the place of a teacher's block: its CLS token's last state, at every image token
 SHIFTS = {"outputs": (0, 0), "inputs": (-1, 0), "hidden_states": (-1, -1)}  # of (student, teacher)
@@ -78,6 +81,7 @@ class BlockwiseDistillation(nn.Module):
         self.pairs = list(pairs)
         self.center, self.standardize = center, standardize
         self.momentum = momentum
+        self.recomputes = False  # heads in the backward pass, see `VisionLearner.gradient_checkpointing_enable`
         self.heads = nn.ModuleDict(
             {
                 name_of(pair): nn.Sequential(nn.RMSNorm(student_size, eps=1e-5), nn.Linear(student_size, teacher_size))
@@ -102,14 +106,16 @@ class BlockwiseDistillation(nn.Module):
         """
         if self.training and self.center:
             self._update_moments(teacher_states)
-        losses = []
-        for pair in self.pairs:
-            student, teacher = pair
-            target = self.target(pair, teacher_states[teacher])
-            predicted = self.heads[name_of(pair)](student_states[student].to(self._dtype))
-            losses.append(1 - F.cosine_similarity(predicted.float(), target, dim=-1).mean())
-        losses = torch.stack(losses)
+        loss_of = self.loss_of_pair
+        if self.recomputes:
+            loss_of = partial(checkpoint, self.loss_of_pair, use_reentrant=False, preserve_rng_state=False)
+        losses = torch.stack([loss_of(pair, student_states[pair[0]], teacher_states[pair[1]]) for pair in self.pairs])
         return losses.mean(), losses.detach()
+
+    def loss_of_pair(self, pair, states, features):
+        """1 - cosine between what a pair's head makes of float[T, D] and its target of float[T, D_t], mean over T."""
+        predicted = self.heads[name_of(pair)](states.to(self._dtype))
+        return 1 - F.cosine_similarity(predicted.float(), self.target(pair, features), dim=-1).mean()
 
     def target(self, pair, features):
         """What a pair's head is to point at: float[T, D_t], centred and standardized if so wished."""

@@ -56,7 +56,7 @@ class VisionLearner(nn.Module):
         return self.vora.model._no_split_modules
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, num_blocks=None, **kwargs):
-        """Keep only what enters a block and compute the rest again when gradients are.
+        """Keep only what enters a block, or a distill head, and compute the rest again when gradients are.
 
         Args:
             gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
@@ -71,6 +71,8 @@ class VisionLearner(nn.Module):
         if num_blocks is not None and not 1 <= num_blocks <= len(blocks):
             raise ValueError(f"{num_blocks} blocks are to be computed again, but the LLM has {len(blocks)}.")
         self.vora.model.language_model.gradient_checkpointing_enable(how, **kwargs)
+        if self.distillation is not None:
+            self.distillation.recomputes = True
         for block in [] if num_blocks is None else blocks[num_blocks:]:
             if not hasattr(block, "gradient_checkpointing"):
                 raise ValueError(

@@ -44,7 +44,7 @@ def row_flops(learner, row, num_recomputed=0, num_rows=1):
 
     Args:
         learner: a `VisionLearner`, on whatever device (meta will do).
-        num_recomputed: of the first so many blocks, which are computed again in the backward pass.
+        num_recomputed: of the first so many blocks, which are computed again in the backward pass, and the heads.
         num_rows: rows of a batch, whose logits are computed again too if they are made in parts (`summed_loss`).
 
     Returns:
@@ -81,7 +81,9 @@ def row_flops(learner, row, num_recomputed=0, num_rows=1):
     parts["student_backward"] += 2 * eyes.patch.weight.numel() * patches + 2 * projection
     if learner.teacher is not None:
         parts["teacher"] = row.num_images * teacher_flops(learner.teacher, patches / max(row.num_images, 1e-9))
-        parts["heads"] = 6 * len(pairs) * config.hidden_size * learner.teacher.hidden_size * row.num_image_tokens
+        heads = 2 * len(pairs) * config.hidden_size * learner.teacher.hidden_size * row.num_image_tokens
+        parts["heads"] = 3 * heads
+        parts["recomputation"] += heads if num_recomputed else 0
     return parts | {"total": sum(parts.values())}
 
 

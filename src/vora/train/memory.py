@@ -238,4 +238,9 @@ def held_by_losses(learner, row, num_rows, bf16):
         with Saved(heads) as found, computing_in(bf16):
             heads(states, features)
         held += found.num_bytes
+        if heads.recomputes:  # one of them, once the others are done
+            student, teacher = pair = pairs[-1]
+            with Saved(heads) as found, computing_in(bf16):
+                heads.loss_of_pair(pair, states[student], features[teacher])
+            held += found.num_bytes
     return held
