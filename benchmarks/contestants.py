@@ -20,7 +20,7 @@ from vora.data.packing import collate_rows, next_row, places, share_prefixes
 from vora.data.stream import WAITING
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
-from vora.model.attention import BY_STRETCH
+from vora.model.stretches import BY_STRETCH
 from vora.train.outline import SHAPES
 from vora.train.pace import cpu_dtype
 from vora.train.trainer import ON_HOST
@@ -93,7 +93,7 @@ def default_dtype():
 
 
 def default_attention():
-    """What `vora train` uses: see `vora.model.attention.sdpa_by_stretch`."""
+    """What `vora train` and `load_model` choose: see `vora.model.stretches.by_stretch_on_cpu`."""
     return "sdpa" if torch.cuda.is_available() else BY_STRETCH
 
 

@@ -3,7 +3,8 @@
 Against the bare LLM: as many tokens, of which VoRA's are those of a picture and a question; prefill of all in one
 pass, then decoding. Against `LlavaForConditionalGeneration` of transformers with the same LLM and a ViT of the
 teacher's size: the time from pixels to the first token's logits, at patch_merge 1 (as many image tokens as LLaVA has)
-and 2 (a quarter). Reading and resizing the picture is left out on all sides. All share the weights of one LLM.
+and 2 (a quarter). Reading and resizing the picture is left out on all sides. All share the weights of one LLM, in the
+same precision, on the same threads; ours attends as `vora.serve.chat.load_model` has it attend, the others by sdpa.
 
 Ratios are ours / baseline: of tokens a second above 1 is better, of milliseconds below 1.
 
@@ -11,7 +12,7 @@ Ratios are ours / baseline: of tokens a second above 1 is better, of millisecond
 """
 
 import torch
-from contestants import PATCH, SIZES, default_dtype, device, image_token_id, random_vora
+from contestants import PATCH, SIZES, default_attention, default_dtype, device, image_token_id, random_vora
 from rows import alternate, arguments, medians, parser_of, report, row, spread
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -60,18 +61,28 @@ def prompt_of(size, num_images, num_words, merge=1):
 
 def merged_twin(vora, size):
     """The same LLM with eyes of patch_merge 2."""
-    return VoraForConditionalGeneration.from_llm(
+    twin = VoraForConditionalGeneration.from_llm(
         vora.to_llm(), patch_size=PATCH, image_size=size.image_size, patch_merge=2, image_token_id=image_token_id(size)
     )
+    twin.set_attn_implementation(default_attention())
+    return twin
+
+
+def bare_llm(vora):
+    """The LLM of a VoRA model as anybody loads it."""
+    llm = vora.to_llm()
+    llm.set_attn_implementation("sdpa")
+    return llm
 
 
 def llava_like(vora, size):
     """LLaVA with the weights of the same LLM and a random ViT of the teacher's size."""
     shape = {name: size.teacher[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
     shape |= {"num_hidden_layers": size.teacher["num_hidden_layers"], "patch_size": PATCH, "projection_dim": 64}
+    llm = bare_llm(vora)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**shape, image_size=size.image_size),
-        text_config=vora.config.get_text_config(),
+        text_config=llm.config,
         image_token_index=image_token_id(size),
     )
     with torch.device("meta"):
@@ -85,7 +96,7 @@ def llava_like(vora, size):
         for module in part.modules():  # to_empty leaves buffers without values
             if isinstance(getattr(module, "position_ids", None), torch.Tensor):
                 module.position_ids = torch.arange(module.position_ids.shape[-1], device=device())[None]
-    model.model.language_model, model.lm_head = vora.model.language_model, vora.lm_head
+    model.model.language_model, model.lm_head = llm.base_model, llm.lm_head
     return model.eval()
 
 
@@ -93,7 +104,7 @@ def against_bare_llm(vora, size, args):
     """Rows of tokens a second: prefill and decoding."""
     inputs = prompt_of(size, args.batch, args.words)
     words = {"input_ids": inputs["input_ids"] % 100 + 3}
-    prefills = {"ours": Prefill(vora, **inputs), "bare": Prefill(vora.to_llm(), **words)}
+    prefills = {"ours": Prefill(vora, **inputs), "bare": Prefill(bare_llm(vora), **words)}
     decodes = {name: Decode(prefill, args.new_tokens) for name, prefill in prefills.items()}
     counts = {"prefill": inputs["input_ids"].numel(), "decode": args.batch * args.new_tokens}
     for kind, contestants in {"prefill": prefills, "decode": decodes}.items():
@@ -126,16 +137,19 @@ def against_llava(vora, size, args):
 def main():
     parser = parser_of(__doc__)
     parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default_dtype())
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=[default_dtype()])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--words", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
     args = arguments(parser)
     size = SIZES[args.size]
-    vora = random_vora(size, getattr(torch, args.dtype))
-    rows = [*against_bare_llm(vora, size, args), *against_llava(vora, size, args)]
-    report([{**one, "name": f"{one['name']}, {args.size}, {args.dtype}"} for one in rows], args.json)
+    rows = []
+    for dtype in args.dtype:
+        vora = random_vora(size, getattr(torch, dtype), default_attention())
+        for one in (*against_bare_llm(vora, size, args), *against_llava(vora, size, args)):
+            rows.append({**one, "name": f"{one['name']}, {args.size}, {dtype}"})
+    report(rows, args.json)
 
 
 if __name__ == "__main__":

@@ -405,7 +405,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         if extra:
             raise ValueError(f"{len(extra)} LoRA tensors are still on the LLM: call merge_vision_lora(model) first.")
         with torch.device("meta"):
-            llm = AutoModelForCausalLM.from_config(self.config.get_text_config(), dtype=self.dtype)
+            llm = AutoModelForCausalLM.from_config(copy.deepcopy(self.config.get_text_config()), dtype=self.dtype)
         llm.base_model.load_state_dict(self.model.language_model.state_dict(), assign=True)
         llm.get_output_embeddings().load_state_dict(self.lm_head.state_dict(), assign=True)
         for name, buffer in self.model.language_model.named_buffers():  # non-persistent ones, rotary tables among them

@@ -20,6 +20,7 @@ from vora.eval.answers import (
     majority_accuracy,
 )
 from vora.model.from_llm import load_llm, load_tokenizer
+from vora.model.stretches import by_stretch_on_cpu
 from vora.quickstart.report import write_html
 from vora.train.pace import precision_overrides
 from vora.train.recipe import load_recipe
@@ -69,6 +70,7 @@ def run_quickstart(out, *, llm, minutes, seed, console):
         console.print("[3/5] Merging vision LoRA into the LLM")
         model, processor = merge_run(out / "run")
         model = model.to(getattr(torch, dtype))
+        by_stretch_on_cpu(model, model.device)
     model.save_pretrained(out / "model")
     processor.save_pretrained(out / "model")
     write_run_card(out / "model", out / "run")

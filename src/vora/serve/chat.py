@@ -11,6 +11,7 @@ from vora.adapt.lora import is_unmerged
 from vora.model.configuration_vora import VoraConfig
 from vora.model.image_processing_vora import is_video, read_image
 from vora.model.processing_vora import VoraProcessor
+from vora.model.stretches import by_stretch_on_cpu
 
 
 def load_model(name, min_image_tokens=None, max_image_tokens=None):
@@ -41,8 +42,9 @@ def load_model(name, min_image_tokens=None, max_image_tokens=None):
         )
     if (Path(name) / "adapter_config.json").exists() and not is_unmerged(name):
         raise ValueError(f"{name} holds an adapter without its LLM: merge it first with `vora merge RUN -o OUT`.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = kind_of_student(name).from_pretrained(name).to(device).eval()
+    by_stretch_on_cpu(model, device)
     try:
         processor = VoraProcessor.from_pretrained(name)
     except (OSError, ValueError, TypeError):

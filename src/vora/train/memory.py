@@ -8,15 +8,16 @@ Dims: B rows, T places of a row, I image tokens, L labels, D LLM width.
 
 import copy
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from vora.model.attention import BY_STRETCH, Stretch
+from vora.model.attention import attention_masks
 from vora.model.label_loss import labels_at_once
+from vora.model.stretches import BY_STRETCH
 
 STATES_OF_OPTIMIZER = {"adamw": 2, "adam": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1, "lion": 1}
 
@@ -172,20 +173,15 @@ def saved_by_blocks(learner, row, num_rows, bf16, num_recomputed):
         setattr(parent, name, kept)
         embeds = torch.empty(num_rows, length, width, dtype=dtype, requires_grad=True)
         mask = torch.empty(num_rows, 1, length, length, dtype=torch.bool)
-        if row.num_stretches > 1:
-            count = round(row.num_stretches)
-            ends = [round((i + 1) * length / count) for i in range(count)]
-            lengths = [end - start for start, end in zip([0, *ends], ends)]
-            mask.stretches = [
-                [Stretch(torch.empty(n, n, dtype=torch.bool), is_causal=False) for n in lengths]
-                for _ in range(num_rows)
-            ]
         kinds = set(getattr(lm.config, "layer_types", None) or ())
+        masks = dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask
+        if row.num_stretches > 1:
+            masks = masks_with_stretches(lm.config, row, num_rows, bf16)
         positions = torch.empty(num_rows, length, dtype=torch.long)
         with Saved(lm) as found, computing_in(bf16):
             lm(
                 inputs_embeds=embeds,
-                attention_mask=dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask,
+                attention_mask=masks,
                 position_ids=positions,
                 use_cache=False,
             )
@@ -199,6 +195,40 @@ def saved_by_blocks(learner, row, num_rows, bf16, num_recomputed):
     if num_recomputed:  # those above have been through their backward pass then, and their memory is free
         recomputing = saved(min(num_recomputed, depth), num_recomputed) + one_block
     return Traced(saved(depth, num_recomputed), recomputing, one_block, 0)
+
+
+def masks_with_stretches(config, row, num_rows, bf16):
+    """`attention_masks` without storage, of rows of equal samples, each with its images first."""
+    length = round(row.num_tokens)
+    tree = length / row.num_stretches
+    with unset_fake_temporarily():  # stretches follow from a mask's values
+        places = torch.arange(length)[None]
+        number = (places / tree).floor()
+        ends = ((number + 1) * tree).ceil().long() - 1
+        is_image = places - number * tree < row.num_image_tokens / row.num_stretches
+        with computing_in(bf16):
+            masks = attention_masks(
+                config,
+                torch.zeros(1, length, 1, dtype=config.dtype),
+                None,
+                None,
+                None,
+                torch.where(is_image, number, -1).long(),
+                ends.clamp(max=length - 1),
+            )
+
+    def without_values(mask):
+        fake = torch.empty(num_rows, *mask.shape[1:], dtype=mask.dtype)
+        fake.stretches = [
+            [replace(one, added=None if one.added is None else torch.empty(one.added.shape, dtype=one.added.dtype))
+             for one in mask.stretches[0]]
+            for _ in range(num_rows)
+        ]  # fmt: skip
+        return fake
+
+    if not isinstance(masks, dict):
+        return without_values(masks)
+    return {layer_type: without_values(mask) for layer_type, mask in masks.items()}
 
 
 def saved_by_eyes(learner, row, num_rows, bf16):

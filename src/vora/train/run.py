@@ -23,9 +23,9 @@ from vora.adapt.card import NOT_STATED, CardFacts, harmless, read_card, write_ca
 from vora.adapt.lora import is_unmerged, load_vision_lora, merge_vision_lora
 from vora.data.sources import load_source
 from vora.data.stream import PackedRows
-from vora.model.attention import BY_STRETCH
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.processing_vora import VoraProcessor
+from vora.model.stretches import by_stretch_on_cpu
 from vora.train.blocks import compile_blocks, recompute_blocks
 from vora.train.checkpoints import find_checkpoint, is_run, last_step, trained_folder
 from vora.train.decay import DistillWeightDecay
@@ -102,9 +102,8 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
     sources = open_sources(recipe.data)
     torch.manual_seed(arguments.seed)
     learner, processor = build_learner(recipe)
-    by_stretch = recipe.model.attn_implementation == "sdpa" and not arguments.torch_compile  # lengths change each step
-    if arguments.device.type == "cpu" and by_stretch:
-        learner.vora.set_attn_implementation(BY_STRETCH)  # the same numbers, sooner
+    if not arguments.torch_compile:  # lengths change each step
+        by_stretch_on_cpu(learner.vora, arguments.device)
     refuse_long_rows(recipe, learner)
     if recipe.recomputed_blocks:
         recompute_blocks(learner, recipe.recomputed_blocks, arguments)
