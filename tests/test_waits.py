@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, TrainerCallback
 
 from vora import Teacher, VoraImageProcessor, attach_vision_lora
 from vora.data.packing import collate_rows, image_only, places, share_prefixes
-from vora.distill.blockwise import BlockwiseDistillation, block_pairs
+from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
 from vora.model.patch_embed import put_tokens
 from vora.train.trainer import ON_HOST
@@ -76,12 +76,15 @@ def test_no_teacher_is_waited_for(kind):
     assert sent.found == []
 
 
-@pytest.mark.parametrize("how", ["as it is", "recomputed", "in parts", "pictures alone", "bf16"])
+@pytest.mark.parametrize("how", ["as it is", "recomputed", "in parts", "pictures alone", "bf16", "all targets"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
 def test_no_student_is_waited_for(family, how, monkeypatch):
     learner = learner_with(teacher_of("vit"), learner_of(family).vora).to("meta")
     if how == "recomputed":
         learner.gradient_checkpointing_enable(num_blocks=2)
+    if how == "all targets":
+        pairs = [(0, 0), (2, 1), (2, SUMMARY)]
+        learner.distillation = BlockwiseDistillation(pairs, SHAPE["hidden_size"], 24, standardize=True).to("meta")
     if how == "in parts":
         monkeypatch.setattr("vora.model.label_loss.MOST_LOGITS", 2 * SHAPE["vocab_size"])
     batch = told(how == "pictures alone")

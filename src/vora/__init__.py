@@ -1,11 +1,8 @@
 """Vision as LoRA: sight for language models without a vision encoder."""
 
-import os
+from vora.threads import settle_threads
 
-# Threads spin for some 50 microseconds for each other, then sleep. libgomp's default spins far longer, which on two
-# cores beside any other busy process made a training step five times slower (docs/LOG.md); sleeping at once costs
-# 10 %. Counts only if set before torch starts its threads.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+settle_threads()
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
