@@ -19,13 +19,13 @@ def main():
     parser.add_argument("--teacher", required=True, help="hub id or folder of a ViT")
     parser.add_argument("--data", required=True, help="pictures, as data.sources takes them")
     parser.add_argument("--count", type=int, default=50, help="pictures")
-    options = arguments(parser)
-    teacher, source = Teacher.from_pretrained(options.teacher), load_source(options.data, max_samples=options.count)
+    args = arguments(parser)
+    teacher, source = Teacher.from_pretrained(args.teacher), load_source(args.data, max_samples=args.count)
     side = round(len(teacher.embedding.position) ** 0.5) if teacher.embedding.position is not None else 16
     blocks = [*range(teacher.num_blocks), SUMMARY]
     pictures = [as_tensor(source[i].open_images()[0], side * teacher.patch_size) for i in range(len(source))]
     features = teacher(pictures, [(side, side)] * len(pictures), blocks)
-    report([of_block(block, features[block].float()) for block in blocks], options.json)
+    report([of_block(block, features[block].float()) for block in blocks], args.json)
 
 
 def as_tensor(image, side):

@@ -57,7 +57,7 @@ def attention_masks(config, inputs_embeds, attention_mask, past_key_values, posi
         config: the LLM's configuration; its sliding windows and chunks are kept.
         attention_mask: bool or int[B, K], False at padding, or None.
         blocks: int[B, Q] from `image_blocks`.
-        seen_until: int[B, Q], the last place of the row that may see each token, or None: all after it. All of an
+        seen_until: int[B, K], the last place of the row that may see each token, or None: all after it. All of an
             image may see it; there is no cache.
 
     Returns:
@@ -117,7 +117,7 @@ def _still_seen(seen_until):
 
 def _only_while_seen(mask, seen_until):
     """A dense mask, of truth values or to be added to scores, less what `seen_until` forbids."""
-    places = torch.arange(seen_until.shape[1], device=seen_until.device)
+    places = torch.arange(seen_until.shape[1], device=seen_until.device)[-mask.shape[2] :]  # after what is cached
     still = places[:, None] <= seen_until[:, None, None, :]
     if mask.dtype == torch.bool:
         return still.logical_and_(mask)

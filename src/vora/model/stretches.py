@@ -58,13 +58,14 @@ def cut(mask, blocks, seen_until, states):
     Args:
         mask: bool[B, 1, Q, K], True = sees.
         blocks: int[B, Q] from `image_blocks`, or None.
-        seen_until: int[B, Q], see `attention_masks`, or None.
+        seen_until: int[B, K], see `attention_masks`, or None.
         states: of the dtype that attention will be computed in, but for autocast.
     """
     if mask.shape[2] <= SHORT:
         return
     whole = [[(0, mask.shape[2])]] * len(mask)
-    parts = whole if seen_until is None else trees(seen_until)
+    is_new = seen_until is not None and seen_until.shape[1] == mask.shape[2]  # trees that hang on a cache are not cut
+    parts = trees(seen_until) if is_new else whole
     borders = [[]] * len(mask) if blocks is None else [_changes(row) for row in blocks.cpu().numpy()]
     mask.stretches, dtype = [], _dtype(states)
     for row, sees in enumerate(mask[:, 0].cpu().numpy()):  # NumPy: this is many small questions
