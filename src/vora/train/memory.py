@@ -219,6 +219,8 @@ def masks_with_stretches(config, row, num_rows, bf16):
 
     def without_values(mask):
         fake = torch.empty(num_rows, *mask.shape[1:], dtype=mask.dtype)
+        if not hasattr(mask, "stretches"):  # short rows are not cut
+            return fake
         fake.stretches = [
             [replace(one, added=None if one.added is None else torch.empty(one.added.shape, dtype=one.added.dtype))
              for one in mask.stretches[0]]
