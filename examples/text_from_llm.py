@@ -34,7 +34,9 @@ def main():
         torch.manual_seed(options.seed + len(seen))
         begun = rendered(tokenizer, [{"role": "user", "content": MARK}]).partition(MARK)[0]
         questions = [
-            text for text, ended in continued(llm, tokenizer, [begun] * options.batch, options.question_tokens) if ended
+            text
+            for text, ended in continued(llm, tokenizer, [begun] * options.batch, options.question_tokens)
+            if ended
         ]
         questions = [question for question in dict.fromkeys(questions) if len(question.split()) >= 3]
         if not questions:

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "data": {"model"},
     "train": {"model", "adapt", "distill", "data"},
     "eval": {"model", "adapt", "distill", "data"},
-    "serve": {"model", "adapt", "distill", "data"},
+    "serve": {"model", "adapt", "distill", "data", "eval"},
     "ablate": {"model", "adapt", "distill", "data", "train", "eval"},
     "quickstart": {"model", "adapt", "distill", "data", "train", "eval", "serve"},
     "cli": {"model", "adapt", "distill", "data", "train", "eval", "serve", "ablate", "quickstart"},

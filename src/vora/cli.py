@@ -222,13 +222,16 @@ def merge(
     run: Annotated[Path, typer.Argument(help="Run directory of `vora train`, or an unmerged model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
     llm_out: Annotated[Path | None, typer.Option(help="Also write the language part alone, as its stock LLM.")] = None,
+    eyes_out: Annotated[Path | None, typer.Option(help="Also write what a run added to its LLM, without it.")] = None,
+    llm: Annotated[str | None, typer.Option(help="The LLM of eyes that come without one and do not name it.")] = None,
 ):
     """Fold vision LoRA into the LLM's weights and save an ordinary model."""
-    from vora.train.run import merge_run, write_run_card
+    from vora.adapt.over_llm import save_eyes
+    from vora.train.run import merge_run, open_run, write_run_card
 
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose another --out, so that nothing is overwritten.")
-    model, processor = merge_run(run)
+    model, processor = merge_run(run, llm)
     model.save_pretrained(out)
     if processor is not None:
         processor.save_pretrained(out)
@@ -238,6 +241,10 @@ def merge(
         if hasattr(processor, "tokenizer"):
             processor.tokenizer.save_pretrained(llm_out)
         write_run_card(llm_out, run)
+    if eyes_out is not None:
+        learner, processor = open_run(run)
+        save_eyes(learner.student, processor, eyes_out)
+        write_run_card(eyes_out, run)
     console.print(f"Saved {out}. Ask it: vora chat IMAGE -m {out}")
 
 

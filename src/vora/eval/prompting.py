@@ -43,7 +43,13 @@ def prompt_of(processor, example, **images_kwargs):
         *({"type": "image", "image": picture} for picture in pictures),
         {"type": "text", "text": example.prompt},
     ]
-    messages = [{"role": "user", "content": content if pictures else example.prompt}]
+    return prompt_of_messages(
+        processor, [{"role": "user", "content": content if pictures else example.prompt}], **images_kwargs
+    )
+
+
+def prompt_of_messages(processor, messages, **images_kwargs):
+    """A conversation that waits for its answer as a `Prompt`."""
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **images_kwargs
     )
@@ -97,8 +103,11 @@ def refuse_too_long(model, length):
 
 
 @torch.inference_mode()
-def greedy_answers(model, processor, prompts, max_new_tokens):
+def greedy_answers(model, processor, prompts, max_new_tokens, **sampling):
     """What a model says to one batch of prompts, each token the likeliest, up to the end of its turn.
+
+    Args:
+        sampling: of `generate`, where it should not be greedy (`do_sample`, `temperature`, `num_beams`, ...).
 
     Returns:
         list of texts without special tokens.
@@ -112,7 +121,7 @@ def greedy_answers(model, processor, prompts, max_new_tokens):
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     told = model.generate(
         **inputs,
-        **greedy,
+        **(greedy | sampling),
         repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),

@@ -252,22 +252,32 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             dtype=llm.dtype,
             **eyes,
         )
-        with torch.device("meta"):
-            model = cls(config)
-        # of an LLM that is part of a multimodal model, only the language model
-        model.model.language_model = getattr(llm.base_model, "language_model", llm.base_model)
-        model.lm_head = head
-        model.model.patch_embedding = PatchEmbedding(config).to(llm.device, llm.dtype)
-        model.model.patch_embedding.apply(model._init_weights)
+        model = cls.around(llm, config)
         if embedding is not None:
             embedding.copy_to(model.model.patch_embedding)
         model.set_attn_implementation(attention)
         match_token_scale(model)
+        refuse_unfit(model, llm)
+        return model
+
+    @classmethod
+    def around(cls, llm, config):
+        """A model with fresh eyes that holds a loaded causal LM, not a copy of it.
+
+        Args:
+            config: the `VoraConfig` of the whole.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        # of an LLM that is part of a multimodal model, only the language model
+        model.model.language_model = getattr(llm.base_model, "language_model", llm.base_model)
+        model.lm_head = llm.get_output_embeddings()
+        model.model.patch_embedding = PatchEmbedding(config).to(llm.device, llm.dtype)
+        model.model.patch_embedding.apply(model._init_weights)
         model.tie_weights()
         model.generation_config = copy.deepcopy(llm.generation_config)
         suppressed = model.generation_config.suppress_tokens or []
-        model.generation_config.suppress_tokens = [*suppressed, image_token_id]  # no answer holds a picture
-        refuse_unfit(model, llm)
+        model.generation_config.suppress_tokens = [*suppressed, config.image_token_id]  # no answer holds a picture
         return model.eval()
 
     def get_input_embeddings(self):

@@ -40,7 +40,8 @@ def write_html(out, result, shown, model, processor):
     by_answer = ", ".join(
         f"{kind} questions {100 * share:.1f} %" for kind, share in result["accuracy_by_answer"].items()
     )
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>VoRA quickstart</title><style>{STYLE}</style>
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>VoRA quickstart</title>
+<style>{STYLE}</style>
 <h1>An LLM that learned to see</h1>
 <p>{html.escape(result["llm"])}, without a vision encoder: vision LoRA and a patch embedding were trained, then merged.
 What remains is the LLM's own architecture.</p>

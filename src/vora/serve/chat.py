@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig, TextIteratorStreamer
 
 from vora.adapt.llava import kind_of_student
-from vora.adapt.lora import is_unmerged
+from vora.adapt.lora import merge_vision_lora
+from vora.adapt.over_llm import lacks_llm, load_over_llm, processor_over_llm
 from vora.model.configuration_vora import VoraConfig
 from vora.model.image_processing_vora import is_video, read_image
 from vora.model.processing_vora import VoraProcessor
@@ -40,13 +41,13 @@ def load_model(name, min_image_tokens=None, max_image_tokens=None):
             f"{name} is a {config.model_type} model and has no eyes: train them with `vora train`, or name a VoRA "
             "model."
         )
-    if (Path(name) / "adapter_config.json").exists() and not is_unmerged(name):
-        raise ValueError(f"{name} holds an adapter without its LLM: merge it first with `vora merge RUN -o OUT`.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = kind_of_student(name).from_pretrained(name).to(device).eval()
+    without_llm = lacks_llm(name)
+    model = merge_vision_lora(load_over_llm(name)) if without_llm else kind_of_student(name).from_pretrained(name)
+    model = model.to(device).eval()
     by_stretch_on_cpu(model, device)
     try:
-        processor = VoraProcessor.from_pretrained(name)
+        processor = processor_over_llm(name) if without_llm else VoraProcessor.from_pretrained(name)
     except (OSError, ValueError, TypeError):
         raise ValueError(
             f"{name} has no tokenizer, so it cannot be asked anything: import it again with an --llm folder that has "

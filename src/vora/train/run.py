@@ -21,6 +21,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from vora.adapt.card import NOT_STATED, CardFacts, harmless, read_card, write_card
 from vora.adapt.lora import is_unmerged, load_vision_lora, merge_vision_lora
+from vora.adapt.over_llm import lacks_llm, load_over_llm, processor_over_llm
 from vora.data.sources import load_source
 from vora.data.stream import PackedRows
 from vora.model.image_processing_vora import VoraImageProcessor
@@ -159,19 +160,25 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
     return trainer
 
 
-def merge_run(run_directory):
+def merge_run(run_directory, llm=None):
     """The trained model of a run, ready to be saved and used: LoRA merged (stage 1), or as it is (stage 2).
 
     Args:
-        run_directory: of `vora train`, or a folder with an unmerged model, such as `vora import-reference` writes.
+        run_directory: of `vora train`, or a folder with an unmerged model, such as `vora import-reference` writes, or
+            with eyes without their LLM (`vora.adapt.over_llm`).
+        llm: to put such eyes over, if not the one that they name.
 
     Returns:
         (model, processor); of an unmerged model without a tokenizer the processor is its image part, or None.
 
     Raises:
-        ValueError: the directory holds no run, or one that has no trained weights yet.
+        ValueError: the directory holds no run, or one that has no trained weights yet; or an LLM is given that has no
+            use.
     """
     directory = Path(run_directory)
+    over_llm = not is_run(directory) and lacks_llm(directory)
+    if llm is not None and not over_llm:
+        raise ValueError(f"{directory} has its own LLM: leave --llm out.")
     if is_unmerged(directory):
         model, processor = merge_vision_lora(load_vision_lora(directory)), None
         if (directory / "processor_config.json").exists():
@@ -179,6 +186,8 @@ def merge_run(run_directory):
         elif (directory / "preprocessor_config.json").exists():
             processor = VoraImageProcessor.from_pretrained(directory)
         return model.eval(), processor
+    if over_llm:
+        return merge_vision_lora(load_over_llm(directory, llm=llm)).eval(), processor_over_llm(directory, llm)
     learner, processor = open_run(directory)
     model = learner.student
     return (merge_vision_lora(model) if hasattr(model, "peft_config") else model).eval(), processor
@@ -220,7 +229,7 @@ def write_run_card(folder, run_directory, steps=None, evaluation=()):
         evaluation: see `CardFacts`.
     """
     directory = Path(run_directory)
-    if is_unmerged(directory):  # imported, and merged now: what is known stands on its own card
+    if not is_run(directory):  # imported or received, and merged now: what is known stands on its own card
         return write_card(folder, CardFacts(made="merged", stage="pretrain", source=str(directory)))
     recipe, saved = load_recipe(directory / "recipe.yaml"), trained_folder(directory)
     # What was noted when the run ended, where its data lay and perhaps the hub could be asked

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from vora.adapt.llava import VoraLlavaForConditionalGeneration, kind_of_student
 from vora.adapt.lora import DISTILLATION_FILE, attach_vision_lora, is_unmerged, load_vision_lora
+from vora.adapt.over_llm import lacks_llm, load_over_llm, processor_over_llm
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
 from vora.distill.teacher import Teacher
@@ -148,10 +149,7 @@ def existing_student(recipe):
     elif is_run(recipe.model.vora):
         model = student_of_run(recipe.model.vora, dtype)
     else:
-        raise ValueError(
-            f"{folder} holds an adapter without its LLM: give the run's directory, or merge it first with "
-            "`vora merge RUN -o OUT`."
-        )
+        model = load_over_llm(folder, dtype)
     has = model.peft_config["default"]
     num_blocks, wanted = len(has.layers_to_transform), recipe.lora
     if has.r != wanted.rank or wanted.num_blocks not in (None, num_blocks):
@@ -199,7 +197,9 @@ def build_processor(recipe, vit=None):
     """
     wanted = recipe.model
     if wanted.vora is not None:
-        return _looking(VoraProcessor.from_pretrained(trained_folder(wanted.vora)), wanted)
+        folder = trained_folder(wanted.vora)
+        known = processor_over_llm(folder) if lacks_llm(folder) else VoraProcessor.from_pretrained(folder)
+        return _looking(known, wanted)
     options = {}
     if vit is not None and (wanted.encoder is not None or recipe.teacher.starts_eyes):
         options["teacher"] = vit

@@ -1,0 +1,100 @@
+"""Eyes without their LLM: put over it again they are the merged model, and they are refused over another."""
+
+import json
+
+import pytest
+import torch
+from tiny import GRID, PATCH, logits_of, prompt
+from typer.testing import CliRunner
+
+from vora import VoraForConditionalGeneration
+from vora.adapt.lora import attach_vision_lora, merge_vision_lora
+from vora.adapt.over_llm import lacks_llm, load_over_llm, processor_over_llm, save_eyes
+from vora.cli import app
+from vora.model.processing_vora import VoraProcessor
+from vora.serve.chat import load_model
+
+
+@pytest.fixture(scope="module")
+def eyes(llm_folder, tmp_path_factory):
+    """(folder of eyes, the merged model they come from, its processor)."""
+    folder = tmp_path_factory.mktemp("eyes") / "eyes"
+    options = {"patch_size": PATCH, "image_size": PATCH * GRID, "patch_merge": 2}
+    torch.manual_seed(0)
+    model = VoraForConditionalGeneration.from_llm(str(llm_folder), **options)
+    processor = VoraProcessor.from_llm(str(llm_folder), **options)
+    with_lora = attach_vision_lora(model, rank=4, num_blocks=2)
+    for name, parameter in with_lora.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    save_eyes(with_lora, processor, folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert not config["text_config"].get("_name_or_path")  # a folder of this machine
+    config["text_config"]["_name_or_path"] = str(llm_folder)  # as if it were a hub id
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, merge_vision_lora(with_lora), processor
+
+
+def test_over_its_llm_it_is_the_merged_model(eyes):
+    folder, merged, processor = eyes
+    names = {path.name for path in folder.iterdir()}
+    assert lacks_llm(folder) and not names & {"tokenizer.json", "model.safetensors"}, names
+    again, its_processor = load_model(str(folder))
+    image = merged.config.image_token_id
+    inputs = prompt([7, (2, 4, 0), 9, 11])
+    inputs["input_ids"] = torch.tensor([[7, image, image, 9, 11]])
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    torch.testing.assert_close(logits_of(again, **inputs), logits_of(merged, **inputs))
+    assert again.generation_config.suppress_tokens == merged.generation_config.suppress_tokens
+    assert its_processor.chat_template == processor.chat_template
+    assert its_processor.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert its_processor.image_processor.to_dict() == processor.image_processor.to_dict()
+
+
+def test_goes_on_training(eyes):
+    trainable = [name for name, p in load_over_llm(eyes[0]).named_parameters() if p.requires_grad]
+    assert any("lora_A" in name for name in trainable) and any("patch_embedding" in name for name in trainable)
+
+
+def test_merges_by_command_over_a_folder_that_it_does_not_name(eyes, llm_folder, tmp_path):
+    merged, folder = eyes[1], bent(eyes[0], tmp_path / "nameless", text_config={"_name_or_path": ""})
+    with pytest.raises(ValueError, match="was a folder and so is not named in it.* --llm LLM"):
+        load_model(str(folder))
+    result = CliRunner().invoke(app, ["merge", str(folder), "--llm", str(llm_folder), "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    again, _ = load_model(str(tmp_path / "out"))
+    for name, parameter in merged.named_parameters():
+        torch.testing.assert_close(again.get_parameter(name), parameter)
+
+
+def bent(folder, out, **changes):
+    out.mkdir()
+    for path in folder.iterdir():
+        (out / path.name).write_bytes(path.read_bytes())
+    config = json.loads((out / "config.json").read_text())
+    config["text_config"] |= changes.pop("text_config", {})
+    (out / "config.json").write_text(json.dumps(config | changes))
+    return out
+
+
+def test_another_llm_is_refused(eyes, tmp_path):
+    deeper = bent(eyes[0], tmp_path / "deeper", text_config={"num_hidden_layers": 7})
+    with pytest.raises(ValueError, match="num_hidden_layers 7, but .* has 3: it is another LLM"):
+        load_over_llm(deeper)
+    gone = bent(eyes[0], tmp_path / "gone", text_config={"_name_or_path": str(tmp_path / "no-such-llm")})
+    with pytest.raises(ValueError, match="eyes without their LLM, and that, .*no-such-llm, cannot be loaded"):
+        load_over_llm(gone)
+    elsewhere = bent(eyes[0], tmp_path / "elsewhere", image_token_id=9)
+    with pytest.raises(ValueError, match="pictures at token 9, but"):
+        processor_over_llm(elsewhere)
+
+
+def test_numbers_beyond_the_precision_are_refused(llm_folder, tmp_path):
+    model = VoraForConditionalGeneration.from_llm(
+        str(llm_folder), dtype=torch.float16, patch_size=PATCH, image_size=12
+    )
+    with_lora = attach_vision_lora(model, rank=2)
+    name, parameter = next((n, p) for n, p in with_lora.named_parameters() if "lora_B" in n)
+    parameter.data = torch.full_like(parameter.data, 1e6, dtype=torch.float32)
+    with pytest.raises(ValueError, match="not finite in torch.float16"):
+        save_eyes(with_lora, VoraProcessor.from_llm(str(llm_folder)), tmp_path)
