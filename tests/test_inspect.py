@@ -325,14 +325,6 @@ def test_without_a_teacher_the_student_is_shown_alone(seeing, picture, tmp_path)
     assert "How alike" not in (tmp_path / "page.html").read_text()
 
 
-@pytest.fixture
-def teacher_folder(tmp_path):
-    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    vit = ViTModel(ViTConfig(**shape, image_size=16, patch_size=8), add_pooling_layer=False)
-    vit.save_pretrained(tmp_path / "vit")
-    return str(tmp_path / "vit")
-
-
 def card(folder, teacher, **recipe):
     """A model's folder with a card that names a teacher."""
     from vora.adapt.card import CardFacts, write_card

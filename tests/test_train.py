@@ -40,15 +40,6 @@ def data_file(tmp_path_factory):
     return str(folder / "train.jsonl")
 
 
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory):
-    torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("teacher")
-    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    ViTModel(ViTConfig(**shape, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def recipe(llm_folder, data_file, teacher_folder):
     return lambda **training: load_recipe(

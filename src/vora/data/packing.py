@@ -114,6 +114,33 @@ def image_only(sample, image_token_id):
     }
 
 
+def text_to_keep(sample, row_tokens):
+    """A text-only sample of `share_prefixes` with nothing to predict, cut to a row."""
+    length = min(len(sample["input_ids"]), row_tokens)
+    return {
+        **sample,
+        "input_ids": sample["input_ids"][:length],
+        "targets": np.full(length, -100),
+        "position_ids": sample["position_ids"][:length],
+        "seen_until": sample["seen_until"][:length].clip(max=length - 1),
+        "ends": np.array([length - 1]),
+    }
+
+
+def kept_places(rows, row_tokens):
+    """Where a batch has text to keep, for `VisionLearner.forward`: text_rows int[R] and text_places int[L], if any.
+
+    Args:
+        rows: list of B lists of samples; those with text to keep have nothing else.
+    """
+    text = [index for index, samples in enumerate(rows) if "pixel_values" not in samples[0]]
+    if not text:
+        return {}
+    lengths = [sum(len(sample["input_ids"]) for sample in rows[index]) for index in text]
+    places = [number * row_tokens + torch.arange(length) for number, length in enumerate(lengths)]
+    return {"text_rows": torch.tensor(text), "text_places": torch.cat(places)}
+
+
 def next_targets(sample):
     """Labels to targets: what each place should predict. Tokens that predict nothing at the end are dropped."""
     targets = np.append(sample["labels"][1:], -100)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vora.data.augment import augmented
 from vora.data.order import Mixture, SourceOrder
-from vora.data.packing import collate_rows, image_only, next_row, places, sample_of_record
+from vora.data.packing import collate_rows, image_only, kept_places, next_row, places, sample_of_record, text_to_keep
 from vora.data.record import blinded
 
 CHUNK_SAMPLES = 32
@@ -39,6 +39,8 @@ class SampleMaker:
         image_tokens: (fewest, most); each record's budget is drawn anew between them in each epoch, its logarithm
             evenly, so that one model serves many resolutions. None: the processor's own budget.
         blind: leave the images out of each record.
+        keep_text: of text without images nothing is to be predicted: it is there to be kept as it was
+            (`vora.distill.keep_text`), cut where a row ends.
         augment: per source None or the arguments of `vora.data.augment.augmented`; drawn anew in each epoch.
     """
 
@@ -51,11 +53,13 @@ class SampleMaker:
         image_tokens=None,
         augment=None,
         blind=False,
+        keep_text=False,
         seed=0,
     ):
         self.sources, self.processor, self.row_tokens = sources, processor, row_tokens
         self.questions_per_image, self.image_tokens, self.seed = questions_per_image, image_tokens, seed
         self.augment, self.blind = augment or [None] * len(sources), blind
+        self.keep_text = keep_text
         self.orders = [SourceOrder(source.block_sizes, (seed, number)) for number, source in enumerate(sources)]
         self._open = [(None, {}) for _ in sources]
 
@@ -63,7 +67,7 @@ class SampleMaker:
         """The sample that is drawn from a source as the `number`-th.
 
         Args:
-            pictures_alone: cut after the images, with nothing to predict; None where there are none.
+            pictures_alone: cut after the images, with nothing to predict; None where there are none, but text to keep.
 
         Returns:
             (name, sample of `share_prefixes`, or None, or the ValueError that says why it is bad).
@@ -80,7 +84,10 @@ class SampleMaker:
         except Exception as error:
             sample = as_bad(error)
         if pictures_alone and isinstance(sample, dict):
-            sample = image_only(sample, self.processor.image_token_id) if "pixel_values" in sample else None
+            if "pixel_values" in sample:
+                sample = image_only(sample, self.processor.image_token_id)
+            elif not self.keep_text:
+                sample = None
         return self.sources[source].row_name(block, offset), sample
 
     def _rows(self, source, group, block):
@@ -104,6 +111,8 @@ class SampleMaker:
         if max_conversations is not None and len(conversations) > max_conversations:
             conversations = rng.sample(conversations, max_conversations)
         sample = sample_of_record(record, self.processor, conversations, **self.draw_budget(rng))
+        if self.keep_text and "pixel_values" not in sample:
+            return text_to_keep(sample, self.row_tokens)
         if len(sample["input_ids"]) > self.row_tokens:
             raise ValueError(
                 f"Its {len(sample['input_ids'])} tokens exceed the {self.row_tokens} of a row: raise data.row_tokens, "
@@ -236,6 +245,7 @@ class PackedRows:
             "image_only_rows": image_only_rows, "processes": num_ranks, "patch_merge": images.patch_merge,
             "budget": [images.min_image_tokens, images.max_image_tokens],
             "augment": self.maker.augment, "blind": self.maker.blind or None,
+            "keep_text": self.maker.keep_text or None,
             "prompts": [[list(asked) for asked in astuple(source.prompts)] for source in sources],
         }  # fmt: skip
         self._position = self._beginning(pictures_alone=image_only_rows > 0)
@@ -292,7 +302,12 @@ class PackedRows:
             waiting.append((place, sample))
             if len(waiting) < WAITING:
                 continue
-            row = next_row([len(sample["input_ids"]) for _, sample in waiting], self.row_tokens)
+            fitting = range(len(waiting))
+            if self.maker.keep_text:  # its rows run twice, so nothing else is in them
+                kinds = ["pixel_values" in sample for _, sample in waiting]
+                fitting = [index for index in fitting if kinds[index] == kinds[0]]
+            lengths = [len(waiting[index][1]["input_ids"]) for index in fitting]
+            row = [fitting[place] for place in next_row(lengths, self.row_tokens)]
             samples = [waiting[i][1] for i in row]
             taken = set(row)
             waiting = [one for i, one in enumerate(waiting) if i not in taken]
@@ -342,6 +357,9 @@ class PackedRows:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         batch = collate_rows(rows, self.row_tokens, pad)
         processor = self.maker.processor
+        if self.maker.keep_text:
+            batch |= kept_places(rows, self.row_tokens)
+            batch["pictures_alone"] = torch.tensor(self._position["pictures_alone"])
         return batch | places(batch, processor.image_token_id, processor.image_processor.patch_merge)
 
     def _report(self, name, error):

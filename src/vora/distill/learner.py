@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vora.distill.blockwise import SUMMARY
+from vora.distill.keep_text import divergence, lora_off, unexplained
 from vora.distill.teacher import hook_on_output, images_of_patches
 from vora.model.patch_embed import merge_neighbours
 
@@ -23,14 +24,15 @@ class VisionLearner(nn.Module):
         teacher: a `Teacher`, or None to learn from text alone.
         distillation: a `BlockwiseDistillation`, or None with no teacher.
         distill_weight: of `distill_loss` in `loss` (1 in the paper).
+        text_weight: of `text_loss` in `loss`, see `vora.distill.keep_text`.
     """
 
-    def __init__(self, student, image_processor, teacher=None, distillation=None, distill_weight=1.0):
+    def __init__(self, student, image_processor, teacher=None, distillation=None, distill_weight=1.0, text_weight=0.0):
         super().__init__()
         self.student = student
         self.image_processor = image_processor
         self.distillation = distillation
-        self.distill_weight = distill_weight
+        self.distill_weight, self.text_weight = distill_weight, text_weight
         self._teacher = [teacher]  # in a list, so that it is neither trained nor saved nor wrapped with the student
 
     @property
@@ -97,6 +99,9 @@ class VisionLearner(nn.Module):
         image_grid_thw=None,
         label_places=None,
         image_places=None,
+        text_rows=None,
+        text_places=None,
+        pictures_alone=None,
         num_samples=None,
         num_items_in_batch=None,
         num_micro_batches=1,
@@ -109,13 +114,17 @@ class VisionLearner(nn.Module):
             pixel_values, image_grid_thw, inputs: as for `VoraModel.forward`.
             label_places, image_places: int[L] and int[I], where in the flattened rows something is to be predicted
                 and where image tokens are, if that is known (`vora.data.packing.places`): then no GPU is waited for.
+            text_rows, text_places: int[R] and int[L], which rows hold text alone that is to be kept as it was, and
+                where in them, flattened, its tokens are; None: none.
+            pictures_alone: whether this is a step before words; by default, whether nothing is to be predicted.
             num_samples: of the batch; for who counts, not used here.
             num_items_in_batch: label tokens of the whole optimizer step, by which `lm_loss` is divided.
             num_micro_batches: of the step, by which `distill_loss` is divided in `loss`.
 
         Returns:
             dict: `loss`; `lm_loss` if there are targets; with a teacher and images `distill_loss` and `pair_losses`
-            float[pairs]. Without targets only the paired blocks run: what lies above them would learn nothing.
+            float[pairs]; with text to keep `text_loss`. With pictures alone only the paired blocks run: what lies
+            above them would learn nothing. Then text is kept after the last of them.
         """
         images = {} if pixel_values is None else {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
         if label_places is None:
@@ -123,20 +132,47 @@ class VisionLearner(nn.Module):
         if image_places is None:
             image_places = (inputs["input_ids"] == self.config.image_token_id).flatten().nonzero()[:, 0]
         predicts, distills = len(label_places) > 0, self.teacher is not None and len(image_places) > 0
+        keeps_text = text_rows is not None
+        pictures_alone = not predicts if pictures_alone is None else pictures_alone
+        stops_early = pictures_alone and self.distillation is not None
         losses, hidden_states = {"loss": 0.0}, None
-        with self.paired_states(distills, stop_early=not predicts) as states:
+        with self.paired_states(distills or stops_early, stops_early) as states:
             try:
                 hidden_states = self.vora.model(**inputs, **images, use_cache=False).last_hidden_state
             except _EnoughBlocks:
                 pass
-        if predicts or not states:  # with neither, lm_loss says that nothing could be learned
+        if predicts or not (states or keeps_text):  # with none of them, lm_loss says that nothing could be learned
             losses["lm_loss"] = self.vora.lm_loss(hidden_states, targets, num_items_in_batch, label_places)
             losses["loss"] = losses["loss"] + losses["lm_loss"]
-        if states:
+        if keeps_text:
+            reached = states[max(states)] if stops_early else hidden_states
+            losses["text_loss"] = self.text_loss(reached, inputs, text_rows, text_places, stops_early)
+            losses["loss"] = losses["loss"] + self.text_weight / num_micro_batches * losses["text_loss"]
+        if distills:
             states = {block: hidden.flatten(0, 1)[image_places] for block, hidden in states.items()}
             losses["distill_loss"], losses["pair_losses"] = self.distillation(states, self.teach(**images))
             losses["loss"] = losses["loss"] + self.distill_weight / num_micro_batches * losses["distill_loss"]
         return losses
+
+    def text_loss(self, reached, inputs, rows, places, stops_early):
+        """How far the LLM is from its own self on rows of text: float[].
+
+        Args:
+            reached: float[B, T, D], of all rows, after the last paired block or at the end.
+            inputs: of all rows.
+            rows, places: int[R], int[L], see `forward`.
+        """
+        of_rows = {name: inputs[name][rows] for name in ("input_ids", "position_ids", "seen_until") if name in inputs}
+        own = None
+        with torch.no_grad(), lora_off(self.vora), self.paired_states(stops_early, stops_early) as states:
+            try:
+                own = self.vora.model(**of_rows, use_cache=False).last_hidden_state
+            except _EnoughBlocks:
+                own = states[max(states)]
+        states, own = reached[rows].flatten(0, 1)[places], own.flatten(0, 1)[places]
+        if stops_early:
+            return unexplained(states, own)
+        return divergence(self.vora.logits, states, own, self.vora.lm_head.out_features)
 
     @contextmanager
     def paired_states(self, distills, stop_early):

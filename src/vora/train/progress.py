@@ -35,7 +35,7 @@ class ProgressCallback(TrainerCallback):
             return
         with self.log_file.open("a") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        losses = [f"{name} {logs[name]:.3f}" for name in ("lm_loss", "distill_loss") if name in logs]
+        losses = [f"{name} {logs[name]:.3f}" for name in ("lm_loss", "distill_loss", "text_loss") if name in logs]
         speed = f"{logs['samples_per_second']:.1f} samples/s  {logs['tokens_per_second']:.0f} tokens/s"
         text = "  ".join([*losses, speed, f"{logs['data_wait_share']:.0%} waiting for data"])
         self.bar.update(self.task, description=text)

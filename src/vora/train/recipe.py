@@ -58,6 +58,7 @@ class LoraSection(Section):
     rank: int = Field(32, ge=1)
     num_blocks: int | None = Field(None, ge=1)  # default: as many as the teacher has
     target_modules: list[str] | None = None
+    keep_text: float = Field(0.0, ge=0)  # weight of `text_loss`: text alone is kept as the LLM without LoRA has it
 
 
 class TeacherSection(Section):

@@ -320,6 +320,7 @@ def packed_rows(recipe, sources, processor, arguments, bad_samples=None):
         image_tokens=data.image_tokens,
         augment=[source.augment and source.augment.model_dump() for source in data.sources],
         blind=data.blind,
+        keep_text=recipe.stage == "pretrain" and recipe.lora.keep_text > 0,
     )
 
 

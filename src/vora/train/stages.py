@@ -80,7 +80,7 @@ def with_scaffolding(recipe, student, image_processor, teacher=None):
             )
             take_heads(distillation, recipe)
         weight = 0.0 if recipe.teacher is None else recipe.teacher.weight
-        learner = VisionLearner(peft_model, image_processor, teacher, distillation, weight)
+        learner = VisionLearner(peft_model, image_processor, teacher, distillation, weight, recipe.lora.keep_text)
     check_trainable(learner, recipe.stage)
     return learner
 

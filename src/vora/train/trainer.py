@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerState
 from vora.adapt.lora import DISTILLATION_FILE
 from vora.data.stream import PackedBatches
 
-ON_HOST = ("image_grid_thw", "num_samples")  # of a batch: sizes and counts
+ON_HOST = ("image_grid_thw", "num_samples", "pictures_alone")  # of a batch: what only the host asks
 DATA_FILE = "data_position_{}.json"  # one per process
 PART_MARKS = {"patch_embedding": "patch_embedding", "heads": "distillation.heads", "lora_b": "lora_B"}
 
@@ -29,8 +29,8 @@ class VoraTrainer(Trainer):
         eyes_scale: of the learning rates of what learns in these steps, from then on; from the start without them.
 
     Its `train_dataset` is a `PackedRows`, whose position each process saves in every checkpoint. Logs `lm_loss`,
-    `distill_loss`, the loss of each block pair, samples and tokens per second, and the share of time that went into
-    waiting for data.
+    `distill_loss`, `text_loss`, the loss of each block pair, samples and tokens per second, and the share of time that
+    went into waiting for data.
     """
 
     def __init__(self, *args, learning_rates=None, image_only_steps=0, eyes_scale=1.0, **kwargs):
@@ -81,7 +81,7 @@ class VoraTrainer(Trainer):
 
     def _note(self, losses, inputs):
         """Add a micro-batch to what the next log line reports; stays on the device."""
-        for name in ("lm_loss", "distill_loss", "pair_losses"):
+        for name in ("lm_loss", "distill_loss", "text_loss", "pair_losses"):
             if name in losses:
                 total, count = self._terms.get(name, (0.0, 0))
                 scale = self.current_gradient_accumulation_steps if name == "lm_loss" else 1

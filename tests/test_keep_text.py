@@ -1,0 +1,178 @@
+"""Text alone: the LLM without LoRA teaches it, so that eyes do not cost language."""
+
+import copy
+import json
+from itertools import islice
+
+import pytest
+import torch
+from tiny import logits_of, text, tiny_vora
+
+from vora import attach_vision_lora
+from vora.data.sources import load_source
+from vora.data.stream import PackedRows
+from vora.distill.blockwise import BlockwiseDistillation, block_pairs
+from vora.distill.keep_text import lora_off, unexplained
+from vora.distill.learner import VisionLearner
+from vora.model.processing_vora import VoraProcessor
+from vora.train.recipe import load_recipe
+from vora.train.run import train
+
+T = 24  # tokens of a row
+
+
+def learner(disturbed=0.1, pairs=2):
+    """(learner whose LoRA and distillation reach the first `pairs` blocks, the LLM as it was)."""
+    vora = tiny_vora("llama")
+    llm = copy.deepcopy(vora)
+    student = attach_vision_lora(vora, rank=4, num_blocks=pairs)
+    torch.manual_seed(0)
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:
+            parameter.data += disturbed * torch.randn_like(parameter)
+    distillation = BlockwiseDistillation(block_pairs(pairs, pairs), 32, 24)
+    return VisionLearner(student, None, None, distillation, text_weight=2.0), llm
+
+
+def batch(pictures_alone, lengths=(20, 13)):
+    """Rows of text to keep, the second one padded."""
+    ids = torch.tensor([text(length, seed) + [0] * (T - length) for seed, length in enumerate(lengths)])
+    places = [row * T + torch.arange(length) for row, length in enumerate(lengths)]
+    seen = torch.tensor([[length - 1] * length + list(range(length, T)) for length in lengths])
+    return {
+        "input_ids": ids,
+        "targets": torch.full_like(ids, -100),
+        "position_ids": torch.arange(T).expand(len(lengths), T),
+        "seen_until": seen,
+        "text_rows": torch.arange(len(lengths)),
+        "text_places": torch.cat(places),
+        "pictures_alone": torch.tensor(pictures_alone),
+    }
+
+
+@pytest.mark.parametrize("pictures_alone", [True, False])
+def test_untrained_lora_has_changed_nothing(pictures_alone):
+    losses = learner(disturbed=0.0)[0](**batch(pictures_alone))
+    assert losses["text_loss"].item() == pytest.approx(0, abs=1e-6)
+    assert losses.keys() == {"loss", "text_loss"}
+
+
+def test_it_is_the_divergence_from_the_bare_llm():
+    taught, llm = learner()
+    losses = taught(**batch(pictures_alone=False))
+    found = []
+    for seed, length in enumerate((20, 13)):
+        ids = torch.tensor([text(length, seed)])
+        wanted, said = (logits_of(model, input_ids=ids).log_softmax(-1)[0] for model in (llm, taught.vora))
+        found.append((wanted.exp() * (wanted - said)).sum(-1))
+    expected = torch.cat(found).mean()
+    assert expected > 1e-3
+    torch.testing.assert_close(losses["text_loss"], expected)
+    torch.testing.assert_close(losses["loss"], 2 * expected)
+
+
+def test_with_pictures_alone_it_is_the_last_taught_block():
+    taught, _ = learner()
+    ran = []
+    for number, block in enumerate(taught.vora.model.blocks):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    loss = taught(**batch(pictures_alone=True))["text_loss"]
+    assert set(ran) == {0, 1} and loss > 1e-3
+    loss.backward()
+    grown = {name for name, p in taught.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert grown and all("lora" in name for name in grown)
+
+
+def test_rare_large_channels_do_not_stand_for_the_others():
+    torch.manual_seed(0)
+    own = torch.randn(50, 32) * torch.tensor([1000.0] + [1.0] * 31)
+    noisy = own.clone()
+    noisy[:, 1:] += torch.randn(50, 31)
+    assert unexplained(noisy, own) > 0.5 and unexplained(own, own) == 0
+
+
+def test_lora_is_back_even_after_an_error():
+    taught, llm = learner()
+    ids = torch.tensor([text(9)])
+    with_lora = logits_of(taught.vora, input_ids=ids)
+    with pytest.raises(KeyError), lora_off(taught.vora):
+        torch.testing.assert_close(logits_of(taught.vora, input_ids=ids), logits_of(llm, input_ids=ids))
+        raise KeyError
+    torch.testing.assert_close(logits_of(taught.vora, input_ids=ids), with_lora)
+
+
+def test_it_brings_the_language_back():
+    taught, _ = learner(disturbed=0.3)
+    optimizer = torch.optim.AdamW([p for p in taught.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(60):
+        loss = taught(**batch(pictures_alone=False))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 10
+
+
+@pytest.fixture
+def sources(tmp_path):
+    from PIL import Image
+
+    lines = []
+    for number in range(12):
+        Image.new("RGB", (12, 12), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        lines.append({"image": f"{number}.png", "question": "what?", "answer": "red"})
+    (tmp_path / "pictures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    texts = ["blue red green " * (1 + 9 * (number % 3)) for number in range(12)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+    return [str(tmp_path / name) for name in ("pictures.jsonl", "texts.jsonl")]
+
+
+def test_rows_hold_text_to_keep_or_pictures(sources, llm_folder):
+    processor = VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+    loaded = [load_source(path) for path in sources]
+    rows = PackedRows(loaded, processor, 64, image_only_rows=20, keep_text=True)
+    drawn = rows.collate, iter(rows)
+    for number, samples in enumerate(islice(drawn[1], 60)):
+        kinds = {"pixel_values" in sample for sample in samples}
+        assert len(kinds) == 1
+        made = rows.collate([samples])
+        assert bool(made["pictures_alone"]) == (number < 20)
+        if kinds == {False}:
+            assert (made["targets"] == -100).all() and made["text_rows"].tolist() == [0]
+            length = sum(len(sample["input_ids"]) for sample in samples)
+            assert made["text_places"].tolist() == list(range(length))
+        else:
+            assert "text_rows" not in made and bool((made["targets"] != -100).any()) == (number >= 20)
+    plain = PackedRows(loaded, processor, 64)
+    assert any((rows.collate([row])["targets"] != -100).any() for row in islice(iter(plain), 5))
+
+
+def test_places_are_those_of_the_text_rows_alone(sources, llm_folder):
+    processor = VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+    rows = PackedRows([load_source(path) for path in sources], processor, 64, keep_text=True)
+    drawn = list(islice(iter(rows), 12))
+    made = rows.collate(drawn)
+    of_text = [index for index, samples in enumerate(drawn) if "pixel_values" not in samples[0]]
+    assert made["text_rows"].tolist() == of_text and 0 < len(of_text) < 12
+    kept = made["input_ids"][of_text].flatten()[made["text_places"]]
+    expected = [token for index in of_text for sample in drawn[index] for token in sample["input_ids"]]
+    assert kept.tolist() == expected
+
+
+def test_a_run_keeps_text_in_both_phases(sources, llm_folder, teacher_folder, tmp_path):
+    values = {
+        "stage": "pretrain",
+        "model": {"llm": llm_folder},
+        "teacher": {"name": teacher_folder, "image_only_steps": 6},
+        "lora": {"rank": 4, "keep_text": 1.0},
+        "data": {"sources": [{"path": path, "weight": 1} for path in sources], "row_tokens": 64},
+        "training": {"max_steps": 12, "logging_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3,
+                     "use_cpu": True, "save_steps": 100},
+    }  # fmt: skip
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(json.dumps(values))
+    train(load_recipe(recipe_file), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    kept = [line["step"] for line in lines if "text_loss" in line]
+    assert min(kept) <= 6 < max(kept)
