@@ -1,9 +1,11 @@
-"""Text-only turns sampled from an LLM itself, to keep its language while it learns to see.
+"""Text sampled from an LLM itself, to keep its language while it learns to see (`lora.keep_text`).
 
-    python examples/text_from_llm.py smollm2-135m --num 2000 --out text.jsonl
+    python examples/text_from_llm.py smollm2-135m --num 500 --out text.jsonl
+    python examples/text_from_llm.py smollm2-135m --num 500 --kind document --out documents.jsonl
 
-The LLM is given the beginning of a user's turn and goes on: first the question, then the answer (Magpie, arXiv
-2406.08464). A file that is there is gone on with. Needs no data and no network but the LLM.
+A conversation: the LLM is given the beginning of a user's turn and goes on, first the question, then the answer
+(Magpie, arXiv 2406.08464). A document: it is given what separates documents, and goes on. A file that is there is gone
+on with. Needs no data and no network but the LLM.
 """
 
 import argparse
@@ -15,42 +17,56 @@ import torch
 from vora.model.from_llm import load_llm, load_tokenizer
 
 MARK = "\u2042"  # stands where a turn's text goes
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<s>", "<bos>")  # of documents, in pre-training
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("llm", help="alias, folder or hub id of an LLM with a chat template")
-    parser.add_argument("--num", type=int, default=2000, help="conversations in the file at the end")
+    parser.add_argument("llm", help="alias, folder or hub id of an LLM")
+    parser.add_argument("--kind", choices=["conversation", "document"], default="conversation")
+    parser.add_argument("--num", type=int, default=2000, help="lines in the file at the end")
     parser.add_argument("--out", type=Path, default=Path("text.jsonl"))
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--question-tokens", type=int, default=64, help="longer questions are thrown away")
-    parser.add_argument("--answer-tokens", type=int, default=160, help="longer answers are cut after a sentence")
+    parser.add_argument("--answer-tokens", type=int, default=160, help="of answers and documents; then cut")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     tokenizer, llm = load_tokenizer(options.llm), load_llm(options.llm, dtype=torch.bfloat16).eval()
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     seen = {line for line in options.out.read_text().splitlines()} if options.out.exists() else set()
+    sampled = conversations if options.kind == "conversation" else documents
     while len(seen) < options.num:
         torch.manual_seed(options.seed + len(seen))
-        begun = rendered(tokenizer, [{"role": "user", "content": MARK}]).partition(MARK)[0]
-        questions = [
-            text
-            for text, ended in continued(llm, tokenizer, [begun] * options.batch, options.question_tokens)
-            if ended
-        ]
-        questions = [question for question in dict.fromkeys(questions) if len(question.split()) >= 3]
-        if not questions:
-            continue
-        asked = [[{"role": "user", "content": question}] for question in questions]
-        prompts = [rendered(tokenizer, turns, add_generation_prompt=True) for turns in asked]
         with options.out.open("a") as file:
-            for turns, (answer, ended) in zip(asked, continued(llm, tokenizer, prompts, options.answer_tokens)):
-                answer = answer if ended else whole_sentences(answer)
-                line = json.dumps({"messages": [*turns, {"role": "assistant", "content": answer}]})
-                if answer and line not in seen and len(seen) < options.num:
+            for line in map(json.dumps, sampled(llm, tokenizer, options)):
+                if line not in seen and len(seen) < options.num:
                     seen.add(line)
                     file.write(line + "\n")
-        print(f"{len(seen)} of {options.num} conversations", flush=True)
+        print(f"{len(seen)} of {options.num} {options.kind}s", flush=True)
+
+
+def conversations(llm, tokenizer, options):
+    """Yields rows with one question and its answer."""
+    begun = rendered(tokenizer, [{"role": "user", "content": MARK}]).partition(MARK)[0]
+    asked = continued(llm, tokenizer, [begun] * options.batch, options.question_tokens)
+    questions = dict.fromkeys(text for text, ended in asked if ended and len(text.split()) >= 3)
+    turns = [[{"role": "user", "content": question}] for question in questions]
+    if not turns:
+        return
+    prompts = [rendered(tokenizer, turn, add_generation_prompt=True) for turn in turns]
+    for turn, (answer, ended) in zip(turns, continued(llm, tokenizer, prompts, options.answer_tokens)):
+        answer = answer if ended else whole_sentences(answer)
+        if answer:
+            yield {"messages": [*turn, {"role": "assistant", "content": answer}]}
+
+
+def documents(llm, tokenizer, options):
+    """Yields rows of plain text, as the LLM's pre-training had it."""
+    known = tokenizer.get_vocab()
+    begin = next((token for token in SEPARATORS if token in known), tokenizer.bos_token or tokenizer.eos_token)
+    for text, _ in continued(llm, tokenizer, [begin] * options.batch, options.answer_tokens):
+        if len(text.split()) >= 10:
+            yield {"text": text}
 
 
 def rendered(tokenizer, turns, **options):

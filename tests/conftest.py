@@ -3,7 +3,9 @@
 import pytest
 import tiny
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import vora
 
 torch.set_num_threads(1)
 
@@ -24,7 +26,15 @@ def llm_folder(tmp_path_factory):
 def teacher_folder(tmp_path_factory):
     """A tiny ViT of two blocks, saved as on the hub."""
     folder = tmp_path_factory.mktemp("teacher")
-    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    torch.manual_seed(1)
-    ViTModel(ViTConfig(**shape, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(folder)
+    tiny.save_tiny_vit(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, llm_folder):
+    """A tiny VoRA model with its processor, saved."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    vora.VoraForConditionalGeneration.from_llm(llm_folder, patch_size=4, image_size=12).save_pretrained(folder)
+    vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12).save_pretrained(folder)
+    return folder

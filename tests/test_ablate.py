@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 from rich.console import Console
-from transformers import TrainerCallback, ViTConfig, ViTModel
+from tiny import save_tiny_vit
+from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from vora.ablate import cells as cells_module
@@ -37,11 +37,7 @@ def work(tmp_path, llm_folder):
         Image.new("RGB", (16, 16), name).save(tmp_path / f"{name}.png")
         lines.append({"image": f"{name}.png", "question": "what?", "answer": name})
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    torch.manual_seed(1)
-    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    ViTModel(ViTConfig(**shape, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(
-        tmp_path / "vit"
-    )
+    save_tiny_vit(tmp_path / "vit")
     recipe = {
         "model": {"llm": llm_folder},
         "teacher": {"name": "vit"},

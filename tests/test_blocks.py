@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
-from test_train import data_file, losses, recipe, run, teacher_folder  # noqa: F401
+from test_train import data_file, losses, recipe, run  # noqa: F401
 from tiny import PATCH, SHAPE, prompt, text, tiny_vora
 from torch._dynamo.utils import counters
 from transformers import ViTConfig, ViTModel

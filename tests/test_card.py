@@ -8,12 +8,11 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 from rich.console import Console
-from transformers import ViTConfig, ViTModel
+from tiny import save_tiny_vit
 from typer.testing import CliRunner
 
 from vora.adapt import card
@@ -36,9 +35,7 @@ def work(tmp_path_factory, llm_folder):
     work = tmp_path_factory.mktemp("work")
     shutil.copytree(llm_folder, work / "tiny-llama")
     (work / "tiny-llama" / "README.md").write_text("---\nlicense: other\nlicense_name: tiny-terms\n---\n# Tiny\n")
-    torch.manual_seed(1)
-    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    ViTModel(ViTConfig(**shape, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(work / "vit")
+    save_tiny_vit(work / "vit")
     (work / "vit" / "README.md").write_text("---\nlicense: mit\n---\n# A teacher\n")
     for name in ("red", "blue"):
         Image.new("RGB", (16, 16), name).save(work / f"{name}.png")

@@ -12,14 +12,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import ViTConfig, ViTModel
-
-
-def vora(*arguments, **kwargs):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "300"}
-    environment.pop("VORA_TRACEBACK", None)
-    command = [sys.executable, "-c", "from vora.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, **kwargs)
+from tiny import command_line as vora
+from tiny import save_tiny_vit
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +25,7 @@ def work(tmp_path_factory, llm_folder):
         Image.new("RGB", (16, 16), name).save(folder / f"{name}.png")
         lines.append({"image": f"{name}.png", "question": "what?", "answer": name})
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    torch.manual_seed(1)
-    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    ViTModel(ViTConfig(**shape, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(folder / "vit")
+    save_tiny_vit(folder / "vit")
     recipe = {
         "model": {"llm": llm_folder},
         "teacher": {"name": "vit"},

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -12,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from tiny import command_line
 
-import vora
 from vora.eval.ledger import Ledger, fingerprint
 from vora.eval.presence import objects_in, questions_of
 from vora.eval.rows import Bad, Example, Rows
@@ -55,22 +54,6 @@ def data(tmp_path_factory):
         table = pa.Table.from_pylist([{"image": png(n), **row} for n, row in enumerate(rows)])
         pq.write_table(table, folder / f"{task}.parquet", row_group_size=3)
     return folder
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, llm_folder):
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    vora.VoraForConditionalGeneration.from_llm(llm_folder, patch_size=4, image_size=12).save_pretrained(folder)
-    vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12).save_pretrained(folder)
-    return folder
-
-
-def run(*arguments, code="from vora.cli import main; main()"):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "300"}
-    environment.pop("VORA_TRACEBACK", None)
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
 
 
 def in_process(monkeypatch, *arguments):
@@ -131,7 +114,7 @@ def test_a_killed_run_goes_on_and_loses_at_most_a_batch(data, model_folder, tmp_
         "    return answers(*a)\n"
     )
     main = "from vora.cli import main; main()"
-    killed = run(*arguments, tmp_path / "a.json", code=small + "q.greedy_answers = counted\n" + main)
+    killed = command_line(*arguments, tmp_path / "a.json", code=small + "q.greedy_answers = counted\n" + main)
     assert killed.returncode == 9 and not (tmp_path / "a.json").exists()
     ledger = tmp_path / "a.predictions.jsonl"
     assert len(ledger.read_text().splitlines()) == 1 + 9

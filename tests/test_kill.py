@@ -10,10 +10,9 @@ import time
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
-from transformers import ViTConfig, ViTModel
+from tiny import save_tiny_vit
 
 STEPS = 60
 
@@ -29,9 +28,7 @@ def recipe(tmp_path_factory, llm_folder):
     (folder / "pictures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     lines = [{"question": f"say {number}", "answer": f"{number}"} for number in range(50)]
     (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    torch.manual_seed(1)
-    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    ViTModel(ViTConfig(**shape, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(folder / "vit")
+    save_tiny_vit(folder / "vit")
     values = {
         "model": {"llm": llm_folder},
         "teacher": {"name": "vit", "image_only_steps": 8},

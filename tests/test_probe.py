@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
 import vora
@@ -48,15 +47,6 @@ def data(tmp_path_factory):
     for task, rows in LAYOUTS.items():
         table = pa.Table.from_pylist([{"image": png(n), **row} for n, row in enumerate(rows)])
         pq.write_table(table, folder / f"{task}.parquet")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, llm_folder):
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    vora.VoraForConditionalGeneration.from_llm(llm_folder, patch_size=4, image_size=12).save_pretrained(folder)
-    vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12).save_pretrained(folder)
     return folder
 
 

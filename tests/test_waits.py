@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_distill import TEACHERS
 from test_packing import Waits, learner_of, questions
-from test_train import data_file, recipe, run, teacher_folder  # noqa: F401
+from test_train import data_file, recipe, run  # noqa: F401
 from tiny import IMAGE, PATCH, SHAPE, tiny_vora
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, TrainerCallback

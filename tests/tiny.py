@@ -1,11 +1,14 @@
 """Tiny random models of many families, a tiny tokenizer, and prompts for them."""
 
 import copy
+import os
+import subprocess
+import sys
 from functools import cache
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, ViTConfig, ViTModel
 
 from vora import VoraForConditionalGeneration
 
@@ -77,6 +80,21 @@ def tiny_vora(llm):
         return VoraForConditionalGeneration.from_llm(
             llm, patch_size=PATCH, image_size=PATCH * GRID, image_token_id=IMAGE
         )
+
+
+def save_tiny_vit(folder):
+    """A ViT of two blocks for pictures of 16 x 16 pixels, saved as on the hub."""
+    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    torch.manual_seed(1)
+    ViTModel(ViTConfig(**shape, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(folder)
+
+
+def command_line(*arguments, code="from vora.cli import main; main()", **kwargs):
+    """`vora ARGUMENTS` in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "300"}
+    environment.pop("VORA_TRACEBACK", None)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, **kwargs)
 
 
 def text(length, seed=0):

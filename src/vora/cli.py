@@ -294,11 +294,12 @@ def chat(
     max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of a picture; the model's own.")] = None,
 ):
     """Ask a model about pictures; without -q, interactively (a line `+ IMAGE` adds a picture, empty ends)."""
+    from vora.adapt.pretrained import committed_model
     from vora.model.image_processing_vora import read_image
     from vora.serve.chat import Chat, load_model
 
     pending = [read_image(image) for image in images or []]
-    loaded = load_model(model or _default_model(), min_image_tokens, max_image_tokens)
+    loaded = load_model(model or committed_model(), min_image_tokens, max_image_tokens)
     conversation = Chat(*loaded, max_new_tokens, temperature)
     if question is not None:
         _print_answer(conversation, question, pending)
@@ -334,6 +335,7 @@ def inspect(
     max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of a picture; the model's own.")] = None,
 ):
     """Pictures of how a model sees one: its blocks beside the teacher's, and where each word of the answer looked."""
+    from vora.adapt.pretrained import committed_model
     from vora.eval.inspection import inspect_picture
     from vora.eval.inspection_page import write_inspection
     from vora.eval.taught_by import take_teacher
@@ -342,7 +344,7 @@ def inspect(
 
     if out.suffix != ".html":
         raise ValueError(f"--out {out} names no page: give a name that ends in .html; the PNG goes beside it.")
-    picture, name = read_image(image), model or _default_model()
+    picture, name = read_image(image), model or committed_model()
     learner, processor = _opened(name, teacher, min_image_tokens, max_image_tokens)
     pairs, remark = take_teacher(learner, str(trained_folder(name)), teacher)
     found = inspect_picture(learner, processor, picture, question, answer, pairs, max_new_tokens)
@@ -380,13 +382,6 @@ def _read_line():
         return input("> ").strip() if sys.stdin.isatty() else sys.stdin.readline().strip()
     except EOFError:
         return ""
-
-
-def _default_model():
-    here = Path("vora-quickstart") / "model"
-    if (here / "config.json").exists():
-        return str(here)
-    raise ValueError("No model named: give one with -m MODEL, or make one with `vora quickstart`.")
 
 
 def main():
