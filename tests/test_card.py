@@ -16,7 +16,9 @@ from tiny import save_tiny_vit
 from typer.testing import CliRunner
 
 from vora.adapt import card
-from vora.adapt.card import NOT_STATED, CardFacts, Evaluation, published, read_card, write_card
+from vora.adapt.card import CardFacts, Evaluation, read_card, write_card
+from vora.adapt.card_text import NOT_STATED
+from vora.adapt.names import published
 from vora.cli import app
 from vora.model.from_llm import ALIASES
 from vora.quickstart.run import evaluation_rows
@@ -144,7 +146,7 @@ def test_the_language_part_loads_as_its_card_says(work):
 
 def test_unmerged_weights_merge_as_their_card_says(work, tmp_path):
     text = (work / "one" / "final" / "README.md").read_text()
-    assert "do not run by themselves" in text and "from_pretrained" not in text
+    assert "over it by itself" in text and "from_pretrained" not in text
     command = re.search(r"^vora (merge .*)$", text, flags=re.M).group(1)
     words = command.replace("RUN", str(work / "one")).replace("my-vora", str(tmp_path / "my-vora")).split()
     merge(*words[1:])

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from vora.adapt.card import is_hub_id, read_card
+from vora.adapt.card import read_card
 from vora.adapt.lora import DISTILLATION_FILE
+from vora.adapt.names import is_hub_id
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
 from vora.distill.teacher import Teacher
 

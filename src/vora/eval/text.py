@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vora.adapt.card import HUB_ID_OF_ALIAS, read_card
+from vora.adapt.card import read_card
+from vora.adapt.names import HUB_ID_OF_ALIAS
 from vora.eval.answers import told_samples
 from vora.eval.intervals import interval_of, mean, share
 from vora.eval.ledger import fingerprint, model_fingerprint

@@ -19,7 +19,8 @@ import torch
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from vora.adapt.card import NOT_STATED, CardFacts, harmless, read_card, write_card
+from vora.adapt.card import CardFacts, harmless, read_card, write_card
+from vora.adapt.card_text import NOT_STATED
 from vora.adapt.lora import is_unmerged, load_vision_lora, merge_vision_lora
 from vora.adapt.over_llm import lacks_llm, load_over_llm, processor_over_llm
 from vora.data.sources import load_source
