@@ -42,19 +42,21 @@ class Checkpoints(TrainerCallback):
             model.train()
 
 
-def run_arm(seed, arm, args, folder):
+def run_arm(seed, arm, overrides, args, folder, callbacks=()):
     """One training; returns its points."""
-    overrides = ARMS[arm] | {"training.seed": seed, "model.llm": args.llm, "max_minutes": "null"}
+    overrides = overrides | {"training.seed": seed, "model.llm": args.llm, "max_minutes": "null"}
     overrides |= {"training.logging_steps": args.every} | precision_overrides()
     recipe = load_recipe(
         Path(str(files("vora.quickstart"))) / "recipe.yaml", [f"{key}={value}" for key, value in overrides.items()]
     )
     first = recipe.teacher.image_only_steps
+    if first and args.eyes_steps is not None:
+        first = args.eyes_steps
     first -= first % args.every  # so that log lines and checkpoints fall together
     recipe.teacher.image_only_steps, recipe.training["max_steps"] = first, first + args.lm_steps
     checkpoints = Checkpoints(load_source("easy-vqa", "test", max_samples=args.test_pictures), args.every, first)
     start = time.monotonic()
-    train(recipe, folder / f"{arm}-{seed}", console=Console(quiet=True), callbacks=[checkpoints])
+    train(recipe, folder / f"{arm}-{seed}", console=Console(quiet=True), callbacks=[checkpoints, *callbacks])
     lines = [json.loads(line) for line in (folder / f"{arm}-{seed}" / "log.jsonl").read_text().splitlines()]
     predicting = [line for line in lines if "lm_loss" in line]
     before = max((line["samples_seen"] for line in lines if "lm_loss" not in line), default=0)
@@ -63,6 +65,16 @@ def run_arm(seed, arm, args, folder):
         point |= {"arm": arm, "seed": seed, "seconds": time.monotonic() - start}
         print(json.dumps(point), flush=True)
     return checkpoints.points
+
+
+def options_of(parser):
+    """What both trainings of an arm are given."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--llm", default="smollm2-135m")
+    parser.add_argument("--eyes-steps", type=int, help="steps with pictures alone; the quickstart's by default")
+    parser.add_argument("--lm-steps", type=int, default=120, help="steps with questions, some 37 questions each")
+    parser.add_argument("--every", type=int, default=40, help="steps between measurements")
+    parser.add_argument("--test-pictures", type=int, default=100)
 
 
 def rows_of(points):
@@ -83,17 +95,13 @@ def rows_of(points):
 
 def main():
     parser = parser_of(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--llm", default="smollm2-135m")
-    parser.add_argument("--lm-steps", type=int, default=120, help="steps with questions, some 37 questions each")
-    parser.add_argument("--every", type=int, default=40, help="steps between measurements")
-    parser.add_argument("--test-pictures", type=int, default=100)
+    options_of(parser)
     args = arguments(parser)
     points = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
             for arm in ARMS:
-                points += run_arm(seed, arm, args, Path(folder))
+                points += run_arm(seed, arm, ARMS[arm], args, Path(folder))
     report(rows_of(points), args.json)
 
 

@@ -16,6 +16,7 @@ import native_resolution
 import numpy as np
 import patch_merge
 import pytest
+import rotary_2d
 import rows as rows_of_benchmarks
 import torch
 from contestants import (
@@ -34,6 +35,7 @@ from own_process import in_own_process, taken_by
 from power_laws import exponent, quadratic_share, split
 from rows import report, row
 from teacher_channels import of_block
+from tiny import logits_of, prompt, text, tiny_vora
 from torch.utils.flop_counter import FlopCounterMode
 from train_step import losses_in_float32
 from where_time_goes import kind_of, own_times, profiled, seconds_by_kind, table
@@ -253,3 +255,25 @@ def test_one_channel_of_a_teacher_gets_credit_only_where_features_are_not_standa
     features[:, 3] *= 100
     found = of_block(0, features)
     assert found["baseline"] > 0.95 and found["ours"] < 0.3 and found["top_share"] > 0.99
+
+
+def test_two_axes_turn_image_tokens_by_row_and_column_and_leave_words_alone():
+    is_image = torch.tensor([[False, True, True, True, True, True, True, False]])
+    rows, columns = rotary_2d.shifts_of(is_image, [(2, 3)])
+    places = torch.arange(8)[None]
+    assert (places + rows).tolist() == [[0, 1, 1, 1, 2, 2, 2, 7]]  # the first token's place, and the row
+    assert (places + columns).tolist() == [[0, 1, 2, 3, 1, 2, 3, 7]]
+    vora, words, picture = tiny_vora("llama"), prompt([*text(5)]), prompt([*text(3), (2, 3, 0), *text(2)])
+    before = [logits_of(vora, **inputs) for inputs in (words, picture)]
+    turned = vora.model.language_model.rotary_emb
+    rotary_2d.look_in_two_axes(vora)
+    torch.testing.assert_close(logits_of(vora, **words), before[0])
+    assert (logits_of(vora, **picture) - before[1]).abs().max() > 1e-3
+    axes = vora.model.language_model.rotary_emb
+    found, own = (
+        axes(torch.zeros(1, 11, 8), torch.arange(11)[None])[0],
+        [turned(torch.zeros(1, 11, 8), torch.arange(11)[None] + shift)[0] for shift in axes.shifts],
+    )
+    half = found.shape[-1] // 2
+    for channel in range(2 * half):
+        torch.testing.assert_close(found[..., channel], own[channel % half % 2][..., channel])
