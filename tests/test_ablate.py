@@ -212,7 +212,7 @@ def test_a_grid_is_all_combinations_and_arms_override_the_command_line(work, tmp
 SPECS = [path for path in sorted(ROOT.glob("recipes/*/ablations/*.yaml")) if path.stem != "base"]
 
 
-@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: f"{path.parent.parent.name}-{path.stem}")
 def test_every_specification_of_the_repository_loads(path, tmp_path):
     spec = load_spec(path)
     cells = cells_of(spec, ["data.folder=pictures", "teacher.name=vit"] * (path.stem != "full"), tmp_path)

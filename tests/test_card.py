@@ -95,9 +95,9 @@ def test_each_saved_model_has_a_card_that_names_no_folder(work, saved):
 def test_the_card_of_a_merged_model_tells_how_it_was_made(work):
     text = (work / "merged" / "README.md").read_text()
     last = json.loads((work / "one" / "log.jsonl").read_text().splitlines()[-1])
-    assert last["step"] == 2
-    assert "| steps | 3 |" in text and f"| samples seen | {last['samples_seen']:,} (by step 2) |" in text
-    assert f"lm_loss {last['lm_loss']:.4g}, distill_loss {last['distill_loss']:.4g} (by step 2)" in text
+    assert last["step"] == 3  # though a line is written every two
+    assert "| steps | 3 |" in text and f"| samples seen | {last['samples_seen']:,} |" in text
+    assert f"lm_loss {last['lm_loss']:.4g}, distill_loss {last['distill_loss']:.4g} |" in text
     assert "`first.jsonl` (weight 2), `sec*.jsonl` (weight 1)" in text
     assert "## Evaluation\n\nnot evaluated" in text and "started as the teacher's" in text
     recipe = read_card(work / "merged")["stages"][0]["recipe"]
@@ -161,6 +161,14 @@ def test_a_checkpoint_s_card_has_its_own_count_of_steps(work, tmp_path):
     (tmp_path / "cut" / "checkpoint-2" / "README.md").unlink()
     merge(tmp_path / "cut", "-o", tmp_path / "out")
     assert read_card(tmp_path / "out")["stages"][0]["steps"] == 2
+
+
+def test_losses_older_than_the_weights_say_so(work, tmp_path):
+    shutil.copytree(work / "one", tmp_path / "older")
+    log = tmp_path / "older" / "log.jsonl"
+    log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:-1]))
+    merge(tmp_path / "older", "-o", tmp_path / "out")
+    assert "(by step 2)" in (tmp_path / "out" / "README.md").read_text()
 
 
 FACTS = CardFacts(

@@ -148,6 +148,23 @@ def test_rows_hold_text_to_keep_or_pictures(sources, llm_folder):
     assert any((rows.collate([row])["targets"] != -100).any() for row in islice(iter(plain), 5))
 
 
+def test_text_to_keep_alone_teaches_nothing_and_is_refused(sources, llm_folder):
+    processor = VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+    rows = PackedRows([load_source(sources[1])], processor, 64, keep_text=True)
+    with pytest.raises(ValueError, match="holds a picture, and with lora.keep_text text alone teaches nothing"):
+        list(islice(iter(rows), 30))
+    with pytest.raises(ValueError, match="data.blind leaves text alone"):
+        data = {"sources": [{"path": "x"}], "blind": True}
+        load_recipe({"model": {"llm": "x"}, "lora": {"keep_text": 1}, "data": data})
+
+
+def test_rows_of_words_may_be_measured_before_those_of_pictures():
+    """As planning by the clock does: a batch with words never ends at the teacher's depth."""
+    taught, _ = learner()
+    found = taught(**batch(pictures_alone=True) | {"targets": torch.full((2, T), 7)})
+    assert "lm_loss" in found and "text_loss" in found
+
+
 def test_places_are_those_of_the_text_rows_alone(sources, llm_folder):
     processor = VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
     rows = PackedRows([load_source(path) for path in sources], processor, 64, keep_text=True)

@@ -4,15 +4,19 @@ import json
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from tiny import GRID, PATCH, logits_of, prompt
 from typer.testing import CliRunner
 
 from vora import VoraForConditionalGeneration
 from vora.adapt.lora import attach_vision_lora, merge_vision_lora
-from vora.adapt.over_llm import lacks_llm, load_over_llm, processor_over_llm, save_eyes
+from vora.adapt.over_llm import digest_of, lacks_llm, load_over_llm, processor_over_llm, save_eyes
 from vora.cli import app
 from vora.model.processing_vora import VoraProcessor
 from vora.serve.chat import load_model
+from vora.train.recipe import load_recipe
+from vora.train.run import train
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +91,47 @@ def test_another_llm_is_refused(eyes, tmp_path):
     elsewhere = bent(eyes[0], tmp_path / "elsewhere", image_token_id=9)
     with pytest.raises(ValueError, match="pictures at token 9, but"):
         processor_over_llm(elsewhere)
+
+
+def test_an_llm_of_other_weights_is_refused(eyes, llm_folder, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    llm = AutoModelForCausalLM.from_pretrained(llm_folder)
+    digest = digest_of(llm)
+    assert digest_of(llm.to(torch.bfloat16)) == digest and digest_of(load_over_llm(eyes[0]).get_base_model()) == digest
+    llm.model.layers[2].self_attn.q_proj.weight.data += 0.1
+    llm.save_pretrained(tmp_path / "tuned")
+    AutoTokenizer.from_pretrained(llm_folder).save_pretrained(tmp_path / "tuned")
+    with pytest.raises(ValueError, match="shape, but of other weights"):
+        load_over_llm(eyes[0], llm=str(tmp_path / "tuned"))
+    assert digest_of(eyes[1]) != digest  # merged
+
+
+def test_a_run_s_eyes_come_in_its_precision_and_with_their_card(llm_folder, tmp_path):
+    Image.new("RGB", (12, 12), "red").save(tmp_path / "red.png")
+    line = {"image": "red.png", "question": "what?", "answer": "red"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(line) + "\n")
+    recipe = {
+        "model": {"llm": llm_folder, "dtype": "bfloat16"},
+        "lora": {"rank": 2, "num_blocks": 2},
+        "data": {"sources": [{"path": str(tmp_path / "data.jsonl")}], "row_tokens": 64},
+        "training": {"max_steps": 1, "per_device_train_batch_size": 1, "use_cpu": True},
+    }
+    train(load_recipe(recipe), tmp_path / "run")
+    out, eyes_out = tmp_path / "out", tmp_path / "eyes"
+    told = CliRunner().invoke(app, ["merge", str(tmp_path / "run"), "-o", str(out), "--eyes-out", str(eyes_out)])
+    assert told.exit_code == 0, told.output
+    tensors = load_file(eyes_out / "adapter_model.safetensors")
+    assert tensors and {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert "vora merge THIS_FOLDER --llm LLM -o my-vora" in (eyes_out / "README.md").read_text()
+    again = merge_vision_lora(load_over_llm(eyes_out, llm=llm_folder))
+    assert again.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="no run of vora train"):
+        CliRunner().invoke(
+            app, ["merge", str(eyes_out), "-o", str(tmp_path / "x"), "--eyes-out", str(tmp_path / "y")],
+            catch_exceptions=False,
+        )  # fmt: skip
+    assert not (tmp_path / "x").exists()
 
 
 def test_numbers_beyond_the_precision_are_refused(llm_folder, tmp_path):

@@ -226,9 +226,10 @@ def merge(
     llm: Annotated[str | None, typer.Option(help="The LLM of eyes that come without one and do not name it.")] = None,
 ):
     """Fold vision LoRA into the LLM's weights and save an ordinary model."""
-    from vora.adapt.over_llm import save_eyes
-    from vora.train.run import merge_run, open_run, write_run_card
+    from vora.train.run import merge_run, refuse_without_eyes, write_eyes, write_run_card
 
+    if eyes_out is not None:
+        refuse_without_eyes(run)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose another --out, so that nothing is overwritten.")
     model, processor = merge_run(run, llm)
@@ -242,9 +243,7 @@ def merge(
             processor.tokenizer.save_pretrained(llm_out)
         write_run_card(llm_out, run)
     if eyes_out is not None:
-        learner, processor = open_run(run)
-        save_eyes(learner.student, processor, eyes_out)
-        write_run_card(eyes_out, run)
+        write_eyes(eyes_out, run)
     console.print(f"Saved {out}. Ask it: vora chat IMAGE -m {out}")
 
 

@@ -4,7 +4,6 @@ Dims: L log lines with a language loss.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -48,7 +47,7 @@ def read_curve(log_file, window):
     Raises:
         ValueError: the log has no line with a language loss.
     """
-    lines = read_log(log_file) if Path(log_file).exists() else []
+    lines = read_log(log_file)
     with_words = [line for line in lines if "lm_loss" in line]
     if not with_words:
         raise ValueError(f"{log_file} has no line with lm_loss: raise training.max_steps, or log more often.")

@@ -63,6 +63,14 @@ This folder holds vision LoRA and a patch embedding. Where their LLM can be fetc
 vora chat picture.png -m my-vora -q "What is this?"
 ```
 """
+LOAD_LLAVA_ADAPTER = """\
+This folder holds LoRA and a projector, which do not run by themselves. Merge them first:
+
+```
+{command}
+vora chat picture.png -m my-vora -q "What is this?"
+```
+"""
 LOAD_UNMERGED = (
     LOAD_MODEL.rstrip()
     + """
@@ -125,7 +133,8 @@ def _text(record, kind, facts):
             f"# Vision LoRA for {name}, not merged yet",
             f"{llm} learned to see by the method of [Vision as LoRA](https://arxiv.org/abs/2503.20680); this is what "
             "it learned, kept apart from its weights.",
-            LOAD_ADAPTER.format(command=facts.merge_command) + (LOAD_RUN if "RUN" in facts.merge_command else ""),
+            (LOAD_LLAVA_ADAPTER if "encoder" in record else LOAD_ADAPTER).format(command=facts.merge_command)
+            + (LOAD_RUN if "RUN" in facts.merge_command else ""),
         ),
         "unmerged": (
             f"# {name}, with sight in a vision LoRA, not merged yet",
@@ -146,11 +155,7 @@ def _text(record, kind, facts):
             f"{llm} that reads images through the frozen encoder `{record['encoder']}` and a projector, as "
             "[LLaVA](https://arxiv.org/abs/2304.08485) does: what a VoRA model of the same recipe is measured against."
         )
-        load = (
-            LOAD_LLAVA
-            if kind == "model"
-            else load.replace("vision LoRA and a patch embedding", "LoRA and a projector")
-        )
+        load = LOAD_LLAVA if kind == "model" else load
     sections = [f"{title}\n\n{opening}", f"## How to load it\n\n{load}", _how_it_was_made(record)]
     if kind != "llm":
         sections.append(_evaluation(facts.evaluation))

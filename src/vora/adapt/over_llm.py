@@ -3,11 +3,16 @@
 A run's `final/` is such a folder, and `vora merge RUN --eyes-out` writes a small one to share.
 """
 
+import copy
+import hashlib
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
 
 from vora.adapt.llava import VoraLlavaConfig
 from vora.adapt.lora import is_unmerged, leave_precision_to_autocast
@@ -54,6 +59,11 @@ def load_over_llm(folder, dtype=None, llm=None):
             raise ValueError(
                 f"{folder} grew on an LLM with {field} {wanted}, but {name} has {has}: it is another LLM."
             )
+    if getattr(config, "llm_digest", None) not in (None, digest_of(llm)):
+        raise ValueError(
+            f"{folder} grew on an LLM of {name}'s shape, but of other weights, such as a fine-tune of it: put it over "
+            f"that one with `vora merge {folder} --llm LLM -o OUT`."
+        )
     attention = llm.config._attn_implementation
     model = VoraForConditionalGeneration.around(llm, config)
     model.set_attn_implementation(attention)
@@ -92,7 +102,7 @@ def name_of_llm(folder, llm=None):
     Raises:
         ValueError: it names none, for theirs was a folder, which is not written down.
     """
-    name = llm or AutoConfig.from_pretrained(folder).get_text_config().name_or_path
+    name = llm or named_llm(folder)
     if not name:
         raise ValueError(
             f"{folder} holds eyes without their LLM, which was a folder and so is not named in it: put them over it "
@@ -101,25 +111,54 @@ def name_of_llm(folder, llm=None):
     return name
 
 
-def save_eyes(model, processor, folder):
-    """Write LoRA and patch embedding in the LLM's precision, without the LLM and its tokenizer: what a training has
-    added, in a file small enough to send.
+def named_llm(folder):
+    """The hub id or alias of an LLM that a configuration names; empty if that was a folder."""
+    return AutoConfig.from_pretrained(folder).get_text_config().name_or_path
+
+
+@torch.no_grad()
+def digest_of(llm):
+    """Tells LLMs of one shape apart, with LoRA on or without: 16 hexadecimal digits of word embeddings and of the
+    first matrix of each block, some rows of them. Whether an LLM is loaded in bf16 or in fp32 makes no difference.
+
+    Args:
+        llm: a causal LM, or a VoRA model around one.
+    """
+    depth = llm.config.get_text_config().num_hidden_layers
+    blocks = next(m for m in llm.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    matrices = [next(m for m in block.modules() if isinstance(m, (nn.Linear, Conv1D))).weight for block in blocks]
+    digest = hashlib.sha256()
+    for weight in (llm.get_input_embeddings().weight, *matrices):
+        rows = weight[:: max(1, len(weight) // 64)].to("cpu", torch.bfloat16)
+        digest.update(rows.contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_eyes(model, processor, folder, dtype=None):
+    """Write LoRA and patch embedding without the LLM and its tokenizer: what a training has added, in a file small
+    enough to send.
 
     Args:
         model: the `peft.PeftModel` of a run.
         processor: its `VoraProcessor`.
+        dtype: to write them in; by default that of the model's configuration.
 
     Raises:
         ValueError: a number does not fit the precision.
     """
-    vora = model.get_base_model()
-    dtype = vora.config.dtype if isinstance(vora.config.dtype, torch.dtype) else getattr(torch, vora.config.dtype)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-            if not torch.isfinite(parameter).all():
-                raise ValueError(f"{name} holds numbers that are not finite in {dtype}: the training diverged.")
-    model.save_pretrained(folder)
-    vora.config.save_pretrained(folder)
+    vora, folder = model.get_base_model(), Path(folder)
+    dtype = dtype or vora.config.dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    learned = {name: tensor.detach().to(dtype).cpu() for name, tensor in get_peft_model_state_dict(model).items()}
+    for name, tensor in learned.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds numbers that are not finite in {dtype}: the training diverged.")
+    folder.mkdir(parents=True, exist_ok=True)
+    model.peft_config["default"].save_pretrained(folder)
+    save_file({name: tensor.contiguous() for name, tensor in learned.items()}, folder / "adapter_model.safetensors")
+    config = copy.deepcopy(vora.config)
+    config.dtype = config.text_config.dtype = dtype
+    config.llm_digest = digest_of(vora)
+    config.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
-    (Path(folder) / "chat_template.jinja").write_text(processor.chat_template)
+    (folder / "chat_template.jinja").write_text(processor.chat_template)

@@ -15,5 +15,5 @@ def committed_model():
         return str(folder)
     raise ValueError(
         "No model named, and this version of vora comes without one: give one with -m MODEL, or make one with "
-        "`vora quickstart`."
+        "`vora quickstart` (-m vora-quickstart/model)."
     )

@@ -332,7 +332,7 @@ class PackedRows:
         for number, packed in loader:
             for index, (name, sample) in enumerate(_unpacked(*packed)):
                 place = (number, index)
-                num_fruitless = 0 if isinstance(sample, dict) else num_fruitless + 1
+                num_fruitless = 0 if self._teaches(sample, position["pictures_alone"]) else num_fruitless + 1
                 if num_fruitless > self._longest_gap:
                     raise ValueError(self._fruitless(num_fruitless, position["pictures_alone"]))
                 if place >= following:
@@ -342,12 +342,20 @@ class PackedRows:
                 if isinstance(sample, dict) and (place >= following or place in waiting):
                     yield place, sample
 
-    @staticmethod
-    def _fruitless(count, pictures_alone):
+    def _teaches(self, sample, pictures_alone):
+        """Whether something can be learned from a sample, and not only kept."""
+        return isinstance(sample, dict) and ("pixel_values" in sample or not (pictures_alone or self.maker.keep_text))
+
+    def _fruitless(self, count, pictures_alone):
         if pictures_alone:
             return (
                 f"None of the last {count} samples holds a picture, but the first steps distill pictures alone: set "
                 "teacher.image_only_steps=0, or add a source with pictures."
+            )
+        if self.maker.keep_text:
+            return (
+                f"None of the last {count} samples holds a picture, and with lora.keep_text text alone teaches "
+                "nothing: add a source with pictures, or leave lora.keep_text out."
             )
         return f"All of the last {count} samples are bad: bad_samples.jsonl of the run says why."
 

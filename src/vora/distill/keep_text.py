@@ -17,8 +17,10 @@ from vora.model.label_loss import labels_at_once
 
 @contextmanager
 def lora_off(model):
-    """The LLM as it was, while the context lasts; gradients and what trains are not touched."""
+    """The LLM as it was, without dropout, while the context lasts; gradients and what trains are not touched."""
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    training = model.training
+    model.eval()
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -26,6 +28,7 @@ def lora_off(model):
     finally:
         for layer in layers:
             layer._disable_adapters = False
+        model.train(training)
 
 
 def unexplained(states, own):

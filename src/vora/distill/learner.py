@@ -116,7 +116,7 @@ class VisionLearner(nn.Module):
                 and where image tokens are, if that is known (`vora.data.packing.places`): then no GPU is waited for.
             text_rows, text_places: int[R] and int[L], which rows hold text alone that is to be kept as it was, and
                 where in them, flattened, its tokens are; None: none.
-            pictures_alone: whether this is a step before words; by default, whether nothing is to be predicted.
+            pictures_alone: False where steps without words are over, though this batch has nothing to predict.
             num_samples: of the batch; for who counts, not used here.
             num_items_in_batch: label tokens of the whole optimizer step, by which `lm_loss` is divided.
             num_micro_batches: of the step, by which `distill_loss` is divided in `loss`.
@@ -133,15 +133,16 @@ class VisionLearner(nn.Module):
             image_places = (inputs["input_ids"] == self.config.image_token_id).flatten().nonzero()[:, 0]
         predicts, distills = len(label_places) > 0, self.teacher is not None and len(image_places) > 0
         keeps_text = text_rows is not None
-        pictures_alone = not predicts if pictures_alone is None else pictures_alone
-        stops_early = pictures_alone and self.distillation is not None
+        stops_early = not predicts and self.distillation is not None
+        if pictures_alone is not None:
+            stops_early = stops_early and bool(pictures_alone)
         losses, hidden_states = {"loss": 0.0}, None
         with self.paired_states(distills or stops_early, stops_early) as states:
             try:
                 hidden_states = self.vora.model(**inputs, **images, use_cache=False).last_hidden_state
             except _EnoughBlocks:
                 pass
-        if predicts or not (states or keeps_text):  # with none of them, lm_loss says that nothing could be learned
+        if predicts or not (distills or keeps_text):  # with none of them, lm_loss says that nothing could be learned
             losses["lm_loss"] = self.vora.lm_loss(hidden_states, targets, num_items_in_batch, label_places)
             losses["loss"] = losses["loss"] + losses["lm_loss"]
         if keeps_text:
@@ -155,14 +156,16 @@ class VisionLearner(nn.Module):
         return losses
 
     def text_loss(self, reached, inputs, rows, places, stops_early):
-        """How far the LLM is from its own self on rows of text: float[].
+        """How far the LLM is from its own self on rows of text: float[], the mean over this micro-batch's tokens.
 
         Args:
             reached: float[B, T, D], of all rows, after the last paired block or at the end.
             inputs: of all rows.
             rows, places: int[R], int[L], see `forward`.
         """
-        of_rows = {name: inputs[name][rows] for name in ("input_ids", "position_ids", "seen_until") if name in inputs}
+        of_rows = {name: inputs[name][rows] for name in ("position_ids", "seen_until") if name in inputs}
+        # embeddings, for with tokens alone a GPU would be waited for, to see whether pictures are missing
+        of_rows["inputs_embeds"] = self.vora.get_input_embeddings()(inputs["input_ids"][rows])
         own = None
         with torch.no_grad(), lora_off(self.vora), self.paired_states(stops_early, stops_early) as states:
             try:

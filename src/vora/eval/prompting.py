@@ -119,10 +119,10 @@ def greedy_answers(model, processor, prompts, max_new_tokens, **sampling):
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     inputs = padded(prompts, pad, model.device)
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    greedy["repetition_penalty"] = 1.0
     told = model.generate(
         **inputs,
         **(greedy | sampling),
-        repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
         pad_token_id=pad,

@@ -47,12 +47,13 @@ def load_model(name, min_image_tokens=None, max_image_tokens=None):
     model = model.to(device).eval()
     by_stretch_on_cpu(model, device)
     try:
-        processor = processor_over_llm(name) if without_llm else VoraProcessor.from_pretrained(name)
+        processor = None if without_llm else VoraProcessor.from_pretrained(name)
     except (OSError, ValueError, TypeError):
         raise ValueError(
             f"{name} has no tokenizer, so it cannot be asked anything: import it again with an --llm folder that has "
             "its LLM's tokenizer files."
         ) from None
+    processor = processor or processor_over_llm(name)
     processor.image_processor.set_budget(min_image_tokens, max_image_tokens)
     return model, processor
 

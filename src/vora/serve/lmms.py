@@ -15,7 +15,8 @@ from vora.eval.answers import told_answers
 from vora.eval.prompting import batches, greedy_answers, prompt_of_messages
 from vora.serve.chat import load_model
 
-NOT_OURS = ("until", "max_new_tokens", "image_aspect_ratio")  # of a task's generation arguments: not for `generate`
+AT_ONCE = 512  # requests whose pictures are in memory together
+SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")  # of a task's arguments
 
 
 class VoraForTasks(lmms):
@@ -63,9 +64,11 @@ class VoraForTasks(lmms):
         answers = [None] * len(requests)
         kwargs = [self.generation_kwargs(request) for request in requests]
         shown = tqdm(total=len(requests), desc="Answers", disable=self.rank != 0)
+        holds = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
         for alike in _alike(kwargs):
             prompts = [prompt_of_messages(self.processor, self.messages(requests[index])) for index in alike]
             limit = kwargs[alike[0]].get("max_new_tokens", self.max_new_tokens)
+            limit = max(1, min(limit, holds - max(map(len, prompts))))  # tasks ask for up to 49,152 tokens
             sampling = _sampling(kwargs[alike[0]])
             for batch in self._batches([len(prompt) for prompt in prompts], limit):
                 said = greedy_answers(self.model, self.processor, [prompts[i] for i in batch], limit, **sampling)
@@ -84,12 +87,13 @@ class VoraForTasks(lmms):
         that) per request. The sign is lmms-eval's, whose multiple choice takes the smallest; and so is the wrapping:
         version 0.7.3 turns bare pairs into text, for any model."""
         found = [None] * len(requests)
-        records = [self._told(request) for request in requests]
         shown = tqdm(total=len(requests), desc="Likelihoods", disable=self.rank != 0)
-        for batch in told_answers(self.model, self.processor, records):
-            for index, told in batch.items():
-                found[index] = GenerationResult((-float(told.log_probs[0]), told.right[0]))
-            shown.update(len(batch))
+        for start in range(0, len(requests), AT_ONCE):
+            records = [self._told(request) for request in requests[start : start + AT_ONCE]]
+            for batch in told_answers(self.model, self.processor, records):
+                for index, told in batch.items():
+                    found[start + index] = GenerationResult((-float(told.log_probs[0]), told.right[0]))
+                shown.update(len(batch))
         shown.close()
         return found
 
@@ -155,16 +159,16 @@ def _pictures(visuals, request):
 
 
 def _alike(kwargs):
-    """Indices of requests with equal generation arguments, together."""
+    """Indices of requests with equal generation arguments, at most `AT_ONCE` together."""
     groups = {}
     for index, one in enumerate(kwargs):
         groups.setdefault(repr(sorted(one.items(), key=str)), []).append(index)
-    return list(groups.values())
+    return [group[start : start + AT_ONCE] for group in groups.values() for start in range(0, len(group), AT_ONCE)]
 
 
 def _sampling(kwargs):
     """A task's generation arguments as `generate` takes them; a temperature of 0 is greedy."""
-    sampling = {name: value for name, value in kwargs.items() if name not in NOT_OURS and value is not None}
+    sampling = {name: kwargs[name] for name in SAMPLING if kwargs.get(name) is not None}
     if not sampling.get("temperature"):
         sampling = {name: value for name, value in sampling.items() if name in ("num_beams", "repetition_penalty")}
     else:

@@ -117,6 +117,8 @@ def plan(recipe, device, num_devices=1, *, beside=None, utilization=UTILIZATION,
         share = pictures_alone(learner, row, num_recomputed) / flops["total"]
         total += alone * max(share * times["compute"], times["communication"], times["data"])
         remarks.append(f"the first {alone:,} steps distill pictures alone, at {share:.0%} of a step's FLOPs")
+    if recipe.lora.keep_text:
+        remarks.append("rows of text to keep run twice and need logits at every token; neither is counted here")
     samples_per_step = rows_per_step * tokens["samples_per_row"]
     fits = memory["total"] <= 0.95 * device.memory_bytes
     slowest = max(("compute", "communication", "data"), key=lambda name: times[name])

@@ -27,6 +27,8 @@ class ProgressCallback(TrainerCallback):
         self.bar.start()
 
     def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True  # also of a run that is shorter than the distance between two lines
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 
@@ -48,12 +50,13 @@ class ProgressCallback(TrainerCallback):
 
 
 def read_log(log_file):
-    """The log lines of a run, oldest first."""
-    return [json.loads(line) for line in Path(log_file).read_text().splitlines()]
+    """The log lines of a run, oldest first; none of one that ended before its first."""
+    file = Path(log_file)
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def draw_losses(log_file, picture):
-    """Plot lm_loss and distill_loss against samples seen."""
+    """Plot the losses against samples seen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,12 +64,13 @@ def draw_losses(log_file, picture):
 
     lines = read_log(log_file)
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    for name in ("lm_loss", "distill_loss"):
+    for name in ("lm_loss", "distill_loss", "text_loss"):
         points = [(line["samples_seen"], line[name]) for line in lines if name in line]
         if points:
             axes.plot(*zip(*points), label=name)
     axes.set(xlabel="samples seen", ylabel="loss", yscale="log")
-    axes.legend()
+    if lines:
+        axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)
     plt.close(figure)
@@ -75,7 +79,7 @@ def draw_losses(log_file, picture):
 def write_report(recipe, trainer, directory):
     """A short report in Markdown of how the run went."""
     lines = read_log(directory / "log.jsonl")
-    last = lines[-1]
+    last = lines[-1] if lines else {}
     bad = directory / "bad_samples.jsonl"
     num_bad = len(bad.read_text().splitlines()) if bad.exists() else 0
     rows = [
@@ -86,7 +90,7 @@ def write_report(recipe, trainer, directory):
         ("samples seen", trainer.num_samples_seen),
         ("lm_loss, last", f"{last['lm_loss']:.4f}" if "lm_loss" in last else "none: pictures alone"),
         ("distill_loss, last", f"{last['distill_loss']:.4f}" if "distill_loss" in last else "none"),
-        ("samples per second", f"{last['samples_per_second']:.1f}"),
+        ("samples per second", f"{last['samples_per_second']:.1f}" if last else "not measured"),
         ("bad samples skipped", num_bad),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)

@@ -58,7 +58,8 @@ class LoraSection(Section):
     rank: int = Field(32, ge=1)
     num_blocks: int | None = Field(None, ge=1)  # default: as many as the teacher has
     target_modules: list[str] | None = None
-    keep_text: float = Field(0.0, ge=0)  # weight of `text_loss`: text alone is kept as the LLM without LoRA has it
+    # weight of `text_loss`, in each micro-batch that has text alone: it is kept as the LLM without LoRA has it
+    keep_text: float = Field(0.0, ge=0)
 
 
 class TeacherSection(Section):
@@ -171,6 +172,8 @@ class Recipe(Section):
                 f"{' and '.join(ways)} exclude each other: an encoder is taught by nobody, and a blind LLM sees no "
                 "pictures; keep one"
             )
+        if self.data.blind and self.lora.keep_text:
+            raise ValueError("data.blind leaves text alone, and with lora.keep_text that teaches nothing: keep one")
         return self
 
     @model_validator(mode="after")

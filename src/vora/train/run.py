@@ -22,7 +22,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from vora.adapt.card import CardFacts, harmless, read_card, write_card
 from vora.adapt.card_text import NOT_STATED
 from vora.adapt.lora import is_unmerged, load_vision_lora, merge_vision_lora
-from vora.adapt.over_llm import lacks_llm, load_over_llm, processor_over_llm
+from vora.adapt.over_llm import lacks_llm, load_over_llm, named_llm, processor_over_llm, save_eyes
 from vora.data.sources import load_source
 from vora.data.stream import PackedRows
 from vora.model.image_processing_vora import VoraImageProcessor
@@ -219,15 +219,35 @@ def open_run(run_directory, teacher=None):
     return learner.eval(), processor
 
 
+def refuse_without_eyes(run_directory):
+    """Raise ValueError unless a directory is that of a run whose eyes can be sent without their LLM."""
+    recipe = load_recipe(Path(run_directory) / "recipe.yaml") if is_run(run_directory) else None
+    if recipe is None or recipe.stage != "pretrain" or recipe.model.encoder is not None:
+        what = "no run of vora train" if recipe is None else f"a run of stage {recipe.stage}"
+        what += " with an encoder" if recipe is not None and recipe.model.encoder is not None else ""
+        raise ValueError(
+            f"{run_directory} is {what}: only runs of stage pretrain, without an encoder, have eyes apart from their "
+            "LLM. Leave --eyes-out out."
+        )
+
+
+def write_eyes(folder, run_directory):
+    """Write what a run of stage 1 has added to its LLM, in the precision that it trained the LLM in, with its card."""
+    learner, processor = open_run(run_directory)
+    save_eyes(learner.student, processor, folder, load_recipe(Path(run_directory) / "recipe.yaml").model.dtype)
+    merge_command = f"vora merge THIS_FOLDER{'' if named_llm(folder) else ' --llm LLM'} -o my-vora"
+    write_run_card(folder, run_directory, merge_command=merge_command)
+
+
 @harmless
-def write_run_card(folder, run_directory, steps=None, evaluation=()):
+def write_run_card(folder, run_directory, steps=None, evaluation=(), merge_command="vora merge RUN -o my-vora"):
     """Write the card of a model that comes from a run.
 
     Args:
         folder: where the model has just been saved: RUN/final, or the merged model, or its language part.
         run_directory: of the run, or an unmerged model.
         steps: how many it took, if it has only just ended; otherwise what it saved says so.
-        evaluation: see `CardFacts`.
+        evaluation, merge_command: see `CardFacts`.
     """
     directory = Path(run_directory)
     if not is_run(directory):  # imported or received, and merged now: what is known stands on its own card
@@ -240,7 +260,7 @@ def write_run_card(folder, run_directory, steps=None, evaluation=()):
         steps = noted.get("steps") or (last_step(saved) if saved.name != "final" else recipe.training["max_steps"])
     sources = noted.get("data") or [{"name": source.path, "weight": source.weight} for source in recipe.data.sources]
     log = directory / "log.jsonl"
-    lines = [line for line in read_log(log) if line["step"] <= steps] if log.exists() else []
+    lines = [line for line in read_log(log) if line["step"] <= steps]
     logged = lines[-1] if lines else {}
     is_merged = recipe.stage == "pretrain" and not (Path(folder) / "adapter_config.json").exists()
     facts = CardFacts(
@@ -254,9 +274,10 @@ def write_run_card(folder, run_directory, steps=None, evaluation=()):
         recipe=noted.get("recipe") or recipe.model_dump(mode="json"),
         steps=steps,
         samples_seen=logged.get("samples_seen"),
-        losses={name: logged[name] for name in ("lm_loss", "distill_loss") if name in logged},
+        losses={name: logged[name] for name in ("lm_loss", "distill_loss", "text_loss") if name in logged},
         logged_step=logged.get("step"),
         evaluation=list(evaluation),
+        merge_command=merge_command,
         licences={name: known for name, known in before.get("licences", {}).items() if known != NOT_STATED},
     )
     write_card(folder, facts)

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
 
 from vora.adapt.lora import DISTILLATION_FILE
+from vora.adapt.over_llm import digest_of
 from vora.data.stream import PackedBatches
 
 ON_HOST = ("image_grid_thw", "num_samples", "pictures_alone")  # of a batch: what only the host asks
@@ -226,6 +227,8 @@ def save_student(learner, processor, folder, state_dict=None):
     state = {} if state_dict is None else {"state_dict": part_of_state(state_dict, "student.")}
     learner.student.save_pretrained(folder, **state)
     if isinstance(learner.student, PeftModel):
+        if state_dict is None:
+            learner.config.llm_digest = digest_of(learner.vora)
         learner.config.save_pretrained(folder)
     if learner.distillation is not None:
         heads = learner.distillation.state_dict()
