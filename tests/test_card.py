@@ -318,3 +318,12 @@ def test_what_a_name_becomes_in_public(name, wanted, tmp_path, monkeypatch):
     (tmp_path / "here" / "llm").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert published(name) == wanted
+
+
+def test_a_chain_of_runs_without_cards_still_names_its_llm(work, tmp_path):
+    shutil.copytree(work / "one", tmp_path / "first")
+    (tmp_path / "first" / "final" / "README.md").unlink()  # as of a run that was killed
+    recipe = yaml.safe_load((tmp_path / "first" / "recipe.yaml").read_text())
+    recipe["model"] |= {"llm": None, "vora": str(tmp_path / "first")}
+    train(load_recipe(recipe), tmp_path / "second", console=Console(quiet=True))
+    assert read_card(tmp_path / "second" / "final")["base_llm"] == "tiny-llama"

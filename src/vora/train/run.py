@@ -239,6 +239,13 @@ def write_eyes(folder, run_directory):
     write_run_card(folder, run_directory, merge_command=merge_command)
 
 
+def first_llm(recipe):
+    """The LLM that a chain of runs began with, or None if that is not known here."""
+    while recipe.model.llm is None and is_run(recipe.model.vora):
+        recipe = load_recipe(Path(recipe.model.vora) / "recipe.yaml")
+    return recipe.model.llm
+
+
 @harmless
 def write_run_card(folder, run_directory, steps=None, evaluation=(), merge_command="vora merge RUN -o my-vora"):
     """Write the card of a model that comes from a run.
@@ -266,7 +273,7 @@ def write_run_card(folder, run_directory, steps=None, evaluation=(), merge_comma
     facts = CardFacts(
         made="merged" if is_merged else "trained",
         stage=recipe.stage,
-        base_llm=recipe.model.llm,
+        base_llm=first_llm(recipe),
         teacher=recipe.teacher.name if recipe.teacher else None,
         encoder=recipe.model.encoder,
         source=recipe.model.vora and str(trained_folder(recipe.model.vora)),
