@@ -175,7 +175,6 @@ def test_several_files_are_one_set(data, model_folder, tmp_path, monkeypatch):
     ("arguments", "wanted"),
     [
         (["--task", "dreams", "-m", "{model}", "--data", "{data}/vqa.parquet"], "choose among captions, vqa"),
-        (["--task", "vqa", "--data", "{data}/vqa.parquet"], "-m MODEL"),
         (["--task", "vqa", "-m", "{model}", "--data", "{data}/captions.parquet"], "has no questions"),
         (["--task", "vqa", "-m", "{model}", "--data", "nowhere.parquet"], "no such file"),
         (["--task", "vqa", "-m", "{model}", "--data", "{data}/vqa.parquet", "--prompt", "what?"], "exactly one"),

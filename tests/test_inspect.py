@@ -9,7 +9,7 @@ import tiny
 import torch
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
-from tiny import FAMILIES, IMAGE, PATCH, logits_of, prompt, text, tiny_llm, tiny_vora
+from tiny import FAMILIES, IMAGE, PATCH, logits_of, prompt, save_tiny_vit, text, tiny_llm, tiny_vora
 from transformers import ViTConfig, ViTModel
 
 import vora
@@ -323,6 +323,13 @@ def test_without_a_teacher_the_student_is_shown_alone(seeing, picture, tmp_path)
     figures = json.loads((tmp_path / "page.json").read_text())
     assert figures["similarity"] is None and figures["attention"]["words"] and "teacher" not in figures
     assert "How alike" not in (tmp_path / "page.html").read_text()
+
+
+@pytest.fixture
+def teacher_folder(tmp_path):
+    """Under a name of its own, which cards name, and to be renamed."""
+    save_tiny_vit(tmp_path / "vit")
+    return str(tmp_path / "vit")
 
 
 def card(folder, teacher, **recipe):

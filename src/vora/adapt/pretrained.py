@@ -1,19 +1,8 @@
-"""The model that comes with the package, once there is one."""
+"""The model that comes with the package."""
 
 from importlib.resources import files
-from pathlib import Path
 
 
 def committed_model():
-    """Folder of the model that is used where none is named.
-
-    Raises:
-        ValueError: this version comes without one.
-    """
-    folder = Path(str(files("vora"))) / "pretrained"
-    if (folder / "config.json").exists():
-        return str(folder)
-    raise ValueError(
-        "No model named, and this version of vora comes without one: give one with -m MODEL, or make one with "
-        "`vora quickstart` (-m vora-quickstart/model)."
-    )
+    """Folder of the eyes that are used where no model is named, over an LLM that is fetched; see `over_llm.py`."""
+    return str(files("vora") / "pretrained")
