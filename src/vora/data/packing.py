@@ -103,20 +103,16 @@ def share_prefixes(samples):
 def image_only(sample, image_token_id):
     """A sample of `share_prefixes` cut after its last image token, with nothing to predict: enough to distill from."""
     length = int(np.flatnonzero(sample["input_ids"] == image_token_id).max()) + 1
-    return {
-        **sample,
-        "input_ids": sample["input_ids"][:length],
-        "targets": np.full(length, -100),
-        "position_ids": sample["position_ids"][:length],
-        "seen_until": sample["seen_until"][:length].clip(max=length - 1),
-        "ends": np.array([length - 1]),
-        "num_samples": 1,
-    }
+    return _cut(sample, length) | {"num_samples": 1}
 
 
 def text_to_keep(sample, row_tokens):
     """A text-only sample of `share_prefixes` with nothing to predict, cut to a row."""
-    length = min(len(sample["input_ids"]), row_tokens)
+    return _cut(sample, min(len(sample["input_ids"]), row_tokens))
+
+
+def _cut(sample, length):
+    """The first so many tokens of a sample, with nothing to predict."""
     return {
         **sample,
         "input_ids": sample["input_ids"][:length],
