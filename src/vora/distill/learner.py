@@ -166,7 +166,6 @@ class VisionLearner(nn.Module):
         of_rows = {name: inputs[name][rows] for name in ("position_ids", "seen_until") if name in inputs}
         # embeddings, for with tokens alone a GPU would be waited for, to see whether pictures are missing
         of_rows["inputs_embeds"] = self.vora.get_input_embeddings()(inputs["input_ids"][rows])
-        own = None
         with torch.no_grad(), lora_off(self.vora), self.paired_states(stops_early, stops_early) as states:
             try:
                 own = self.vora.model(**of_rows, use_cache=False).last_hidden_state
