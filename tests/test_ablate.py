@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from vora.ablate import cells as cells_module
+from vora.ablate.cells import base_of
 from vora.ablate.curves import read_curve, samples_until, smoothed
 from vora.ablate.page import markdown
 from vora.ablate.run import ablate
@@ -71,8 +72,9 @@ def command(*arguments):
 
 
 def test_two_arms_two_seeds_end_to_end(work, tmp_path):
-    asked = {"task": "vqa", "data": "train.jsonl", "max_examples": 2}
-    spec, out = work(arms=ARMS, baseline="untaught", evaluate=[asked]), tmp_path / "out"
+    asked, text = {"task": "vqa", "data": "train.jsonl", "max_examples": 2}, {"task": "text", "data": "text.jsonl"}
+    (tmp_path / "text.jsonl").write_text('{"text": "what? red. what? blue."}\n')
+    spec, out = work(arms=ARMS, baseline="untaught", evaluate=[asked, text]), tmp_path / "out"
     result = command(spec, "--out", out)
     assert result.exit_code == 0, (result.output, result.exception)
     found = json.loads((out / "table.json").read_text())
@@ -80,6 +82,7 @@ def test_two_arms_two_seeds_end_to_end(work, tmp_path):
     assert set(taught["lm_loss"]["by_seed"]) == {"0", "1"} and not found["warnings"]
     assert taught["distill_loss"]["mean"] > 0 and untaught["distill_loss"]["mean"] is None
     assert any(name.startswith("vqa ") for name in taught["metrics"])
+    assert 0.9 < taught["metrics"]["text perplexity_ratio"]["mean"] < 1.1  # of the recipe's LLM, after two steps
     for seed in (0, 1):
         folder = out / "taught" / f"seed-{seed}"
         assert found["arms"][0]["lm_loss"]["by_seed"][str(seed)] == losses(folder)[-1][1]
@@ -99,7 +102,7 @@ def test_two_arms_two_seeds_end_to_end(work, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert drawn == {name: (out / name).read_bytes() for name in drawn}
     # other words of a measurement are asked anew; another recipe is refused
-    assert command(work(arms=ARMS, evaluate=[{**asked, "max_examples": 1}]), "--out", out).exit_code == 0
+    assert command(work(arms=ARMS, evaluate=[{**asked, "max_examples": 1}, text]), "--out", out).exit_code == 0
     assert json.loads((out / "taught" / "seed-0" / "eval" / "vqa.json").read_text())["num_examples"] == 1
     other = command(spec, "lora.rank=8", "--out", out)
     assert other.exit_code == 1 and "lora.rank was 4, is 8" in str(other.exception)
@@ -191,8 +194,11 @@ def test_bad_arms_are_refused_before_any_work(work, tmp_path):
     for arm, message in {"lora.rnk=3": "arm b: .*did you mean rank", "max_minutes=3": "leave it out"}.items():
         with pytest.raises(ValueError, match=message):
             ablate(work(arms={"a": [], "b": [arm]}), tmp_path / "out", [], QUIET)
-    with pytest.raises(ValueError, match="no task"):
+    with pytest.raises(ValueError, match="evaluate.*captions.*text"):
         ablate(work(arms=ARMS, evaluate=[{"task": "vqx", "data": "a"}]), tmp_path / "out", [], QUIET)
+    blank = work(arms=ARMS, set=["model.llm=null", "model.vora=a"], evaluate=[{"task": "text", "data": "a"}])
+    with pytest.raises(ValueError, match="say evaluate's base"):
+        ablate(blank, tmp_path / "out", [], QUIET)
     assert not (tmp_path / "out").exists()
 
 
@@ -219,7 +225,7 @@ def test_every_specification_of_the_repository_loads(path, tmp_path):
     assert len(cells) == len(spec.arms) * len(spec.seeds)
     assert len({str(cell.recipe) for cell in cells}) == len(cells)  # no two cells are the same run
     for asked in spec.evaluate:
-        make_task(asked.task)
+        assert base_of(cells[0], asked) if asked.task == "text" else make_task(asked.task)
 
 
 def log(folder, values, size=10, alone=0, rate=5.0, name="log.jsonl"):

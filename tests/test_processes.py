@@ -32,4 +32,6 @@ def test_two_processes_resume_as_one_run(recipe, tmp_path):  # noqa: F811
     found = losses(tmp_path / "cut")
     assert sorted(found) == list(range(1, 19)) and found == losses(tmp_path / "whole")
     places = [json.loads((tmp_path / "cut" / "checkpoint-18" / f"data_position_{r}.json").read_text()) for r in (0, 1)]
+    report = (tmp_path / "cut" / "report.md").read_text()
+    assert f"| samples seen | {found[18][2]} |" in report  # of both
     assert places[0]["data"] == places[1]["data"] and places[0]["num_rows"] == places[1]["num_rows"] == 40

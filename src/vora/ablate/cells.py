@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from vora.eval.run import commit, evaluate, make_task
+from vora.eval.text import text_ability
 from vora.train.checkpoints import newest_checkpoint
 from vora.train.recipe import load_recipe
 from vora.train.run import merge_run, train
@@ -88,7 +89,7 @@ def measure_cell(cell, asked, beside, console):
     if torch.cuda.is_available():
         model = model.to("cuda")
     for one in todo:
-        out, options = _report_file(cell, one), one.model_dump(exclude={"name", "task", "data"})
+        out, options = _report_file(cell, one), one.model_dump(exclude={"name", "task", "base", "data"})
         if not _was_asked_alike(out, one):
             for stale in out.parent.glob(f"{out.stem}.*"):
                 stale.unlink()
@@ -96,8 +97,25 @@ def measure_cell(cell, asked, beside, console):
         write_whole(_asked_file(out), one.model_dump(mode="json"))
         chosen = {key: options.pop(key) for key in ("prompt", "labels", "max_examples", "seed")}
         data = [_data_path(path, cell.recipe.data.folder, beside) for path in _listed(one.data)]
-        evaluate(model, processor, make_task(one.task, **chosen), data, out, console,
-                 model_name=cell.folder / "final", rows_options=options)  # fmt: skip
+        given = {"model_name": cell.folder / "final", "rows_options": options}
+        if one.task == "text":
+            given |= {"base": base_of(cell, one), "max_examples": chosen["max_examples"], "seed": chosen["seed"]}
+            text_ability(model, processor, data, out, console, **given)
+        else:
+            evaluate(model, processor, make_task(one.task, **chosen), data, out, console, **given)
+
+
+def base_of(cell, asked):
+    """The LLM that a cell's text is held against.
+
+    Raises:
+        ValueError: neither the measurement nor the cell's recipe names one.
+    """
+    base = asked.base or cell.recipe.model.llm
+    if base is None:
+        raise ValueError(f"{cell.name}: the recipe goes on from model.vora; say evaluate's base, the LLM that text is "
+                         "held against.")  # fmt: skip
+    return base
 
 
 def report_of(cell, asked):
@@ -151,7 +169,10 @@ def _asked_file(report):
 
 def _was_asked_alike(report, asked):
     file = _asked_file(report)
-    return file.exists() and json.loads(file.read_text()) == asked.model_dump(mode="json")
+    if not file.exists():
+        return False
+    before = {key: value for key, value in json.loads(file.read_text()).items() if value is not None}
+    return before == asked.model_dump(mode="json", exclude_none=True)
 
 
 def _listed(data):

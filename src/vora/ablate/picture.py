@@ -62,9 +62,9 @@ def _colours(count):
 
 
 def _frame(axes, drawn):
-    """A run begins far above where it ends: the room is given to what differs after the first third."""
+    """A run begins far above where it ends: the room is given to what differs after the first third of each line."""
     last = max(samples[-1] for *_, samples, _ in drawn)
-    later = np.concatenate([values[:, samples >= last / 3].ravel() for *_, samples, values in drawn])
+    later = np.concatenate([values[:, len(samples) // 3 :].ravel() for *_, samples, values in drawn])
     low, high = later.min(), later.max()
     room = 0.05 * (high - low) or 0.1
     axes.set_ylim(low - room, high + room)

@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 
 from vora.ablate.cells import (
+    base_of,
     failure_of,
     forget_failure,
     free_memory,
@@ -51,8 +52,12 @@ def ablate(spec_file, out, overrides, console):
     cells = cells_of(spec, overrides, out)
     for cell in cells:
         refuse_other(cell)
-    for asked in spec.evaluate:
-        make_task(asked.task, prompt=asked.prompt)  # a wrong name is told before hours of training
+    for asked in spec.evaluate:  # what cannot be measured is told before hours of training
+        if asked.task != "text":
+            make_task(asked.task, prompt=asked.prompt)
+            continue
+        for cell in cells:
+            base_of(cell, asked)
     command = shlex.join(["vora", "ablate", str(spec_file), *overrides, "--out", str(out)])
     out.mkdir(parents=True, exist_ok=True)
     for number, cell in enumerate(cells, 1):

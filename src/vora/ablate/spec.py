@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,7 +18,8 @@ class EvaluateSection(Section):
     """One measurement of each arm's merged model, with the words of `vora eval`."""
 
     name: str | None = Field(None, pattern=r"^\w[\w=,+-]*$")  # of its columns in the table; default: the task's
-    task: str
+    task: Literal["captions", "vqa", "classify", "statements", "presence", "text"]
+    base: str | None = None  # of text: the LLM to compare with; default: the recipe's model.llm
     data: str | list[str]  # start in the recipe's data.folder, else beside the specification
     prompt: str | None = None
     labels: list[str] | None = None

@@ -87,7 +87,7 @@ def write_report(recipe, trainer, directory):
         ("model", recipe.model.llm or recipe.model.vora),
         ("teacher", recipe.teacher.name if recipe.teacher else "none"),
         ("steps", trainer.state.global_step),
-        ("samples seen", trainer.num_samples_seen),
+        ("samples seen", last.get("samples_seen", trainer.num_samples_seen)),  # of all processes
         ("lm_loss, last", f"{last['lm_loss']:.4f}" if "lm_loss" in last else "none: pictures alone"),
         ("distill_loss, last", f"{last['distill_loss']:.4f}" if "distill_loss" in last else "none"),
         ("samples per second", f"{last['samples_per_second']:.1f}" if last else "not measured"),
