@@ -19,6 +19,8 @@ import pytest
 import rotary_2d
 import rows as rows_of_benchmarks
 import torch
+import yaml
+import zero_shot
 from contestants import (
     PATCH,
     SIZES,
@@ -32,13 +34,21 @@ from contestants import (
 from large_step import needed_flops
 from original import IMAGE
 from own_process import in_own_process, taken_by
+from PIL import Image
 from power_laws import exponent, quadratic_share, split
+from rich.console import Console
 from rows import report, row
 from teacher_channels import of_block
 from tiny import logits_of, prompt, text, tiny_vora
 from torch.utils.flop_counter import FlopCounterMode
 from train_step import losses_in_float32
+from transformers import ViTConfig, ViTForImageClassification
 from where_time_goes import kind_of, own_times, profiled, seconds_by_kind, table
+
+from vora.data.sources import load_source
+from vora.distill.blockwise import SUMMARY
+from vora.train.recipe import load_recipe
+from vora.train.run import open_run, train
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TOY = {
@@ -277,3 +287,47 @@ def test_two_axes_turn_image_tokens_by_row_and_column_and_leave_words_alone():
     half = found.shape[-1] // 2
     for channel in range(2 * half):
         torch.testing.assert_close(found[..., channel], own[channel % half % 2][..., channel])
+
+
+def test_a_perfect_summary_is_what_the_teacher_says(llm_folder, tmp_path, monkeypatch, capsys):
+    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = ViTConfig(**shape, image_size=16, patch_size=8, id2label={0: "Red, crimson", 1: "blue", 2: "green"})
+    torch.manual_seed(1)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    lines = []
+    for name in ("crimson", "blue", "green"):
+        Image.new("RGB", (16, 16), name).save(tmp_path / f"{name}.png")
+        lines.append(json.dumps({"image": f"{name}.png", "question": "What?", "answer": name}))
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    recipe = {
+        "model": {"llm": llm_folder},
+        "teacher": {"name": "vit", "summary": True, "standardize": True, "image_only_steps": 2},
+        "lora": {"rank": 2},
+        "data": {"sources": [{"path": "train.jsonl"}], "row_tokens": 32},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 1, "use_cpu": True, "save_steps": 2},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    train(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run", console=Console(quiet=True))
+
+    learner, processor = open_run(tmp_path / "run")
+    source, pair = load_source(str(tmp_path / "train.jsonl")), (1, SUMMARY)
+    records = [source[place] for place in range(3)]
+    said, truth = zero_shot.summaries_of(learner, processor, records)
+    assert said.shape == truth.shape == (3, 24) and not torch.allclose(said, truth, atol=1e-2)
+    perfect = learner.distillation.target(pair, truth) * torch.tensor([[3.0], [0.5], [1.0]])  # of any length
+    monkeypatch.setattr(learner.distillation.heads[SUMMARY], "forward", lambda states: perfect.repeat_interleave(4, 0))
+    said, truth = zero_shot.summaries_of(learner, processor, records)
+    torch.testing.assert_close(said, truth, atol=1e-4, rtol=1e-4)
+
+    command = ["zero_shot", "--run", tmp_path / "run", "--data", tmp_path / "train.jsonl", "--batch", 2]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--json", str(tmp_path / "rows.json")])
+    zero_shot.main()
+    (one,) = json.loads((tmp_path / "rows.json").read_text())
+    classifier = ViTForImageClassification.from_pretrained(tmp_path / "vit").eval()
+    with torch.no_grad():
+        named = classifier.classifier(classifier.vit.layernorm(truth)).argmax(-1).tolist()
+    assert one["baseline"] == pytest.approx(sum(map(int.__eq__, named, [0, 1, 2])) / 3) and one["unit"] == "accuracy"
+    wrong = classifier.config.id2label | {1: "azure"}
+    with pytest.raises(ValueError, match="1 labels are no class of the teacher's: blue"):
+        classifier.config.id2label = wrong
+        zero_shot.shares_right(learner, processor, classifier, source, [0, 1], 2)
