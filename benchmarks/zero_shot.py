@@ -30,6 +30,8 @@ def main():
     parser.add_argument("--batch", type=int, default=20)
     args = arguments(parser)
     learner, processor = open_run(args.run, args.teacher)
+    if learner.distillation is None or SUMMARY not in learner.distillation.heads:
+        parser.error(f"{args.run} has no summary head to read: train with teacher.summary=true.")
     classifier = AutoModelForImageClassification.from_pretrained(learner.teacher.name, dtype=torch.float32).eval()
     source = load_source(args.data)
     places = random.Random(0).sample(range(len(source)), min(args.count, len(source)))
@@ -69,8 +71,8 @@ def summaries_of(learner, processor, records):
         image_only(sample_of_record(record, processor, record.conversations[:1]), processor.image_token_id)
         for record in records
     ]
-    length = max(len(sample["input_ids"]) for sample in samples)
-    batch = collate_rows([[sample] for sample in samples], length, 0)
+    row_tokens = max(len(sample["input_ids"]) for sample in samples)
+    batch = collate_rows([[sample] for sample in samples], row_tokens, 0)
     fed = ("input_ids", "position_ids", "seen_until", "pixel_values", "image_grid_thw")
     with learner.paired_states(True, stop_early=False) as states:
         learner.vora.model(**{name: batch[name] for name in fed}, use_cache=False)
@@ -78,10 +80,8 @@ def summaries_of(learner, processor, records):
     pair = next(pair for pair in distillation.pairs if pair[1] == SUMMARY)
     said = distillation.heads[SUMMARY](states[pair[0]][is_image].float())
     truth = learner.teach(batch["pixel_values"], batch["image_grid_thw"], [SUMMARY])[SUMMARY].float()
-    target = distillation.target(pair, truth)
-    scale = (distillation.variance_summary + 1e-6).sqrt() if distillation.standardize else 1.0
-    shift = distillation.mean_summary if distillation.center else 0.0
-    said = F.normalize(said, dim=-1) * target.norm(dim=-1, keepdim=True) * scale + shift
+    length = distillation.target(pair, truth).norm(dim=-1, keepdim=True)
+    said = distillation.features_of(pair, F.normalize(said, dim=-1) * length)
     tokens = is_image.sum(1).tolist()
     return tuple(torch.stack([part.mean(0) for part in what.split(tokens)]) for what in (said, truth))
 

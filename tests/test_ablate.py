@@ -18,6 +18,7 @@ from vora.ablate import cells as cells_module
 from vora.ablate.cells import base_of
 from vora.ablate.curves import read_curve, samples_until, smoothed
 from vora.ablate.page import markdown
+from vora.ablate.picture import _frame
 from vora.ablate.run import ablate
 from vora.ablate.spec import cells_of, load_spec
 from vora.ablate.table import over_seeds, summary
@@ -290,3 +291,14 @@ def test_table_of_hand_made_logs(tmp_path):
 def test_intervals():
     assert over_seeds({0: 1.0}) == {"mean": 1.0, "half": None, "by_seed": {"0": 1.0}}
     assert over_seeds({0: 1.0, 1: 3.0})["half"] == pytest.approx(12.706)
+
+
+def test_curves_are_framed_by_what_each_arm_does_after_its_own_first_third():
+    from matplotlib.figure import Figure
+
+    falling = np.r_[np.full(100, 6.0), np.linspace(0.5, 0.3, 200)]
+    taught, untaught = (("arm", "red", 600, 0.3, np.linspace(first, 600, 300), falling[None]) for first in (300, 10))
+    axes = Figure().subplots()
+    _frame(axes, [taught, untaught])
+    low, high = axes.get_ylim()
+    assert 0.25 < low < 0.3 and 0.5 < high < 0.6 and axes.get_xlim() == (0, 600)

@@ -323,6 +323,11 @@ def test_a_perfect_summary_is_what_the_teacher_says(llm_folder, tmp_path, monkey
     monkeypatch.setattr(sys, "argv", [*map(str, command), "--json", str(tmp_path / "rows.json")])
     zero_shot.main()
     (one,) = json.loads((tmp_path / "rows.json").read_text())
+    del learner.distillation.heads[SUMMARY]
+    monkeypatch.setattr(zero_shot, "open_run", lambda *args: (learner, processor))
+    with pytest.raises(SystemExit):
+        zero_shot.main()
+    assert "teacher.summary=true" in capsys.readouterr().err
     classifier = ViTForImageClassification.from_pretrained(tmp_path / "vit").eval()
     with torch.no_grad():
         named = classifier.classifier(classifier.vit.layernorm(truth)).argmax(-1).tolist()

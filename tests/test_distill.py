@@ -466,3 +466,11 @@ def test_checkpointed_blocks_learn_the_same(learner, pictures_alone, num_blocks)
     assert found[0].keys() == found[1].keys() and len(found[0]) > 10
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("center", "standardize"), [(True, True), (True, False), (False, False)])
+def test_features_come_back_from_their_target(center, standardize):
+    distillation, pair = BlockwiseDistillation([(0, 0)], 8, 6, center, standardize), (0, 0)
+    features = 3 * torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 5
+    distillation({0: torch.randn(50, 8)}, {0: features})  # moments
+    torch.testing.assert_close(distillation.features_of(pair, distillation.target(pair, features)), features)

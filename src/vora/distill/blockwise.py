@@ -126,6 +126,12 @@ class BlockwiseDistillation(nn.Module):
             target = target * (getattr(self, f"variance_{name_of(pair)}") + 1e-6).rsqrt()
         return target
 
+    def features_of(self, pair, target):
+        """The teacher's features that a target stands for, float[T, D_t]: what `target` does, undone."""
+        if self.standardize:
+            target = target * (getattr(self, f"variance_{name_of(pair)}") + 1e-6).sqrt()
+        return target + getattr(self, f"mean_{name_of(pair)}") if self.center else target
+
     @property
     def _dtype(self):
         return next(self.heads.parameters()).dtype
