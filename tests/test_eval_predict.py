@@ -8,9 +8,12 @@ from PIL import Image
 import vora
 from vora.data.record import question_and_answer
 from vora.eval import likelihood
+from vora.eval.ledger import Ledger
 from vora.eval.likelihood import AnswerTree, answer_ids, candidate_scores
-from vora.eval.prompting import batches, greedy_answers, prompt_of
+from vora.eval.predict import predict
+from vora.eval.prompting import batches, free_answers, prompt_of
 from vora.eval.rows import Example
+from vora.eval.tasks import Captions
 
 ANSWERS = ["red", "red circle", "red circle two", "blue", "blue square", "yes", "no", "teal", "green", "yes yes yes"]
 
@@ -82,11 +85,26 @@ def test_answers_share_what_they_begin_with(seeing):
     assert all(answer[-1] == processor.tokenizer.eos_token_id for answer in answers)
 
 
-def test_batched_answers_are_those_of_each_alone(seeing):
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_batched_answers_are_those_of_each_alone(seeing, num_beams):
     model, processor, prompts, _, _ = seeing
-    together = greedy_answers(model, processor, prompts, 6)
-    alone = [greedy_answers(model, processor, [prompt], 6)[0] for prompt in prompts]
+    together = free_answers(model, processor, prompts, 6, num_beams=num_beams)
+    alone = [free_answers(model, processor, [prompt], 6, num_beams=num_beams)[0] for prompt in prompts]
     assert together == alone and len(set(together)) > 1
+
+
+def test_captions_are_searched_with_beams_and_batched_for_them(seeing, tmp_path, monkeypatch):
+    model, processor, prompts, examples, _ = seeing
+    monkeypatch.setattr("vora.eval.prompting.TOKENS_PER_BATCH", {"cpu": 3 * 2 * (max(map(len, prompts)) + 40)})
+    asked = []
+
+    def spy(model, processor, prompts, max_new_tokens, **sampling):
+        asked.append((len(prompts), sampling))
+        return [""] * len(prompts)
+
+    monkeypatch.setattr("vora.eval.predict.free_answers", spy)
+    predict(model, processor, Captions(), examples[:5], Ledger(tmp_path / "lines.jsonl", {}))
+    assert [count for count, _ in asked] == [2, 2, 1] and all(how == {"num_beams": 3} for _, how in asked)
 
 
 def test_answers_depend_on_the_picture(seeing):

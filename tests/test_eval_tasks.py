@@ -107,14 +107,14 @@ def test_a_killed_run_goes_on_and_loses_at_most_a_batch(data, model_folder, tmp_
     small = (
         "import vora.eval.prompting as p; p.MOST_ROWS['cpu'] = 3\n"
         "import vora.eval.predict as q, os\n"
-        "answers, calls = q.greedy_answers, []\n"
-        "def counted(*a):\n"
+        "answers, calls = q.free_answers, []\n"
+        "def counted(*a, **k):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 4: os._exit(9)\n"
-        "    return answers(*a)\n"
+        "    return answers(*a, **k)\n"
     )
     main = "from vora.cli import main; main()"
-    killed = command_line(*arguments, tmp_path / "a.json", code=small + "q.greedy_answers = counted\n" + main)
+    killed = command_line(*arguments, tmp_path / "a.json", code=small + "q.free_answers = counted\n" + main)
     assert killed.returncode == 9 and not (tmp_path / "a.json").exists()
     ledger = tmp_path / "a.predictions.jsonl"
     assert len(ledger.read_text().splitlines()) == 1 + 9

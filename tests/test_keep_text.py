@@ -2,7 +2,10 @@
 
 import copy
 import json
+import runpy
+import sysconfig
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,3 +196,13 @@ def test_a_run_keeps_text_in_both_phases(sources, llm_folder, teacher_folder, tm
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     kept = [line["step"] for line in lines if "text_loss" in line]
     assert min(kept) <= 6 < max(kept)
+
+
+def test_docstrings_become_texts_of_bounded_length():
+    script = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "text_from_docstrings.py"))
+    long, short = " ".join(["word"] * 60), "too short"
+    assert list(script["pieces"](f"{long}\n\n{long}\n\n{long}", 650)) == [f"{long}\n\n{long}", long]
+    assert list(script["pieces"](f"{long}\n\n{short}", 300)) == [long]
+    assert list(script["pieces"]("x" * 1000, 100)) == []  # one paragraph that is no prose
+    found = next(script["docstrings"](Path(sysconfig.get_path("stdlib"), "json"), 700))
+    assert len(found.split()) >= 40

@@ -13,7 +13,7 @@ from tiny import GRID, PATCH
 
 from vora import VoraForConditionalGeneration
 from vora.eval.likelihood import AnswerTree, answer_ids, candidate_scores
-from vora.eval.prompting import greedy_answers, prompt_of_messages
+from vora.eval.prompting import free_answers, prompt_of_messages
 from vora.model.processing_vora import VoraProcessor
 from vora.serve.chat import load_model
 
@@ -99,7 +99,7 @@ def prompts_of(folder):
 def test_generates_what_the_model_says(folder, arguments):
     _, samples = evaluate(folder, "colours", *arguments)
     model, processor, prompts = prompts_of(folder)
-    expected = [greedy_answers(model, processor, [prompt], 5)[0].split("\n\n")[0].strip() for prompt in prompts]
+    expected = [free_answers(model, processor, [prompt], 5)[0].split("\n\n")[0].strip() for prompt in prompts]
     assert [sample["filtered_resps"] for sample in samples] == expected
 
 

@@ -3,7 +3,7 @@
 import time
 
 from vora.eval.likelihood import AnswerTree, answer_ids, candidate_scores
-from vora.eval.prompting import batches, greedy_answers, prompt_of
+from vora.eval.prompting import batches, free_answers, prompt_of
 
 MOST_AT_ONCE, BYTES_AT_ONCE = 512, 256 << 20  # examples, and their pixels, that are sorted by length together
 
@@ -20,14 +20,15 @@ def predict(model, processor, task, examples, ledger, progress=None, **images_kw
     trees = {}
     for prompts in _prompts(processor, examples, ledger, images_kwargs):
         indices = list(prompts)
-        extra = task.max_new_tokens if task.generates else 0
-        for batch in batches([len(prompts[index]) for index in indices], model.device, extra):
+        extra, beams = task.max_new_tokens if task.generates else 0, task.num_beams if task.generates else 1
+        for batch in batches([beams * len(prompts[index]) for index in indices], model.device, beams * extra):
             began = time.monotonic()
             chosen = [indices[place] for place in batch]
             asked = [prompts[index] for index in chosen]
             lines = [_line(index, examples[index]) for index in chosen]
             if task.generates:
-                for line, text in zip(lines, greedy_answers(model, processor, asked, task.max_new_tokens)):
+                told = free_answers(model, processor, asked, task.max_new_tokens, num_beams=beams)
+                for line, text in zip(lines, told):
                     line["generated"] = text
             if task.chooses:
                 _choose(model, processor, task, [examples[index] for index in chosen], asked, lines, trees)

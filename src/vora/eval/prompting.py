@@ -1,4 +1,4 @@
-"""Examples to model inputs, and greedy answers in batches.
+"""Examples to model inputs, and free answers in batches.
 
 Dims: B rows, T tokens, P patches, N images.
 """
@@ -103,11 +103,11 @@ def refuse_too_long(model, length):
 
 
 @torch.inference_mode()
-def greedy_answers(model, processor, prompts, max_new_tokens, **sampling):
+def free_answers(model, processor, prompts, max_new_tokens, **sampling):
     """What a model says to one batch of prompts, each token the likeliest, up to the end of its turn.
 
     Args:
-        sampling: of `generate`, where it should not be greedy (`do_sample`, `temperature`, `num_beams`, ...).
+        sampling: of `generate`, where each token should not be the likeliest (`do_sample`, `num_beams`, ...).
 
     Returns:
         list of texts without special tokens.

@@ -115,6 +115,7 @@ def conditions_of(task, examples, model, processor, model_name, rows, settings):
         "settings": {
             "prompt": task.prompt,
             "max_new_tokens": task.max_new_tokens,
+            "num_beams": task.num_beams,
             "candidates": _told_apart(examples),
             "max_examples": task.max_examples,
             "seed": task.seed,

@@ -35,6 +35,7 @@ class Task:
     name = ""
     max_new_tokens = 16
     generates = True  # predictions have `generated`, a free answer
+    num_beams = 1  # of that answer's search; 1: each token the likeliest
     chooses = False  # predictions have `chosen`, the likeliest candidate
     top = 1  # of the candidates, so many of the best are scored for certain; None: all
 
@@ -84,7 +85,7 @@ class Task:
 class Captions(Task):
     """Captions held against people's."""
 
-    name, max_new_tokens = "captions", 40
+    name, max_new_tokens, num_beams = "captions", 40, 3
     default_prompt = DEFAULT_PROMPTS.caption[0]
 
     def of_row(self, row):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from vora.adapt.pretrained import committed_model
 from vora.data.record import Record
 from vora.eval.answers import told_answers
-from vora.eval.prompting import batches, greedy_answers, prompt_of_messages
+from vora.eval.prompting import batches, free_answers, prompt_of_messages
 from vora.serve.chat import load_model
 
 AT_ONCE = 512  # requests whose pictures are in memory together
@@ -71,7 +71,7 @@ class VoraForTasks(lmms):
             limit = max(1, min(limit, holds - max(map(len, prompts))))  # tasks ask for up to 49,152 tokens
             sampling = _sampling(kwargs[alike[0]])
             for batch in self._batches([len(prompt) for prompt in prompts], limit):
-                said = greedy_answers(self.model, self.processor, [prompts[i] for i in batch], limit, **sampling)
+                said = free_answers(self.model, self.processor, [prompts[i] for i in batch], limit, **sampling)
                 for place, text in zip(batch, said):
                     index = alike[place]
                     text = _cut(text, kwargs[index].get("until"))

@@ -1,0 +1,52 @@
+"""Text that people wrote and every machine with Python has: the docstrings of its standard library, for
+`lora.keep_text`. What an LLM samples from itself (`text_from_llm.py`) is easier text than most; this is not.
+
+    python examples/text_from_docstrings.py --out prose.jsonl
+"""
+
+import argparse
+import ast
+import json
+import sysconfig
+from pathlib import Path
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("prose.jsonl"))
+    parser.add_argument("--characters", type=int, default=700, help="of a text at most; longer ones are cut in pieces")
+    options = parser.parse_args()
+    texts = dict.fromkeys(docstrings(Path(sysconfig.get_path("stdlib")), options.characters))
+    options.out.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    print(f"{len(texts)} texts in {options.out}")
+
+
+def docstrings(folder, most):
+    """Yields the documentation of every module, class and function, of 40 words and more, in pieces of `most`
+    characters that end with a paragraph."""
+    for file in sorted(folder.rglob("*.py")):
+        if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(file.relative_to(folder).parts):
+            continue
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):  # samples of broken code
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield from pieces(ast.get_docstring(node) or "", most)
+
+
+def pieces(text, most):
+    """Yields a text's paragraphs, as many together as fit."""
+    piece = ""
+    for paragraph in text.split("\n\n"):
+        if piece and len(piece) + len(paragraph) > most:
+            yield from [piece] if len(piece.split()) >= 40 else []
+            piece = ""
+        piece = f"{piece}\n\n{paragraph}" if piece else paragraph
+    if len(piece.split()) >= 40 and len(piece) <= 2 * most:
+        yield piece
+
+
+if __name__ == "__main__":
+    main()
