@@ -1,11 +1,14 @@
 """Eyes without their LLM: put over it again they are the merged model, and they are refused over another."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import GRID, PATCH, logits_of, prompt
 from typer.testing import CliRunner
 
@@ -143,3 +146,17 @@ def test_numbers_beyond_the_precision_are_refused(llm_folder, tmp_path):
     parameter.data = torch.full_like(parameter.data, 1e6, dtype=torch.float32)
     with pytest.raises(ValueError, match="not finite in torch.float16"):
         save_eyes(with_lora, VoraProcessor.from_llm(str(llm_folder)), tmp_path)
+
+
+def test_the_mean_of_two_eyes_is_taken_tensor_by_tensor(tmp_path):
+    for name, value in (("a", 1.0), ("b", 4.0), ("other", 1.0)):
+        (tmp_path / name).mkdir()
+        shape = (3, 3) if name == "other" else (2, 3)
+        save_file({"lora_A": torch.full(shape, value).bfloat16()}, tmp_path / name / "adapter_model.safetensors")
+        (tmp_path / name / "config.json").write_text(name)
+    script = [sys.executable, Path(__file__).parents[1] / "examples" / "average_eyes.py"]
+    subprocess.run([*script, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "mean"], check=True)
+    mean = load_file(tmp_path / "mean" / "adapter_model.safetensors")["lora_A"]
+    assert mean.dtype == torch.bfloat16 and (mean == 2.5).all() and (tmp_path / "mean/config.json").read_text() == "b"
+    refused = subprocess.run([*script, tmp_path / "a", tmp_path / "other", "--out", tmp_path / "no"], capture_output=True)
+    assert refused.returncode == 2 and not (tmp_path / "no").exists()
