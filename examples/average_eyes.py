@@ -2,8 +2,8 @@
 
     python examples/average_eyes.py src/vora/pretrained EYES --out BOTH
 
-Both folders are as `vora merge --eyes-out` writes them, the second trained on from the first: LoRA's A and B are averaged
-one by one, which means something only between neighbours.
+Both folders are as `vora merge --eyes-out` writes them, the second trained on from the first: LoRA's A and B are
+averaged one by one, which means something only between neighbours.
 """
 
 import argparse

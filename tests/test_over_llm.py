@@ -158,5 +158,6 @@ def test_the_mean_of_two_eyes_is_taken_tensor_by_tensor(tmp_path):
     subprocess.run([*script, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "mean"], check=True)
     mean = load_file(tmp_path / "mean" / "adapter_model.safetensors")["lora_A"]
     assert mean.dtype == torch.bfloat16 and (mean == 2.5).all() and (tmp_path / "mean/config.json").read_text() == "b"
-    refused = subprocess.run([*script, tmp_path / "a", tmp_path / "other", "--out", tmp_path / "no"], capture_output=True)
+    others = [tmp_path / "a", tmp_path / "other", "--out", tmp_path / "no"]
+    refused = subprocess.run([*script, *others], capture_output=True)
     assert refused.returncode == 2 and not (tmp_path / "no").exists()
