@@ -10,6 +10,8 @@ import json
 import sysconfig
 from pathlib import Path
 
+FEWEST_WORDS = 40  # of a text; and at most twice the characters asked for, beyond which a paragraph is a table or code
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -22,8 +24,7 @@ def main():
 
 
 def docstrings(folder, most):
-    """Yields the documentation of every module, class and function, of 40 words and more, in pieces of `most`
-    characters that end with a paragraph."""
+    """Yields the documentation of every module, class and function in `pieces`."""
     for file in sorted(folder.rglob("*.py")):
         if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(file.relative_to(folder).parts):
             continue
@@ -33,19 +34,19 @@ def docstrings(folder, most):
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield from pieces(ast.get_docstring(node) or "", most)
+                found = pieces(ast.get_docstring(node) or "", most)
+                yield from (piece for piece in found if len(piece.split()) >= FEWEST_WORDS and len(piece) <= 2 * most)
 
 
 def pieces(text, most):
-    """Yields a text's paragraphs, as many together as fit."""
+    """Yields a text's paragraphs, as many together as fit into `most` characters; a longer one stands alone."""
     piece = ""
     for paragraph in text.split("\n\n"):
         if piece and len(piece) + len(paragraph) > most:
-            yield from [piece] if len(piece.split()) >= 40 else []
+            yield piece
             piece = ""
         piece = f"{piece}\n\n{paragraph}" if piece else paragraph
-    if len(piece.split()) >= 40 and len(piece) <= 2 * most:
-        yield piece
+    yield piece
 
 
 if __name__ == "__main__":

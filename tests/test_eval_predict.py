@@ -93,9 +93,12 @@ def test_batched_answers_are_those_of_each_alone(seeing, num_beams):
     assert together == alone and len(set(together)) > 1
 
 
-def test_captions_are_searched_with_beams_and_batched_for_them(seeing, tmp_path, monkeypatch):
+@pytest.mark.parametrize("max_new_tokens", [1, 400])
+def test_captions_are_searched_with_beams_and_batched_for_them(seeing, max_new_tokens, tmp_path, monkeypatch):
     model, processor, prompts, examples, _ = seeing
-    monkeypatch.setattr("vora.eval.prompting.TOKENS_PER_BATCH", {"cpu": 3 * 2 * (max(map(len, prompts)) + 40)})
+    longest = max(map(len, prompts[:3])) + max_new_tokens
+    monkeypatch.setattr("vora.eval.prompting.TOKENS_PER_BATCH", {"cpu": 3 * 2 * longest})
+    monkeypatch.setattr(Captions, "max_new_tokens", max_new_tokens)
     asked = []
 
     def spy(model, processor, prompts, max_new_tokens, **sampling):
@@ -103,8 +106,8 @@ def test_captions_are_searched_with_beams_and_batched_for_them(seeing, tmp_path,
         return [""] * len(prompts)
 
     monkeypatch.setattr("vora.eval.predict.free_answers", spy)
-    predict(model, processor, Captions(), examples[:5], Ledger(tmp_path / "lines.jsonl", {}))
-    assert [count for count, _ in asked] == [2, 2, 1] and all(how == {"num_beams": 3} for _, how in asked)
+    predict(model, processor, Captions(), examples[:3], Ledger(tmp_path / "lines.jsonl", {}))
+    assert [count for count, _ in asked] == [2, 1] and all(how == {"num_beams": 3} for _, how in asked)
 
 
 def test_answers_depend_on_the_picture(seeing):

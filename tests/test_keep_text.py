@@ -198,11 +198,11 @@ def test_a_run_keeps_text_in_both_phases(sources, llm_folder, teacher_folder, tm
     assert min(kept) <= 6 < max(kept)
 
 
-def test_docstrings_become_texts_of_bounded_length():
+def test_docstrings_become_texts_of_bounded_length(tmp_path):
     script = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "text_from_docstrings.py"))
     long, short = " ".join(["word"] * 60), "too short"
     assert list(script["pieces"](f"{long}\n\n{long}\n\n{long}", 650)) == [f"{long}\n\n{long}", long]
-    assert list(script["pieces"](f"{long}\n\n{short}", 300)) == [long]
-    assert list(script["pieces"]("x" * 1000, 100)) == []  # one paragraph that is no prose
-    found = next(script["docstrings"](Path(sysconfig.get_path("stdlib"), "json"), 700))
-    assert len(found.split()) >= 40
+    table = " ".join(["cell"] * 300)
+    (tmp_path / "a.py").write_text(f'"""{table}\n\n{long}\n\n{short}"""\n\n\ndef f():\n    """{short}"""\n')
+    assert list(script["docstrings"](tmp_path, 300)) == [long]  # the table before it is too long, the rest too short
+    assert next(script["docstrings"](Path(sysconfig.get_path("stdlib"), "json"), 700))

@@ -20,7 +20,7 @@ def predict(model, processor, task, examples, ledger, progress=None, **images_kw
     trees = {}
     for prompts in _prompts(processor, examples, ledger, images_kwargs):
         indices = list(prompts)
-        extra, beams = task.max_new_tokens if task.generates else 0, task.num_beams if task.generates else 1
+        beams, extra = (task.num_beams, task.max_new_tokens) if task.generates else (1, 0)
         for batch in batches([beams * len(prompts[index]) for index in indices], model.device, beams * extra):
             began = time.monotonic()
             chosen = [indices[place] for place in batch]
