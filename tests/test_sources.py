@@ -364,6 +364,16 @@ def test_labels_and_statements_get_their_prompts(tmp_path):
     assert spoken == [["Which?", "tabby cat"], ["So: It is {red}.", "true"], ["So: No.", "false"]]
 
 
+def test_all_captions_of_a_picture_share_one_prompt_and_pictures_differ(tmp_path):
+    rows = [{"image": f"{i}.png", "captions": ["A.", "B.", "C.", "D."]} for i in range(20)]
+    for row in rows:
+        Image.new("RGB", (8, 8)).save(tmp_path / row["image"])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = load_source(str(tmp_path / "rows.jsonl"), prompts=Prompts(["Tell.", "Say.", "Look."]))
+    asked = [{conversation[0]["content"] for conversation in record.conversations} for record in source]
+    assert all(len(prompts) == 1 for prompts in asked) and set.union(*asked) == {"Tell.", "Say.", "Look."}
+
+
 def test_a_sentence_that_is_neither_true_nor_false_is_refused(tmp_path):
     with pytest.raises(ValueError, match="neither"):
         picture_rows(tmp_path, {"sentence": "a", "label": "maybe"})

@@ -121,7 +121,7 @@ def record_of_row(row, name, image_folder, prompts):
     Args:
         row: dict of columns.
         image_folder: where paths of images start.
-        prompts: a `Prompts`; one is drawn for each answer that comes without a question, always the same.
+        prompts: a `Prompts`; one is drawn for each row that comes without a question, always the same.
 
     Raises:
         ValueError: the row fits no layout, or what it holds is not as the layout says.
@@ -200,7 +200,8 @@ def _conversations_of(row, name, prompts):
     if captions is not None and not has_image:
         raise ValueError("It has a caption, but no image.")
     if captions is not None:
-        return [_checked(question_and_answer(draw.choice(prompts.caption), text)) for text in _as_list(captions)], []
+        prompt = draw.choice(prompts.caption)  # one for all, so that they share it, see `packing.share_prefixes`
+        return [_checked(question_and_answer(prompt, text)) for text in _as_list(captions)], []
     if has_image and "label" in row:
         return [_checked(_of_label(row, draw, prompts))], []
     if "instruction" in row and "output" in row:
