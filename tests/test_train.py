@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback, ViTConfig, ViTModel
 
 import vora
+from vora.adapt.card import read_card
 from vora.adapt.lora import DISTILLATION_FILE
 from vora.data.sources import load_source
 from vora.data.stream import PackedRows
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
+from vora.train.checkpoints import trained_folder
 from vora.train.outline import outline
 from vora.train.pace import precision_overrides, steps_that_fit
 from vora.train.recipe import load_recipe
@@ -128,6 +130,8 @@ def test_resumed_losses_are_those_of_an_uninterrupted_run(recipe, tmp_path, accu
     with pytest.raises(InterruptedError, match="--resume"):
         run(recipe(**values), tmp_path / "cut", callbacks=[StopAt()])
     assert (tmp_path / "cut" / "checkpoint-5").exists() or (tmp_path / "cut" / "checkpoint-6").exists()
+    of_cut, of_whole = read_card(trained_folder(tmp_path / "cut")), read_card(tmp_path / "whole" / "final")
+    assert of_cut["base_llm"] == of_whole["base_llm"] != "not stated" and of_cut["stages"][0]["steps"] in (5, 6)
     run(load_recipe(tmp_path / "cut" / "recipe.yaml"), tmp_path / "cut", resume=True)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 

@@ -29,7 +29,7 @@ from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.processing_vora import VoraProcessor
 from vora.model.stretches import by_stretch_on_cpu
 from vora.train.blocks import compile_blocks, recompute_blocks
-from vora.train.checkpoints import find_checkpoint, is_run, last_step, trained_folder
+from vora.train.checkpoints import find_checkpoint, is_run, last_step, newest_checkpoint, trained_folder
 from vora.train.decay import DistillWeightDecay
 from vora.train.pace import steps_that_fit
 from vora.train.progress import ProgressCallback, draw_losses, read_log, write_report
@@ -149,6 +149,8 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
     finally:
         stop.release()
     if stop.caught:
+        if trainer.is_world_process_zero():  # another run may go on from here, or its eyes be sent
+            write_run_card(newest_checkpoint(directory), directory, trainer.state.global_step)
         raise InterruptedError(
             f"{stop.caught}: stopped and saved at step {trainer.state.global_step} of {arguments.max_steps}. "
             f"Go on with: vora train {directory / 'recipe.yaml'} --out {directory} --resume"
