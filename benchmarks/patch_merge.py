@@ -3,7 +3,9 @@
 All arms see the same pictures of easy-VQA, at the same 6 x 6 patches of 16 pixels (36, 9 or 4 image tokens), in the
 same order and the same steps: first pictures alone, then with all their questions. Each arm is a process of its own.
 
-    python benchmarks/patch_merge.py --teacher WinKawaks/vit-tiny-patch16-224 --json patch_merge.json
+    python benchmarks/patch_merge.py --teacher WinKawaks/vit-tiny-patch16-224 --json patch_merge.json --logs logs
+
+With `--logs` every arm's log is kept there, and their curves of lm_loss are drawn beside them.
 """
 
 import json
@@ -20,6 +22,8 @@ from rows import arguments, parser_of, peak_bytes, report, row
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
+from vora.ablate.curves import read_curve
+from vora.ablate.picture import draw_curves
 from vora.adapt.lora import merge_vision_lora
 from vora.data.packing import collate_rows, image_only, sample_of_record
 from vora.data.sources import load_source
@@ -31,6 +35,8 @@ from vora.train.stages import build_learner
 from vora.train.trainer import VoraTrainer
 
 SIDE = 6  # patches
+MERGES = (1, 2, 3)
+WINDOW = 0.1  # of all samples: what the curves are smoothed over
 PICTURES_PER_STEP = {"pictures alone": 16, "with questions": 4}
 UNITS = {  # of what an arm prints; all others are accuracies
     "seconds_per_1000_pictures_alone": "s",
@@ -110,6 +116,9 @@ def run_arm(merge, args):
         )
         trainer.train()
     lines = [line for line in trainer.state.log_history if "lm_loss" in line or "distill_loss" in line]
+    if args.logs:
+        args.logs.mkdir(parents=True, exist_ok=True)
+        log_of(args.logs, merge).write_text("".join(json.dumps(line) + "\n" for line in lines))
     peak = peak_bytes()
     records = load_source("easy-vqa", "test", max_samples=args.test_pictures)
     right = exact_answers(merge_vision_lora(learner.student), processor, records)
@@ -132,6 +141,18 @@ def run_arm(merge, args):
     )
 
 
+def log_of(folder, merge):
+    """Where an arm's log is kept."""
+    return folder / f"merge-{merge}.jsonl"
+
+
+def draw(folder):
+    """The curves of all arms, folder/patch_merge.png."""
+    curves = {(f"m = {merge}", 0): read_curve(log_of(folder, merge), WINDOW) for merge in MERGES}
+    names = [name for name, _ in curves]
+    draw_curves(curves, names, names[0], folder / "patch_merge.png", "m x m patches to an image token")
+
+
 def rows_of(one, plain):
     """Of what an arm printed, each figure beside that of m = 1."""
     for name, value in one.items():
@@ -143,7 +164,7 @@ def rows_of(one, plain):
 def compared():
     """Rows as the arms finish."""
     plain = figures_of(1)
-    for merge in (2, 3):
+    for merge in MERGES[1:]:
         yield from rows_of(figures_of(merge), plain)
 
 
@@ -161,12 +182,15 @@ def main():
     parser.add_argument("--image-only-steps", type=int, default=320, help="of 16 pictures")
     parser.add_argument("--lm-steps", type=int, default=400, help="of 4 pictures with some 38 questions")
     parser.add_argument("--test-pictures", type=int, default=300)
-    parser.add_argument("--arm", type=int, choices=(1, 2, 3), help="one arm, in this process")
+    parser.add_argument("--logs", type=Path, help="folder for the arms' logs and curves")
+    parser.add_argument("--arm", type=int, choices=MERGES, help="one arm, in this process")
     args = arguments(parser)
     if args.arm:
         run_arm(args.arm, args)
         return
     report(compared(), args.json)
+    if args.logs:
+        draw(args.logs)
 
 
 if __name__ == "__main__":

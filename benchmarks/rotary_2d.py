@@ -5,7 +5,7 @@ other rotary frequency of an image token turns by its row and the rest by its co
 in NEO and others. That is no stock LLM any more: a merged model of that arm runs nowhere but here, so it has to be
 clearly better to be kept. Prints accuracy on test pictures against questions seen.
 
-    python benchmarks/rotary_2d.py --seeds 0 1 2 --json rotary_2d.json
+    python benchmarks/rotary_2d.py --seeds 0 1 2 --json rotary_2d.json --picture rotary_2d.png
 """
 
 import tempfile
@@ -18,7 +18,11 @@ from rows import arguments, parser_of, report, row
 from torch import nn
 from transformers import TrainerCallback
 
+from vora.ablate.curves import read_curve
+from vora.ablate.picture import draw_curves
+
 ARMS = ("one axis", "two axes")
+WINDOW = 0.1  # of all samples: what the curves are smoothed over
 
 
 class TwoAxes(nn.Module):
@@ -96,13 +100,17 @@ def rows_of(points):
 def main():
     parser = parser_of(__doc__)
     options_of(parser)
+    parser.add_argument("--picture", type=Path, help="PNG file to write: lm_loss against samples seen")
     args = arguments(parser)
-    points = []
+    points, curves = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
             for arm in ARMS:
                 callbacks = [LookInTwoAxes()] if arm == "two axes" else []
                 points += run_arm(seed, arm, {}, args, Path(folder), callbacks)
+                curves[arm, seed] = read_curve(Path(folder) / f"{arm}-{seed}" / "log.jsonl", WINDOW)
+    if args.picture:
+        draw_curves(curves, ARMS, ARMS[0], args.picture, "positions of image tokens")
     report(rows_of(points), args.json)
 
 
