@@ -12,7 +12,7 @@ import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from threading import Thread
 from typing import Literal, NamedTuple
@@ -199,6 +199,7 @@ def _cards(kinds):
     return dict(cards)
 
 
+@cache  # each checkpoint of a run has a card
 def _hub_page(name, repo_type):
     """Text of a card on the hub, asked for once: `ModelCard.load` would go on asking, and say so, for a minute."""
     url = hf_hub_url(name, "README.md", repo_type=repo_type)

@@ -4,7 +4,7 @@ RUN/recipe.yaml, versions.json     what was run, with what
 RUN/log.jsonl                      every log line
 RUN/watch.jsonl                    answers to the watched pictures at each evaluation
 RUN/bad_samples.jsonl              records that were skipped, with their causes
-RUN/checkpoint-N/                  to resume from
+RUN/checkpoint-N/                  to resume from, or for another run to go on from; with its model card
 RUN/final/                         what was trained: adapter (stage 1) or model (stage 2), with its model card
 RUN/loss.png, report.md            the losses, and the run in short
 """
@@ -83,6 +83,21 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
 
+class CardCallback(TrainerCallback):
+    """A card in each checkpoint, since another run may go on from it, or its eyes be sent, whatever ends this one.
+
+    Args:
+        directory: of the run.
+    """
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_run_card(newest_checkpoint(self.directory), self.directory, state.global_step)
+
+
 def train(recipe, run_directory, resume=False, console=None, callbacks=()):
     """Run a recipe.
 
@@ -135,6 +150,7 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
         callbacks=[
             stop,
             ProgressCallback(console, directory / "log.jsonl"),
+            CardCallback(directory),
             WatchCallback(recipe.watch, processor, directory / "watch.jsonl", console),
             *decay,
             *callbacks,
@@ -149,8 +165,6 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
     finally:
         stop.release()
     if stop.caught:
-        if trainer.is_world_process_zero():  # another run may go on from here, or its eyes be sent
-            write_run_card(newest_checkpoint(directory), directory, trainer.state.global_step)
         raise InterruptedError(
             f"{stop.caught}: stopped and saved at step {trainer.state.global_step} of {arguments.max_steps}. "
             f"Go on with: vora train {directory / 'recipe.yaml'} --out {directory} --resume"
