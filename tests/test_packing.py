@@ -9,7 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ViTConfig, ViTModel
 
 from vora import Teacher, VoraForConditionalGeneration, VoraImageProcessor, VoraProcessor
-from vora.data.packing import collate_rows, next_row, next_targets, places, sample_of_record, share_prefixes
+from vora.data.packing import (
+    collate_rows,
+    label_weights,
+    next_row,
+    next_targets,
+    places,
+    sample_of_record,
+    share_prefixes,
+)
 from vora.data.record import Record
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
@@ -128,6 +136,24 @@ def test_packed_rows_learn_as_their_samples_would_alone(family):
                 found = learner(**only, num_items_in_batch=1)["loss"]
             torch.testing.assert_close(found, alone[number], rtol=1e-5, atol=0)
             number += 1
+
+
+def test_short_answers_count_as_much_as_long_ones():
+    learner = learner_of("llama")
+    groups = [questions(0, count=4), [sample(*text(9, 3), answer=6)], [sample((2, 2, 7), *text(5, 6), answer=1)]]
+    shared = [share_prefixes(group) for group in groups]
+    samples, length = sum(groups, []), max(len(one["input_ids"]) for one in shared) + 8
+    batch = collate_rows([[shared[0]], shared[1:]], length, pad_token_id=0)
+    lengths = torch.tensor([(one["labels"] != -100).sum() for one in samples])
+    assert lengths.tolist() == [2, 3, 4, 5, 6, 1]
+    for balance in (0.0, 0.5, 1.0):
+        weights = label_weights(batch, balance)
+        whole = (lengths**-balance * lengths).sum()
+        torch.testing.assert_close(weights.sum(), whole)
+        found = learner(**batch, label_weights=weights)["loss"]
+        alone = (lengths**-balance * losses_of_samples(learner, samples)).sum() / whole
+        torch.testing.assert_close(found, alone, rtol=1e-5, atol=0)
+        assert_same(gradients(learner, found), gradients(learner, alone))
 
 
 @FAMILIES

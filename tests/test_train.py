@@ -106,6 +106,13 @@ def test_a_run_leaves_what_it_promises(recipe, tmp_path):
     names = {path.name for path in folder.iterdir()}
     assert {"recipe.yaml", "versions.json", "log.jsonl", "loss.png", "report.md", "final", "checkpoint-3"} <= names
     assert not list(folder.rglob("bad_samples.jsonl"))
+    cards = {
+        path.name: read_card(path) for path in (folder / "checkpoint-3", folder / "checkpoint-6", folder / "final")
+    }
+    assert {name: found["stages"][0]["steps"] for name, found in cards.items()} == {
+        "checkpoint-3": 3, "checkpoint-6": 6, "final": 6,
+    }  # fmt: skip
+    assert str(tmp_path) not in (folder / "checkpoint-3" / "README.md").read_text()
     tensors = [name for path in folder.rglob("adapter_model.safetensors") for name in _keys(path)]
     assert tensors and not [name for name in tensors if "vit" in name or "head" in name]
 
@@ -146,10 +153,12 @@ def test_a_run_killed_after_its_last_step_only_ends(recipe, tmp_path):
     assert (tmp_path / "run" / "final" / "adapter_model.safetensors").read_bytes() == expected
 
 
-def test_gradient_accumulation_equals_one_large_batch(recipe, tmp_path):
+@pytest.mark.parametrize("balance", [0.0, 1.0])
+def test_gradient_accumulation_equals_one_large_batch(recipe, tmp_path, balance):
     def without_distilling(**training):
         changed = recipe(max_steps=4, **training)
         changed.teacher.weight, changed.teacher.image_only_steps = 0.0, 0
+        changed.data.answer_balance = balance
         return changed
 
     run(without_distilling(per_device_train_batch_size=2), tmp_path / "one")

@@ -199,6 +199,22 @@ def collate_rows(rows, row_tokens, pad_token_id):
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
+def label_weights(batch, answer_balance):
+    """How much each label token counts: float[L], in the order of `label_places`.
+
+    A label token of an answer of n tokens counts n^-answer_balance: with 0 all tokens count alike, so that a caption
+    counts as much as a dozen names; with 1 all answers do; 0.5 is the square averaging of InternVL2.5
+    (arXiv 2412.05271). An answer is a run of label tokens that follow each other in their conversation.
+    """
+    wanted = (batch["targets"] != -100).numpy()
+    positions = batch["position_ids"].numpy()
+    follows = np.zeros_like(wanted)
+    follows[:, 1:] = wanted[:, :-1] & (positions[:, 1:] == positions[:, :-1] + 1)
+    answers = np.cumsum((wanted & ~follows)[wanted]) - 1
+    lengths = np.bincount(answers)[answers]
+    return torch.from_numpy(lengths.astype(np.float32) ** -answer_balance)
+
+
 def places(batch, image_token_id, patch_merge=1):
     """What a step must know of a batch before it can go on, told by the processor, so that it never waits for a GPU.
 

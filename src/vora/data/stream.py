@@ -21,7 +21,16 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vora.data.augment import augmented
 from vora.data.order import Mixture, SourceOrder
-from vora.data.packing import collate_rows, image_only, kept_places, next_row, places, sample_of_record, text_to_keep
+from vora.data.packing import (
+    collate_rows,
+    image_only,
+    kept_places,
+    label_weights,
+    next_row,
+    places,
+    sample_of_record,
+    text_to_keep,
+)
 from vora.data.record import blinded
 
 CHUNK_SAMPLES = 32
@@ -201,6 +210,7 @@ class PackedRows:
         max_bad_share: stop when more than this share of the samples read (taken as a thousand at first) is bad.
         num_workers: processes that read and decode; 0 does it in this one.
         rank, num_ranks: which part of all chunks is read.
+        answer_balance: how much answers of few tokens count, see `vora.data.packing.label_weights`.
         sample_options: further arguments of `SampleMaker`.
 
     Raises:
@@ -220,6 +230,7 @@ class PackedRows:
         num_workers=0,
         rank=0,
         num_ranks=1,
+        answer_balance=0.0,
         **sample_options,
     ):
         sizes = [len(source) for source in sources]
@@ -229,6 +240,7 @@ class PackedRows:
         self.maker = SampleMaker(sources, processor, row_tokens, seed=seed, **sample_options)
         self.mixture = Mixture(weights, seed)
         self.row_tokens, self.image_only_rows = row_tokens, image_only_rows
+        self.answer_balance = answer_balance
         self.bad_samples, self.max_bad_share = bad_samples and Path(bad_samples), max_bad_share
         self.num_workers, self.rank, self.num_ranks = num_workers, rank, num_ranks
         self.num_read, self.num_bad, self._named = 0, 0, set()
@@ -245,7 +257,7 @@ class PackedRows:
             "image_only_rows": image_only_rows, "processes": num_ranks, "patch_merge": images.patch_merge,
             "budget": [images.min_image_tokens, images.max_image_tokens],
             "augment": self.maker.augment, "blind": self.maker.blind or None,
-            "keep_text": self.maker.keep_text or None,
+            "keep_text": self.maker.keep_text or None, "answer_balance": answer_balance or None,
             "prompts": [[list(asked) for asked in astuple(source.prompts)] for source in sources],
         }  # fmt: skip
         self._position = self._beginning(pictures_alone=image_only_rows > 0)
@@ -365,6 +377,8 @@ class PackedRows:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         batch = collate_rows(rows, self.row_tokens, pad)
         processor = self.maker.processor
+        if self.answer_balance:
+            batch["label_weights"] = label_weights(batch, self.answer_balance)
         if self.maker.keep_text:
             batch |= kept_places(rows, self.row_tokens)
             batch["pictures_alone"] = torch.tensor(self._position["pictures_alone"])

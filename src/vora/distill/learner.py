@@ -98,6 +98,7 @@ class VisionLearner(nn.Module):
         pixel_values=None,
         image_grid_thw=None,
         label_places=None,
+        label_weights=None,
         image_places=None,
         text_rows=None,
         text_places=None,
@@ -114,11 +115,13 @@ class VisionLearner(nn.Module):
             pixel_values, image_grid_thw, inputs: as for `VoraModel.forward`.
             label_places, image_places: int[L] and int[I], where in the flattened rows something is to be predicted
                 and where image tokens are, if that is known (`vora.data.packing.places`): then no GPU is waited for.
+            label_weights: float[L], how much each label counts (`vora.data.packing.label_weights`); None: all alike.
             text_rows, text_places: int[R] and int[L], which rows hold text alone that is to be kept as it was, and
                 where in them, flattened, its tokens are; None: none.
             pictures_alone: False where steps without words are over, though this batch has nothing to predict.
             num_samples: of the batch; for who counts, not used here.
-            num_items_in_batch: label tokens of the whole optimizer step, by which `lm_loss` is divided.
+            num_items_in_batch: label tokens of the whole optimizer step, or their summed weights, by which `lm_loss`
+                is divided.
             num_micro_batches: of the step, by which `distill_loss` is divided in `loss`.
 
         Returns:
@@ -143,7 +146,9 @@ class VisionLearner(nn.Module):
             except _EnoughBlocks:
                 pass
         if predicts or not (distills or keeps_text):  # with none of them, lm_loss says that nothing could be learned
-            losses["lm_loss"] = self.vora.lm_loss(hidden_states, targets, num_items_in_batch, label_places)
+            losses["lm_loss"] = self.vora.lm_loss(
+                hidden_states, targets, num_items_in_batch, label_places, label_weights
+            )
             losses["loss"] = losses["loss"] + losses["lm_loss"]
         if keeps_text:
             reached = states[max(states)] if stops_early else hidden_states

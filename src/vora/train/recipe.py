@@ -113,6 +113,7 @@ class DataSection(Section):
     sources: list[SourceSection] = Field(min_length=1)
     row_tokens: int = Field(1024, ge=8)
     questions_per_image: int | None = Field(None, ge=1)  # drawn anew each epoch; all of them by default
+    answer_balance: float = Field(0.0, ge=0, le=1)  # 0: each label token counts alike, 1: each answer; `label_weights`
     caption_prompts: list[str] = list(DEFAULT_PROMPTS.caption)  # asked where a row has an answer alone: `Prompts`
     label_prompts: list[str] = list(DEFAULT_PROMPTS.label)
     statement_prompts: list[str] = list(DEFAULT_PROMPTS.statement)

@@ -361,6 +361,7 @@ def packed_rows(recipe, sources, processor, arguments, bad_samples=None):
         num_workers=arguments.dataloader_num_workers,
         rank=arguments.process_index,
         num_ranks=arguments.world_size,
+        answer_balance=data.answer_balance,
         questions_per_image=data.questions_per_image,
         image_tokens=data.image_tokens,
         augment=[source.augment and source.augment.model_dump() for source in data.sources],

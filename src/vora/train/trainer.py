@@ -75,7 +75,7 @@ class VoraTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples, device):
         if not batch_samples:
             return None
-        count = sum(int((batch["targets"] != -100).sum()) for batch in batch_samples)  # still on the host
+        count = sum(_num_items(batch) for batch in batch_samples)  # still on the host
         if self.args.world_size == 1:
             return count
         return self.accelerator.gather(torch.full((1,), count, device=device)).sum()
@@ -188,6 +188,13 @@ class VoraTrainer(Trainer):
         self.num_samples_seen = self._samples_logged = state.pop("num_samples_seen")
         self.train_dataset.load_state_dict(state)
         load_student(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+
+
+def _num_items(batch):
+    """By what a batch's language loss is divided: its label tokens, or their weights where they have some."""
+    if "label_weights" in batch:
+        return float(batch["label_weights"].sum())
+    return int((batch["targets"] != -100).sum())
 
 
 def part_of(name):
