@@ -17,6 +17,7 @@ from vora.data.stream import PackedRows
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.keep_text import lora_off, unexplained
 from vora.distill.learner import VisionLearner
+from vora.model import label_loss
 from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe import load_recipe
 from vora.train.run import train
@@ -72,6 +73,25 @@ def test_it_is_the_divergence_from_the_bare_llm():
     assert expected > 1e-3
     torch.testing.assert_close(losses["text_loss"], expected)
     torch.testing.assert_close(losses["loss"], 2 * expected)
+
+
+@pytest.mark.parametrize("most", [5 * 128, 128])
+def test_divergence_in_parts_is_that_at_once(most, monkeypatch):
+    found = []
+    for limit in (label_loss.MOST_LOGITS, most):
+        monkeypatch.setattr(label_loss, "MOST_LOGITS", limit)
+        taught, _ = learner()
+        made = []
+        taught.vora.lm_head.register_forward_hook(lambda module, args, logits: made.append(len(logits)))
+        loss = taught(**batch(pictures_alone=False))["text_loss"]
+        loss.backward()
+        found.append((loss, {name: p.grad for name, p in taught.named_parameters() if p.grad is not None}, made))
+    (loss, gradients, at_once), (same, equal, in_parts) = found
+    assert at_once == [33, 33] and max(in_parts) == most // 128 and sum(in_parts) == 4 * 33  # again for gradients
+    torch.testing.assert_close(same, loss, rtol=1e-5, atol=0)
+    assert gradients.keys() == equal.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(equal[name], gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_with_pictures_alone_it_is_the_last_taught_block():

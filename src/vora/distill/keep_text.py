@@ -46,11 +46,15 @@ def unexplained(states, own):
 def divergence(logits_of, states, own, vocab_size):
     """KL divergence of what is said next from what the LLM itself would say, mean over tokens, in float32: float[].
 
+    As in `vora.model.label_loss`, logits are made part by part, and again for gradients, where all would be too many.
+
     Args:
         logits_of: function of float[l, D] to float[l, V].
         states, own: float[L, D], last hidden states with LoRA on and off.
     """
     size = labels_at_once(len(states), vocab_size)
+    if size == len(states):
+        return _summed(logits_of, states, own) / size
     sums = [
         checkpoint(_summed, logits_of, *part, use_reentrant=False, preserve_rng_state=False)
         for part in zip(states.split(size), own.split(size))
