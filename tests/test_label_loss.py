@@ -64,19 +64,6 @@ def test_memory_is_that_of_one_part(bf16, monkeypatch):
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0)
 
 
-def test_weights_stay_with_their_labels_in_parts(monkeypatch):
-    vora = tiny_vora("llama")
-    states, targets = torch.randn(1, 23, 32), torch.randint(0, VOCABULARY, (1, 23))
-    weights = torch.rand(23)
-    with torch.autocast("cpu", torch.bfloat16):  # the logits only: what is summed is float32
-        each = [vora.lm_loss(states[:, i : i + 1], targets[:, i : i + 1]) for i in range(23)]
-        whole = vora.lm_loss(states, targets, weights=weights)
-        torch.testing.assert_close(whole, (torch.stack(each) * weights).sum() / weights.sum(), rtol=1e-5, atol=0)
-        monkeypatch.setattr(label_loss, "MOST_LOGITS", 5 * VOCABULARY)
-        parts = vora.lm_loss(states, targets, num_items_in_batch=7.5, weights=weights)
-    torch.testing.assert_close(parts, whole * weights.sum() / 7.5, rtol=1e-5, atol=0)
-
-
 def test_parts_are_equal_and_as_few_as_fit(monkeypatch):
     monkeypatch.setattr(label_loss, "MOST_LOGITS", 1000)
     sizes = {count: labels_at_once(count, 100) for count in (1, 9, 10, 11, 20, 21, 95)}

@@ -17,11 +17,12 @@ from vora.data.packing import (
     places,
     sample_of_record,
     share_prefixes,
+    text_to_keep,
 )
 from vora.data.record import Record
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
-from vora.model import stretches
+from vora.model import label_loss, stretches
 from vora.model.stretches import BY_STRETCH, trees
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
@@ -138,7 +139,8 @@ def test_packed_rows_learn_as_their_samples_would_alone(family):
             number += 1
 
 
-def test_short_answers_count_as_much_as_long_ones():
+@pytest.mark.parametrize("most", [None, 128])
+def test_short_answers_count_as_much_as_long_ones(most, monkeypatch):
     learner = learner_of("llama")
     groups = [questions(0, count=4), [sample(*text(9, 3), answer=6)], [sample((2, 2, 7), *text(5, 6), answer=1)]]
     shared = [share_prefixes(group) for group in groups]
@@ -150,10 +152,26 @@ def test_short_answers_count_as_much_as_long_ones():
         weights = label_weights(batch, balance)
         whole = (lengths**-balance * lengths).sum()
         torch.testing.assert_close(weights.sum(), whole)
-        found = learner(**batch, label_weights=weights)["loss"]
-        alone = (lengths**-balance * losses_of_samples(learner, samples)).sum() / whole
-        torch.testing.assert_close(found, alone, rtol=1e-5, atol=0)
-        assert_same(gradients(learner, found), gradients(learner, alone))
+        alone = losses_of_samples(learner, samples)
+        expected, every = (lengths**-balance * alone).sum() / whole, alone.sum() / lengths.sum()
+        if most:
+            monkeypatch.setattr(label_loss, "MOST_LOGITS", most)  # each label's logits for themselves
+        found = learner(**batch, label_weights=weights)
+        torch.testing.assert_close(found["loss"], expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(found["lm_loss"], every, rtol=1e-5, atol=0)  # tells the same whatever counts
+        assert_same(gradients(learner, found["loss"]), gradients(learner, expected))
+
+
+def test_answers_are_told_apart_by_where_they_stand():
+    twice = sample(*text(3), (2, 3, 0), *text(12, 1), answer=0)
+    twice["labels"][-9:-5], twice["labels"][-2:] = twice["input_ids"][-9:-5], twice["input_ids"][-2:]  # two turns
+    silent = text_to_keep(share_prefixes([sample(*text(4))]), 48)
+    row = [share_prefixes([twice]), share_prefixes([sample(*text(4), answer=4)])]
+    batch = collate_rows([row, [silent]], sum(len(one["input_ids"]) for one in row), pad_token_id=0)
+    expected = [1 / 4] * 4 + [1 / 2] * 2 + [1 / 3] * 3  # a first token has nothing before it that could predict it
+    torch.testing.assert_close(label_weights(batch, 1.0), torch.tensor(expected))
+    nothing = {name: value[1:] for name, value in batch.items() if value.dim() == 2}
+    assert label_weights(nothing, 1.0).shape == (0,)
 
 
 @FAMILIES

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, TrainerCallback
 
 from vora import Teacher, VoraImageProcessor, attach_vision_lora
-from vora.data.packing import collate_rows, image_only, places, share_prefixes
+from vora.data.packing import collate_rows, image_only, label_weights, places, share_prefixes
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
 from vora.model.patch_embed import put_tokens
@@ -58,7 +58,7 @@ def told(pictures_alone=False):
     if pictures_alone:
         samples = [image_only(one, IMAGE) for one in samples]
     batch = collate_rows([[one] for one in samples], 64, pad_token_id=0)
-    batch |= places(batch, IMAGE)
+    batch |= places(batch, IMAGE) | {"label_weights": label_weights(batch, 1.0)}
     return {name: value if name in ON_HOST else value.to("meta") for name, value in batch.items()}
 
 

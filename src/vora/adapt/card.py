@@ -12,7 +12,7 @@ import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from pathlib import Path
 from threading import Thread
 from typing import Literal, NamedTuple
@@ -56,6 +56,7 @@ class CardFacts:
         logged_step: the step at which `samples_seen` and `losses` were noted.
         evaluation: `Evaluation`s, or tuples of their fields.
         licences: {name of base LLM, teacher or data: licence} where known; the others are looked up.
+        asks_hub: whether they are looked up on the hub too.
         merge_command: how a folder with unmerged vision LoRA is merged into one called my-vora.
     """
 
@@ -74,6 +75,7 @@ class CardFacts:
     evaluation: list = field(default_factory=list)
     licences: dict = field(default_factory=dict)
     merge_command: str = "vora merge RUN -o my-vora"
+    asks_hub: bool = True
 
 
 def harmless(write):
@@ -134,7 +136,10 @@ def lineage(facts):
     inherited = before.get("licences", {})
     known = {name: licence for name, licence in inherited.items() if is_hub_id(name)}  # a folder may be another one
     known |= {published(name): licence for name, licence in facts.licences.items()}
-    found = _looked_up({name: kind for name, kind in kinds.items() if published(name) not in known})
+    unknown = {name: kind for name, kind in kinds.items() if published(name) not in known}
+    if not facts.asks_hub:
+        unknown = {n: k for n, k in unknown.items() if not is_hub_id(n) or published(n) in KNOWN_LICENCES}
+    found = _looked_up(unknown)
     encoder = published(facts.encoder) if facts.encoder else before.get("encoder")
     return {
         "base_llm": published(facts.base_llm) if facts.base_llm else before.get("base_llm", "not stated"),
@@ -199,7 +204,6 @@ def _cards(kinds):
     return dict(cards)
 
 
-@cache  # each checkpoint of a run has a card
 def _hub_page(name, repo_type):
     """Text of a card on the hub, asked for once: `ModelCard.load` would go on asking, and say so, for a minute."""
     url = hf_hub_url(name, "README.md", repo_type=repo_type)

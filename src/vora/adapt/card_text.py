@@ -83,8 +83,8 @@ Merged, which changes no answer, it runs faster:
 """
 )
 LOAD_RUN = """
-RUN is the run directory, in which this folder is called `final` and its recipe `recipe.yaml`. The recipe on this card
-has lost the folders of its paths: fill in where your copies are.
+RUN is the directory of the run that this folder lies in; what was trained last there is merged. Its recipe is
+`recipe.yaml`. The recipe on this card has lost the folders of its paths: fill in where your copies are.
 """
 
 

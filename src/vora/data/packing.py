@@ -203,8 +203,9 @@ def label_weights(batch, answer_balance):
     """How much each label token counts: float[L], in the order of `label_places`.
 
     A label token of an answer of n tokens counts n^-answer_balance: with 0 all tokens count alike, so that a caption
-    counts as much as a dozen names; with 1 all answers do; 0.5 is the square averaging of InternVL2.5
-    (arXiv 2412.05271). An answer is a run of label tokens that follow each other in their conversation.
+    counts as much as four names of classes; with 1 all answers do; 0.5 is the square averaging of InternVL2.5
+    (arXiv 2412.05271). An answer is a run of label tokens that follow each other in their conversation; a text without
+    turns is one answer, however long, so with 1 texts that are to be learned need a larger share.
     """
     wanted = (batch["targets"] != -100).numpy()
     positions = batch["position_ids"].numpy()

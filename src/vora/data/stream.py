@@ -257,7 +257,7 @@ class PackedRows:
             "image_only_rows": image_only_rows, "processes": num_ranks, "patch_merge": images.patch_merge,
             "budget": [images.min_image_tokens, images.max_image_tokens],
             "augment": self.maker.augment, "blind": self.maker.blind or None,
-            "keep_text": self.maker.keep_text or None, "answer_balance": answer_balance or None,
+            "keep_text": self.maker.keep_text or None,
             "prompts": [[list(asked) for asked in astuple(source.prompts)] for source in sources],
         }  # fmt: skip
         self._position = self._beginning(pictures_alone=image_only_rows > 0)

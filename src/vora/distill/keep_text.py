@@ -52,7 +52,7 @@ def divergence(logits_of, states, own, vocab_size):
         logits_of: function of float[l, D] to float[l, V].
         states, own: float[L, D], last hidden states with LoRA on and off.
     """
-    size = labels_at_once(len(states), vocab_size)
+    size = labels_at_once(len(states), 2 * vocab_size)  # both models'
     if size == len(states):
         return _summed(logits_of, states, own) / size
     sums = [

@@ -14,6 +14,8 @@ from vora.distill.keep_text import divergence, lora_off, unexplained
 from vora.distill.teacher import hook_on_output, images_of_patches
 from vora.model.patch_embed import merge_neighbours
 
+LOSSES = ("lm_loss", "answer_loss", "distill_loss", "text_loss")  # see `VisionLearner.forward`
+
 
 class VisionLearner(nn.Module):
     """What the Trainer trains: the student, and in stage 1 the distillation heads beside it.
@@ -120,12 +122,13 @@ class VisionLearner(nn.Module):
                 where in them, flattened, its tokens are; None: none.
             pictures_alone: False where steps without words are over, though this batch has nothing to predict.
             num_samples: of the batch; for who counts, not used here.
-            num_items_in_batch: label tokens of the whole optimizer step, or their summed weights, by which `lm_loss`
-                is divided.
+            num_items_in_batch: label tokens of the whole optimizer step, or their summed weights, by which what the
+                language loss adds to `loss` is divided.
             num_micro_batches: of the step, by which `distill_loss` is divided in `loss`.
 
         Returns:
-            dict: `loss`; `lm_loss` if there are targets; with a teacher and images `distill_loss` and `pair_losses`
+            dict: `loss`; `lm_loss` if there are targets, each label counting alike, and with weights `answer_loss`,
+            which is what is learned then; with a teacher and images `distill_loss` and `pair_losses`
             float[pairs]; with text to keep `text_loss`. With pictures alone only the paired blocks run: what lies
             above them would learn nothing. Then text is kept after the last of them.
         """
@@ -146,10 +149,16 @@ class VisionLearner(nn.Module):
             except _EnoughBlocks:
                 pass
         if predicts or not (distills or keeps_text):  # with none of them, lm_loss says that nothing could be learned
-            losses["lm_loss"] = self.vora.lm_loss(
-                hidden_states, targets, num_items_in_batch, label_places, label_weights
-            )
-            losses["loss"] = losses["loss"] + losses["lm_loss"]
+            each = self.vora.label_losses(hidden_states, targets, label_places)
+            if label_weights is None:
+                learned = losses["lm_loss"] = each.sum() / (
+                    len(each) if num_items_in_batch is None else num_items_in_batch
+                )
+            else:
+                total = label_weights.sum() if num_items_in_batch is None else num_items_in_batch
+                learned = losses["answer_loss"] = (label_weights * each).sum() / total
+                losses["lm_loss"] = each.detach().mean() / num_micro_batches
+            losses["loss"] = losses["loss"] + learned
         if keeps_text:
             reached = states[max(states)] if stops_early else hidden_states
             losses["text_loss"] = self.text_loss(reached, inputs, text_rows, text_places, stops_early)

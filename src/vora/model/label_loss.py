@@ -16,8 +16,8 @@ def labels_at_once(num_labels, vocab_size):
     return -(-num_labels // num_parts)
 
 
-def summed_loss(logits_of, states, targets, vocab_size, weights=None):
-    """Cross-entropy summed over labels, each times its weight, in float32.
+def losses_of_labels(logits_of, states, targets, vocab_size):
+    """Cross-entropy of each label, in float32: float[L].
 
     Where all logits would be more than `MOST_LOGITS` they are made part by part, and each part again when gradients
     are, so that memory grows with the labels' states and not with L x V.
@@ -26,20 +26,15 @@ def summed_loss(logits_of, states, targets, vocab_size, weights=None):
         logits_of: function of float[l, D] to float[l, V].
         states: float[L, D].
         targets: int[L].
-        weights: float[L], or None where all count alike.
     """
     size = labels_at_once(len(targets), vocab_size)
     if size == len(targets):
-        return _summed(logits_of, states, targets, weights)
-    of_parts = [None] * -(-len(targets) // size) if weights is None else weights.split(size)
-    parts = zip(states.split(size), targets.split(size), of_parts)
+        return _losses(logits_of, states, targets)
+    parts = zip(states.split(size), targets.split(size))
     # nothing here is random, so no random state is kept for the second time
-    sums = [checkpoint(_summed, logits_of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-    return torch.stack(sums).sum()
+    found = [checkpoint(_losses, logits_of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.cat(found)
 
 
-def _summed(logits_of, states, targets, weights):
-    logits = logits_of(states).float()
-    if weights is None:
-        return nn.functional.cross_entropy(logits, targets, reduction="sum")
-    return (weights * nn.functional.cross_entropy(logits, targets, reduction="none")).sum()
+def _losses(logits_of, states, targets):
+    return nn.functional.cross_entropy(logits_of(states).float(), targets, reduction="none")

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .attention import attention_masks, image_blocks
 from .configuration_vora import VoraConfig
 from .from_llm import grow_for_image_token, load_llm, match_token_scale, refuse_unfit
-from .label_loss import summed_loss
+from .label_loss import losses_of_labels
 from .patch_embed import PatchEmbedding, put_tokens
 from .vit_embedding import vit_embedding
 
@@ -348,16 +348,26 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             logits = torch.tanh(logits / cap) * cap
         return logits
 
-    def lm_loss(self, hidden_states, targets, num_items_in_batch=None, places=None, weights=None):
-        """Next-token cross-entropy; logits are made only where something is to be predicted, see `summed_loss`.
+    def lm_loss(self, hidden_states, targets, num_items_in_batch=None):
+        """Next-token cross-entropy, a mean over labels.
+
+        Args:
+            hidden_states, targets: see `label_losses`.
+            num_items_in_batch: label tokens to divide by (all micro-batches of a step); None: those present.
+
+        Raises:
+            ValueError: every target is masked, so nothing could be learned.
+        """
+        losses = self.label_losses(hidden_states, targets)
+        return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+
+    def label_losses(self, hidden_states, targets, places=None):
+        """Next-token cross-entropy of each label, float[L]; logits are made only there, see `losses_of_labels`.
 
         Args:
             hidden_states: float[B, T, D].
             targets: int[B, T], the token that each place should predict, -100 where masked.
-            num_items_in_batch: label tokens, or their summed weights, to divide by (all micro-batches of a step);
-                None: those present.
             places: int[L], where in the flattened targets something is to be predicted, if that is known.
-            weights: float[L], how much each of these counts; None: all alike.
 
         Raises:
             ValueError: every target is masked, so nothing could be learned.
@@ -370,10 +380,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
                 "Check that the chat template marks assistant turns and that rows are not truncated before them."
             )
         states, vocab_size = hidden_states.flatten(0, 1)[places], self.lm_head.out_features
-        total = summed_loss(self.logits, states, targets.flatten()[places], vocab_size, weights)
-        if num_items_in_batch is None:
-            num_items_in_batch = len(places) if weights is None else weights.sum()
-        return total / num_items_in_batch
+        return losses_of_labels(self.logits, states, targets.flatten()[places], vocab_size)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(

@@ -45,7 +45,7 @@ def row_flops(learner, row, num_recomputed=0, num_rows=1):
     Args:
         learner: a `VisionLearner`, on whatever device (meta will do).
         num_recomputed: of the first so many blocks, which are computed again in the backward pass, and the heads.
-        num_rows: rows of a batch, whose logits are computed again too if they are made in parts (`summed_loss`).
+        num_rows: rows of a batch, whose logits are computed again too if they are made in parts (`losses_of_labels`).
 
     Returns:
         {part: FLOPs}: `student_forward` and `student_backward` (LLM, output layer, patch embedding), `lora`,

@@ -249,7 +249,7 @@ def saved_by_eyes(learner, row, num_rows, bf16):
 
 def held_by_losses(learner, row, num_rows, bf16):
     """Bytes of output layer, heads and losses at their largest: saved ones, and the gradient of the logits, of which
-    there is one part at a time (`summed_loss`)."""
+    there is one part at a time (`losses_of_labels`)."""
     config, dtype = learner.config.get_text_config(), learner.vora.dtype
     num_labels, num_images = round(num_rows * row.num_labels), round(num_rows * row.num_image_tokens)
     held = 0

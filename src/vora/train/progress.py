@@ -6,6 +6,8 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from vora.distill.learner import LOSSES
+
 
 class ProgressCallback(TrainerCallback):
     """A bar with both losses, speeds and the share of time spent waiting for data; log lines also go to a file."""
@@ -37,7 +39,7 @@ class ProgressCallback(TrainerCallback):
             return
         with self.log_file.open("a") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        losses = [f"{name} {logs[name]:.3f}" for name in ("lm_loss", "distill_loss", "text_loss") if name in logs]
+        losses = [f"{name} {logs[name]:.3f}" for name in LOSSES if name in logs]
         speed = f"{logs['samples_per_second']:.1f} samples/s  {logs['tokens_per_second']:.0f} tokens/s"
         text = "  ".join([*losses, speed, f"{logs['data_wait_share']:.0%} waiting for data"])
         self.bar.update(self.task, description=text)
@@ -64,7 +66,7 @@ def draw_losses(log_file, picture):
 
     lines = read_log(log_file)
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    for name in ("lm_loss", "distill_loss", "text_loss"):
+    for name in LOSSES:
         points = [(line["samples_seen"], line[name]) for line in lines if name in line]
         if points:
             axes.plot(*zip(*points), label=name)

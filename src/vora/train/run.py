@@ -25,6 +25,7 @@ from vora.adapt.lora import is_unmerged, load_vision_lora, merge_vision_lora
 from vora.adapt.over_llm import lacks_llm, load_over_llm, named_llm, processor_over_llm, save_eyes
 from vora.data.sources import load_source
 from vora.data.stream import PackedRows
+from vora.distill.learner import LOSSES
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.processing_vora import VoraProcessor
 from vora.model.stretches import by_stretch_on_cpu
@@ -95,7 +96,8 @@ class CardCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            write_run_card(newest_checkpoint(self.directory), self.directory, state.global_step)
+            folder = newest_checkpoint(self.directory)
+            write_run_card(folder, self.directory, state.global_step, asks_hub=False)  # the last card does
 
 
 def train(recipe, run_directory, resume=False, console=None, callbacks=()):
@@ -263,14 +265,16 @@ def first_llm(recipe):
 
 
 @harmless
-def write_run_card(folder, run_directory, steps=None, evaluation=(), merge_command="vora merge RUN -o my-vora"):
+def write_run_card(
+    folder, run_directory, steps=None, evaluation=(), merge_command="vora merge RUN -o my-vora", asks_hub=True
+):
     """Write the card of a model that comes from a run.
 
     Args:
-        folder: where the model has just been saved: RUN/final, or the merged model, or its language part.
+        folder: where the model has just been saved: RUN/final or a checkpoint, the merged model, or its language part.
         run_directory: of the run, or an unmerged model.
         steps: how many it took, if it has only just ended; otherwise what it saved says so.
-        evaluation, merge_command: see `CardFacts`.
+        evaluation, merge_command, asks_hub: see `CardFacts`.
     """
     directory = Path(run_directory)
     if not is_run(directory):  # imported or received, and merged now: what is known stands on its own card
@@ -297,10 +301,11 @@ def write_run_card(folder, run_directory, steps=None, evaluation=(), merge_comma
         recipe=noted.get("recipe") or recipe.model_dump(mode="json"),
         steps=steps,
         samples_seen=logged.get("samples_seen"),
-        losses={name: logged[name] for name in ("lm_loss", "distill_loss", "text_loss") if name in logged},
+        losses={name: logged[name] for name in LOSSES if name in logged},
         logged_step=logged.get("step"),
         evaluation=list(evaluation),
         merge_command=merge_command,
+        asks_hub=asks_hub,
         licences={name: known for name, known in before.get("licences", {}).items() if known != NOT_STATED},
     )
     write_card(folder, facts)

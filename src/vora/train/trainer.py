@@ -15,7 +15,9 @@ from transformers import Trainer, TrainerState
 from vora.adapt.lora import DISTILLATION_FILE
 from vora.adapt.over_llm import digest_of
 from vora.data.stream import PackedBatches
+from vora.distill.learner import LOSSES
 
+OF_WHOLE_STEP = ("lm_loss", "answer_loss")  # divided by what the micro-batches of a step have together
 ON_HOST = ("image_grid_thw", "num_samples", "pictures_alone")  # of a batch: what only the host asks
 DATA_FILE = "data_position_{}.json"  # one per process
 PART_MARKS = {"patch_embedding": "patch_embedding", "heads": "distillation.heads", "lora_b": "lora_B"}
@@ -30,8 +32,8 @@ class VoraTrainer(Trainer):
         eyes_scale: of the learning rates of what learns in these steps, from then on; from the start without them.
 
     Its `train_dataset` is a `PackedRows`, whose position each process saves in every checkpoint. Logs `lm_loss`,
-    `distill_loss`, `text_loss`, the loss of each block pair, samples and tokens per second, and the share of time that
-    went into waiting for data.
+    `answer_loss`, `distill_loss`, `text_loss`, the loss of each block pair, samples and tokens per second, and the
+    share of time that went into waiting for data.
     """
 
     def __init__(self, *args, learning_rates=None, image_only_steps=0, eyes_scale=1.0, **kwargs):
@@ -82,10 +84,10 @@ class VoraTrainer(Trainer):
 
     def _note(self, losses, inputs):
         """Add a micro-batch to what the next log line reports; stays on the device."""
-        for name in ("lm_loss", "distill_loss", "text_loss", "pair_losses"):
+        for name in (*LOSSES, "pair_losses"):
             if name in losses:
                 total, count = self._terms.get(name, (0.0, 0))
-                scale = self.current_gradient_accumulation_steps if name == "lm_loss" else 1
+                scale = self.current_gradient_accumulation_steps if name in OF_WHOLE_STEP else 1
                 self._terms[name] = (total + scale * losses[name].detach(), count + 1)
         self.num_samples_seen += int(inputs["num_samples"])
         self._tokens += inputs["input_ids"].numel()
