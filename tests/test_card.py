@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from threading import Event
@@ -16,7 +17,7 @@ from tiny import save_tiny_vit
 from typer.testing import CliRunner
 
 from vora.adapt import card
-from vora.adapt.card import CardFacts, Evaluation, read_card, write_card
+from vora.adapt.card import CardFacts, Evaluation, lineage, read_card, write_card
 from vora.adapt.card_text import NOT_STATED
 from vora.adapt.names import published
 from vora.cli import app
@@ -247,6 +248,14 @@ def test_the_quickstarts_parts_are_all_known(tmp_path, pages):
     assert front["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and front["license"] == "apache-2.0"
     assert front["vora"]["licences"] == {front["base_model"]: "apache-2.0", "teacher": "apache-2.0", "easy-vqa": "mit"}
     assert "| 0.975 | 9,673 | `vora quickstart --llm smollm2-135m --minutes 13 --seed 0` |" in text and pages == []
+
+
+def test_a_checkpoints_card_asks_no_hub_and_leaves_the_licence_to_a_later_one(saved, pages):
+    """What is not known stays out, so that whoever goes on from the checkpoint looks it up."""
+    facts = CardFacts(made="trained", stage="pretrain", base_llm="Qwen/Qwen3-1.7B", teacher="a/vit", asks_hub=False)
+    assert lineage(facts)["licences"] == {} and pages == []
+    lineage(replace(facts, asks_hub=True))
+    assert pages
 
 
 def test_the_hub_is_not_asked_when_offline(saved, pages, monkeypatch):
