@@ -37,7 +37,8 @@ def main():
     parser.add_argument("--tokens", type=int, default=30_000, help="of rows with pictures, and of text")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    recipe = load_recipe(options.recipe, [f"model.vora={options.eyes}", *options.settings])
+    starts = ["model.llm=null", "model.chat_template=null", f"model.vora={options.eyes}"]
+    recipe = load_recipe(options.recipe, [*starts, *options.settings])
     if recipe.teacher:
         recipe.teacher.image_only_steps = 0
     texts = mixed([lines_of(file) for file in options.text])
@@ -52,7 +53,7 @@ def main():
         with lora_off(learner):
             read_texts(read, learner, processor.tokenizer, texts, recipe.data.row_tokens, options)
     for name, share in spare_text(seen, read, options.strength).items():
-        print(f"{name}: {share:.4f}")
+        print(f"{name}: {share:.3g}")
     save_eyes(learner.student, processor, options.out)
 
 

@@ -1,12 +1,21 @@
 """Trained LoRA turned away from text: by the least squares that it claims, and no further."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from tiny import logits_of, prompt, text, tiny_vora
 
 from vora import attach_vision_lora
 from vora.adapt.spare_text import InputMoments, spare_text
 from vora.distill.keep_text import lora_off
+from vora.train.recipe import load_recipe
+from vora.train.run import train
 
 PICTURES = [prompt([*text(4, seed), (3, 4, seed), *text(6, seed + 50)]) for seed in range(12)]
 TEXTS = [prompt(text(30, seed)) for seed in range(100, 112)]
@@ -105,3 +114,38 @@ def test_what_cannot_be_is_refused():
         spare_text(seen, read, strength=-1)
     with pytest.raises(ValueError, match="0 of text were counted"):
         spare_text(seen, InputMoments(model))
+
+
+def test_the_script_spares_a_run(llm_folder, teacher_folder, tmp_path):
+    for name in ("red", "blue"):
+        Image.new("RGB", (16, 16), name).save(tmp_path / f"{name}.png")
+    rows = [{"image": f"{name}.png", "question": "which?", "answer": name} for name in ("red", "blue")]
+    (tmp_path / "seen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["which colour is it", "the red one is blue", "what is which"]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in words))
+    recipe = load_recipe(
+        {
+            "model": {"llm": llm_folder},
+            "teacher": {"name": teacher_folder, "image_only_steps": 1},
+            "lora": {"rank": 4, "keep_text": 1.0},
+            "data": {
+                "sources": [{"path": str(tmp_path / "seen.jsonl")}, {"path": str(tmp_path / "text.jsonl")}],
+                "row_tokens": 128,
+            },
+            "training": {"max_steps": 3, "learning_rate": 1e-2, "use_cpu": True, "warmup_steps": 1},
+        }
+    )
+    train(recipe, tmp_path / "run")
+    script = [sys.executable, Path(__file__).parents[1] / "examples" / "spare_text.py", tmp_path / "run"]
+    options = ["--text", tmp_path / "text.jsonl", "--tokens", "200", "--out", tmp_path / "spared"]
+    told = subprocess.run(
+        [*script, tmp_path / "run" / "recipe.yaml", "data.row_tokens=120", *options], capture_output=True, text=True
+    )
+    assert told.returncode == 0, told.stderr
+    shares = dict(line.split(": ") for line in told.stdout.splitlines())
+    assert 0 < float(shares["text_after"]) < float(shares["text_before"])
+    before = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
+    after = load_file(tmp_path / "spared" / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name].to(before[name].dtype))}
+    assert changed and all("lora_A" in name for name in changed)
