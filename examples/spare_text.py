@@ -52,6 +52,7 @@ def main():
         see(seen, learner, iter(packed_rows(recipe, sources, processor, arguments)), recipe.data.row_tokens, options)
         with lora_off(learner):
             read_texts(read, learner, processor.tokenizer, texts, recipe.data.row_tokens, options)
+    print(f"tokens with pictures: {seen.num_tokens}\ntokens of text: {read.num_tokens}")
     for name, share in spare_text(seen, read, options.strength).items():
         print(f"{name}: {share:.3g}")
     save_eyes(learner.student, processor, options.out)
@@ -83,7 +84,12 @@ def read_texts(moments, learner, tokenizer, texts, length, options, at_once=8):
 
 def lines_of(file):
     """The texts of a file, in a fixed order that is not its own."""
-    texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    if without := sum("text" not in row for row in rows):
+        raise SystemExit(
+            f"{without} of {len(rows)} lines of {file} have no `text`: give plain text, no conversations."
+        )
+    texts = [row["text"] for row in rows]
     random.Random(0).shuffle(texts)
     return texts
 

@@ -94,6 +94,7 @@ def test_no_strength_changes_nothing():
 def test_padding_does_not_count():
     model = trained("llama")
     alone, padded = (prompt(*rows) for rows in ([text(9)], [text(9), text(20, 1)]))
+    padded["input_ids"][padded["attention_mask"] == 0] = 9  # a word: of the padding token nothing but zeros would come
     one, two = moments(model, [alone, prompt(text(20, 1))]), moments(model, [padded])
     assert one.num_tokens == two.num_tokens == 29
     for name in one.layers:
@@ -143,6 +144,7 @@ def test_the_script_spares_a_run(llm_folder, teacher_folder, tmp_path):
     )
     assert told.returncode == 0, told.stderr
     shares = dict(line.split(": ") for line in told.stdout.splitlines())
+    assert int(shares["tokens with pictures"]) >= 200 and int(shares["tokens of text"]) > 0
     assert 0 < float(shares["text_after"]) < float(shares["text_before"])
     before = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
     after = load_file(tmp_path / "spared" / "adapter_model.safetensors")

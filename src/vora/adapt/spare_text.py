@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from peft.tuners.lora import LoraLayer
 
-RIDGE = 1e-4  # of the mean of the diagonal: directions in which nothing was seen stay as they were
+RIDGE = 1e-4  # of the mean of the diagonal: directions in which neither pictures nor text lie stay as they were
 
 
 class InputMoments:
@@ -55,7 +55,8 @@ class InputMoments:
         self._last = (inputs, name)
         self.shared[name] = name
         entering = inputs.detach().reshape(-1, inputs.shape[-1])[counts.flatten().to(inputs.device)]
-        added = (entering.T @ entering).float()
+        entering = entering.float()  # sums of bf16 products, rounded to it, need not be moments of anything
+        added = entering.T @ entering
         self.sums[name] = self.sums[name] + added if name in self.sums else added
 
     def mean(self, name):
