@@ -1,8 +1,11 @@
 """Fixtures shared by the tests: tiny LLMs in memory, and one as a folder."""
 
+import json
+
 import pytest
 import tiny
 import torch
+from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import vora
@@ -38,3 +41,16 @@ def model_folder(tmp_path_factory, llm_folder):
     vora.VoraForConditionalGeneration.from_llm(llm_folder, patch_size=4, image_size=12).save_pretrained(folder)
     vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Paths of a source of twelve pictures with a question each, and of one of twelve texts."""
+    lines = []
+    for number in range(12):
+        Image.new("RGB", (12, 12), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        lines.append({"image": f"{number}.png", "question": "what?", "answer": "red"})
+    (tmp_path / "pictures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    texts = ["blue red green " * (1 + 9 * (number % 3)) for number in range(12)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+    return [str(tmp_path / name) for name in ("pictures.jsonl", "texts.jsonl")]

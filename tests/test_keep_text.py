@@ -137,20 +137,6 @@ def test_it_brings_the_language_back():
     assert losses[-1] < losses[0] / 10
 
 
-@pytest.fixture
-def sources(tmp_path):
-    from PIL import Image
-
-    lines = []
-    for number in range(12):
-        Image.new("RGB", (12, 12), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
-        lines.append({"image": f"{number}.png", "question": "what?", "answer": "red"})
-    (tmp_path / "pictures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    texts = ["blue red green " * (1 + 9 * (number % 3)) for number in range(12)]
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
-    return [str(tmp_path / name) for name in ("pictures.jsonl", "texts.jsonl")]
-
-
 def test_rows_hold_text_to_keep_or_pictures(sources, llm_folder):
     processor = VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
     loaded = [load_source(path) for path in sources]

@@ -96,9 +96,33 @@ def test_padding_does_not_count():
     alone, padded = (prompt(*rows) for rows in ([text(9)], [text(9), text(20, 1)]))
     padded["input_ids"][padded["attention_mask"] == 0] = 9  # a word: of the padding token nothing but zeros would come
     one, two = moments(model, [alone, prompt(text(20, 1))]), moments(model, [padded])
-    assert one.num_tokens == two.num_tokens == 29
+    assert one.num_tokens == two.num_tokens == one.total_weight == 29
     for name in one.layers:
         torch.testing.assert_close(one.mean(name), two.mean(name), atol=1e-4, rtol=1e-4)
+
+
+def test_tokens_count_by_their_weights():
+    model = trained("llama")
+    both, first = prompt(text(9), text(9, 1)), prompt(text(9))
+    weights = torch.tensor([[3.0], [1.0]]).expand(2, 9)
+    weighted, one, other = InputMoments(model), moments(model, [first]), moments(model, [prompt(text(9, 1))])
+    with torch.no_grad(), weighted.counted(weights):
+        model(**both)
+    for name in one.layers:
+        wanted = 0.75 * one.mean(name) + 0.25 * other.mean(name)
+        torch.testing.assert_close(weighted.mean(name), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_moments_are_not_rounded_to_bf16_under_autocast():
+    model = trained("llama")
+    found, entered = InputMoments(model), {}
+    for name, layer in found.layers.items():
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: entered.update({name: inputs[0][0].double()}))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), found.counted(torch.ones(1, 30)):
+        model(**TEXTS[0])
+    for name in found.layers:
+        wanted = entered[name].T @ entered[name] / 30
+        torch.testing.assert_close(found.mean(name), wanted, atol=1e-5 * wanted.max().item(), rtol=1e-5)
 
 
 def test_layers_of_one_input_share_its_moments():
@@ -138,7 +162,7 @@ def test_the_script_spares_a_run(llm_folder, teacher_folder, tmp_path):
     )
     train(recipe, tmp_path / "run")
     script = [sys.executable, Path(__file__).parents[1] / "examples" / "spare_text.py", tmp_path / "run"]
-    options = ["--text", tmp_path / "text.jsonl", "--tokens", "200", "--out", tmp_path / "spared"]
+    options = ["--tokens", "200", "--out", tmp_path / "spared"]
     told = subprocess.run(
         [*script, tmp_path / "run" / "recipe.yaml", "data.row_tokens=120", *options], capture_output=True, text=True
     )

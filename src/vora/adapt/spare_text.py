@@ -25,19 +25,20 @@ class InputMoments:
 
     def __init__(self, model):
         self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-        self.sums, self.shared, self.num_tokens = {}, {}, 0
+        self.sums, self.shared, self.num_tokens, self.total_weight = {}, {}, 0, 0.0
         self._last = (None, None)
 
     @contextmanager
-    def counted(self, counts):
+    def counted(self, weights):
         """What one forward pass inside of it feeds to the layers is added.
 
         Args:
-            counts: bool[B, T], False at padding.
+            weights: bool or float[B, T], how much each token counts; nothing at padding.
         """
-        self.num_tokens += int(counts.sum())
+        self.num_tokens += int((weights != 0).sum())
+        self.total_weight += float(weights.sum())
         hooks = [
-            layer.register_forward_pre_hook(lambda _, inputs, name=name: self._add(name, inputs[0], counts))
+            layer.register_forward_pre_hook(lambda _, inputs, name=name: self._add(name, inputs[0], weights))
             for name, layer in self.layers.items()
         ]
         try:
@@ -47,21 +48,23 @@ class InputMoments:
             for hook in hooks:
                 hook.remove()
 
-    def _add(self, name, inputs, counts):
+    def _add(self, name, inputs, weights):
         same, owner = self._last
         if inputs is same:
             self.shared[name] = owner
             return
         self._last = (inputs, name)
         self.shared[name] = name
-        entering = inputs.detach().reshape(-1, inputs.shape[-1])[counts.flatten().to(inputs.device)]
-        entering = entering.float()  # sums of bf16 products, rounded to it, need not be moments of anything
-        added = entering.T @ entering
+        weights = weights.flatten().to(inputs.device)
+        some = weights != 0
+        entering = inputs.detach().reshape(-1, inputs.shape[-1])[some].float()
+        with torch.autocast(inputs.device.type, enabled=False):  # rounded to bf16 they would be moments of nothing
+            added = (entering * weights[some, None]).T @ entering
         self.sums[name] = self.sums[name] + added if name in self.sums else added
 
     def mean(self, name):
         """E[x xT] of a layer's input: float64[D, D]."""
-        return self.sums[self.shared[name]].double() / self.num_tokens
+        return self.sums[self.shared[name]].double() / self.total_weight
 
 
 @torch.no_grad()
@@ -95,19 +98,24 @@ def spare_text(seen, read, strength=1.0):
             total = moments + strength * of_text
             ridge = RIDGE * total.diagonal().mean() * torch.eye(len(total), dtype=total.dtype, device=total.device)
             turns = {owner: torch.linalg.solve(total + ridge, moments + ridge).T}  # of those with this input, in a row
-        weight = layer.get_base_layer().weight.double()
-        own = _energy(weight.T if getattr(layer, "fan_in_fan_out", False) else weight, of_text)  # GPT-2's Conv1D
+        own = energy(own_weight(layer), of_text)
         for adapter in layer.active_adapters:
             a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight.double() * layer.scaling[adapter]
             before = a.double()
             after = before @ turns[owner]
             a.copy_(after)
-            lost = _energy(b @ (after - before), moments) / _energy(b @ before, moments).clamp_min(1e-30)
-            shares.append([_energy(b @ before, of_text) / own, _energy(b @ after, of_text) / own, lost])
+            lost = energy(b @ (after - before), moments) / energy(b @ before, moments).clamp_min(1e-30)
+            shares.append([energy(b @ before, of_text) / own, energy(b @ after, of_text) / own, lost])
     means = torch.tensor(shares).mean(0).tolist()
     return dict(zip(("text_before", "text_after", "seen_lost"), means))
 
 
-def _energy(weight, moments):
+def own_weight(layer):
+    """W of a layer with LoRA: float64[outputs, D]."""
+    weight = layer.get_base_layer().weight.double()
+    return weight.T if getattr(layer, "fan_in_fan_out", False) else weight  # GPT-2's Conv1D
+
+
+def energy(weight, moments):
     """E |weight x|^2."""
     return ((weight @ moments) * weight).sum()

@@ -60,6 +60,7 @@ class LoraSection(Section):
     target_modules: list[str] | None = None
     # weight of `text_loss`, in each micro-batch that has text alone: it is kept as the LLM without LoRA has it
     keep_text: float = Field(0.0, ge=0)
+    spare_text: float = Field(0.0, ge=0)  # how strongly each step draws LoRA away from text; see `TextEnergy`
 
 
 class TeacherSection(Section):

@@ -23,6 +23,7 @@ from vora.adapt.card import CardFacts, harmless, read_card, write_card
 from vora.adapt.card_text import NOT_STATED
 from vora.adapt.lora import is_unmerged, load_vision_lora, merge_vision_lora
 from vora.adapt.over_llm import lacks_llm, load_over_llm, named_llm, processor_over_llm, save_eyes
+from vora.adapt.text_energy import TextEnergy, moments_of_text
 from vora.data.sources import load_source
 from vora.data.stream import PackedRows
 from vora.distill.learner import LOSSES
@@ -135,6 +136,9 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
             learner, rows, arguments, recipe.max_minutes, recipe.teacher.image_only_steps if recipe.teacher else 0
         )
         recipe.training["max_steps"], recipe.max_minutes = arguments.max_steps, None  # what a resumed run repeats
+    energy = None
+    if recipe.lora.spare_text and recipe.stage == "pretrain":
+        energy = TextEnergy(moments_of_text(learner.to(arguments.device), rows))
     directory.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, directory / "recipe.yaml")
     (directory / "versions.json").write_text(json.dumps(versions(), indent=1))
@@ -149,6 +153,8 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
         learning_rates=recipe.learning_rates.model_dump(exclude_none=True),
         image_only_steps=recipe.teacher.image_only_steps if recipe.teacher else 0,
         eyes_scale=recipe.teacher.eyes_scale if recipe.teacher else 1.0,
+        text_energy=energy,
+        spare_text=recipe.lora.spare_text,
         callbacks=[
             stop,
             ProgressCallback(console, directory / "log.jsonl"),

@@ -1,0 +1,109 @@
+"""What LoRA does to text, from second moments: the same as from the texts themselves, and drawn down by a run."""
+
+import json
+
+import pytest
+import torch
+from tiny import prompt, text, tiny_vora
+
+from vora import attach_vision_lora
+from vora.adapt.spare_text import InputMoments
+from vora.adapt.text_energy import TextEnergy
+from vora.distill.keep_text import lora_off
+from vora.train.recipe import load_recipe
+from vora.train.run import train
+
+TEXTS = [prompt(text(30, seed)) for seed in range(6)]
+
+
+def trained(family):
+    model = attach_vision_lora(tiny_vora(family), rank=4, lora_alpha=8).eval()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    return model
+
+
+def measured(model):
+    """(InputMoments of TEXTS, {layer: what entered it})."""
+    read, entered = InputMoments(model), {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, inputs: entered.setdefault(layer, []).append(inputs[0][0]))
+        for layer in read.layers.values()
+    ]
+    with torch.no_grad(), lora_off(model):
+        for inputs in TEXTS:
+            with read.counted(inputs["attention_mask"].bool()):
+                model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return read, {layer: torch.cat(inputs) for layer, inputs in entered.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_share_and_gradients_are_those_of_the_texts_themselves(family):
+    model = trained(family)
+    read, entered = measured(model)
+    shares = []
+    for layer, inputs in entered.items():
+        with torch.no_grad():
+            own = layer.get_base_layer()(inputs)
+            own = (
+                own - getattr(layer.get_base_layer(), "bias", None) if layer.get_base_layer().bias is not None else own
+            )
+        added = 2 * layer.lora_B["default"](layer.lora_A["default"](inputs))
+        shares.append(added.square().sum() / own.square().sum())
+    pairs = [p for name, p in model.named_parameters() if "lora_" in name]
+    wanted = torch.autograd.grad(3.0 * torch.stack(shares).sum(), pairs)
+    for pair in pairs:
+        pair.grad = torch.ones_like(pair)
+    share = TextEnergy(read).pull(3.0)
+    assert share == pytest.approx(float(torch.stack(shares).mean()), rel=1e-3) and share > 0
+    for pair, gradient in zip(pairs, wanted):
+        torch.testing.assert_close(pair.grad, 1 + gradient, atol=1e-4, rtol=1e-3)
+
+
+def test_without_weight_nothing_is_pulled():
+    model = trained("llama")
+    energy = TextEnergy(measured(model)[0])
+    pairs = [p for name, p in model.named_parameters() if "lora_" in name]
+    for pair in pairs:
+        pair.grad = torch.zeros_like(pair)
+    assert energy.pull() == energy.pull(1.0) > 0  # the first has left the gradients alone
+    assert all(pair.grad.abs().sum() > 0 for pair in pairs)
+
+
+def recipe(sources, llm_folder, teacher_folder, **lora):
+    return load_recipe(
+        {
+            "model": {"llm": llm_folder},
+            "teacher": {"name": teacher_folder},
+            "lora": {"rank": 4, "keep_text": 1.0, **lora},
+            "data": {"sources": [{"path": path, "weight": 1} for path in sources], "row_tokens": 64},
+            "training": {
+                "max_steps": 12,
+                "logging_steps": 4,
+                "per_device_train_batch_size": 2,
+                "learning_rate": 3e-3,
+                "use_cpu": True,
+                "warmup_steps": 1,
+            },
+        }
+    )
+
+
+def test_a_run_acts_on_text_the_less_the_more_it_is_to_spare_it(sources, llm_folder, teacher_folder, tmp_path):
+    energies = {}
+    for weight in (1e-9, 10.0):
+        out = tmp_path / str(weight)
+        train(recipe(sources, llm_folder, teacher_folder, spare_text=weight), out)
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        energies[weight] = [line["text_energy"] for line in lines if "text_energy" in line]
+        assert len(energies[weight]) == 3
+    assert 0 < energies[10.0][-1] < 0.5 * energies[1e-9][-1]
+
+
+def test_without_texts_nothing_can_be_spared(sources, llm_folder, teacher_folder, tmp_path):
+    with pytest.raises(ValueError, match="held 0 texts without pictures"):
+        train(recipe(sources[:1], llm_folder, teacher_folder, spare_text=1.0), tmp_path / "run")
