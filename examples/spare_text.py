@@ -15,12 +15,12 @@ import torch
 
 from vora.adapt.over_llm import save_eyes
 from vora.adapt.spare_text import InputMoments, spare_text
-from vora.adapt.text_energy import moments_of_text
 from vora.data.packing import collate_rows, label_weights
 from vora.model.stretches import by_stretch_on_cpu
 from vora.train.recipe import load_recipe
 from vora.train.run import open_sources, packed_rows, training_arguments
 from vora.train.stages import build_learner
+from vora.train.text_energy import moments_of_text
 
 FED = ("input_ids", "position_ids", "seen_until", "pixel_values", "image_grid_thw")
 

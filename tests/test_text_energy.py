@@ -8,10 +8,10 @@ from tiny import prompt, text, tiny_vora
 
 from vora import attach_vision_lora
 from vora.adapt.spare_text import InputMoments
-from vora.adapt.text_energy import TextEnergy
 from vora.distill.keep_text import lora_off
 from vora.train.recipe import load_recipe
 from vora.train.run import train
+from vora.train.text_energy import TextEnergy
 
 TEXTS = [prompt(text(30, seed)) for seed in range(6)]
 

@@ -23,7 +23,6 @@ from vora.adapt.card import CardFacts, harmless, read_card, write_card
 from vora.adapt.card_text import NOT_STATED
 from vora.adapt.lora import is_unmerged, load_vision_lora, merge_vision_lora
 from vora.adapt.over_llm import lacks_llm, load_over_llm, named_llm, processor_over_llm, save_eyes
-from vora.adapt.text_energy import TextEnergy, moments_of_text
 from vora.data.sources import load_source
 from vora.data.stream import PackedRows
 from vora.distill.learner import LOSSES
@@ -37,6 +36,7 @@ from vora.train.pace import steps_that_fit
 from vora.train.progress import ProgressCallback, draw_losses, read_log, write_report
 from vora.train.recipe import CHECKPOINTING, load_recipe, save_recipe
 from vora.train.stages import build_learner, trainable_table
+from vora.train.text_energy import TextEnergy, moments_of_text
 from vora.train.trainer import VoraTrainer, load_student
 from vora.train.watch import WatchCallback
 
