@@ -33,7 +33,7 @@ def test_it_is_eyes_alone_over_a_named_llm():
 def test_its_card_says_what_it_is_and_what_it_scores():
     card = ModelCard((Path(committed_model()) / "README.md").read_text())
     assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert len(card.data.to_dict()["vora"]["stages"]) == 8
+    assert len(card.data.to_dict()["vora"]["stages"]) == 9
     for task in ("Tiny ImageNet", "Flickr8k", "DAQUAR"):
         assert f"| {task}" in card.text
 
