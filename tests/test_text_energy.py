@@ -6,12 +6,16 @@ import pytest
 import torch
 from tiny import prompt, text, tiny_vora
 
-from vora import attach_vision_lora
+from vora import VoraForConditionalGeneration, attach_vision_lora
 from vora.adapt.spare_text import InputMoments
+from vora.data.sources import load_source
+from vora.data.stream import PackedRows
 from vora.distill.keep_text import lora_off
+from vora.distill.learner import VisionLearner
+from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe import load_recipe
 from vora.train.run import train
-from vora.train.text_energy import TextEnergy
+from vora.train.text_energy import TextEnergy, moments_of_text
 
 TEXTS = [prompt(text(30, seed)) for seed in range(6)]
 
@@ -47,31 +51,35 @@ def test_share_and_gradients_are_those_of_the_texts_themselves(family):
     read, entered = measured(model)
     shares = []
     for layer, inputs in entered.items():
+        base = layer.get_base_layer()
         with torch.no_grad():
-            own = layer.get_base_layer()(inputs)
-            own = (
-                own - getattr(layer.get_base_layer(), "bias", None) if layer.get_base_layer().bias is not None else own
-            )
+            own = base(inputs) - (0 if base.bias is None else base.bias)
         added = 2 * layer.lora_B["default"](layer.lora_A["default"](inputs))
         shares.append(added.square().sum() / own.square().sum())
     pairs = [p for name, p in model.named_parameters() if "lora_" in name]
     wanted = torch.autograd.grad(3.0 * torch.stack(shares).sum(), pairs)
     for pair in pairs:
         pair.grad = torch.ones_like(pair)
-    share = TextEnergy(read).pull(3.0)
+    energy = TextEnergy(read)
+    share = energy.share()
+    energy.pull(3.0)
     assert share == pytest.approx(float(torch.stack(shares).mean()), rel=1e-3) and share > 0
     for pair, gradient in zip(pairs, wanted):
         torch.testing.assert_close(pair.grad, 1 + gradient, atol=1e-4, rtol=1e-3)
 
 
-def test_without_weight_nothing_is_pulled():
-    model = trained("llama")
-    energy = TextEnergy(measured(model)[0])
-    pairs = [p for name, p in model.named_parameters() if "lora_" in name]
-    for pair in pairs:
-        pair.grad = torch.zeros_like(pair)
-    assert energy.pull() == energy.pull(1.0) > 0  # the first has left the gradients alone
-    assert all(pair.grad.abs().sum() > 0 for pair in pairs)
+def test_every_process_reads_the_same_texts(sources, llm_folder):
+    loaded, found = [load_source(path) for path in sources], []
+    for rank in range(2):
+        torch.manual_seed(0)
+        model = VoraForConditionalGeneration.from_llm(llm_folder, patch_size=4, image_size=12)
+        processor = VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+        rows = PackedRows(loaded, processor, 64, keep_text=True, rank=rank, num_ranks=2)
+        learner = VisionLearner(attach_vision_lora(model, rank=4), processor.image_processor)
+        found.append(moments_of_text(learner, rows, num_tokens=200))
+    assert found[0].num_tokens == found[1].num_tokens >= 200
+    for owner, total in found[0].sums.items():
+        assert torch.equal(total, found[1].sums[owner])
 
 
 def recipe(sources, llm_folder, teacher_folder, **lora):

@@ -293,7 +293,14 @@ class PackedRows:
 
     def named_samples(self):
         """(name, sample) in the order of training from the beginning, bad ones left out; the position stays."""
-        for _, packed in Chunks(self.maker, self.mixture, 0, False, self.rank, self.num_ranks):
+        return self._samples_of(self.rank, self.num_ranks)
+
+    def all_samples(self):
+        """As `named_samples`, but of all processes, so the same in each."""
+        return self._samples_of(0, 1)
+
+    def _samples_of(self, rank, num_ranks):
+        for _, packed in Chunks(self.maker, self.mixture, 0, False, rank, num_ranks):
             yield from ((name, sample) for name, sample in _unpacked(*packed) if isinstance(sample, dict))
 
     def picture_rows(self):

@@ -34,25 +34,28 @@ class TextEnergy:
         self.layers = [(layer, moments[read.shared[name]], float(owns[name])) for name, layer in read.layers.items()]
 
     @torch.no_grad()
-    def pull(self, weight=0.0):
-        """Add to the gradients of A and B, where they have some, those of weight times the sum of all layers' shares.
+    def share(self):
+        """The mean of the layers' shares, a float: 0 where LoRA leaves text alone."""
+        return float(torch.stack([scale * (down * b).sum() for _, b, _, down, scale in self._pairs()]).mean())
 
-        Returns:
-            float, the mean of the layers' shares: 0 where LoRA leaves text alone.
+    @torch.no_grad()
+    def pull(self, weight):
+        """Add to the gradients of A and B, where they have some, those of weight times the sum of all layers' shares.
+        It never waits for a GPU.
         """
-        shares = []
+        for a, b, across, down, scale in self._pairs():
+            if a.grad is not None:
+                a.grad += 2 * weight * scale * (b.float().T @ b.float()) @ across
+            if b.grad is not None:
+                b.grad += 2 * weight * scale * down
+
+    def _pairs(self):
+        """Of each pair A, B, A R, B A R AT, and what makes <B, B A R AT> a share."""
         for layer, moments, own in self.layers:
             for adapter in layer.active_adapters:
                 a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-                scale = layer.scaling[adapter] ** 2 / own
-                seen = a.float() @ moments
-                down = b.float() @ (seen @ a.float().T)
-                shares.append(scale * (down * b).sum())
-                if weight and a.grad is not None:
-                    a.grad += 2 * weight * scale * (b.float().T @ b.float()) @ seen
-                if weight and b.grad is not None:
-                    b.grad += 2 * weight * scale * down
-        return float(torch.stack(shares).mean())
+                across = a.float() @ moments
+                yield a, b, across, b.float() @ (across @ a.float().T), layer.scaling[adapter] ** 2 / own
 
 
 def moments_of_text(learner, rows, num_tokens=20_000, longest_search=4_000):
@@ -60,7 +63,8 @@ def moments_of_text(learner, rows, num_tokens=20_000, longest_search=4_000):
 
     Args:
         learner: a `VisionLearner` with LoRA.
-        rows: the `PackedRows` of the run; their position stays.
+        rows: the `PackedRows` of the run; their position stays, and every process reads the same texts, since the pull
+            joins gradients that are equal already.
         num_tokens: of text, at which reading stops.
         longest_search: samples among which they are sought.
 
@@ -72,7 +76,7 @@ def moments_of_text(learner, rows, num_tokens=20_000, longest_search=4_000):
     """
     read, waiting = InputMoments(learner.student), []
     with torch.no_grad(), lora_off(learner):
-        for place, (_, sample) in enumerate(rows.named_samples()):
+        for place, (_, sample) in enumerate(rows.all_samples()):
             if "pixel_values" not in sample:
                 waiting.append(sample)
             if len(waiting) == 8:

@@ -125,7 +125,7 @@ class VoraTrainer(Trainer):
                 else:
                     logs[name] = float(value)
             if self.text_energy is not None:
-                logs["text_energy"] = self.text_energy.pull()
+                logs["text_energy"] = self.text_energy.share()
             refuse_non_finite(logs["loss"], self.state.global_step)
             logs |= self._speed()
         super().log(logs, start_time)
