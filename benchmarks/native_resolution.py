@@ -28,7 +28,8 @@ from vora.data.sources import load_source
 from vora.eval.answers import accuracy, exact_answers
 from vora.train.pace import precision_overrides
 from vora.train.recipe import load_recipe
-from vora.train.run import merge_run, train
+from vora.train.run import train
+from vora.train.trained import merge_run
 
 SEEN = ((1, 1), (2, 1), (1, 2))  # width : height
 UNSEEN = ((4, 1), (1, 4))

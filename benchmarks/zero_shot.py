@@ -18,7 +18,7 @@ from transformers import AutoModelForImageClassification
 from vora.data.packing import collate_rows, image_only, sample_of_record
 from vora.data.sources import load_source
 from vora.distill.blockwise import SUMMARY
-from vora.train.run import open_run
+from vora.train.trained import open_run
 
 
 def main():

@@ -48,7 +48,8 @@ from where_time_goes import kind_of, own_times, profiled, seconds_by_kind, table
 from vora.data.sources import load_source
 from vora.distill.blockwise import SUMMARY
 from vora.train.recipe import load_recipe
-from vora.train.run import open_run, train
+from vora.train.run import train
+from vora.train.trained import open_run
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TOY = {

@@ -24,7 +24,8 @@ from vora.cli import app
 from vora.model.from_llm import ALIASES
 from vora.quickstart.run import evaluation_rows
 from vora.train.recipe import load_recipe, save_recipe
-from vora.train.run import train, write_run_card
+from vora.train.run import train
+from vora.train.trained import write_run_card
 
 
 def merge(*arguments):

@@ -20,8 +20,9 @@ from vora.serve.chat import Chat, load_model
 from vora.train.outline import outline
 from vora.train.plan import tokens_of_budget
 from vora.train.recipe import load_recipe
-from vora.train.run import merge_run, open_sources, packed_rows, train, training_arguments, write_run_card
+from vora.train.run import open_sources, packed_rows, train, training_arguments
 from vora.train.stages import build_learner, build_processor, check_trainable, load_vit, trainable_counts
+from vora.train.trained import merge_run, write_run_card
 
 SIDE = PATCH * GRID
 SHAPE = {

@@ -25,8 +25,9 @@ from vora.train.outline import outline
 from vora.train.pace import precision_overrides, steps_that_fit
 from vora.train.progress import read_log
 from vora.train.recipe import load_recipe
-from vora.train.run import merge_run, train, training_arguments
+from vora.train.run import train, training_arguments
 from vora.train.stages import build_learner, check_trainable, trainable_counts
+from vora.train.trained import merge_run
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "black": (0, 0, 0)}
 

@@ -17,7 +17,7 @@ from vora.adapt.reference import CLIP_MEAN, CLIP_STD, import_reference, load_ref
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
 from vora.distill.teacher import Teacher
-from vora.train.run import merge_run
+from vora.train.trained import merge_run
 
 CASES = {
     "deeper qwen2": {"family": "qwen2", "depth": 6, "num_blocks": 4, "teacher_depth": 4},

@@ -226,7 +226,7 @@ def merge(
     llm: Annotated[str | None, typer.Option(help="The LLM of eyes that come without one and do not name it.")] = None,
 ):
     """Fold vision LoRA into the LLM's weights and save an ordinary model."""
-    from vora.train.run import merge_run, refuse_without_eyes, write_eyes, write_run_card
+    from vora.train.trained import merge_run, refuse_without_eyes, write_eyes, write_run_card
 
     if eyes_out is not None:
         refuse_without_eyes(run)
@@ -360,7 +360,7 @@ def _opened(name, teacher, min_image_tokens, max_image_tokens):
     from vora.distill.learner import VisionLearner
     from vora.serve.chat import load_model
     from vora.train.checkpoints import is_run
-    from vora.train.run import open_run
+    from vora.train.trained import open_run
 
     if is_run(name):
         learner, processor = open_run(name, teacher)

@@ -18,7 +18,8 @@ from vora.eval.run import commit, evaluate, make_task
 from vora.eval.text import text_ability
 from vora.train.checkpoints import newest_checkpoint
 from vora.train.recipe import load_recipe
-from vora.train.run import merge_run, train
+from vora.train.run import train
+from vora.train.trained import merge_run
 
 
 class EnoughSamples(TrainerCallback):

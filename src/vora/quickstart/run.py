@@ -24,7 +24,8 @@ from vora.model.stretches import by_stretch_on_cpu
 from vora.quickstart.report import write_html
 from vora.train.pace import precision_overrides
 from vora.train.recipe import load_recipe
-from vora.train.run import merge_run, train, write_run_card
+from vora.train.run import train
+from vora.train.trained import merge_run, write_run_card
 
 NUM_SHOWN = 12
 MOST_TRAINING_MINUTES = 9.0

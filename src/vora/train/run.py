@@ -19,25 +19,19 @@ import torch
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from vora.adapt.card import CardFacts, harmless, read_card, write_card
-from vora.adapt.card_text import NOT_STATED
-from vora.adapt.lora import is_unmerged, load_vision_lora, merge_vision_lora
-from vora.adapt.over_llm import lacks_llm, load_over_llm, named_llm, processor_over_llm, save_eyes
 from vora.data.sources import load_source
 from vora.data.stream import PackedRows
-from vora.distill.learner import LOSSES
-from vora.model.image_processing_vora import VoraImageProcessor
-from vora.model.processing_vora import VoraProcessor
 from vora.model.stretches import by_stretch_on_cpu
 from vora.train.blocks import compile_blocks, recompute_blocks
-from vora.train.checkpoints import find_checkpoint, is_run, last_step, newest_checkpoint, trained_folder
+from vora.train.checkpoints import find_checkpoint, last_step, newest_checkpoint
 from vora.train.decay import DistillWeightDecay
 from vora.train.pace import steps_that_fit
-from vora.train.progress import ProgressCallback, draw_losses, read_log, write_report
-from vora.train.recipe import CHECKPOINTING, load_recipe, save_recipe
+from vora.train.progress import ProgressCallback, draw_losses, write_report
+from vora.train.recipe import CHECKPOINTING, save_recipe
 from vora.train.stages import build_learner, trainable_table
 from vora.train.text_energy import TextEnergy, moments_of_text
-from vora.train.trainer import VoraTrainer, load_student
+from vora.train.trained import write_run_card
+from vora.train.trainer import VoraTrainer
 from vora.train.watch import WatchCallback
 
 DEFAULTS = {
@@ -183,138 +177,6 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
         draw_losses(directory / "log.jsonl", directory / "loss.png")
         write_report(recipe, trainer, directory)
     return trainer
-
-
-def merge_run(run_directory, llm=None):
-    """The trained model of a run, ready to be saved and used: LoRA merged (stage 1), or as it is (stage 2).
-
-    Args:
-        run_directory: of `vora train`, or a folder with an unmerged model, such as `vora import-reference` writes, or
-            with eyes without their LLM (`vora.adapt.over_llm`).
-        llm: to put such eyes over, if not the one that they name.
-
-    Returns:
-        (model, processor); of an unmerged model without a tokenizer the processor is its image part, or None.
-
-    Raises:
-        ValueError: the directory holds no run, or one that has no trained weights yet; or an LLM is given that has no
-            use.
-    """
-    directory = Path(run_directory)
-    over_llm = not is_run(directory) and lacks_llm(directory)
-    if llm is not None and not over_llm:
-        raise ValueError(f"{directory} has its own LLM: leave --llm out.")
-    if is_unmerged(directory):
-        model, processor = merge_vision_lora(load_vision_lora(directory)), None
-        if (directory / "processor_config.json").exists():
-            processor = VoraProcessor.from_pretrained(directory)
-        elif (directory / "preprocessor_config.json").exists():
-            processor = VoraImageProcessor.from_pretrained(directory)
-        return model.eval(), processor
-    if over_llm:
-        return merge_vision_lora(load_over_llm(directory, llm=llm)).eval(), processor_over_llm(directory, llm)
-    learner, processor = open_run(directory)
-    model = learner.student
-    return (merge_vision_lora(model) if hasattr(model, "peft_config") else model).eval(), processor
-
-
-def open_run(run_directory, teacher=None):
-    """The learner of a run with what it last saved, in fp32 whatever it trained in, with its teacher and heads.
-
-    Args:
-        teacher: where the recipe's teacher lies now, if it has moved since; a folder of another name is another
-            teacher, which the heads were not trained for, and is not taken.
-
-    Returns:
-        (learner in eval mode, processor).
-
-    Raises:
-        ValueError: the directory holds no run, or one that has no trained weights yet.
-    """
-    directory = Path(run_directory)
-    if not is_run(directory):
-        raise ValueError(f"{directory} holds no recipe.yaml: it is no run directory of `vora train`.")
-    folder = trained_folder(directory)
-    recipe = load_recipe(directory / "recipe.yaml", ["model.dtype=float32"])
-    if teacher is not None and recipe.teacher is not None and Path(teacher).name == Path(recipe.teacher.name).name:
-        recipe.teacher.name = teacher
-    learner, processor = build_learner(recipe)
-    load_student(learner, folder)
-    return learner.eval(), processor
-
-
-def refuse_without_eyes(run_directory):
-    """Raise ValueError unless a directory is that of a run whose eyes can be sent without their LLM."""
-    recipe = load_recipe(Path(run_directory) / "recipe.yaml") if is_run(run_directory) else None
-    if recipe is None or recipe.stage != "pretrain" or recipe.model.encoder is not None:
-        what = "no run of vora train" if recipe is None else f"a run of stage {recipe.stage}"
-        what += " with an encoder" if recipe is not None and recipe.model.encoder is not None else ""
-        raise ValueError(
-            f"{run_directory} is {what}: only runs of stage pretrain, without an encoder, have eyes apart from their "
-            "LLM. Leave --eyes-out out."
-        )
-
-
-def write_eyes(folder, run_directory):
-    """Write what a run of stage 1 has added to its LLM, in the precision that it trained the LLM in, with its card."""
-    learner, processor = open_run(run_directory)
-    save_eyes(learner.student, processor, folder, load_recipe(Path(run_directory) / "recipe.yaml").model.dtype)
-    merge_command = f"vora merge THIS_FOLDER{'' if named_llm(folder) else ' --llm LLM'} -o my-vora"
-    write_run_card(folder, run_directory, merge_command=merge_command)
-
-
-def first_llm(recipe):
-    """The LLM that a chain of runs began with, or None if that is not known here."""
-    while recipe.model.llm is None and is_run(recipe.model.vora):
-        recipe = load_recipe(Path(recipe.model.vora) / "recipe.yaml")
-    return recipe.model.llm
-
-
-@harmless
-def write_run_card(
-    folder, run_directory, steps=None, evaluation=(), merge_command="vora merge RUN -o my-vora", asks_hub=True
-):
-    """Write the card of a model that comes from a run.
-
-    Args:
-        folder: where the model has just been saved: RUN/final or a checkpoint, the merged model, or its language part.
-        run_directory: of the run, or an unmerged model.
-        steps: how many it took, if it has only just ended; otherwise what it saved says so.
-        evaluation, merge_command, asks_hub: see `CardFacts`.
-    """
-    directory = Path(run_directory)
-    if not is_run(directory):  # imported or received, and merged now: what is known stands on its own card
-        return write_card(folder, CardFacts(made="merged", stage="pretrain", source=str(directory)))
-    recipe, saved = load_recipe(directory / "recipe.yaml"), trained_folder(directory)
-    # What was noted when the run ended, where its data lay and perhaps the hub could be asked
-    before = (read_card(saved) if steps is None else None) or {}
-    noted = before.get("stages", [{}])[-1]
-    if steps is None:
-        steps = noted.get("steps") or (last_step(saved) if saved.name != "final" else recipe.training["max_steps"])
-    sources = noted.get("data") or [{"name": source.path, "weight": source.weight} for source in recipe.data.sources]
-    log = directory / "log.jsonl"
-    lines = [line for line in read_log(log) if line["step"] <= steps]
-    logged = lines[-1] if lines else {}
-    is_merged = recipe.stage == "pretrain" and not (Path(folder) / "adapter_config.json").exists()
-    facts = CardFacts(
-        made="merged" if is_merged else "trained",
-        stage=recipe.stage,
-        base_llm=first_llm(recipe),
-        teacher=recipe.teacher.name if recipe.teacher else None,
-        encoder=recipe.model.encoder,
-        source=recipe.model.vora and str(trained_folder(recipe.model.vora)),
-        data=[(source["name"], source["weight"]) for source in sources],
-        recipe=noted.get("recipe") or recipe.model_dump(mode="json"),
-        steps=steps,
-        samples_seen=logged.get("samples_seen"),
-        losses={name: logged[name] for name in LOSSES if name in logged},
-        logged_step=logged.get("step"),
-        evaluation=list(evaluation),
-        merge_command=merge_command,
-        asks_hub=asks_hub,
-        licences={name: known for name, known in before.get("licences", {}).items() if known != NOT_STATED},
-    )
-    write_card(folder, facts)
 
 
 def training_arguments(recipe, directory):

@@ -43,17 +43,19 @@ class TextEnergy:
         """Add to the gradients of A and B, where they have some, those of weight times the sum of all layers' shares.
         It never waits for a GPU.
         """
-        for a, b, across, down, scale in self._pairs():
+        for a, b, across, down, scale in self._pairs(learning_alone=True):
             if a.grad is not None:
                 a.grad += 2 * weight * scale * (b.float().T @ b.float()) @ across
             if b.grad is not None:
                 b.grad += 2 * weight * scale * down
 
-    def _pairs(self):
-        """Of each pair A, B, A R, B A R AT, and what makes <B, B A R AT> a share."""
+    def _pairs(self, learning_alone=False):
+        """Of each pair, or of those with gradients, A, B, A R, B A R AT, and what makes <B, B A R AT> a share."""
         for layer, moments, own in self.layers:
             for adapter in layer.active_adapters:
                 a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+                if learning_alone and a.grad is None and b.grad is None:
+                    continue  # above the paired blocks, in steps of pictures alone
                 across = a.float() @ moments
                 yield a, b, across, b.float() @ (across @ a.float().T), layer.scaling[adapter] ** 2 / own
 
