@@ -17,6 +17,7 @@ from vora.adapt.over_llm import save_eyes
 from vora.adapt.spare_text import InputMoments, spare_text
 from vora.data.packing import collate_rows, label_weights
 from vora.model.stretches import by_stretch_on_cpu
+from vora.train.checkpoints import trained_folder
 from vora.train.recipe import load_recipe
 from vora.train.run import open_sources, packed_rows, training_arguments
 from vora.train.stages import build_learner
@@ -34,6 +35,8 @@ def main():
     parser.add_argument("--tokens", type=int, default=30_000, help="of rows with pictures, and of text")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    if options.out.exists() and any(options.out.iterdir()):
+        parser.error(f"{options.out} is not empty: name a new folder, so that nothing is lost.")
     starts = ["model.llm=null", "model.chat_template=null", f"model.vora={options.eyes}"]
     recipe = load_recipe(options.recipe, [*starts, *options.settings])
     if recipe.teacher:
@@ -51,6 +54,10 @@ def main():
     for name, share in spare_text(seen, read, options.strength).items():
         print(f"{name}: {share:.3g}")
     save_eyes(learner.student, processor, options.out)
+    card = trained_folder(options.eyes) / "README.md"
+    if card.exists():  # what comes of these eyes has their ancestry
+        turned = f"Then turned away from text (`examples/spare_text.py`, strength {options.strength:g})."
+        (options.out / "README.md").write_text(f"{card.read_text()}\n{turned}\n")
 
 
 def see(moments, learner, rows, recipe, options, at_once=8):

@@ -149,15 +149,22 @@ def test_numbers_beyond_the_precision_are_refused(llm_folder, tmp_path):
 
 
 def test_the_mean_of_two_eyes_is_taken_tensor_by_tensor(tmp_path):
-    for name, value in (("a", 1.0), ("b", 4.0), ("other", 1.0)):
+    for name, value in (("a", 1.0), ("b", 4.0), ("wider", 1.0), ("of another LLM", 1.0)):
         (tmp_path / name).mkdir()
-        shape = (3, 3) if name == "other" else (2, 3)
+        shape = (3, 3) if name == "wider" else (2, 3)
         save_file({"lora_A": torch.full(shape, value).bfloat16()}, tmp_path / name / "adapter_model.safetensors")
-        (tmp_path / name / "config.json").write_text(name)
+        config = {"llm_digest": "0" if name == "of another LLM" else "1", "name": name}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2}))
+        (tmp_path / name / "README.md").write_text(f"Eyes {name}.\n")
     script = [sys.executable, Path(__file__).parents[1] / "examples" / "average_eyes.py"]
     subprocess.run([*script, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "mean"], check=True)
     mean = load_file(tmp_path / "mean" / "adapter_model.safetensors")["lora_A"]
-    assert mean.dtype == torch.bfloat16 and (mean == 2.5).all() and (tmp_path / "mean/config.json").read_text() == "b"
-    others = [tmp_path / "a", tmp_path / "other", "--out", tmp_path / "no"]
-    refused = subprocess.run([*script, *others], capture_output=True)
-    assert refused.returncode == 2 and not (tmp_path / "no").exists()
+    assert mean.dtype == torch.bfloat16 and (mean == 2.5).all()
+    assert json.loads((tmp_path / "mean" / "config.json").read_text())["name"] == "b"
+    card = (tmp_path / "mean" / "README.md").read_text()
+    assert card.startswith("Eyes b.") and "mean of these and of `a`" in card
+    for other in ("wider", "of another LLM"):
+        others = [tmp_path / "a", tmp_path / other, "--out", tmp_path / "no"]
+        refused = subprocess.run([*script, *others], capture_output=True, text=True)
+        assert refused.returncode == 2 and "other LLMs or LoRA" in refused.stderr and not (tmp_path / "no").exists()

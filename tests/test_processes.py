@@ -7,8 +7,14 @@ import subprocess
 import sys
 
 import pytest
-import torch
+import torch.distributed as dist
 from test_kill import recipe  # noqa: F401  (a fixture: two sources, two workers, drawn budgets)
+from torch.multiprocessing import spawn
+from transformers import TrainerControl, TrainingArguments
+
+from vora.train.run import StopOnSignal, fewest_of_processes
+
+needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="processes on a CPU talk through gloo")
 
 
 def train(path, folder, *overrides):
@@ -25,7 +31,7 @@ def losses(folder):
     return {line["step"]: [line.get(key) for key in keys] for line in lines}
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="processes on a CPU talk through gloo")
+@needs_gloo
 def test_two_processes_resume_as_one_run(recipe, tmp_path):  # noqa: F811
     few = ["training.dataloader_num_workers=1", "training.save_steps=6"]
     few += ["data.answer_balance=1", "lora.keep_text=0.5", "lora.spare_text=0.1"]
@@ -40,3 +46,29 @@ def test_two_processes_resume_as_one_run(recipe, tmp_path):  # noqa: F811
     for number in range(len(found[18])):
         assert any(line[number] for line in found.values())
     assert places[0]["data"] == places[1]["data"] and places[0]["num_rows"] == places[1]["num_rows"] == 40
+
+
+def agree(rank, folder):
+    """Two processes, of which one measured fewer steps and only the other caught a signal, after its second step."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    arguments = TrainingArguments(output_dir=folder, use_cpu=True)
+    found, stop = [fewest_of_processes(30 - rank, arguments)], StopOnSignal()
+    stop.on_train_begin(arguments, None, None)
+    for step in range(3):
+        if rank == 0 and step == 1:
+            stop._catch(2, None)
+        found.append(stop.on_step_end(arguments, None, TrainerControl()).should_training_stop)
+    stop.release()
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump([*found, stop.caught], file)
+
+
+@needs_gloo
+def test_processes_agree_on_how_long_a_run_is_and_when_it_stops(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    spawn(agree, (str(tmp_path),), nprocs=2)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert found[0] == [29, False, True, True, "SIGINT"]
+    assert found[1] == [29, False, True, True, "A signal to another process"]

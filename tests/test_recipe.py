@@ -106,3 +106,13 @@ def test_sources_start_in_the_data_folder(tmp_path):
     assert paths == [str(tmp_path / "pictures" / "a*.parquet"), "/else/b.jsonl"]
     moved = load_recipe(tmp_path / "recipe.yaml", [f"data.folder={tmp_path}"])
     assert moved.data.sources[0].path == str(tmp_path / "a*.parquet")
+
+
+def test_folders_beside_a_recipe_take_no_known_name(tmp_path):
+    for name in ("smollm2-135m", "easy-vqa", "mine"):
+        (tmp_path / name).mkdir()
+    values = {"model": {"llm": "smollm2-135m"}, "data": {"sources": [{"path": "easy-vqa"}, {"path": "mine"}]}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.model.llm == "smollm2-135m" and recipe.data.sources[0].path == "easy-vqa"
+    assert recipe.data.sources[1].path == str(tmp_path / "mine")

@@ -1,6 +1,7 @@
 """What LoRA does to text, from second moments: the same as from the texts themselves, and drawn down by a run."""
 
 import json
+from itertools import islice
 
 import pytest
 import torch
@@ -82,6 +83,16 @@ def test_every_process_reads_the_same_texts(sources, llm_folder):
     assert found[0].num_tokens == found[1].num_tokens >= 200
     for owner, total in found[0].sums.items():
         assert torch.equal(total, found[1].sums[owner])
+
+
+def test_texts_are_sought_where_there_are_some(sources, llm_folder, monkeypatch):
+    processor = VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+    rows = PackedRows([load_source(path) for path in sources], processor, 64, keep_text=True, weights=[99, 1])
+    drawn, draw = [], rows.maker.draw
+    monkeypatch.setattr(rows.maker, "draw", lambda source, *rest: drawn.append(source) or draw(source, *rest))
+    found = list(islice(rows.texts(), 100))
+    assert len(found) == 100 and not any("pixel_values" in sample for sample in found)
+    assert drawn.count(0) <= 16
 
 
 def recipe(sources, llm_folder, teacher_folder, **lora):

@@ -34,6 +34,7 @@ from vora.data.packing import (
 from vora.data.record import blinded
 
 CHUNK_SAMPLES = 32
+FIRST_SAMPLES = 16  # by which a source is known to have text without pictures
 WAITING = 48  # samples among which rows are filled; more would pack tighter and read further ahead
 
 
@@ -195,6 +196,10 @@ def _unpacked(samples, patches):
     return samples
 
 
+def _is_text(sample):
+    return isinstance(sample, dict) and "pixel_values" not in sample
+
+
 class PackedRows:
     """Rows of whole samples, endlessly, the same for the same seed, also after a restart from a `state_dict`.
 
@@ -238,7 +243,7 @@ class PackedRows:
         if len(weights) != len(sources):
             raise ValueError(f"{len(weights)} weights for {len(sources)} sources: give one each, or none.")
         self.maker = SampleMaker(sources, processor, row_tokens, seed=seed, **sample_options)
-        self.mixture = Mixture(weights, seed)
+        self.weights, self.mixture = weights, Mixture(weights, seed)
         self.row_tokens, self.image_only_rows = row_tokens, image_only_rows
         self.answer_balance = answer_balance
         self.bad_samples, self.max_bad_share = bad_samples and Path(bad_samples), max_bad_share
@@ -293,14 +298,23 @@ class PackedRows:
 
     def named_samples(self):
         """(name, sample) in the order of training from the beginning, bad ones left out; the position stays."""
-        return self._samples_of(self.rank, self.num_ranks)
+        return self._samples_of(self.mixture, self.rank, self.num_ranks)
 
-    def all_samples(self):
-        """As `named_samples`, but of all processes, so the same in each."""
-        return self._samples_of(0, 1)
+    def texts(self):
+        """Samples of text alone, from the beginning and the same in each process; the position stays. They come from
+        the sources that have some among their first samples, in these sources' proportions: no endless search for a
+        text among pictures, and no picture decoded for it. None where no source has."""
+        have = [any(map(_is_text, self._first_of(source))) for source in range(len(self.maker.sources))]
+        if any(have):
+            weights = [weight * has for weight, has in zip(self.weights, have)]
+            named = self._samples_of(Mixture(weights, self.maker.seed), 0, 1)
+            yield from (sample for _, sample in named if _is_text(sample))
 
-    def _samples_of(self, rank, num_ranks):
-        for _, packed in Chunks(self.maker, self.mixture, 0, False, rank, num_ranks):
+    def _first_of(self, source):
+        return (self.maker.draw(source, number)[1] for number in range(FIRST_SAMPLES))
+
+    def _samples_of(self, mixture, rank, num_ranks):
+        for _, packed in Chunks(self.maker, mixture, 0, False, rank, num_ranks):
             yield from ((name, sample) for name, sample in _unpacked(*packed) if isinstance(sample, dict))
 
     def picture_rows(self):

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from transformers import TrainingArguments
 
 from vora.data.prompts import DEFAULT_PROMPTS, Prompts
+from vora.data.sources import EASY_VQA
+from vora.model.from_llm import ALIASES
 
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transformers' old and its new name
 
@@ -329,6 +331,8 @@ def _resolve_paths(recipe, folder):
     """Paths that exist beside the recipe are taken from there."""
 
     def beside(text):
+        if text in (*ALIASES, EASY_VQA):  # recipes/smollm2-135m is no LLM
+            return text
         return str((folder / text).resolve()) if text and len(text) < 200 and (folder / text).exists() else text
 
     named = [(recipe.model, "llm"), (recipe.model, "vora"), (recipe.model, "encoder"), (recipe.teacher, "name")]

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
@@ -29,7 +30,7 @@ from vora.train.pace import steps_that_fit
 from vora.train.progress import ProgressCallback, draw_losses, write_report
 from vora.train.recipe import CHECKPOINTING, save_recipe
 from vora.train.stages import build_learner, trainable_table
-from vora.train.text_energy import TextEnergy, moments_of_text
+from vora.train.text_energy import TextEnergy, moments_of_text, refuse_spread_pairs
 from vora.train.trained import write_run_card
 from vora.train.trainer import VoraTrainer
 from vora.train.watch import WatchCallback
@@ -53,15 +54,19 @@ DEFAULTS = {
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGINT or SIGTERM: save at the end of the step, stop, and let the run say how to go on."""
+    """On SIGINT or SIGTERM: save at the end of the step, stop, and let the run say how to go on. A signal that reached
+    one of several processes, or some of them a step later, stops all after the same step: else they would wait for
+    each other."""
 
     def __init__(self):
         self.caught = None
-        self._previous = {}
+        self._previous, self._all = {}, None
 
     def on_train_begin(self, args, state, control, **kwargs):
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._catch)
+        if args.world_size > 1:
+            self._all = dist.new_group(backend="gloo")  # on the host: no device is waited for
 
     def _catch(self, number, frame):
         if self.caught:
@@ -69,6 +74,11 @@ class StopOnSignal(TrainerCallback):
         self.caught = signal.Signals(number).name
 
     def on_step_end(self, args, state, control, **kwargs):
+        if self._all is not None:
+            caught = torch.tensor(int(self.caught is not None))
+            dist.all_reduce(caught, dist.ReduceOp.MAX, group=self._all)
+            if caught:
+                self.caught = self.caught or "A signal to another process"
         if self.caught:
             control.should_save = control.should_training_stop = True
         return control
@@ -113,6 +123,8 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
     console, directory = console or Console(stderr=True), Path(run_directory)
     checkpoint = find_checkpoint(directory, resume)
     arguments = training_arguments(recipe, directory)
+    spares_text = recipe.lora.spare_text > 0 and recipe.stage == "pretrain"
+    refuse_spread_pairs(spares_text and arguments.fsdp)
     sources = open_sources(recipe.data)
     torch.manual_seed(arguments.seed)
     learner, processor = build_learner(recipe)
@@ -124,15 +136,16 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
     if arguments.torch_compile:
         compile_blocks(learner, arguments)
     rows = packed_rows(recipe, sources, processor, arguments, directory / "bad_samples.jsonl")
+    energy = None
+    if spares_text:
+        energy = TextEnergy(moments_of_text(learner.to(arguments.device), rows))
     if recipe.max_minutes is not None:
         recipe = recipe.model_copy(deep=True)
-        arguments.max_steps = steps_that_fit(
+        steps = steps_that_fit(
             learner, rows, arguments, recipe.max_minutes, recipe.teacher.image_only_steps if recipe.teacher else 0
         )
+        arguments.max_steps = fewest_of_processes(steps, arguments)
         recipe.training["max_steps"], recipe.max_minutes = arguments.max_steps, None  # what a resumed run repeats
-    energy = None
-    if recipe.lora.spare_text and recipe.stage == "pretrain":
-        energy = TextEnergy(moments_of_text(learner.to(arguments.device), rows))
     directory.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, directory / "recipe.yaml")
     (directory / "versions.json").write_text(json.dumps(versions(), indent=1))
@@ -196,6 +209,14 @@ def training_arguments(recipe, directory):
         raise ValueError(f"training: {error}") from None
     arguments.ignore_data_skip = True  # a checkpoint holds the position in the data
     return arguments
+
+
+def fewest_of_processes(steps, arguments):
+    """The least of what the processes of a run have each measured."""
+    if arguments.world_size > 1:
+        steps = torch.tensor(steps, device=arguments.device)
+        dist.all_reduce(steps, dist.ReduceOp.MIN)
+    return int(steps)
 
 
 def open_sources(data):

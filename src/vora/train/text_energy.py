@@ -11,6 +11,8 @@ are 0.4 GB for 135 M parameters, some 10 GB for 1.5 B.
 Dims: D inputs of a layer, r = LoRA's rank.
 """
 
+from itertools import islice
+
 import torch
 
 from vora.adapt.spare_text import InputMoments, energy, own_weight
@@ -24,14 +26,18 @@ class TextEnergy:
     """Share and gradient of what the pairs of a model do to text.
 
     Args:
-        read: `InputMoments` of text alone, with LoRA off (`vora.distill.keep_text.lora_off`).
+        read: `InputMoments` of text alone, with LoRA off (`vora.distill.keep_text.lora_off`); it is used up, so that
+            no more than one of them is held twice.
     """
 
     def __init__(self, read):
-        moments = {owner: read.mean(owner) for owner in set(read.shared.values())}
-        owns = {name: energy(own_weight(layer), moments[read.shared[name]]) for name, layer in read.layers.items()}
-        moments = {owner: moment.float() for owner, moment in moments.items()}
-        self.layers = [(layer, moments[read.shared[name]], float(owns[name])) for name, layer in read.layers.items()]
+        self.layers = []
+        for owner in sorted(set(read.shared.values())):
+            moment = read.mean(owner)
+            kept = moment.float()
+            for layer in (layer for name, layer in read.layers.items() if read.shared[name] == owner):
+                self.layers.append((layer, kept, float(energy(own_weight(layer), moment))))
+            del read.sums[owner]
 
     @torch.no_grad()
     def share(self):
@@ -60,38 +66,45 @@ class TextEnergy:
                 yield a, b, across, b.float() @ (across @ a.float().T), layer.scaling[adapter] ** 2 / own
 
 
-def moments_of_text(learner, rows, num_tokens=20_000, longest_search=4_000):
+def refuse_spread_pairs(are_spread):
+    """Raise ValueError where text is to be spared by pairs that FSDP spreads over processes."""
+    if are_spread:
+        raise ValueError(
+            "lora.spare_text needs each pair whole, and FSDP spreads them: train with DDP (torchrun alone), or leave "
+            "it out and raise lora.keep_text."
+        )
+
+
+def moments_of_text(learner, rows, num_tokens=20_000, most_texts=4_000):
     """Reads the texts of a mixture with the LLM as it is, and counts what enters its layers.
 
     Args:
         learner: a `VisionLearner` with LoRA.
         rows: the `PackedRows` of the run; their position stays, and every process reads the same texts, since the pull
             joins gradients that are equal already.
-        num_tokens: of text, at which reading stops.
-        longest_search: samples among which they are sought.
+        num_tokens: of text, at which reading stops; it stops after so many texts too.
 
     Returns:
         `InputMoments`, the same for the same data and LLM, whatever LoRA has become.
 
     Raises:
-        ValueError: there is no text without pictures among them.
+        ValueError: no source has text without pictures.
     """
     read, waiting = InputMoments(learner.student), []
     with torch.no_grad(), lora_off(learner):
-        for place, (_, sample) in enumerate(rows.all_samples()):
-            if "pixel_values" not in sample:
-                waiting.append(sample)
+        for sample in islice(rows.texts(), most_texts):
+            waiting.append(sample)
             if len(waiting) == 8:
                 _count(read, learner.vora, waiting)
                 waiting = []
-            if read.num_tokens >= num_tokens or place >= longest_search:
+            if read.num_tokens >= num_tokens:
                 break
         if waiting:
             _count(read, learner.vora, waiting)
     if not read.num_tokens:
         raise ValueError(
-            f"{place + 1:,} samples held 0 texts without pictures, so it is not known where text lies: add a source "
-            "of text, such as JSON lines with `text`, or leave lora.spare_text out."
+            f"{len(rows.maker.sources)} sources held 0 texts without pictures, so it is not known where text lies: "
+            "add a source of text, such as JSON lines with `text`, or leave lora.spare_text out."
         )
     return read
 

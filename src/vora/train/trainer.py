@@ -16,6 +16,7 @@ from vora.adapt.lora import DISTILLATION_FILE
 from vora.adapt.over_llm import digest_of
 from vora.data.stream import PackedBatches
 from vora.distill.learner import LOSSES
+from vora.train.text_energy import refuse_spread_pairs
 
 OF_WHOLE_STEP = ("lm_loss", "answer_loss")  # divided by what the micro-batches of a step have together
 ON_HOST = ("image_grid_thw", "num_samples", "pictures_alone")  # of a batch: what only the host asks
@@ -52,11 +53,7 @@ class VoraTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        if text_energy is not None and self.is_fsdp_enabled:
-            raise ValueError(
-                "lora.spare_text needs each pair whole, and FSDP spreads them: train with DDP (torchrun alone), or "
-                "leave it out and raise lora.keep_text."
-            )
+        refuse_spread_pairs(text_energy is not None and self.is_fsdp_enabled)  # an accelerate config may say so too
         self.text_energy, self.spare_text = text_energy, spare_text
         self.learning_rates = learning_rates or {}
         self.image_only_steps, self.eyes_scale = image_only_steps, eyes_scale
@@ -289,10 +286,11 @@ def load_student(learner, folder):
         if not (folder / "adapter_model.safetensors").exists():
             raise ValueError(f"{folder} holds no adapter_model.safetensors: it is no checkpoint of stage pretrain.")
         loaded = set_peft_model_state_dict(learner.student, load_peft_weights(folder, device="cpu"))
-        if loaded.unexpected_keys:
+        trained = {name for name, parameter in learner.student.named_parameters() if parameter.requires_grad}
+        if misfits := loaded.unexpected_keys + sorted(trained & set(loaded.missing_keys)):
             raise ValueError(
-                f"{len(loaded.unexpected_keys)} tensors of {folder} do not fit this model, such as "
-                f"{loaded.unexpected_keys[0]}: was the recipe's LLM or rank changed?"
+                f"{len(misfits)} tensors of {folder} do not fit this model or are missing there, such as "
+                f"{misfits[0]}: was the recipe's LLM or rank changed?"
             )
     else:
         trained = type(learner.vora).from_pretrained(folder, dtype=learner.vora.dtype)
