@@ -96,6 +96,7 @@ def test_wups_as_nltk_and_the_original_have_it():
     assert wups("table, chair", "chair, table", 0.9) == 1.0
     # one item left out: the nearest told one stands for it
     assert wups("chair", "chair, table", 0.0) == pytest.approx(chair_table)
+    assert wups("A chair.", "chair", 0.9) == wups("none", "0", 0.9) == 1.0  # never less than what is exact
     assert wups("", "chair", 0.9) == 0.0 and wups("coffee mug", "coffee_mug", 0.9) == 1.0
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tiny import command_line
 
-from vora.eval.ledger import Ledger, fingerprint
+from vora.eval.ledger import Ledger, fingerprint, fingerprints
 from vora.eval.presence import objects_in, questions_of
 from vora.eval.rows import Bad, Example, Rows
 from vora.eval.run import make_task
@@ -141,6 +141,48 @@ def test_a_ledger_of_other_conditions_is_refused(tmp_path):
         Ledger(tmp_path / "y.jsonl", {})
 
 
+def test_what_was_bad_is_asked_again(tmp_path):
+    Ledger(tmp_path / "x.jsonl", {}).add([{"index": 0, "name": "a", "bad": "no such file"}, {"index": 1}])
+    again = Ledger(tmp_path / "x.jsonl", {})
+    assert list(again.done) == [1]
+    again.add([{"index": 0, "name": "a"}])
+    assert "bad" not in Ledger(tmp_path / "x.jsonl", {}).done[0]
+
+
+def test_files_in_another_order_are_other_data(tmp_path):
+    for folder, text in (("x", "one"), ("y", "two")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text(json.dumps({"caption": text, "image": "a.png"}) + "\n")
+    files = [tmp_path / folder / "test.jsonl" for folder in "xy"]
+    there, back = Rows(files).files, Rows(files[::-1]).files
+    assert len(fingerprints(there)) == 2 and fingerprints(there) != fingerprints(back)
+
+
+def test_a_row_for_each_question_is_drawn_with_its_picture(model_folder, tmp_path, monkeypatch):
+    rows = [{"image": png(n // 4), "question": f"what {n}?", "answer": "red"} for n in range(8)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    arguments = ("eval", "-m", model_folder, "--task", "vqa", "--data", tmp_path / "rows.parquet")
+    groups = []
+    monkeypatch.setattr("vora.eval.tasks.share", lambda values, of, seed: groups.append(of) or {"value": 0.0,
+                        "interval": [0.0, 0.0]})  # fmt: skip
+    assert in_process(monkeypatch, *arguments, "-o", tmp_path / "r.json") == 0
+    assert len(set(groups[0])) == 2 and groups[0][:4] == groups[0][:1] * 4
+
+
+def test_places_in_a_question_are_not_read_out(tmp_path):
+    row = {"image": png(0), "question": "<image>\nwhat is this?", "answer": "red"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    assert make_task("vqa").examples(Rows([tmp_path / "rows.parquet"]), Bad())[0].prompt == "what is this?"
+
+
+def test_all_frames_of_a_video_are_shown(tmp_path):
+    frames = [Image.new("RGB", (8, 8), (0, 80 * n, 0)) for n in range(3)]
+    frames[0].save(tmp_path / "v.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "v.jsonl").write_text(json.dumps({"video": "v.gif", "caption": "it turns green"}) + "\n")
+    shown = make_task("captions").examples(Rows([tmp_path / "v.jsonl"]), Bad())[0].pictures()
+    assert len(shown) == 3
+
+
 def test_fingerprints_see_a_change_anywhere_in_small_files(tmp_path):
     data = bytearray(os.urandom(100_000))
     (tmp_path / "a").write_bytes(data)
@@ -243,6 +285,10 @@ def test_the_first_split_that_is_there_is_read(data, tmp_path):
 def test_objects_are_found_in_captions():
     assert objects_in("Two men and their puppies on a skateboard") == {"person", "dog", "skateboard"}
     assert objects_in("a hot dog beside an orange cat") == {"hot dog", "cat"}
+    assert objects_in("a man dressed in orange") == {"person"}
+    assert objects_in("a couple of dogs under blue skies") == {"dog"} and objects_in("a couple dances") == {"person"}
+    assert objects_in("she cares for a husk and weather vanes") == set()
+    assert objects_in("two buses, three benches, four puppies") == {"bus", "bench", "dog"}
 
 
 def test_presence_is_balanced_and_asks_for_what_is_not_there():

@@ -168,3 +168,18 @@ def test_what_is_wrong_is_said(merged, llm_folder, data, tmp_path, monkeypatch, 
     tokenizer.save_pretrained(other)
     assert in_process(monkeypatch, *arguments, data / "held.txt", "--base", other) == 1
     assert "splits text into other tokens" in " ".join(capsys.readouterr().err.split())
+
+
+def test_numbers_among_numbers_are_places():
+    row = {"question": "4!?", "choices": ["8", "2", "24", "120"]}
+    assert question_of(row | {"answer": 2}).right == 2 and question_of(row | {"answer": "24"}).right == 2
+    stem = {"question_stem": "which?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+    assert question_of(stem).right == 1 and question_of(stem).context.startswith("Question: which?")
+
+
+def test_one_text_tells_too_little_and_a_broken_row_is_bad(merged, llm_folder, tmp_path, monkeypatch):
+    rows = [{"text": sentence(1)}, {"messages": ["hi"]}, QUESTIONS[0] | {"answerKey": "1"}]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = measured(monkeypatch, merged[2], llm_folder, tmp_path / "r.json", tmp_path / "few.jsonl")
+    assert report["num_bad"] == 1 and "not built as its layout" in report["bad"][0]["cause"]
+    assert report["verdict"].startswith("Too little text to tell") and "not shown to differ" in report["verdict"]

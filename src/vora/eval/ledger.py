@@ -29,8 +29,9 @@ class Ledger:
         else:
             self._refuse_other(lines[0].get("conditions"), conditions)
         for line in lines[1:]:
-            self.done[line["index"]] = line
             self.seconds += line.get("seconds", 0.0)
+            if "bad" not in line:  # those are asked again: a picture may be readable now
+                self.done[line["index"]] = line
         self.num_found = len(self.done)
 
     def add(self, lines):
@@ -97,11 +98,17 @@ def fingerprint(file):
     return f"{size}-{found.hexdigest()[:16]}"
 
 
+def fingerprints(files):
+    """{name: fingerprint} of files in the order in which they are read; of several, each name with its number."""
+    numbers = [f"{number} " if len(files) > 1 else "" for number in range(len(files))]
+    return {number + Path(file).name: fingerprint(file) for number, file in zip(numbers, files)}
+
+
 def model_fingerprint(name):
     """Of a folder's configuration and weights; of a hub id, its name."""
     folder = Path(name)
     if not folder.is_dir():
         return str(name)
-    kinds = (".json", ".safetensors", ".jinja")
+    kinds = (".json", ".safetensors", ".jinja", ".gguf", ".bin", ".model")
     files = [file for file in sorted(folder.iterdir()) if file.suffix in kinds and file.is_file()]
     return hashlib.sha256(" ".join(f"{file.name} {fingerprint(file)}" for file in files).encode()).hexdigest()[:16]

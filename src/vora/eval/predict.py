@@ -1,6 +1,9 @@
 """What a model answers to examples: freely, by choosing, or both; as it comes, into a `Ledger`."""
 
+import hashlib
 import time
+
+import numpy as np
 
 from vora.eval.likelihood import AnswerTree, answer_ids, candidate_scores
 from vora.eval.prompting import batches, free_answers, prompt_of
@@ -25,7 +28,7 @@ def predict(model, processor, task, examples, ledger, progress=None, **images_kw
             began = time.monotonic()
             chosen = [indices[place] for place in batch]
             asked = [prompts[index] for index in chosen]
-            lines = [_line(index, examples[index]) for index in chosen]
+            lines = [_line(index, examples[index], prompts[index]) for index in chosen]
             if task.generates:
                 told = free_answers(model, processor, asked, task.max_new_tokens, num_beams=beams)
                 for line, text in zip(lines, told):
@@ -57,8 +60,11 @@ def _prompts(processor, examples, ledger, images_kwargs):
         yield prompts
 
 
-def _line(index, example):
+def _line(index, example, prompt):
     line = {"index": index, "name": example.name, "prompt": example.prompt, "references": example.references}
+    if "pixel_values" in prompt.inputs:
+        pixels = np.ascontiguousarray(prompt.inputs["pixel_values"])
+        line["picture"] = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
     return line | ({"kind": example.kind} if example.kind else {})
 
 

@@ -43,6 +43,7 @@ OBJECTS = {
     "book": "", "clock": "", "vase": "", "scissors": "", "teddy bear": "teddy", "hair drier": "", "toothbrush": "",
 }  # fmt: skip
 COLOURS = {"orange"}  # which in captions are rarely the thing
+GROUPS = {"couple", "crowd", "team"}  # of what follows "of"
 
 
 class Presence(Task):
@@ -133,8 +134,10 @@ def objects_in(caption):
     found = set()
     place = 0
     while place < len(words):
-        pair = " ".join(words[place : place + 2])
-        two = _object_of(pair)
+        if words[place] in GROUPS and words[place + 1 : place + 2] == ["of"]:  # a couple of dogs
+            place += 2
+            continue
+        two = _object_of(" ".join(words[place : place + 2])) if place + 1 < len(words) else None
         if two is not None:  # a hot dog is no dog
             found.add(two)
             place += 2
@@ -147,10 +150,12 @@ def objects_in(caption):
 
 
 def _object_of(word):
-    for form in (word, word.removesuffix("s"), word.removesuffix("es"), word.removesuffix("ies") + "y"):
-        if form in WORDS:
-            return WORDS[form]
-    return None
+    forms = [word, word.removesuffix("s")]
+    if word.endswith(("ses", "xes", "zes", "ches", "shes", "oes")):
+        forms.append(word[:-2])
+    if word.endswith("ies"):
+        forms.append(word[:-3] + "y")
+    return next((WORDS[form] for form in forms if form in WORDS), None)
 
 
 WORDS = {word: name for name, others in OBJECTS.items() for word in (name, *others.split())}

@@ -6,6 +6,7 @@ true or false), and what the task's own score loses without it. See `vora.eval.c
 Dims: E examples, R references (each caption of a picture is one; of other tasks each example has one).
 """
 
+import hashlib
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -113,8 +114,9 @@ def probe(
     rows = Rows(paths, **(rows_options or {}))
     found = examples_of(task, rows, bad)
     conditions = conditions_of(task, found, model, processor, model_name, rows, rows_options or {})
-    conditions |= {"task": "probe", "of": task.name, "generate": generate, "shown": shown}
     examples, scenes = scenes_of(found, bad)
+    seen = hashlib.sha256(" ".join(scene.key for scene in scenes).encode()).hexdigest()[:16]  # of those that open
+    conditions |= {"task": "probe", "of": task.name, "generate": generate, "shown": shown, "pictures": seen}
     others = other_scenes(scenes, task.seed)
 
     count = len(examples) * len(shown)

@@ -6,9 +6,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from vora.data.record import IMAGE_COLUMNS, images_of_row
+from vora.data.record import IMAGE_COLUMNS, VideoPath, images_of_row
 from vora.data.sources import EASY_VQA, KINDS, load_source
-from vora.model.image_processing_vora import read_image
+from vora.model.image_processing_vora import Video, read_image
 
 SPLITS = ("test", "validation", "valid", "val", "dev", "train")  # the first that a folder or dataset has is read
 COLUMNS = (
@@ -90,7 +90,7 @@ class Rows:
             self.texts.append(_opened(path, split, {**options, "read_row": _values_of, "wanted": wanted}))
             images = {**options, "read_row": _images_of, "wanted": IMAGE_COLUMNS}
             self.images.append(cache(partial(_opened, path, split, images)))  # when the first is asked for
-        self.files = sorted({file for source in self.texts for file in source.files})
+        self.files = list(dict.fromkeys(file for source in self.texts for file in source.files))  # as rows come
 
     def __len__(self):
         return sum(map(len, self.texts))
@@ -160,7 +160,12 @@ def _images_of(row, name, image_folder, prompts):
 
 
 def _opener(source, index):
-    return lambda: [read_image(image) for image in source()[index]]
+    return lambda: [picture for image in source()[index] for picture in _pictures_of(image)]
+
+
+def _pictures_of(image):
+    """A picture, or a video's frames one by one, as training reads them."""
+    return Video(image).frames if isinstance(image, (list, VideoPath)) else [read_image(image)]
 
 
 def _short(name):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vora.adapt.card import read_card
-from vora.eval.ledger import Ledger, fingerprint, model_fingerprint
+from vora.eval.ledger import Ledger, fingerprint, fingerprints, model_fingerprint
 from vora.eval.predict import predict
 from vora.eval.presence import Presence
 from vora.eval.rows import Bad, Rows
@@ -86,6 +87,8 @@ def evaluate(model, processor, task, paths, out, console, *, model_name, rows_op
     conditions = conditions_of(task, examples, model, processor, model_name, rows, settings)
     ledger = open_ledger(out.with_suffix(".predictions.jsonl"), conditions, len(examples), console)
     kept, lines = answered(model, processor, task, examples, ledger, bad, console)
+    if task.by_picture:  # a set may have a row for each question about one picture
+        kept = [replace(example, group=line.get("picture", example.group)) for example, line in zip(kept, lines)]
     scores = task.score(kept, lines)
     metrics = task.metrics(kept, scores)
     ledger.rewrite([line | {"scores": score} for line, score in zip(lines, scores)]
@@ -111,7 +114,7 @@ def conditions_of(task, examples, model, processor, model_name, rows, settings):
     return {
         "task": task.name,
         "model": model_fingerprint(model_name),
-        "data": {Path(file).name: fingerprint(file) for file in rows.files},
+        "data": fingerprints(rows.files),
         "settings": {
             "prompt": task.prompt,
             "max_new_tokens": task.max_new_tokens,

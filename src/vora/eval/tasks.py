@@ -10,6 +10,7 @@ from itertools import islice
 import numpy as np
 
 from vora.data.prompts import DEFAULT_PROMPTS, TRUE_FALSE
+from vora.data.record import PLACE
 from vora.eval.caption_scores import bleu_4, bleu_counts, cider_d
 from vora.eval.intervals import interval_of, mean, share
 from vora.eval.rows import Example
@@ -37,6 +38,7 @@ class Task:
     generates = True  # predictions have `generated`, a free answer
     num_beams = 1  # of that answer's search; 1: each token the likeliest
     chooses = False  # predictions have `chosen`, the likeliest candidate
+    by_picture = True  # examples of one picture are drawn together
     top = 1  # of the candidates, so many of the best are scored for certain; None: all
 
     default_prompt = "{}"
@@ -129,7 +131,7 @@ class Vqa(Task):
             told = [one for one in told if one]
             if not told or not _text(question):
                 raise ValueError(f"Question {number} has no text or no answer.")
-            prompt = self.asked(str(question))
+            prompt = self.asked(PLACE.sub("", str(question)))  # pictures come first
             yield Example(f"{row.name}#{number}", prompt, told, row.pictures, row.number)
 
     def score_one(self, example, prediction):
@@ -183,6 +185,7 @@ class Statements(Task):
     """Whether a statement about a picture is true, by which of the two words is likelier."""
 
     name, generates, chooses, top = "statements", False, True, None
+    by_picture = False  # but those of one sentence
     default_prompt = DEFAULT_PROMPTS.statement[0]
 
     def of_row(self, row):

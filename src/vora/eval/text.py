@@ -15,7 +15,7 @@ from vora.adapt.card import read_card
 from vora.adapt.names import HUB_ID_OF_ALIAS
 from vora.eval.answers import told_samples
 from vora.eval.intervals import interval_of, mean, share
-from vora.eval.ledger import fingerprint, model_fingerprint
+from vora.eval.ledger import fingerprints, model_fingerprint
 from vora.eval.likelihood import AnswerTree, candidate_scores
 from vora.eval.prompting import Prompt, batches
 from vora.eval.rows import Bad
@@ -54,7 +54,7 @@ def text_ability(
         "task": "text",
         "model": model_fingerprint(model_name),
         "base": model_fingerprint(base),
-        "data": {Path(file).name: fingerprint(file) for file in files},
+        "data": fingerprints(files),
         "settings": {
             "seed": seed,
             "max_examples": max_examples,
@@ -83,7 +83,7 @@ def text_ability(
         "num_questions": len(questions),
         "base": str(base),
         "drawn": "documents" if len(documents) >= FEW_DOCUMENTS else "windows",
-        "verdict": _verdict(metrics),
+        "verdict": _verdict(metrics, max(len(documents), len(windows)), len(questions)),
         "metrics": metrics,
     }
     return write_report(out, found, conditions, model, model_name, files, bad, ledger, start)
@@ -192,13 +192,15 @@ def _knowledge(questions, mine, its, seed):
     return found
 
 
-def _verdict(metrics):
-    """In words: kept, lost or unclear, by whether the interval lies on one side of the bound."""
+def _verdict(metrics, num_drawn, num_questions):
+    """In words: kept, lost or unclear, by whether the interval lies on one side of the bound; an interval of fewer
+    than `FEW_DOCUMENTS` draws says nothing."""
     words = []
     if "perplexity_ratio" in metrics:
         low, high = metrics["perplexity_ratio"]["interval"]
         most = 1 + MOST_LOST
         told = "Language is kept" if high <= most else "Language is lost" if low > most else "Too little text to tell"
+        told = told if num_drawn >= FEW_DOCUMENTS else "Too little text to tell"
         words.append(
             f"{told}: the perplexity of held text is {metrics['perplexity_ratio']['value']:.4f} times the base's "
             f"({low:.4f} to {high:.4f}; at most {most} counts as kept)."
@@ -206,6 +208,7 @@ def _verdict(metrics):
     if "accuracy_difference" in metrics:
         (low, high), value = metrics["accuracy_difference"]["interval"], metrics["accuracy_difference"]["value"]
         told = "lower than" if high < 0 else "higher than" if low > 0 else "not shown to differ from"
+        told = told if num_questions >= FEW_DOCUMENTS else "not shown to differ from"
         words.append(
             f"Accuracy of choices is {told} the base's: {100 * value:+.1f} points ({100 * low:+.1f} to "
             f"{100 * high:+.1f})."

@@ -2,7 +2,7 @@
 
 Questions come in the columns of the usual sets:
 
-    question, choices {text, label}, answerKey   ARC, OpenBookQA, CommonsenseQA
+    question, choices {text, label}, answerKey   ARC, CommonsenseQA; with question_stem OpenBookQA
     question, choices [...], answer              MMLU; the answer is a number from 0, a letter, or one of the choices
     ctx (or ctx_a and ctx_b), endings, label     HellaSwag
     goal, sol1, sol2, label                      PIQA
@@ -20,7 +20,18 @@ from vora.data.prompts import DEFAULT_PROMPTS
 from vora.data.record import TEXT_COLUMNS, record_of_row
 from vora.eval.rows import Rows
 
-QUESTION_COLUMNS = ("choices", "answerKey", "ctx", "ctx_a", "ctx_b", "endings", "goal", "sol1", "sol2")
+QUESTION_COLUMNS = (
+    "choices",
+    "answerKey",
+    "ctx",
+    "ctx_a",
+    "ctx_b",
+    "endings",
+    "goal",
+    "sol1",
+    "sol2",
+    "question_stem",
+)
 WINDOW = 1024  # tokens that are read at once; each is scored with at least half of them before it, where there are
 
 
@@ -77,6 +88,8 @@ def read_items(paths, processor, length, bad, max_examples=None, **rows_options)
             number += 1
         except ValueError as error:
             bad.add(name, error)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            bad.add(name, f"It is not built as its layout is: {type(error).__name__}: {error}")
     return windows, questions, [*map(str, texts), *rows.files]
 
 
@@ -107,7 +120,8 @@ def question_of(values, name=""):
     elif "choices" in values:
         given = values["choices"]
         choices, labels = (given["text"], given.get("label")) if isinstance(given, dict) else (given, None)
-        context, choices = f"Question: {values['question']}\nAnswer:", list(choices)
+        asked = values["question"] if "question" in values else values["question_stem"]
+        context, choices = f"Question: {asked}\nAnswer:", list(choices)
         answer = values.get("answerKey", values.get("answer"))
     else:
         return None
@@ -115,6 +129,8 @@ def question_of(values, name=""):
 
 
 def _right(answer, choices, labels):
+    if labels is None and type(answer) is int and 0 <= answer < len(choices):
+        return answer  # also where the choices are numbers
     letters = [chr(ord("A") + number) for number in range(len(choices))]
     numbers = [str(number) for number in range(len(choices))]
     for names in (labels, choices, letters, numbers):

@@ -45,7 +45,7 @@ def _drops(metrics, scores):
     for name in scores:
         right, other, drop = (metrics[f"{name}_{which}"] for which in ("with_right", "with_other", "drop_other"))
         low, high = drop["interval"]
-        verb = "falls" if low > 0 else "rises" if high < 0 else "hardly changes,"
+        verb = "falls" if low > 0 else "rises" if high < 0 else "is not shown to change,"
         title = name.replace("_", " ").capitalize()
         yield (
             f"{title} {verb} from {right['value']:.3f} to {other['value']:.3f} with another picture "

@@ -1,21 +1,24 @@
 """WUPS: how near sets of answers are to each other, as DAQUAR is scored (Malinowski and Fritz 2014, section 4)."""
 
 import math
+import re
 
+from vora.eval.vqa_scores import normalised
 from vora.eval.wordnet import nouns
 
 THRESHOLDS = (0.9, 0.0)
+EDGES = re.compile(r"^(?:an?|the)\s+|[.!?]+$")
 
 
 def items_of(answer):
-    """`book, coffee_mug` to ["book", "coffee mug"]."""
-    items = (" ".join(item.lower().replace("_", " ").split()) for item in answer.split(","))
+    """`A book, coffee_mug.` to ["book", "coffee mug"]."""
+    items = (EDGES.sub("", " ".join(item.lower().replace("_", " ").split())) for item in answer.split(","))
     return [item for item in items if item]
 
 
 def word_similarity(first, second, threshold):
     """Wu-Palmer similarity of two words, a tenth of it below the threshold; of words that are no nouns, equality."""
-    if first == second:
+    if normalised(first) == normalised(second):  # never less than what is exact
         return 1.0
     similarity = nouns().similarity(first, second)
     return similarity if similarity >= threshold else 0.1 * similarity
