@@ -121,7 +121,7 @@ def test_imported_checkpoints_chat_and_merge(tmp_path, llm_folder):
     Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
     came = vora("import-reference", tmp_path / "theirs", "--llm", llm_folder, "-o", tmp_path / "ours")
     assert came.returncode == 0 and "vision LoRA" in came.stderr and "patch embedding" in came.stderr, came.stderr
-    merged = vora("merge", tmp_path / "ours", "-o", tmp_path / "merged", "--llm-out", tmp_path / "llm")
+    merged = vora("merge", tmp_path / "ours", "-o", tmp_path / "merged", "--llm-out", tmp_path / "language")
     assert merged.returncode == 0, merged.stderr
     answers = set()
     for folder in ("ours", "merged"):
@@ -193,6 +193,9 @@ def test_interrupted_run_saves_and_says_how_to_go_on(work):
         (["train", "{recipe}", "--out", "{run}"], "already holds a run"),
         (["merge", "{new}", "-o", "{new}"], "no recipe.yaml"),
         (["merge", "{run}", "-o", "{model}"], "is not empty"),
+        (["merge", "{run}", "-o", "{new}", "--eyes-out", "{model}"], "another --eyes-out"),
+        (["merge", "{run}", "-o", "{new}", "--llm-out", "{new}"], "name one folder twice"),
+        (["chat", "a [final] picture [/x].png", "-m", "{model}", "-q", "what?"], "[final] picture [/x].png"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_one_line(work, merged, llm_folder, tmp_path, arguments, wanted):

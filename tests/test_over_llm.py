@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import GRID, PATCH, logits_of, prompt
+from tiny import GRID, PATCH, SHAPE, logits_of, prompt
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from vora import VoraForConditionalGeneration
@@ -146,6 +147,15 @@ def test_numbers_beyond_the_precision_are_refused(llm_folder, tmp_path):
     parameter.data = torch.full_like(parameter.data, 1e6, dtype=torch.float32)
     with pytest.raises(ValueError, match="not finite in torch.float16"):
         save_eyes(with_lora, VoraProcessor.from_llm(str(llm_folder)), tmp_path)
+
+
+def test_a_random_row_for_the_image_token_tells_no_llms_apart():
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE | {"vocab_size": 129}))
+    before = digest_of(llm), digest_of(llm, 128)  # every second row is looked at, the last one too
+    llm.get_input_embeddings().weight.data[128].normal_()
+    assert digest_of(llm) != before[0] and digest_of(llm, 128) == before[1]
+    llm.get_input_embeddings().weight.data[126].normal_()
+    assert digest_of(llm, 128) != before[1]
 
 
 def test_the_mean_of_two_eyes_is_taken_tensor_by_tensor(tmp_path):

@@ -14,7 +14,7 @@ from vora.model.stretches import BY_STRETCH
 from vora.train.flops import Row, layer_sizes, row_flops, teacher_flops
 from vora.train.memory import Saved, step_memory, traced
 from vora.train.outline import SHAPES, config_of, outline
-from vora.train.plan import GPUS, plan, tokens_of_budget
+from vora.train.plan import GPUS, known_gpu, plan, tokens_of_budget
 from vora.train.recipe import load_recipe
 from vora.train.stages import with_scaffolding
 
@@ -260,8 +260,36 @@ def test_tokens_are_counted_in_data_that_is_here(tmp_path):
     found = plan(recipe_of(tmp_path, data=data), GPUS["l4"])
     assert found["tokens"]["counted_in"] == "data" and found["tokens"]["tokens_per_image"] == 36
     assert found["tokens"]["num_images"] == pytest.approx(found["tokens"]["samples_per_row"])
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": "red " * n}) + "\n" for n in range(1, 9)))
+    of_text = {"path": str(tmp_path / "text.jsonl"), "weight": 1}
+    data["sources"] = [{"path": str(tmp_path / "tr*.jsonl"), "weight": 3}, of_text]  # a pattern, and weights
+    mixed = plan(recipe_of(tmp_path, data=data), GPUS["l4"])["tokens"]
+    assert mixed["counted_in"] == "data" and mixed["tokens_per_image"] == 36
+    assert mixed["num_images"] == pytest.approx(0.75 * mixed["samples_per_row"], rel=0.02)
     missing = plan(recipe_of(tmp_path), GPUS["l4"])
     assert missing["tokens"]["counted_in"] == "budget" and "not here" in " ".join(missing["remarks"])
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("NVIDIA GeForce RTX 3090", "rtx3090"), ("NVIDIA RTX A6000", None), ("NVIDIA L40", None), ("NVIDIA L4", "l4"),
+     ("NVIDIA H100 80GB HBM3", "h100")],
+)  # fmt: skip
+def test_a_gpu_is_known_by_its_own_name(name, wanted):
+    found = known_gpu(name)
+    assert found is None if wanted is None else found == GPUS[wanted]
+
+
+def test_a_run_that_goes_on_from_another_is_planned_with_its_shape(tmp_path):
+    small_models(tmp_path)
+    first = recipe_of(tmp_path)
+    made, _ = outline(first)
+    (tmp_path / "runs" / "final").mkdir(parents=True)
+    made.config.save_pretrained(tmp_path / "runs" / "final")
+    (tmp_path / "runs" / "recipe.yaml").write_text("model: {}")
+    first.model.llm, first.model.vora = None, str(tmp_path / "runs")
+    _, remarks = outline(first)
+    assert not remarks
 
 
 def test_shapes_have_the_published_sizes():

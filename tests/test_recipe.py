@@ -108,6 +108,26 @@ def test_sources_start_in_the_data_folder(tmp_path):
     assert moved.data.sources[0].path == str(tmp_path / "a*.parquet")
 
 
+def test_powers_of_ten_are_numbers_and_patterns_are_text(tmp_path):
+    values = {"model": {"llm": "x"}, "data": {"sources": [{"path": "a.jsonl"}]}, "training": {"learning_rate": "1e-4"}}
+    recipe = load_recipe(values, ["data.sources.0.path=*.parquet"])
+    assert recipe.training["learning_rate"] == 1e-4 and recipe.data.sources[0].path.endswith("*.parquet")
+
+
+def test_a_pattern_is_sought_beside_the_recipe_and_then_here(tmp_path, monkeypatch):
+    for place in ("recipes/there", "here"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "a.jsonl").write_text("")
+    (tmp_path / "recipes" / "recipe.yaml").write_text("{model: {llm: x}, data: {sources: [{path: there/*.jsonl}]}}")
+    monkeypatch.chdir(tmp_path)
+    beside = load_recipe(tmp_path / "recipes" / "recipe.yaml")
+    assert beside.data.sources[0].path == str(tmp_path / "recipes" / "there" / "*.jsonl")
+    here = load_recipe(tmp_path / "recipes" / "recipe.yaml", ["data.sources.0.path=here/*.jsonl"])
+    assert here.data.sources[0].path == str(tmp_path / "here" / "*.jsonl")
+    folder = load_recipe(tmp_path / "recipes" / "recipe.yaml", ["data.folder=there"])
+    assert folder.data.folder == str(tmp_path / "recipes" / "there")  # where evaluations look too
+
+
 def test_folders_beside_a_recipe_take_no_known_name(tmp_path):
     for name in ("smollm2-135m", "easy-vqa", "mine"):
         (tmp_path / name).mkdir()

@@ -273,6 +273,18 @@ def test_class_labels_are_names(tmp_path):
         assert [source[i].conversations[0][1]["content"] for i in range(2)] == ["ass", "ox"]
 
 
+def test_a_withheld_class_label_is_no_class(tmp_path):
+    features = datasets.Features(
+        {"question": datasets.Value("string"), "answer": datasets.ClassLabel(names=["a", "b"])}
+    )
+    dataset = datasets.Dataset.from_dict({"question": ["a?", "b?"], "answer": [1, -1]}, features=features)
+    dataset.to_parquet(tmp_path / "test.parquet")
+    source = opened(tmp_path / "test.parquet")
+    assert source[0].conversations[0][1]["content"] == "b"
+    with pytest.raises(ValueError, match="fit none of the layouts"):
+        source[1]
+
+
 def test_splits_are_found_wherever_they_are_named(tmp_path):
     row = json.dumps({"question": "what?", "answer": "x"}) + "\n"
     (tmp_path / "nlvr_train.jsonl").write_text(row * 5)

@@ -172,6 +172,38 @@ def test_gradient_accumulation_equals_one_large_batch(recipe, tmp_path, balance)
     assert first[0] == pytest.approx(every, rel=0.3)  # divided by the weights: label tokens would make it far smaller
 
 
+def test_a_longer_run_hides_its_first_end_and_keeps_the_planned_steps(recipe, tmp_path):
+    run(recipe(max_steps=4, save_steps=2), tmp_path / "run")
+
+    class StopAt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedError):
+        run(recipe(max_steps=9, save_steps=2), tmp_path / "run", resume=True, callbacks=[StopAt()])
+    assert trained_folder(tmp_path / "run").name in ("checkpoint-6", "checkpoint-7")
+    planned = recipe(save_steps=2)  # max_steps 6, which the checkpoint knows better
+    planned.max_minutes = 10.0
+    assert run(planned, tmp_path / "run", resume=True).state.global_step == 9
+
+
+def test_micro_batches_of_text_alone_do_not_raise_the_loss(recipe, tmp_path, data_file):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": "blue red green " * 9}) + "\n" for _ in range(8)))
+
+    def mixed(**training):
+        values = recipe(max_steps=3, learning_rate=0.0, **training).model_dump()
+        values["teacher"], values["lora"]["keep_text"] = None, 1.0
+        values["data"]["sources"] = [{"path": data_file, "weight": 1}, {"path": str(texts), "weight": 1}]
+        return load_recipe(values)
+
+    run(mixed(per_device_train_batch_size=8), tmp_path / "one")
+    run(mixed(per_device_train_batch_size=1, gradient_accumulation_steps=8), tmp_path / "eight")
+    first, second = ([line["lm_loss"] for line in read_log(tmp_path / n / "log.jsonl")] for n in ("one", "eight"))
+    assert first == pytest.approx(second, rel=1e-4)
+
+
 def test_stage_two_trains_everything_and_saves_a_model(recipe, llm_folder, tmp_path):
     run(recipe(), tmp_path / "one")
     model, processor = merge_run(tmp_path / "one")

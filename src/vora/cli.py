@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     name="vora",
@@ -132,7 +133,7 @@ def plan(
         return
     console.print(tables(found))
     for remark in found["remarks"]:
-        console.print(f"* {remark}", highlight=False)
+        console.print(f"* {remark}", highlight=False, markup=False)
 
 
 @app.command(name="eval")
@@ -213,7 +214,7 @@ def _print_report(report, out):
 
     console.print(metrics_table(report))
     if "verdict" in report:
-        console.print(report["verdict"], highlight=False)
+        console.print(report["verdict"], highlight=False, markup=False)
     console.print(f"Report: {out}")
 
 
@@ -230,8 +231,12 @@ def merge(
 
     if eyes_out is not None:
         refuse_without_eyes(run)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: choose another --out, so that nothing is overwritten.")
+    places = {name: path for name, path in (("--out", out), ("--llm-out", llm_out), ("--eyes-out", eyes_out)) if path}
+    for name, path in places.items():
+        if path.exists() and any(path.iterdir()):
+            raise ValueError(f"{path} is not empty: choose another {name}, so that nothing is overwritten.")
+    if len({path.resolve() for path in places.values()}) < len(places):
+        raise ValueError(f"{', '.join(places)} name one folder twice: each needs its own.")
     model, processor = merge_run(run, llm)
     model.save_pretrained(out)
     if processor is not None:
@@ -309,7 +314,7 @@ def chat(
             try:
                 pending.append(read_image(text[1:].strip()))
             except ValueError as error:
-                console.print(f"[red]{error}[/red]")
+                console.print(f"[red]{escape(str(error))}[/red]")
             continue
         _print_answer(conversation, text, pending)
         pending = []
@@ -349,8 +354,9 @@ def inspect(
     found = inspect_picture(learner, processor, picture, question, answer, pairs, max_new_tokens)
     write_inspection(out, found, processor.image_processor, image, name, [remark] if remark else [])
     if remark:
-        console.print(remark, highlight=False)
-    console.print(f"{found.answer}\nPage: {out}, picture: {out.with_suffix('.png')}", highlight=False)
+        console.print(remark, highlight=False, markup=False)
+    told = f"{found.answer}\nPage: {out}, picture: {out.with_suffix('.png')}"
+    console.print(told, highlight=False, markup=False)
 
 
 def _opened(name, teacher, min_image_tokens, max_image_tokens):
@@ -392,7 +398,7 @@ def main():
     try:
         app()
     except InterruptedError as stop:
-        console.print(str(stop), highlight=False)
+        console.print(str(stop), highlight=False, markup=False)
         sys.exit(130)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -402,7 +408,8 @@ def main():
         known = isinstance(error, (ValueError, OSError, ArithmeticError))
         name = "" if known else f"{type(error).__name__}: "
         tail = "" if known else " (VORA_TRACEBACK=1 shows where)"
-        console.print(f"[bold red]error:[/bold red] {name}{' '.join(str(error).split())}{tail}", highlight=False)
+        told = escape(f"{name}{' '.join(str(error).split())}{tail}")
+        console.print(f"[bold red]error:[/bold red] {told}", highlight=False)
         sys.exit(1)
 
 

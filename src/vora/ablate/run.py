@@ -9,6 +9,8 @@ import json
 import shlex
 from pathlib import Path
 
+from rich.markup import escape
+
 from vora.ablate.cells import (
     base_of,
     failure_of,
@@ -70,7 +72,7 @@ def ablate(spec_file, out, overrides, console):
         except InterruptedError as stop:
             raise InterruptedError(f"{str(stop).partition(' Go on')[0]} Go on with: {command}") from None
         except Exception as error:  # whatever it was, the other cells are worth having
-            console.print(f"[red]{cell.name} failed:[/red] {note_failure(cell, error)}", highlight=False)
+            console.print(f"[red]{cell.name} failed:[/red] {escape(str(note_failure(cell, error)))}", highlight=False)
         if not done and number < len(cells):
             free_memory()
             draw(spec, cells, out, spec_file.stem, command)  # what there is so far, for those who look meanwhile

@@ -59,7 +59,7 @@ def load_over_llm(folder, dtype=None, llm=None):
             raise ValueError(
                 f"{folder} grew on an LLM with {field} {wanted}, but {name} has {has}: it is another LLM."
             )
-    if getattr(config, "llm_digest", None) not in (None, digest_of(llm)):
+    if getattr(config, "llm_digest", None) not in (None, digest_of(llm, config.image_token_id)):
         raise ValueError(
             f"{folder} grew on an LLM of {name}'s shape, but of other weights, such as a fine-tune of it: put it over "
             f"that one with `vora merge {folder} --llm LLM -o OUT`."
@@ -117,20 +117,28 @@ def named_llm(folder):
 
 
 @torch.no_grad()
-def digest_of(llm):
+def digest_of(llm, image_token_id=None):
     """Tells LLMs of one shape apart, with LoRA on or without: 16 hexadecimal digits of word embeddings and of the
-    first matrix of each block, some rows of them. Whether an LLM is loaded in bf16 or in fp32 makes no difference.
+    first matrix of each block, some rows of them. Whether an LLM is loaded in bf16 or in fp32 makes no difference. The
+    row that an LLM grew by for its image token is random, and left out.
 
     Args:
         llm: a causal LM, or a VoRA model around one.
+        image_token_id: of a causal LM that is to get eyes; a VoRA model knows its own.
     """
+    if image_token_id is None:
+        image_token_id = getattr(llm.config, "image_token_id", None)
     depth = llm.config.get_text_config().num_hidden_layers
     blocks = next(m for m in llm.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
     matrices = [next(m for m in block.modules() if isinstance(m, (nn.Linear, Conv1D))).weight for block in blocks]
     digest = hashlib.sha256()
-    for weight in (llm.get_input_embeddings().weight, *matrices):
-        rows = weight[:: max(1, len(weight) // 64)].to("cpu", torch.bfloat16)
-        digest.update(rows.contiguous().view(torch.int16).numpy().tobytes())
+    words = llm.get_input_embeddings().weight
+    for weight in (words, *matrices):
+        step = max(1, len(weight) // 64)
+        rows = weight[::step]
+        if weight is words and image_token_id == len(words) - 1 and image_token_id % step == 0:
+            rows = rows[:-1]
+        digest.update(rows.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -127,7 +127,7 @@ def load_reference(checkpoint, llm):
         raise ValueError(f"{folder} has {position.shape[-2]} positions, which make no square grid.")
     vora_config = VoraConfig(
         text_config=text_config,
-        image_token_id=image_token_of(llm, text_config.vocab_size),
+        image_token_id=image_token_of(llm, checkpoint, text_config.vocab_size),
         patch_size=patch.shape[-1],
         image_size=grid * patch.shape[-1],
         num_channels=patch.shape[1],
@@ -263,10 +263,10 @@ def text_config_with_biases(llm_config, kinds):
     return LlamaConfig(**{**shared, "attention_bias": "self_attn" in kinds, "mlp_bias": "mlp" in kinds})
 
 
-def image_token_of(llm, vocab_size):
-    """Id of the image token: the tokenizer's own or a spare one, else the last row of the vocabulary, which padded
-    vocabularies leave unused."""
-    tokenizer = tokenizer_of(llm)
+def image_token_of(llm, checkpoint, vocab_size):
+    """Id of the image token: that of the LLM's tokenizer, or else the checkpoint's, its own or a spare one; without
+    any, the last row of the vocabulary, which padded vocabularies leave unused."""
+    tokenizer = tokenizer_of(llm) or tokenizer_of(checkpoint)
     if tokenizer is None:
         return vocab_size - 1
     return min(choose_image_token(tokenizer)[1], vocab_size - 1)

@@ -195,7 +195,8 @@ def _named_classes(table):
     for column, feature in features.items():
         if column in table.column_names and isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
             numbers = table.column(column).to_pylist()
-            names = [None if number is None else feature["names"][number] for number in numbers]
+            known = feature["names"]  # a label that is withheld is -1
+            names = [known[n] if n is not None and 0 <= n < len(known) else None for n in numbers]
             table = table.set_column(table.column_names.index(column), column, pa.array(names, pa.string()))
     return table
 

@@ -63,6 +63,9 @@ class Blocks(IterableDataset):
         }
 
 
+PER_SAMPLE = ("mean_labels", "mean_images", "mean_image_tokens")
+
+
 def survey(rows, names, num_workers=0, progress=None):
     """Read every record of a mixture once.
 
@@ -79,6 +82,7 @@ def survey(rows, names, num_workers=0, progress=None):
     start, maker = time.monotonic(), rows.maker
     lengths = [np.zeros(len(source), np.int32) for source in maker.sources]  # 0: bad
     measures = {name: array("i") for name in ("num_labels", "num_conversations", "image_tokens", "width", "height")}
+    totals = np.zeros((len(maker.sources), 3))  # labels, images and image tokens of each source
     bad = [[] for _ in maker.sources]
     loader = DataLoader(Blocks(maker), batch_size=None, num_workers=num_workers, collate_fn=as_it_is)
     for source, first, block in loader:
@@ -87,6 +91,7 @@ def survey(rows, names, num_workers=0, progress=None):
                 bad[source].append({"record": found["name"], "cause": found["cause"]})
                 continue
             lengths[source][row] = found["num_tokens"]
+            totals[source] += found["num_labels"], len(found["image_tokens"]), sum(found["image_tokens"])
             measures["num_labels"].append(found["num_labels"])
             measures["num_conversations"].append(found["num_conversations"])
             measures["image_tokens"].extend(found["image_tokens"])
@@ -122,8 +127,9 @@ def survey(rows, names, num_workers=0, progress=None):
                 "share_of_samples": count / max(counts.sum(), 1),
                 "share_of_tokens": total / max(tokens.sum(), 1),
                 "mean_tokens": float(one[one > 0].mean()) if (one > 0).any() else None,
+                **dict(zip(PER_SAMPLE, (sums / max((one > 0).sum(), 1)).tolist())),
             }
-            for name, one, its_bad, count, total in zip(names, lengths, bad, counts, tokens)
+            for name, one, its_bad, count, total, sums in zip(names, lengths, bad, counts, tokens, totals)
         ],
         "token_histogram": {
             "edges": [float(edge) for edge in edges],

@@ -53,8 +53,12 @@ def _dequantized(alias):
             whole = Path(scratch) / "whole"
             load_tokenizer(source).save_pretrained(whole)
             load_llm(source).save_pretrained(whole)
-            shutil.rmtree(folder, ignore_errors=True)
-            whole.rename(folder)
+            try:
+                whole.rename(folder)
+            except OSError:  # another process was sooner, or something unfinished is in the way
+                if not (folder / "config.json").exists():
+                    shutil.rmtree(folder, ignore_errors=True)
+                    whole.rename(folder)
     return str(folder)
 
 

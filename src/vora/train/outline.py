@@ -15,6 +15,7 @@ from vora.model.configuration_vora import VoraConfig
 from vora.model.from_llm import ALIASES, resolve_llm
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.train.checkpoints import trained_folder
 from vora.train.recipe import load_recipe
 from vora.train.stages import teacher_dtype, with_scaffolding
 
@@ -44,10 +45,11 @@ def outline(recipe, beside=None):
         with torch.device("meta"):
             vit = AutoModel.from_config(getattr(vit_config, "vision_config", vit_config), dtype=teacher_dtype(recipe))
             teacher = Teacher(vit)
-    if model.vora is None:
+    folder = model.vora and trained_folder(model.vora)  # of a run, what it saved
+    if folder is None:
         student = fresh_student(recipe, teacher)
-    elif (Path(model.vora) / "config.json").exists():
-        config = VoraConfig.from_pretrained(model.vora)
+    elif (folder / "config.json").exists():
+        config = VoraConfig.from_pretrained(folder)
         with torch.device("meta"):
             student = VoraForConditionalGeneration(config).to(getattr(torch, model.dtype))
     else:
@@ -70,7 +72,7 @@ def refuse_encoder(recipe):
     Raises:
         ValueError: says what can be planned instead.
     """
-    folder = recipe.model.vora
+    folder = recipe.model.vora and trained_folder(recipe.model.vora)
     is_saved = folder is not None and Path(folder, "config.json").is_file()
     has_encoder = is_saved and AutoConfig.from_pretrained(folder).model_type == "vora_llava"
     if recipe.model.encoder is not None or has_encoder:

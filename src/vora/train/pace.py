@@ -38,23 +38,34 @@ def seconds_per_step(learner, rows, iterator, arguments):
         rows: the `PackedRows` that collates.
         iterator: yields its rows.
     """
+    device = arguments.device
+    learner.to(device).train()  # models come in eval mode, in which no block is recomputed or compiled
     trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)  # all the work, to no effect
     if learner.distillation is not None:
         learner.distillation.eval()  # its means stay; all else trains, for only then are blocks recomputed or compiled
     for step in range(NUM_WARMING + NUM_TIMED):
         if step == NUM_WARMING:
+            _wait_for(device)
             start = time.perf_counter()
         for _ in range(arguments.gradient_accumulation_steps):
             batch = rows.collate([next(iterator) for _ in range(arguments.per_device_train_batch_size)])
-            with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
+            batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+            with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
                 loss = learner(**batch)["loss"]
             loss.backward()
         nn.utils.clip_grad_norm_(trained, arguments.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+    _wait_for(device)
+    seconds = (time.perf_counter() - start) / NUM_TIMED
     learner.train()
-    return (time.perf_counter() - start) / NUM_TIMED
+    return seconds
+
+
+def _wait_for(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def steps_that_fit(learner, rows, arguments, minutes, num_image_only_steps):

@@ -2,8 +2,10 @@
 
 import math
 import platform
+import re
 import time
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
 import torch
@@ -170,7 +172,7 @@ def step_settings(recipe):
 
 def tokens_of_data(recipe, max_samples, remarks):
     """Tokens of the recipe's samples, counted in its data; None where it is not on this machine."""
-    if not all(Path(source.path.partition("*")[0] or ".").exists() for source in recipe.data.sources):
+    if not all(Path(source.path).exists() or glob(source.path, recursive=True) for source in recipe.data.sources):
         return None
     recipe = recipe.model_copy(deep=True)
     for source in recipe.data.sources:
@@ -187,18 +189,23 @@ def tokens_of_data(recipe, max_samples, remarks):
     if not summary["num_samples"]:
         remarks.append(f"all of the first {max_samples} samples of each source are bad")
         return None
-    per_sample = summary["tokens_per_sample"]["mean"]
+    used = [source for source in summary["sources"] if source["num_samples"]]
+
+    def mean(name):
+        """Over the samples of the mixture, in which sources have their weights."""
+        return sum(source["share_of_samples"] * source[name] for source in used)
+
+    per_sample, images = mean("mean_tokens"), mean("mean_images")
     num_samples, filled = summary["num_samples"], summary["packing_efficiency"] * recipe.data.row_tokens
     per_row = filled / per_sample
-    images = summary["num_images"] / num_samples
     remarks.append(f"tokens were counted in the first {num_samples:,} samples of the data")
     return {
         "counted_in": "data",
         "per_sample": per_sample,
         "samples_per_row": per_row,
         "num_images": per_row * images,
-        "tokens_per_image": summary["image_tokens_per_image"].get("mean", 0.0),
-        "num_labels": per_row * summary["label_tokens_per_sample"]["mean"],
+        "tokens_per_image": mean("mean_image_tokens") / images if images else 0.0,
+        "num_labels": per_row * mean("mean_labels"),
     }
 
 
@@ -297,11 +304,22 @@ def device_at_hand(bf16=False):
     """
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
-        known = next((gpu for key, gpu in GPUS.items() if gpu.name.split()[0] in found.name), None)
-        return Device(found.name, known.flops if known else matmul_flops("cuda", torch.bfloat16), found.total_memory)
+        known = known_gpu(found.name)
+        if known is None:
+            return Device(found.name, matmul_flops("cuda", torch.bfloat16), found.total_memory)
+        return Device(found.name, known.flops, found.total_memory, known.link)
     pages = Path("/proc/meminfo")
     total = 1024 * int(pages.read_text().split()[1]) if pages.exists() else 16e9
     return Device("cpu", matmul_flops("cpu", torch.bfloat16 if bf16 else torch.float32), total)
+
+
+def known_gpu(name):
+    """Of `GPUS` the one that CUDA calls so, or None; an RTX is told by its number."""
+
+    def mark(gpu):
+        return gpu.name if gpu.name.startswith("RTX") else gpu.name.split()[0]
+
+    return next((gpu for gpu in GPUS.values() if re.search(rf"\b{re.escape(mark(gpu))}\b", name)), None)
 
 
 def matmul_flops(device, dtype):

@@ -1,7 +1,9 @@
 """The recipe of a run: strict YAML, in which an unknown key is an error that names the nearest known one."""
 
 import difflib
+import re
 from dataclasses import fields
+from glob import glob
 from pathlib import Path
 from typing import Literal
 
@@ -186,6 +188,7 @@ class Recipe(Section):
         for key in self.training:
             if key not in known or key == "output_dir":
                 raise ValueError(f"training.{key} is not a field of TrainingArguments{_nearest(key, known)}")
+        self.training = {key: _number_or(value) for key, value in self.training.items()}
         return self
 
     @model_validator(mode="after")
@@ -295,8 +298,17 @@ def read_yaml(path):
     return values
 
 
+def _number_or(value):
+    """YAML 1.1 reads 1e-3 as text."""
+    is_power = isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value)
+    return float(value) if is_power else value
+
+
 def _yaml_value(text):
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:  # such as *.parquet, which YAML takes for an alias
+        return text
     if isinstance(value, str):
         try:
             return float(value)  # YAML 1.1 reads 1e-3 as text
@@ -335,15 +347,21 @@ def _resolve_paths(recipe, folder):
             return text
         return str((folder / text).resolve()) if text and len(text) < 200 and (folder / text).exists() else text
 
+    def pattern_beside(text):
+        there, here = str(folder.resolve() / text), str(Path(text).resolve())
+        return here if glob(here, recursive=True) and not glob(there, recursive=True) else there
+
     named = [(recipe.model, "llm"), (recipe.model, "vora"), (recipe.model, "encoder"), (recipe.teacher, "name")]
     for section, key in named:
         if section is not None:
             setattr(section, key, beside(getattr(section, key)))
+    if recipe.data.folder is not None:
+        recipe.data.folder = str(Path(beside(recipe.data.folder)).resolve())  # evaluations start there too
     for entry in recipe.data.sources:
         if recipe.data.folder is not None:
-            entry.path = str(Path(beside(recipe.data.folder), entry.path).resolve())
-        pattern = any(mark in entry.path for mark in "*?[")
-        entry.path = str(folder.resolve() / entry.path) if pattern else beside(entry.path)
+            entry.path = str(Path(recipe.data.folder, entry.path))
+        is_pattern = any(mark in entry.path for mark in "*?[")
+        entry.path = pattern_beside(entry.path) if is_pattern else beside(entry.path)
         entry.image_folder = beside(entry.image_folder)
     for entry in recipe.watch:
         entry.image = beside(entry.image)

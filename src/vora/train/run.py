@@ -11,6 +11,7 @@ RUN/loss.png, report.md            the losses, and the run in short
 
 import json
 import platform
+import shutil
 import signal
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from vora.data.sources import load_source
 from vora.data.stream import PackedRows
@@ -141,10 +142,13 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
         energy = TextEnergy(moments_of_text(learner.to(arguments.device), rows))
     if recipe.max_minutes is not None:
         recipe = recipe.model_copy(deep=True)
-        steps = steps_that_fit(
-            learner, rows, arguments, recipe.max_minutes, recipe.teacher.image_only_steps if recipe.teacher else 0
-        )
-        arguments.max_steps = fewest_of_processes(steps, arguments)
+        if checkpoint is not None:  # planned when it began: another number would be another schedule
+            arguments.max_steps = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).max_steps
+        else:
+            steps = steps_that_fit(
+                learner, rows, arguments, recipe.max_minutes, recipe.teacher.image_only_steps if recipe.teacher else 0
+            )
+            arguments.max_steps = fewest_of_processes(steps, arguments)
         recipe.training["max_steps"], recipe.max_minutes = arguments.max_steps, None  # what a resumed run repeats
     directory.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, directory / "recipe.yaml")
@@ -176,6 +180,8 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
         if checkpoint is not None and last_step(checkpoint) >= arguments.max_steps:
             trainer.take_up(checkpoint)  # killed after its last step: the Trainer would do one more
         else:
+            if trainer.is_world_process_zero():  # of fewer steps, whose checkpoint has the same weights
+                shutil.rmtree(directory / "final", ignore_errors=True)
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         stop.release()

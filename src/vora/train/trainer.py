@@ -18,7 +18,6 @@ from vora.data.stream import PackedBatches
 from vora.distill.learner import LOSSES
 from vora.train.text_energy import refuse_spread_pairs
 
-OF_WHOLE_STEP = ("lm_loss", "answer_loss")  # divided by what the micro-batches of a step have together
 ON_HOST = ("image_grid_thw", "num_samples", "pictures_alone")  # of a batch: what only the host asks
 DATA_FILE = "data_position_{}.json"  # one per process
 PART_MARKS = {"patch_embedding": "patch_embedding", "heads": "distillation.heads", "lora_b": "lora_B"}
@@ -101,11 +100,16 @@ class VoraTrainer(Trainer):
 
     def _note(self, losses, inputs):
         """Add a micro-batch to what the next log line reports; stays on the device."""
+        learned = "answer_loss" if "answer_loss" in losses else "lm_loss"  # divided by what the step has together
         for name in (*LOSSES, "pair_losses"):
             if name in losses:
-                total, count = self._terms.get(name, (0.0, 0))
-                scale = self.current_gradient_accumulation_steps if name in OF_WHOLE_STEP else 1
-                self._terms[name] = (total + scale * losses[name].detach(), count + 1)
+                total, counted = self._terms.get(name, (0.0, set()))
+                value = losses[name].detach()
+                if name == "lm_loss" and name != learned:  # divided by the step's micro-batches
+                    value = value * self.current_gradient_accumulation_steps
+                # a step's micro-batches add up to one value, also where some of them have none
+                counted.add(self.state.global_step if name == learned else len(counted))
+                self._terms[name] = (total + value, counted)
         self.num_samples_seen += int(inputs["num_samples"])
         self._tokens += inputs["input_ids"].numel()
         if inputs["input_ids"].device.type == "cpu":  # elsewhere it would wait for the device: see log
@@ -114,8 +118,8 @@ class VoraTrainer(Trainer):
     def log(self, logs, start_time=None):
         """Adds the named losses, as means since the last line, and the speed."""
         if "loss" in logs and self._terms:
-            for name, (total, count) in self._terms.items():
-                value = total / count
+            for name, (total, counted) in self._terms.items():
+                value = total / len(counted)
                 if name == "pair_losses":
                     pairs = self.accelerator.unwrap_model(self.model).distillation.pairs
                     logs |= {f"pair_{s}_{t}": loss for (s, t), loss in zip(pairs, value.tolist())}

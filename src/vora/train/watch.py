@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 from transformers import TrainerCallback
 
 from vora.model.image_processing_vora import read_image
@@ -29,7 +30,8 @@ class WatchCallback(TrainerCallback):
         with self.log_file.open("a") as file:
             file.write(json.dumps({"step": state.global_step, "answers": answers}) + "\n")
         for (_, entry), answer in zip(self.watched, answers):
-            self.console.print(f"  {Path(entry.image).name}: {entry.question} [bold]{answer}[/bold]")
+            asked = escape(f"{Path(entry.image).name}: {entry.question}")  # a model may say [/INST]
+            self.console.print(f"  {asked} [bold]{escape(answer)}[/bold]")
 
     @torch.inference_mode()
     def answer(self, model, image, question, max_new_tokens=24):
