@@ -309,12 +309,7 @@ def _yaml_value(text):
         value = yaml.safe_load(text)
     except yaml.YAMLError:  # such as *.parquet, which YAML takes for an alias
         return text
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-3 as text
-        except ValueError:
-            pass
-    return value
+    return _number_or(value)
 
 
 def _explain(section, error):

@@ -104,6 +104,7 @@ class CardCallback(TrainerCallback):
         if state.is_world_process_zero:
             folder = newest_checkpoint(self.directory)
             write_run_card(folder, self.directory, state.global_step, asks_hub=False)  # the last card does
+            shutil.rmtree(Path(self.directory, "final"), ignore_errors=True)  # of a shorter run: older now
 
 
 def train(recipe, run_directory, resume=False, console=None, callbacks=()):
@@ -180,8 +181,6 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
         if checkpoint is not None and last_step(checkpoint) >= arguments.max_steps:
             trainer.take_up(checkpoint)  # killed after its last step: the Trainer would do one more
         else:
-            if trainer.is_world_process_zero():  # of fewer steps, whose checkpoint has the same weights
-                shutil.rmtree(directory / "final", ignore_errors=True)
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         stop.release()
