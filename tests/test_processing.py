@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, processors
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerFast
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from vora import VoraForConditionalGeneration, VoraImageProcessor, VoraProcessor
 from vora.model.image_processing_vora import fit_grid, read_image
@@ -171,6 +178,26 @@ def test_labels_are_the_assistants_words_and_the_end_of_turn(processor):
     assert sample["pixel_values"].shape == (13, 48)
 
 
+def test_a_turn_ends_where_the_template_ends_it():
+    """Qwen2.5's base models end texts with <|endoftext|>, and turns with <|im_end|>."""
+    processor = VoraProcessor.from_llm(tiny_tokenizer(eos_token="<|endoftext|>"), **EYES)
+    tokenizer = processor.tokenizer
+    assert tokenizer.convert_ids_to_tokens(processor.end_ids) == ["<|endoftext|>", "<|im_end|>"]
+    assert spoken(processor, processor.training_sample(CONVERSATION)) == ["red<|im_end|>", "no, none<|im_end|>"]
+    model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=[5, 0]))
+    processor.end_turns_of(model)
+    assert model.generation_config.eos_token_id == sorted({5, *processor.end_ids})
+
+
+def test_a_turn_that_no_special_token_ends_is_spoken_whole():
+    bare = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    processor = VoraProcessor.from_llm(tiny_tokenizer(chat_template=bare), **EYES)
+    assert processor.end_ids == [processor.tokenizer.eos_token_id]
+    model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=None))
+    processor.end_turns_of(model)
+    assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+
+
 @pytest.mark.parametrize("turn", [2, 4])
 def test_training_follows_the_very_tokens_of_generation(processor, turn):
     sample = processor.training_sample(CONVERSATION[: turn + 1])
@@ -262,6 +289,7 @@ def test_the_processor_saves_and_loads(tmp_path):
 
 ELSEWHERE = """
 import sys
+from types import SimpleNamespace
 import numpy, torch
 from PIL import Image
 from transformers import (

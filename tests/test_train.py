@@ -20,6 +20,7 @@ from vora.data.sources import load_source
 from vora.data.stream import PackedRows
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
+from vora.serve.chat import load_model
 from vora.train.checkpoints import trained_folder
 from vora.train.outline import outline
 from vora.train.pace import precision_overrides, steps_that_fit
@@ -237,6 +238,23 @@ def test_only_the_stage_s_parts_train(recipe):
     learner.vora.lm_head.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="should train none of the LLM"):
         check_trainable(learner, "pretrain")
+
+
+def test_answers_end_with_the_turn_though_texts_of_the_llm_end_otherwise(recipe, llm_folder, tmp_path):
+    """As of Qwen2.5's base models, whose eos_token is not what their chat template ends a turn with."""
+    folder = shutil.copytree(llm_folder, tmp_path / "base")
+    tokenizer = tiny.tiny_tokenizer(eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
+    wanted = recipe(max_steps=3)
+    wanted.model.llm = str(folder)
+    run(wanted, tmp_path / "run")
+    model, processor = merge_run(tmp_path / "run")
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert model.generation_config.eos_token_id == ends == model.to_llm().generation_config.eos_token_id
+    model.save_pretrained(tmp_path / "out")
+    processor.save_pretrained(tmp_path / "out")
+    assert load_model(str(tmp_path / "out"))[0].generation_config.eos_token_id == ends
 
 
 def test_a_deeper_teacher_is_refused_or_spread(recipe, tmp_path):

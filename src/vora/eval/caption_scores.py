@@ -41,6 +41,40 @@ def ngrams_of(words):
     return [Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)) for n in range(1, LONGEST + 1)]
 
 
+class CiderD:
+    """CIDEr-D against the references of a corpus, over which is counted how much an n-gram says.
+
+    Args:
+        references: list of N lists of references, one list per picture; each reference a list of words.
+    """
+
+    def __init__(self, references):
+        seen_in, self.log_pictures = Counter(), math.log(max(1, len(references)))
+        for row in references:
+            seen_in.update({ngram for words in row for counts in ngrams_of(words) for ngram in counts})
+        self.log_seen_in = {ngram: math.log(count) for ngram, count in seen_in.items()}
+
+    def scores(self, captions, references):
+        """CIDEr-D of captions of one picture: float[M], 0 to 10.
+
+        Args:
+            captions: list of M lists of words.
+            references: of the picture, as above.
+        """
+        wanted = [self._weighted(ngrams_of(words)) for words in references]
+        told = [self._weighted(ngrams_of(words)) for words in captions]
+        return np.array([SCALE * np.mean([_similarity(one, other) for other in wanted]) for one in told])
+
+    def _weighted(self, counts):
+        """Per n the n-grams' weights and their norm; and the number of bigrams."""
+        vectors = [
+            {ngram: count * (self.log_pictures - self.log_seen_in.get(ngram, 0.0)) for ngram, count in one.items()}
+            for one in counts
+        ]
+        norms = [math.sqrt(sum(weight**2 for weight in vector.values())) for vector in vectors]
+        return vectors, norms, sum(counts[1].values())
+
+
 def cider_d(captions, references):
     """CIDEr-D of each caption; their mean is the corpus's.
 
@@ -52,26 +86,9 @@ def cider_d(captions, references):
     Returns:
         float[N], 0 to 10.
     """
-    told = [ngrams_of(words_of(caption)) for caption in captions]
-    wanted = [[ngrams_of(words_of(reference)) for reference in row] for row in references]
-    seen_in = Counter()
-    for row in wanted:
-        seen_in.update({ngram for reference in row for counts in reference for ngram in counts})
-    log_pictures = math.log(max(1, len(captions)))
-
-    def weighted(counts):
-        vectors = [
-            {ngram: count * (log_pictures - math.log(max(1, seen_in[ngram]))) for ngram, count in one.items()}
-            for one in counts
-        ]
-        norms = [math.sqrt(sum(weight**2 for weight in vector.values())) for vector in vectors]
-        return vectors, norms, sum(counts[1].values())
-
-    scores = np.zeros(len(captions))
-    for index, (counts, row) in enumerate(zip(told, wanted)):
-        hypothesis = weighted(counts)
-        scores[index] = SCALE * np.mean([_similarity(hypothesis, weighted(reference)) for reference in row])
-    return scores
+    wanted = [[words_of(reference) for reference in row] for row in references]
+    corpus = CiderD(wanted)
+    return np.array([corpus.scores([words_of(caption)], row)[0] for caption, row in zip(captions, wanted)])
 
 
 def _similarity(told, wanted):

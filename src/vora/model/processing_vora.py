@@ -161,7 +161,7 @@ class VoraProcessor(ProcessorMixin):
             ValueError: the template does not render turns one after the other, no assistant speaks, or placeholders
                 and images do not match.
         """
-        messages, ids, labels, done = _videos_as_images(messages), [], [], ""
+        messages, ids, labels, done, ends = _videos_as_images(messages), [], [], "", self.end_ids
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -177,7 +177,7 @@ class VoraProcessor(ProcessorMixin):
             asked = self._ids_after(ids, done, prompt)
             spoken = self._ids_after(ids + asked, prompt, whole)
             ids += asked + spoken
-            labels += [-100] * len(asked) + self._labels_of(spoken)
+            labels += [-100] * len(asked) + self._labels_of(spoken, ends)
             done = whole
         if not ids:
             raise ValueError("The conversation has no assistant turn, so there is nothing to learn from it.")
@@ -222,11 +222,33 @@ class VoraProcessor(ProcessorMixin):
         # a token would reach across the border, where generation starts anew
         return self.tokenizer(text[len(beginning) :], add_special_tokens=False)["input_ids"]
 
-    def _labels_of(self, ids):
+    @property
+    def end_ids(self):
+        """Tokens that end an assistant's turn, a sorted list: the tokenizer's own, and the special token that the chat
+        template writes after an answer, which is another one in base models such as Qwen2.5's."""
+        tokenizer, answer = self.tokenizer, "yes"
+        ends = {tokenizer.eos_token_id} - {None}
+        messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": answer}]
+        try:
+            told = self.apply_chat_template(messages)
+        except Exception:  # a template may raise what it likes, and still render what has no answer yet
+            return sorted(ends)
+        after = tokenizer(told.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+        special = [id for id in after if tokenizer.decode([id], skip_special_tokens=True) == ""]
+        return sorted(ends | set(special[:1]))
+
+    def end_turns_of(self, model):
+        """Let the answers of a model end where this chat template ends a turn."""
+        known = model.generation_config.eos_token_id
+        known = known if isinstance(known, list) else [known]
+        ends = sorted({*self.end_ids, *known} - {None})
+        model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
+
+    @staticmethod
+    def _labels_of(ids, ends):
         """An assistant's turn up to its end-of-turn token; what the template puts after it is not spoken."""
-        end = self.tokenizer.eos_token_id
-        spoken = len(ids) - ids[::-1].index(end) if end in ids else len(ids)
-        return ids[:spoken] + [-100] * (len(ids) - spoken)
+        last = max((place for place, id in enumerate(ids) if id in ends), default=len(ids) - 1)
+        return ids[: last + 1] + [-100] * (len(ids) - last - 1)
 
     @staticmethod
     def _images_of(message):

@@ -55,6 +55,7 @@ def load_model(name, min_image_tokens=None, max_image_tokens=None):
         ) from None
     processor = processor or processor_over_llm(name)
     processor.image_processor.set_budget(min_image_tokens, max_image_tokens)
+    processor.end_turns_of(model)
     return model, processor
 
 

@@ -32,6 +32,7 @@ def build_learner(recipe):
     """
     vit = load_vit(recipe)
     student, processor = build_student(recipe, vit)
+    processor.end_turns_of(student)  # what is saved, merged or sent elsewhere stops by itself
     teacher = None if recipe.teacher is None else vit
     return with_scaffolding(recipe, student, processor.image_processor, teacher), processor
 
