@@ -347,6 +347,27 @@ def test_eyes_that_were_trained_before_slow_down_from_the_start(recipe, tmp_path
         build_learner(second)
 
 
+def test_eyes_that_rest_stay_as_they_are_and_ask_no_teacher(recipe, tmp_path):
+    first = recipe(max_steps=2)
+    first.teacher.image_only_steps, first.lora.num_blocks = 2, 3
+    run(first, tmp_path / "eyes")
+    second = recipe(max_steps=3, save_steps=2)
+    second.model.llm, second.model.vora = None, str(tmp_path / "eyes")
+    second.teacher.image_only_steps, second.teacher.eyes_scale, second.lora.num_blocks = 0, 0.0, 3
+    run(second, tmp_path / "words")
+    lines = read_log(tmp_path / "words" / "log.jsonl")
+    assert all("distill_loss" not in line and line["lm_loss"] > 0 for line in lines if "loss" in line)
+    before, after = (load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("eyes", "words"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".layers.2." in name}  # above the teacher's two
+    heads = [load_file(tmp_path / name / "final" / DISTILLATION_FILE) for name in ("eyes", "words")]
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+    assert not outline(second)[0].eyes() and outline(first)[0].eyes()
+    second.training["max_steps"] = 4
+    run(second, tmp_path / "words", resume=True)
+    assert read_log(tmp_path / "words" / "log.jsonl")[-1]["step"] == 4
+
+
 def test_the_last_pair_alone_can_teach(recipe):
     wanted = recipe()
     wanted.teacher.pairs = "last"

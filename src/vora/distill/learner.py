@@ -94,6 +94,12 @@ class VisionLearner(nn.Module):
         parts = [self.vora.model.patch_embedding, self.distillation, *self.vora.model.blocks[: last + 1]]
         return [p for part in parts for p in part.parameters() if p.requires_grad]
 
+    def rest_eyes(self):
+        """Let what pictures alone can teach stay as it is: words alone are learned, and no teacher is asked."""
+        for parameter in self.eyes():
+            parameter.requires_grad_(False)
+        self.set_teacher(None)
+
     def forward(
         self,
         targets,

@@ -17,7 +17,7 @@ from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.train.checkpoints import trained_folder
 from vora.train.recipe import load_recipe
-from vora.train.stages import teacher_dtype, with_scaffolding
+from vora.train.stages import eyes_rest, teacher_dtype, with_scaffolding
 
 SHAPES = files("vora.train") / "shapes"
 SHAPE_OF_ALIAS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -63,7 +63,10 @@ def outline(recipe, beside=None):
         student = made.student.unload()
     image_processor = VoraImageProcessor(patch_size=student.config.patch_size, patch_merge=student.config.patch_merge)
     with torch.device("meta"):
-        return with_scaffolding(recipe, student.train(), image_processor, teacher), remarks
+        learner = with_scaffolding(recipe, student.train(), image_processor, teacher)
+    if eyes_rest(recipe):
+        learner.rest_eyes()
+    return learner, remarks
 
 
 def refuse_encoder(recipe):

@@ -80,7 +80,9 @@ class TeacherSection(Section):
         "outputs"  # the last two: as the released code, see `block_pairs`
     )
     image_only_steps: int = Field(0, ge=0)  # first steps that distill pictures alone and run the paired blocks only
-    eyes_scale: float = Field(1.0, ge=0)  # after them, of the learning rates of all that they train
+    # after them, of the learning rates of all that they train; 0 without such steps: it rests, at no cost, and so does
+    # the teacher (`VisionLearner.rest_eyes`)
+    eyes_scale: float = Field(1.0, ge=0)
     starts_eyes: bool = True  # the patch embedding starts from the teacher's
 
 

@@ -30,7 +30,7 @@ from vora.train.decay import DistillWeightDecay
 from vora.train.pace import steps_that_fit
 from vora.train.progress import ProgressCallback, draw_losses, write_report
 from vora.train.recipe import CHECKPOINTING, save_recipe
-from vora.train.stages import build_learner, trainable_table
+from vora.train.stages import build_learner, eyes_rest, trainable_table
 from vora.train.text_energy import TextEnergy, moments_of_text, refuse_spread_pairs
 from vora.train.trained import write_run_card
 from vora.train.trainer import VoraTrainer
@@ -130,6 +130,8 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
     sources = open_sources(recipe.data)
     torch.manual_seed(arguments.seed)
     learner, processor = build_learner(recipe)
+    if eyes_rest(recipe):
+        learner.rest_eyes()
     if not arguments.torch_compile:  # lengths change each step
         by_stretch_on_cpu(learner.vora, arguments.device)
     refuse_long_rows(recipe, learner)

@@ -86,6 +86,11 @@ def with_scaffolding(recipe, student, image_processor, teacher=None):
     return learner
 
 
+def eyes_rest(recipe):
+    """Whether words alone are learned: the eyes' rates are scaled to nothing from the first step on."""
+    return recipe.teacher is not None and recipe.teacher.eyes_scale == 0 and not recipe.teacher.image_only_steps
+
+
 def teacher_dtype(recipe):
     """What a teacher computes in: bf16 in a run that computes in it, else float32.
 
