@@ -397,3 +397,177 @@ def test_a_sentence_that_is_neither_true_nor_false_is_refused(tmp_path):
 def test_prompts_are_checked(lists, cause):
     with pytest.raises(ValueError, match=cause):
         Prompts(**lists)
+
+
+# Found by reading
+
+
+def test_paths_of_pictures_start_beside_the_file_that_names_them(tmp_path):
+    for folder, colour in (("a", RED), ("b", BLUE)):
+        (tmp_path / folder / "images").mkdir(parents=True)
+        Image.new("RGB", (4, 4), colour).save(tmp_path / folder / "images" / "0.png")
+        (tmp_path / folder / "t.jsonl").write_text(json.dumps({"image": "images/0.png", "caption": folder}) + "\n")
+    read = load_source(f"{tmp_path}/*/t.jsonl")
+    assert [told(read[number])[0] for number in range(2)] == [[RED], [BLUE]]
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("TRAIN-0", "eval")])
+def test_splits_are_known_in_capitals_and_as_people_call_them(tmp_path, names):
+    for name in names:
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    assert [told(record)[1] for record in load_source(str(tmp_path))] == [[[f"text: {names[0]}"]]]
+    if names[1] != "eval":
+        assert [told(record)[1] for record in load_source(str(tmp_path), "test")] == [[[f"text: {names[1]}"]]]
+    (tmp_path / "Training").mkdir()
+    (tmp_path / "Training" / "x.jsonl").write_text(json.dumps({"text": "own folder"}) + "\n")
+    assert [told(record)[1] for record in load_source(str(tmp_path))] == [[["text: own folder"]]]
+
+
+def test_hidden_files_are_left_out_and_compressed_ones_refused(tmp_path):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "good"}) + "\n")
+    (tmp_path / "._t.jsonl").write_bytes(b"\x00\x05\x16\x07")
+    assert len(load_source(str(tmp_path))) == len(load_source(f"{tmp_path}/*")) == 1
+    (tmp_path / "u.jsonl.gz").write_bytes(b"")
+    for path in (str(tmp_path), f"{tmp_path}/*"):
+        with pytest.raises(ValueError, match="1 compressed files, such as .*u.jsonl.gz, are not read: unpack"):
+            load_source(path)
+
+
+@pytest.mark.parametrize("column", ["image_path", "img", "image_url", "picture", "filename"])
+def test_pictures_in_other_columns_are_refused_or_named(tmp_path, column):
+    """Else the row would be learned blind."""
+    Image.new("RGB", (4, 4), RED).save(tmp_path / "a.png")
+    row = {column: "a.png", "question": "what?", "answer": "red"}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "t.parquet")
+    for name in ("t.jsonl", "t.parquet"):
+        with pytest.raises(ValueError, match=f"Its column '{column}' seems to hold a picture.*image: {column}"):
+            load_source(str(tmp_path / name))
+        assert told(load_source(str(tmp_path / name), columns={"image": column})[0])[0] == [RED]
+
+
+def test_text_beside_names_that_are_no_pictures_is_text(tmp_path):
+    rows = [{"text": "a", "image_id": 3, "file_name": "a.py", "url": "http://x.org/a.png", "video": None}]
+    (tmp_path / "t.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert told(load_source(str(tmp_path / "t.jsonl"))[0])[1] == [["text: a"]]
+
+
+def test_folders_of_pictures_with_their_metadata(tmp_path):
+    """As `datasets` reads image folders."""
+    (tmp_path / "train").mkdir()
+    Image.new("RGB", (4, 4), BLUE).save(tmp_path / "train" / "0.png")
+    (tmp_path / "train" / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "a sky"}) + "\n")
+    pictures, conversations = told(load_source(str(tmp_path))[0])
+    assert pictures == [BLUE] and conversations[0][1] == "assistant: a sky"
+
+
+def test_samples_of_a_tar_whose_pictures_are_not_read_are_bad(tmp_path):
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for name, data in (("0.mp4", b"x"), ("0.txt", b"a clip"), ("1.txt", b"a text")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    read = load_source(str(tmp_path / "t.tar"))
+    with pytest.raises(ValueError, match="no picture, and its files mp4 are not read"):
+        read[0]
+    assert told(read[1])[1] == [["text: a text"]]
+
+
+def test_the_number_of_a_choice_is_no_answer(tmp_path):
+    row = {"question": "which?", "choices": ["this", "that"], "answer": 1}
+    for changed, cause in ((row, "answer 1 is none of its 2 choices"), ({**row, "answer": "B"}, "answer 'B' is none")):
+        pq.write_table(pa.Table.from_pylist([changed]), tmp_path / "t.parquet")
+        with pytest.raises(ValueError, match=cause):
+            load_source(str(tmp_path / "t.parquet"))
+    pq.write_table(pa.Table.from_pylist([{**row, "answer": "that"}]), tmp_path / "t.parquet")
+    assert told(load_source(str(tmp_path / "t.parquet"))[0])[1] == [["user: which?", "assistant: that"]]
+
+
+def test_class_labels_in_lists_are_names_and_whole_numbers_whole(tmp_path):
+    labels = datasets.Sequence(datasets.ClassLabel(names=["cat", "dog"]))
+    features = datasets.Features({"questions": datasets.Sequence(datasets.Value("string")), "answers": labels})
+    rows = {"questions": [["a?", "b?"]], "answers": [[1, 0]]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "t.parquet")
+    assert [pair[1] for pair in told(load_source(str(tmp_path / "t.parquet"))[0])[1]] == [
+        "assistant: dog", "assistant: cat"
+    ]  # fmt: skip
+    pq.write_table(pa.table({"question": ["how many?"], "answer": [3.0]}), tmp_path / "u.parquet")
+    assert told(load_source(str(tmp_path / "u.parquet"))[0])[1] == [["user: how many?", "assistant: 3"]]
+
+
+def test_one_bad_block_refuses_no_source(tmp_path, monkeypatch):
+    rows = [{"question": "?", "answer": ""}] * 3 + [{"question": "?", "answer": "yes"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=1)
+    read = load_source(str(tmp_path / "t.parquet"))
+    assert list(read.block_sizes) == [1] * 4 and told(read[3])[1] == [["user: ?", "assistant: yes"]]
+    monkeypatch.setattr(sources, "UNREAD_ROWS", 3)
+    with pytest.raises(ValueError, match="None of the first 3 rows of .* can be used"):
+        load_source(str(tmp_path / "t.parquet"))
+
+
+def test_named_columns_go_before_layouts_and_are_checked(tmp_path):
+    Image.new("RGB", (4, 4), RED).save(tmp_path / "a.png")
+    row = {"image": "a.png", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    (tmp_path / "t.jsonl").write_text(json.dumps({**row, "recap": "a red one", "caption": "raw"}) + "\n")
+    read = load_source(str(tmp_path / "t.jsonl"), columns={"caption": "recap"})
+    assert [turns[1] for turns in told(read[0])[1]] == ["assistant: a red one"]
+    with pytest.raises(
+        ValueError, match="caption is to be read from 'recpa', but none of 1 rows .* they have caption"
+    ):
+        load_source(str(tmp_path / "t.jsonl"), columns={"caption": "recpa"})
+    (tmp_path / "u.jsonl").write_text(json.dumps({"question": "red", "answer": "what?"}) + "\n")
+    read = load_source(str(tmp_path / "u.jsonl"), columns={"question": "answer", "answer": "question"})
+    assert told(read[0])[1] == [["user: what?", "assistant: red"]]
+
+
+@pytest.mark.parametrize("given", [lambda data: data, lambda data: {"bytes": data, "path": None}, lambda data: [data]])
+def test_an_animation_as_bytes_is_a_video(tmp_path, given):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, BLUE)]
+    data = io.BytesIO()
+    frames[0].save(data, "webp", save_all=True, append_images=frames[1:], lossless=True)
+    pq.write_table(pa.Table.from_pylist([{"video": given(data.getvalue()), "caption": "x"}]), tmp_path / "t.parquet")
+    assert told(load_source(str(tmp_path / "t.parquet"))[0])[0] == [[RED, BLUE]]
+
+
+def test_empty_answers_among_good_ones_are_left_out(tmp_path):
+    Image.new("RGB", (4, 4), RED).save(tmp_path / "a.png")
+    rows = [
+        {"image": "a.png", "captions": ["good", None, " "], "messages": []},
+        {"questions": ["a?", "b?"], "answers": ["", "yes"], "captions": []},
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = load_source(str(tmp_path / "t.jsonl"))
+    assert [[turns[1] for turns in told(read[number])[1]] for number in range(2)] == [
+        ["assistant: good"], ["assistant: yes"]
+    ]  # fmt: skip
+
+
+def test_small_blocks_keep_no_whole_batches_in_memory(tmp_path, monkeypatch):
+    rows = [{"image": bytes([number]) * 4096, "caption": "x"} for number in range(200)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 1)
+    monkeypatch.setattr(sources, "MOST_ROWS", 8)
+    read = load_source(str(tmp_path / "t.parquet"))
+    monkeypatch.undo()
+    block = read.read_block(3)
+    assert (
+        block.num_rows == read.block_sizes[3]
+        and block.nbytes == block.get_total_buffer_size()
+        or (block.get_total_buffer_size() < 1.5 * block.nbytes)
+    )
+
+
+def test_large_row_groups_are_warned_of_once(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"text": ["a b", "c d"]}), tmp_path / "t.parquet", row_group_size=1)
+    monkeypatch.setattr(sources, "LARGE_GROUP", 10)
+    with pytest.warns(UserWarning, match="2 row groups of up to 0 MB.*row_group_size=100") as told_of:
+        load_source(str(tmp_path / "t.parquet"))
+    assert len(told_of) == 1
+
+
+def test_a_saved_dataset_of_another_split_is_refused(tmp_path):
+    saved = datasets.Dataset.from_dict({"text": ["a b"]}, split="train")
+    saved.save_to_disk(tmp_path / "set")
+    assert len(load_source(str(tmp_path / "set"))) == 1
+    with pytest.raises(ValueError, match="is the split 'train' and holds no files of the split 'validation'"):
+        load_source(str(tmp_path / "set"), "validation")

@@ -14,9 +14,15 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 IMAGE_COLUMNS = ("image", "images", "frames", "video")
 TEXT_COLUMNS = (
     "messages", "conversations", "question", "answer", "questions", "answers", "caption", "captions",
-    "instruction", "input", "output", "texts", "text", "label", "sentence", "id",
+    "instruction", "input", "output", "texts", "text", "label", "sentence", "id", "choices", "options",
 )  # fmt: skip
-COLUMNS = IMAGE_COLUMNS + TEXT_COLUMNS
+LAYOUTS = (  # the first that a row has is read
+    {"messages", "conversations"}, {"texts"}, {"question", "questions", "answer", "answers"},
+    {"caption", "captions"}, {"sentence", "label"}, {"instruction", "output", "input"}, {"text"},
+)  # fmt: skip
+PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+PICTURE_NAMES = re.compile(r"(img|image|picture|photo|pixel|frame|video|file_?name|jpe?g$|png$)", re.IGNORECASE)
+COLUMNS = IMAGE_COLUMNS + TEXT_COLUMNS + ("file_name",)
 PLACE = re.compile(r"\n?<(?:image|video)>\n?")
 PART_KEYS = ("image", "video", "image_url", "path", "url", "base64")
 
@@ -25,14 +31,18 @@ class VideoPath(str):
     """Where an animated picture is of which all frames are meant."""
 
 
+class VideoBytes(bytes):
+    """An animated picture of which all frames are meant."""
+
+
 @dataclass
 class Record:
     """Images (or none) and independent conversations about them.
 
     Args:
         name: says where the record stands, for messages about bad ones.
-        images: each a path, URL, PIL image or encoded bytes; a list of those is a video, frame by frame, and so is a
-            `VideoPath`.
+        images: each a path, URL, PIL image or encoded bytes; a list of those is a video, frame by frame, and so are
+            `VideoPath` and `VideoBytes`.
         conversations: lists of messages. Content is text, or parts of `{"type": "text", "text": ...}` and places
             `{"type": "image"}`, which the images fill in order; without places they go before the first user's text.
     """
@@ -48,7 +58,8 @@ class Record:
             ValueError: one cannot be read.
         """
         return [
-            Video(image).frames if isinstance(image, (list, VideoPath)) else read_image(image) for image in self.images
+            Video(image).frames if isinstance(image, (list, VideoPath, VideoBytes)) else read_image(image)
+            for image in self.images
         ]
 
     def messages(self, opened, conversation):
@@ -126,8 +137,10 @@ def record_of_row(row, name, image_folder, prompts):
     Raises:
         ValueError: the row fits no layout, or what it holds is not as the layout says.
     """
-    row = {key: value for key, value in row.items() if value is not None and (value or key not in IMAGE_COLUMNS)}
+    row = {key: value for key, value in row.items() if value is not None and not _is_empty(key, value)}
     images = images_of_row(row, image_folder)
+    if not images:
+        _refuse_unread_pictures(row)
     conversations, inline = _conversations_of(row, name, prompts)
     if inline and images:
         raise ValueError("It has images both in its messages and in a column of their own.")
@@ -138,6 +151,49 @@ def record_of_row(row, name, image_folder, prompts):
         if len(images) > 1 and places < 2:
             images = [images]  # frames of one video
     return Record(name, images, conversations)
+
+
+def with_columns(row, columns):
+    """A row whose columns have our names, as {ours: theirs} says; layouts that would be read before what is named so
+    are left out."""
+    given = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    row = {name: value for name, value in row.items() if name not in columns.values()} | given
+    for layout in LAYOUTS:
+        if layout & {*columns}:
+            break
+        if {*columns} & {*TEXT_COLUMNS} - {"id"}:
+            row = {name: value for name, value in row.items() if name not in layout}
+    return row
+
+
+def looks_like_pictures(column):
+    """Whether a column's name says that pictures are in it, though it is none of ours."""
+    return column not in COLUMNS and PICTURE_NAMES.match(column) is not None
+
+
+def _is_empty(key, value):
+    """Columns that merged schemas fill with nothing."""
+    return not value and (key in IMAGE_COLUMNS or isinstance(value, (list, tuple, dict)))
+
+
+def _refuse_unread_pictures(row):
+    """Raise ValueError for a picture in a column that is none of ours: the row would be learned blind."""
+    for column, value in row.items():
+        if looks_like_pictures(str(column)) and _is_picture(value[0] if isinstance(value, list) and value else value):
+            raise ValueError(
+                f"Its column {column!r} seems to hold a picture, but pictures are looked for in "
+                f"{', '.join(IMAGE_COLUMNS)} alone: name it in the source's `columns`, image: {column}."
+            )
+
+
+def _is_picture(value):
+    if isinstance(value, str):
+        return _ends_as_picture(value) or value.startswith(("http://", "https://", "data:image"))
+    return isinstance(value, bytes) or (isinstance(value, dict) and not {"bytes", "path", "url"}.isdisjoint(value))
+
+
+def _ends_as_picture(text):
+    return text.partition("?")[0].lower().endswith(tuple(f".{ending}" for ending in PICTURE_ENDINGS))
 
 
 def images_of_row(row, image_folder):
@@ -153,10 +209,25 @@ def _images_of(row):
     for column in IMAGE_COLUMNS:
         if column in row:
             value = row[column]
-            if column == "video" and isinstance(value, str):
-                return [VideoPath(value)]
+            if column == "video":
+                return _frames_of(value)
             return list(value) if isinstance(value, (list, tuple)) else [value]
-    return []
+    name = row.get("file_name")  # of metadata.jsonl beside pictures, as `datasets` reads image folders
+    return [name] if isinstance(name, str) and _ends_as_picture(name) else []
+
+
+def _frames_of(video):
+    """One animated picture, of which all frames are meant, or a list of frames."""
+    if isinstance(video, (list, tuple)) and len(video) != 1:
+        return list(video)
+    if isinstance(video, (list, tuple)):
+        video = video[0]
+        if isinstance(video, str) and video.startswith(("http://", "https://", "data:")):
+            return [video]  # one frame
+    if isinstance(video, dict):
+        video = video.get("bytes") or video.get("path") or video.get("url")
+    known = {str: VideoPath, bytes: VideoBytes}.get(type(video))
+    return [known(video) if known else video]
 
 
 def _located(image, folder):
@@ -185,6 +256,7 @@ def _conversations_of(row, name, prompts):
     if "question" in row and "answers" in row and "questions" not in row:
         # several people's answers to one question, as in VQAv2: the most frequent
         told = [one["answer"] if isinstance(one, dict) else one for one in _as_list(row["answers"])]
+        _refuse_number_of_choice(row, told)
         return [
             _checked(question_and_answer(_text(row["question"]), Counter(map(_text, told)).most_common(1)[0][0]))
         ], []
@@ -193,15 +265,19 @@ def _conversations_of(row, name, prompts):
             asked, told = _as_list(row[questions]), _as_list(row[answers])
             if len(asked) != len(told):
                 raise ValueError(f"It has {len(asked)} questions, but {len(told)} answers.")
-            return [_checked(question_and_answer(_text(q), _text(a))) for q, a in zip(asked, told)], []
-    has_image = any(column in row for column in IMAGE_COLUMNS)
+            _refuse_number_of_choice(row, told)
+            pairs = [(q, a) for q, a in zip(asked, told) if not _says_nothing(a)] or zip(asked, told)
+            return [_checked(question_and_answer(_text(q), _text(a))) for q, a in pairs], []
+    has_image = bool(_images_of(row))
     draw = random.Random(Path(name).name)  # the same wherever the file lies
     captions = row.get("captions", row.get("caption", row.get("text") if has_image else None))
     if captions is not None and not has_image:
         raise ValueError("It has a caption, but no image.")
     if captions is not None:
         prompt = draw.choice(prompts.caption)  # one for all, so that they share it, see `packing.share_prefixes`
-        return [_checked(question_and_answer(prompt, text)) for text in _as_list(captions)], []
+        told = _as_list(captions)
+        told = [text for text in told if not _says_nothing(text)] or told  # one person of five said nothing
+        return [_checked(question_and_answer(prompt, text)) for text in told], []
     if has_image and "label" in row:
         return [_checked(_of_label(row, draw, prompts))], []
     if "instruction" in row and "output" in row:
@@ -232,8 +308,25 @@ def _as_list(value):
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def _says_nothing(answer):
+    return answer is None or (isinstance(answer, str) and not answer.strip())
+
+
+def _refuse_number_of_choice(row, answers):
+    """Raise ValueError where an answer is the number or the letter of a choice, which no question shows."""
+    choices = [str(choice) for choice in _as_list(row.get("choices", row.get("options", [])))]
+    for answer in answers:
+        if choices and str(_text(answer)) not in choices:
+            raise ValueError(
+                f"Its answer {answer!r} is none of its {len(choices)} choices: give the text of the right one, and "
+                "put the choices into the question if they are to be chosen from."
+            )
+
+
 def _text(value):
     """Text, a number or a truth value as text; anything else stays, and is refused later."""
+    if isinstance(value, float) and value.is_integer():  # a column of whole numbers of which some are missing
+        value = int(value)
     return str(value) if isinstance(value, (bool, int, float)) else value
 
 

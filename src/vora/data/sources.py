@@ -8,6 +8,7 @@ import io
 import json
 import re
 import tarfile
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,14 +17,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vora.data.prompts import DEFAULT_PROMPTS
-from vora.data.record import COLUMNS, IMAGE_COLUMNS, record_of_row
+from vora.data.record import COLUMNS, IMAGE_COLUMNS, PICTURE_ENDINGS, looks_like_pictures, record_of_row, with_columns
 from vora.model.wheel_files import wheel_files
 
 EASY_VQA = "easy-vqa"
 ROWS_PER_BLOCK = 128  # where the file itself has no blocks
 BYTES_PER_BLOCK, MOST_ROWS = 8 << 20, 512  # larger row groups of Parquet are read in parts
-SPLITS = ("train", "validation", "valid", "val", "test", "dev")
-PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+LARGE_GROUP = 512 << 20  # bytes of a row group, above which reading its parts is worth a warning
+SPLITS = ("train", "validation", "valid", "val", "test", "dev", "eval")
+IMAGES = frozenset(IMAGE_COLUMNS)
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+UNREAD_ROWS = 512  # of the first rows, of which one must be of use
 
 
 class Source:
@@ -32,15 +36,16 @@ class Source:
     Args:
         name: of the source, for messages.
         files: paths.
-        image_folder: where paths of images start; by default the folder of the first file.
+        image_folder: where paths of images start; by default the folder of the file that names them.
         prompts: see `record_of_row`.
-        columns: {our name: the file's name} of columns.
+        columns: {our name: the file's name} of columns; what is named so goes before what has our names by chance.
         max_samples: the first so many rows only.
         read_row: what makes an item of a row; takes and raises what `record_of_row` does.
         wanted: the columns that it looks at; files that allow it are read no further.
+        is_checked: whether one of the first rows must be of use.
 
     Raises:
-        ValueError: no row is there, a file cannot be read, or no row of the first block has a layout.
+        ValueError: no row is there, a file cannot be read, or none of the first rows has a layout.
     """
 
     def __init__(
@@ -53,10 +58,11 @@ class Source:
         max_samples=None,
         read_row=record_of_row,
         wanted=COLUMNS,
+        is_checked=True,
     ):
         self.read_row, self.wanted = read_row, wanted
         self.name, self.files = name, [str(file) for file in files]
-        self.image_folder = str(image_folder or (Path(self.files[0]).parent if self.files else "."))
+        self.image_folder = None if image_folder is None else str(image_folder)
         self.prompts, self.columns = prompts, dict(columns or {})
         blocks = [(f, *place, count) for f, file in enumerate(self.files) for *place, count in self._scanned(file)]
         sizes = np.array([block[-1] for block in blocks], np.int64)
@@ -68,7 +74,8 @@ class Source:
         self._cached = (None, None)
         if len(self) == 0:
             raise ValueError(f"{name} holds 0 rows: an empty dataset cannot be trained on.")
-        self._refuse_unknown_layout()
+        if is_checked:
+            self._refuse_unknown_layout()
 
     def __len__(self):
         return int(self.block_sizes.sum())
@@ -96,11 +103,10 @@ class Source:
         row = rows[offset] if isinstance(rows, list) else self.row(rows, offset)
         if isinstance(row, ValueError):
             raise row
-        row = dict(row)
-        for ours, theirs in self.columns.items():
-            row[ours] = row.pop(theirs, None)
+        folder = self.image_folder or str(Path(self.files[self.blocks[block, 0]]).parent)
         try:
-            return self.read_row(row, self.row_name(block, offset), self.image_folder, self.prompts)
+            row = with_columns(dict(row), self.columns)
+            return self.read_row(row, self.row_name(block, offset), folder, self.prompts)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f"It is not built as its layout is: {type(error).__name__}: {error}") from None
 
@@ -127,16 +133,30 @@ class Source:
         raise NotImplementedError
 
     def _refuse_unknown_layout(self):
-        cause, rows = None, self.read_block(0)
-        for offset in range(self.block_sizes[0]):
-            try:
-                self.record(0, offset, rows)
-                return
-            except ValueError as error:
-                cause = cause or error
-        raise ValueError(
-            f"None of the first {self.block_sizes[0]} rows of {self.name} can be used. The first: {cause}"
-        )
+        cause, count = None, 0
+        for block, size in enumerate(self.block_sizes):
+            rows = self.read_block(block)
+            for offset in range(size):
+                try:
+                    self.record(block, offset, rows)
+                    return self._refuse_missing_columns(rows)
+                except ValueError as error:
+                    cause = cause or error
+            count += int(size)
+            if count >= UNREAD_ROWS:
+                break
+        raise ValueError(f"None of the first {count} rows of {self.name} can be used. The first: {cause}")
+
+    def _refuse_missing_columns(self, rows):
+        """Refuse a name in `columns` that none of these rows has: it is misspelt, and ours would be taken instead."""
+        rows = rows if isinstance(rows, list) else [dict.fromkeys(rows.column_names)]
+        known = {name for row in rows if isinstance(row, dict) for name in row}
+        for ours, theirs in self.columns.items():
+            if theirs not in known and ours in self.wanted:
+                raise ValueError(
+                    f"columns: {ours} is to be read from {theirs!r}, but none of {len(rows)} rows of {self.name} has "
+                    f"it; they have {', '.join(sorted(map(str, known)))}."
+                )
 
 
 class Parquet(Source):
@@ -144,8 +164,15 @@ class Parquet(Source):
 
     def _scanned(self, file):
         with pq.ParquetFile(file) as parquet:
+            groups = [parquet.metadata.row_group(group) for group in range(parquet.num_row_groups)]
+            if large := [group.total_byte_size for group in groups if group.total_byte_size > LARGE_GROUP]:
+                warnings.warn(
+                    f"{file} has {len(large)} row groups of up to {max(large) >> 20:,} MB, each part of which is read "
+                    "from the group's beginning: write it again with row_group_size=100, and it is read much faster.",
+                    stacklevel=2,
+                )
             for group in range(parquet.num_row_groups):
-                found = parquet.metadata.row_group(group)
+                found = groups[group]
                 num_parts = max(-(-found.total_byte_size // BYTES_PER_BLOCK), -(-found.num_rows // MOST_ROWS), 1)
                 size = max(1, -(-found.num_rows // num_parts))
                 for first in range(0, found.num_rows, size):
@@ -153,18 +180,22 @@ class Parquet(Source):
                     yield group, first, last, last - first
 
     def _read(self, file, group, first, last):
-        wanted = {*self.wanted, *self.columns.values()}
+        wanted = {*self.wanted, *(theirs for ours, theirs in self.columns.items() if ours in self.wanted)}
         with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as parquet:
-            names = [name for name in parquet.schema_arrow.names if name in wanted] or parquet.schema_arrow.names
-            batches, place = [], 0
-            for batch in parquet.iter_batches(256, row_groups=[group], columns=names, use_threads=False):
+            every = parquet.schema_arrow.names
+            names = [name for name in every if name in wanted] or every
+            if IMAGES <= {*self.wanted} and not IMAGES & {*names, *self.columns}:  # to be refused rather than missed
+                names = [name for name in every if name in names or looks_like_pictures(name)]
+            batches, place, at_once = [], 0, min(256, last - first)
+            for batch in parquet.iter_batches(at_once, row_groups=[group], columns=names, use_threads=False):
                 if place + len(batch) > first:
                     skipped = max(0, first - place)
                     batches.append(batch.slice(skipped, last - place - skipped))
                 place += len(batch)
                 if place >= last:
                     break
-            return _named_classes(pa.Table.from_batches(batches))
+            table = pa.Table.from_batches(batches)
+            return _named_classes(table.take(np.arange(len(table))))  # a slice would keep whole batches in memory
 
     def row(self, rows, offset):
         return rows.slice(offset, 1).to_pylist()[0]
@@ -190,15 +221,33 @@ def _arrow_table(file):
 
 
 def _named_classes(table):
-    """A table whose class labels (a feature of `datasets`) are names instead of numbers."""
+    """A table whose class labels (a feature of `datasets`), alone or in lists, are names instead of numbers."""
     features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     for column, feature in features.items():
-        if column in table.column_names and isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-            numbers = table.column(column).to_pylist()
-            known = feature["names"]  # a label that is withheld is -1
-            names = [known[n] if n is not None and 0 <= n < len(known) else None for n in numbers]
-            table = table.set_column(table.column_names.index(column), column, pa.array(names, pa.string()))
+        known, kind = _class_names(feature)
+        if column in table.column_names and known is not None:
+            values = [_named(value, known) for value in table.column(column).to_pylist()]
+            table = table.set_column(table.column_names.index(column), column, pa.array(values, kind))
     return table
+
+
+def _class_names(feature):
+    """The names of a feature's classes and the type of a column of them; (None, None) of what has none."""
+    if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+        return feature["names"], pa.string()
+    inner = feature.get("feature") if isinstance(feature, dict) else feature
+    inner = inner[0] if isinstance(inner, list) and len(inner) == 1 else inner
+    if not isinstance(inner, dict):
+        return None, None
+    names, kind = _class_names(inner)
+    return names, names and pa.list_(kind)
+
+
+def _named(value, names):
+    """Of a label that is withheld, which is -1, None."""
+    if isinstance(value, list):
+        return [_named(one, names) for one in value]
+    return names[value] if value is not None and 0 <= value < len(names) else None
 
 
 class JsonLines(Source):
@@ -343,7 +392,7 @@ def _split_key(path):
 
 
 def _row_of_files(key, files):
-    row, images = {"id": key}, []
+    row, images, unread = {"id": key}, [], []
     for ending, data in sorted(files.items(), key=_as_people_count):
         last = ending.rpartition(".")[2]
         if last in PICTURE_ENDINGS:
@@ -355,6 +404,13 @@ def _row_of_files(key, files):
             if isinstance(values, ValueError):
                 return values
             row |= values
+        elif last not in ("cls", "key", "id"):
+            unread.append(ending)
+    if unread and not images:
+        return ValueError(
+            f"It has no picture, and its files {', '.join(unread)} are not read: known are txt, json and "
+            f"{', '.join(PICTURE_ENDINGS)}."
+        )
     if images:
         row = {name: value for name, value in row.items() if name not in IMAGE_COLUMNS} | {"images": images}
     return row
@@ -449,16 +505,18 @@ def _files_of(path, split):
         return [place]
     if not place.is_dir() and any(mark in path for mark in "*?["):
         found = sorted(Path(place.anchor or ".").glob(path[len(place.anchor) :]))
-        files = [file for file in found if file.suffix.lower() in KINDS]
+        files = _of_known_kinds(found)
         if not files:
             raise ValueError(f"{path} matches {len(found)} files, none of the kinds {', '.join(KINDS)}.")
         return files
     if not place.is_dir() or (place / "state.json").exists() or (place / "dataset_dict.json").exists():
         return None
-    for folder in (place / split, place, place / "data"):
-        files = [file for file in sorted(folder.glob("*")) if file.suffix.lower() in KINDS]
-        files = [file for file in files if file.name != "dataset_info.json"]
-        of_split = [file for file in files if folder.name == split or _is_named(file, split)]
+    own = [
+        folder for folder in sorted(place.iterdir()) if folder.is_dir() and re.fullmatch(_named_as(split), folder.name)
+    ]
+    for folder in (*own, place, place / "data"):
+        files = [file for file in _of_known_kinds(sorted(folder.glob("*"))) if file.name != "dataset_info.json"]
+        of_split = [file for file in files if folder in own or _is_named(file, split)]
         named = any(_is_named(file, known) for file in files for known in SPLITS)
         if files and (of_split or not named):
             return of_split or files
@@ -467,9 +525,27 @@ def _files_of(path, split):
     )
 
 
+def _of_known_kinds(files):
+    """Those that are read, without hidden ones.
+
+    Raises:
+        ValueError: some are compressed, and would be missed.
+    """
+    files = [file for file in files if not file.name.startswith(".")]  # macOS puts ._x beside x
+    packed = [file for file in files if file.suffix.lower() in COMPRESSED and Path(file.stem).suffix.lower() in KINDS]
+    if packed:
+        raise ValueError(f"{len(packed)} compressed files, such as {packed[0]}, are not read: unpack them first.")
+    return [file for file in files if file.suffix.lower() in KINDS]
+
+
+def _named_as(split):
+    """A pattern of a split's name: train, Train or training."""
+    return rf"(?i:{re.escape(split)}(ing)?)"
+
+
 def _is_named(file, split):
     """Whether a split's name stands in a file's, between what are no letters."""
-    return re.search(rf"(?<![a-zA-Z]){re.escape(split)}(?![a-zA-Z])", file.stem) is not None
+    return re.search(rf"(?<![a-zA-Z]){_named_as(split)}(?![a-zA-Z])", file.stem) is not None
 
 
 def _prepared_files(path, subset, split):
@@ -479,14 +555,19 @@ def _prepared_files(path, subset, split):
     try:
         if Path(path).is_dir():
             dataset = datasets.load_from_disk(path)
+            its_own = None if isinstance(dataset, dict) else str(dataset.split)
             dataset = dataset[split] if isinstance(dataset, dict) else dataset
         else:
-            dataset = datasets.load_dataset(path, subset, split=split)
+            dataset, its_own = datasets.load_dataset(path, subset, split=split), None
     except Exception as error:  # datasets and the Hub raise many kinds
         raise ValueError(
             f"{path} is neither a file nor a folder here, nor a dataset that can be loaded from the Hub: "
             f"{' '.join(str(error).split())[:200]}"
         ) from None
+    if its_own in {*SPLITS} - {split}:
+        raise ValueError(
+            f"{path} is the split {its_own!r} and holds no files of the split {split!r}: name the one it is."
+        )
     files = [file["filename"] for file in dataset.cache_files]
     if sum(len(_arrow_table(file)) for file in files) != len(dataset):
         raise ValueError(f"{path}: {split!r} is a part of a split: name a whole one, and say max_samples for less.")

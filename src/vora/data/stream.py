@@ -8,6 +8,7 @@ decodes the images of its own samples alone.
     source rows --(order)--> chunks of samples --(workers)--> samples in order --(packing)--> rows --> batches
 """
 
+import hashlib
 import json
 import math
 import random
@@ -248,7 +249,7 @@ class PackedRows:
         self.answer_balance = answer_balance
         self.bad_samples, self.max_bad_share = bad_samples and Path(bad_samples), max_bad_share
         self.num_workers, self.rank, self.num_ranks = num_workers, rank, num_ranks
-        self.num_read, self.num_bad, self._named = 0, 0, set()
+        self.num_read, self.num_bad, self._named, self._named_to = 0, 0, set(), 0
         if self.bad_samples is not None and self.bad_samples.exists():
             text = self.bad_samples.read_text()  # a killed run may have left its last line unfinished
             self.bad_samples.write_text(text[: text.rfind("\n") + 1])
@@ -256,7 +257,8 @@ class PackedRows:
         self._longest_gap = 2 * int((np.array(sizes) / shares).max()) + CHUNK_SAMPLES
         images = processor.image_processor
         self.fingerprint = {
-            "rows of the sources": sizes, "weights": [float(w) for w in weights], "seed": seed,
+            "rows of the sources": sizes, "blocks of the sources": [_digest(source.block_sizes) for source in sources],
+            "weights": [float(w) for w in weights], "seed": seed,
             "row_tokens": row_tokens, "questions_per_image": self.maker.questions_per_image,
             "image_tokens": self.maker.image_tokens and list(self.maker.image_tokens),
             "image_only_rows": image_only_rows, "processes": num_ranks, "patch_merge": images.patch_merge,
@@ -405,11 +407,22 @@ class PackedRows:
             batch["pictures_alone"] = torch.tensor(self._position["pictures_alone"])
         return batch | places(batch, processor.image_token_id, processor.image_processor.patch_merge)
 
+    def _named_since(self):
+        """The records that the file of bad samples names since it was last read, by this process or another, in whole
+        lines: one may be writing its last."""
+        if not self.bad_samples.exists():
+            return set()
+        with self.bad_samples.open("rb") as file:
+            file.seek(self._named_to)
+            whole = file.read().rpartition(b"\n")[0]
+        self._named_to += len(whole) + 1 if whole else 0
+        return {json.loads(line)["record"] for line in whole.splitlines()}
+
     def _report(self, name, error):
         """Count a bad sample and name it, once; stop if there are too many."""
         self.num_bad += 1
         if self.bad_samples is not None and name not in self._named:
-            self._named = names_in(self.bad_samples)
+            self._named |= self._named_since()
             if name not in self._named:
                 self._named.add(name)
                 self.bad_samples.parent.mkdir(parents=True, exist_ok=True)
@@ -422,12 +435,9 @@ class PackedRows:
             )
 
 
-def names_in(bad_samples):
-    """The records that a file of bad samples names, in whole lines: another process may be writing its last."""
-    if not bad_samples.exists():
-        return set()
-    *whole, _ = bad_samples.read_text().split("\n")
-    return {json.loads(line)["record"] for line in whole}
+def _digest(block_sizes):
+    """Of sizes of blocks, on which the order depends."""
+    return hashlib.sha256(np.asarray(block_sizes, np.int64).tobytes()).hexdigest()[:16]
 
 
 def as_it_is(item):

@@ -6,11 +6,19 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from vora.data.record import IMAGE_COLUMNS, VideoPath, images_of_row
+from vora.data.record import IMAGE_COLUMNS, VideoBytes, VideoPath, images_of_row
 from vora.data.sources import EASY_VQA, KINDS, load_source
 from vora.model.image_processing_vora import Video, read_image
 
-SPLITS = ("test", "validation", "valid", "val", "dev", "train")  # the first that a folder or dataset has is read
+SPLITS = (
+    "test",
+    "validation",
+    "valid",
+    "val",
+    "dev",
+    "eval",
+    "train",
+)  # the first that a folder or dataset has is read
 COLUMNS = (
     "captions", "caption", "text", "questions", "question", "answers", "answer", "label", "objects", "sentence",
     "statement", "identifier",
@@ -88,7 +96,7 @@ class Rows:
         self.paths, self.texts, self.images = list(map(str, paths)), [], []
         for path in map(str, paths):
             self.texts.append(_opened(path, split, {**options, "read_row": _values_of, "wanted": wanted}))
-            images = {**options, "read_row": _images_of, "wanted": IMAGE_COLUMNS}
+            images = {**options, "read_row": _images_of, "wanted": (*IMAGE_COLUMNS, "file_name"), "is_checked": False}
             self.images.append(cache(partial(_opened, path, split, images)))  # when the first is asked for
         self.files = list(dict.fromkeys(file for source in self.texts for file in source.files))  # as rows come
 
@@ -165,7 +173,7 @@ def _opener(source, index):
 
 def _pictures_of(image):
     """A picture, or a video's frames one by one, as training reads them."""
-    return Video(image).frames if isinstance(image, (list, VideoPath)) else [read_image(image)]
+    return Video(image).frames if isinstance(image, (list, VideoPath, VideoBytes)) else [read_image(image)]
 
 
 def _short(name):

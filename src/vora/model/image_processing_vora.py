@@ -13,6 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
 
+SECONDS_TO_WAIT = 30  # for a server that has gone silent; a run would wait for it forever
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 
 
@@ -43,6 +44,15 @@ def read_image(source):
     raise ValueError(f"Cannot read image {name[:200]}: {cause}. Give a readable picture, or leave it out.")
 
 
+def is_animated(source):
+    """Whether a path is that of a picture with several frames; what cannot be read is none."""
+    try:
+        with Image.open(source) as image:
+            return getattr(image, "n_frames", 1) > 1
+    except (OSError, AttributeError):
+        return False
+
+
 def _opened(source):
     if isinstance(source, Image.Image):
         return source
@@ -56,7 +66,8 @@ def _opened(source):
         return _from_array(np.asarray(source))
     name = os.fspath(source)
     if name.startswith(("http://", "https://", "data:")) or (len(name) > 260 and BASE64.fullmatch(name)):
-        return load_image(name)
+        return load_image(name, timeout=SECONDS_TO_WAIT)
+    name = name.removeprefix("file://")
     if os.path.isfile(name) and os.path.getsize(name) == 0:
         raise ValueError("the file is empty (0 bytes)")
     with Image.open(name) as image:
@@ -96,7 +107,8 @@ class Video:
     Told by `is_video`, not by its class: remote code is loaded file by file, and each file has a class of its own.
 
     Args:
-        source: list of frames (anything `read_image` takes), array [T, H, W, 3], or path of an animated picture.
+        source: list of frames (anything `read_image` takes), array [T, H, W, 3], or path or bytes of an animated
+            picture.
 
     Raises:
         ValueError: there are no frames, or one cannot be read.
@@ -105,13 +117,14 @@ class Video:
     is_video = True
 
     def __init__(self, source):
-        if isinstance(source, (str, os.PathLike)):
+        if isinstance(source, (str, os.PathLike, bytes)):
+            name = f"of {len(source)} bytes" if isinstance(source, bytes) else source
             try:
-                with Image.open(source) as animation:
+                with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as animation:
                     source = [frame.copy() for frame in ImageSequence.Iterator(animation)]
             except Exception as error:  # PIL's decoders raise many kinds
                 raise ValueError(
-                    f"Cannot read video {source}: {error}. Give its frames as a list of pictures, or an animated GIF, "
+                    f"Cannot read video {name}: {error}. Give its frames as a list of pictures, or an animated GIF, "
                     "WebP or PNG."
                 ) from None
         self.frames = [read_image(frame) for frame in source]
