@@ -13,7 +13,8 @@ import torch
 import yaml
 from PIL import Image
 from tiny import command_line as vora
-from tiny import save_tiny_vit
+from tiny import save_tiny_vit, tiny_tokenizer
+from transformers import AutoTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,9 @@ def merged(work):
 def test_train_merge_chat(work, merged):
     assert {"config.json", "model.safetensors"} <= {path.name for path in merged.iterdir()}
     assert json.loads((work / "llm" / "config.json").read_text())["model_type"] == "llama"
+    text_alone = AutoTokenizer.from_pretrained(work / "llm")
+    assert text_alone.chat_template == tiny_tokenizer().chat_template  # without pictures
+    assert "processor_class" not in json.loads((work / "llm" / "tokenizer_config.json").read_text())
     answer = vora("chat", work / "red.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4)
     assert answer.returncode == 0 and answer.stdout.endswith("\n"), answer.stderr
     small = vora("chat", work / "red.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4, "--max-image-tokens", 1)

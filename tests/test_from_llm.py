@@ -3,11 +3,13 @@
 import gguf
 import numpy as np
 import pytest
+import tiny
 import torch
 from tiny import IMAGE, prompt, text, tiny_vora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vora import VoraForConditionalGeneration, VoraProcessor
+from vora.model.from_llm import _as_the_mean_word, resolve_llm
 
 WIDTH, HEADS, INNER, BLOCKS = 32, 4, 64, 2
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<reponame>", *"abcdefghijklmnopqrstuvwxyzĠĊ", "ab"]
@@ -96,3 +98,40 @@ def test_the_attention_asked_for_is_the_attention_used(llm_folder, attention):
 def test_saved_configurations_name_no_folder_of_this_machine(llm_folder, tmp_path):
     VoraForConditionalGeneration.from_llm(llm_folder).save_pretrained(tmp_path)
     assert llm_folder not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
+def test_a_vocabulary_that_grew_says_no_picture(family):
+    """The new row is the mean of the others, so that the LLM alone, which knows of no suppressed token, never says it
+    and loses nothing; a random one's logit would be near 0, though all others be far below."""
+    llm = tiny.tiny_llm(family)
+    head, size = llm.get_output_embeddings(), llm.config.vocab_size
+    with torch.no_grad():
+        head.weight.add_(0.5)
+    before = {id(t): t.weight.detach().clone() for t in (llm.get_input_embeddings(), head)}
+    llm.resize_token_embeddings(size + 1, mean_resizing=False)
+    _as_the_mean_word(llm, size)
+    for table, old in zip((llm.get_input_embeddings(), llm.get_output_embeddings()), before.values()):
+        torch.testing.assert_close(table.weight[:size], old)
+        torch.testing.assert_close(table.weight[size], old.mean(0))
+    logits = llm(text_ids := torch.arange(3, 20)[None]).logits[0]
+    assert len(logits) == text_ids.shape[1] and (logits[:, size] < logits[:, :size].max(-1).values).all()
+    torch.testing.assert_close(logits[:, size], logits[:, :size].mean(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_a_gguf_file_is_an_llm_and_what_is_not_there_is_said(gguf_folder, tmp_path):
+    file = next(gguf_folder.glob("*.gguf"))
+    assert resolve_llm(str(file)) == (str(gguf_folder), {"gguf_file": file.name})
+    for name in (str(tmp_path / "none"), "./none", str(tmp_path / "none.gguf"), "a/b/c"):
+        with pytest.raises(ValueError, match="There is no LLM at .*none|a/b/c.*name a folder, a GGUF file"):
+            resolve_llm(name)
+    assert resolve_llm("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", {})
+
+
+def test_generate_refuses_places_without_pictures():
+    model = tiny_vora("llama")
+    ids = torch.tensor([[7, IMAGE, IMAGE, 9]])
+    with pytest.raises(ValueError, match="2 image tokens .* but 0 images were given"):
+        model.generate(ids, max_new_tokens=2)
+    with pytest.raises(ValueError, match="2 image tokens"):
+        model.generate(input_ids=ids, max_new_tokens=2)

@@ -1,6 +1,8 @@
 """Eyes without their LLM: put over it again they are the merged model, and they are refused over another."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import GRID, PATCH, SHAPE, logits_of, prompt
+from tiny import GRID, PATCH, SHAPE, logits_of, prompt, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -21,6 +23,7 @@ from vora.model.processing_vora import VoraProcessor
 from vora.serve.chat import load_model
 from vora.train.recipe import load_recipe
 from vora.train.run import train
+from vora.train.trained import merge_run
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,33 @@ def test_over_its_llm_it_is_the_merged_model(eyes):
     assert its_processor.chat_template == processor.chat_template
     assert its_processor.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     assert its_processor.image_processor.to_dict() == processor.image_processor.to_dict()
+
+
+def test_what_is_merged_over_an_llm_ends_turns_as_the_template_does(eyes, llm_folder, tmp_path):
+    """Of a base LLM whose texts end otherwise, also in what is sent to other runtimes."""
+    base, folder = shutil.copytree(llm_folder, tmp_path / "base"), bent(eyes[0], tmp_path / "eyes")
+    tiny_tokenizer(eos_token="<|endoftext|>").save_pretrained(base)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    model, processor = merge_run(folder, llm=str(base))
+    assert len(processor.end_ids) == 2
+    assert model.generation_config.eos_token_id == model.to_llm().generation_config.eos_token_id == processor.end_ids
+    assert load_model(str(folder))[0].generation_config.eos_token_id == 2  # its own LLM's
+
+
+def test_eyes_on_the_hub_are_put_over_their_llm(eyes, tmp_path):
+    """Here out of the hub's cache, which has what a hub would give."""
+    snapshot = tmp_path / "hub" / "models--me--eyes" / "snapshots" / "0123"
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(eyes[0], snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0123")
+    script = (
+        "from vora.serve.chat import load_model; from vora.adapt.over_llm import eyes_on_disk\n"
+        "print(type(load_model('me/eyes')[0]).__name__, eyes_on_disk('me/none'))"
+    )
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert told.stdout.split() == ["VoraForConditionalGeneration", "me/none"], told.stderr
 
 
 def test_goes_on_training(eyes):

@@ -198,6 +198,23 @@ def test_a_turn_that_no_special_token_ends_is_spoken_whole():
     assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("end", [" ", "\n"])
+def test_a_space_is_no_end_of_turn(end):
+    """SentencePiece's decoders leave spaces out, too; Llama 2's template puts one after an answer."""
+    template = "{% for m in messages %}{{ ' ' + m['content'] + '" + repr(end)[1:-1] + "' + eos_token }}{% endfor %}"
+    for chat_template in (template, template.replace(" + eos_token", "")):
+        tokenizer = tiny_tokenizer(chat_template=chat_template, sentencepiece=True)
+        processor = VoraProcessor.from_llm(tokenizer, **EYES)
+        assert processor.end_ids == [tokenizer.eos_token_id]
+
+
+def test_a_template_that_drops_answers_or_raises_says_nothing_of_ends():
+    dropped = "{{ '<|endoftext|>' }}{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    for template in (dropped, "{{ raise_exception('no') }}"):
+        processor = VoraProcessor.from_llm(tiny_tokenizer(chat_template=template), **EYES)
+        assert processor.end_ids == [processor.tokenizer.eos_token_id]
+
+
 @pytest.mark.parametrize("turn", [2, 4])
 def test_training_follows_the_very_tokens_of_generation(processor, turn):
     sample = processor.training_sample(CONVERSATION[: turn + 1])
@@ -289,7 +306,6 @@ def test_the_processor_saves_and_loads(tmp_path):
 
 ELSEWHERE = """
 import sys
-from types import SimpleNamespace
 import numpy, torch
 from PIL import Image
 from transformers import (

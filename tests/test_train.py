@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback, ViTConfig, ViTModel
 
 import vora
+from vora import VoraProcessor
 from vora.adapt.card import read_card
 from vora.adapt.lora import DISTILLATION_FILE
 from vora.data.sources import load_source
@@ -366,6 +367,12 @@ def test_eyes_that_rest_stay_as_they_are_and_ask_no_teacher(recipe, tmp_path):
     second.training["max_steps"] = 4
     run(second, tmp_path / "words", resume=True)
     assert read_log(tmp_path / "words" / "log.jsonl")[-1]["step"] == 4
+    shallow = recipe()
+    shallow.teacher.image_only_steps, shallow.teacher.eyes_scale = 0, 0.0
+    with pytest.raises(ValueError, match="0 parameters are left to learn: block 1 is taught.*lora.num_blocks above 2"):
+        run(shallow, tmp_path / "none")
+    with pytest.raises(ValueError, match="eyes_scale 0 cannot say what shall rest"):
+        load_recipe({**shallow.model_dump(), "teacher": {"name": "x", "weight": 0, "eyes_scale": 0}})
 
 
 def test_the_last_pair_alone_can_teach(recipe):
@@ -409,8 +416,38 @@ def test_bf16_training_keeps_what_trains_in_fp32(recipe, tmp_path):
     trainer = run(half, tmp_path / "run")
     kinds = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
     assert kinds == {torch.float32}
+    exact = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in exact.values()} == {torch.float32}
     model, _ = merge_run(tmp_path / "run")
-    assert model.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}  # as the LLM was, and as it is planned for
+
+
+def test_a_run_merges_where_its_teacher_and_its_start_are_not(recipe, llm_folder, teacher_folder, tmp_path):
+    first = recipe(max_steps=2)
+    first.teacher.name = str(shutil.copytree(teacher_folder, tmp_path / "vit"))
+    run(first, tmp_path / "first")
+    wanted, _ = merge_run(tmp_path / "first")
+    wanted.save_pretrained(tmp_path / "merged")
+    VoraProcessor.from_pretrained(tmp_path / "first" / "final").save_pretrained(tmp_path / "merged")
+    shutil.rmtree(tmp_path / "vit")
+    found, processor = merge_run(tmp_path / "first")
+    assert all(torch.equal(p, found.get_parameter(name)) for name, p in wanted.named_parameters())
+    second = first.model_copy(deep=True)
+    second.stage, second.teacher, second.model.llm, second.model.vora = (
+        "finetune",
+        None,
+        None,
+        str(tmp_path / "merged"),
+    )
+    run(second, tmp_path / "second")
+    trained = load_file(tmp_path / "second" / "final" / "model.safetensors")
+    shutil.rmtree(tmp_path / "merged")
+    found, again = merge_run(tmp_path / "second")
+    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in trained.items())
+    assert again.image_token_id == processor.image_token_id
+    first.teacher.name = str(tmp_path / "vit")
+    with pytest.raises(ValueError, match="There is no ViT at .*vit: name a folder or a hub id"):
+        run(first, tmp_path / "third")
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ def merge(
     if llm_out is not None:
         model.to_llm().save_pretrained(llm_out)
         if hasattr(processor, "tokenizer"):
-            processor.tokenizer.save_pretrained(llm_out)
+            processor.text_tokenizer().save_pretrained(llm_out)
         write_run_card(llm_out, run)
     if eyes_out is not None:
         write_eyes(eyes_out, run)
@@ -299,10 +299,9 @@ def chat(
 ):
     """Ask a model about pictures; without -q, interactively (a line `+ IMAGE` adds a picture, empty ends)."""
     from vora.adapt.pretrained import committed_model
-    from vora.model.image_processing_vora import read_image
     from vora.serve.chat import Chat, load_model
 
-    pending = [read_image(image) for image in images or []]
+    pending = [_picture_or_animation(image) for image in images or []]
     loaded = load_model(model or committed_model(), min_image_tokens, max_image_tokens)
     conversation = Chat(*loaded, max_new_tokens, temperature)
     if question is not None:
@@ -312,12 +311,19 @@ def chat(
     while text := _read_line():
         if text.startswith("+"):
             try:
-                pending.append(read_image(text[1:].strip()))
+                pending.append(_picture_or_animation(text[1:].strip()))
             except ValueError as error:
                 console.print(f"[red]{escape(str(error))}[/red]")
             continue
         _print_answer(conversation, text, pending)
         pending = []
+
+
+def _picture_or_animation(source):
+    """What a path or URL holds: an animation with all its frames."""
+    from vora.model.image_processing_vora import Video, is_animated, read_image
+
+    return Video(source) if is_animated(source) else read_image(source)
 
 
 @app.command()
@@ -389,11 +395,23 @@ def _read_line():
         return ""
 
 
+def _quiet():
+    """transformers has been imported by now, and has read its variables: what it says of deprecations, of heads that a
+    teacher does not need, and of weights as they load is not for those who use a command."""
+    import transformers
+
+    if "TRANSFORMERS_VERBOSITY" in os.environ:
+        level = os.environ["TRANSFORMERS_VERBOSITY"].upper()
+        transformers.logging.set_verbosity(getattr(transformers.logging, level, transformers.logging.ERROR))
+    transformers.logging.disable_progress_bar()
+
+
 def main():
     """Run the command line; whatever goes wrong is one line with cause and cure (VORA_TRACEBACK=1 shows the rest)."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quiet()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries, about names that users never wrote
     try:
         app()

@@ -60,7 +60,7 @@ class CardFacts:
         merge_command: how a folder with unmerged vision LoRA is merged into one called my-vora.
     """
 
-    made: Literal["trained", "merged", "imported"]
+    made: Literal["trained", "merged", "imported", "folded"]
     stage: str
     base_llm: str | None = None
     teacher: str | None = None

@@ -11,6 +11,7 @@ MADE = {
     "trained": "`vora train`",
     "merged": "`vora train`, then its vision LoRA was merged",
     "imported": "imported",
+    "folded": "no training: `vora merge` alone",
 }
 
 LOAD_MODEL = """\

@@ -8,11 +8,15 @@ import hashlib
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
+from transformers.utils.hub import has_file
 
 from vora.adapt.llava import VoraLlavaConfig
 from vora.adapt.lora import is_unmerged, leave_precision_to_autocast
@@ -20,6 +24,19 @@ from vora.model.from_llm import choose_image_token, grow_for_image_token, load_l
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
+
+
+def eyes_on_disk(name):
+    """Where eyes without their LLM lie that are named by a hub id: fetched, or as they were fetched before. Any other
+    name is given back."""
+    if Path(name).exists() or str(name).count("/") != 1:
+        return name
+    try:
+        if cached_file(name, "adapter_config.json") and not has_file(name, "model.safetensors"):
+            return snapshot_download(str(name))
+    except (OSError, HfHubHTTPError):
+        pass  # none are there, or the hub is out of reach: what loads the name says so
+    return name
 
 
 def lacks_llm(folder):
@@ -120,7 +137,7 @@ def named_llm(folder):
 def digest_of(llm, image_token_id=None):
     """Tells LLMs of one shape apart, with LoRA on or without: 16 hexadecimal digits of word embeddings and of the
     first matrix of each block, some rows of them. Whether an LLM is loaded in bf16 or in fp32 makes no difference. The
-    row that an LLM grew by for its image token is random, and left out.
+    row that an LLM grew by for its image token is none of its own, and left out.
 
     Args:
         llm: a causal LM, or a VoRA model around one.

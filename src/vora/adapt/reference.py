@@ -424,11 +424,14 @@ def import_reference(checkpoint, llm, out, merge=False):
     if reference.rank and merge:
         reference.model = merge_vision_lora(reference.with_lora())
         reference.rank = 0
+    processor = processor_of(reference.model.config, llm, checkpoint)
+    if isinstance(processor, VoraProcessor):
+        processor.end_turns_of(reference.model)
     reference.model.save_pretrained(out)
     if reference.rank:
         reference.with_lora().save_pretrained(out)
         save_file(reference.heads, out / DISTILLATION_FILE)
-    processor_of(reference.model.config, llm, checkpoint).save_pretrained(out)
+    processor.save_pretrained(out)
     return reference
 
 

@@ -95,10 +95,20 @@ class VisionLearner(nn.Module):
         return [p for part in parts for p in part.parameters() if p.requires_grad]
 
     def rest_eyes(self):
-        """Let what pictures alone can teach stay as it is: words alone are learned, and no teacher is asked."""
+        """Let what pictures alone can teach stay as it is: words alone are learned, and no teacher is asked.
+
+        Raises:
+            ValueError: nothing else learns.
+        """
         for parameter in self.eyes():
             parameter.requires_grad_(False)
         self.set_teacher(None)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            last = max(student for student, _ in self.distillation.pairs)
+            raise ValueError(
+                f"The eyes are to rest, and 0 parameters are left to learn: block {last} is taught, and no LoRA lies "
+                f"above it. Raise lora.num_blocks above {last + 1}, or teacher.eyes_scale above 0."
+            )
 
     def forward(
         self,

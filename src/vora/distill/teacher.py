@@ -49,6 +49,10 @@ class Teacher(nn.Module):
         Raises:
             ValueError: the model has no plain patch projection.
         """
+        if not Path(name).exists() and (str(name).count("/") > 1 or str(name).startswith((".", "~"))):
+            raise ValueError(
+                f"There is no ViT at {name}: name a folder or a hub id, such as google/vit-base-patch16-224."
+            )
         vit = AutoModel.from_pretrained(name, dtype=dtype, **kwargs)
         teacher = cls(vit, **_normalisation(name))
         teacher.name = str(name)

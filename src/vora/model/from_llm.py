@@ -24,17 +24,21 @@ def resolve_llm(llm):
     """Folder or hub id, and the arguments that load it.
 
     Args:
-        llm: hub id, folder, folder with a single GGUF file and no config.json, or a key of `ALIASES`.
+        llm: hub id, folder, GGUF file, folder with a single one and no config.json, or a key of `ALIASES`.
 
     Returns:
         (name, kwargs) for `from_pretrained`.
 
     Raises:
-        ValueError: a folder holds neither a config.json nor exactly one GGUF file.
+        ValueError: a folder is not there, or holds neither a config.json nor exactly one GGUF file.
     """
     if llm in ALIASES:
         return _dequantized(llm), {}
     folder = Path(llm)
+    if folder.suffix.lower() == ".gguf" and folder.is_file():
+        return str(folder.parent), {"gguf_file": folder.name}
+    if not folder.exists() and (folder.is_absolute() or str(llm).startswith((".", "~")) or str(llm).count("/") > 1):
+        raise ValueError(f"There is no LLM at {llm}: name a folder, a GGUF file, or a hub id such as Qwen/Qwen3-0.6B.")
     if not folder.is_dir() or (folder / "config.json").exists():
         return str(llm), {}
     files = sorted(folder.glob("*.gguf"))
@@ -100,9 +104,21 @@ def choose_image_token(tokenizer):
 def grow_for_image_token(llm):
     """The id of the image token of a loaded LLM, whose embeddings grow by it where its tokenizer has none to spare."""
     _, image_token_id = choose_image_token(load_tokenizer(llm.name_or_path))
-    if image_token_id >= llm.config.get_text_config().vocab_size:
+    size = llm.config.get_text_config().vocab_size
+    if image_token_id >= size:
         llm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
+        _as_the_mean_word(llm, size)
     return image_token_id
+
+
+@torch.no_grad()
+def _as_the_mean_word(llm, size):
+    """Give what embeddings and head have grown by the mean of what they had, so that its logit is the mean of all and
+    never the largest: a random row's is near 0, which in some LLMs is far above all others."""
+    for table in (llm.get_input_embeddings(), llm.get_output_embeddings()):
+        for values in (table.weight, getattr(table, "bias", None)):
+            if values is not None and len(values) > size:
+                values[size:] = values[:size].float().mean(0).to(values.dtype)
 
 
 @torch.no_grad()

@@ -382,6 +382,17 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         states, vocab_size = hidden_states.flatten(0, 1)[places], self.lm_head.out_features
         return losses_of_labels(self.logits, states, targets.flatten()[places], vocab_size)
 
+    def generate(self, inputs=None, *args, **kwargs):
+        """As transformers' `generate`.
+
+        Raises:
+            ValueError: the prompt has image tokens, but no images are given.
+        """
+        ids = kwargs.get("input_ids", inputs)
+        if ids is not None and kwargs.get("pixel_values") is None and kwargs.get("past_key_values") is None:
+            self.model._refuse_orphans(ids)
+        return super().generate(inputs, *args, **kwargs)
+
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs

@@ -1,5 +1,6 @@
 """Where a prompt becomes tokens: messages with images to model inputs. Training, chat and evaluation all pass here."""
 
+import copy
 import math
 
 import numpy as np
@@ -73,6 +74,7 @@ class VoraProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         # left, so that generation continues right after every prompt of a batch; calls and saving read init_kwargs
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+        self._ends = None, []  # of which template, see `end_ids`
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -222,10 +224,24 @@ class VoraProcessor(ProcessorMixin):
         # a token would reach across the border, where generation starts anew
         return self.tokenizer(text[len(beginning) :], add_special_tokens=False)["input_ids"]
 
+    def text_tokenizer(self):
+        """The tokenizer as it goes with the language model alone: its chat template knows no pictures."""
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.init_kwargs.pop("processor_class", None)
+        tokenizer._processor_class = None
+        lead = FLATTEN_CONTENT.replace("IMAGE_TOKEN", self.image_token)
+        tokenizer.chat_template = self.chat_template.removeprefix(lead)
+        return tokenizer
+
     @property
     def end_ids(self):
         """Tokens that end an assistant's turn, a sorted list: the tokenizer's own, and the special token that the chat
         template writes after an answer, which is another one in base models such as Qwen2.5's."""
+        if self._ends[0] != self.chat_template:
+            self._ends = self.chat_template, self._ends_of_template()
+        return self._ends[1]
+
+    def _ends_of_template(self):
         tokenizer, answer = self.tokenizer, "yes"
         ends = {tokenizer.eos_token_id} - {None}
         messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": answer}]
@@ -233,9 +249,11 @@ class VoraProcessor(ProcessorMixin):
             told = self.apply_chat_template(messages)
         except Exception:  # a template may raise what it likes, and still render what has no answer yet
             return sorted(ends)
-        after = tokenizer(told.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
-        special = [id for id in after if tokenizer.decode([id], skip_special_tokens=True) == ""]
-        return sorted(ends | set(special[:1]))
+        if answer in told:
+            after = tokenizer(told.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+            known = tokenizer.added_tokens_decoder
+            ends |= set([id for id in after if id in known and known[id].special][:1])
+        return sorted(ends)
 
     def end_turns_of(self, model):
         """Let the answers of a model end where this chat template ends a turn."""

@@ -1,14 +1,14 @@
 """A conversation with a model about pictures."""
 
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import torch
-from transformers import AutoConfig, TextIteratorStreamer
+from transformers import AutoConfig, StoppingCriteriaList, TextIteratorStreamer
 
 from vora.adapt.llava import kind_of_student
 from vora.adapt.lora import merge_vision_lora
-from vora.adapt.over_llm import lacks_llm, load_over_llm, processor_over_llm
+from vora.adapt.over_llm import eyes_on_disk, lacks_llm, load_over_llm, processor_over_llm
 from vora.model.configuration_vora import VoraConfig
 from vora.model.image_processing_vora import is_video, read_image
 from vora.model.processing_vora import VoraProcessor
@@ -27,6 +27,7 @@ def load_model(name, min_image_tokens=None, max_image_tokens=None):
     Raises:
         ValueError: nothing is there, or something that has no eyes.
     """
+    name = eyes_on_disk(name)
     if Path(name).is_dir() and not (Path(name) / "config.json").exists():
         cure = (
             f"merge it first: vora merge {name} -o OUT" if (Path(name) / "recipe.yaml").exists() else "check the path"
@@ -93,19 +94,28 @@ class Chat:
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure, pieces = [], []
 
+        stop = Event()
+
+        def given_up(ids, scores, **kwargs):
+            return torch.full((len(ids),), stop.is_set(), device=ids.device)
+
         def generate():
+            options = {"max_new_tokens": self.max_new_tokens, "stopping_criteria": StoppingCriteriaList([given_up])}
             try:
-                self.model.generate(**inputs, **sampling, max_new_tokens=self.max_new_tokens, streamer=streamer)
+                self.model.generate(**inputs, **sampling, **options, streamer=streamer)
             except Exception as error:  # raised again where the caller can see it
                 failure.append(error)
                 streamer.end()
 
-        thread = Thread(target=generate)
+        thread = Thread(target=generate, daemon=True)
         thread.start()
-        for piece in streamer:
-            pieces.append(piece)
-            yield piece
-        thread.join()
+        try:
+            for piece in streamer:
+                pieces.append(piece)
+                yield piece
+        finally:  # whoever listens has gone: the next token is the last
+            stop.set()
+            thread.join()
         if failure:
             raise failure[0]
         self.messages += [turn, {"role": "assistant", "content": "".join(pieces).strip()}]

@@ -66,6 +66,7 @@ def outline(recipe, beside=None):
         learner = with_scaffolding(recipe, student.train(), image_processor, teacher)
     if eyes_rest(recipe):
         learner.rest_eyes()
+        remarks.append("the eyes rest: counted as if they learned, so less is needed")
     return learner, remarks
 
 

@@ -85,6 +85,12 @@ class TeacherSection(Section):
     eyes_scale: float = Field(1.0, ge=0)
     starts_eyes: bool = True  # the patch embedding starts from the teacher's
 
+    @model_validator(mode="after")
+    def rest_is_of_what_is_taught(self):
+        if self.weight == 0 and self.eyes_scale == 0:
+            raise ValueError("with weight 0 nothing is taught, so eyes_scale 0 cannot say what shall rest: keep one")
+        return self
+
 
 class LearningRates(Section):
     """Where they differ from `training.learning_rate`. LoRA+ (arXiv 2402.12354): B learns faster than A."""

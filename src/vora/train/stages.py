@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from vora.adapt.llava import VoraLlavaForConditionalGeneration, kind_of_student
 from vora.adapt.lora import DISTILLATION_FILE, attach_vision_lora, is_unmerged, load_vision_lora
-from vora.adapt.over_llm import lacks_llm, load_over_llm, processor_over_llm
+from vora.adapt.over_llm import eyes_on_disk, lacks_llm, load_over_llm, processor_over_llm
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
 from vora.distill.teacher import Teacher
@@ -142,7 +142,7 @@ def existing_student(recipe):
     Raises:
         ValueError: it has LoRA of another rank or depth than the recipe's, or should train without it.
     """
-    folder, dtype = trained_folder(recipe.model.vora), recipe.model.dtype
+    folder, dtype = trained_folder(eyes_on_disk(recipe.model.vora)), recipe.model.dtype
     has_adapter = (folder / "adapter_config.json").exists()
     if not has_adapter:
         return kind_of_student(folder).from_pretrained(folder, dtype=dtype)
@@ -203,7 +203,7 @@ def build_processor(recipe, vit=None):
     """
     wanted = recipe.model
     if wanted.vora is not None:
-        folder = trained_folder(wanted.vora)
+        folder = trained_folder(eyes_on_disk(wanted.vora))
         known = processor_over_llm(folder) if lacks_llm(folder) else VoraProcessor.from_pretrained(folder)
         return _looking(known, wanted)
     options = {}

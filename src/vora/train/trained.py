@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import torch
+
 from vora.adapt.card import CardFacts, harmless, read_card, write_card
 from vora.adapt.card_text import NOT_STATED
+from vora.adapt.llava import kind_of_student
 from vora.adapt.lora import is_unmerged, load_vision_lora, merge_vision_lora
 from vora.adapt.over_llm import lacks_llm, load_over_llm, named_llm, processor_over_llm, save_eyes
 from vora.distill.learner import LOSSES
@@ -17,7 +20,8 @@ from vora.train.trainer import load_student
 
 
 def merge_run(run_directory, llm=None):
-    """The trained model of a run, ready to be saved and used: LoRA merged (stage 1), or as it is (stage 2).
+    """The trained model of a run, ready to be saved and used: LoRA merged (stage 1), or as it is (stage 2); in the
+    precision that the run's recipe has for the LLM.
 
     Args:
         run_directory: of `vora train`, or a folder with an unmerged model, such as `vora import-reference` writes, or
@@ -31,7 +35,13 @@ def merge_run(run_directory, llm=None):
         ValueError: the directory holds no run, or one that has no trained weights yet; or an LLM is given that has no
             use.
     """
-    directory = Path(run_directory)
+    model, processor = _merged(Path(run_directory), llm)
+    if isinstance(processor, VoraProcessor):
+        processor.end_turns_of(model)  # of whatever it is made
+    return model.eval(), processor
+
+
+def _merged(directory, llm):
     over_llm = not is_run(directory) and lacks_llm(directory)
     if llm is not None and not over_llm:
         raise ValueError(f"{directory} has its own LLM: leave --llm out.")
@@ -41,12 +51,22 @@ def merge_run(run_directory, llm=None):
             processor = VoraProcessor.from_pretrained(directory)
         elif (directory / "preprocessor_config.json").exists():
             processor = VoraImageProcessor.from_pretrained(directory)
-        return model.eval(), processor
+        return model, processor
     if over_llm:
-        return merge_vision_lora(load_over_llm(directory, llm=llm)).eval(), processor_over_llm(directory, llm)
-    learner, processor = open_run(directory)
-    model = learner.student
-    return (merge_vision_lora(model) if hasattr(model, "peft_config") else model).eval(), processor
+        return merge_vision_lora(load_over_llm(directory, llm=llm)), processor_over_llm(directory, llm)
+    recipe, folder = load_recipe(directory / "recipe.yaml"), trained_folder(directory)
+    dtype = getattr(torch, recipe.model.dtype)
+    if recipe.stage == "finetune":  # it is all there
+        return kind_of_student(folder).from_pretrained(folder, dtype=dtype), VoraProcessor.from_pretrained(folder)
+    if recipe.model.llm is not None and recipe.model.encoder is None:  # no teacher is needed, nor what it started from
+        model, processor = (
+            load_over_llm(folder, torch.float32, recipe.model.llm),
+            VoraProcessor.from_pretrained(folder),
+        )
+    else:
+        learner, processor = open_run(directory)
+        model = learner.student
+    return merge_vision_lora(model).to(dtype), processor  # in fp32, then as it was trained
 
 
 def open_run(run_directory, teacher=None):
@@ -115,7 +135,7 @@ def write_run_card(
     """
     directory = Path(run_directory)
     if not is_run(directory):  # imported or received, and merged now: what is known stands on its own card
-        return write_card(folder, CardFacts(made="merged", stage="pretrain", source=str(directory)))
+        return write_card(folder, CardFacts(made="folded", stage="pretrain", source=str(directory)))
     recipe, saved = load_recipe(directory / "recipe.yaml"), trained_folder(directory)
     # What was noted when the run ended, where its data lay and perhaps the hub could be asked
     before = (read_card(saved) if steps is None else None) or {}
