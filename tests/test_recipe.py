@@ -41,6 +41,7 @@ def test_defaults_fill_what_is_left_out():
             "to a number n",
         ),
         (with_values(training={"use_liger_kernel": True}), "in parts of bounded size"),
+        (with_values(training={"data_seed": 3}), "order of the data follows training.seed"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(values, wanted):

@@ -196,6 +196,8 @@ class Recipe(Section):
         for key in self.training:
             if key not in known or key == "output_dir":
                 raise ValueError(f"training.{key} is not a field of TrainingArguments{_nearest(key, known)}")
+        if self.training.get("data_seed") is not None:
+            raise ValueError("training.data_seed would change nothing: the order of the data follows training.seed")
         self.training = {key: _number_or(value) for key, value in self.training.items()}
         return self
 
