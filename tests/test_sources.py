@@ -571,3 +571,75 @@ def test_a_saved_dataset_of_another_split_is_refused(tmp_path):
     assert len(load_source(str(tmp_path / "set"))) == 1
     with pytest.raises(ValueError, match="is the split 'train' and holds no files of the split 'validation'"):
         load_source(str(tmp_path / "set"), "validation")
+
+
+# Rows that are fine, though something about them looks like the above
+
+
+def test_pictures_inside_messages_need_no_column(tmp_path):
+    Image.new("RGB", (4, 4), RED).save(tmp_path / "a.png")
+    turns = [
+        {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": "red"},
+    ]
+    for column in ("image_path", "file_name", "img"):
+        (tmp_path / "t.jsonl").write_text(json.dumps({"messages": turns, column: "a.png"}) + "\n")
+        assert told(load_source(str(tmp_path / "t.jsonl"))[0]) == ([RED], [["user: |what?", "assistant: red"]])
+
+
+def test_text_that_names_what_is_not_there_is_text(tmp_path):
+    row = {
+        "text": "hello",
+        "file_name": "scan1.png",
+        "video_url": "https://x.org/v/1",
+        "image_license": "https://x.org",
+    }
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    assert told(load_source(str(tmp_path / "t.jsonl"))[0]) == ([], [["text: hello"]])
+
+
+def test_compressed_files_of_other_things_are_left_alone(tmp_path):
+    row = json.dumps({"text": "good"}) + "\n"
+    (tmp_path / "train.jsonl").write_text(row)
+    for name in ("images.tar.gz", "train.jsonl.gz", "test.jsonl.gz"):
+        (tmp_path / name).write_bytes(b"")
+    assert len(load_source(str(tmp_path))) == 1
+    (tmp_path / "train-2.jsonl.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match="1 compressed files, such as .*train-2.jsonl.gz"):
+        load_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Q? A. cat B. dog", "choices": ["cat", "dog"], "answer": "A"},
+        {"question": "how much?", "choices": [1.0, 2.0], "answer": 2.0},
+        {"question": "which?", "choices": {"text": ["cat", "dog"], "label": ["A", "B"]}, "answer": "cat"},
+        {"question": "which?", "options": "[]", "answer": "42 km"},
+        {"question": "is it?", "choices": ["yes", "no"], "answer": "Yes"},
+        {"question": "which?", "choices": ["cat", "dog"], "answers": ["cat", None, "cat"]},
+    ],
+)
+def test_answers_beside_choices_are_read(tmp_path, row):
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    assert len(load_source(str(tmp_path / "t.jsonl"))[0].conversations) == 1
+
+
+def test_named_choices_and_columns_that_come_later_drop_nothing(tmp_path):
+    Image.new("RGB", (4, 4), RED).save(tmp_path / "a.png")
+    row = {"question": "which?", "answer": "cat", "opts": ["cat", "dog"]}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    assert told(load_source(str(tmp_path / "t.jsonl"), columns={"choices": "opts"})[0])[1][0][1] == "assistant: cat"
+    rows = [{"question": "q", "answer": "a"}] * 600 + [{"question": "q", "answer": "a", "pic": "a.png"}]
+    (tmp_path / "u.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = load_source(str(tmp_path / "u.jsonl"), columns={"image": "pic"})
+    assert told(read[0])[0] == [] and told(read[600])[0] == [RED]
+
+
+def test_a_whole_row_in_a_tar_may_have_other_files_beside_it(tmp_path):
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for name, data in (("0.json", b'{"text": "hi"}'), ("0.md5", b"x"), ("1.json", b'{"text": "ho"}')):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    assert [told(record)[1] for record in load_source(str(tmp_path / "t.tar"))] == [[["text: hi"]], [["text: ho"]]]

@@ -420,6 +420,14 @@ def test_bf16_training_keeps_what_trains_in_fp32(recipe, tmp_path):
     assert {tensor.dtype for tensor in exact.values()} == {torch.float32}
     model, _ = merge_run(tmp_path / "run")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}  # as the LLM was, and as it is planned for
+    assert {b.dtype for name, b in model.named_buffers() if "inv_freq" in name} == {torch.float32}
+
+
+def test_a_run_in_fp16_merges(recipe, tmp_path):
+    half = recipe(max_steps=2)
+    half.model.dtype = "float16"
+    run(half, tmp_path / "run")
+    assert merge_run(tmp_path / "run")[0].dtype == torch.float16
 
 
 def test_a_run_merges_where_its_teacher_and_its_start_are_not(recipe, llm_folder, teacher_folder, tmp_path):

@@ -21,7 +21,7 @@ LAYOUTS = (  # the first that a row has is read
     {"caption", "captions"}, {"sentence", "label"}, {"instruction", "output", "input"}, {"text"},
 )  # fmt: skip
 PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-PICTURE_NAMES = re.compile(r"(img|image|picture|photo|pixel|frame|video|file_?name|jpe?g$|png$)", re.IGNORECASE)
+PICTURE_NAMES = re.compile(r"(img|image|pic|photo|pixel|frame|video|file_?name|jpe?g$|png$)", re.IGNORECASE)
 COLUMNS = IMAGE_COLUMNS + TEXT_COLUMNS + ("file_name",)
 PLACE = re.compile(r"\n?<(?:image|video)>\n?")
 PART_KEYS = ("image", "video", "image_url", "path", "url", "base64")
@@ -138,10 +138,13 @@ def record_of_row(row, name, image_folder, prompts):
         ValueError: the row fits no layout, or what it holds is not as the layout says.
     """
     row = {key: value for key, value in row.items() if value is not None and not _is_empty(key, value)}
-    images = images_of_row(row, image_folder)
-    if not images:
-        _refuse_unread_pictures(row)
+    has_turns = "messages" in row or "conversations" in row  # which may have pictures of their own
+    if not (has_turns and _conversations_of(row, name, prompts)[1]):
+        row = _with_named_picture(row, image_folder)
+    images = [_located(image, image_folder) for image in _images_of(row)]
     conversations, inline = _conversations_of(row, name, prompts)
+    if not images and not inline:
+        _refuse_unread_pictures(row)
     if inline and images:
         raise ValueError("It has images both in its messages and in a column of their own.")
     images = images or [_located(image, image_folder) for image in inline]
@@ -153,17 +156,17 @@ def record_of_row(row, name, image_folder, prompts):
     return Record(name, images, conversations)
 
 
-def with_columns(row, columns):
-    """A row whose columns have our names, as {ours: theirs} says; layouts that would be read before what is named so
-    are left out."""
+def with_columns(row, columns, alone=True):
+    """A row whose columns have our names, as {ours: theirs} says.
+
+    Args:
+        alone: leave out layouts that would be read before what is named so.
+    """
     given = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
     row = {name: value for name, value in row.items() if name not in columns.values()} | given
-    for layout in LAYOUTS:
-        if layout & {*columns}:
-            break
-        if {*columns} & {*TEXT_COLUMNS} - {"id"}:
-            row = {name: value for name, value in row.items() if name not in layout}
-    return row
+    first = next((number for number, layout in enumerate(LAYOUTS) if layout & {*columns}), 0)
+    before = set().union(*LAYOUTS[:first]) if alone else set()
+    return {name: value for name, value in row.items() if name not in before}
 
 
 def looks_like_pictures(column):
@@ -188,7 +191,7 @@ def _refuse_unread_pictures(row):
 
 def _is_picture(value):
     if isinstance(value, str):
-        return _ends_as_picture(value) or value.startswith(("http://", "https://", "data:image"))
+        return _ends_as_picture(value) or value.startswith("data:image")
     return isinstance(value, bytes) or (isinstance(value, dict) and not {"bytes", "path", "url"}.isdisjoint(value))
 
 
@@ -202,7 +205,16 @@ def images_of_row(row, image_folder):
     Raises:
         ValueError: an image is empty.
     """
-    return [_located(image, image_folder) for image in _images_of(row)]
+    return [_located(image, image_folder) for image in _images_of(_with_named_picture(row, image_folder))]
+
+
+def _with_named_picture(row, image_folder):
+    """A row whose picture stands in `file_name`, as in metadata.jsonl of the image folders of `datasets`, has it in
+    `image`."""
+    name = row.get("file_name")
+    if _images_of(row) or not isinstance(name, str) or not _ends_as_picture(name):
+        return row
+    return row | {"image": name} if Path(image_folder, name).is_file() else row
 
 
 def _images_of(row):
@@ -212,8 +224,7 @@ def _images_of(row):
             if column == "video":
                 return _frames_of(value)
             return list(value) if isinstance(value, (list, tuple)) else [value]
-    name = row.get("file_name")  # of metadata.jsonl beside pictures, as `datasets` reads image folders
-    return [name] if isinstance(name, str) and _ends_as_picture(name) else []
+    return []
 
 
 def _frames_of(video):
@@ -313,14 +324,24 @@ def _says_nothing(answer):
 
 
 def _refuse_number_of_choice(row, answers):
-    """Raise ValueError where an answer is the number or the letter of a choice, which no question shows."""
-    choices = [str(choice) for choice in _as_list(row.get("choices", row.get("options", [])))]
+    """Raise ValueError where an answer is the number or the letter of a choice, and the choices are not shown."""
+    choices = row.get("choices", row.get("options"))
+    choices = choices.get("text") if isinstance(choices, dict) else choices
+    choices = [_plain(choice) for choice in choices] if isinstance(choices, (list, tuple)) else []
+    asked = _plain(" ".join(str(question) for question in _as_list(row.get("question", row.get("questions", "")))))
+    if all(choice in asked for choice in choices):
+        return
     for answer in answers:
-        if choices and str(_text(answer)) not in choices:
+        is_number = isinstance(answer, (int, float)) or (isinstance(answer, str) and len(answer.strip(" ().")) == 1)
+        if is_number and _plain(answer) not in choices:
             raise ValueError(
                 f"Its answer {answer!r} is none of its {len(choices)} choices: give the text of the right one, and "
                 "put the choices into the question if they are to be chosen from."
             )
+
+
+def _plain(value):
+    return str(_text(value)).strip().casefold()
 
 
 def _text(value):

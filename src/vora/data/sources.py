@@ -27,6 +27,7 @@ LARGE_GROUP = 512 << 20  # bytes of a row group, above which reading its parts i
 SPLITS = ("train", "validation", "valid", "val", "test", "dev", "eval")
 IMAGES = frozenset(IMAGE_COLUMNS)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+UNREAD_MEDIA = ("heic", "heif", "avif", "jxl", "jp2", "ppm", "npy", "mp4", "webm", "mov", "avi", "mkv", "mpeg", "mpg")
 UNREAD_ROWS = 512  # of the first rows, of which one must be of use
 
 
@@ -105,7 +106,7 @@ class Source:
             raise row
         folder = self.image_folder or str(Path(self.files[self.blocks[block, 0]]).parent)
         try:
-            row = with_columns(dict(row), self.columns)
+            row = with_columns(dict(row), self.columns, alone=self.read_row is record_of_row)
             return self.read_row(row, self.row_name(block, offset), folder, self.prompts)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f"It is not built as its layout is: {type(error).__name__}: {error}") from None
@@ -133,30 +134,37 @@ class Source:
         raise NotImplementedError
 
     def _refuse_unknown_layout(self):
-        cause, count = None, 0
+        """Raise ValueError unless one of the first rows can be used, and the names in `columns` are not misspelt."""
+        cause, count, is_used, known = None, 0, False, set()
         for block, size in enumerate(self.block_sizes):
             rows = self.read_block(block)
-            for offset in range(size):
+            known |= _columns_of(rows)
+            for offset in range(size if not is_used else 0):
                 try:
                     self.record(block, offset, rows)
-                    return self._refuse_missing_columns(rows)
+                    is_used = True
+                    break
                 except ValueError as error:
                     cause = cause or error
             count += int(size)
-            if count >= UNREAD_ROWS:
+            if count >= UNREAD_ROWS or (is_used and known.issuperset(self.columns.values())):
                 break
-        raise ValueError(f"None of the first {count} rows of {self.name} can be used. The first: {cause}")
-
-    def _refuse_missing_columns(self, rows):
-        """Refuse a name in `columns` that none of these rows has: it is misspelt, and ours would be taken instead."""
-        rows = rows if isinstance(rows, list) else [dict.fromkeys(rows.column_names)]
-        known = {name for row in rows if isinstance(row, dict) for name in row}
         for ours, theirs in self.columns.items():
-            if theirs not in known and ours in self.wanted:
+            # rows to come may have it, unless it stands beside ours, which would be read instead
+            if ours in self.wanted and theirs not in known and (count == len(self) or ours in known):
                 raise ValueError(
-                    f"columns: {ours} is to be read from {theirs!r}, but none of {len(rows)} rows of {self.name} has "
-                    f"it; they have {', '.join(sorted(map(str, known)))}."
+                    f"columns: {ours} is to be read from {theirs!r}, but none of {count} rows of {self.name} has it; "
+                    f"they have {', '.join(sorted(map(str, known)))}."
                 )
+        if not is_used:
+            raise ValueError(f"None of the first {count} rows of {self.name} can be used. The first: {cause}")
+
+
+def _columns_of(rows):
+    """The names of columns in what `read_block` gives."""
+    if not isinstance(rows, list):
+        return set(rows.column_names)
+    return {name for row in rows if isinstance(row, dict) for name in row}
 
 
 class Parquet(Source):
@@ -195,7 +203,11 @@ class Parquet(Source):
                 if place >= last:
                     break
             table = pa.Table.from_batches(batches)
-            return _named_classes(table.take(np.arange(len(table))))  # a slice would keep whole batches in memory
+            try:
+                table = table.take(np.arange(len(table)))  # a slice would keep whole batches in memory
+            except pa.ArrowNotImplementedError:
+                pass  # of some kinds of columns it can be no other
+            return _named_classes(table)
 
     def row(self, rows, offset):
         return rows.slice(offset, 1).to_pylist()[0]
@@ -404,9 +416,9 @@ def _row_of_files(key, files):
             if isinstance(values, ValueError):
                 return values
             row |= values
-        elif last not in ("cls", "key", "id"):
+        elif last in UNREAD_MEDIA:
             unread.append(ending)
-    if unread and not images:
+    if unread and not images and row.keys().isdisjoint({*IMAGE_COLUMNS, "messages", "conversations"}):
         return ValueError(
             f"It has no picture, and its files {', '.join(unread)} are not read: known are txt, json and "
             f"{', '.join(PICTURE_ENDINGS)}."
@@ -506,6 +518,7 @@ def _files_of(path, split):
     if not place.is_dir() and any(mark in path for mark in "*?["):
         found = sorted(Path(place.anchor or ".").glob(path[len(place.anchor) :]))
         files = _of_known_kinds(found)
+        _refuse_packed(found, files)
         if not files:
             raise ValueError(f"{path} matches {len(found)} files, none of the kinds {', '.join(KINDS)}.")
         return files
@@ -515,27 +528,33 @@ def _files_of(path, split):
         folder for folder in sorted(place.iterdir()) if folder.is_dir() and re.fullmatch(_named_as(split), folder.name)
     ]
     for folder in (*own, place, place / "data"):
-        files = [file for file in _of_known_kinds(sorted(folder.glob("*"))) if file.name != "dataset_info.json"]
+        found = sorted(folder.glob("*"))
+        files = [file for file in _of_known_kinds(found) if file.name != "dataset_info.json"]
         of_split = [file for file in files if folder in own or _is_named(file, split)]
         named = any(_is_named(file, known) for file in files for known in SPLITS)
         if files and (of_split or not named):
+            by_name = bool(of_split) and folder not in own
+            _refuse_packed([file for file in found if not by_name or _is_named(file, split)], of_split or files)
             return of_split or files
+        if not files:
+            _refuse_packed(found, files)
     raise ValueError(
         f"{path} holds no files of the split {split!r} of the kinds {', '.join(KINDS)}: check data.sources."
     )
 
 
 def _of_known_kinds(files):
-    """Those that are read, without hidden ones.
+    """Those that are read, without hidden ones: macOS puts ._x beside x."""
+    return [file for file in files if file.suffix.lower() in KINDS and not file.name.startswith(".")]
 
-    Raises:
-        ValueError: some are compressed, and would be missed.
-    """
-    files = [file for file in files if not file.name.startswith(".")]  # macOS puts ._x beside x
-    packed = [file for file in files if file.suffix.lower() in COMPRESSED and Path(file.stem).suffix.lower() in KINDS]
+
+def _refuse_packed(found, chosen):
+    """Raise ValueError for compressed files that belong to the chosen ones, and would be missed."""
+    kinds, names = {file.suffix.lower() for file in chosen} or {*KINDS} - {".tar"}, {file.name for file in chosen}
+    packed = [file for file in found if file.suffix.lower() in COMPRESSED and file.stem not in names]
+    packed = [file for file in packed if Path(file.stem).suffix.lower() in kinds]
     if packed:
         raise ValueError(f"{len(packed)} compressed files, such as {packed[0]}, are not read: unpack them first.")
-    return [file for file in files if file.suffix.lower() in KINDS]
 
 
 def _named_as(split):

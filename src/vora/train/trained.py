@@ -54,19 +54,22 @@ def _merged(directory, llm):
         return model, processor
     if over_llm:
         return merge_vision_lora(load_over_llm(directory, llm=llm)), processor_over_llm(directory, llm)
+    refuse_no_run(directory)
     recipe, folder = load_recipe(directory / "recipe.yaml"), trained_folder(directory)
     dtype = getattr(torch, recipe.model.dtype)
     if recipe.stage == "finetune":  # it is all there
         return kind_of_student(folder).from_pretrained(folder, dtype=dtype), VoraProcessor.from_pretrained(folder)
     if recipe.model.llm is not None and recipe.model.encoder is None:  # no teacher is needed, nor what it started from
-        model, processor = (
-            load_over_llm(folder, torch.float32, recipe.model.llm),
-            VoraProcessor.from_pretrained(folder),
-        )
+        model = load_over_llm(folder, dtype, recipe.model.llm).float()
+        processor = VoraProcessor.from_pretrained(folder)
     else:
         learner, processor = open_run(directory)
         model = learner.student
-    return merge_vision_lora(model).to(dtype), processor  # in fp32, then as it was trained
+    model = merge_vision_lora(model)  # in fp32
+    for parameter in model.parameters():  # buffers stay: those of rotary positions need all their digits
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model, processor
 
 
 def open_run(run_directory, teacher=None):
@@ -83,8 +86,7 @@ def open_run(run_directory, teacher=None):
         ValueError: the directory holds no run, or one that has no trained weights yet.
     """
     directory = Path(run_directory)
-    if not is_run(directory):
-        raise ValueError(f"{directory} holds no recipe.yaml: it is no run directory of `vora train`.")
+    refuse_no_run(directory)
     folder = trained_folder(directory)
     recipe = load_recipe(directory / "recipe.yaml", ["model.dtype=float32"])
     if teacher is not None and recipe.teacher is not None and Path(teacher).name == Path(recipe.teacher.name).name:
@@ -92,6 +94,12 @@ def open_run(run_directory, teacher=None):
     learner, processor = build_learner(recipe)
     load_student(learner, folder)
     return learner.eval(), processor
+
+
+def refuse_no_run(directory):
+    """Raise ValueError for what is no directory of a run."""
+    if not is_run(directory):
+        raise ValueError(f"{directory} holds no recipe.yaml: it is no run directory of `vora train`.")
 
 
 def refuse_without_eyes(run_directory):
