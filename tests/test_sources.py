@@ -643,3 +643,16 @@ def test_a_whole_row_in_a_tar_may_have_other_files_beside_it(tmp_path):
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     assert [told(record)[1] for record in load_source(str(tmp_path / "t.tar"))] == [[["text: hi"]], [["text: ho"]]]
+
+
+def test_compressed_files_beside_the_folder_that_holds_the_data_hinder_nothing(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps({"text": "good"}) + "\n")
+    (tmp_path / "old.jsonl.gz").write_bytes(b"")
+    assert len(load_source(str(tmp_path))) == 1
+    (tmp_path / "data" / "train.jsonl").unlink()
+    with pytest.raises(ValueError, match="1 compressed files, such as .*old.jsonl.gz, are not read"):
+        load_source(str(tmp_path))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "good"}) + "\n")
+    with pytest.raises(ValueError, match="no files of the split 'test'"):
+        load_source(str(tmp_path), "test")

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vora.data.files import SPLITS, files_of
 from vora.data.prompts import DEFAULT_PROMPTS
 from vora.data.record import COLUMNS, IMAGE_COLUMNS, PICTURE_ENDINGS, looks_like_pictures, record_of_row, with_columns
 from vora.model.wheel_files import wheel_files
@@ -24,9 +25,7 @@ EASY_VQA = "easy-vqa"
 ROWS_PER_BLOCK = 128  # where the file itself has no blocks
 BYTES_PER_BLOCK, MOST_ROWS = 8 << 20, 512  # larger row groups of Parquet are read in parts
 LARGE_GROUP = 512 << 20  # bytes of a row group, above which reading its parts is worth a warning
-SPLITS = ("train", "validation", "valid", "val", "test", "dev", "eval")
 IMAGES = frozenset(IMAGE_COLUMNS)
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 UNREAD_MEDIA = ("heic", "heif", "avif", "jxl", "jp2", "ppm", "npy", "mp4", "webm", "mov", "avi", "mkv", "mpeg", "mpg")
 UNREAD_ROWS = 512  # of the first rows, of which one must be of use
 
@@ -487,7 +486,7 @@ def load_source(path, split="train", prompts=DEFAULT_PROMPTS, max_samples=None, 
             split, max_samples, **{name: options[name] for name in ("read_row", "wanted") if name in options}
         )
     options |= {"prompts": prompts, "max_samples": max_samples}
-    files = _files_of(str(path), split)
+    files = files_of(str(path), split, tuple(KINDS))
     if files is None:
         return Arrow(str(path), _prepared_files(str(path), subset, split), **options)
     kinds = {_kind_of(file) for file in files}
@@ -506,65 +505,6 @@ def _kind_of(file):
         with file.open("rb") as text:
             kind = JsonLines if text.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{" else JsonArray
     return kind
-
-
-def _files_of(path, split):
-    """The files that a path means, or None if it is a dataset's folder or id."""
-    place = Path(path)
-    if place.is_file():
-        if place.suffix.lower() not in KINDS:
-            raise ValueError(f"{path} is none of the kinds {', '.join(KINDS)}: rename or convert it.")
-        return [place]
-    if not place.is_dir() and any(mark in path for mark in "*?["):
-        found = sorted(Path(place.anchor or ".").glob(path[len(place.anchor) :]))
-        files = _of_known_kinds(found)
-        _refuse_packed(found, files)
-        if not files:
-            raise ValueError(f"{path} matches {len(found)} files, none of the kinds {', '.join(KINDS)}.")
-        return files
-    if not place.is_dir() or (place / "state.json").exists() or (place / "dataset_dict.json").exists():
-        return None
-    own = [
-        folder for folder in sorted(place.iterdir()) if folder.is_dir() and re.fullmatch(_named_as(split), folder.name)
-    ]
-    for folder in (*own, place, place / "data"):
-        found = sorted(folder.glob("*"))
-        files = [file for file in _of_known_kinds(found) if file.name != "dataset_info.json"]
-        of_split = [file for file in files if folder in own or _is_named(file, split)]
-        named = any(_is_named(file, known) for file in files for known in SPLITS)
-        if files and (of_split or not named):
-            by_name = bool(of_split) and folder not in own
-            _refuse_packed([file for file in found if not by_name or _is_named(file, split)], of_split or files)
-            return of_split or files
-        if not files:
-            _refuse_packed(found, files)
-    raise ValueError(
-        f"{path} holds no files of the split {split!r} of the kinds {', '.join(KINDS)}: check data.sources."
-    )
-
-
-def _of_known_kinds(files):
-    """Those that are read, without hidden ones: macOS puts ._x beside x."""
-    return [file for file in files if file.suffix.lower() in KINDS and not file.name.startswith(".")]
-
-
-def _refuse_packed(found, chosen):
-    """Raise ValueError for compressed files that belong to the chosen ones, and would be missed."""
-    kinds, names = {file.suffix.lower() for file in chosen} or {*KINDS} - {".tar"}, {file.name for file in chosen}
-    packed = [file for file in found if file.suffix.lower() in COMPRESSED and file.stem not in names]
-    packed = [file for file in packed if Path(file.stem).suffix.lower() in kinds]
-    if packed:
-        raise ValueError(f"{len(packed)} compressed files, such as {packed[0]}, are not read: unpack them first.")
-
-
-def _named_as(split):
-    """A pattern of a split's name: train, Train or training."""
-    return rf"(?i:{re.escape(split)}(ing)?)"
-
-
-def _is_named(file, split):
-    """Whether a split's name stands in a file's, between what are no letters."""
-    return re.search(rf"(?<![a-zA-Z]){_named_as(split)}(?![a-zA-Z])", file.stem) is not None
 
 
 def _prepared_files(path, subset, split):

@@ -1,0 +1,77 @@
+"""Which files a path means, and which of them belong to a split."""
+
+import re
+from pathlib import Path
+
+SPLITS = ("train", "validation", "valid", "val", "test", "dev", "eval")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+
+
+def files_of(path, split, kinds):
+    """The files that a path means, or None if it is a dataset's folder or id.
+
+    Args:
+        path: of a file, a pattern, or a folder with files, in itself, in `data/`, or in a folder named as the split.
+        split: of those that the names of files or folders tell.
+        kinds: endings of files that are read, such as `.parquet`.
+
+    Raises:
+        ValueError: none of them are there, or some that belong to them are compressed.
+    """
+    place = Path(path)
+    if place.is_file():
+        if place.suffix.lower() not in kinds:
+            raise ValueError(f"{path} is none of the kinds {', '.join(kinds)}: rename or convert it.")
+        return [place]
+    if not place.is_dir() and any(mark in path for mark in "*?["):
+        found = sorted(Path(place.anchor or ".").glob(path[len(place.anchor) :]))
+        files = _readable(found, kinds)
+        _refuse_packed(found, files, kinds)
+        if not files:
+            raise ValueError(f"{path} matches {len(found)} files, none of the kinds {', '.join(kinds)}.")
+        return files
+    if not place.is_dir() or (place / "state.json").exists() or (place / "dataset_dict.json").exists():
+        return None
+    every = []
+    own = [
+        folder for folder in sorted(place.iterdir()) if folder.is_dir() and re.fullmatch(_named_as(split), folder.name)
+    ]
+    for folder in (*own, place, place / "data"):
+        found = sorted(folder.glob("*"))
+        every += found
+        files = [file for file in _readable(found, kinds) if file.name != "dataset_info.json"]
+        of_split = [file for file in files if folder in own or _is_named(file, split)]
+        named = any(_is_named(file, known) for file in files for known in SPLITS)
+        if files and (of_split or not named):
+            by_name = bool(of_split) and folder not in own
+            _refuse_packed([file for file in found if not by_name or _is_named(file, split)], of_split or files, kinds)
+            return of_split or files
+    if not _readable(every, kinds):
+        _refuse_packed(every, [], kinds)
+    raise ValueError(
+        f"{path} holds no files of the split {split!r} of the kinds {', '.join(kinds)}: check data.sources."
+    )
+
+
+def _readable(files, kinds):
+    """Those that are read, without hidden ones: macOS puts ._x beside x."""
+    return [file for file in files if file.suffix.lower() in kinds and not file.name.startswith(".")]
+
+
+def _refuse_packed(found, chosen, kinds):
+    """Raise ValueError for compressed files that belong to the chosen ones, and would be missed."""
+    kinds, names = {file.suffix.lower() for file in chosen} or {*kinds} - {".tar"}, {file.name for file in chosen}
+    packed = [file for file in found if file.suffix.lower() in COMPRESSED and file.stem not in names]
+    packed = [file for file in packed if Path(file.stem).suffix.lower() in kinds]
+    if packed:
+        raise ValueError(f"{len(packed)} compressed files, such as {packed[0]}, are not read: unpack them first.")
+
+
+def _named_as(split):
+    """A pattern of a split's name: train, Train or training."""
+    return rf"(?i:{re.escape(split)}(ing)?)"
+
+
+def _is_named(file, split):
+    """Whether a split's name stands in a file's, between what are no letters."""
+    return re.search(rf"(?<![a-zA-Z]){_named_as(split)}(?![a-zA-Z])", file.stem) is not None
