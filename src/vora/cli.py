@@ -400,9 +400,8 @@ def _quiet():
     teacher does not need, and of weights as they load is not for those who use a command."""
     import transformers
 
-    if "TRANSFORMERS_VERBOSITY" in os.environ:
-        level = os.environ["TRANSFORMERS_VERBOSITY"].upper()
-        transformers.logging.set_verbosity(getattr(transformers.logging, level, transformers.logging.ERROR))
+    level = os.environ["TRANSFORMERS_VERBOSITY"].upper()
+    transformers.logging.set_verbosity(getattr(transformers.logging, level, transformers.logging.ERROR))
     transformers.logging.disable_progress_bar()
 
 

@@ -138,9 +138,11 @@ def record_of_row(row, name, image_folder, prompts):
         ValueError: the row fits no layout, or what it holds is not as the layout says.
     """
     row = {key: value for key, value in row.items() if value is not None and not _is_empty(key, value)}
-    has_turns = "messages" in row or "conversations" in row  # which may have pictures of their own
-    if not (has_turns and _conversations_of(row, name, prompts)[1]):
-        row = _with_named_picture(row, image_folder)
+    named = _with_named_picture(row, image_folder)
+    if named is not row and not (
+        {"messages", "conversations"} & row.keys() and _conversations_of(row, name, prompts)[1]
+    ):
+        row = named  # unless its turns have pictures of their own
     images = [_located(image, image_folder) for image in _images_of(row)]
     conversations, inline = _conversations_of(row, name, prompts)
     if not images and not inline:
