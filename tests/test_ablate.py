@@ -109,6 +109,20 @@ def test_two_arms_two_seeds_end_to_end(work, tmp_path):
     assert other.exit_code == 1 and "lora.rank was 4, is 8" in str(other.exception)
 
 
+def test_arms_are_probed_and_the_table_has_the_figures_that_are_asked_for(work, tmp_path):
+    asked = {"task": "probe", "of": "vqa", "data": "train.jsonl", "metrics": ["right_beats_other", "gain"]}
+    found = ablate(work(arms=ARMS, seeds=[0], evaluate=[asked]), tmp_path / "out", [], QUIET)
+    assert [list(row["metrics"]) for row in found["arms"]] == [["probe right_beats_other"]] * 2
+    assert any("metrics name: gain." in warning for warning in found["warnings"])
+    report = tmp_path / "out" / "taught" / "seed-0" / "eval" / "probe.json"
+    before = report.stat().st_mtime_ns
+    assert json.loads(report.read_text())["settings"]["max_examples"] is None
+    asked["metrics"] = ["gain_over_other"]  # other figures of the same report: nothing is asked again
+    found = ablate(work(arms=ARMS, seeds=[0], evaluate=[asked]), tmp_path / "out", [], QUIET)
+    assert list(found["arms"][0]["metrics"]) == ["probe gain_over_other"] and not found["warnings"]
+    assert report.stat().st_mtime_ns == before
+
+
 class Killed(BaseException):
     """Like SIGKILL, nothing catches it: what is on the disk stays as it was."""
 
@@ -183,6 +197,9 @@ def test_cells_end_at_equal_samples(work, tmp_path):
         ({"arms": ARMS, "seeds": [1, 1]}, "twice"),
         ({"grid": {"lora.rank": [2, 2]}}, "a value twice"),
         ({"arms": ARMS, "evaluate": [{"task": "vqa", "data": "a"}, {"task": "vqa", "data": "b"}]}, "give each a name"),
+        ({"arms": ARMS, "evaluate": [{"task": "probe", "data": "a"}]}, "a probe needs of"),
+        ({"arms": ARMS, "evaluate": [{"task": "vqa", "of": "vqa", "data": "a"}]}, "only for task probe"),
+        ({"arms": ARMS, "evaluate": [{"task": "probe", "of": "vqa", "data": "a", "against": ["none"]}]}, "other"),
     ],
 )
 def test_a_bad_specification_is_refused(work, values, message):
@@ -226,7 +243,7 @@ def test_every_specification_of_the_repository_loads(path, tmp_path):
     assert len(cells) == len(spec.arms) * len(spec.seeds)
     assert len({str(cell.recipe) for cell in cells}) == len(cells)  # no two cells are the same run
     for asked in spec.evaluate:
-        assert base_of(cells[0], asked) if asked.task == "text" else make_task(asked.task)
+        assert base_of(cells[0], asked) if asked.task == "text" else make_task(asked.of or asked.task)
 
 
 def log(folder, values, size=10, alone=0, rate=5.0, name="log.jsonl"):

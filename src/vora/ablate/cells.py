@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from vora.eval.probe import probe
 from vora.eval.run import commit, evaluate, make_task
 from vora.eval.text import text_ability
 from vora.train.checkpoints import newest_checkpoint
@@ -90,7 +91,8 @@ def measure_cell(cell, asked, beside, console):
     if torch.cuda.is_available():
         model = model.to("cuda")
     for one in todo:
-        out, options = _report_file(cell, one), one.model_dump(exclude={"name", "task", "base", "data"})
+        no_options = {"name", "task", "metrics", "of", "against", "generate", "base", "data"}
+        out, options = _report_file(cell, one), one.model_dump(exclude=no_options)
         if not _was_asked_alike(out, one):
             for stale in out.parent.glob(f"{out.stem}.*"):
                 stale.unlink()
@@ -102,6 +104,10 @@ def measure_cell(cell, asked, beside, console):
         if one.task == "text":
             given |= {"base": base_of(cell, one), "max_examples": chosen["max_examples"], "seed": chosen["seed"]}
             text_ability(model, processor, data, out, console, **given)
+        elif one.task == "probe":
+            task = make_task(one.of, **chosen)
+            given |= {"against": one.against or ["other"], "generate": bool(one.generate)}
+            probe(model, processor, task, data, out, console, **given)
         else:
             evaluate(model, processor, make_task(one.task, **chosen), data, out, console, **given)
 
@@ -169,11 +175,13 @@ def _asked_file(report):
 
 
 def _was_asked_alike(report, asked):
+    """Whether a report answers what is asked; which of its figures are shown is no matter."""
     file = _asked_file(report)
     if not file.exists():
         return False
     before = {key: value for key, value in json.loads(file.read_text()).items() if value is not None}
-    return before == asked.model_dump(mode="json", exclude_none=True)
+    before.pop("metrics", None)
+    return before == asked.model_dump(mode="json", exclude_none=True, exclude={"metrics"})
 
 
 def _listed(data):

@@ -56,7 +56,7 @@ def ablate(spec_file, out, overrides, console):
         refuse_other(cell)
     for asked in spec.evaluate:  # what cannot be measured is told before hours of training
         if asked.task != "text":
-            make_task(asked.task, prompt=asked.prompt)
+            make_task(asked.of or asked.task, prompt=asked.prompt)
             continue
         for cell in cells:
             base_of(cell, asked)
@@ -81,7 +81,7 @@ def ablate(spec_file, out, overrides, console):
 
 def draw(spec, cells, out, name, command):
     """Table and curves of the cells that have ended."""
-    curves, scores, failures, commits = {}, {}, {}, {}
+    curves, scores, failures, commits, missing = {}, {}, {}, {}, {}
     for cell in cells:
         key = (cell.arm, cell.seed)
         if (cause := failure_of(cell)) is not None:
@@ -94,11 +94,8 @@ def draw(spec, cells, out, name, command):
             failures[key] = str(error)
             continue
         commits[trained_at(cell)] = None
-        scores[key] = {
-            f"{asked.name or asked.task} {metric}": value["value"]
-            for asked in spec.evaluate
-            for metric, value in ((report_of(cell, asked) or {}).get("metrics", {})).items()
-        }
+        scores[key], unknown = scores_of(cell, spec.evaluate)
+        missing |= dict.fromkeys(unknown)
     found = {
         "name": name,
         "command": command,
@@ -113,10 +110,29 @@ def draw(spec, cells, out, name, command):
     }
     if len(commits) > 1:
         found["warnings"].append(f"Cells were trained at {len(commits)} states of the code: {', '.join(commits)}.")
+    if missing:
+        found["warnings"].append(f"No report has what evaluate's metrics name: {', '.join(missing)}.")
     write_whole(out / "table.json", found)
     (out / "table.md").write_text(markdown(found))
     draw_curves(curves, list(spec.arms), spec.baseline, out / "curves.png", name)
     return found
+
+
+def scores_of(cell, asked):
+    """{column: value} of a cell's measurements, and the names of metrics that its reports do not have.
+
+    Args:
+        asked: list of `EvaluateSection`.
+    """
+    scores, unknown = {}, []
+    for one in asked:
+        metrics = (report_of(cell, one) or {}).get("metrics")
+        if metrics is None:
+            continue
+        unknown += [name for name in one.metrics or () if name not in metrics]
+        shown = [name for name in one.metrics or metrics if name in metrics]
+        scores |= {f"{one.name or one.task} {name}": metrics[name]["value"] for name in shown}
+    return scores, unknown
 
 
 def trained_at(cell):

@@ -18,7 +18,11 @@ class EvaluateSection(Section):
     """One measurement of each arm's merged model, with the words of `vora eval`."""
 
     name: str | None = Field(None, pattern=r"^\w[\w=,+-]*$")  # of its columns in the table; default: the task's
-    task: Literal["captions", "vqa", "classify", "statements", "presence", "text"]
+    task: Literal["captions", "vqa", "classify", "statements", "presence", "probe", "text"]
+    metrics: list[str] | None = Field(None, min_length=1)  # the table's columns; default: all that it reports
+    of: Literal["captions", "vqa", "classify", "statements", "presence"] | None = None  # the task that is probed
+    against: list[Literal["other", "blank", "shuffled", "none"]] | None = None  # of a probe; default: other
+    generate: bool | None = None  # of a probe: let the model speak too
     base: str | None = None  # of text: the LLM to compare with; default: the recipe's model.llm
     data: str | list[str]  # start in the recipe's data.folder, else beside the specification
     prompt: str | None = None
@@ -29,6 +33,17 @@ class EvaluateSection(Section):
     image_folder: str | None = None
     max_examples: int | None = Field(None, ge=1)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def probe_is_whole(self):
+        given = [name for name in ("of", "against", "generate") if getattr(self, name) is not None]
+        if given and self.task != "probe":
+            raise ValueError(f"{', '.join(given)}: only for task probe, and this is {self.task}; leave it out")
+        if self.task == "probe" and self.of is None:
+            raise ValueError("a probe needs of, the task that is probed, such as captions")
+        if self.against is not None and "other" not in self.against:
+            raise ValueError(f"against {self.against} lacks other, which a probe's verdict needs")
+        return self
 
 
 class Spec(Section):
