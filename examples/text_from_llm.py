@@ -4,8 +4,8 @@
     python examples/text_from_llm.py smollm2-135m --num 500 --kind document --out documents.jsonl
 
 A conversation: the LLM is given the beginning of a user's turn and goes on, first the question, then the answer
-(Magpie, arXiv 2406.08464). A document: it is given what separates documents, and goes on. A file that is there is gone
-on with. Needs no data and no network but the LLM.
+(Magpie, arXiv 2406.08464); turns are written and end as in training (`VoraProcessor`). A document: it is given what
+separates documents, and goes on. A file that is there is gone on with. Needs no data and no network but the LLM.
 """
 
 import argparse
@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 
-from vora.model.from_llm import load_llm, load_tokenizer
+from vora.model.from_llm import load_llm
+from vora.model.processing_vora import VoraProcessor
 
 MARK = "\u2042"  # stands where a turn's text goes
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<s>", "<bos>")  # of documents, in pre-training
+PATIENCE = 20  # rounds that bring nothing, until it gives up
 
 
 def main():
@@ -31,63 +33,71 @@ def main():
     parser.add_argument("--answer-tokens", type=int, default=160, help="of answers and documents; then cut")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    tokenizer, llm = load_tokenizer(options.llm), load_llm(options.llm, dtype=torch.bfloat16).eval()
-    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+    llm = load_llm(options.llm, dtype=torch.bfloat16).eval()
+    llm = llm.to("cuda" if torch.cuda.is_available() else "cpu")
+    processor = VoraProcessor.from_llm(options.llm)
     seen = {line for line in options.out.read_text().splitlines()} if options.out.exists() else set()
     sampled = conversations if options.kind == "conversation" else documents
+    in_vain = 0
     while len(seen) < options.num:
-        torch.manual_seed(options.seed + len(seen))
+        torch.manual_seed(options.seed + len(seen) + in_vain)
+        before = len(seen)
         with options.out.open("a") as file:
-            for line in map(json.dumps, sampled(llm, tokenizer, options)):
+            for line in map(json.dumps, sampled(llm, processor, options)):
                 if line not in seen and len(seen) < options.num:
                     seen.add(line)
                     file.write(line + "\n")
         print(f"{len(seen)} of {options.num} {options.kind}s", flush=True)
+        in_vain = in_vain + 1 if len(seen) == before else 0
+        if in_vain == PATIENCE:
+            cure = "" if options.kind == "document" else ": raise --question-tokens, or take --kind document"
+            told = f"{PATIENCE} rounds of {options.batch} brought no new {options.kind}{cure}"
+            raise SystemExit(f"{told}. {options.out} has {before}.")
 
 
-def conversations(llm, tokenizer, options):
+def conversations(llm, processor, options):
     """Yields rows with one question and its answer."""
-    begun = rendered(tokenizer, [{"role": "user", "content": MARK}]).partition(MARK)[0]
-    asked = continued(llm, tokenizer, [begun] * options.batch, options.question_tokens)
+    begun = processor.apply_chat_template([{"role": "user", "content": MARK}]).partition(MARK)[0]
+    asked = continued(llm, processor, [begun] * options.batch, options.question_tokens)
     questions = dict.fromkeys(text for text, ended in asked if ended and len(text.split()) >= 3)
     turns = [[{"role": "user", "content": question}] for question in questions]
     if not turns:
         return
-    prompts = [rendered(tokenizer, turn, add_generation_prompt=True) for turn in turns]
-    for turn, (answer, ended) in zip(turns, continued(llm, tokenizer, prompts, options.answer_tokens)):
+    prompts = [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
+    for turn, (answer, ended) in zip(turns, continued(llm, processor, prompts, options.answer_tokens)):
         answer = answer if ended else whole_sentences(answer)
         if answer:
             yield {"messages": [*turn, {"role": "assistant", "content": answer}]}
 
 
-def documents(llm, tokenizer, options):
+def documents(llm, processor, options):
     """Yields rows of plain text, as the LLM's pre-training had it."""
+    tokenizer = processor.tokenizer
     known = tokenizer.get_vocab()
     begin = next((token for token in SEPARATORS if token in known), tokenizer.bos_token or tokenizer.eos_token)
-    for text, _ in continued(llm, tokenizer, [begin] * options.batch, options.answer_tokens):
+    for text, _ in continued(llm, processor, [begin] * options.batch, options.answer_tokens):
         if len(text.split()) >= 10:
             yield {"text": text}
 
 
-def rendered(tokenizer, turns, **options):
-    """Turns as the chat template writes them."""
-    return tokenizer.apply_chat_template(turns, tokenize=False, **options)
-
-
 @torch.inference_mode()
-def continued(llm, tokenizer, prompts, max_new_tokens):
+def continued(llm, processor, prompts, max_new_tokens):
     """How each prompt goes on, sampled, to the end of the turn: list of (text, whether it ended by itself)."""
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    tokenizer, ends = processor.tokenizer, processor.end_ids
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(llm.device)
     tokens = llm.generate(
         **inputs,
         do_sample=True,
         temperature=1.0,
         top_p=0.95,
         max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
     )[:, inputs["input_ids"].shape[1] :]
-    ends = tokenizer.eos_token_id
-    return [(tokenizer.decode(row, skip_special_tokens=True).strip(), bool((row == ends).any())) for row in tokens]
+    return [
+        (tokenizer.decode(row, skip_special_tokens=True).strip(), not set(ends).isdisjoint(row.tolist()))
+        for row in tokens
+    ]
 
 
 def whole_sentences(text):
