@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vora import VoraForConditionalGeneration, VoraProcessor
 from vora.model.from_llm import _as_the_mean_word, resolve_llm
+from vora.model.wheel_files import wheel_files
 
 WIDTH, HEADS, INNER, BLOCKS = 32, 4, 64, 2
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<reponame>", *"abcdefghijklmnopqrstuvwxyzĠĊ", "ab"]
@@ -128,6 +129,22 @@ def test_a_gguf_file_is_an_llm_and_what_is_not_there_is_said(gguf_folder, tmp_pa
     assert resolve_llm("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", {})
 
 
+def test_a_gguf_file_that_is_named_may_lie_beside_others(gguf_folder, tmp_path):
+    file = next(gguf_folder.glob("*.gguf"))
+    for name in ("one.gguf", "two.gguf"):
+        (tmp_path / name).write_bytes(file.read_bytes())
+    model = VoraForConditionalGeneration.from_llm(str(tmp_path / "one.gguf"), patch_size=4, image_size=8)
+    assert model.config.image_token_id == TOKENS.index("<reponame>")
+
+
+def test_quantized_weights_are_refused_before_they_are_trained(llm_folder, monkeypatch):
+    llm = AutoModelForCausalLM.from_pretrained(llm_folder)
+    llm.is_quantized = True
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: llm)
+    with pytest.raises(ValueError, match="are quantized.*name the LLM that it was quantized from"):
+        VoraForConditionalGeneration.from_llm(llm_folder, patch_size=4, image_size=8)
+
+
 def test_generate_refuses_places_without_pictures():
     model = tiny_vora("llama")
     ids = torch.tensor([[7, IMAGE, IMAGE, 9]])
@@ -135,3 +152,10 @@ def test_generate_refuses_places_without_pictures():
         model.generate(ids, max_new_tokens=2)
     with pytest.raises(ValueError, match="2 image tokens"):
         model.generate(input_ids=ids, max_new_tokens=2)
+
+
+def test_an_environment_without_pip_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("VORA_CACHE", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConnectionError, match="fetched by pip, which .* lacks: run `python -m ensurepip` or `uv pip"):
+        wheel_files("easy-vqa==1.0")

@@ -139,6 +139,8 @@ def test_an_llm_of_other_weights_is_refused(eyes, llm_folder, tmp_path):
     with pytest.raises(ValueError, match="shape, but of other weights"):
         load_over_llm(eyes[0], llm=str(tmp_path / "tuned"))
     assert digest_of(eyes[1]) != digest  # merged
+    assert digest_of(llm.to(torch.float16)) is None  # some numbers are others there
+    assert load_over_llm(eyes[0], torch.float16).dtype == torch.float16
 
 
 def test_a_run_s_eyes_come_in_its_precision_and_with_their_card(llm_folder, tmp_path):

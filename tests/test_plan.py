@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, ViTConfig,
 from vora.distill.teacher import Teacher
 from vora.model.stretches import BY_STRETCH
 from vora.train.flops import Row, layer_sizes, row_flops, teacher_flops
-from vora.train.memory import Saved, step_memory, traced
+from vora.train.memory import Saved, optimizer_bytes, step_memory, traced
 from vora.train.outline import SHAPES, config_of, outline
 from vora.train.plan import GPUS, known_gpu, plan, tokens_of_budget
 from vora.train.recipe import load_recipe
@@ -174,6 +174,25 @@ def test_activations_are_those_that_autograd_saves(tmp_path, recomputed, bf16, i
     parts = step_memory(planned, row, 1, bf16=bf16, num_recomputed=recomputed)
     assert parts["optimizer"] == 8 * trained and parts["trained weights"] == 4 * trained
     assert parts["total"] == pytest.approx(sum(size for part, size in parts.items() if part != "total"))
+
+
+@pytest.mark.parametrize(
+    ("optim", "dtype", "bytes_each"),
+    [
+        ("adamw_torch_fused", torch.float32, 8),
+        ("adamw_torch", torch.bfloat16, 4),
+        ("paged_adamw_8bit", torch.float32, 2),
+        ("adamw_torch_4bit", torch.float32, 1),
+        ("lion_32bit", torch.bfloat16, 4),
+        ("adafactor", torch.float32, 0),
+        ("sgd", torch.float32, 0),
+        ("grokadamw", torch.float32, 8),
+    ],
+)
+def test_an_optimizer_keeps_what_its_name_says(optim, dtype, bytes_each):
+    layer = torch.nn.Linear(3, 5, dtype=dtype)
+    layer.bias.requires_grad_(False)
+    assert optimizer_bytes(layer, optim) == bytes_each * 15
 
 
 def two_stretches(config):

@@ -48,6 +48,14 @@ def test_two_processes_resume_as_one_run(recipe, tmp_path):  # noqa: F811
     assert places[0]["data"] == places[1]["data"] and places[0]["num_rows"] == places[1]["num_rows"] == 40
 
 
+@needs_gloo
+def test_logged_losses_are_those_of_both_processes(recipe, tmp_path):  # noqa: F811
+    train(recipe, tmp_path / "run", "training.max_steps=6", "training.save_steps=6", "teacher=null")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "lm_loss" in line]
+    assert len(lines) == 6 and all(line["lm_loss"] == pytest.approx(line["loss"], rel=1e-4) for line in lines)
+
+
 def agree(rank, folder):
     """Two processes, of which one measured fewer steps and only the other caught a signal, after its second step."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}

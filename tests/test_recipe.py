@@ -41,6 +41,12 @@ def test_defaults_fill_what_is_left_out():
             "to a number n",
         ),
         (with_values(training={"use_liger_kernel": True}), "in parts of bounded size"),
+        (with_values(training={"label_smoothing_factor": 0.1}), "losses are the learner's own"),
+        (with_values(training={"auto_find_batch_size": True}), "rows are packed before a batch is tried"),
+        (with_values(training={"save_only_model": True}), "from which nothing can resume"),
+        (with_values(teacher={"name": "vit", "weight": 0, "image_only_steps": 9}), "image_only_steps 9 would ask for"),
+        (with_values(teacher={"name": "vit", "weight": 0, "weight_end": 1.0}), "weight_end 1.0 would ask for"),
+        (with_values(stage="finetune", teacher={"name": "vit"}), "set teacher=null"),
         (with_values(training={"data_seed": 3}), "order of the data follows training.seed"),
     ],
 )  # fmt: skip
@@ -113,6 +119,10 @@ def test_powers_of_ten_are_numbers_and_patterns_are_text(tmp_path):
     values = {"model": {"llm": "x"}, "data": {"sources": [{"path": "a.jsonl"}]}, "training": {"learning_rate": "1e-4"}}
     recipe = load_recipe(values, ["data.sources.0.path=*.parquet"])
     assert recipe.training["learning_rate"] == 1e-4 and recipe.data.sources[0].path.endswith("*.parquet")
+    values["training"] = {"lr_scheduler_kwargs": {"min_lr": "1e-5"}, "max_steps": "1e4", "save_steps": "1e-1"}
+    training = load_recipe(values).training
+    assert training == {"lr_scheduler_kwargs": {"min_lr": 1e-5}, "max_steps": 10_000, "save_steps": 0.1}
+    assert type(training["max_steps"]) is int
 
 
 def test_a_pattern_is_sought_beside_the_recipe_and_then_here(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import vora
@@ -87,6 +88,12 @@ def test_a_resumed_stream_goes_on_where_it_was(rows, before, after):
         resumed.load_state_dict(state)
         assert first(resumed, 40 - stop) == whole[stop:]
         assert resumed.state_dict() == stream.state_dict()
+
+
+def test_reading_draws_no_random_numbers_that_a_resumed_run_would_miss(rows):
+    before = torch.get_rng_state()
+    first(rows(num_workers=1), 2)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_pictures_alone_come_first_and_predict_nothing(rows, processor):

@@ -6,7 +6,6 @@ from itertools import islice
 import pytest
 import torch
 from tiny import prompt, text, tiny_vora
-from transformers import Trainer
 
 from vora import VoraForConditionalGeneration, attach_vision_lora
 from vora.adapt.spare_text import InputMoments
@@ -18,7 +17,6 @@ from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe import load_recipe
 from vora.train.run import train
 from vora.train.text_energy import TextEnergy, moments_of_text
-from vora.train.trainer import VoraTrainer
 
 TEXTS = [prompt(text(30, seed)) for seed in range(6)]
 
@@ -128,16 +126,6 @@ def test_a_run_acts_on_text_the_less_the_more_it_is_to_spare_it(sources, llm_fol
 def test_without_texts_nothing_can_be_spared(sources, llm_folder, teacher_folder, tmp_path):
     with pytest.raises(ValueError, match="held 0 texts without pictures"):
         train(recipe(sources[:1], llm_folder, teacher_folder, spare_text=1.0), tmp_path / "run")
-
-
-def test_pairs_that_fsdp_spreads_are_refused_before_the_first_step(monkeypatch):
-    def spread(self, *args, **kwargs):
-        self.is_fsdp_enabled = True
-
-    monkeypatch.setattr(Trainer, "__init__", spread)
-    with pytest.raises(ValueError, match="FSDP spreads them: train with DDP"):
-        VoraTrainer(text_energy=object())
-    VoraTrainer()
 
 
 def test_pairs_without_gradients_are_not_pulled():

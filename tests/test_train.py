@@ -343,8 +343,35 @@ def test_eyes_that_were_trained_before_slow_down_from_the_start(recipe, tmp_path
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     heads = load_file(tmp_path / "eyes" / "final" / DISTILLATION_FILE)
     assert torch.equal(begun.distillation.heads["0"][1].weight, heads["heads.0.1.weight"])
+    for section, key, value, message in (
+        (second.model, "patch_merge", 2, "patch_merge 2 .it has 1.* would be others"),
+        (second.model, "image_attention", "causal", "image_attention causal .it has bidirectional"),
+        (second.lora, "target_modules", ["q_proj"], "leave lora.target_modules out"),
+        (second.teacher, "standardize", True, "tensors of the distill heads.*variance.*None there"),
+    ):
+        before = getattr(section, key)
+        setattr(section, key, value)
+        with pytest.raises(ValueError, match=message):
+            build_learner(second)
+        setattr(section, key, before)
+    second.model.attn_implementation = "eager"
+    second.model.chat_template = "{% for m in messages %}{{ m['role'] }}> {{ m['content'] }}{% endfor %}"
+    learner, processor = build_learner(second)
+    assert learner.config.get_text_config()._attn_implementation == "eager"
+    assert processor.apply_chat_template([{"role": "user", "content": "what?"}]) == "user> what?"
     second.stage, second.teacher = "finetune", None
     with pytest.raises(ValueError, match="vora merge"):
+        build_learner(second)
+
+
+def test_a_teacher_deeper_than_the_lora_that_a_model_has_is_refused(recipe, tmp_path):
+    first = recipe(max_steps=1)
+    first.lora.num_blocks = 2
+    run(first, tmp_path / "eyes")
+    second = recipe(max_steps=1)
+    second.model.llm, second.model.vora, second.teacher.name = None, str(tmp_path / "eyes"), str(tmp_path / "vit")
+    tiny.save_tiny_vit(tmp_path / "vit", num_hidden_layers=3)  # as deep as the LLM, whose third block has no LoRA
+    with pytest.raises(ValueError, match="3 blocks, but only 2 of the LLM's 3"):
         build_learner(second)
 
 

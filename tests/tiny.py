@@ -82,9 +82,10 @@ def tiny_vora(llm):
         )
 
 
-def save_tiny_vit(folder):
-    """A ViT of two blocks for pictures of 16 x 16 pixels, saved as on the hub."""
-    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+def save_tiny_vit(folder, num_hidden_layers=2):
+    """A ViT for pictures of 16 x 16 pixels, saved as on the hub."""
+    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2}
+    shape["num_hidden_layers"] = num_hidden_layers
     torch.manual_seed(1)
     ViTModel(ViTConfig(**shape, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(folder)
 
@@ -190,3 +191,16 @@ def tiny_tokenizer(chat_template=CHATML, sentencepiece=False, **special):
     tokenizer.train_from_iterator(CORPUS, trainer)
     special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"} | special
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **special)
+
+
+class InFourBits(torch.nn.Module):
+    """A linear layer as bitsandbytes keeps it: its weight is stored in integers."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False)
+        self.bias = linear.bias
+        self._computed = [linear]
+
+    def forward(self, states):
+        return self._computed[0](states)

@@ -76,7 +76,8 @@ def load_over_llm(folder, dtype=None, llm=None):
             raise ValueError(
                 f"{folder} grew on an LLM with {field} {wanted}, but {name} has {has}: it is another LLM."
             )
-    if getattr(config, "llm_digest", None) not in (None, digest_of(llm, config.image_token_id)):
+    digests = {getattr(config, "llm_digest", None), digest_of(llm, config.image_token_id)} - {None}
+    if len(digests) > 1:
         raise ValueError(
             f"{folder} grew on an LLM of {name}'s shape, but of other weights, such as a fine-tune of it: put it over "
             f"that one with `vora merge {folder} --llm LLM -o OUT`."
@@ -136,8 +137,9 @@ def named_llm(folder):
 @torch.no_grad()
 def digest_of(llm, image_token_id=None):
     """Tells LLMs of one shape apart, with LoRA on or without: 16 hexadecimal digits of word embeddings and of the
-    first matrix of each block, some rows of them. Whether an LLM is loaded in bf16 or in fp32 makes no difference. The
-    row that an LLM grew by for its image token is none of its own, and left out.
+    first matrix of each block, some rows of them. Whether an LLM is loaded in bf16 or in fp32 makes no difference; in
+    fp16 some numbers are others, so that there it is None. The row that an LLM grew by for its image token is none of
+    its own, and left out.
 
     Args:
         llm: a causal LM, or a VoRA model around one.
@@ -150,6 +152,8 @@ def digest_of(llm, image_token_id=None):
     matrices = [next(m for m in block.modules() if isinstance(m, (nn.Linear, Conv1D))).weight for block in blocks]
     digest = hashlib.sha256()
     words = llm.get_input_embeddings().weight
+    if torch.float16 in {weight.dtype for weight in (words, *matrices)}:
+        return None
     for weight in (words, *matrices):
         step = max(1, len(weight) // 64)
         rows = weight[::step]

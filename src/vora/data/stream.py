@@ -360,8 +360,14 @@ class PackedRows:
         waiting, following = {tuple(place) for place in position["waiting"]}, tuple(position["next"])
         first_chunk = min({following, *waiting})[0]
         chunks = Chunks(self.maker, self.mixture, first_chunk, position["pictures_alone"], self.rank, self.num_ranks)
+        own = torch.Generator().manual_seed(0)  # a loader's draw from torch's own would shift a resumed run's dropout
         loader = DataLoader(
-            chunks, batch_size=None, num_workers=num_workers, collate_fn=as_it_is, worker_init_fn=_few_threads
+            chunks,
+            batch_size=None,
+            num_workers=num_workers,
+            collate_fn=as_it_is,
+            worker_init_fn=_few_threads,
+            generator=own,
         )
         num_fruitless = 0
         for number, packed in loader:

@@ -67,7 +67,11 @@ def _dequantized(alias):
 
 
 def load_llm(llm, **kwargs):
-    """A causal LM in eval mode, with its tokenizer's name remembered in `name_or_path`; loaded models pass through."""
+    """A causal LM in eval mode, with its tokenizer's name remembered in `name_or_path`; loaded models pass through.
+
+    Raises:
+        ValueError: its weights are quantized.
+    """
     if isinstance(llm, PreTrainedModel):
         return llm
     name, source = resolve_llm(llm)
@@ -76,7 +80,14 @@ def load_llm(llm, **kwargs):
     model = AutoModelForCausalLM.from_pretrained(name, **source, **kwargs)
     if hasattr(model.config, "quantization_config") and "gguf_file" in source:
         del model.config.quantization_config
-    model.config._name_or_path = str(llm)
+    if getattr(model, "is_quantized", False):
+        kind = type(getattr(model, "hf_quantizer", None)).__name__.removesuffix("HfQuantizer")
+        raise ValueError(
+            f"The weights of {llm} are quantized ({kind}), and LoRA cannot be merged into such: name the LLM that it "
+            "was quantized from; what was merged can be quantized afterwards."
+        )
+    for named in (model, model.config, model.config.get_text_config()):
+        setattr(named, "name_or_path", str(llm))
     return model.eval()
 
 

@@ -107,12 +107,25 @@ class VoraProcessor(ProcessorMixin):
         return cls(
             VoraImageProcessor(patch_size=patch_size, patch_merge=patch_merge, **image_kwargs),
             tokenizer,
-            chat_template=FLATTEN_CONTENT.replace("IMAGE_TOKEN", image_token) + template,
             image_token=image_token,
-        )
+        ).take_template(template)
+
+    def take_template(self, template):
+        """Write turns by this Jinja template from now on; content may be a list of images and texts.
+
+        Returns:
+            This processor.
+        """
+        self.chat_template = FLATTEN_CONTENT.replace("IMAGE_TOKEN", self.image_token) + template
+        return self
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         return super().apply_chat_template(_videos_as_images(conversation), *args, **kwargs)
+
+    def prepare_inputs_layout(self, images=None, **kwargs):
+        """As the library's, but an empty list is no images."""
+        images = None if images is None or not list(flat_images(images)) else images
+        return super().prepare_inputs_layout(images=images, **kwargs)
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Images and their places must match; the library's own check knows no `Video`.
@@ -122,7 +135,7 @@ class VoraProcessor(ProcessorMixin):
         """
         if videos is not None or audio is not None:
             raise ValueError("Videos go into messages as {'type': 'video', 'video': frames}; audio is not understood.")
-        super().validate_inputs(text=None if text is None else [""], **kwargs)
+        super().validate_inputs(text=None if text is None and images is None else [""], **kwargs)
         num_places = sum(one.count(self.image_token) for one in text or [])
         num_images = 0 if images is None else sum(1 for _ in flat_images(images))
         if text is not None and num_places != num_images:

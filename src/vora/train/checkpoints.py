@@ -38,7 +38,7 @@ def find_checkpoint(directory, resume):
     """
     for folder in _checkpoints(directory):
         if not _is_whole(folder):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # several processes may do so at once
     newest = newest_checkpoint(directory)
     if resume and newest is None:
         raise ValueError(f"{directory} holds no checkpoint to resume from: start without --resume.")

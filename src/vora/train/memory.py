@@ -19,7 +19,8 @@ from vora.model.attention import attention_masks
 from vora.model.label_loss import labels_at_once
 from vora.model.stretches import BY_STRETCH
 
-STATES_OF_OPTIMIZER = {"adamw": 2, "adam": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1, "lion": 1}
+STATES_OF_OPTIMIZER = {"adafactor": 0, "ademamix": 3, "adam": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1, "lion": 1}
+BYTES_OF_STATE = {"4bit": 0.5, "8bit": 1, "32bit": 4}  # by the optimizer's name; else those of the parameter
 
 
 def step_memory(learner, row, num_rows, *, bf16=False, num_recomputed=0, accumulates=False, optim="adamw_torch",
@@ -41,15 +42,13 @@ def step_memory(learner, row, num_rows, *, bf16=False, num_recomputed=0, accumul
         optimizer's update is the peak, `gradients` when they do not exist yet at the peak.
     """
     frozen, trained = weight_bytes(learner)
-    num_trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
-    states = next((count for name, count in STATES_OF_OPTIMIZER.items() if optim.startswith(name)), 2)
     found = traced(learner, row, num_rows, bf16, num_recomputed)
     gradients = trained / num_shards
     buckets = gradients if num_processes > 1 and num_shards == 1 else 0
     parts = {
         "frozen weights": frozen / num_shards,
         "trained weights": trained / num_shards,
-        "optimizer": 4 * states * num_trained / num_shards,
+        "optimizer": optimizer_bytes(learner, optim) / num_shards,
         "gradient buckets": buckets,
         "gathered blocks": 0 if num_shards == 1 else 2 * largest_block(learner),
         "teacher": 0 if learner.teacher is None else sum(bytes_of(p) for p in learner.teacher.parameters()),
@@ -60,6 +59,18 @@ def step_memory(learner, row, num_rows, *, bf16=False, num_recomputed=0, accumul
     at_update = {"gradients": gradients, "activations": found.one_block, "loss": 0}
     parts |= max(at_loss, at_recomputation, at_update, key=lambda moment: sum(moment.values()))
     return parts | {"total": sum(parts.values())}
+
+
+def optimizer_bytes(learner, optim):
+    """What an optimizer keeps of all trained parameters; adafactor's rows and columns count as nothing.
+
+    Args:
+        optim: its name, as in TrainingArguments; one that is not known counts as Adam.
+    """
+    states = next((count for name, count in STATES_OF_OPTIMIZER.items() if name in optim), 2)
+    size = next((size for mark, size in BYTES_OF_STATE.items() if mark in optim), None)
+    trained = [p for p in learner.parameters() if p.requires_grad]
+    return states * sum(p.numel() * (size or p.element_size()) for p in trained)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from rich.table import Table
 from vora.data.survey import survey
 from vora.distill.teacher import Teacher
 from vora.train.flops import Row, row_flops
-from vora.train.memory import bytes_of, step_memory
+from vora.train.memory import bytes_of, optimizer_bytes, step_memory
 from vora.train.outline import outline
 from vora.train.preview import source_names
 from vora.train.run import DEFAULTS, open_sources, packed_rows, training_arguments
@@ -280,14 +280,13 @@ def step_seconds(flops, tokens, settings, device, num_devices, utilization, lear
 def disk_bytes(learner, settings, recipe):
     """What the run leaves on disk, by part; the data is not counted."""
     trained = sum(bytes_of(p) for p in learner.parameters() if p.requires_grad)
-    num_trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
     weights = sum(bytes_of(p) for p in learner.vora.parameters())
     lora = sum(bytes_of(p) for name, p in learner.named_parameters() if "lora_" in name)
     every, steps = settings["save_steps"], settings["max_steps"]
     every = max(1, math.ceil(every * steps) if every < 1 else every)  # below 1 it is a share of the steps
     kept = min(settings["save_total_limit"] or math.inf, max(1, steps // every))
     parts = {
-        "checkpoints": kept * (trained + 8 * num_trained),
+        "checkpoints": kept * (trained + optimizer_bytes(learner, settings["optim"])),
         "final": trained,
         "merged model": weights - lora if recipe.stage == "pretrain" else 0,
         "teacher": 0 if learner.teacher is None else 4 * sum(p.numel() for p in learner.teacher.parameters()),
@@ -324,13 +323,16 @@ def known_gpu(name):
 
 def matmul_flops(device, dtype):
     """FLOP/s of this device's matrix products, the best of a few."""
-    left, right = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
+    side, products = (8192, 8) if device == "cuda" else (1024, 1)  # a GPU is asked for long enough to be in step
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
-        (left @ right)[0, 0].item()
+        for _ in range(products):
+            product = left @ right
+        product[0, 0].item()
         seconds.append(time.perf_counter() - start)
-    return 2 * 1024**3 / min(seconds)
+    return 2 * products * side**3 / min(seconds)
 
 
 def held_by_process(memory, recomputed):

@@ -15,6 +15,20 @@ from vora.data.prompts import DEFAULT_PROMPTS, Prompts
 from vora.data.sources import EASY_VQA
 from vora.model.from_llm import ALIASES
 
+CHANGES_NOTHING = {  # fields of TrainingArguments
+    "data_seed": "would change nothing: the order of the data follows training.seed",
+    "label_smoothing_factor": "would change nothing: losses are the learner's own, not the Trainer's",
+    "auto_find_batch_size": (
+        "would change nothing, for rows are packed before a batch is tried: ask `vora plan`, and set "
+        "training.per_device_train_batch_size"
+    ),
+    "save_only_model": "would leave checkpoints without their place in the data, from which nothing can resume",
+    "use_liger_kernel": (
+        "would change nothing: the Trainer gives Liger's kernels to bare models of families that Liger knows. What "
+        "its fused loss saves is saved already, for logits are made at labels alone and in parts of bounded size "
+        "(model/label_loss.py)"
+    ),
+}
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transformers' old and its new name
 
 
@@ -86,9 +100,12 @@ class TeacherSection(Section):
     starts_eyes: bool = True  # the patch embedding starts from the teacher's
 
     @model_validator(mode="after")
-    def rest_is_of_what_is_taught(self):
+    def weight_0_teaches_nothing(self):
         if self.weight == 0 and self.eyes_scale == 0:
             raise ValueError("with weight 0 nothing is taught, so eyes_scale 0 cannot say what shall rest: keep one")
+        if self.weight == 0 and (given := [key for key in ("image_only_steps", "weight_end") if getattr(self, key)]):
+            told = " and ".join(f"{key} {getattr(self, key)}" for key in given)
+            raise ValueError(f"with weight 0 nothing is taught, and {told} would ask for it: set what is meant to 0")
         return self
 
 
@@ -186,6 +203,8 @@ class Recipe(Section):
                 f"{' and '.join(ways)} exclude each other: an encoder is taught by nobody, and a blind LLM sees no "
                 "pictures; keep one"
             )
+        if self.stage == "finetune" and self.teacher is not None:
+            raise ValueError("stage finetune has no teacher, so its section would change nothing: set teacher=null")
         if self.data.blind and self.lora.keep_text:
             raise ValueError("data.blind leaves text alone, and with lora.keep_text that teaches nothing: keep one")
         return self
@@ -196,19 +215,11 @@ class Recipe(Section):
         for key in self.training:
             if key not in known or key == "output_dir":
                 raise ValueError(f"training.{key} is not a field of TrainingArguments{_nearest(key, known)}")
-        if self.training.get("data_seed") is not None:
-            raise ValueError("training.data_seed would change nothing: the order of the data follows training.seed")
-        self.training = {key: _number_or(value) for key, value in self.training.items()}
-        return self
-
-    @model_validator(mode="after")
-    def no_kernels_that_change_nothing(self):
-        if self.training.get("use_liger_kernel"):
-            raise ValueError(
-                "training.use_liger_kernel would change nothing: the Trainer gives Liger's kernels to bare models of "
-                "families that Liger knows. What its fused loss saves is saved already, for logits are made at labels "
-                "alone and in parts of bounded size (model/label_loss.py): leave it out"
-            )
+        defaults = {field.name: field.default for field in fields(TrainingArguments)}
+        for key, why in CHANGES_NOTHING.items():
+            if self.training.get(key, defaults[key]) != defaults[key]:
+                raise ValueError(f"training.{key} {why}: leave it out")
+        self.training = {key: _whole_or(key, _number_or(value)) for key, value in self.training.items()}
         return self
 
     @model_validator(mode="after")
@@ -309,9 +320,20 @@ def read_yaml(path):
 
 
 def _number_or(value):
-    """YAML 1.1 reads 1e-3 as text."""
+    """YAML 1.1 reads 1e-3 as text; also within lists and mappings."""
+    if isinstance(value, dict):
+        return {key: _number_or(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_number_or(one) for one in value]
     is_power = isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value)
     return float(value) if is_power else value
+
+
+def _whole_or(key, value):
+    """1e4 steps are 10,000: a whole number where TrainingArguments takes no other."""
+    kind = str(next(field.type for field in fields(TrainingArguments) if field.name == key))
+    is_whole = isinstance(value, float) and value.is_integer() and "int" in kind and "float" not in kind
+    return int(value) if is_whole else value
 
 
 def _yaml_value(text):

@@ -27,11 +27,12 @@ from vora.model.stretches import by_stretch_on_cpu
 from vora.train.blocks import compile_blocks, recompute_blocks
 from vora.train.checkpoints import find_checkpoint, last_step, newest_checkpoint
 from vora.train.decay import DistillWeightDecay
+from vora.train.devices import refuse_one_process_of_many_gpus, refuse_spread_weights
 from vora.train.pace import steps_that_fit
 from vora.train.progress import ProgressCallback, draw_losses, write_report
 from vora.train.recipe import CHECKPOINTING, save_recipe
 from vora.train.stages import build_learner, eyes_rest, trainable_table
-from vora.train.text_energy import TextEnergy, moments_of_text, refuse_spread_pairs
+from vora.train.text_energy import TextEnergy, moments_of_text
 from vora.train.trained import write_run_card
 from vora.train.trainer import VoraTrainer
 from vora.train.watch import WatchCallback
@@ -125,8 +126,8 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
     console, directory = console or Console(stderr=True), Path(run_directory)
     checkpoint = find_checkpoint(directory, resume)
     arguments = training_arguments(recipe, directory)
-    spares_text = recipe.lora.spare_text > 0 and recipe.stage == "pretrain"
-    refuse_spread_pairs(spares_text and arguments.fsdp)
+    refuse_one_process_of_many_gpus(arguments)
+    refuse_spread_weights(recipe, bool(arguments.fsdp), checkpoint is not None)
     sources = open_sources(recipe.data)
     torch.manual_seed(arguments.seed)
     learner, processor = build_learner(recipe)
@@ -141,7 +142,7 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
         compile_blocks(learner, arguments)
     rows = packed_rows(recipe, sources, processor, arguments, directory / "bad_samples.jsonl")
     energy = None
-    if spares_text:
+    if recipe.lora.spare_text > 0 and recipe.stage == "pretrain":
         energy = TextEnergy(moments_of_text(learner.to(arguments.device), rows))
     if recipe.max_minutes is not None:
         recipe = recipe.model_copy(deep=True)
@@ -179,6 +180,8 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    # an accelerate configuration may ask for FSDP too
+    refuse_spread_weights(recipe, trainer.is_fsdp_enabled, checkpoint is not None)
     try:
         if checkpoint is not None and last_step(checkpoint) >= arguments.max_steps:
             trainer.take_up(checkpoint)  # killed after its last step: the Trainer would do one more

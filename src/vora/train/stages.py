@@ -16,7 +16,7 @@ from vora.distill.teacher import Teacher
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 from vora.train.checkpoints import is_run, trained_folder
-from vora.train.recipe import load_recipe
+from vora.train.recipe import ModelSection, load_recipe
 from vora.train.trainer import load_student
 
 TRAINED_FIRST = ("vision LoRA", "patch embedding", "projector", "distill heads")  # in stage pretrain
@@ -145,7 +145,7 @@ def existing_student(recipe):
     folder, dtype = trained_folder(eyes_on_disk(recipe.model.vora)), recipe.model.dtype
     has_adapter = (folder / "adapter_config.json").exists()
     if not has_adapter:
-        return kind_of_student(folder).from_pretrained(folder, dtype=dtype)
+        return _as_wanted(kind_of_student(folder).from_pretrained(folder, dtype=dtype), recipe.model)
     if recipe.stage == "finetune":
         raise ValueError(
             f"Stage finetune trains a merged model: vora merge {recipe.model.vora} -o OUT, and model.vora=OUT."
@@ -162,6 +162,33 @@ def existing_student(recipe):
         raise ValueError(
             f"{folder} has LoRA of rank {has.r} in {num_blocks} blocks, but the recipe asks for rank {wanted.rank} in "
             f"{wanted.num_blocks or 'as many as the teacher has'}: set lora.rank={has.r} lora.num_blocks={num_blocks}."
+        )
+    if wanted.target_modules is not None and set(wanted.target_modules) != set(has.target_modules):
+        raise ValueError(
+            f"{folder} has LoRA on {', '.join(sorted(has.target_modules))}: leave lora.target_modules out, or name "
+            "these."
+        )
+    _as_wanted(model.get_base_model(), recipe.model)
+    return model
+
+
+def _as_wanted(model, wanted):
+    """An existing VoRA model that computes as a recipe's model section says.
+
+    Raises:
+        ValueError: the section asks for other eyes than it has.
+    """
+    if wanted.attn_implementation != "sdpa":
+        model.set_attn_implementation(wanted.attn_implementation)
+    changed = []
+    for key in ("patch_size", "image_size", "patch_merge", "image_attention"):
+        value, has = getattr(wanted, key), getattr(model.config, key, None)
+        if value not in (has, ModelSection.model_fields[key].default):
+            changed.append(f"{key} {value} (it has {has})")
+    if changed:
+        raise ValueError(
+            f"model.vora goes on with the eyes of {wanted.vora}, and model.{', model.'.join(changed)} would be others"
+            ": leave that out, or begin with model.llm."
         )
     return model
 
@@ -181,18 +208,24 @@ def take_heads(distillation, recipe):
     """
     if recipe.model.vora is None:
         return
-    file = trained_folder(recipe.model.vora) / DISTILLATION_FILE
+    file = trained_folder(eyes_on_disk(recipe.model.vora)) / DISTILLATION_FILE
     if not file.exists():
         return
     state, wanted = load_file(file), distillation.state_dict()
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in wanted.items()}:
-        pairs = ", ".join(str(pair) for pair in distillation.pairs[:3])
+    misfits = [name for name in {**state, **wanted} if _shape(state, name) != _shape(wanted, name)]
+    if misfits:
         raise ValueError(
-            f"The distill heads of {file.parent} are not those of the recipe's teacher with pairs {pairs}, ...: set "
-            "teacher.pairing to hidden_states (a checkpoint of the released code with a teacher of transformers) or "
-            "inputs (with AIMv2), or delete the file to begin with fresh ones."
+            f"{len(misfits)} tensors of the distill heads of {file.parent} are not those of the recipe's teacher, such"
+            f" as {misfits[0]} ({_shape(state, misfits[0])} there, {_shape(wanted, misfits[0])} here): set "
+            "teacher.standardize, summary and pairs as they were trained, teacher.pairing to hidden_states (a "
+            "checkpoint of the released code with a teacher of transformers) or inputs (with AIMv2), or delete the "
+            "file to begin with fresh ones."
         )
     distillation.load_state_dict(state)
+
+
+def _shape(tensors, name):
+    return tuple(tensors[name].shape) if name in tensors else None
 
 
 def build_processor(recipe, vit=None):
@@ -205,6 +238,8 @@ def build_processor(recipe, vit=None):
     if wanted.vora is not None:
         folder = trained_folder(eyes_on_disk(wanted.vora))
         known = processor_over_llm(folder) if lacks_llm(folder) else VoraProcessor.from_pretrained(folder)
+        if wanted.chat_template is not None:
+            known.take_template(wanted.chat_template)
         return _looking(known, wanted)
     options = {}
     if vit is not None and (wanted.encoder is not None or recipe.teacher.starts_eyes):
@@ -236,9 +271,11 @@ def lora_depth(recipe, student, teacher):
     Raises:
         ValueError: the teacher is deeper than the LLM, or than its LoRA, and its blocks are not to be spread.
     """
-    vora = student.get_base_model() if isinstance(student, PeftModel) else student
-    depth = len(vora.model.blocks)
+    has_lora = isinstance(student, PeftModel)
+    depth = len((student.get_base_model() if has_lora else student).model.blocks)
     num_blocks = recipe.lora.num_blocks
+    if has_lora and num_blocks is None:
+        num_blocks = len(student.peft_config["default"].layers_to_transform)
     if teacher is None:
         return num_blocks or depth
     limit = num_blocks or depth

@@ -66,15 +66,6 @@ class TextEnergy:
                 yield a, b, across, b.float() @ (across @ a.float().T), layer.scaling[adapter] ** 2 / own
 
 
-def refuse_spread_pairs(are_spread):
-    """Raise ValueError where text is to be spared by pairs that FSDP spreads over processes."""
-    if are_spread:
-        raise ValueError(
-            "lora.spare_text needs each pair whole, and FSDP spreads them: train with DDP (torchrun alone), or leave "
-            "it out and raise lora.keep_text."
-        )
-
-
 def moments_of_text(learner, rows, num_tokens=20_000, most_texts=4_000):
     """Reads the texts of a mixture with the LLM as it is, and counts what enters its layers.
 

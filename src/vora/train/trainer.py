@@ -16,7 +16,6 @@ from vora.adapt.lora import DISTILLATION_FILE
 from vora.adapt.over_llm import digest_of
 from vora.data.stream import PackedBatches
 from vora.distill.learner import LOSSES
-from vora.train.text_energy import refuse_spread_pairs
 
 ON_HOST = ("image_grid_thw", "num_samples", "pictures_alone")  # of a batch: what only the host asks
 DATA_FILE = "data_position_{}.json"  # one per process
@@ -32,9 +31,6 @@ class VoraTrainer(Trainer):
         eyes_scale: of the learning rates of what learns in these steps, from then on; from the start without them.
         text_energy: a `TextEnergy`, whose gradient joins the others' after they were clipped.
         spare_text: its weight.
-
-    Raises:
-        ValueError: text is to be spared by pairs that FSDP spreads.
 
     Its `train_dataset` is a `PackedRows`, whose position each process saves in every checkpoint. Logs `lm_loss`,
     `answer_loss`, `distill_loss`, `text_loss`, `text_energy`, the loss of each block pair, samples and tokens per
@@ -52,7 +48,6 @@ class VoraTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        refuse_spread_pairs(text_energy is not None and self.is_fsdp_enabled)  # an accelerate config may say so too
         self.text_energy, self.spare_text = text_energy, spare_text
         self.learning_rates = learning_rates or {}
         self.image_only_steps, self.eyes_scale = image_only_steps, eyes_scale
@@ -118,8 +113,7 @@ class VoraTrainer(Trainer):
     def log(self, logs, start_time=None):
         """Adds the named losses, as means since the last line, and the speed."""
         if "loss" in logs and self._terms:
-            for name, (total, counted) in self._terms.items():
-                value = total / len(counted)
+            for name, value in self._means().items():
                 if name == "pair_losses":
                     pairs = self.accelerator.unwrap_model(self.model).distillation.pairs
                     logs |= {f"pair_{s}_{t}": loss for (s, t), loss in zip(pairs, value.tolist())}
@@ -130,6 +124,17 @@ class VoraTrainer(Trainer):
             refuse_non_finite(logs["loss"], self.state.global_step)
             logs |= self._speed()
         super().log(logs, start_time)
+
+    def _means(self):
+        """{name: float[1], or float[P] of P pairs}: means of what was noted since the last line, over all processes,
+        of which some may have seen no text, or no picture."""
+        distillation = self.accelerator.unwrap_model(self.model).distillation
+        sizes = dict.fromkeys(LOSSES, 1) | {"pair_losses": 0 if distillation is None else len(distillation.pairs)}
+        rows = {name: torch.zeros(size + 1, device=self.args.device) for name, size in sizes.items()}
+        for name, (total, counted) in self._terms.items():
+            rows[name][:-1], rows[name][-1] = total, len(counted)
+        rows = self.accelerator.reduce(rows, "sum")
+        return {name: row[:-1] / row[-1] for name, row in rows.items() if row[-1] > 0}
 
     def _speed(self):
         """Samples seen, and speeds since the last line, of all processes together."""

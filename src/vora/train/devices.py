@@ -1,0 +1,41 @@
+"""What a run must not ask of its devices, said before any work."""
+
+
+def refuse_one_process_of_many_gpus(arguments):
+    """Packed batches cannot be cut for `torch.nn.DataParallel`, which transformers' Trainer would take.
+
+    Raises:
+        ValueError: one process sees several GPUs.
+    """
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {arguments.n_gpu} GPUs: start one for each with `torchrun --nproc_per_node "
+            f"{arguments.n_gpu} -m vora.cli train ...`, or show it one with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def refuse_spread_weights(recipe, are_spread, resumes=False):
+    """FSDP spreads weights over processes, which then have to compute in step.
+
+    Args:
+        are_spread: whether FSDP does so, by the recipe or by an accelerate configuration.
+        resumes: whether the run goes on from a checkpoint.
+
+    Raises:
+        ValueError: the recipe asks for what one process does alone, or for whole weights.
+    """
+    if not are_spread:
+        return
+    asked = {
+        "lora.spare_text needs each pair whole": recipe.lora.spare_text > 0 and recipe.stage == "pretrain",
+        "lora.keep_text runs the LLM once more only where a batch has text": (
+            recipe.lora.keep_text > 0 and recipe.stage == "pretrain"
+        ),
+        "watch answers in one process alone": bool(recipe.watch),
+        "--resume reads whole weights back": resumes,
+    }
+    if wrong := [what for what, is_so in asked.items() if is_so]:
+        raise ValueError(
+            f"{'; '.join(wrong)}: with weights that FSDP spreads that fails, or waits for ever. Train with DDP "
+            "(torchrun alone, without training.fsdp), or leave it out."
+        )
