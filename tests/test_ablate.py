@@ -181,6 +181,14 @@ def test_cells_end_at_equal_samples(work, tmp_path):
     steps = [losses(tmp_path / "out" / arm / "seed-0")[-1] for arm in arms]
     assert steps[0][0] < steps[1][0] < 30 and all(12 <= seen <= 15 for *_, seen in steps)
     assert not any("unequal samples" in warning for warning in found["warnings"])
+    other = work(arms=arms, seeds=[0], set=shared, samples=24)
+    with pytest.raises(ValueError, match="was ended by samples: 12, and the specification says 24"):
+        ablate(other, tmp_path / "out", [], QUIET)
+    for file in (tmp_path / "out").rglob("cell.json"):  # as written before samples stood in it
+        facts = json.loads(file.read_text())
+        del facts["samples"]
+        file.write_text(json.dumps(facts))
+    assert ablate(other, tmp_path / "out", [], QUIET)["samples"] == 24
 
 
 @pytest.mark.parametrize(
@@ -217,6 +225,9 @@ def test_bad_arms_are_refused_before_any_work(work, tmp_path):
     blank = work(arms=ARMS, set=["model.llm=null", "model.vora=a"], evaluate=[{"task": "text", "data": "a"}])
     with pytest.raises(ValueError, match="say evaluate's base"):
         ablate(blank, tmp_path / "out", [], QUIET)
+    for asked in ({"task": "vqa", "data": "trian.jsonl"}, {"task": "text", "data": ["train.jsonl", "a.txt"]}):
+        with pytest.raises(ValueError, match=f"evaluate's {asked['task']}: its data cannot be read: .*no such file"):
+            ablate(work(arms=ARMS, evaluate=[asked]), tmp_path / "out", [], QUIET)
     assert not (tmp_path / "out").exists()
 
 

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import FAMILIES, SHAPE
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import vora
-from vora.data.record import question_and_answer
+from vora.data.record import Record, question_and_answer
 from vora.eval import likelihood
+from vora.eval.answers import exact_answers, told_answers
 from vora.eval.ledger import Ledger
 from vora.eval.likelihood import AnswerTree, answer_ids, candidate_scores
 from vora.eval.predict import predict
@@ -93,7 +96,7 @@ def test_batched_answers_are_those_of_each_alone(seeing, num_beams):
     assert together == alone and len(set(together)) > 1
 
 
-@pytest.mark.parametrize("max_new_tokens", [1, 400])
+@pytest.mark.parametrize("max_new_tokens", [1, 100])
 def test_captions_are_searched_with_beams_and_batched_for_them(seeing, max_new_tokens, tmp_path, monkeypatch):
     model, processor, prompts, examples, _ = seeing
     longest = max(map(len, prompts[:3])) + max_new_tokens
@@ -139,3 +142,43 @@ def test_a_likely_beginning_is_not_yet_a_likely_answer(end, still_open):
     search.sums[first_end] = -0.1 + end
     search.update()
     assert search.open(1) == still_open  # -0.5 is the most that the second can reach
+
+
+@pytest.mark.parametrize("window", [6, 36])  # smaller than each prompt; than what all answers share
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_likelihoods_are_those_of_each_answer_alone_where_a_window_slides(seeing, family, window):
+    _, processor, _, examples, pictures = seeing
+    shape = {**SHAPE, **FAMILIES[family], "vocab_size": len(processor.tokenizer), "sliding_window": window}
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
+    model = vora.VoraForConditionalGeneration.from_llm(
+        llm, patch_size=4, image_size=12, image_token_id=processor.image_token_id
+    ).eval()
+    prompts = [prompt_of(processor, example) for example in examples]
+    trees = [AnswerTree(answer_ids(processor, prompt, ANSWERS)) for prompt in prompts]
+    wanted = [[brute_force(model, processor, example, answer) for answer in ANSWERS] for example in examples]
+    found = candidate_scores(model, processor, prompts, trees, None)
+    np.testing.assert_allclose(np.array(found), wanted, atol=2e-4)
+    records = [
+        Record(one.name, one.pictures(), [question_and_answer(one.prompt, answer) for answer in ANSWERS])
+        for one in examples
+    ]
+    told = {index: one for batch in told_answers(model, processor, records) for index, one in batch.items()}
+    np.testing.assert_allclose([told[index].log_probs for index in range(len(records))], wanted, atol=2e-4)
+
+
+def test_logits_that_are_no_numbers_are_refused(seeing, monkeypatch):
+    model, processor, prompts, examples, _ = seeing
+    monkeypatch.setattr(model, "logits", lambda states: torch.full((len(states), 400), float("nan")))
+    trees = [AnswerTree(answer_ids(processor, prompts[0], ANSWERS))]
+    with pytest.raises(ValueError, match="no numbers: .* not finite in float32. Save it"):
+        candidate_scores(model, processor, prompts[:1], trees)
+    with pytest.raises(ValueError, match="no numbers: .* not finite in float32. Save it"):
+        exact_answers(model, processor, [Record("r", [], [question_and_answer("what?", "red")])])
+
+
+def test_an_overlong_record_is_named(seeing):
+    model, processor, *_ = seeing
+    record = Record("row 7", [], [question_and_answer("what? " * 300, "red")])
+    with pytest.raises(ValueError, match="context holds 256: lower --max-image-tokens, or leave out row 7"):
+        exact_answers(model, processor, [record])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vora.eval.caption_scores import bleu_4, bleu_counts, cider_d, words_of
-from vora.eval.intervals import interval_of, mean, share, wilson
+from vora.eval.intervals import in_words, interval_of, mean, share, wilson
 from vora.eval.vqa_scores import exact_accuracy, normalised, soft_accuracy
 from vora.eval.wordnet import Nouns, nouns, pack_nouns
 from vora.eval.wups import word_similarity, wups
@@ -145,3 +145,19 @@ def test_undefined_values_are_none():
     with np.errstate(invalid="ignore"):
         found = interval_of(lambda sums: sums[..., 0] / sums[..., 1], np.zeros((3, 2)), range(3))
     assert found == {"value": None, "interval": [None, None]}
+
+
+def test_few_groups_have_an_interval_that_says_so():
+    assert share([0.0, 1.0] * 3, [0, 0, 1, 1, 2, 2])["interval"] == pytest.approx(wilson(0.5, 3))
+    assert share([1 / 3] * 3, range(3))["interval"] == pytest.approx(wilson(1 / 3, 3))
+    assert share([0.0, 1.0], [0, 0])["interval"] == pytest.approx(wilson(0.5, 1))
+    assert mean([1.0, 3.0], [0, 0]) == {"value": 2.0, "interval": [None, None]}
+    assert in_words([None, None]) == "-" and in_words([0.1, 0.25], ".0f", 100) == "10 to 25"
+
+
+def test_an_answer_of_which_nothing_is_left_is_itself():
+    assert normalised("A") == "a" == normalised("a.") and normalised("?") == "?" and normalised(".5") == ".5"
+    for right in ("A", "?", "-"):
+        assert exact_accuracy(right, [right]) == soft_accuracy(right, [right]) == 1.0
+        for wrong in ("", "the"):
+            assert exact_accuracy(wrong, [right]) == soft_accuracy(wrong, [right]) == 0.0

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from tiny import command_line
 
 from vora.eval.ledger import Ledger, fingerprint, fingerprints
-from vora.eval.presence import objects_in, questions_of
+from vora.eval.presence import OBJECTS, objects_in, objects_of, questions_of
 from vora.eval.rows import Bad, Example, Rows
 from vora.eval.run import make_task
 from vora.serve.chat import load_model
@@ -207,10 +208,10 @@ def test_bad_rows_are_counted_named_and_skipped(data, model_folder, tmp_path, mo
 
 
 def test_several_files_are_one_set(data, model_folder, tmp_path, monkeypatch):
-    file, out = data / "captions.parquet", tmp_path / "r.json"
-    options = ["eval", "-m", model_folder, "--task", "captions", "-o", out, "--max-examples", "12"]
+    file, out = data / "vqa.parquet", tmp_path / "r.json"
+    options = ["eval", "-m", model_folder, "--task", "vqa", "-o", out, "--max-examples", "20"]
     assert in_process(monkeypatch, *options, "--data", file, file) == 0
-    assert json.loads(out.read_text())["num_examples"] == 12
+    assert json.loads(out.read_text())["num_examples"] == 20
 
 
 @pytest.mark.parametrize(
@@ -221,6 +222,7 @@ def test_several_files_are_one_set(data, model_folder, tmp_path, monkeypatch):
         (["--task", "vqa", "-m", "{model}", "--data", "nowhere.parquet"], "no such file"),
         (["--task", "vqa", "-m", "{model}", "--data", "{data}/vqa.parquet", "--prompt", "what?"], "exactly one"),
         (["--task", "vqa", "-m", "{model}", "--data", "{data}/vqa.parquet", "--column", "x"], "ours=theirs"),
+        (["--task", "probe", "--of", "text", "--data", "x"], "--of text is no task that can be probed"),
     ],
 )
 def test_what_goes_wrong_is_one_line(data, model_folder, tmp_path, monkeypatch, capsys, arguments, wanted):
@@ -243,6 +245,149 @@ def test_the_right_answers_score_full(task, data):
     for name in METRICS[task]:
         value = metrics[name]["value"]
         assert value == pytest.approx({"yes_share": 0.5}.get(name, 1.0)) or (name == "cider_d" and value > 1)
+
+
+def rows_of(tmp_path, *rows):
+    """`Rows` of a file with a picture in each row."""
+    pictured = [{"image": f"{number}.png", **row} for number, row in enumerate(rows)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pictured))
+    return Rows([tmp_path / "rows.jsonl"])
+
+
+def test_one_bad_question_leaves_the_others_of_its_picture(tmp_path):
+    bad = Bad()
+    row = {"questions": ["a", "b", "c", "d"], "answers": ["x", "", "z", ["one", {"answer": ["two"]}]]}
+    found = make_task("vqa").examples(rows_of(tmp_path, row), bad)
+    assert [(one.name, one.references) for one in found] == [("rows.jsonl:0#0", ["x"]), ("rows.jsonl:0#2", ["z"])]
+    assert [one["name"] for one in bad.named] == ["rows.jsonl:0#1", "rows.jsonl:0#3"]
+    assert bad.named[1]["cause"] == "Its answer is a list, not text."
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "reference"),
+    [
+        ("vqa", {"question": "how many?", "answer": 2.0}, "2"),
+        ("vqa", {"question": "q", "answers": {"answer": ["a", "b"], "answer_id": [1, 2]}}, "a"),
+        ("vqa", {"question": "q", "choices": ["x", "y"], "answer": "y"}, "y"),
+        ("statements", {"sentence": "s", "label": 1.0}, "true"),
+        ("classify", {"label": 1.0}, "blue"),
+    ],
+)
+def test_numbers_and_stored_columns_are_read_as_training_reads_them(tmp_path, task, row, reference):
+    labels = ["red", "blue"] if task == "classify" else None
+    assert make_task(task, labels=labels).examples(rows_of(tmp_path, row), Bad())[0].references[0] == reference
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "cause"),
+    [
+        ("vqa", {"question": ["q", "r"], "answers": ["a"]}, "question is a list, not text"),
+        (
+            "vqa",
+            {"question": "which?", "choices": ["x", "y", "z"], "answer": 2},
+            "none of its 3 choices: give the text",
+        ),
+        ("classify", {"label": ["cat"]}, "label is a list, not text"),
+        ("classify", {"label": 3}, "label 3 is a number: .* --labels"),
+        ("presence", {"objects": [3, 4]}, "label 3 is a number: .* --labels"),
+        ("presence", {"objects": {"bbox": [[0, 0, 1, 1]]}}, "label is a dict, not text"),
+    ],
+)
+def test_what_is_no_text_is_refused(tmp_path, task, row, cause):
+    bad = Bad()
+    assert make_task(task).examples(rows_of(tmp_path, row), bad) == [] and re.search(cause, bad.named[0]["cause"])
+
+
+def test_objects_are_named_in_all_their_columns():
+    assert objects_of({"objects": {"bbox": [[0], [1]], "category": ["dog", "cat"]}}) == {"dog", "cat"}
+    assert objects_of({"objects": [{"names": ["dog", "pup"]}, {"name": "cat"}]}) == {"dog", "pup", "cat"}
+    assert objects_of({"objects": [1, 0]}, ["dog", "cat"]) == {"dog", "cat"} and len(OBJECTS) == 80
+    assert objects_in("a truck and a car") == {"truck", "car"}
+
+
+def test_rows_of_one_picture_are_one(tmp_path):
+    told = ["a dog runs", "a cat sits", "a bus waits", "a cow"]
+    rows = [{"image": f"{n % 3}.png", "caption": caption} for n, caption in enumerate(told)]
+    examples = make_task("captions").examples(rows_of(tmp_path, *rows), Bad())
+    assert [one.references for one in examples] == [["a dog runs", "a cow"], ["a cat sits"], ["a bus waits"]]
+    first = make_task("captions", max_examples=1).examples(rows_of(tmp_path, *rows), Bad())
+    assert [one.references for one in first] == [["a dog runs"]]  # up to where another picture begins
+    asked = make_task("presence").examples(rows_of(tmp_path, *rows), Bad())
+    assert {one.name.partition("#")[0] for one in asked} == {f"rows.jsonl:{number}" for number in range(3)}
+    copies = [{"image": png(0), "caption": "a"}, {"image": png(0), "caption": "b"}]
+    pq.write_table(pa.Table.from_pylist(copies), tmp_path / "copies.parquet")
+    assert len(make_task("captions").examples(Rows([tmp_path / "copies.parquet"]), Bad())) == 1
+
+
+def test_what_any_model_would_get_right_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="2 examples have one class, 'cat'.*--labels"):
+        make_task("classify").examples(rows_of(tmp_path, {"label": "cat"}, {"label": "cat"}), Bad())
+    with pytest.raises(ValueError, match="of 2 pictures with 1 different objects"):
+        make_task("presence").examples(rows_of(tmp_path, {"caption": "a dog"}, {"caption": "dogs"}), Bad())
+
+
+def test_an_empty_image_column_hides_no_other(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    row = {"image": "", "images": ["a.png"], "caption": "x"}
+    assert len(make_task("captions").examples(rows_of(tmp_path, row), Bad())[0].pictures()) == 1
+
+
+def test_a_named_column_goes_before_its_synonyms(tmp_path):
+    row = {"question": "q", "answers": ["many"], "best": "one", "image": "no.png", "pic": "a.png"}
+    rows_of(tmp_path, row)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    named = {"answer": "best", "images": "pic"}
+    example = make_task("vqa").examples(Rows([tmp_path / "rows.jsonl"], columns=named), Bad())[0]
+    assert example.references == ["one"] and len(example.pictures()) == 1
+
+
+def test_one_picture_has_no_cider(tmp_path):
+    made = make_task("captions")
+    examples = made.examples(rows_of(tmp_path, {"caption": "a dog"}), Bad())
+    metrics = made.metrics(examples, made.score(examples, [{"generated": "a dog"}]))
+    assert metrics["cider_d"] == {"value": None, "interval": [None, None]}
+    assert metrics["bleu_4"]["interval"] == [None, None]
+
+
+def test_a_report_names_all_states_that_its_predictions_come_from(data, model_folder, tmp_path, monkeypatch, capsys):
+    arguments = ["eval", "-m", model_folder, "--task", "classify", "--data", data / "classify.parquet", "-o"]
+    assert in_process(monkeypatch, *arguments, tmp_path / "r.json") == 0
+    (state,) = json.loads((tmp_path / "r.json").read_text())["predicted_at"]
+    assert state.endswith(" on cpu") and "Warning" not in capsys.readouterr().err
+    ledger = tmp_path / "r.predictions.jsonl"
+    lines = ledger.read_text().splitlines()
+    lines[1] = lines[1].replace(state, "0123 on a GPU")
+    ledger.write_text("".join(line + "\n" for line in lines[:-1]))
+    assert in_process(monkeypatch, *arguments, tmp_path / "r.json") == 0
+    assert json.loads((tmp_path / "r.json").read_text())["predicted_at"] == ["0123 on a GPU", state]
+    assert "predictions come from 2 states" in " ".join(capsys.readouterr().err.split())
+
+
+def test_one_overlong_example_is_bad_and_the_others_are_asked(data, model_folder, tmp_path, monkeypatch):
+    rows = [{"image": png(n), "question": "what? " * (1 + 300 * n), "answer": "red"} for n in range(2)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "long.parquet")
+    arguments = ("eval", "-m", model_folder, "--task", "vqa", "--data", tmp_path / "long.parquet", "-o")
+    assert in_process(monkeypatch, *arguments, tmp_path / "r.json") == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["num_examples"] == 1 and report["bad"][0]["name"] == "long.parquet:1#0"
+    assert "context holds 256" in report["bad"][0]["cause"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "taken", "out"),
+    [
+        (["eval", "--task", "captions", "--data", "{own}", "-o"], "own.json", "own.json"),
+        (["eval", "--task", "probe", "--data", "x.jsonl", "-o"], "own.png", "own.json"),
+        (["inspect", "{own}", "-o"], "own.png", "own.html"),
+        (["inspect", "x.png", "-o"], "own.json", "own.html"),
+    ],
+)
+def test_what_is_the_users_own_is_not_overwritten(tmp_path, monkeypatch, capsys, verb, taken, out):
+    (tmp_path / taken).write_text("[]")
+    filled = [argument.format(own=tmp_path / taken) for argument in verb]
+    assert in_process(monkeypatch, *filled, tmp_path / out) == 1
+    told = "".join(capsys.readouterr().err.split())
+    assert "isthereandno" in told and "chooseanother" in told and (tmp_path / taken).read_text() == "[]"
 
 
 def test_consistency_wants_every_picture_of_a_sentence(data):

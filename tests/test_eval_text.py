@@ -173,6 +173,7 @@ def test_what_is_wrong_is_said(merged, llm_folder, data, tmp_path, monkeypatch, 
 def test_numbers_among_numbers_are_places():
     row = {"question": "4!?", "choices": ["8", "2", "24", "120"]}
     assert question_of(row | {"answer": 2}).right == 2 and question_of(row | {"answer": "24"}).right == 2
+    assert question_of(row | {"answer": 2.0}).right == 2  # of a column in which some are missing
     stem = {"question_stem": "which?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
     assert question_of(stem).right == 1 and question_of(stem).context.startswith("Question: which?")
 
@@ -183,3 +184,11 @@ def test_one_text_tells_too_little_and_a_broken_row_is_bad(merged, llm_folder, t
     report = measured(monkeypatch, merged[2], llm_folder, tmp_path / "r.json", tmp_path / "few.jsonl")
     assert report["num_bad"] == 1 and "not built as its layout" in report["bad"][0]["cause"]
     assert report["verdict"].startswith("Too little text to tell") and "not shown to differ" in report["verdict"]
+
+
+def test_an_overlong_question_is_bad(merged, llm_folder, tmp_path, monkeypatch):
+    rows = [QUESTIONS[0], QUESTIONS[0] | {"question": "what? " * 300}]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = measured(monkeypatch, merged[0], llm_folder, tmp_path / "r.json", tmp_path / "long.jsonl")
+    assert report["num_questions"] == 1 and "context holds 256: leave it out" in report["bad"][0]["cause"]
+    assert report["metrics"]["accuracy_difference"] == {"value": 0.0, "interval": [None, None]}

@@ -460,3 +460,34 @@ def test_bfloat16_merges_in_float32():
 def test_a_static_cache_generates_the_same(vora):
     inputs = prompt([*text(3), (2, 3, 0), *text(2)], [*text(5), (3, 3, 1), *text(4)])
     assert torch.equal(generate(vora, inputs), generate(vora, inputs, cache_implementation="static"))
+
+
+def test_beams_refuse_a_wrong_number_of_image_tokens_with_both_counts():
+    vora, inputs = tiny_vora("llama"), prompt([*text(3), (2, 3, 0), *text(2)])
+    inputs |= {"pixel_values": inputs["pixel_values"][:3], "image_grid_thw": torch.tensor([[1, 1, 3]])}
+    with pytest.raises(ValueError, match=r"6 image tokens.* 3 patches"):
+        generate(vora, inputs, num_beams=2)
+
+
+@pytest.mark.parametrize("suppressed", [None, [2]])
+def test_the_image_token_is_never_generated_whatever_else_is_suppressed(suppressed):
+    """Prompt lookup takes its candidates from the prompt, and image tokens are most of it."""
+    vora, inputs = tiny_vora("llama"), prompt([20, (2, 3, 0), 21, 22, 20])
+    greedy = generate(vora, inputs, suppress_tokens=suppressed)
+    assert torch.equal(generate(vora, inputs, suppress_tokens=suppressed, prompt_lookup_num_tokens=4), greedy)
+    with torch.no_grad():
+        vora.lm_head.weight = torch.nn.Parameter(torch.zeros_like(vora.lm_head.weight))
+        vora.lm_head.bias = torch.nn.Parameter(torch.nn.functional.one_hot(torch.tensor(IMAGE), 128).float())
+    assert IMAGE not in generate(vora, inputs, suppress_tokens=suppressed)
+
+
+def test_outputs_are_tuples_for_those_who_ask():
+    vora, inputs = tiny_vora("llama"), prompt([*text(3), (2, 3, 0), *text(2)])
+    with torch.no_grad():
+        expected, states = vora(**inputs), vora.model(**inputs)
+        asked = [vora(**inputs, return_dict=False), vora.model(**inputs, return_dict=False)]
+        vora.config.return_dict = False
+        configured = [vora(**inputs), vora.model(**inputs)]
+    for whole, inner in (asked, configured):
+        assert type(whole) is type(inner) is tuple
+        assert torch.equal(whole[0], expected.logits) and torch.equal(inner[0], states.last_hidden_state)

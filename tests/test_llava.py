@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
-from tiny import GRID, IMAGE, PATCH, generate, logits_of, picture, prompt, text, tiny_llm
+from tiny import GRID, IMAGE, PATCH, InFourBits, generate, logits_of, picture, prompt, text, tiny_llm
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from vora import Teacher, attach_vision_lora, merge_vision_lora
@@ -76,6 +76,13 @@ def test_merged_patches_are_one_token_each():
         model.to_llava()
     with pytest.raises(ValueError, match="holds 8 patches but image_grid_thw describes 4"):
         eyes(pixels, torch.tensor([[1, 2, 2]]))
+
+
+def test_weights_stored_in_integers_make_no_integers_of_the_features():
+    eyes, pixels, grid = tiny_llava().model.patch_embedding, picture(2, 3), torch.tensor([[1, 2, 3]])
+    expected = eyes(pixels, grid)
+    eyes.projector.linear_1 = InFourBits(eyes.projector.linear_1)
+    assert torch.equal(eyes(pixels, grid), expected)
 
 
 @pytest.mark.parametrize("kind", TOWERS)

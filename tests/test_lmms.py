@@ -125,3 +125,18 @@ def test_what_is_no_picture_is_refused(folder):
     metadata = {"task": "films", "doc_id": 0, "repeats": 1}
     with pytest.raises(ValueError, match="films, document 0, gives a str: pictures alone"):
         adapter.generate_until([Instance("generate_until", arguments, 0, metadata)])
+
+
+def test_transparent_pictures_lie_on_white(folder):
+    from lmms_eval.api.instance import Instance
+
+    from vora.serve.lmms import VoraForTasks
+
+    adapter = VoraForTasks(str(folder / "model"), device="cpu")
+    adapter.task_dict = {"clear": {"test": [{}]}}
+    asked = []
+    for picture in (Image.new("RGBA", (12, 12), (0, 0, 0, 0)), Image.new("RGB", (12, 12), "white")):
+        arguments = ("what?", {}, lambda document, picture=picture: [picture], 0, "clear", "test")
+        request = Instance("generate_until", arguments, 0, {"task": "clear", "doc_id": 0, "repeats": 1})
+        asked.append(prompt_of_messages(adapter.processor, adapter.messages(request)).inputs["pixel_values"])
+    assert torch.equal(*asked)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import GRID, PATCH, picture, tiny_llm, tiny_vora
+from tiny import GRID, PATCH, InFourBits, picture, tiny_llm, tiny_vora
 
 from vora import VoraConfig
 from vora.model.patch_embed import PatchEmbedding, merge_neighbours
@@ -122,3 +122,10 @@ def test_a_merged_token_is_the_sum_of_what_its_patches_contribute():
         sum(parts[corner][patch] for corner, patch in enumerate(square)) for square in ([0, 1, 4, 5], [2, 3, 6, 7])
     ]
     torch.testing.assert_close(merging(patches, grid), torch.stack(expected))
+
+
+def test_weights_stored_in_integers_make_no_integers_of_the_pixels(embedding):
+    pixels, grid = picture(2, 3), torch.tensor([[1, 2, 3]])
+    expected = embedding(pixels, grid)
+    embedding.patch = InFourBits(embedding.patch)
+    assert torch.equal(embedding(pixels, grid), expected)

@@ -15,6 +15,7 @@ from vora.eval import probe as probing
 from vora.eval.answers import Told
 from vora.eval.conditions import CONDITIONS, blank, num_alike, other_scenes, scenes_of, shuffled
 from vora.eval.probe import Readings, probe_metrics
+from vora.eval.probe_figure import draw_probe
 from vora.eval.rows import Bad, Example, Rows
 from vora.eval.run import make_task, task_of
 from vora.eval.verdict import verdict_of
@@ -261,3 +262,21 @@ def test_the_task_is_told_by_the_columns(data, tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "both.parquet")
     with pytest.raises(ValueError, match="captions or classify: say which with --of"):
         task_of(Rows([tmp_path / "both.parquet"]))
+
+
+def test_captions_in_rows_of_their_own_are_probed_by_picture(model_folder, tmp_path, monkeypatch):
+    rows = [{"image": png(n % 2), "caption": f"a dog number {n}"} for n in range(4)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    report = probed(monkeypatch, model_folder, tmp_path / "rows.parquet", tmp_path / "r.json", "--generate")
+    assert report["num_examples"] == report["num_pictures"] == 2 and report["num_references"] == 4
+    assert report["looks"] is None and len(report["predicted_at"]) == 1
+
+
+def test_a_figure_is_drawn_of_one_group(tmp_path):
+    found = readings([1.0, -1.0], [0, 0])
+    metrics = probe_metrics(found)
+    assert metrics["gain_over_other"]["interval"] == [None, None]
+    _, verdict = verdict_of(metrics, [], 1, 2)
+    draw_probe(tmp_path / "p.png", metrics, found, verdict, "x")
+    assert "of 1 independent pictures" in verdict and "nats on average (-)" in verdict
+    assert (tmp_path / "p.png").exists()

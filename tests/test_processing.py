@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import numpy as np
@@ -568,3 +570,59 @@ def test_arrays_bytes_and_base64():
         assert np.array_equal(np.asarray(read_image(source)), pixels)
     with pytest.raises(ValueError, match="Cannot read image http"):
         read_image("http://127.0.0.1:9/nothing.png")
+
+
+TRANSPARENT = saved(coloured((0, 0, 0, 0), (8, 8), "RGBA"), "PNG")
+DARK = saved(Image.fromarray(np.full((40, 40), 32768, dtype=np.uint16)), "PNG")
+
+
+class Pictures(BaseHTTPRequestHandler):
+    """Two pictures, an address that has moved, and nothing else."""
+
+    def do_GET(self):
+        content = {"/transparent.png": TRANSPARENT, "/dark.png": DARK}.get(self.path)
+        self.send_response(200 if content else 302 if self.path == "/moved.png" else 404)
+        self.send_header("Location", "/dark.png")
+        self.end_headers()
+        self.wfile.write(content or b"<html>not here</html>")
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def address():
+    server = HTTPServer(("127.0.0.1", 0), Pictures)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_pictures_at_urls_are_what_they_are_in_files(address):
+    for name, content in {"transparent": TRANSPARENT, "dark": DARK, "moved": DARK}.items():
+        assert read_image(f"{address}/{name}.png").tobytes() == read_image(content).tobytes()
+    with pytest.raises(ValueError, match=r"none.png: the server answers 404 Not Found\. Give a readable"):
+        read_image(f"{address}/none.png")
+
+
+def test_pictures_in_base64_are_what_they_are_in_files():
+    assert read_image(TRANSPARENT).getpixel((4, 4)) == (255, 255, 255)
+    assert read_image(DARK).getpixel((4, 4)) == (128, 128, 128)
+    for content in (TRANSPARENT, DARK):
+        encoded = base64.b64encode(content).decode()
+        for source in (encoded, f"data:image/png;base64,{encoded}"):
+            assert read_image(source).tobytes() == read_image(content).tobytes()
+
+
+def test_short_base64_is_a_picture_unless_it_is_a_file(tmp_path, monkeypatch):
+    encoded = base64.b64encode(saved(coloured("red", (4, 4)), "BMP")).decode()
+    assert len(encoded) < 200
+    assert read_image(encoded).getpixel((0, 0)) == (255, 0, 0)
+    monkeypatch.chdir(tmp_path)
+    coloured("blue").save(encoded[:20], "PNG")
+    assert read_image(encoded[:20]).getpixel((0, 0)) == (0, 0, 255)
+    with pytest.raises(ValueError, match="abcd: there is no such file"):
+        read_image("abcd")

@@ -261,6 +261,19 @@ def test_rows_as_people_have_them(tmp_path, row, expected):
     assert (images, conversations[0]) == expected
 
 
+def test_addresses_of_files_and_short_base64_are_pictures(tmp_path):
+    Image.new("RGB", (4, 4), RED).save(tmp_path / "red.png")
+    Image.new("RGB", (4, 4), RED).save(tmp_path / "film.gif", save_all=True,
+                                       append_images=[Image.new("RGB", (4, 4), BLUE)])  # fmt: skip
+    small = base64.b64encode((tmp_path / "red.png").read_bytes()).decode()
+    assert len(small) < 250
+    words = {"question": "what?", "answer": "x"}
+    rows = [{"image": f"file://{tmp_path}/red.png"}, {"image": small}, {"video": f"file://{tmp_path}/film.gif"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row | words) + "\n" for row in rows))
+    source = opened(tmp_path / "train.jsonl", image_folder=tmp_path / "elsewhere")
+    assert [told(source[number])[0] for number in range(3)] == [[RED], [RED], [[RED, BLUE]]]
+
+
 def test_class_labels_are_names(tmp_path):
     features = datasets.Features(
         {"question": datasets.Value("string"), "answer": datasets.ClassLabel(names=["ox", "ass"])}
@@ -656,3 +669,16 @@ def test_compressed_files_beside_the_folder_that_holds_the_data_hinder_nothing(t
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": "good"}) + "\n")
     with pytest.raises(ValueError, match="no files of the split 'test'"):
         load_source(str(tmp_path), "test")
+
+
+def test_a_named_column_goes_before_its_synonyms(tmp_path):
+    row = {"question": "q", "answers": [{"answer": "many"}], "best": "one", "captions": ["no"]}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    read = load_source(str(tmp_path / "t.jsonl"), columns={"answer": "best"})
+    assert told(read[0])[1] == [["user: q", "assistant: one"]]
+
+
+def test_answers_that_are_stored_by_columns_are_read(tmp_path):
+    row = {"question": "q", "answers": {"answer": ["red", "red", "blue"], "answer_id": [1, 2, 3]}}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    assert told(load_source(str(tmp_path / "t.jsonl"))[0])[1] == [["user: q", "assistant: red"]]

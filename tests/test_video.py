@@ -89,6 +89,8 @@ def test_animated_pictures_arrays_and_paths_are_videos(processor, tmp_path):
         assert torch.equal(found["pixel_values"], expected)
     path = encode(processor, [{"role": "user", "content": [{"type": "video", "path": str(tmp_path / "film.png")}]}])
     assert torch.equal(path["pixel_values"], expected)
+    with Image.open(tmp_path / "film.png") as opened:
+        assert torch.equal(encode(processor, messages(Video(opened), "?"))["pixel_values"], expected)
 
 
 def test_frames_of_other_sizes_take_the_first_ones_grid(processor):
@@ -117,6 +119,28 @@ def test_a_budget_below_the_processors_least_is_followed(processor):
 def test_what_is_no_video_is_refused(processor, given, cause):
     with pytest.raises(ValueError, match=cause):
         encode(processor, [{"role": "user", "content": [{"type": "video", "video": given}]}])
+
+
+def test_images_alone_make_pixels_and_no_images_none(processor):
+    red = frames(1)[0]
+    inputs, alone = processor(images=red, return_tensors="pt"), processor.image_processor(red, return_tensors="pt")
+    assert set(inputs) == {"pixel_values", "image_grid_thw"}
+    assert torch.equal(inputs["pixel_values"], alone["pixel_values"])
+    for none in ([], [[]]):
+        assert set(processor(text="hello", images=none)) == {"input_ids", "attention_mask"}
+    with pytest.raises(ValueError, match="at least one input"):
+        processor()
+
+
+def test_an_array_of_several_images_is_a_list_of_them(processor):
+    pictures = frames(3)
+    array = np.stack([np.asarray(one) for one in pictures])
+    expected = processor.image_processor(pictures, return_tensors="pt")
+    for given in (array, torch.from_numpy(array), [array[:2], array[2]]):
+        found = processor.image_processor(given, return_tensors="pt")
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    inputs = processor(text=processor.image_token * 3, images=array)
+    assert inputs["image_grid_thw"].tolist() == expected["image_grid_thw"].tolist()
 
 
 def test_images_and_places_must_match(processor):

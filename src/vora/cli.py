@@ -150,7 +150,7 @@ def evaluate(
     prompt: Annotated[
         str | None, typer.Option(help="Instead of the task's own; {} is where a row's text goes.")
     ] = None,
-    labels: Annotated[Path | None, typer.Option(help="Names of all classes, one per line, for classify.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Names of all classes, one per line.")] = None,
     column: Annotated[list[str] | None, typer.Option(help="ours=theirs, such as captions=alt_text.")] = None,
     split: Annotated[
         str | None, typer.Option(help="Of folders and datasets; test, else validation, else train.")
@@ -172,12 +172,15 @@ def evaluate(
 ):
     """Measure a model on a task, with 95 % intervals; the same command goes on after a stop."""
     from vora.adapt.pretrained import committed_model
+    from vora.eval.run import TASKS, make_task, refuse_to_overwrite, task_of
     from vora.eval.run import evaluate as run
-    from vora.eval.run import make_task, task_of
     from vora.serve.chat import load_model
 
     if wrong := [pair for pair in column or () if "=" not in pair]:
         raise ValueError(f"--column {wrong[0]} is not of the form ours=theirs, such as captions=alt_text.")
+    if of is not None and of not in TASKS:
+        raise ValueError(f"--of {of} is no task that can be probed: choose among {', '.join(TASKS)}.")
+    refuse_to_overwrite(out, *([".png"] if task == "probe" else []))
     options = {
         "split": split,
         "subset": subset,
@@ -309,18 +312,18 @@ def chat(
         return
     console.print(f"{len(pending)} pictures given. Ask away; `+ IMAGE` adds a picture, an empty line ends.")
     while text := _read_line():
-        if text.startswith("+"):
-            try:
+        try:
+            if text.startswith("+"):
                 pending.append(_picture_or_animation(text[1:].strip()))
-            except ValueError as error:
-                console.print(f"[red]{escape(str(error))}[/red]")
-            continue
-        _print_answer(conversation, text, pending)
-        pending = []
+                continue
+            asked_about, pending = pending, []
+            _print_answer(conversation, text, asked_about)
+        except ValueError as error:
+            console.print(f"[red]{escape(str(error))}[/red]")
 
 
 def _picture_or_animation(source):
-    """What a path or URL holds: an animation with all its frames."""
+    """What a path or URL holds: an animation with all its frames if it is a file, of a URL the first one."""
     from vora.model.image_processing_vora import Video, is_animated, read_image
 
     return Video(source) if is_animated(source) else read_image(source)
@@ -354,6 +357,9 @@ def inspect(
 
     if out.suffix != ".html":
         raise ValueError(f"--out {out} names no page: give a name that ends in .html; the PNG goes beside it.")
+    for file in (out.with_suffix(".png"), out.with_suffix(".json")):
+        if file.exists() and (not out.exists() or file.resolve() == Path(image).resolve()):
+            raise ValueError(f"{file} is there and no page's: choose another --out, so that it is not overwritten.")
     picture, name = read_image(image), model or committed_model()
     learner, processor = _opened(name, teacher, min_image_tokens, max_image_tokens)
     pairs, remark = take_teacher(learner, str(trained_folder(name)), teacher)

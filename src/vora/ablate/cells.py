@@ -15,12 +15,17 @@ import torch
 from transformers import TrainerCallback
 
 from vora.eval.probe import probe
+from vora.eval.rows import Rows
 from vora.eval.run import commit, evaluate, make_task
 from vora.eval.text import text_ability
+from vora.eval.text_items import open_items
 from vora.train.checkpoints import newest_checkpoint
 from vora.train.recipe import load_recipe
 from vora.train.run import train
 from vora.train.trained import merge_run
+
+NO_OPTIONS = {"name", "task", "metrics", "of", "against", "generate", "base", "data"}  # of an `EvaluateSection`
+TASK_OPTIONS = ("prompt", "labels", "max_examples", "seed")  # the others are of `Rows`
 
 
 class EnoughSamples(TrainerCallback):
@@ -40,8 +45,9 @@ def is_finished(cell):
     return (cell.folder / "cell.json").exists()
 
 
-def refuse_other(cell):
-    """Raise if a cell's folder holds a run of another recipe than the specification's.
+def refuse_other(cell, samples):
+    """Raise if a cell's folder holds a run of another recipe than the specification's, or one that ended at others of
+    its `samples`; where a cell does not say at which, as those of before, it is taken as it is.
 
     Raises:
         ValueError: names the keys that differ.
@@ -57,6 +63,12 @@ def refuse_other(cell):
             f"{cell.folder} was run by another recipe ({len(differ)} keys differ: {told}): choose another --out, or "
             "delete that folder to run it anew."
         )
+    facts = json.loads((cell.folder / "cell.json").read_text()) if is_finished(cell) else {}
+    if (ended_at := facts.get("samples", samples)) != samples:
+        raise ValueError(
+            f"{cell.folder} was ended by samples: {ended_at}, and the specification says {samples}: choose another "
+            "--out, or delete that folder to run it anew."
+        )
 
 
 def train_cell(cell, samples, console):
@@ -71,7 +83,7 @@ def train_cell(cell, samples, console):
         shutil.rmtree(unfinished, ignore_errors=True)
         callbacks = [] if samples is None else [EnoughSamples(samples)]
         train(cell.recipe, cell.folder, resume, console, callbacks)
-        facts = {"arm": cell.arm, "seed": cell.seed, **commit()}
+        facts = {"arm": cell.arm, "seed": cell.seed, "samples": samples, **commit()}
         write_whole(cell.folder / "cell.json", facts)
     for checkpoint in cell.folder.glob("checkpoint-*"):  # final/ has what was learned; optimizers fill disks
         shutil.rmtree(checkpoint)
@@ -91,15 +103,14 @@ def measure_cell(cell, asked, beside, console):
     if torch.cuda.is_available():
         model = model.to("cuda")
     for one in todo:
-        no_options = {"name", "task", "metrics", "of", "against", "generate", "base", "data"}
-        out, options = _report_file(cell, one), one.model_dump(exclude=no_options)
+        out, options = _report_file(cell, one), one.model_dump(exclude=NO_OPTIONS)
         if not _was_asked_alike(out, one):
             for stale in out.parent.glob(f"{out.stem}.*"):
                 stale.unlink()
         out.parent.mkdir(exist_ok=True)
         write_whole(_asked_file(out), one.model_dump(mode="json"))
-        chosen = {key: options.pop(key) for key in ("prompt", "labels", "max_examples", "seed")}
-        data = [_data_path(path, cell.recipe.data.folder, beside) for path in _listed(one.data)]
+        chosen = {key: options.pop(key) for key in TASK_OPTIONS}
+        data = _data_of(cell, one, beside)
         given = {"model_name": cell.folder / "final", "rows_options": options}
         if one.task == "text":
             given |= {"base": base_of(cell, one), "max_examples": chosen["max_examples"], "seed": chosen["seed"]}
@@ -110,6 +121,21 @@ def measure_cell(cell, asked, beside, console):
             probe(model, processor, task, data, out, console, **given)
         else:
             evaluate(model, processor, make_task(one.task, **chosen), data, out, console, **given)
+
+
+def refuse_unread(cells, asked, beside):
+    """Raise if data cannot be opened on which cells are to be measured yet.
+
+    Raises:
+        ValueError: names the measurement.
+    """
+    todo = [cell for cell in cells if report_of(cell, asked) is None]
+    options = asked.model_dump(exclude=NO_OPTIONS | set(TASK_OPTIONS))
+    for data in dict.fromkeys(tuple(_data_of(cell, asked, beside)) for cell in todo):
+        try:
+            (open_items if asked.task == "text" else Rows)(data, **options)
+        except ValueError as error:
+            raise ValueError(f"evaluate's {asked.name or asked.task}: its data cannot be read: {error}") from None
 
 
 def base_of(cell, asked):
@@ -184,8 +210,10 @@ def _was_asked_alike(report, asked):
     return before == asked.model_dump(mode="json", exclude_none=True, exclude={"metrics"})
 
 
-def _listed(data):
-    return [data] if isinstance(data, str) else data
+def _data_of(cell, asked, beside):
+    """The paths of a measurement's data."""
+    paths = [asked.data] if isinstance(asked.data, str) else asked.data
+    return [_data_path(path, cell.recipe.data.folder, beside) for path in paths]
 
 
 def _data_path(path, folder, beside):

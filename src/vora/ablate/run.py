@@ -20,6 +20,7 @@ from vora.ablate.cells import (
     measure_cell,
     note_failure,
     refuse_other,
+    refuse_unread,
     report_of,
     train_cell,
     write_whole,
@@ -29,7 +30,7 @@ from vora.ablate.page import markdown
 from vora.ablate.picture import draw_curves
 from vora.ablate.spec import cells_of, load_spec
 from vora.ablate.table import summary
-from vora.eval.run import commit, make_task
+from vora.eval.run import commit, commit_in_words, make_task
 
 
 def ablate(spec_file, out, overrides, console):
@@ -46,20 +47,21 @@ def ablate(spec_file, out, overrides, console):
         What table.json holds.
 
     Raises:
-        ValueError: bad specification or recipe, or a folder in `out` that another recipe has made; before any work.
+        ValueError: bad specification or recipe, data that cannot be read, or a folder in `out` that another recipe has
+            made; before any work.
         InterruptedError: a signal stopped it; the same command goes on.
     """
     spec_file, out = Path(spec_file), Path(out)
     spec = load_spec(spec_file)
     cells = cells_of(spec, overrides, out)
     for cell in cells:
-        refuse_other(cell)
+        refuse_other(cell, spec.samples)
     for asked in spec.evaluate:  # what cannot be measured is told before hours of training
         if asked.task != "text":
             make_task(asked.of or asked.task, prompt=asked.prompt)
-            continue
-        for cell in cells:
+        for cell in cells if asked.task == "text" else ():
             base_of(cell, asked)
+        refuse_unread(cells, asked, spec_file.parent)
     command = shlex.join(["vora", "ablate", str(spec_file), *overrides, "--out", str(out)])
     out.mkdir(parents=True, exist_ok=True)
     for number, cell in enumerate(cells, 1):
@@ -137,8 +139,7 @@ def scores_of(cell, asked):
 
 def trained_at(cell):
     """The commit of a cell's training, in words."""
-    facts = json.loads((cell.folder / "cell.json").read_text())
-    return f"{(facts['commit'] or 'unknown')[:12]}{' with changes' if facts['commit_is_changed'] else ''}"
+    return commit_in_words(json.loads((cell.folder / "cell.json").read_text()))
 
 
 def num_failed(found):

@@ -92,7 +92,7 @@ class LlavaEyes(nn.Module):
         block = self.encoder.num_blocks + config.vision_feature_layer
         features = self.encoder(images, grids, [block])[block].clone()  # what inference mode made cannot be trained on
         features = merge_neighbours(features, shapes, config.patch_merge).flatten(1)
-        return self.projector(features.to(self.projector.linear_1.weight.dtype))
+        return self.projector(features.to(self.projector.linear_1.bias.dtype))  # weights may be of 4 bits, as integers
 
 
 class VoraLlavaModel(VoraModel):

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vora.model.image_processing_vora import Video, read_image
+from vora.model.image_processing_vora import Video, is_base64, read_image
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 IMAGE_COLUMNS = ("image", "images", "frames", "video")
@@ -22,6 +22,10 @@ LAYOUTS = (  # the first that a row has is read
 )  # fmt: skip
 PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 PICTURE_NAMES = re.compile(r"(img|image|pic|photo|pixel|frame|video|file_?name|jpe?g$|png$)", re.IGNORECASE)
+SYNONYMS = (  # of these a row is asked for one
+    {*IMAGE_COLUMNS}, {"messages", "conversations"}, {"questions", "question"}, {"answers", "answer"},
+    {"captions", "caption", "text"}, {"sentence", "statement"},
+)  # fmt: skip
 COLUMNS = IMAGE_COLUMNS + TEXT_COLUMNS + ("file_name",)
 PLACE = re.compile(r"\n?<(?:image|video)>\n?")
 PART_KEYS = ("image", "video", "image_url", "path", "url", "base64")
@@ -137,7 +141,7 @@ def record_of_row(row, name, image_folder, prompts):
     Raises:
         ValueError: the row fits no layout, or what it holds is not as the layout says.
     """
-    row = {key: value for key, value in row.items() if value is not None and not _is_empty(key, value)}
+    row = without_empty(row)
     named = _with_named_picture(row, image_folder)
     if named is not row and not (
         {"messages", "conversations"} & row.keys() and _conversations_of(row, name, prompts)[1]
@@ -159,13 +163,14 @@ def record_of_row(row, name, image_folder, prompts):
 
 
 def with_columns(row, columns, alone=True):
-    """A row whose columns have our names, as {ours: theirs} says.
+    """A row whose columns have our names, as {ours: theirs} says; what is named so goes before its `SYNONYMS`.
 
     Args:
         alone: leave out layouts that would be read before what is named so.
     """
     given = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
-    row = {name: value for name, value in row.items() if name not in columns.values()} | given
+    overruled = set().union(*(alike for alike in SYNONYMS if alike & given.keys())) | {*columns.values()}
+    row = {name: value for name, value in row.items() if name not in overruled} | given
     first = next((number for number, layout in enumerate(LAYOUTS) if layout & {*columns}), 0)
     before = set().union(*LAYOUTS[:first]) if alone else set()
     return {name: value for name, value in row.items() if name not in before}
@@ -176,8 +181,12 @@ def looks_like_pictures(column):
     return column not in COLUMNS and PICTURE_NAMES.match(column) is not None
 
 
+def without_empty(row):
+    """A row without the columns that merged schemas fill with nothing."""
+    return {key: value for key, value in row.items() if value is not None and not _is_empty(key, value)}
+
+
 def _is_empty(key, value):
-    """Columns that merged schemas fill with nothing."""
     return not value and (key in IMAGE_COLUMNS or isinstance(value, (list, tuple, dict)))
 
 
@@ -250,37 +259,36 @@ def _located(image, folder):
         image = image.get("bytes") or image.get("path") or image.get("url")
     if image is None:
         raise ValueError("One of its images is empty.")
-    if not isinstance(image, str) or image.startswith(("http://", "https://", "data:")) or len(image) > 250:
-        return image  # a long text is base64
-    return type(image)(Path(folder) / image)  # an absolute path stays
+    if not isinstance(image, str) or image.startswith(("http://", "https://", "data:")):
+        return image
+    if len(image) > 250 or is_base64(image):
+        return image
+    return type(image)(Path(folder) / image.removeprefix("file://"))  # an absolute path stays
 
 
 def _conversations_of(row, name, prompts):
     """(conversations, images found inside messages)."""
     if "messages" in row or "conversations" in row:
         turns = row.get("messages", row.get("conversations"))
-        turns = json.loads(turns) if isinstance(turns, str) else turns
-        if isinstance(turns, dict):  # a list of dicts, stored by columns
-            turns = [dict(zip(turns, values)) for values in zip(*turns.values())]
-        return _from_turns(turns)
+        return _from_turns(as_list(json.loads(turns) if isinstance(turns, str) else turns))
     if "texts" in row:
         turns = [question_and_answer(turn["user"], turn["assistant"]) for turn in row["texts"]]
         return [_checked(sum(turns, []))], []
     if "question" in row and "answers" in row and "questions" not in row:
         # several people's answers to one question, as in VQAv2: the most frequent
-        told = [one["answer"] if isinstance(one, dict) else one for one in _as_list(row["answers"])]
-        _refuse_number_of_choice(row, told)
+        told = [one["answer"] if isinstance(one, dict) else one for one in as_list(row["answers"])]
+        refuse_number_of_choice(row, told)
         return [
-            _checked(question_and_answer(_text(row["question"]), Counter(map(_text, told)).most_common(1)[0][0]))
+            _checked(question_and_answer(as_text(row["question"]), Counter(map(as_text, told)).most_common(1)[0][0]))
         ], []
     for questions, answers in (("questions", "answers"), ("question", "answer")):
         if questions in row and answers in row:
-            asked, told = _as_list(row[questions]), _as_list(row[answers])
+            asked, told = as_list(row[questions]), as_list(row[answers])
             if len(asked) != len(told):
                 raise ValueError(f"It has {len(asked)} questions, but {len(told)} answers.")
-            _refuse_number_of_choice(row, told)
+            refuse_number_of_choice(row, told)
             pairs = [(q, a) for q, a in zip(asked, told) if not _says_nothing(a)] or zip(asked, told)
-            return [_checked(question_and_answer(_text(q), _text(a))) for q, a in pairs], []
+            return [_checked(question_and_answer(as_text(q), as_text(a))) for q, a in pairs], []
     has_image = bool(_images_of(row))
     draw = random.Random(Path(name).name)  # the same wherever the file lies
     captions = row.get("captions", row.get("caption", row.get("text") if has_image else None))
@@ -288,7 +296,7 @@ def _conversations_of(row, name, prompts):
         raise ValueError("It has a caption, but no image.")
     if captions is not None:
         prompt = draw.choice(prompts.caption)  # one for all, so that they share it, see `packing.share_prefixes`
-        told = _as_list(captions)
+        told = as_list(captions)
         told = [text for text in told if not _says_nothing(text)] or told  # one person of five said nothing
         return [_checked(question_and_answer(prompt, text)) for text in told], []
     if has_image and "label" in row:
@@ -317,7 +325,10 @@ def _of_label(row, draw, prompts):
     return question_and_answer(draw.choice(prompts.label), label)
 
 
-def _as_list(value):
+def as_list(value):
+    """A list; of one thing, a list of it; of a list of dicts that is stored by columns, the dicts."""
+    if isinstance(value, dict) and value and all(isinstance(column, (list, tuple)) for column in value.values()):
+        return [dict(zip(value, values)) for values in zip(*value.values())]
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -325,12 +336,12 @@ def _says_nothing(answer):
     return answer is None or (isinstance(answer, str) and not answer.strip())
 
 
-def _refuse_number_of_choice(row, answers):
+def refuse_number_of_choice(row, answers):
     """Raise ValueError where an answer is the number or the letter of a choice, and the choices are not shown."""
     choices = row.get("choices", row.get("options"))
     choices = choices.get("text") if isinstance(choices, dict) else choices
     choices = [_plain(choice) for choice in choices] if isinstance(choices, (list, tuple)) else []
-    asked = _plain(" ".join(str(question) for question in _as_list(row.get("question", row.get("questions", "")))))
+    asked = _plain(" ".join(str(question) for question in as_list(row.get("question", row.get("questions", "")))))
     if all(choice in asked for choice in choices):
         return
     for answer in answers:
@@ -343,10 +354,10 @@ def _refuse_number_of_choice(row, answers):
 
 
 def _plain(value):
-    return str(_text(value)).strip().casefold()
+    return str(as_text(value)).strip().casefold()
 
 
-def _text(value):
+def as_text(value):
     """Text, a number or a truth value as text; anything else stays, and is refused later."""
     if isinstance(value, float) and value.is_integer():  # a column of whole numbers of which some are missing
         value = int(value)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from vora.data.packing import collate_rows, sample_of_record
-from vora.eval.prompting import refuse_too_long
+from vora.eval.prompting import refuse_nan, refuse_too_long, sliding_window
 
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
 ROWS_OF_LOGITS = 512  # made at once
@@ -68,16 +68,45 @@ def told_answers(model, processor, records, done=(), **images_kwargs):
         iterator over batches: {index of the record: `Told`}.
 
     Raises:
-        ValueError: a picture with an answer exceeds the LLM's context.
+        ValueError: a picture with an answer exceeds the LLM's context; it is named.
     """
+    window, waiting = sliding_window(model), {}  # the latter has what is known of each part of a record
 
     def samples():
         for index in range(len(records)):
             if index not in done:
                 record = records[index]
-                yield index, sample_of_record(record, processor, record.conversations, **images_kwargs)
+                parts = _samples_within(window, record, processor, record.conversations, **images_kwargs)
+                longest = max(int(sample["position_ids"].max()) for sample in parts) + 2
+                refuse_too_long(model, longest, f"lower --max-image-tokens, or leave out {record.name}")
+                waiting[index] = [None] * len(parts)
+                yield from (((index, number), sample) for number, sample in enumerate(parts))
 
-    return told_samples(model, samples())
+    for batch in told_samples(model, samples()):
+        for (index, number), told in batch.items():
+            waiting[index][number] = told
+        whole = dict.fromkeys(index for index, _ in batch if None not in waiting[index])
+        if whole:
+            yield {index: _joined(waiting.pop(index)) for index in whole}
+
+
+def _samples_within(window, record, processor, conversations, **images_kwargs):
+    """A record's conversations as samples of at most `window` tokens each; one that exceeds it alone stands alone."""
+    sample = sample_of_record(record, processor, conversations, **images_kwargs)
+    if window is None or len(sample["input_ids"]) <= window or len(conversations) == 1:
+        return [sample]
+    half = len(conversations) // 2
+    halves = conversations[:half], conversations[half:]
+    return [one for part in halves for one in _samples_within(window, record, processor, part, **images_kwargs)]
+
+
+def _joined(parts):
+    """`Told` of all parts of a record."""
+    return Told(
+        np.concatenate([told.log_probs for told in parts]),
+        np.concatenate([told.num_tokens for told in parts]),
+        [one for told in parts for one in told.right],
+    )
 
 
 @torch.inference_mode()
@@ -85,19 +114,22 @@ def told_samples(model, samples):
     """How a model takes what is to be predicted in samples, batch by batch.
 
     Args:
-        samples: iterable of (index, sample of `share_prefixes`).
+        samples: iterable of (index, sample of `share_prefixes`); those that exceed the LLM's sliding window are of one
+            conversation.
 
     Yields:
         {index: `Told`} for each batch.
 
     Raises:
-        ValueError: a sample exceeds the LLM's context.
+        ValueError: the model's logits are no numbers.
     """
     model.eval()
-    for batch in _batches(samples, model.device):
+    window = sliding_window(model)
+    for batch in _batches(samples, model.device, window):
         rows = collate_rows([[sample] for _, sample in batch], len(batch[-1][1]["input_ids"]), 0)
         rows.pop("num_samples")
-        refuse_too_long(model, int(rows["position_ids"].max()) + 2)
+        if window and rows["input_ids"].shape[1] > window:
+            rows.pop("seen_until")  # nothing is shared, and such borders may not exceed the window
         targets = rows.pop("targets").to(model.device)
         inputs = {name: tensor.to(model.device) for name, tensor in rows.items()}
         states = model.model(**inputs, use_cache=False).last_hidden_state
@@ -126,17 +158,21 @@ def _at_targets(model, states, targets):
     for part in torch.arange(len(targets), device=targets.device).split(ROWS_OF_LOGITS):
         logits = model.logits(states[part]).float()
         found[0, part] = (logits.gather(1, targets[part, None])[:, 0] - logits.logsumexp(-1)).double()
+        refuse_nan(model, found[0, part])
         found[1, part] = (logits.argmax(-1) == targets[part]).double()
     return found
 
 
-def _batches(samples, device):
-    """Samples, of many at a time the shortest first, in batches of about equal cost: lists of (index, sample)."""
+def _batches(samples, device, window=None):
+    """Samples, of many at a time the shortest first, in batches of about equal cost: lists of (index, sample). Those
+    that exceed a window are apart."""
     most = TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"]
     for part in _parts(samples):
         batch = []
         for index, sample in sorted(part, key=lambda pair: len(pair[1]["input_ids"])):
-            if batch and len(sample["input_ids"]) * (len(batch) + 1) > most:
+            length = len(sample["input_ids"])
+            exceeds = window is not None and batch and len(batch[-1][1]["input_ids"]) <= window < length
+            if batch and (length * (len(batch) + 1) > most or exceeds):
                 yield batch
                 batch = []
             batch.append((index, sample))

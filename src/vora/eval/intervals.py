@@ -20,7 +20,8 @@ def interval_of(value_of, sums, groups, seed=0):
         groups: list of N names.
 
     Returns:
-        {"value": float, "interval": [low, high]}; None for what is not defined, as of 0 examples.
+        {"value": float, "interval": [low, high]}; None for what is not defined, as of 0 examples, and as the interval
+        of one group, of which all draws are the same.
     """
     sums = np.asarray(sums, float)
     if not len(sums):
@@ -35,6 +36,7 @@ def interval_of(value_of, sums, groups, seed=0):
         drawn.append(value_of(draw.multinomial(count, equal, size=size) @ by_group))
     drawn = np.concatenate(drawn)
     low, high = np.quantile(drawn[np.isfinite(drawn)], [0.025, 0.975]) if np.isfinite(drawn).any() else (np.nan,) * 2
+    low, high = (low, high) if count > 1 else (np.nan, np.nan)
     value = float(value_of(sums.sum(0)))
     return {"value": _finite(value), "interval": [_finite(low), _finite(high)]}
 
@@ -46,10 +48,16 @@ def mean(scores, groups, seed=0):
 
 
 def share(scores, groups, seed=0):
-    """The mean of scores in 0..1; where all are 0 or all are 1, no draw differs: Wilson's interval for G groups."""
-    scores, found = np.asarray(scores, float), mean(scores, groups, seed)
-    if len(scores) and (scores == scores[0]).all() and scores[0] in (0.0, 1.0):
-        found["interval"] = list(wilson(scores[0], len({str(group) for group in groups})))
+    """The mean of scores in 0..1, with an interval as of `of_share`."""
+    return of_share(mean(scores, groups, seed), groups)
+
+
+def of_share(found, groups):
+    """What `interval_of` found for a value in 0..1; where no draw differs (all are 0, all are 1, there is one group)
+    with Wilson's interval for G groups: so few have not shown that there is nothing else."""
+    low, high = found["interval"]
+    if found["value"] is not None and (low is None or math.isclose(low, high, abs_tol=1e-9)):
+        found["interval"] = list(wilson(found["value"], len({str(group) for group in groups})))
     return found
 
 
@@ -58,6 +66,12 @@ def wilson(value, count):
     middle = (value + Z**2 / (2 * count)) / (1 + Z**2 / count)
     half = Z * math.sqrt(value * (1 - value) / count + Z**2 / (4 * count**2)) / (1 + Z**2 / count)
     return max(0.0, min(value, middle - half)), min(1.0, max(value, middle + half))
+
+
+def in_words(interval, form=".4f", scale=1):
+    """`0.1000 to 0.2000`, or `-` where there is no interval."""
+    low, high = interval
+    return "-" if low is None else f"{scale * low:{form}} to {scale * high:{form}}"
 
 
 def _ratio(sums):

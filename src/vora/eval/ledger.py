@@ -14,13 +14,15 @@ class Ledger:
     Args:
         file: where the lines are.
         conditions: {name: value} of all that predictions depend on.
+        predicted_at: by which code on which device lines are added, in words; each line says so.
 
     Raises:
         ValueError: the file was begun under other conditions; those that differ are named.
     """
 
-    def __init__(self, file, conditions):
-        self.file, self.done, self.seconds = Path(file), {}, 0.0
+    def __init__(self, file, conditions, predicted_at="unknown"):
+        self.file, self.done, self.seconds, self.predicted_at = Path(file), {}, 0.0, predicted_at
+        self.others = []  # states of other ledgers of the report
         conditions = json.loads(json.dumps(conditions))
         lines = self._whole_lines()
         if not lines:
@@ -36,9 +38,20 @@ class Ledger:
 
     def add(self, lines):
         """Append what a batch gave; each line has an `index`."""
+        lines = [line | {"predicted_at": self.predicted_at} for line in lines]
         with self.file.open("a") as file:
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         self.done |= {line["index"]: line for line in lines}
+
+    @property
+    def states(self):
+        """By which code on which devices lines came about; those of before it was written down are of unknown ones."""
+        return list(dict.fromkeys([line.get("predicted_at", "unknown") for line in self.done.values()] + self.others))
+
+    def count_in(self, other):
+        """Take the seconds and the states of another ledger of the same report for one's own."""
+        self.seconds += other.seconds
+        self.others += other.states
 
     def rewrite(self, lines):
         """All lines anew, with their scores, in the order of the examples."""

@@ -4,7 +4,8 @@ The score of an answer is its log-probability after the prompt, the sum over its
 model would say it with, and not divided by its length, which would favour long names. Answers form a tree, in which
 what they begin with alike stands once; a model reads that tree in one pass behind the cached prompt. And as a sum only
 falls along an answer, those whose beginnings are already less likely than a whole answer are never read: the best is
-found for certain, at the cost of a few.
+found for certain, at the cost of a few. Where prompt and answer exceed an LLM's sliding window, nothing can be shared:
+each answer is read in a pass of its own.
 
 Dims: B rows, T tokens of the prompt, W nodes of the tree that are read, V vocabulary, C candidates.
 """
@@ -12,7 +13,9 @@ Dims: B rows, T tokens of the prompt, W nodes of the tree that are read, V vocab
 import numpy as np
 import torch
 
-from vora.eval.prompting import padded, refuse_too_long
+from vora.data.packing import share_prefixes
+from vora.eval.answers import told_samples
+from vora.eval.prompting import padded, refuse_nan, refuse_too_long, sliding_window
 
 FIRST_NODES, MORE_TIMES, MOST_NODES = 16, 2, 512  # read in the first pass, growth from pass to pass
 TOKENS_PER_PASS = 16384  # of all rows
@@ -39,6 +42,7 @@ class AnswerTree:
                 node = self.children[node][token]
                 path.append(node)
             self.paths.append(path)
+        self.depth = max(map(len, self.paths))  # tokens of the longest
 
 
 class Search:
@@ -121,14 +125,19 @@ def candidate_scores(model, processor, prompts, trees, top=1, asked=None):
         ones.
 
     Raises:
-        ValueError: prompt and candidates exceed the LLM's context.
+        ValueError: prompt and candidates exceed the LLM's context, or its logits are no numbers.
     """
+    for prompt, tree in zip(prompts, trees):
+        refuse_too_long(model, len(prompt) + tree.depth)
+    # a cache can be cut back to its prompts only while it does not fill the window
+    window, depth = sliding_window(model), max(tree.depth for tree in trees)
+    room = window - max(map(len, prompts)) - 1 if window else float("inf")
+    if room < depth - 1:
+        return _scores_alone(model, prompts, trees)
     tokenizer = processor.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     inputs = padded(prompts, pad, model.device)
     mask = inputs["attention_mask"]
-    length = mask.shape[1]
-    refuse_too_long(model, length + max(len(path) for tree in trees for path in tree.paths))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     outputs = model.model(**inputs, position_ids=positions, use_cache=True)
     cache = outputs.past_key_values
@@ -136,7 +145,6 @@ def candidate_scores(model, processor, prompts, trees, top=1, asked=None):
     searches = [Search(*pair) for pair in zip(trees, asked or [()] * len(trees))]
     _learn(model, outputs.last_hidden_state[:, -1:], searches, [[0]] * len(searches))
     rows, most = list(range(len(prompts))), FIRST_NODES
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
     while True:
         still = [row for row in rows if searches[row].open(top)]
         if not still:
@@ -145,13 +153,32 @@ def candidate_scores(model, processor, prompts, trees, top=1, asked=None):
             kept = torch.tensor([rows.index(row) for row in still], device=model.device)
             cache.batch_select_indices(kept)
             mask, rows = mask[kept], still
-        limit = min(most, MOST_NODES, TOKENS_PER_PASS // len(rows), *([max(1, window - length)] if window else []))
+        limit = min(most, MOST_NODES, TOKENS_PER_PASS // len(rows), room)
         open_ones = [searches[row] for row in rows]
         nodes = [search.next_nodes(top, limit) for search in open_ones]
         states = _read(model, cache, mask, open_ones, nodes)
         _learn(model, states, open_ones, nodes)
         cache.crop(-states.shape[1])  # the prompts alone again
         most *= MORE_TIMES
+
+
+def _scores_alone(model, prompts, trees):
+    """List of B float[C], all exact: every candidate after its prompt in a pass of its own."""
+
+    def samples():
+        for row, (prompt, tree) in enumerate(zip(prompts, trees)):
+            asked = prompt.inputs["input_ids"]
+            for number, path in enumerate(tree.paths):
+                answer = [tree.tokens[node] for node in path]
+                ids, labels = np.append(asked, answer), np.append(np.full(len(asked), -100), answer)
+                sample = {"input_ids": ids, "labels": labels, **(_as_arrays(prompt.image_inputs) or {})}
+                yield (row, number), share_prefixes([sample])
+
+    found = [np.zeros(len(tree.paths)) for tree in trees]
+    for batch in told_samples(model, samples()):
+        for (row, number), told in batch.items():
+            found[row][number] = told.log_probs[0]
+    return found
 
 
 def _read(model, cache, mask, searches, nodes):
@@ -196,8 +223,9 @@ def _learn(model, states, searches, nodes):
             for token, child in searches[row].tree.children[nodes[row][place]].items()
         ]
         numbers, tokens = (torch.tensor(side, device=states.device) for side in list(zip(*following))[:2])
-        log_probs = (logits[numbers, tokens] - logits.logsumexp(-1)[numbers]).tolist()
-        for (_, _, search, node, child), log_prob in zip(following, log_probs):
+        log_probs = logits[numbers, tokens] - logits.logsumexp(-1)[numbers]
+        refuse_nan(model, log_probs)  # which here would mean: not read yet
+        for (_, _, search, node, child), log_prob in zip(following, log_probs.tolist()):
             search.sums[child] = search.sums[node] + log_prob
     for search in searches:
         search.update()

@@ -6,7 +6,7 @@ import time
 import numpy as np
 
 from vora.eval.likelihood import AnswerTree, answer_ids, candidate_scores
-from vora.eval.prompting import batches, free_answers, prompt_of
+from vora.eval.prompting import batches, free_answers, prompt_of, refuse_too_long
 
 MOST_AT_ONCE, BYTES_AT_ONCE = 512, 256 << 20  # examples, and their pixels, that are sorted by length together
 
@@ -20,8 +20,8 @@ def predict(model, processor, task, examples, ledger, progress=None, **images_kw
         images_kwargs: for the image processor, such as `max_image_tokens`.
     """
     model.eval()
-    trees = {}
-    for prompts in _prompts(processor, examples, ledger, images_kwargs):
+    trees = {}  # of answers, see `_tree_of`
+    for prompts in _prompts(model, processor, task, examples, ledger, trees, images_kwargs):
         indices = list(prompts)
         beams, extra = (task.num_beams, task.max_new_tokens) if task.generates else (1, 0)
         for batch in batches([beams * len(prompts[index]) for index in indices], model.device, beams * extra):
@@ -34,24 +34,30 @@ def predict(model, processor, task, examples, ledger, progress=None, **images_kw
                 for line, text in zip(lines, told):
                     line["generated"] = text
             if task.chooses:
-                _choose(model, processor, task, [examples[index] for index in chosen], asked, lines, trees)
+                of_each = [_tree_of(processor, examples[index], prompts[index], trees) for index in chosen]
+                _choose(model, processor, task, [examples[index] for index in chosen], asked, lines, of_each)
             seconds = (time.monotonic() - began) / len(batch)
             ledger.add([line | {"seconds": round(seconds, 4)} for line in lines])
             if progress is not None:
                 progress(len(batch))
 
 
-def _prompts(processor, examples, ledger, images_kwargs):
+def _prompts(model, processor, task, examples, ledger, trees, images_kwargs):
     """Yields {index: Prompt} of some examples at a time; those that cannot be asked are noted in the ledger."""
     prompts, num_bytes = {}, 0
     for index, example in enumerate(examples):
         if index in ledger.done:
             continue
         try:
-            prompts[index] = prompt_of(processor, example, **images_kwargs)
+            prompt = prompt_of(processor, example, **images_kwargs)
+            longest = task.max_new_tokens if task.generates else 0
+            if task.chooses:
+                longest = max(longest, _tree_of(processor, example, prompt, trees).depth)
+            refuse_too_long(model, len(prompt) + longest)
         except ValueError as error:
             ledger.add([{"index": index, "name": example.name, "bad": " ".join(str(error).split())}])
             continue
+        prompts[index] = prompt
         num_bytes += sum(value.nbytes for value in prompts[index].inputs.values())
         if len(prompts) == MOST_AT_ONCE or num_bytes > BYTES_AT_ONCE:
             yield prompts
@@ -68,13 +74,15 @@ def _line(index, example, prompt):
     return line | ({"kind": example.kind} if example.kind else {})
 
 
-def _choose(model, processor, task, examples, prompts, lines, trees):
-    for example, prompt in zip(examples, prompts):
-        key = (example.prompt, bool(prompt.image_inputs), example.candidates)
-        if key not in trees:
-            trees[key] = AnswerTree(answer_ids(processor, prompt, example.candidates))
-    of_each = [trees[example.prompt, bool(prompt.image_inputs), example.candidates]
-               for example, prompt in zip(examples, prompts)]  # fmt: skip
+def _tree_of(processor, example, prompt, trees):
+    """The `AnswerTree` of an example's candidates, made once for all that are asked alike."""
+    key = (example.prompt, bool(prompt.image_inputs), example.candidates)
+    if key not in trees:
+        trees[key] = AnswerTree(answer_ids(processor, prompt, example.candidates))
+    return trees[key]
+
+
+def _choose(model, processor, task, examples, prompts, lines, of_each):
     right = [example.candidates.index(example.references[0]) for example in examples]
     scored = candidate_scores(model, processor, prompts, of_each, task.top, [[number] for number in right])
     for example, line, scores, tree, number in zip(examples, lines, scored, of_each, right):

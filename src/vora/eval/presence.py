@@ -1,6 +1,7 @@
 """Whether an object is in a picture, asked as POPE asks (Li et al. 2023, "Evaluating Object Hallucination").
 
-What is in a picture is told by its captions (words for the 80 objects of COCO), or by its label or list of objects.
+What is in a picture is told by its captions (words for the 80 objects of COCO), or by its label or list of objects;
+rows of one picture tell it together.
 For each picture as many absent objects are asked for as present ones, three ways: any (random), those that most
 pictures have (popular), and those that are most often seen together with what is there (adversarial).
 """
@@ -11,10 +12,11 @@ from collections import Counter, defaultdict
 import numpy as np
 
 from vora.data.prompts import PRESENCE_PROMPT, YES_NO, with_article
+from vora.data.record import as_list
 from vora.eval.caption_scores import words_of
-from vora.eval.intervals import interval_of, share
+from vora.eval.intervals import interval_of, of_share
 from vora.eval.rows import Example
-from vora.eval.tasks import Task
+from vora.eval.tasks import Task, class_name, text_of
 
 NUM_PRESENT = 3  # of each picture at most
 KINDS = ("random", "popular", "adversarial")
@@ -23,8 +25,9 @@ KINDS = ("random", "popular", "adversarial")
 OBJECTS = {
     "person": "man woman boy girl child kid baby toddler lady guy men women children people infant teenager adult "
     "player rider surfer skier snowboarder skateboarder swimmer climber biker cyclist runner crowd couple team",
-    "bicycle": "bike bmx", "car": "truck van jeep suv taxi sedan", "motorcycle": "motorbike dirtbike",
-    "airplane": "plane jet aircraft", "bus": "", "train": "locomotive", "boat": "ship canoe kayak sailboat raft",
+    "bicycle": "bike bmx", "car": "van jeep suv taxi sedan", "motorcycle": "motorbike dirtbike",
+    "airplane": "plane jet aircraft", "bus": "", "train": "locomotive", "truck": "lorry",
+    "boat": "ship canoe kayak sailboat raft",
     "traffic light": "stoplight", "fire hydrant": "hydrant", "stop sign": "", "parking meter": "", "bench": "",
     "bird": "duck goose geese seagull pigeon parrot eagle",
     "cat": "kitten kitty",
@@ -33,16 +36,18 @@ OBJECTS = {
     "giraffe": "",
     "backpack": "rucksack", "umbrella": "parasol", "handbag": "purse", "tie": "necktie", "suitcase": "luggage",
     "frisbee": "", "ski": "", "snowboard": "", "ball": "football basketball baseball volleyball soccer", "kite": "",
-    "baseball bat": "", "skateboard": "", "surfboard": "", "tennis racket": "racquet racket", "bottle": "",
+    "baseball bat": "", "baseball glove": "", "skateboard": "", "surfboard": "",
+    "tennis racket": "racquet racket", "bottle": "",
     "wine glass": "", "cup": "mug", "fork": "", "knife": "", "spoon": "", "bowl": "", "banana": "", "apple": "",
     "sandwich": "", "orange": "", "broccoli": "", "carrot": "", "hot dog": "hotdog", "pizza": "", "donut": "doughnut",
     "cake": "cupcake", "chair": "armchair", "couch": "sofa", "potted plant": "houseplant", "bed": "",
     "table": "desk", "toilet": "", "tv": "television", "laptop": "", "mouse": "", "remote": "", "keyboard": "",
-    "cell phone": "cellphone phone", "microwave": "", "oven": "stove", "toaster": "", "sink": "", 
+    "cell phone": "cellphone phone", "microwave": "", "oven": "stove", "toaster": "", "sink": "",
     "refrigerator": "fridge",
     "book": "", "clock": "", "vase": "", "scissors": "", "teddy bear": "teddy", "hair drier": "", "toothbrush": "",
 }  # fmt: skip
 COLOURS = {"orange"}  # which in captions are rarely the thing
+NAMES = ("name", "names", "category", "label")  # in annotations of objects
 GROUPS = {"couple", "crowd", "team"}  # of what follows "of"
 
 
@@ -53,19 +58,26 @@ class Presence(Task):
     default_prompt = PRESENCE_PROMPT
 
     def examples(self, rows, bad):
-        found = []
+        found = {}
         for row in rows.read(bad):
             try:
-                found.append((row, objects_of(row.values)))
+                present, picture = objects_of(row.values, self.labels), row.picture_key()
             except ValueError as error:
                 bad.add(row.name, error)
-        examples = []
-        for (row, _), questions in zip(found, questions_of([present for _, present in found], self.seed)):
+                continue
+            found.setdefault(picture, (row, set()))[1].update(present)
+        present, examples = [things for _, things in found.values()], []
+        for (row, _), questions in zip(found.values(), questions_of(present, self.seed)):
             for number, (thing, answer, kinds) in enumerate(questions):
                 prompt, name = self.asked(with_article(thing)), f"{row.name}#{number}"
                 examples.append(
                     Example(name, prompt, [answer], row.pictures, row.number, YES_NO, kind=" ".join(kinds))
                 )
+        if found and not examples:
+            raise ValueError(
+                f"No question can be made of {len(found)} pictures with {len(set().union(*present))} different "
+                "objects in all: what a picture lacks is taken from the others. Give pictures with different objects."
+            )
         return examples[: self.max_examples]
 
     def score_one(self, example, prediction):
@@ -88,8 +100,7 @@ class Presence(Task):
             if not len(counted):
                 continue
             for name, value_of in MEASURES.items():
-                found[name + ending] = interval_of(value_of, counted, of_groups, self.seed)
-            found["accuracy" + ending] = share(counted[:, [0, 3]].sum(1), of_groups, self.seed)
+                found[name + ending] = of_share(interval_of(value_of, counted, of_groups, self.seed), of_groups)
         return found
 
 
@@ -111,21 +122,28 @@ MEASURES = {
 }
 
 
-def objects_of(values):
+def objects_of(values, labels=None):
     """Names of the objects that a row says are in its picture.
 
+    Args:
+        labels: names of classes, where the row gives their numbers.
+
     Raises:
-        ValueError: it says nothing about them.
+        ValueError: it says nothing about them, or not their names.
     """
     if "objects" in values or "label" in values:
-        given = values.get("objects", values.get("label"))
-        names = given if isinstance(given, (list, tuple)) else [given]
-        return {str(name).strip() for name in names if str(name).strip()}
+        given = as_list(values.get("objects", values.get("label")))
+        names = {class_name(name, labels) for one in given for name in as_list(_named(one))}
+        return names - {""}
     captions = values.get("captions", values.get("caption", values.get("text")))
     if captions is None:
         raise ValueError("It has no captions, label or objects that say what is in the picture.")
-    captions = captions if isinstance(captions, (list, tuple)) else [captions]
-    return set().union(*(objects_in(str(caption)) for caption in captions))
+    return set().union(*(objects_in(text_of(caption, "caption")) for caption in as_list(captions)))
+
+
+def _named(thing):
+    """The name or names in an annotation of an object; a name is one."""
+    return next((thing[key] for key in NAMES if key in thing), thing) if isinstance(thing, dict) else thing
 
 
 def objects_in(caption):

@@ -74,7 +74,8 @@ class Showings:
             question_and_answer(self.examples[example].prompt, self.answers[example][reference])
             for example, reference, _ in showing.asked
         ]
-        return Record(showing.name, showing.pictures(), conversations)
+        row = self.examples[showing.asked[0][0]].name
+        return Record(f"{row} and what else is asked of its picture", showing.pictures(), conversations)
 
 
 def probe(
@@ -122,7 +123,7 @@ def probe(
     count = len(examples) * len(shown)
     file = out.with_suffix(".predictions.jsonl")
     if task.chooses:
-        ledger = open_ledger(file, conditions, count, console)
+        ledger = open_ledger(file, conditions, count, model, console)
         under = _under_conditions(shown, examples, scenes, others, processor, task.seed)
         readings = _choose(model, processor, task, examples, shown, under, ledger, console)
     else:
@@ -131,15 +132,15 @@ def probe(
             for example in examples
         ]
         showings = _showings(shown, answers, scenes, others, processor.image_processor, task.seed)
-        ledger = open_ledger(file, conditions, len(showings), console)
+        ledger = open_ledger(file, conditions, len(showings), model, console)
         readings = _read(model, processor, Showings(showings, examples, answers), shown, ledger, console)
         if task.name == "captions":
             readings.scores = {}  # to say one of a person's captions word by word is no score
         if task.generates:
-            spoken = open_ledger(out.with_suffix(".generated.jsonl"), conditions, count, console)
+            spoken = open_ledger(out.with_suffix(".generated.jsonl"), conditions, count, model, console)
             under = _under_conditions(shown, examples, scenes, others, processor, task.seed)
             readings.scores |= _speak(model, processor, task, examples, shown, under, spoken, console)
-            ledger.seconds += spoken.seconds
+            ledger.count_in(spoken)
     readings.groups = _drawn_together(examples, scenes)
     metrics = probe_metrics(readings, task.seed)
     looks, verdict = verdict_of(metrics, list(readings.scores), len(set(readings.groups)), len(readings.examples))
@@ -176,7 +177,8 @@ def probe_metrics(readings, seed=0):
         found[f"gain_over_{condition}"] = mean(gains, of_references, seed)
         found[f"gain_over_{condition}_per_token"] = interval_of(_ratio, sums, of_references, seed)
         wins = np.where(np.abs(gains) < TIE, 0.5, gains > 0)
-        found[f"right_beats_{condition}"] = share(wins, of_references, seed)
+        value_of = mean if (wins == 0.5).all() else share  # ties are no coins: who is blind ties every time
+        found[f"right_beats_{condition}"] = value_of(wins, of_references, seed)
     for name, scores in readings.scores.items():
         for condition in shown:
             is_share = np.isin(scores[condition], (0.0, 1.0)).all()

@@ -4,7 +4,7 @@ import textwrap
 
 import numpy as np
 
-from vora.eval.intervals import interval_of
+from vora.eval.intervals import in_words, interval_of
 
 COLOURS = {"right": "#157347", "other": "#b02a37", "blank": "#8a94a0", "shuffled": "#c77d0a", "none": "#3d5a80"}
 TITLES = {
@@ -50,15 +50,14 @@ def _surprise(readings, condition):
 
 def _bars(axes, shown, values, label):
     heights = [one["value"] for one in values]
-    errors = [[max(0.0, one["value"] - one["interval"][0]) for one in values],
-              [max(0.0, one["interval"][1] - one["value"]) for one in values]]  # fmt: skip
+    ends = [[one["value"] if end is None else end for end in one["interval"]] for one in values]
+    errors = [[max(0.0, height - low) for height, (low, _) in zip(heights, ends)],
+              [max(0.0, high - height) for height, (_, high) in zip(heights, ends)]]  # fmt: skip
     places = range(len(shown))
     axes.bar(places, heights, color=[COLOURS[condition] for condition in shown], width=0.7)
     axes.errorbar(places, heights, errors, fmt="none", ecolor="#1c2733", capsize=4, linewidth=1.2)
-    for place, one in zip(places, values):
-        axes.annotate(
-            f"{one['value']:.3g}", (place, one["interval"][1]), (0, 3), textcoords="offset points", ha="center"
-        )
+    for place, height, (_, high) in zip(places, heights, ends):
+        axes.annotate(f"{height:.3g}", (place, high), (0, 3), textcoords="offset points", ha="center")
     axes.set_xticks(list(places), [TITLES[condition] for condition in shown])
     axes.set_ylabel(label)
     axes.margins(y=0.12)
@@ -84,7 +83,7 @@ def _spreads(all_axes, readings, metrics):
         axes.minorticks_off()
         axes.set_ylabel("% of cases", fontsize=8)
         against = TITLES[name].replace("\n", " ")
-        interval = " to ".join(f"{100 * one:.1f}" for one in share["interval"])
+        interval = in_words(share["interval"], ".1f", 100)
         axes.set_title(
             f"against {against}: the right one is better in {100 * share['value']:.1f} % ({interval})",
             fontsize=9, loc="left",

@@ -92,14 +92,28 @@ def padded(prompts, pad_token_id, device):
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def refuse_too_long(model, length):
+def refuse_too_long(model, length, cure="lower --max-image-tokens"):
     """Raise ValueError if prompt and answer exceed what the LLM holds."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and length > limit:
         raise ValueError(
-            f"A prompt with its answer takes {length} tokens, but the LLM's context holds {limit}: lower "
-            "--max-image-tokens."
+            f"A prompt with its answer takes {length} tokens, but the LLM's context holds {limit}: {cure}."
         )
+
+
+def refuse_nan(model, log_probs):
+    """Raise ValueError if log-probabilities are no numbers: all that is made of them would be wrong."""
+    if count := int(torch.isnan(log_probs).sum()):
+        raise ValueError(
+            f"{count} of {log_probs.numel()} log-probabilities are no numbers: the model's logits are not finite in "
+            f"{str(model.dtype).removeprefix('torch.')}. Save it in bfloat16 or float32, or, if it is, its weights "
+            "are broken: go back to an earlier checkpoint."
+        )
+
+
+def sliding_window(model):
+    """Places that the LLM's sliding blocks see at once; None if all see all."""
+    return getattr(model.config.get_text_config(), "sliding_window", None)
 
 
 @torch.inference_mode()

@@ -1,12 +1,13 @@
 """Rows of any files that `vora.data.sources` reads, as evaluation needs them: texts at once, pictures when asked."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from vora.data.record import IMAGE_COLUMNS, VideoBytes, VideoPath, images_of_row
+from vora.data.record import IMAGE_COLUMNS, VideoBytes, VideoPath, images_of_row, without_empty
 from vora.data.sources import EASY_VQA, KINDS, load_source
 from vora.model.image_processing_vora import Video, read_image
 
@@ -21,7 +22,7 @@ SPLITS = (
 )  # the first that a folder or dataset has is read
 COLUMNS = (
     "captions", "caption", "text", "questions", "question", "answers", "answer", "label", "objects", "sentence",
-    "statement", "identifier",
+    "statement", "identifier", "choices", "options",
 )  # fmt: skip
 NUM_NAMED = 20  # bad rows that a report names
 
@@ -51,12 +52,13 @@ class Example:
 
 @dataclass
 class Row:
-    """A row without its pictures; `pictures` opens them and raises ValueError."""
+    """A row without its pictures; `pictures` opens them, `picture_key` tells them from others, or raise ValueError."""
 
     name: str
     number: int
     values: dict
     pictures: Callable[[], list]
+    picture_key: Callable[[], str]
 
 
 @dataclass
@@ -116,7 +118,8 @@ class Rows:
                     name = _short(texts.row_name(block, offset))
                     index = int(texts.starts[block]) + offset
                     try:
-                        yield Row(name, number, texts.record(block, offset, rows), _opener(images, index))
+                        values = texts.record(block, offset, rows)
+                        yield Row(name, number, values, _opener(images, index), partial(_key_of, images, index))
                     except ValueError as error:
                         bad.add(name, error)
                     number += 1
@@ -160,8 +163,7 @@ def _values_of(row, name, image_folder, prompts):
 
 
 def _images_of(row, name, image_folder, prompts):
-    row = {key: value for key, value in row.items() if value is not None}
-    images = images_of_row(row, image_folder)
+    images = images_of_row(without_empty(row), image_folder)
     if not images:
         raise ValueError(f"It has no image in {', '.join(IMAGE_COLUMNS)}.")
     return images
@@ -169,6 +171,14 @@ def _images_of(row, name, image_folder, prompts):
 
 def _opener(source, index):
     return lambda: [picture for image in source()[index] for picture in _pictures_of(image)]
+
+
+def _key_of(source, index):
+    """A hash of a row's files of pictures, or of the paths to them: nothing is decoded."""
+    found = hashlib.sha256()
+    for image in source()[index]:
+        found.update(image if isinstance(image, bytes) else repr(image).encode())
+    return found.hexdigest()[:16]
 
 
 def _pictures_of(image):

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vora.adapt.card import read_card
+from vora.eval.intervals import in_words
 from vora.eval.ledger import Ledger, fingerprint, fingerprints, model_fingerprint
 from vora.eval.predict import predict
 from vora.eval.presence import Presence
@@ -85,7 +86,7 @@ def evaluate(model, processor, task, paths, out, console, *, model_name, rows_op
     examples = examples_of(task, rows, bad)
     settings = {**(rows_options or {}), **(settings or {})}
     conditions = conditions_of(task, examples, model, processor, model_name, rows, settings)
-    ledger = open_ledger(out.with_suffix(".predictions.jsonl"), conditions, len(examples), console)
+    ledger = open_ledger(out.with_suffix(".predictions.jsonl"), conditions, len(examples), model, console)
     kept, lines = answered(model, processor, task, examples, ledger, bad, console)
     if task.by_picture:  # a set may have a row for each question about one picture
         kept = [replace(example, group=line.get("picture", example.group)) for example, line in zip(kept, lines)]
@@ -131,9 +132,9 @@ def conditions_of(task, examples, model, processor, model_name, rows, settings):
     }
 
 
-def open_ledger(file, conditions, count, console):
+def open_ledger(file, conditions, count, model, console):
     """The `Ledger` of a run that will have `count` lines; says where it goes on."""
-    ledger = Ledger(file, conditions)
+    ledger = Ledger(file, conditions, f"{commit_in_words(commit())} on {device_of(model)}")
     if ledger.num_found:
         console.print(f"Going on after {ledger.num_found:,} of {count:,} examples in {ledger.file}")
     return ledger
@@ -152,6 +153,7 @@ def write_report(out, found, conditions, model, model_name, files, bad, ledger, 
         **found,
         "model": str(model_name),
         **commit(),
+        "predicted_at": ledger.states,
         "recipe": recipe_of(model_name),
         "seed": conditions["settings"]["seed"],
         "settings": conditions["settings"],
@@ -162,7 +164,7 @@ def write_report(out, found, conditions, model, model_name, files, bad, ledger, 
         "seconds": round(time.monotonic() - start + ledger.seconds, 2),
         "vora_version": sys.modules["vora"].__version__,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
-        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
+        "device": device_of(model),
         "model_fingerprint": conditions["model"],
     }
     Path(out).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
@@ -215,9 +217,10 @@ def metrics_table(report):
     for name in ("metric", "value", "95 % interval"):
         table.add_column(name, justify="left" if name == "metric" else "right")
     for name, found in report["metrics"].items():
-        low, high = found["interval"]
-        shown = ["-" if found["value"] is None else f"{found['value']:.4f}"]
-        table.add_row(name, *shown, "-" if low is None else f"{low:.4f} to {high:.4f}")
+        shown = "-" if found["value"] is None else f"{found['value']:.4f}"
+        table.add_row(name, shown, in_words(found["interval"]))
+    if len(states := report["predicted_at"]) > 1:
+        table.caption = f"Warning: predictions come from {len(states)} states of code and device: {'; '.join(states)}."
     return table
 
 
@@ -236,6 +239,41 @@ def commit():
         return {"commit": git("rev-parse", "HEAD").strip(), "commit_is_changed": changed}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "commit_is_changed": None}
+
+
+def commit_in_words(facts):
+    """What `commit` says, in words."""
+    return f"{(facts['commit'] or 'unknown')[:12]}{' with changes' if facts['commit_is_changed'] else ''}"
+
+
+def device_of(model):
+    """The device that a model is on, by name."""
+    return torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
+
+
+def refuse_to_overwrite(out, *beside):
+    """Raise if what is to be written is there, and no run of ours wrote it.
+
+    Args:
+        out: JSON file of the report.
+        beside: endings of further files of its name, such as `.png`.
+
+    Raises:
+        ValueError: names the file.
+    """
+    out = Path(out)
+    if out.with_suffix(".predictions.jsonl").exists() or _is_report(out):
+        return
+    for file in (out, *map(out.with_suffix, beside)):
+        if file.exists():
+            raise ValueError(f"{file} is there and no report's: choose another -o, so that it is not overwritten.")
+
+
+def _is_report(file):
+    try:
+        return "vora_version" in json.loads(file.read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def recipe_of(model_name):

@@ -7,10 +7,8 @@ A `Task` makes examples of rows, scores of predictions, and metrics of scores. H
 from dataclasses import dataclass
 from itertools import islice
 
-import numpy as np
-
 from vora.data.prompts import DEFAULT_PROMPTS, TRUE_FALSE
-from vora.data.record import PLACE
+from vora.data.record import PLACE, as_list, as_text, refuse_number_of_choice
 from vora.eval.caption_scores import bleu_4, bleu_counts, cider_d
 from vora.eval.intervals import interval_of, mean, share
 from vora.eval.rows import Example
@@ -60,14 +58,15 @@ class Task:
     def _each(self, rows, bad):
         for row in rows.read(bad):
             try:
-                found = list(self.of_row(row))
+                found = list(self.of_row(row, bad))
             except ValueError as error:
                 bad.add(row.name, error)
                 continue
             yield from found
 
-    def of_row(self, row):
-        """The examples of a `Row`; raises ValueError where it has none."""
+    def of_row(self, row, bad):
+        """The examples of a `Row`; raises ValueError where it has none. Single questions of it that are none are added
+        to `bad`."""
         raise NotImplementedError
 
     def score(self, examples, predictions):
@@ -90,12 +89,23 @@ class Captions(Task):
     name, max_new_tokens, num_beams = "captions", 40, 3
     default_prompt = DEFAULT_PROMPTS.caption[0]
 
-    def of_row(self, row):
-        captions = _listed(_first(row.values, "captions", "caption", "text"))
-        captions = [_text(caption) for caption in captions if _text(caption)]
+    def examples(self, rows, bad):
+        """As of all tasks; rows of one picture, as where each caption has its own, are one example."""
+        found = {}
+        for example in self._each(rows, bad):
+            if example.group not in found and len(found) == self.max_examples:
+                break
+            first = found.setdefault(example.group, example)
+            if first is not example:
+                first.references += example.references
+        return list(found.values())
+
+    def of_row(self, row, bad):
+        captions = as_list(_first(row.values, "captions", "caption", "text"))
+        captions = [told for told in (text_of(caption, "caption") for caption in captions) if told]
         if not captions:
             raise ValueError("It has 0 captions.")
-        yield Example(row.name, self.asked(), captions, row.pictures, row.number)
+        yield Example(row.name, self.asked(), captions, row.pictures, row.picture_key())
 
     def score(self, examples, predictions):
         told, wanted = [one["generated"] for one in predictions], [example.references for example in examples]
@@ -105,10 +115,12 @@ class Captions(Task):
         ]
 
     def metrics(self, examples, scores):
-        """CIDEr-D's interval is that of a mean over pictures, n-grams' weights being fixed; BLEU's of the corpus."""
+        """CIDEr-D's interval is that of a mean over pictures, n-grams' weights being fixed; BLEU's of the corpus. Of
+        one picture there is no CIDEr-D: what its words weigh is counted over others."""
         groups, counts = [example.group for example in examples], [one["bleu_counts"] for one in scores]
+        told = [one["cider_d"] for one in scores] if len(scores) > 1 else []
         return {
-            "cider_d": mean([one["cider_d"] for one in scores], groups, self.seed),
+            "cider_d": mean(told, groups, self.seed),
             "bleu_4": interval_of(bleu_4, counts, groups, self.seed),
         }
 
@@ -118,21 +130,30 @@ class Vqa(Task):
 
     name, max_new_tokens = "vqa", 20
 
-    def of_row(self, row):
+    def of_row(self, row, bad):
         if "questions" in row.values or "answers" not in row.values:
-            questions = _listed(_first(row.values, "questions", "question"))
-            answers = _listed(_first(row.values, "answers", "answer"))
+            questions = as_list(_first(row.values, "questions", "question"))
+            answers = as_list(_first(row.values, "answers", "answer"))
             if len(questions) != len(answers):
                 raise ValueError(f"It has {len(questions)} questions, but {len(answers)} answers.")
         else:  # several people's answers to one question
             questions, answers = [_first(row.values, "question")], [row.values["answers"]]
         for number, (question, told) in enumerate(zip(questions, answers)):
-            told = [_text(one) for one in _listed(told)]
-            told = [one for one in told if one]
-            if not told or not _text(question):
-                raise ValueError(f"Question {number} has no text or no answer.")
-            prompt = self.asked(PLACE.sub("", str(question)))  # pictures come first
+            try:
+                prompt, told = self._question(row, question, as_list(told))
+            except ValueError as error:  # the others of its picture are worth asking
+                bad.add(f"{row.name}#{number}", error)
+                continue
             yield Example(f"{row.name}#{number}", prompt, told, row.pictures, row.number)
+
+    def _question(self, row, question, told):
+        """(prompt, answers) of one question; raises ValueError where it has none."""
+        references = [answer for answer in (text_of(one, "answer") for one in told) if answer]
+        asked = PLACE.sub("", exact_text(question, "question"))  # pictures come first
+        if not references or not asked.strip():
+            raise ValueError("It has no text or no answer.")
+        refuse_number_of_choice(row.values, [_said(one) for one in told if _said(one) is not None])
+        return self.asked(asked), references
 
     def score_one(self, example, prediction):
         told = prediction["generated"]
@@ -154,6 +175,11 @@ class Classify(Task):
         found = list(self._each(rows, bad))
         known = self.labels or sorted({example.references[0] for example in found})
         candidates = tuple(dict.fromkeys(known))
+        if len(candidates) == 1:
+            raise ValueError(
+                f"The {len(found)} examples have one class, {candidates[0]!r}, so that any model would be right: name "
+                "all classes with --labels."
+            )
         kept = []
         for example in found:
             if example.references[0] in candidates:
@@ -163,15 +189,11 @@ class Classify(Task):
                 bad.add(example.name, f"Its label {example.references[0]!r} is none of the {len(candidates)} classes.")
         return kept[: self.max_examples]
 
-    def of_row(self, row):
-        label = _first(row.values, "label")
-        if isinstance(label, int) and not isinstance(label, bool) and self.labels:
-            if not 0 <= label < len(self.labels):
-                raise ValueError(f"Its label {label} is none of the {len(self.labels)} classes.")
-            label = self.labels[label]
-        if not _text(label):
+    def of_row(self, row, bad):
+        label = class_name(_first(row.values, "label"), self.labels)
+        if not label:
             raise ValueError("It has no label.")
-        yield Example(row.name, self.asked(), [_text(label)], row.pictures, row.number)
+        yield Example(row.name, self.asked(), [label], row.pictures, row.number)
 
     def score_one(self, example, prediction):
         wanted = example.references[0]
@@ -188,9 +210,9 @@ class Statements(Task):
     by_picture = False  # but those of one sentence
     default_prompt = DEFAULT_PROMPTS.statement[0]
 
-    def of_row(self, row):
-        sentence = str(_first(row.values, "sentence", "statement", "question", "text"))
-        truth = str(_first(row.values, "label", "answer")).strip().lower()
+    def of_row(self, row, bad):
+        sentence = exact_text(_first(row.values, "sentence", "statement", "question", "text"), "sentence")
+        truth = text_of(_first(row.values, "label", "answer"), "label").lower()
         if truth not in ("true", "false", "1", "0", "yes", "no"):
             raise ValueError(f"Its label {truth!r} is neither true nor false.")
         answer = TRUE_FALSE[0] if truth in ("true", "1", "yes") else TRUE_FALSE[1]
@@ -240,11 +262,47 @@ def _first(values, *names):
     raise ValueError(f"It has no {' or '.join(names)}, only {', '.join(sorted(values))}.")
 
 
-def _listed(value):
-    return list(value) if isinstance(value, (list, tuple, np.ndarray)) else [value]
+def class_name(label, labels):
+    """The name of a class, which its row gives by name or by number.
+
+    Args:
+        labels: names of all classes in the order of their numbers, or None.
+
+    Raises:
+        ValueError: its number has no name.
+    """
+    name = text_of(label, "label")
+    if isinstance(label, (bool, str)) or not name:
+        return name
+    if not labels:
+        raise ValueError(f"Its label {name} is a number: name all classes, in the order of these, with --labels.")
+    if not (name.isdecimal() and int(name) < len(labels)):
+        raise ValueError(f"Its label {name} is none of the {len(labels)} classes.")
+    return labels[int(name)]
 
 
-def _text(value):
-    """Text of a text, a number, or of one person's answer as VQA has them; white space is made single."""
-    value = value.get("answer", value.get("raw")) if isinstance(value, dict) else value
-    return "" if value is None else " ".join(str(value).split())
+def text_of(value, what):
+    """As `exact_text`, white space made single."""
+    return " ".join(exact_text(value, what).split())
+
+
+def exact_text(value, what):
+    """Text of a text, a number, or of one person's caption or answer as COCO and VQA have them.
+
+    Args:
+        what: it is, for the message.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = _said(value)
+    text = "" if value is None else as_text(value)
+    if not isinstance(text, str):
+        raise ValueError(f"Its {what} is a {type(value).__name__}, not text.")
+    return text
+
+
+def _said(value):
+    """What one person said, whose name or number stands beside it."""
+    known = [value[name] for name in ("answer", "raw") if name in value] if isinstance(value, dict) else []
+    return known[0] if known else value

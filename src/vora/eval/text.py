@@ -14,10 +14,10 @@ import numpy as np
 from vora.adapt.card import read_card
 from vora.adapt.names import HUB_ID_OF_ALIAS
 from vora.eval.answers import told_samples
-from vora.eval.intervals import interval_of, mean, share
+from vora.eval.intervals import in_words, interval_of, mean, share
 from vora.eval.ledger import fingerprints, model_fingerprint
 from vora.eval.likelihood import AnswerTree, candidate_scores
-from vora.eval.prompting import Prompt, batches
+from vora.eval.prompting import Prompt, batches, refuse_too_long
 from vora.eval.rows import Bad
 from vora.eval.run import open_ledger, progress, write_report
 from vora.eval.text_items import WINDOW, read_items
@@ -48,6 +48,7 @@ def text_ability(
     windows, questions, files = read_items(
         paths, processor, window_length(model), bad, max_examples, **(rows_options or {})
     )
+    questions = [question for question in questions if _is_held(model, processor.tokenizer, question, bad)]
     if not windows and not questions:
         raise ValueError(f"{', '.join(map(str, paths))} holds no text and no question.{bad.first()}")
     conditions = {
@@ -64,7 +65,7 @@ def text_ability(
         },
     }
     count = len(windows) + len(questions)
-    ledger = open_ledger(out.with_suffix(".predictions.jsonl"), conditions, 2 * count, console)
+    ledger = open_ledger(out.with_suffix(".predictions.jsonl"), conditions, 2 * count, model, console)
     with progress(console, "text", 2 * count, len(ledger.done)) as advance:
         for number in range(2):
             if all(index in ledger.done for index in range(number * count, (number + 1) * count)):
@@ -156,6 +157,17 @@ def _tokens(tokenizer, question):
     return np.array(context), found
 
 
+def _is_held(model, tokenizer, question, bad):
+    """Whether the LLM's context holds a question with each of its choices; if not, it is added to `bad`."""
+    context, choices = _tokens(tokenizer, question)
+    try:
+        refuse_too_long(model, len(context) + max(map(len, choices), default=0), "leave it out")
+    except ValueError as error:
+        bad.add(question.name, error)
+        return False
+    return True
+
+
 def _language(windows, mine, its, seed):
     """Perplexity and bits per byte of both, and the ratio of the first."""
     sums = np.array(
@@ -199,18 +211,20 @@ def _verdict(metrics, num_drawn, num_questions):
     if "perplexity_ratio" in metrics:
         low, high = metrics["perplexity_ratio"]["interval"]
         most = 1 + MOST_LOST
-        told = "Language is kept" if high <= most else "Language is lost" if low > most else "Too little text to tell"
-        told = told if num_drawn >= FEW_DOCUMENTS else "Too little text to tell"
+        told = "Too little text to tell"
+        if num_drawn >= FEW_DOCUMENTS:
+            told = "Language is kept" if high <= most else "Language is lost" if low > most else told
         words.append(
             f"{told}: the perplexity of held text is {metrics['perplexity_ratio']['value']:.4f} times the base's "
-            f"({low:.4f} to {high:.4f}; at most {most} counts as kept)."
+            f"({in_words((low, high))}; at most {most} counts as kept)."
         )
     if "accuracy_difference" in metrics:
         (low, high), value = metrics["accuracy_difference"]["interval"], metrics["accuracy_difference"]["value"]
-        told = "lower than" if high < 0 else "higher than" if low > 0 else "not shown to differ from"
-        told = told if num_questions >= FEW_DOCUMENTS else "not shown to differ from"
+        told = "not shown to differ from"
+        if num_questions >= FEW_DOCUMENTS:
+            told = "lower than" if high < 0 else "higher than" if low > 0 else told
         words.append(
-            f"Accuracy of choices is {told} the base's: {100 * value:+.1f} points ({100 * low:+.1f} to "
-            f"{100 * high:+.1f})."
+            f"Accuracy of choices is {told} the base's: {100 * value:+.1f} points "
+            f"({in_words((low, high), '+.1f', 100)})."
         )
     return " ".join(words)

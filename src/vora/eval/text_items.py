@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from vora.data.prompts import DEFAULT_PROMPTS
-from vora.data.record import TEXT_COLUMNS, record_of_row
+from vora.data.record import TEXT_COLUMNS, as_text, record_of_row
 from vora.eval.rows import Rows
 
 QUESTION_COLUMNS = (
@@ -72,9 +72,7 @@ def read_items(paths, processor, length, bad, max_examples=None, **rows_options)
     Returns:
         (list of `Window`s, list of `Question`s, the files).
     """
-    texts = [Path(path) for path in paths if str(path).lower().endswith(".txt")]
-    rows = Rows([path for path in paths if Path(path) not in texts], wanted=TEXT_COLUMNS + QUESTION_COLUMNS,
-                **rows_options)  # fmt: skip
+    texts, rows = open_items(paths, **rows_options)
     windows, questions, number = [], [], 0
     for name, values in [*((file.name, {"text": _text_of(file)}) for file in texts), *_named(rows, bad)]:
         if max_examples is not None and number == max_examples:
@@ -91,6 +89,19 @@ def read_items(paths, processor, length, bad, max_examples=None, **rows_options)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             bad.add(name, f"It is not built as its layout is: {type(error).__name__}: {error}")
     return windows, questions, [*map(str, texts), *rows.files]
+
+
+def open_items(paths, **rows_options):
+    """(files of text, `Rows` of all others).
+
+    Raises:
+        ValueError: one is not there.
+    """
+    texts = [Path(path) for path in paths if str(path).lower().endswith(".txt")]
+    if missing := [file for file in texts if not file.exists()]:
+        raise ValueError(f"{missing[0]}: there is no such file.")
+    others = [path for path in paths if Path(path) not in texts]
+    return texts, Rows(others, wanted=TEXT_COLUMNS + QUESTION_COLUMNS, **rows_options)
 
 
 def _text_of(file):
@@ -125,17 +136,21 @@ def question_of(values, name=""):
         answer = values.get("answerKey", values.get("answer"))
     else:
         return None
-    return Question(name, context, [str(choice) for choice in choices], _right(answer, choices, labels))
+    choices = [str(as_text(choice)) for choice in choices]
+    return Question(name, context, choices, _right(answer, choices, labels))
 
 
 def _right(answer, choices, labels):
-    if labels is None and type(answer) is int and 0 <= answer < len(choices):
-        return answer  # also where the choices are numbers
+    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
+    answer = as_text(answer)
+    if labels is None and is_number and answer in map(str, range(len(choices))):
+        return int(answer)  # also where the choices are numbers
     letters = [chr(ord("A") + number) for number in range(len(choices))]
     numbers = [str(number) for number in range(len(choices))]
     for names in (labels, choices, letters, numbers):
-        if names is not None and str(answer) in map(str, names):
-            return [str(one) for one in names].index(str(answer))
+        told = [str(as_text(name)) for name in names or ()]
+        if str(answer) in told:
+            return told.index(str(answer))
     raise ValueError(f"Its answer {answer!r} is none of its {len(choices)} choices.")
 
 

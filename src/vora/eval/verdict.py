@@ -11,6 +11,8 @@ set does (chance: one half), and at its 95 % interval:
 Blank, shuffled and missing pictures decide nothing: a model may do badly with one only because it never saw the like.
 """
 
+from vora.eval.intervals import in_words
+
 CHANCE, LITTLE, FEWEST_GROUPS = 0.5, 0.6, 10
 
 
@@ -30,7 +32,7 @@ def verdict_of(metrics, scores, num_groups, num_references):
     found = (
         f"the right picture makes the right answer likelier than another picture of the set does in "
         f"{_percent(beats['value'])} of {num_references:,} cases (95 % interval {_percents(beats)}, chance 50 %), by "
-        f"{gain['value']:.3g} nats on average ({gain['interval'][0]:.3g} to {gain['interval'][1]:.3g})."
+        f"{gain['value']:.3g} nats on average ({in_words(gain['interval'], '.3g')})."
     )
     if num_groups < FEWEST_GROUPS or not (low > CHANCE or high < LITTLE):
         wanted = f"at least {FEWEST_GROUPS} are needed" if num_groups < FEWEST_GROUPS else "give more"
@@ -66,5 +68,4 @@ def _percent(value):
 
 
 def _percents(metric):
-    low, high = metric["interval"]
-    return f"{100 * low:.1f} to {100 * high:.1f} %"
+    return f"{in_words(metric['interval'], '.1f', 100)} %"

@@ -2,7 +2,8 @@
 
 Answers are compared after the normalisation of the official evaluation: lower case, no punctuation (a decimal point
 stays), no articles, numbers up to ten as digits, contractions with their apostrophe. Here it is applied to every
-answer; the official code leaves alone those to which all people said the same. An underscore counts as a space.
+answer; the official code leaves alone those to which all people said the same. An underscore counts as a space. Where
+nothing would be left, as of the answers "A" and "?", it stays in lower case; and an answer of nothing is never right.
 """
 
 import re
@@ -23,7 +24,7 @@ CONTRACTIONS = (
 WITH_APOSTROPHE = {word.lower().replace("'", ""): word.lower() for word in CONTRACTIONS}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 THOUSANDS = re.compile(r"\d,\d")
-FULL_STOP = re.compile(r"(?<!\d)\.|\.(?!\d)")
+FULL_STOP = re.compile(r"\.(?!\d)")
 
 
 def normalised(answer):
@@ -35,14 +36,15 @@ def normalised(answer):
         alone = f"{mark} " in text or f" {mark}" in text or THOUSANDS.search(text)
         stripped = stripped.replace(mark, "" if alone else " ")
     words = FULL_STOP.sub("", stripped).lower().split()
-    words = [NUMBERS.get(word, word) for word in words if word not in ARTICLES]
+    words = [word for word in words if word not in ARTICLES] or words or [text.lower()]
+    words = [NUMBERS.get(word, word) for word in words]
     return " ".join(WITH_APOSTROPHE.get(word, word) for word in words)
 
 
 def exact_accuracy(answer, references):
     """1.0 if an answer is the one most people gave, else 0.0. Of several items, the order does not count."""
-    most_frequent = Counter(map(_items, references)).most_common(1)[0][0]
-    return float(_items(answer) == most_frequent)
+    said, most_frequent = _items(answer), Counter(map(_items, references)).most_common(1)[0][0]
+    return float(bool(said) and said == most_frequent)
 
 
 def soft_accuracy(answer, references):
@@ -51,7 +53,7 @@ def soft_accuracy(answer, references):
     With fewer than three references, whether it is one of them.
     """
     said = normalised(answer)
-    same = [normalised(reference) == said for reference in references]
+    same = [said != "" and normalised(reference) == said for reference in references]
     if len(same) < 3:
         return float(any(same))
     counts = [sum(same) - one for one in same]

@@ -1,5 +1,6 @@
 """PIL images to normalised patches and grids, each image at its own size."""
 
+import base64
 import io
 import math
 import os
@@ -8,13 +9,15 @@ import warnings
 
 import numpy as np
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from transformers import image_utils
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
 
 SECONDS_TO_WAIT = 30  # for a server that has gone silent; a run would wait for it forever
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
+LONGEST_PATH = 260
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # a TIFF's pages and a camera's previews are no frames
 
 
 def read_image(source):
@@ -39,40 +42,69 @@ def read_image(source):
         cause = "there is no such file"
     except Exception as error:  # PIL's decoders and the network raise many kinds
         cause = " ".join(str(error).split())[:200] or type(error).__name__
-    given = isinstance(source, (str, os.PathLike))
-    name = str(source if given else getattr(source, "filename", "") or type(source).__name__)
-    raise ValueError(f"Cannot read image {name[:200]}: {cause}. Give a readable picture, or leave it out.")
+    raise ValueError(f"Cannot read image {_name_of(source)}: {cause}. Give a readable picture, or leave it out.")
 
 
 def is_animated(source):
-    """Whether a path is that of a picture with several frames; what cannot be read is none."""
+    """Whether a path is that of an animation; a URL, or what cannot be read, is none."""
     try:
-        with Image.open(source) as image:
-            return getattr(image, "n_frames", 1) > 1
-    except (OSError, AttributeError):
+        with Image.open(os.fspath(source).removeprefix("file://")) as image:
+            return image.format in ANIMATED and getattr(image, "n_frames", 1) > 1
+    except Exception:  # PIL's decoders raise many kinds
         return False
+
+
+def is_base64(text):
+    """Whether a text is base64 and no path: it is longer than paths are, or holds what PIL knows as a picture."""
+    if not BASE64.fullmatch(text) or os.path.isfile(text):
+        return False
+    if len(text) > LONGEST_PATH:
+        return True
+    try:
+        Image.open(io.BytesIO(base64.b64decode(text))).close()
+        return True
+    except Exception:  # PIL's decoders raise many kinds
+        return False
+
+
+def _name_of(source):
+    given = isinstance(source, (str, os.PathLike))
+    return str(source if given else getattr(source, "filename", "") or type(source).__name__)[:200]
 
 
 def _opened(source):
     if isinstance(source, Image.Image):
         return source
-    if isinstance(source, bytes):
-        if not source:
-            raise ValueError("it has 0 bytes")
-        with Image.open(io.BytesIO(source)) as image:
-            image.load()
-            return image
-    if not isinstance(source, (str, os.PathLike)):
+    if not isinstance(source, (str, os.PathLike, bytes)):
         return _from_array(np.asarray(source))
-    name = os.fspath(source)
-    if name.startswith(("http://", "https://", "data:")) or (len(name) > 260 and BASE64.fullmatch(name)):
-        return load_image(name, timeout=SECONDS_TO_WAIT)
-    name = name.removeprefix("file://")
-    if os.path.isfile(name) and os.path.getsize(name) == 0:
-        raise ValueError("the file is empty (0 bytes)")
-    with Image.open(name) as image:
+    with Image.open(_file_of(source)) as image:
         image.load()  # also tells whether it is whole
         return image
+
+
+def _file_of(source):
+    """What PIL can open: the path of a file, or a stream of the bytes that are given, in base64 or at a URL."""
+    if not isinstance(source, bytes):
+        name = os.fspath(source).removeprefix("file://")
+        if name.startswith(("http://", "https://")):
+            source = _fetched(name)
+        elif name.startswith("data:") or is_base64(name):
+            source = base64.b64decode(name.rpartition(",")[2])
+        elif os.path.isfile(name) and os.path.getsize(name) == 0:
+            raise ValueError("the file is empty (0 bytes)")
+        else:
+            return name
+    if not source:
+        raise ValueError("it has 0 bytes")
+    return io.BytesIO(source)
+
+
+def _fetched(url):
+    """The bytes at a URL, by the client that transformers itself uses."""
+    answer = image_utils.httpx.get(url, timeout=SECONDS_TO_WAIT, follow_redirects=True)
+    if answer.is_error:
+        raise ValueError(f"the server answers {answer.status_code} {answer.reason_phrase}")
+    return answer.content
 
 
 def _from_array(array):
@@ -107,8 +139,8 @@ class Video:
     Told by `is_video`, not by its class: remote code is loaded file by file, and each file has a class of its own.
 
     Args:
-        source: list of frames (anything `read_image` takes), array [T, H, W, 3], or path or bytes of an animated
-            picture.
+        source: list of frames (anything `read_image` takes), array [T, H, W, 3], or an animated picture: PIL image,
+            path, URL, base64 string or bytes.
 
     Raises:
         ValueError: there are no frames, or one cannot be read.
@@ -117,12 +149,11 @@ class Video:
     is_video = True
 
     def __init__(self, source):
-        if isinstance(source, (str, os.PathLike, bytes)):
-            name = f"of {len(source)} bytes" if isinstance(source, bytes) else source
+        if isinstance(source, (str, os.PathLike, bytes, Image.Image)):
+            name = f"of {len(source)} bytes" if isinstance(source, bytes) else _name_of(source)
             try:
-                with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as animation:
-                    source = [frame.copy() for frame in ImageSequence.Iterator(animation)]
-            except Exception as error:  # PIL's decoders raise many kinds
+                source = _frames_of(source)
+            except Exception as error:  # PIL's decoders and the network raise many kinds
                 raise ValueError(
                     f"Cannot read video {name}: {error}. Give its frames as a list of pictures, or an animated GIF, "
                     "WebP or PNG."
@@ -138,6 +169,14 @@ class Video:
     @property
     def width(self):
         return self.frames[0].width
+
+
+def _frames_of(animation):
+    """The frames of an animated picture, open or to be opened, in a list."""
+    if isinstance(animation, Image.Image):
+        return [frame.copy() for frame in ImageSequence.Iterator(animation)]
+    with Image.open(_file_of(animation)) as opened:
+        return _frames_of(opened)
 
 
 def on_black_square(image):
@@ -194,9 +233,14 @@ def is_video(image):
     return getattr(image, "is_video", False)
 
 
+def are_several(images):
+    """Whether it is a list of images, or an array [N, H, W, C] of them."""
+    return isinstance(images, (list, tuple)) or getattr(images, "ndim", None) == 4
+
+
 def flat_images(images):
-    """The images of a nested list."""
-    if isinstance(images, (list, tuple)):
+    """The images of a nested list or of an array of several."""
+    if are_several(images):
         for image in images:
             yield from flat_images(image)
     else:
@@ -253,12 +297,12 @@ class VoraImageProcessor(BaseImageProcessor):
 
     def fetch_images(self, image_url_or_urls):
         """Paths, URLs, images and `Video`s, nested as they come, to RGB images."""
-        if isinstance(image_url_or_urls, (list, tuple)):
+        if are_several(image_url_or_urls):
             return [self.fetch_images(source) for source in image_url_or_urls]
         return image_url_or_urls if is_video(image_url_or_urls) else read_image(image_url_or_urls)
 
     def preprocess(self, images, min_image_tokens=None, max_image_tokens=None, return_tensors=None, **kwargs):
-        """Patches of one image or `Video`, or of a (nested) list of them.
+        """Patches of one image or `Video`, or of a (nested) list or an array [N, H, W, C] of them.
 
         Args:
             min_image_tokens, max_image_tokens: budget of each image, of a video of each frame; where only the second

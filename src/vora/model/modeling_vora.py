@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .attention import attention_masks, image_blocks
 from .configuration_vora import VoraConfig
@@ -106,6 +107,7 @@ class VoraModel(VoraPreTrainedModel):
         image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -289,6 +291,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
     def get_image_features(self, pixel_values, image_grid_thw):
         return self.model.get_image_features(pixel_values, image_grid_thw)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -320,6 +323,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             image_grid_thw=image_grid_thw,
+            return_dict=True,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -383,7 +387,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         return losses_of_labels(self.logits, states, targets.flatten()[places], vocab_size)
 
     def generate(self, inputs=None, *args, **kwargs):
-        """As transformers' `generate`.
+        """As transformers' `generate`; the image token is never generated, whatever `suppress_tokens` are given.
 
         Raises:
             ValueError: the prompt has image tokens, but no images are given.
@@ -391,6 +395,8 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         ids = kwargs.get("input_ids", inputs)
         if ids is not None and kwargs.get("pixel_values") is None and kwargs.get("past_key_values") is None:
             self.model._refuse_orphans(ids)
+        if "suppress_tokens" in kwargs:  # the generation config's hold it already
+            kwargs["suppress_tokens"] = [*(kwargs["suppress_tokens"] or []), self.config.image_token_id]
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
@@ -409,6 +415,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         if pixel_values is not None and expand_size > 1:
             embeds = model_kwargs.get("inputs_embeds")
             is_image = self.model.image_token_mask(input_ids if embeds is None else None, embeds)
+            image_blocks(is_image, grids, self.config.patch_merge)  # raises where tokens and images do not match
             num_patches = (is_image.sum(-1) * self.config.patch_merge**2).tolist()
             patches_of_row = pixel_values.split(num_patches)
             pixel_values = torch.cat([patches for patches in patches_of_row for _ in range(expand_size)])

