@@ -252,7 +252,7 @@ def device_of(model):
 
 
 def refuse_to_overwrite(out, *beside):
-    """Raise if what is to be written is there, and no run of ours wrote it.
+    """Raise if what is to be written is there and holds something, and no run of ours wrote it.
 
     Args:
         out: JSON file of the report.
@@ -265,7 +265,7 @@ def refuse_to_overwrite(out, *beside):
     if out.with_suffix(".predictions.jsonl").exists() or _is_report(out):
         return
     for file in (out, *map(out.with_suffix, beside)):
-        if file.exists():
+        if file.exists() and file.stat().st_size:
             raise ValueError(f"{file} is there and no report's: choose another -o, so that it is not overwritten.")
 
 
