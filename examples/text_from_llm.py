@@ -36,6 +36,7 @@ def main():
     llm = load_llm(options.llm, dtype=torch.bfloat16).eval()
     llm = llm.to("cuda" if torch.cuda.is_available() else "cpu")
     processor = VoraProcessor.from_llm(options.llm)
+    processor.end_turns_of(llm)
     seen = {line for line in options.out.read_text().splitlines()} if options.out.exists() else set()
     sampled = conversations if options.kind == "conversation" else documents
     in_vain = 0
@@ -83,7 +84,8 @@ def documents(llm, processor, options):
 @torch.inference_mode()
 def continued(llm, processor, prompts, max_new_tokens):
     """How each prompt goes on, sampled, to the end of the turn: list of (text, whether it ended by itself)."""
-    tokenizer, ends = processor.tokenizer, processor.end_ids
+    tokenizer, ends = processor.tokenizer, llm.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(llm.device)
     tokens = llm.generate(
         **inputs,
@@ -91,7 +93,6 @@ def continued(llm, processor, prompts, max_new_tokens):
         temperature=1.0,
         top_p=0.95,
         max_new_tokens=max_new_tokens,
-        eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
     )[:, inputs["input_ids"].shape[1] :]
     return [

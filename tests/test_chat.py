@@ -86,4 +86,5 @@ def test_a_refused_question_or_picture_does_not_end_the_chat(model_folder, tmp_p
     cli.chat(model=str(model_folder), max_new_tokens=2)
     assert asked == [("hello", 0, 0), ("what is <reponame>?", 1, 2), ("what?", 0, 2)]
     told = " ".join(capsys.readouterr().err.split())
+    assert "1 pictures were left out with that question" in told
     assert "decompression bomb" in told and "2 places for images (<reponame>), but 1 images" in told

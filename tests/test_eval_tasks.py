@@ -18,6 +18,7 @@ from vora.eval.ledger import Ledger, fingerprint, fingerprints
 from vora.eval.presence import OBJECTS, objects_in, objects_of, questions_of
 from vora.eval.rows import Bad, Example, Rows
 from vora.eval.run import make_task
+from vora.eval.tasks import Classify
 from vora.serve.chat import load_model
 
 PICTURES = 8
@@ -129,7 +130,7 @@ def test_a_killed_run_goes_on_and_loses_at_most_a_batch(data, model_folder, tmp_
     capsys.readouterr()
     assert in_process(monkeypatch, *arguments, tmp_path / "a.json", "--prompt", "Say: {}") == 1
     told = " ".join(capsys.readouterr().err.split())
-    assert 'settings.prompt was "{}", is "Say: {}". Choose' in told
+    assert 'settings.prompt was "{}", is "Say: {}"' in told
 
 
 def test_a_ledger_of_other_conditions_is_refused(tmp_path):
@@ -352,8 +353,9 @@ def test_one_picture_has_no_cider(tmp_path):
 def test_a_report_names_all_states_that_its_predictions_come_from(data, model_folder, tmp_path, monkeypatch, capsys):
     arguments = ["eval", "-m", model_folder, "--task", "classify", "--data", data / "classify.parquet", "-o"]
     assert in_process(monkeypatch, *arguments, tmp_path / "r.json") == 0
-    (state,) = json.loads((tmp_path / "r.json").read_text())["predicted_at"]
-    assert state.endswith(" on cpu") and "Warning" not in capsys.readouterr().err
+    report = json.loads((tmp_path / "r.json").read_text())
+    (state,) = report["predicted_at"]
+    assert state.endswith(f" on {report['device']}") and "Warning" not in capsys.readouterr().err
     ledger = tmp_path / "r.predictions.jsonl"
     lines = ledger.read_text().splitlines()
     lines[1] = lines[1].replace(state, "0123 on a GPU")
@@ -479,3 +481,24 @@ def test_a_picture_can_be_replaced(data, model_folder):
     seen, white, blind = (prompt_of(processor, one) for one in (example, blank, none))
     assert len(seen) == len(white) > len(blind)
     assert not torch.equal(seen.inputs["pixel_values"], white.inputs["pixel_values"])
+
+
+def test_predictions_for_other_questions_are_not_taken_up(data, model_folder, tmp_path, monkeypatch, capsys):
+    arguments = ["eval", "-m", model_folder, "--task", "classify", "--data", data / "classify.parquet", "-o"]
+    assert in_process(monkeypatch, *arguments, tmp_path / "r.json") == 0
+    monkeypatch.setattr(Classify, "asked", lambda self, text="": "What else?")  # as later code might ask
+    assert in_process(monkeypatch, *arguments, tmp_path / "r.json") == 1
+    assert "settings" in capsys.readouterr().err
+
+
+def test_what_several_people_counted_is_no_number_of_a_choice(tmp_path):
+    row = {"question": "how many?", "choices": ["two", "three", "four"], "answers": ["2", "2", "two"]}
+    (example,) = make_task("vqa").examples(rows_of(tmp_path, row), Bad())
+    assert example.references == ["2", "2", "two"]
+
+
+def test_pictures_are_read_to_be_told_apart_only_where_rows_may_share_one(tmp_path, monkeypatch):
+    rows = rows_of(tmp_path, {"captions": ["a dog", "a cat"]}, {"captions": ["a man", "a car"]})
+    read = []
+    monkeypatch.setattr("vora.eval.rows._key_of", lambda *where: read.append(where))
+    assert make_task("presence").examples(rows, Bad()) and not read

@@ -125,6 +125,7 @@ def test_every_token_is_scored_once_with_half_a_window_before_it(count):
     [
         (QUESTIONS[0], "Question: what colour?\nAnswer:", ["red", "blue one"], 1),
         ({"question": "q", "choices": ["a", "b"], "answer": 1}, "Question: q\nAnswer:", ["a", "b"], 1),
+        ({"question": "q", "choices": [1.0, 2.0, 4.0], "answer": 2.0}, "Question: q\nAnswer:", ["1", "2", "4"], 1),
         ({"question": "q", "choices": ["x", "y"], "answer": "B"}, "Question: q\nAnswer:", ["x", "y"], 1),
         ({"question": "q", "choices": ["x", "y"], "answer": "x"}, "Question: q\nAnswer:", ["x", "y"], 0),
         ({"ctx": "He", "endings": ["runs.", "falls."], "label": "1"}, "He", ["runs.", "falls."], 1),

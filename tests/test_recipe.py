@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from vora.train.recipe import load_recipe
+from vora.train.run import train
 
 GOOD = {"model": {"llm": "smollm2-135m"}, "data": {"sources": [{"path": "easy-vqa"}]}}
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,14 +41,6 @@ def test_defaults_fill_what_is_left_out():
             ),
             "to a number n",
         ),
-        (with_values(training={"use_liger_kernel": True}), "in parts of bounded size"),
-        (with_values(training={"label_smoothing_factor": 0.1}), "losses are the learner's own"),
-        (with_values(training={"auto_find_batch_size": True}), "rows are packed before a batch is tried"),
-        (with_values(training={"save_only_model": True}), "from which nothing can resume"),
-        (with_values(teacher={"name": "vit", "weight": 0, "image_only_steps": 9}), "image_only_steps 9 would ask for"),
-        (with_values(teacher={"name": "vit", "weight": 0, "weight_end": 1.0}), "weight_end 1.0 would ask for"),
-        (with_values(stage="finetune", teacher={"name": "vit"}), "set teacher=null"),
-        (with_values(training={"data_seed": 3}), "order of the data follows training.seed"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(values, wanted):
@@ -55,6 +48,26 @@ def test_mistakes_are_named(values, wanted):
         load_recipe(values)
     assert wanted in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        (with_values(training={"use_liger_kernel": True}), "in parts of bounded size"),
+        (with_values(training={"label_smoothing_factor": 0.1}), "losses are the learner's own"),
+        (with_values(training={"auto_find_batch_size": True}), "rows are packed before a batch is tried"),
+        (with_values(training={"save_only_model": True}), "from which nothing can resume"),
+        (with_values(training={"data_seed": 3}), "order of the data follows training.seed"),
+        (with_values(teacher={"name": "vit", "weight": 0, "image_only_steps": 9}), "image_only_steps 9 would ask for"),
+        (with_values(teacher={"name": "vit", "weight": 0, "weight_end": 1.0}), "weight_end 1.0 would ask for"),
+        (with_values(stage="finetune", teacher={"name": "vit"}), "set teacher=null"),
+    ],
+)
+def test_what_would_come_to_nothing_is_refused_of_a_run_and_read_of_an_old_one(values, wanted, tmp_path):
+    recipe = load_recipe(values)
+    with pytest.raises(ValueError, match=wanted):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("key", ["gradient_checkpointing", "activation_checkpointing"])

@@ -316,10 +316,13 @@ def chat(
             if text.startswith("+"):
                 pending.append(_picture_or_animation(text[1:].strip()))
                 continue
-            asked_about, pending = pending, []
-            _print_answer(conversation, text, asked_about)
+            _print_answer(conversation, text, pending)
         except ValueError as error:
             console.print(f"[red]{escape(str(error))}[/red]")
+            if text.startswith("+") or not pending:
+                continue
+            console.print(f"{len(pending)} pictures were left out with that question: add them again with `+ IMAGE`.")
+        pending = []
 
 
 def _picture_or_animation(source):

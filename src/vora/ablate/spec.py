@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from vora.train.recipe import Section, load_recipe, read_yaml, validated
+from vora.train.recipe import Section, load_recipe, read_yaml, refuse_vain, validated
 
 ARM = r"\w[\w=.,+-]*"  # an arm's name is also its folder's
 
@@ -135,6 +135,7 @@ def cells_of(spec, overrides, out):
         for arm, own in spec.arms.items():
             try:
                 recipe = load_recipe(Path(spec.recipe), [*spec.set, *overrides, *own, f"training.seed={seed}"])
+                refuse_vain(recipe)
             except ValueError as error:
                 raise ValueError(f"arm {arm}: {error}") from None
             if recipe.max_minutes is not None:

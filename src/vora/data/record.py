@@ -277,7 +277,8 @@ def _conversations_of(row, name, prompts):
     if "question" in row and "answers" in row and "questions" not in row:
         # several people's answers to one question, as in VQAv2: the most frequent
         told = [one["answer"] if isinstance(one, dict) else one for one in as_list(row["answers"])]
-        refuse_number_of_choice(row, told)
+        if len(told) == 1:  # several people's numbers are what they counted
+            refuse_number_of_choice(row, told)
         return [
             _checked(question_and_answer(as_text(row["question"]), Counter(map(as_text, told)).most_common(1)[0][0]))
         ], []

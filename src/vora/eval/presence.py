@@ -61,7 +61,8 @@ class Presence(Task):
         found = {}
         for row in rows.read(bad):
             try:
-                present, picture = objects_of(row.values, self.labels), row.picture_key()
+                present = objects_of(row.values, self.labels)
+                picture = row.picture_key() if _tells_one_caption(row.values) else row.number
             except ValueError as error:
                 bad.add(row.name, error)
                 continue
@@ -139,6 +140,12 @@ def objects_of(values, labels=None):
     if captions is None:
         raise ValueError("It has no captions, label or objects that say what is in the picture.")
     return set().union(*(objects_in(text_of(caption, "caption")) for caption in as_list(captions)))
+
+
+def _tells_one_caption(values):
+    """Whether other rows may have the other captions of its picture; only then is its file read to tell."""
+    captions = values.get("captions", values.get("caption", values.get("text")))
+    return captions is not None and "objects" not in values and "label" not in values and len(as_list(captions)) == 1
 
 
 def _named(thing):

@@ -121,6 +121,7 @@ def conditions_of(task, examples, model, processor, model_name, rows, settings):
             "max_new_tokens": task.max_new_tokens,
             "num_beams": task.num_beams,
             "candidates": _told_apart(examples),
+            "asked": _hash([(example.prompt, example.references) for example in examples]),
             "max_examples": task.max_examples,
             "seed": task.seed,
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -208,7 +209,11 @@ def answered(model, processor, task, examples, ledger, bad, console):
 def _told_apart(examples):
     """How many answers examples may be chosen from, and a hash of these."""
     known = dict.fromkeys(example.candidates for example in examples)
-    return {"most": max(map(len, known)), "hash": hashlib.sha256(repr(list(known)).encode()).hexdigest()[:16]}
+    return {"most": max(map(len, known)), "hash": _hash(list(known))}
+
+
+def _hash(values):
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
 def metrics_table(report):

@@ -152,7 +152,8 @@ class Vqa(Task):
         asked = PLACE.sub("", exact_text(question, "question"))  # pictures come first
         if not references or not asked.strip():
             raise ValueError("It has no text or no answer.")
-        refuse_number_of_choice(row.values, [_said(one) for one in told if _said(one) is not None])
+        if len(references) == 1:  # several people's numbers are what they counted
+            refuse_number_of_choice(row.values, [_said(one) for one in told if _said(one) is not None])
         return self.asked(asked), references
 
     def score_one(self, example, prediction):

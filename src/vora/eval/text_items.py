@@ -136,12 +136,14 @@ def question_of(values, name=""):
         answer = values.get("answerKey", values.get("answer"))
     else:
         return None
-    choices = [str(as_text(choice)) for choice in choices]
-    return Question(name, context, choices, _right(answer, choices, labels))
+    told = [str(as_text(choice)) for choice in choices]
+    return Question(name, context, told, _right(answer, choices, labels))
 
 
 def _right(answer, choices, labels):
     is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
+    if isinstance(answer, float) and any(isinstance(choice, float) for choice in choices):
+        is_number = False  # one of the choices, no place
     answer = as_text(answer)
     if labels is None and is_number and answer in map(str, range(len(choices))):
         return int(answer)  # also where the choices are numbers

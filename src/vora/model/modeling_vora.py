@@ -387,7 +387,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         return losses_of_labels(self.logits, states, targets.flatten()[places], vocab_size)
 
     def generate(self, inputs=None, *args, **kwargs):
-        """As transformers' `generate`; the image token is never generated, whatever `suppress_tokens` are given.
+        """As transformers' `generate`; the image token is not generated, also where `suppress_tokens` are given.
 
         Raises:
             ValueError: the prompt has image tokens, but no images are given.
@@ -396,7 +396,8 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         if ids is not None and kwargs.get("pixel_values") is None and kwargs.get("past_key_values") is None:
             self.model._refuse_orphans(ids)
         if "suppress_tokens" in kwargs:  # the generation config's hold it already
-            kwargs["suppress_tokens"] = [*(kwargs["suppress_tokens"] or []), self.config.image_token_id]
+            given = kwargs["suppress_tokens"]
+            kwargs["suppress_tokens"] = [*([] if given is None else given), self.config.image_token_id]
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):

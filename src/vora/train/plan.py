@@ -17,6 +17,7 @@ from vora.train.flops import Row, row_flops
 from vora.train.memory import bytes_of, optimizer_bytes, step_memory
 from vora.train.outline import outline
 from vora.train.preview import source_names
+from vora.train.recipe import refuse_vain
 from vora.train.run import DEFAULTS, open_sources, packed_rows, training_arguments
 from vora.train.stages import build_processor, trainable_counts
 
@@ -77,8 +78,9 @@ def plan(recipe, device, num_devices=1, *, beside=None, utilization=UTILIZATION,
         dict for JSON; sizes in bytes, counts of FLOPs, times in seconds.
 
     Raises:
-        ValueError: see `outline` and `training_arguments`.
+        ValueError: see `refuse_vain`, `outline` and `training_arguments`.
     """
+    refuse_vain(recipe)
     learner, remarks = outline(recipe, beside)
     settings = step_settings(recipe)
     tokens = tokens_of_data(recipe, max_samples, remarks)

@@ -100,12 +100,9 @@ class TeacherSection(Section):
     starts_eyes: bool = True  # the patch embedding starts from the teacher's
 
     @model_validator(mode="after")
-    def weight_0_teaches_nothing(self):
+    def rest_is_of_what_is_taught(self):
         if self.weight == 0 and self.eyes_scale == 0:
             raise ValueError("with weight 0 nothing is taught, so eyes_scale 0 cannot say what shall rest: keep one")
-        if self.weight == 0 and (given := [key for key in ("image_only_steps", "weight_end") if getattr(self, key)]):
-            told = " and ".join(f"{key} {getattr(self, key)}" for key in given)
-            raise ValueError(f"with weight 0 nothing is taught, and {told} would ask for it: set what is meant to 0")
         return self
 
 
@@ -203,8 +200,6 @@ class Recipe(Section):
                 f"{' and '.join(ways)} exclude each other: an encoder is taught by nobody, and a blind LLM sees no "
                 "pictures; keep one"
             )
-        if self.stage == "finetune" and self.teacher is not None:
-            raise ValueError("stage finetune has no teacher, so its section would change nothing: set teacher=null")
         if self.data.blind and self.lora.keep_text:
             raise ValueError("data.blind leaves text alone, and with lora.keep_text that teaches nothing: keep one")
         return self
@@ -215,10 +210,6 @@ class Recipe(Section):
         for key in self.training:
             if key not in known or key == "output_dir":
                 raise ValueError(f"training.{key} is not a field of TrainingArguments{_nearest(key, known)}")
-        defaults = {field.name: field.default for field in fields(TrainingArguments)}
-        for key, why in CHANGES_NOTHING.items():
-            if self.training.get(key, defaults[key]) != defaults[key]:
-                raise ValueError(f"training.{key} {why}: leave it out")
         self.training = {key: _whole_or(key, _number_or(value)) for key, value in self.training.items()}
         return self
 
@@ -243,6 +234,27 @@ class Recipe(Section):
         """Which of the LLM's blocks are computed again in the backward pass: True (all), or how many of the first."""
         given = [self.training[key] for key in CHECKPOINTING if self.training.get(key) is not None]
         return given[0] if given else 0
+
+
+def refuse_vain(recipe):
+    """What a run that is to begin must not ask for, since nothing would come of it; recipes of runs that were trained
+    before may, and are read.
+
+    Raises:
+        ValueError: names the key and why.
+    """
+    if recipe.stage == "finetune" and recipe.teacher is not None:
+        raise ValueError("stage finetune has no teacher, so its section would change nothing: set teacher=null")
+    if recipe.teacher is not None and recipe.teacher.weight == 0:
+        for key in ("image_only_steps", "weight_end"):
+            if value := getattr(recipe.teacher, key):
+                raise ValueError(
+                    f"with teacher.weight 0 nothing is taught, and {key} {value} would ask for it: set it to 0"
+                )
+    defaults = {field.name: field.default for field in fields(TrainingArguments)}
+    for key, why in CHANGES_NOTHING.items():
+        if recipe.training.get(key, defaults[key]) != defaults[key]:
+            raise ValueError(f"training.{key} {why}: leave it out")
 
 
 def load_recipe(source, overrides=()):

@@ -30,7 +30,7 @@ from vora.train.decay import DistillWeightDecay
 from vora.train.devices import refuse_one_process_of_many_gpus, refuse_spread_weights
 from vora.train.pace import steps_that_fit
 from vora.train.progress import ProgressCallback, draw_losses, write_report
-from vora.train.recipe import CHECKPOINTING, save_recipe
+from vora.train.recipe import CHECKPOINTING, refuse_vain, save_recipe
 from vora.train.stages import build_learner, eyes_rest, trainable_table
 from vora.train.text_energy import TextEnergy, moments_of_text
 from vora.train.trained import write_run_card
@@ -124,6 +124,7 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
         InterruptedError: a signal stopped the run; the message says how to go on.
     """
     console, directory = console or Console(stderr=True), Path(run_directory)
+    refuse_vain(recipe)
     checkpoint = find_checkpoint(directory, resume)
     arguments = training_arguments(recipe, directory)
     refuse_one_process_of_many_gpus(arguments)
