@@ -21,7 +21,7 @@ if [ "$toy" = --toy ]; then
     eyes=(training.max_steps=2 teacher.image_only_steps=2 training.per_device_train_batch_size=1)
     words=(training.max_steps=2 training.per_device_train_batch_size=1)
     blind=("${words[@]}")
-    texts=2 examples=(--max-examples 4)
+    texts=2 examples=(--max-examples 12) # of DAQUAR two pictures
 fi
 
 run() { # directory, recipe, overrides: trained, or taken up where it stood
