@@ -10,17 +10,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import distillation
 import growth
-import native_resolution
 import numpy as np
-import patch_merge
 import pytest
-import rotary_2d
 import rows as rows_of_benchmarks
 import torch
-import yaml
-import zero_shot
 from contestants import (
     PATCH,
     SIZES,
@@ -34,22 +28,10 @@ from contestants import (
 from large_step import needed_flops
 from original import IMAGE
 from own_process import in_own_process, taken_by
-from PIL import Image
-from power_laws import exponent, quadratic_share, split
-from rich.console import Console
 from rows import report, row
-from teacher_channels import of_block
-from tiny import logits_of, prompt, text, tiny_vora
 from torch.utils.flop_counter import FlopCounterMode
 from train_step import losses_in_float32
-from transformers import ViTConfig, ViTForImageClassification
 from where_time_goes import kind_of, own_times, profiled, seconds_by_kind, table
-
-from vora.data.sources import load_source
-from vora.distill.blockwise import SUMMARY
-from vora.train.recipe import load_recipe
-from vora.train.run import train
-from vora.train.trained import open_run
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TOY = {
@@ -128,24 +110,24 @@ def test_a_process_that_dies_is_named():
 
 
 def test_exponent():
-    assert exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
-    assert exponent([1, 2], [0, 1]) is None
+    assert growth.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert growth.exponent([1, 2], [0, 1]) is None
 
 
 @pytest.mark.parametrize("coefficients", [(5.0, 2e-2, 3e-5), (0.0, 1e-3, 0.0), (2.0, 0.0, 1e-6), (4.0, 0.0, 0.0)])
 def test_a_split_finds_what_a_cost_is_made_of(coefficients):
     sizes = np.array([64, 121, 256, 529, 1024, 2025, 4096])
     values = sum(c * sizes.astype(float) ** power for power, c in enumerate(coefficients))
-    found = split(sizes, values)
+    found = growth.split(sizes, values)
     assert found == pytest.approx(coefficients, rel=1e-6, abs=1e-12)
-    assert quadratic_share(found, 4096) == pytest.approx(coefficients[2] * 4096**2 / values[-1], abs=1e-9)
-    noisy = split(sizes, values * (1 + 0.05 * np.random.default_rng(0).standard_normal(len(sizes))))
+    assert growth.quadratic_share(found, 4096) == pytest.approx(coefficients[2] * 4096**2 / values[-1], abs=1e-9)
+    noisy = growth.split(sizes, values * (1 + 0.05 * np.random.default_rng(0).standard_normal(len(sizes))))
     assert min(noisy) >= 0
 
 
 def test_a_split_of_two_sizes_is_refused():
     with pytest.raises(ValueError, match="2 sizes, the smallest value 1: a split needs three above 0"):
-        split([1, 2], [1, 2])
+        growth.split([1, 2], [1, 2])
 
 
 def test_growth_is_of_what_was_measured(monkeypatch):
@@ -215,21 +197,6 @@ def test_rows_are_written_as_they_come(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines() == ["some", *printed[2:]]
 
 
-def test_rows_of_experiments_set_ours_beside_a_baseline():
-    points = [
-        {"arm": arm, "seed": seed, "lm_steps": 40, "questions_seen": 1500, "accuracy": accuracy}
-        for arm, seed, accuracy in (("with", 0, 0.8), ("with", 1, 0.9), ("without", 0, 0.6), ("without", 1, 0.7))
-    ]
-    unfinished = {"arm": "with", "seed": 0, "lm_steps": 80, "questions_seen": 3000, "accuracy": 0.9}
-    (one,) = distillation.rows_of([*points, unfinished])
-    assert (one["ours"], one["baseline"], one["unit"]) == (pytest.approx(0.85), pytest.approx(0.65), "accuracy")
-    (one,) = native_resolution.rows_of({"native": {"1:1": {"16": 0.8}}, "square": {"1:1": {"16": 0.5}}})
-    assert (one["ours"], one["ratio"], one["image_tokens"]) == (0.8, 1.6, 16)
-    plain = {"patch_merge": 1, "image_tokens": 36, "peak_bytes": 8, "accuracy": 0.8}
-    memory, accuracy = patch_merge.rows_of(plain | {"patch_merge": 2, "image_tokens": 9, "peak_bytes": 4}, plain)
-    assert (memory["ratio"], memory["unit"], accuracy["unit"]) == (0.5, "bytes", "accuracy")
-
-
 def test_every_benchmark_takes_json():
     scripts = [path for path in BENCHMARKS.glob("*.py") if "def main" in path.read_text() and path.stem != "rows"]
     assert {path.stem for path in scripts} >= TOY.keys()
@@ -259,81 +226,3 @@ def test_gpu_script_is_sound():
     assert all(int(words[2]) < deadline for words in real)
     assert {words[3] for words in toy} == {words[3] for words in real}
     assert len({words[1] for words in real}) == len(real)
-
-
-def test_one_channel_of_a_teacher_gets_credit_only_where_features_are_not_standardized():
-    features = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
-    features[:, 3] *= 100
-    found = of_block(0, features)
-    assert found["baseline"] > 0.95 and found["ours"] < 0.3 and found["top_share"] > 0.99
-
-
-def test_two_axes_turn_image_tokens_by_row_and_column_and_leave_words_alone():
-    is_image = torch.tensor([[False, True, True, True, True, True, True, False]])
-    rows, columns = rotary_2d.shifts_of(is_image, [(2, 3)])
-    places = torch.arange(8)[None]
-    assert (places + rows).tolist() == [[0, 1, 1, 1, 2, 2, 2, 7]]  # the first token's place, and the row
-    assert (places + columns).tolist() == [[0, 1, 2, 3, 1, 2, 3, 7]]
-    vora, words, picture = tiny_vora("llama"), prompt([*text(5)]), prompt([*text(3), (2, 3, 0), *text(2)])
-    before = [logits_of(vora, **inputs) for inputs in (words, picture)]
-    turned = vora.model.language_model.rotary_emb
-    rotary_2d.look_in_two_axes(vora)
-    torch.testing.assert_close(logits_of(vora, **words), before[0])
-    assert (logits_of(vora, **picture) - before[1]).abs().max() > 1e-3
-    axes = vora.model.language_model.rotary_emb
-    found, own = (
-        axes(torch.zeros(1, 11, 8), torch.arange(11)[None])[0],
-        [turned(torch.zeros(1, 11, 8), torch.arange(11)[None] + shift)[0] for shift in axes.shifts],
-    )
-    half = found.shape[-1] // 2
-    for channel in range(2 * half):
-        torch.testing.assert_close(found[..., channel], own[channel % half % 2][..., channel])
-
-
-def test_a_perfect_summary_is_what_the_teacher_says(llm_folder, tmp_path, monkeypatch, capsys):
-    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    config = ViTConfig(**shape, image_size=16, patch_size=8, id2label={0: "Red, crimson", 1: "blue", 2: "green"})
-    torch.manual_seed(1)
-    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
-    lines = []
-    for name in ("crimson", "blue", "green"):
-        Image.new("RGB", (16, 16), name).save(tmp_path / f"{name}.png")
-        lines.append(json.dumps({"image": f"{name}.png", "question": "What?", "answer": name}))
-    (tmp_path / "train.jsonl").write_text("\n".join(lines))
-    recipe = {
-        "model": {"llm": llm_folder},
-        "teacher": {"name": "vit", "summary": True, "standardize": True, "image_only_steps": 2},
-        "lora": {"rank": 2},
-        "data": {"sources": [{"path": "train.jsonl"}], "row_tokens": 32},
-        "training": {"max_steps": 2, "per_device_train_batch_size": 1, "use_cpu": True, "save_steps": 2},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    train(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run", console=Console(quiet=True))
-
-    learner, processor = open_run(tmp_path / "run")
-    source, pair = load_source(str(tmp_path / "train.jsonl")), (1, SUMMARY)
-    records = [source[place] for place in range(3)]
-    said, truth = zero_shot.summaries_of(learner, processor, records)
-    assert said.shape == truth.shape == (3, 24) and not torch.allclose(said, truth, atol=1e-2)
-    perfect = learner.distillation.target(pair, truth) * torch.tensor([[3.0], [0.5], [1.0]])  # of any length
-    monkeypatch.setattr(learner.distillation.heads[SUMMARY], "forward", lambda states: perfect.repeat_interleave(4, 0))
-    said, truth = zero_shot.summaries_of(learner, processor, records)
-    torch.testing.assert_close(said, truth, atol=1e-4, rtol=1e-4)
-
-    command = ["zero_shot", "--run", tmp_path / "run", "--data", tmp_path / "train.jsonl", "--batch", 2]
-    monkeypatch.setattr(sys, "argv", [*map(str, command), "--json", str(tmp_path / "rows.json")])
-    zero_shot.main()
-    (one,) = json.loads((tmp_path / "rows.json").read_text())
-    del learner.distillation.heads[SUMMARY]
-    monkeypatch.setattr(zero_shot, "open_run", lambda *args: (learner, processor))
-    with pytest.raises(SystemExit):
-        zero_shot.main()
-    assert "teacher.summary=true" in capsys.readouterr().err
-    classifier = ViTForImageClassification.from_pretrained(tmp_path / "vit").eval()
-    with torch.no_grad():
-        named = classifier.classifier(classifier.vit.layernorm(truth)).argmax(-1).tolist()
-    assert one["baseline"] == pytest.approx(sum(map(int.__eq__, named, [0, 1, 2])) / 3) and one["unit"] == "accuracy"
-    wrong = classifier.config.id2label | {1: "azure"}
-    with pytest.raises(ValueError, match="1 labels are no class of the teacher's: blue"):
-        classifier.config.id2label = wrong
-        zero_shot.shares_right(learner, processor, classifier, source, [0, 1], 2)

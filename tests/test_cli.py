@@ -72,7 +72,7 @@ def test_inspect_draws_a_page_of_a_run_and_of_its_merged_model(work, merged, tmp
     assert [word["word"] for word in figures["attention"]["words"]] == ["red", "or", "blue"]
     assert figures["similarity"]["teacher"] == str(tmp_path / "vit") and figures["grid"] == [2, 2]
     assert [-1 <= pair["cosine"] <= 1 for pair in figures["similarity"]["pairs"]] == [True, True]
-    assert page.read_text().count("data:image/png") > 8 and Image.open(page.with_suffix(".png")).height > 800
+    assert page.read_text().count("data:image/png") > 8
     alone = vora("inspect", work / "red.png", "-m", merged, "-q", "what?", "--max-image-tokens", 1, cwd=tmp_path)
     assert alone.returncode == 0 and "--teacher" in alone.stderr, alone.stderr
     figures = json.loads((tmp_path / "inspect.json").read_text())

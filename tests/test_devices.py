@@ -22,7 +22,6 @@ def test_one_process_that_sees_several_gpus_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"lora": {"spare_text": 1.0}}, "lora.spare_text needs each pair whole"),
         ({"lora": {"keep_text": 1.0}}, "lora.keep_text runs the LLM once more"),
         ({"watch": [{"image": "a.png", "question": "what?"}]}, "watch answers in one process"),
     ],

@@ -8,8 +8,6 @@ import pytest
 from vora.eval.caption_scores import bleu_4, bleu_counts, cider_d, words_of
 from vora.eval.intervals import in_words, interval_of, mean, share, wilson
 from vora.eval.vqa_scores import exact_accuracy, normalised, soft_accuracy
-from vora.eval.wordnet import Nouns, nouns, pack_nouns
-from vora.eval.wups import word_similarity, wups
 
 # The example of aac-metrics' documentation (README of its 0.6.0), with the values published there
 TOLD = ["a man is speaking", "rain falls"]
@@ -81,42 +79,6 @@ def test_soft_accuracy_by_hand():
     assert soft_accuracy("A chair", ["chair"]) == 1.0
     assert exact_accuracy("red", people) == 0.0 and exact_accuracy("Blue.", people) == 1.0
     assert exact_accuracy("bottle, book", ["book, bottle"]) == 1.0 and exact_accuracy("book", ["book, bottle"]) == 0.0
-
-
-def test_wups_as_nltk_and_the_original_have_it():
-    # NLTK 3.10 on WordNet 3.0: max over senses of wup_similarity
-    assert nouns().similarity("chair", "table") == pytest.approx(0.8421052631578947)
-    assert nouns().similarity("chairs", "chair") == 1.0 and nouns().similarity("mice", "mouse") == 1.0
-    assert nouns().similarity("bottle", "cup") == pytest.approx(0.8333333333333334)
-    assert nouns().similarity("zzz", "chair") == 0.0
-    assert word_similarity("red", "red", 0.9) == 1.0
-    chair_table = nouns().similarity("chair", "table")
-    assert wups("chair", "table", 0.0) == pytest.approx(chair_table)
-    assert wups("chair", "table", 0.9) == pytest.approx(0.1 * chair_table)
-    assert wups("table, chair", "chair, table", 0.9) == 1.0
-    # one item left out: the nearest told one stands for it
-    assert wups("chair", "chair, table", 0.0) == pytest.approx(chair_table)
-    assert wups("A chair.", "chair", 0.9) == wups("none", "0", 0.9) == 1.0  # never less than what is exact
-    assert wups("", "chair", 0.9) == 0.0 and wups("coffee mug", "coffee_mug", 0.9) == 1.0
-
-
-def test_nouns_are_packed_from_wordnets_files(tmp_path):
-    head = "  1 licence\n"
-    (tmp_path / "LICENSE").write_text("free\n\nfor all\n")
-    (tmp_path / "data.noun").write_text(
-        head
-        + "00000010 03 n 01 thing 0 000 | all\n"
-        + "00000020 03 n 02 dog 0 hound 0 001 @ 00000010 n 0000 | barks\n"
-        + "00000030 03 n 01 cat 0 001 @ 00000010 n 0000 | meows\n"
-    )
-    (tmp_path / "index.noun").write_text(
-        head
-        + "cat n 1 1 @ 1 0 00000030\ndog n 1 1 @ 1 0 00000020\nhound n 1 1 @ 1 0 00000020\nthing n 1 0 1 0 00000010\n"
-    )
-    (tmp_path / "noun.exc").write_text("kine cat\n")
-    made = Nouns(pack_nouns(tmp_path))
-    assert made.similarity("dogs", "hound") == 1.0 and made.similarity("kine", "cat") == 1.0
-    assert made.similarity("dog", "cat") == pytest.approx(2 * 1 / (1 + 1 + 2 * 1))
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():

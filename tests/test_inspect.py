@@ -304,7 +304,6 @@ def test_the_page_needs_nothing_beside_it(seeing, tmp_path, size):
     sources = re.findall(r'src="([^"]{21})', page)
     assert len(sources) > 10 and all(source.startswith("data:image/png;base64") for source in sources)
     assert not re.search(r"https?://|<script|<link", page)
-    assert Image.open(path.with_suffix(".png")).width > 1000
     figures = json.loads(path.with_suffix(".json").read_text())
     rows, columns = figures["grid"]
     assert (rows * columns < 4) == (figures["similarity"]["cka"][0][0] is None)

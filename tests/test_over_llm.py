@@ -5,12 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import GRID, PATCH, SHAPE, logits_of, prompt, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -188,25 +187,3 @@ def test_a_random_row_for_the_image_token_tells_no_llms_apart():
     assert digest_of(llm) != before[0] and digest_of(llm, 128) == before[1]
     llm.get_input_embeddings().weight.data[126].normal_()
     assert digest_of(llm, 128) != before[1]
-
-
-def test_the_mean_of_two_eyes_is_taken_tensor_by_tensor(tmp_path):
-    for name, value in (("a", 1.0), ("b", 4.0), ("wider", 1.0), ("of another LLM", 1.0)):
-        (tmp_path / name).mkdir()
-        shape = (3, 3) if name == "wider" else (2, 3)
-        save_file({"lora_A": torch.full(shape, value).bfloat16()}, tmp_path / name / "adapter_model.safetensors")
-        config = {"llm_digest": "0" if name == "of another LLM" else "1", "name": name}
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
-        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2}))
-        (tmp_path / name / "README.md").write_text(f"Eyes {name}.\n")
-    script = [sys.executable, Path(__file__).parents[1] / "examples" / "average_eyes.py"]
-    subprocess.run([*script, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "mean"], check=True)
-    mean = load_file(tmp_path / "mean" / "adapter_model.safetensors")["lora_A"]
-    assert mean.dtype == torch.bfloat16 and (mean == 2.5).all()
-    assert json.loads((tmp_path / "mean" / "config.json").read_text())["name"] == "b"
-    card = (tmp_path / "mean" / "README.md").read_text()
-    assert card.startswith("Eyes b.") and "mean of these and of `a`" in card
-    for other in ("wider", "of another LLM"):
-        others = [tmp_path / "a", tmp_path / other, "--out", tmp_path / "no"]
-        refused = subprocess.run([*script, *others], capture_output=True, text=True)
-        assert refused.returncode == 2 and "other LLMs or LoRA" in refused.stderr and not (tmp_path / "no").exists()

@@ -59,7 +59,6 @@ def test_mistakes_are_named(values, wanted):
         (with_values(training={"save_only_model": True}), "from which nothing can resume"),
         (with_values(training={"data_seed": 3}), "order of the data follows training.seed"),
         (with_values(teacher={"name": "vit", "weight": 0, "image_only_steps": 9}), "image_only_steps 9 would ask for"),
-        (with_values(teacher={"name": "vit", "weight": 0, "weight_end": 1.0}), "weight_end 1.0 would ask for"),
         (with_values(stage="finetune", teacher={"name": "vit"}), "set teacher=null"),
     ],
 )

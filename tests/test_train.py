@@ -408,23 +408,6 @@ def test_the_last_pair_alone_can_teach(recipe):
     assert build_learner(wanted)[0].distillation.pairs == [(1, 1)]
 
 
-def test_the_weight_of_distillation_falls_to_its_end_also_when_resumed(recipe, tmp_path):
-    wanted, weights = recipe(max_steps=6, save_steps=4), []
-    wanted.teacher.weight, wanted.teacher.weight_end = 2.0, 0.5  # its first two steps hold pictures alone
-
-    class Note(TrainerCallback):
-        def on_step_end(self, args, state, control, model, **kwargs):
-            weights.append(model.distill_weight)
-
-    run(wanted, tmp_path / "run", callbacks=[Note()])
-    assert weights == pytest.approx([2, 2, 2, 1.5, 1, 0.5])
-    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
-    shutil.rmtree(tmp_path / "run" / "final")
-    before = losses(tmp_path / "run")
-    run(wanted, tmp_path / "run", resume=True, callbacks=[Note()])
-    assert weights[6:] == pytest.approx([1, 0.5]) and losses(tmp_path / "run") == before
-
-
 def test_distilling_alone_runs_no_block_above_the_teachers(recipe):
     learner, processor = build_learner(recipe())
     rows = PackedRows([load_source(recipe().data.sources[0].path)], processor, 128, image_only_rows=1)

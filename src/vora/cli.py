@@ -138,9 +138,7 @@ def plan(
 
 @app.command(name="eval")
 def evaluate(
-    task: Annotated[
-        str, typer.Option(help="captions, vqa, classify, statements, presence, probe (does it look?) or text.")
-    ],
+    task: Annotated[str, typer.Option(help="captions, vqa, classify, statements, probe (does it look?) or text.")],
     data: Annotated[
         list[str], typer.Option(help="Files, folders or datasets: all that recipes read; see `vora data`.")
     ],
@@ -160,7 +158,7 @@ def evaluate(
     max_examples: Annotated[int | None, typer.Option(min=1, help="Ask the first so many only.")] = None,
     min_image_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of a picture; the model's own.")] = None,
     max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of a picture; the model's own.")] = None,
-    seed: Annotated[int, typer.Option(help="Of intervals, of what presence asks, and of what a probe shows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of intervals and of what a probe shows.")] = 0,
     of: Annotated[str | None, typer.Option(help="The task that a probe is of; told by the data's columns.")] = None,
     generate: Annotated[bool, typer.Option("--generate", help="A probe also lets the model speak; slow.")] = False,
     against: Annotated[
@@ -343,9 +341,7 @@ def inspect(
     teacher: Annotated[
         str | None, typer.Option(help="ViT to compare with: folder or hub id; by default the run's own.")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Page; a PNG and a JSON go beside it.")] = Path(
-        "inspect.html"
-    ),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Page; a JSON goes beside it.")] = Path("inspect.html"),
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     min_image_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of a picture; the model's own.")] = None,
     max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of a picture; the model's own.")] = None,
@@ -359,10 +355,10 @@ def inspect(
     from vora.train.checkpoints import trained_folder
 
     if out.suffix != ".html":
-        raise ValueError(f"--out {out} names no page: give a name that ends in .html; the PNG goes beside it.")
-    for file in (out.with_suffix(".png"), out.with_suffix(".json")):
-        if file.exists() and (not out.exists() or file.resolve() == Path(image).resolve()):
-            raise ValueError(f"{file} is there and no page's: choose another --out, so that it is not overwritten.")
+        raise ValueError(f"--out {out} names no page: give a name that ends in .html; a JSON goes beside it.")
+    figures = out.with_suffix(".json")
+    if figures.exists() and not out.exists():
+        raise ValueError(f"{figures} is there and no page's: choose another --out, so that it is not overwritten.")
     picture, name = read_image(image), model or committed_model()
     learner, processor = _opened(name, teacher, min_image_tokens, max_image_tokens)
     pairs, remark = take_teacher(learner, str(trained_folder(name)), teacher)
@@ -370,8 +366,7 @@ def inspect(
     write_inspection(out, found, processor.image_processor, image, name, [remark] if remark else [])
     if remark:
         console.print(remark, highlight=False, markup=False)
-    told = f"{found.answer}\nPage: {out}, picture: {out.with_suffix('.png')}"
-    console.print(told, highlight=False, markup=False)
+    console.print(f"{found.answer}\nPage: {out}", highlight=False, markup=False)
 
 
 def _opened(name, teacher, min_image_tokens, max_image_tokens):

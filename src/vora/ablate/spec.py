@@ -18,9 +18,9 @@ class EvaluateSection(Section):
     """One measurement of each arm's merged model, with the words of `vora eval`."""
 
     name: str | None = Field(None, pattern=r"^\w[\w=,+-]*$")  # of its columns in the table; default: the task's
-    task: Literal["captions", "vqa", "classify", "statements", "presence", "probe", "text"]
+    task: Literal["captions", "vqa", "classify", "statements", "probe", "text"]
     metrics: list[str] | None = Field(None, min_length=1)  # the table's columns; default: all that it reports
-    of: Literal["captions", "vqa", "classify", "statements", "presence"] | None = None  # the task that is probed
+    of: Literal["captions", "vqa", "classify", "statements"] | None = None  # the task that is probed
     against: list[Literal["other", "blank", "shuffled", "none"]] | None = None  # of a probe; default: other
     generate: bool | None = None  # of a probe: let the model speak too
     base: str | None = None  # of text: the LLM to compare with; default: the recipe's model.llm

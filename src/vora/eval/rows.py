@@ -21,7 +21,7 @@ SPLITS = (
     "train",
 )  # the first that a folder or dataset has is read
 COLUMNS = (
-    "captions", "caption", "text", "questions", "question", "answers", "answer", "label", "objects", "sentence",
+    "captions", "caption", "text", "questions", "question", "answers", "answer", "label", "sentence",
     "statement", "identifier", "choices", "options",
 )  # fmt: skip
 NUM_NAMED = 20  # bad rows that a report names

@@ -19,11 +19,10 @@ from vora.adapt.card import read_card
 from vora.eval.intervals import in_words
 from vora.eval.ledger import Ledger, fingerprint, fingerprints, model_fingerprint
 from vora.eval.predict import predict
-from vora.eval.presence import Presence
 from vora.eval.rows import Bad, Rows
 from vora.eval.tasks import Captions, Classify, Statements, Vqa
 
-TASKS = {task.name: task for task in (Captions, Vqa, Classify, Statements, Presence)}
+TASKS = {task.name: task for task in (Captions, Vqa, Classify, Statements)}
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "pillow", "numpy")
 
 

@@ -13,7 +13,6 @@ from vora.eval.caption_scores import bleu_4, bleu_counts, cider_d
 from vora.eval.intervals import interval_of, mean, share
 from vora.eval.rows import Example
 from vora.eval.vqa_scores import exact_accuracy, normalised, soft_accuracy
-from vora.eval.wups import THRESHOLDS, wups
 
 
 @dataclass
@@ -158,12 +157,10 @@ class Vqa(Task):
 
     def score_one(self, example, prediction):
         told = prediction["generated"]
-        scores = {
+        return {
             "exact_accuracy": exact_accuracy(told, example.references),
             "vqa_accuracy": soft_accuracy(told, example.references),
         }
-        wanted = max(example.references, key=example.references.count)
-        return scores | {f"wups_{threshold}": wups(told, wanted, threshold) for threshold in THRESHOLDS}
 
 
 class Classify(Task):

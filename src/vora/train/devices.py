@@ -27,7 +27,6 @@ def refuse_spread_weights(recipe, are_spread, resumes=False):
     if not are_spread:
         return
     asked = {
-        "lora.spare_text needs each pair whole": recipe.lora.spare_text > 0 and recipe.stage == "pretrain",
         "lora.keep_text runs the LLM once more only where a batch has text": (
             recipe.lora.keep_text > 0 and recipe.stage == "pretrain"
         ),

@@ -123,8 +123,6 @@ def plan(recipe, device, num_devices=1, *, beside=None, utilization=UTILIZATION,
         remarks.append(f"the first {alone:,} steps distill pictures alone, at {share:.0%} of a step's FLOPs")
     if recipe.lora.keep_text:
         remarks.append("rows of text to keep run twice and need logits at every token; neither is counted here")
-    if recipe.lora.spare_text:
-        remarks.append("the moments of text that are to be spared (see `TextEnergy`) are not counted in memory")
     samples_per_step = rows_per_step * tokens["samples_per_row"]
     fits = memory["total"] <= 0.95 * device.memory_bytes
     slowest = max(("compute", "communication", "data"), key=lambda name: times[name])

@@ -40,8 +40,6 @@ class ProgressCallback(TrainerCallback):
         with self.log_file.open("a") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
         losses = [f"{name} {logs[name]:.3f}" for name in LOSSES if name in logs]
-        if "text_energy" in logs:
-            losses.append(f"text_energy {logs['text_energy']:.2%}")
         speed = f"{logs['samples_per_second']:.1f} samples/s  {logs['tokens_per_second']:.0f} tokens/s"
         text = "  ".join([*losses, speed, f"{logs['data_wait_share']:.0%} waiting for data"])
         self.bar.update(self.task, description=text)

@@ -78,13 +78,11 @@ class LoraSection(Section):
     target_modules: list[str] | None = None
     # weight of `text_loss`, in each micro-batch that has text alone: it is kept as the LLM without LoRA has it
     keep_text: float = Field(0.0, ge=0)
-    spare_text: float = Field(0.0, ge=0)  # how strongly each step draws LoRA away from text; see `TextEnergy`
 
 
 class TeacherSection(Section):
     name: str
     weight: float = Field(1.0, ge=0)
-    weight_end: float | None = Field(None, ge=0)  # of the last step; see `DistillWeightDecay`
     pairs: Literal["all", "last"] = "all"  # which blocks are taught: each pair's, or the deepest pair's alone
     center: bool = True  # these three: see `BlockwiseDistillation`
     standardize: bool = False
@@ -246,11 +244,10 @@ def refuse_vain(recipe):
     if recipe.stage == "finetune" and recipe.teacher is not None:
         raise ValueError("stage finetune has no teacher, so its section would change nothing: set teacher=null")
     if recipe.teacher is not None and recipe.teacher.weight == 0:
-        for key in ("image_only_steps", "weight_end"):
-            if value := getattr(recipe.teacher, key):
-                raise ValueError(
-                    f"with teacher.weight 0 nothing is taught, and {key} {value} would ask for it: set it to 0"
-                )
+        if steps := recipe.teacher.image_only_steps:
+            raise ValueError(
+                f"with teacher.weight 0 nothing is taught, and image_only_steps {steps} would ask for it: set it to 0"
+            )
     defaults = {field.name: field.default for field in fields(TrainingArguments)}
     for key, why in CHANGES_NOTHING.items():
         if recipe.training.get(key, defaults[key]) != defaults[key]:

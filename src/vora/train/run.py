@@ -26,13 +26,11 @@ from vora.data.stream import PackedRows
 from vora.model.stretches import by_stretch_on_cpu
 from vora.train.blocks import compile_blocks, recompute_blocks
 from vora.train.checkpoints import find_checkpoint, last_step, newest_checkpoint
-from vora.train.decay import DistillWeightDecay
 from vora.train.devices import refuse_one_process_of_many_gpus, refuse_spread_weights
 from vora.train.pace import steps_that_fit
 from vora.train.progress import ProgressCallback, draw_losses, write_report
 from vora.train.recipe import CHECKPOINTING, refuse_vain, save_recipe
 from vora.train.stages import build_learner, eyes_rest, trainable_table
-from vora.train.text_energy import TextEnergy, moments_of_text
 from vora.train.trained import write_run_card
 from vora.train.trainer import VoraTrainer
 from vora.train.watch import WatchCallback
@@ -142,9 +140,6 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
     if arguments.torch_compile:
         compile_blocks(learner, arguments)
     rows = packed_rows(recipe, sources, processor, arguments, directory / "bad_samples.jsonl")
-    energy = None
-    if recipe.lora.spare_text > 0 and recipe.stage == "pretrain":
-        energy = TextEnergy(moments_of_text(learner.to(arguments.device), rows))
     if recipe.max_minutes is not None:
         recipe = recipe.model_copy(deep=True)
         if checkpoint is not None:  # planned when it began: another number would be another schedule
@@ -160,7 +155,6 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
     (directory / "versions.json").write_text(json.dumps(versions(), indent=1))
     console.print(trainable_table(learner, recipe.stage))
     stop = StopOnSignal()
-    decay = [] if recipe.teacher is None or recipe.teacher.weight_end is None else [DistillWeightDecay(recipe.teacher)]
     trainer = VoraTrainer(
         model=learner,
         args=arguments,
@@ -169,14 +163,11 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
         learning_rates=recipe.learning_rates.model_dump(exclude_none=True),
         image_only_steps=recipe.teacher.image_only_steps if recipe.teacher else 0,
         eyes_scale=recipe.teacher.eyes_scale if recipe.teacher else 1.0,
-        text_energy=energy,
-        spare_text=recipe.lora.spare_text,
         callbacks=[
             stop,
             ProgressCallback(console, directory / "log.jsonl"),
             CardCallback(directory),
             WatchCallback(recipe.watch, processor, directory / "watch.jsonl", console),
-            *decay,
             *callbacks,
         ],
     )

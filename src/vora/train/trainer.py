@@ -29,12 +29,10 @@ class VoraTrainer(Trainer):
         learning_rates: {part: rate} where it is not the recipe's one rate; see `PART_MARKS`.
         image_only_steps: the first steps, whose batches hold pictures alone.
         eyes_scale: of the learning rates of what learns in these steps, from then on; from the start without them.
-        text_energy: a `TextEnergy`, whose gradient joins the others' after they were clipped.
-        spare_text: its weight.
 
     Its `train_dataset` is a `PackedRows`, whose position each process saves in every checkpoint. Logs `lm_loss`,
-    `answer_loss`, `distill_loss`, `text_loss`, `text_energy`, the loss of each block pair, samples and tokens per
-    second, and the share of time that went into waiting for data.
+    `answer_loss`, `distill_loss`, `text_loss`, the loss of each block pair, samples and tokens per second,
+    and the share of time that went into waiting for data.
     """
 
     def __init__(
@@ -43,12 +41,9 @@ class VoraTrainer(Trainer):
         learning_rates=None,
         image_only_steps=0,
         eyes_scale=1.0,
-        text_energy=None,
-        spare_text=0.0,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self.text_energy, self.spare_text = text_energy, spare_text
         self.learning_rates = learning_rates or {}
         self.image_only_steps, self.eyes_scale = image_only_steps, eyes_scale
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the label tokens of all micro-batches
@@ -119,8 +114,6 @@ class VoraTrainer(Trainer):
                     logs |= {f"pair_{s}_{t}": loss for (s, t), loss in zip(pairs, value.tolist())}
                 else:
                     logs[name] = float(value)
-            if self.text_energy is not None:
-                logs["text_energy"] = self.text_energy.share()
             refuse_non_finite(logs["loss"], self.state.global_step)
             logs |= self._speed()
         super().log(logs, start_time)
@@ -156,8 +149,6 @@ class VoraTrainer(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if "part" in optimizer.param_groups[0]:
             return optimizer  # asked for a second time
-        if self.text_energy is not None:
-            optimizer.register_step_pre_hook(self._pull_from_text)
         eyes = {id(p) for p in self.accelerator.unwrap_model(self.model).eyes()}
         parts = {id(p): (part_of(name), id(p) in eyes) for name, p in self.model.named_parameters()}
         groups, optimizer.param_groups = optimizer.param_groups, []
@@ -167,9 +158,6 @@ class VoraTrainer(Trainer):
                 rate = self.learning_rates.get(part[0]) or group["lr"]
                 optimizer.add_param_group({**group, "params": members, "lr": rate, "part": part})
         return optimizer
-
-    def _pull_from_text(self, *_):
-        self.text_energy.pull(self.spare_text)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """The recipe's schedule; steps that distill pictures alone have one of their own before it, down to zero.
