@@ -14,7 +14,7 @@ counted FLOPs, and the share of the square at the largest size, from the c + a n
 
 import sys
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import torch
