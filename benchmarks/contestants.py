@@ -1,7 +1,7 @@
-"""The models, pictures and training steps that the benchmarks set against each other.
+"""The models, images and training steps that the benchmarks set against each other.
 
 All weights are random, from configurations: nothing is fetched. Both contestants get the same LLM, the same teacher,
-the same pictures and the same tokens of text.
+the same images and the same tokens of text.
 """
 
 import json
@@ -16,18 +16,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from vora import Teacher, VoraForConditionalGeneration, VoraImageProcessor, attach_vision_lora
-from vora.data.packing import collate_rows, next_row, places, share_prefixes
+from vora.data.packing import collate_sequences, next_sequence, places, share_prefixes
 from vora.data.stream import WAITING
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
-from vora.model.stretches import BY_STRETCH
-from vora.train.outline import SHAPES
-from vora.train.pace import cpu_dtype
+from vora.model.segmented_sdpa import SEGMENTED_SDPA
+from vora.train.plan.meta_model import SHAPES
+from vora.train.throughput import cpu_dtype
 from vora.train.trainer import ON_HOST
 
 PATCH = 14
 # width and height of what people photograph and download
-PICTURE_SIZES = ((640, 480), (480, 640), (500, 375), (1280, 720), (600, 600), (375, 500), (1024, 683), (720, 1280))
+IMAGE_SIZES = ((640, 480), (480, 640), (500, 375), (1280, 720), (600, 600), (375, 500), (1024, 683), (720, 1280))
 ANSWER_TOKENS = (20, 120)  # a caption
 QUESTION_TOKENS = (8, 24)
 NUM_EARLIER = 16  # rows of a stream before those that are measured
@@ -93,8 +93,8 @@ def default_dtype():
 
 
 def default_attention():
-    """What `vora train` and `load_model` choose: see `vora.model.stretches.by_stretch_on_cpu`."""
-    return "sdpa" if torch.cuda.is_available() else BY_STRETCH
+    """What `vora train` and `load_model` choose: see `vora.model.segmented_sdpa.use_segmented_sdpa_on_cpu`."""
+    return "sdpa" if torch.cuda.is_available() else SEGMENTED_SDPA
 
 
 def random_llm(size, dtype=torch.float32, seed=0):
@@ -220,9 +220,9 @@ def share_weights(original, learner):
 
 @dataclass
 class Sample:
-    """A picture with one or more turns: (ids of a question, ids of its answer)."""
+    """An image with one or more turns: (ids of a question, ids of its answer)."""
 
-    picture: Image.Image
+    image: Image.Image
     turns: list
 
 
@@ -238,13 +238,13 @@ def make_samples(count, size, answer_tokens=ANSWER_TOKENS, num_turns=1, seed=0):
             Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize(pixels, Image.Resampling.BICUBIC),
             [(words(QUESTION_TOKENS), words(answer_tokens)) for _ in range(num_turns)],
         )
-        for pixels in islice(cycle(PICTURE_SIZES), count)
+        for pixels in islice(cycle(IMAGE_SIZES), count)
     ]
 
 
 def squared(samples, image_size):
-    """The same samples with pictures that are squares already, black bars included."""
-    return [Sample(_image_of(square_frame(sample.picture, image_size)), sample.turns) for sample in samples]
+    """The same samples with images that are squares already, black bars included."""
+    return [Sample(_image_of(square_frame(sample.image, image_size)), sample.turns) for sample in samples]
 
 
 def _image_of(frame):
@@ -253,11 +253,11 @@ def _image_of(frame):
 
 
 def original_batches(samples, size, batch_size):
-    """Batches as the original makes them: a row for each question, with its picture on a black square, padded to the
+    """Batches as the original makes them: a row for each question, with its image on a black square, padded to the
     longest row."""
     rows = []
     for sample in samples:
-        frame = square_frame(sample.picture, size.image_size)
+        frame = square_frame(sample.image, size.image_size)
         for question, answer in sample.turns:
             labels = [-100] * (1 + len(question)) + answer
             rows.append(([IMAGE, *question, *answer], labels, frame))
@@ -267,19 +267,19 @@ def original_batches(samples, size, batch_size):
 
 
 def our_sample(sample, size, same_scale=True, max_image_tokens=None):
-    """A sample of `share_prefixes`, in which all its turns share the picture.
+    """A sample of `share_prefixes`, in which all its turns share the image.
 
     Args:
-        same_scale: the picture is as large as inside the original's square, only without the bars. Otherwise it
+        same_scale: the image is as large as inside the original's square, only without the bars. Otherwise it
             fills as many tokens as the square has.
     """
-    picture = sample.picture
+    image = sample.image
     budget = max_image_tokens or (size.image_size // PATCH) ** 2
     if same_scale:
-        scale = size.image_size / max(picture.size)
-        picture = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+        scale = size.image_size / max(image.size)
+        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
     images = VoraImageProcessor(patch_size=PATCH, max_image_tokens=budget, min_image_tokens=1)(
-        [picture], return_tensors="np"
+        [image], return_tensors="np"
     )
     tokens = [image_token_id(size)] * int(images["image_grid_thw"].prod())
     conversations = []
@@ -290,37 +290,37 @@ def our_sample(sample, size, same_scale=True, max_image_tokens=None):
     return share_prefixes(conversations)
 
 
-def full_rows(size, row_tokens, num_rows, same_scale=True, answer_tokens=ANSWER_TOKENS, num_turns=1):
+def full_rows(size, sequence_length, num_rows, same_scale=True, answer_tokens=ANSWER_TOKENS, num_turns=1):
     """As many samples as some rows of a stream hold, packed as the stream packs them.
 
     The stream's first rows are its fullest, since it may choose among samples of every length; these come later.
 
     Returns:
-        (list of `Sample`, list of `num_rows` lists of the same samples for `collate_rows`).
+        (list of `Sample`, list of `num_rows` lists of the same samples for `collate_sequences`).
     """
     samples = make_samples(WAITING, size, answer_tokens, num_turns)
     shortest = min(len(our_sample(sample, size, same_scale)["input_ids"]) for sample in samples)
-    count = WAITING + (NUM_EARLIER + num_rows) * (row_tokens // shortest + 1)
+    count = WAITING + (NUM_EARLIER + num_rows) * (sequence_length // shortest + 1)
     samples = make_samples(count, size, answer_tokens, num_turns)
     ours = [our_sample(sample, size, same_scale) for sample in samples]
-    chosen = _rows_of(ours, row_tokens)[NUM_EARLIER : NUM_EARLIER + num_rows]
+    chosen = _rows_of(ours, sequence_length)[NUM_EARLIER : NUM_EARLIER + num_rows]
     return [samples[i] for row in chosen for i in row], [[ours[i] for i in row] for row in chosen]
 
 
-def _rows_of(samples, row_tokens):
+def _rows_of(samples, sequence_length):
     """Indices of the samples of each row."""
     waiting, rows = list(range(len(samples))), []
     while waiting:
-        chosen = next_row([len(samples[index]["input_ids"]) for index in waiting[:WAITING]], row_tokens)
+        chosen = next_sequence([len(samples[index]["input_ids"]) for index in waiting[:WAITING]], sequence_length)
         rows.append([waiting[place] for place in chosen])
         waiting = [index for place, index in enumerate(waiting) if place not in chosen]
     return rows
 
 
-def batches_of_rows(rows, size, row_tokens, rows_per_batch):
+def batches_of_rows(rows, size, sequence_length, rows_per_batch):
     starts = range(0, len(rows), rows_per_batch)
     pad = size.llm["pad_token_id"]
-    batches = [collate_rows(rows[start : start + rows_per_batch], row_tokens, pad) for start in starts]
+    batches = [collate_sequences(rows[start : start + rows_per_batch], sequence_length, pad) for start in starts]
     return [on_device(batch | places(batch, image_token_id(size))) for batch in batches]
 
 

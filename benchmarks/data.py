@@ -1,9 +1,9 @@
-"""Pictures on their way into the model: how many a second, and does the trainer ever wait for them?
+"""Images on their way into the model: how many a second, and does the trainer ever wait for them?
 
 JPEGs of 500 x 375 pixels, decoded, resized and cut into patches of 14 pixels by one thread: ours against the PIL
 processor of Qwen2-VL, which keeps aspect ratios too, and against the black square of the original. Then the whole
 loader (Parquet to packed batches, in this one process) against training steps on its batches, which is what it must
-feed. Nothing is fetched: without --pictures the JPEGs are of smooth noise, and the tokenizer knows bytes alone.
+feed. Nothing is fetched: without --images the JPEGs are of smooth noise, and the tokenizer knows bytes alone.
 
     python benchmarks/data.py --json data.json
 """
@@ -34,32 +34,32 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vora import VoraImageProcessor, VoraProcessor
-from vora.data.sources import load_source
-from vora.data.stream import PackedBatches, PackedRows
+from vora.data.readers import load_source
+from vora.data.stream import PackedBatches, PackedSequences
 
-PICTURE_SIZE = (500, 375)
-LARGEST = 448  # side of the original's square; ours may make as many tokens of a picture
+IMAGE_SIZE = (500, 375)
+LARGEST = 448  # side of the original's square; ours may make as many tokens of an image
 
 
 def jpegs(path, count):
-    """list of encoded pictures of 500 x 375 pixels: a Parquet file's, or smooth noise."""
+    """list of encoded images of 500 x 375 pixels: a Parquet file's, or smooth noise."""
     if path:
         column = pq.read_table(path, columns=["image"]).column("image").slice(0, count).to_pylist()
-        pictures = [Image.open(BytesIO(one["bytes"])).convert("RGB") for one in column]
+        images = [Image.open(BytesIO(one["bytes"])).convert("RGB") for one in column]
     else:
         rng = np.random.default_rng(0)
-        pictures = [Image.fromarray(rng.integers(0, 255, (24, 32, 3), np.uint8)) for _ in range(count)]
-    return [encoded(picture.resize(PICTURE_SIZE, Image.Resampling.BICUBIC)) for picture in pictures]
+        images = [Image.fromarray(rng.integers(0, 255, (24, 32, 3), np.uint8)) for _ in range(count)]
+    return [encoded(image.resize(IMAGE_SIZE, Image.Resampling.BICUBIC)) for image in images]
 
 
-def encoded(picture):
+def encoded(image):
     buffer = BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
+    image.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
 
 
-def compare_processors(pictures, rounds):
-    """Rows of pictures a second on one thread."""
+def compare_processors(images, rounds):
+    """Rows of images a second on one thread."""
     ours = VoraImageProcessor(patch_size=PATCH, max_image_tokens=(LARGEST // PATCH) ** 2)
     qwen = Qwen2VLImageProcessorPil()
     processes = {
@@ -67,24 +67,24 @@ def compare_processors(pictures, rounds):
         "Qwen2-VL's PIL processor": lambda image: qwen(image.convert("RGB"), return_tensors="np")["pixel_values"],
         "the original's black square": lambda image: square_frame(image.convert("RGB"), LARGEST),
     }
-    first = Image.open(BytesIO(pictures[0]))
+    first = Image.open(BytesIO(images[0]))
     patches = {name: int(np.prod(process(first).shape)) // (3 * PATCH**2) for name, process in processes.items()}
     patches["Qwen2-VL's PIL processor"] //= 2  # each patch is there twice: it thinks in pairs of frames
 
     def of_all(process):
-        return lambda: [process(Image.open(BytesIO(data))) for data in pictures]
+        return lambda: [process(Image.open(BytesIO(data))) for data in images]
 
     num_threads, kind = clock()
     set_clock(1, kind)
     times = alternate({name: of_all(process) for name, process in processes.items()}, rounds)
     set_clock(num_threads, kind)
-    rates = {name: len(pictures) / seconds for name, seconds in medians(times).items()}
+    rates = {name: len(images) / seconds for name, seconds in medians(times).items()}
     for name in list(processes)[1:]:
         yield row(
             f"JPEGs to patches, one thread, against {name} ({patches['ours']} and {patches[name]} patches)",
             rates["ours"],
             rates[name],
-            "pictures/s",
+            "images/s",
             noise={"ours": spread(times["ours"]), "baseline": spread(times[name])},
         )
 
@@ -92,11 +92,11 @@ def compare_processors(pictures, rounds):
 class Loader:
     """A stream of packed batches; called, it makes some, and notes how many samples they hold."""
 
-    def __init__(self, folder, pictures, size, args):
-        rows = [{"image": data, "question": "What is this?", "answer": "a picture of something"} for data in pictures]
+    def __init__(self, folder, images, size, args):
+        rows = [{"image": data, "question": "What is this?", "answer": "an image of something"} for data in images]
         pq.write_table(pa.Table.from_pylist(rows), f"{folder}/train.parquet", row_group_size=100)
         processor = VoraProcessor.from_llm(byte_tokenizer(size), patch_size=PATCH, image_size=size.image_size)
-        packed = PackedRows([load_source(f"{folder}/train.parquet")], processor, args.row_tokens)
+        packed = PackedSequences([load_source(f"{folder}/train.parquet")], processor, args.sequence_length)
         self.batches, self.num_batches = iter(PackedBatches(packed, args.rows_per_batch)), args.batches
         self.num_samples = []
 
@@ -113,9 +113,9 @@ def byte_tokenizer(size):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!")
 
 
-def compare_with_trainer(folder, pictures, size, args):
+def compare_with_trainer(folder, images, size, args):
     """The row of samples a second that are loaded and trained on."""
-    loader, dtype = Loader(folder, pictures, size, args), getattr(torch, args.dtype)
+    loader, dtype = Loader(folder, images, size, args), getattr(torch, args.dtype)
     learner, batch = build_ours(size, dtype, default_attention()), next(loader.batches)
     optimizer, batch_on_device = optimizer_of(learner, fused=True), on_device(batch)
     contestants = {
@@ -126,7 +126,7 @@ def compare_with_trainer(folder, pictures, size, args):
     loaded = float(np.median([count / seconds for count, seconds in zip(loader.num_samples[1:], times["loader"])]))
     num_samples = int(batch["num_samples"])
     trained = num_samples / medians(times)["trainer"]
-    num_tokens = int((batch["seen_until"] > torch.arange(args.row_tokens)).sum())
+    num_tokens = int((batch["seen_until"] > torch.arange(args.sequence_length)).sum())
     return row(
         f"Parquet to packed batches in one process, against train step, {args.size}, {args.dtype}",
         loaded,
@@ -140,20 +140,20 @@ def compare_with_trainer(folder, pictures, size, args):
 def main():
     parser = parser_of(__doc__)
     parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
-    parser.add_argument("--pictures", help="Parquet with encoded pictures in `image`; smooth noise without it")
-    parser.add_argument("--count", type=int, default=100, help="pictures")
-    parser.add_argument("--row-tokens", type=int, default=1024)
+    parser.add_argument("--images", help="Parquet with encoded images in `image`; smooth noise without it")
+    parser.add_argument("--count", type=int, default=100, help="images")
+    parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--rows-per-batch", type=int, default=1)
     parser.add_argument("--batches", type=int, default=40, help="that the loader makes in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default_dtype())
     args = arguments(parser)
-    pictures = jpegs(args.pictures, args.count)
+    images = jpegs(args.images, args.count)
 
     def rows():
-        yield from compare_processors(pictures, args.rounds)
+        yield from compare_processors(images, args.rounds)
         with tempfile.TemporaryDirectory() as folder:
-            yield compare_with_trainer(folder, pictures, SIZES[args.size], args)
+            yield compare_with_trainer(folder, images, SIZES[args.size], args)
 
     report(rows(), args.json)
 

@@ -1,6 +1,6 @@
 """How time and memory grow with image tokens and with the batch: a training step, and the prefill of a merged model.
 
-Square pictures, for the original takes no others, with some words to each; then batches of them. Each contestant runs
+Square images, for the original takes no others, with some words to each; then batches of them. Each contestant runs
 in a process of its own (see own_process.py), ours and the original in turn. One whose work took longer than --longest
 is asked for no larger size, and its rows are empty from there.
 
@@ -42,9 +42,9 @@ from prefill_decode import Prefill, prompt_of
 from rows import arguments, parser_of, report, row
 
 from vora.distill.learner import VisionLearner
-from vora.train.flops import Row, row_flops
+from vora.train.plan.flops import Row, sequence_flops
 
-ARMS = ("ours", "original")
+VARIANTS = ("ours", "original")
 ANSWER_TOKENS = (24, 25)  # of each training sample
 NUM_WORDS = 32  # of each prompt
 
@@ -58,12 +58,12 @@ class Setting:
     attn: str
 
 
-def figures(arm, work, side, batch, setting):
-    """What one contestant takes for a batch of pictures of `side` x `side` tokens: see `taken_by`; ours also says how
+def figures(variant, work, side, batch, setting):
+    """What one contestant takes for a batch of images of `side` x `side` tokens: see `taken_by`; ours also says how
     many FLOPs it needs."""
     size = replace(SIZES[setting.size], image_size=PATCH * side)
-    dtype = getattr(torch, setting.dtypes[arm])
-    call, flops = WORKS[work][arm](size, batch, dtype, setting)
+    dtype = getattr(torch, setting.dtypes[variant])
+    call, flops = WORKS[work][variant](size, batch, dtype, setting)
     return taken_by(call) | {"flops": flops}
 
 
@@ -74,7 +74,7 @@ def our_step(size, batch, dtype, setting):
     (packed,) = batches_of_rows([[sample] for sample in samples], size, max(lengths), batch)
     optimizer = optimizer_of(learner, fused=True)
     num_patches, num_labels = (size.image_size // PATCH) ** 2, ANSWER_TOKENS[0]
-    flops = sum(row_flops(learner, Row(length, 1, num_patches, num_labels))["total"] for length in lengths)
+    flops = sum(sequence_flops(learner, Row(length, 1, num_patches, num_labels))["total"] for length in lengths)
     return lambda: train_step(learner, packed, optimizer, dtype), flops
 
 
@@ -92,7 +92,7 @@ def training_samples(size, batch):
 def our_prefill(size, batch, dtype, setting):
     vora, prompt = random_vora(size, dtype), prompt_of(size, batch, NUM_WORDS)
     num_patches = (size.image_size // PATCH) ** 2
-    one = row_flops(VisionLearner(vora, None), Row(num_patches + NUM_WORDS, 1, num_patches, 1))
+    one = sequence_flops(VisionLearner(vora, None), Row(num_patches + NUM_WORDS, 1, num_patches, 1))
     return Prefill(vora, **prompt), batch * one["student_forward"]
 
 
@@ -119,11 +119,11 @@ def growth(work, name, sizes, points, setting, longest):
         sizes: how much of it.
         points: to each size the arguments `side` and `batch` of `figures`.
     """
-    found = {arm: [] for arm in ARMS}
+    found = {variant: [] for variant in VARIANTS}
     for size, point in zip(sizes, points):
-        for arm in ARMS:
-            found[arm].append(next_figures(found[arm], arm, work, *point, setting, longest))
-        ours, original = (found[arm][-1] or {} for arm in ARMS)
+        for variant in VARIANTS:
+            found[variant].append(next_figures(found[variant], variant, work, *point, setting, longest))
+        ours, original = (found[variant][-1] or {} for variant in VARIANTS)
         what = f"{work}, {size:,} {name}"
         yield row(f"{what}: time", ours.get("seconds"), original.get("seconds"), "s", flops=ours.get("flops"))
         rest = {"resting": {"ours": ours.get("resting"), "original": original.get("resting")}}
@@ -131,12 +131,12 @@ def growth(work, name, sizes, points, setting, longest):
     yield from laws(work, name, sizes, found)
 
 
-def next_figures(earlier, arm, work, side, batch, setting, longest):
+def next_figures(earlier, variant, work, side, batch, setting, longest):
     """`figures` from a process of its own, or None where the next smaller size took too long or the process died."""
     if earlier and (earlier[-1] is None or earlier[-1]["seconds"] > longest):
         return None
     try:
-        return in_own_process(figures, arm, work, side, batch, setting)
+        return in_own_process(figures, variant, work, side, batch, setting)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return None
@@ -145,29 +145,35 @@ def next_figures(earlier, arm, work, side, batch, setting, longest):
 def laws(work, name, sizes, found):
     """Rows of exponents of time and of memory above rest, and of the quadratic share where there are sizes enough."""
     values = {"time": lambda one: one["seconds"], "memory above rest": lambda one: one["peak"] - one["resting"]}
-    costs = {what: {arm: costs_of(sizes, found[arm], value) for arm in ARMS} for what, value in values.items()}
+    costs = {
+        what: {variant: costs_of(sizes, found[variant], value) for variant in VARIANTS}
+        for what, value in values.items()
+    }
     flops = costs_of(sizes, found["ours"], lambda one: one["flops"])
-    for what, costs_of_arm in costs.items():
+    for what, costs_of_variant in costs.items():
         for part in halves(sizes):
-            both = [size for size in part if all(size in costs_of_arm[arm] for arm in ARMS)]
-            part = both if len(both) > 1 else [size for size in part if size in costs_of_arm["ours"]]
+            both = [size for size in part if all(size in costs_of_variant[variant] for variant in VARIANTS)]
+            part = both if len(both) > 1 else [size for size in part if size in costs_of_variant["ours"]]
             if len(part) > 1:
-                fitted = [exponent_of(part, costs_of_arm[arm]) for arm in ARMS]
+                fitted = [exponent_of(part, costs_of_variant[variant]) for variant in VARIANTS]
                 expected = exponent_of(part, flops)
                 beside = f", that of FLOPs {expected:.2f}" if what == "time" else ""
                 title = f"{work}: exponent of {what}, {part[0]:,} to {part[-1]:,} {name}{beside}"
-                steps = {arm: [exponent_of(pair, costs_of_arm[arm]) for pair in pairwise(part)] for arm in ARMS}
+                steps = {
+                    variant: [exponent_of(pair, costs_of_variant[variant]) for pair in pairwise(part)]
+                    for variant in VARIANTS
+                }
                 yield row(title, *fitted, "exponent", flops=expected, between_neighbours=steps)
         if len(sizes) > 4:
-            yield from shares(work, name, what, costs_of_arm, flops)
+            yield from shares(work, name, what, costs_of_variant, flops)
 
 
-def shares(work, name, what, costs_of_arm, flops):
+def shares(work, name, what, costs_of_variant, flops):
     """The row of the quadratic share at the largest size that both have, if each has three or more."""
-    common = sorted(set.intersection(*(set(costs) for costs in costs_of_arm.values())))
-    if len(common) > 2 and all(min(costs.values()) > 0 for costs in costs_of_arm.values()):
-        fits = {arm: split(list(costs), list(costs.values())) for arm, costs in costs_of_arm.items()}
-        at_largest = [quadratic_share(fits[arm], common[-1]) for arm in ARMS]
+    common = sorted(set.intersection(*(set(costs) for costs in costs_of_variant.values())))
+    if len(common) > 2 and all(min(costs.values()) > 0 for costs in costs_of_variant.values()):
+        fits = {variant: split(list(costs), list(costs.values())) for variant, costs in costs_of_variant.items()}
+        at_largest = [quadratic_share(fits[variant], common[-1]) for variant in VARIANTS]
         expected = quadratic_share(split(list(flops), list(flops.values())), common[-1])
         beside = f", in FLOPs {expected:.2f}" if what == "time" else ""
         title = f"{work}: share of the square in {what} at {common[-1]:,} {name}{beside}"
@@ -194,10 +200,10 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
     parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument(
-        "--sides", type=int, nargs="*", default=[8, 11, 16, 23, 32, 45, 64], help="patches along a side of a picture"
+        "--sides", type=int, nargs="*", default=[8, 11, 16, 23, 32, 45, 64], help="patches along a side of an image"
     )
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8], help="pictures at once")
-    parser.add_argument("--batch-side", type=int, default=16, help="of pictures while the batch grows")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8], help="images at once")
+    parser.add_argument("--batch-side", type=int, default=16, help="of images while the batch grows")
     parser.add_argument("--longest", type=float, default=25, help="seconds; who took longer gets no larger size")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default_dtype())
     plain = "bfloat16" if torch.cuda.is_available() else "float32"
@@ -212,7 +218,7 @@ def main():
             tokens = [side**2 for side in args.sides]
             points = [(side, 1) for side in args.sides]
             yield from growth(work, "image tokens", tokens, points, setting, args.longest)
-            name = f"pictures of {args.batch_side**2} tokens"
+            name = f"images of {args.batch_side**2} tokens"
             points = [(args.batch_side, batch) for batch in args.batches]
             yield from growth(work, name, args.batches, points, setting, args.longest)
 

@@ -1,9 +1,9 @@
 """A training step at the size of the released model: FLOP/s against a measured ceiling, memory, where time goes.
 
-Qwen2.5-7B's shape with rank 1024 on 24 of 28 blocks, AIMv2-Huge's as the teacher, pictures of some 1,000 tokens (448
+Qwen2.5-7B's shape with rank 1024 on 24 of 28 blocks, AIMv2-Huge's as the teacher, images of some 1,000 tokens (448
 pixels): random weights. The ceiling is what matrix products in the same precision reach over more than a second.
-FLOPs are those the model needs (vora.train.flops), as PaLM counts them: 2 per weight and token forward, backward 2
-more where a weight is frozen and 4 where it trains; logits where a label is; the teacher forward. Attention is that
+FLOPs are those the model needs (vora.train.plan.flops), as PaLM counts them: 2 per weight and token forward, backward
+2 more where a weight is frozen and 4 where it trains; logits where a label is; the teacher forward. Attention is that
 of each sample by itself. Padding and blocks computed again do not count.
 
 Ours is measured first and reported at once; then the original, when ours has left the memory.
@@ -31,7 +31,7 @@ from contestants import (
 from rows import arguments, parser_of, peak_bytes, report, restart_peak, row, seconds, spread
 from where_time_goes import profiled, seconds_by_kind, table
 
-from vora.train.flops import Row, row_flops
+from vora.train.plan.flops import Row, sequence_flops
 
 
 def product_ceiling(side, dtype=torch.bfloat16, at_least=1.5):
@@ -52,7 +52,7 @@ def product_ceiling(side, dtype=torch.bfloat16, at_least=1.5):
 
 def needed_flops(learner, samples):
     """FLOPs of a training step on some samples of `share_prefixes`, each by itself."""
-    return sum(row_flops(learner, as_row(sample))["total"] for sample in samples)
+    return sum(sequence_flops(learner, as_row(sample))["total"] for sample in samples)
 
 
 def as_row(sample):
@@ -61,14 +61,14 @@ def as_row(sample):
     return Row(len(sample["input_ids"]), num_images, float(num_patches) / num_images, int(num_labels))
 
 
-def take_steps(arm, size, batches, dtype, args):
+def take_steps(variant, size, batches, dtype, args):
     """{seconds: list, of passes over all batches; peak: bytes; by_kind: {kind of work: seconds of such a pass}; model:
     itself} of one contestant. Prints the operations that take most."""
-    model = build_ours(size, dtype, args.attn) if arm == "ours" else build_original(size, dtype)
+    model = build_ours(size, dtype, args.attn) if variant == "ours" else build_original(size, dtype)
     if args.checkpointing:
-        llm = model.vora.model.language_model if arm == "ours" else model.llm
+        llm = model.vora.model.language_model if variant == "ours" else model.llm
         llm.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = optimizer_of(model, fused=arm == "ours")
+    optimizer = optimizer_of(model, fused=variant == "ours")
     restart_peak()
 
     def all_batches():
@@ -79,7 +79,7 @@ def take_steps(arm, size, batches, dtype, args):
         all_batches()
     found = {"seconds": [seconds(all_batches) for _ in range(args.rounds)], "peak": peak_bytes()}
     events = profiled(all_batches)
-    print(f"Where the time of {arm} goes:\n{table(events)}")
+    print(f"Where the time of {variant} goes:\n{table(events)}")
     by_kind = seconds_by_kind(events)
     if torch.cuda.is_available():
         by_kind["no kernel running"] = max(0.0, median(found["seconds"]) - sum(by_kind.values()))
@@ -88,13 +88,13 @@ def take_steps(arm, size, batches, dtype, args):
 
 def measured(size, dtype, args):
     """Rows, as they come."""
-    samples, rows = full_rows(size, args.row_tokens, args.rows, args.scale == "pixels")
+    samples, rows = full_rows(size, args.sequence_length, args.rows, args.scale == "pixels")
     packed = [sample for one in rows for sample in one]
     num_image_tokens = sum(int(sample["image_grid_thw"].prod(-1).sum()) for sample in packed) / len(packed)
     again = ", blocks computed again" if args.checkpointing else ""
-    name = f"{args.size}, {args.dtype}, {args.attn}{again}, {len(samples)} pictures of {num_image_tokens:.0f} tokens"
+    name = f"{args.size}, {args.dtype}, {args.attn}{again}, {len(samples)} images of {num_image_tokens:.0f} tokens"
     ceiling = product_ceiling(args.ceiling_side, dtype)
-    batches = batches_of_rows(rows, size, args.row_tokens, args.rows_per_batch)
+    batches = batches_of_rows(rows, size, args.sequence_length, args.rows_per_batch)
     ours = take_steps("ours", size, batches, dtype, args)
     learner = ours.pop("model")
     flops, rate = needed_flops(learner, packed), len(samples) / median(ours["seconds"])
@@ -117,14 +117,14 @@ def measured(size, dtype, args):
     original = None
     if not args.no_baseline:
         original = try_original(size, original_batches(samples, size, args.batch), dtype, args)
-    arms = {"ours": ours} | ({"original": original} if original else {})
-    seconds_of = {arm: median(found["seconds"]) for arm, found in arms.items()}
-    noise = {arm: spread(found["seconds"]) for arm, found in arms.items()}
+    variants = {"ours": ours} | ({"original": original} if original else {})
+    seconds_of = {variant: median(found["seconds"]) for variant, found in variants.items()}
+    noise = {variant: spread(found["seconds"]) for variant, found in variants.items()}
     plain_rate = len(samples) / seconds_of["original"] if original else None
     yield row(f"{name}: train step", rate, plain_rate, "samples/s", noise=noise)
     yield row(f"{name}: peak memory", ours["peak"], original["peak"] if original else None, "bytes")
     for kind in ours["by_kind"]:
-        took = {arm: 1000 * found["by_kind"][kind] / len(samples) for arm, found in arms.items()}
+        took = {variant: 1000 * found["by_kind"][kind] / len(samples) for variant, found in variants.items()}
         yield row(f"{name}: {kind}", took["ours"], took.get("original"), "ms/sample")
 
 
@@ -142,11 +142,11 @@ def try_original(size, batches, dtype, args):
 def main():
     parser = parser_of(__doc__)
     parser.add_argument("--size", choices=SIZES, default="qwen2.5-7b")
-    parser.add_argument("--scale", choices=("pixels", "tokens"), default="tokens", help="what pictures have alike")
-    parser.add_argument("--row-tokens", type=int, default=2304)
+    parser.add_argument("--scale", choices=("pixels", "tokens"), default="tokens", help="what images have alike")
+    parser.add_argument("--sequence-length", type=int, default=2304)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--rows-per-batch", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4, help="pictures in a step of the original")
+    parser.add_argument("--batch", type=int, default=4, help="images in a step of the original")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ceiling-side", type=int, default=8192)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default_dtype())

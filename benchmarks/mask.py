@@ -1,7 +1,7 @@
 """The attention mask of one row: ours against the original's dense float mask, made token by token.
 
-The row holds pictures of a size with a few words after each. Ours also keeps packed samples apart, which the original
-cannot, and is made as `vora train` makes it: on a processor cut into stretches.
+The row holds images of a size with a few words after each. Ours also keeps packed samples apart, which the original
+cannot, and is made as `vora train` makes it: on a processor cut into segments.
 
     python benchmarks/mask.py --json mask.json
 """
@@ -16,11 +16,11 @@ from transformers import LlamaConfig
 
 from vora.model.attention import attention_masks, image_blocks
 
-NUM_WORDS = 32  # after each picture
+NUM_WORDS = 32  # after each image
 
 
 def mixed_row(num_tokens, side):
-    """(bool[1, T] at image tokens, int[N, 3] grids, int[1, T] seen_until) of pictures with words, cut at T tokens."""
+    """(bool[1, T] at image tokens, int[N, 3] grids, int[1, T] seen_until) of images with words, cut at T tokens."""
     num_patches = side * side
     is_image = torch.arange(num_tokens) % (num_patches + NUM_WORDS) < num_patches
     whole = num_tokens // (num_patches + NUM_WORDS) * (num_patches + NUM_WORDS)
@@ -52,7 +52,7 @@ def compare_masks(num_tokens, side, rounds):
     times = alternate({"ours": ours, "original": original}, rounds)
     found = medians(times)
     noise = {name: spread(values) for name, values in times.items()}
-    name = f"mask of {num_tokens} tokens, {len(grids)} pictures of {side * side}"
+    name = f"mask of {num_tokens} tokens, {len(grids)} images of {side * side}"
     return row(name, 1000 * found["ours"], 1000 * found["original"], "ms", noise=noise)
 
 
@@ -60,7 +60,7 @@ def main():
     parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096])
     parser.add_argument(
-        "--side", type=int, default=14, help="patches along a side of each picture, fewer where none would fit"
+        "--side", type=int, default=14, help="patches along a side of each image, fewer where none would fit"
     )
     parser.add_argument("--rounds", type=int, default=9)
     args = arguments(parser)

@@ -75,7 +75,7 @@ class Patchifier(nn.Module):
 class VisionEmbedding(nn.Module):
     """float[N, 3, H, W] to image tokens float[N, K, D].
 
-    A grid with fewer patches than the table takes the table's first rows; a larger one has it stretched.
+    A grid with fewer patches than the table takes the table's first rows; a larger one has it segmented.
     """
 
     def __init__(self, width, hidden_size, patch_size, image_size, eps):

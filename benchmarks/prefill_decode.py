@@ -1,10 +1,10 @@
 """What seeing costs at inference: a merged VoRA model against its bare LLM, and against a model with an encoder.
 
-Against the bare LLM: as many tokens, of which VoRA's are those of a picture and a question; prefill of all in one
+Against the bare LLM: as many tokens, of which VoRA's are those of an image and a question; prefill of all in one
 pass, then decoding. Against `LlavaForConditionalGeneration` of transformers with the same LLM and a ViT of the
 teacher's size: the time from pixels to the first token's logits, at patch_merge 1 (as many image tokens as LLaVA has)
-and 2 (a quarter). Reading and resizing the picture is left out on all sides. All share the weights of one LLM, in the
-same precision, on the same threads; ours attends as `vora.serve.chat.load_model` has it attend, the others by sdpa.
+and 2 (a quarter). Reading and resizing the image is left out on all sides. All share the weights of one LLM, in the
+same precision, on the same threads; ours attends as `vora.serve.engine.load_model` has it attend, the others by sdpa.
 
 Ratios are ours / baseline: of tokens a second above 1 is better, of milliseconds below 1.
 
@@ -46,11 +46,11 @@ class Decode:
         self.outputs.past_key_values.crop(-self.num_tokens)  # ready for the next call
 
 
-def prompt_of(size, num_images, num_words, merge=1):
-    """Inputs of `VoraModel` for one square picture per row and some words."""
+def prompt_of(size, num_images, num_text_tokens, merge=1):
+    """Inputs of `VoraModel` for one square image per row and some words."""
     side = size.image_size // PATCH
     num_tokens = (side // merge) ** 2
-    ids = torch.randint(3, 100, (num_images, num_tokens + num_words), device=device())
+    ids = torch.randint(3, 100, (num_images, num_tokens + num_text_tokens), device=device())
     ids[:, 2 : 2 + num_tokens] = image_token_id(size)
     return {
         "input_ids": ids,

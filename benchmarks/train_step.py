@@ -1,15 +1,15 @@
-"""Training steps a second: ours against the plain original, on the same pictures and the same text.
+"""Training steps a second: ours against the plain original, on the same images and the same text.
 
-The original pads each picture to a black square and each row to the longest, adds a dense float mask made token by
+The original pads each image to a black square and each row to the longest, adds a dense float mask made token by
 token, computes logits for every place and keeps all hidden states. On a CPU it computes in float32; on a GPU in
-bfloat16, as its recipe does. Ours packs the pictures without bars into rows, computes logits where a label is, and
+bfloat16, as its recipe does. Ours packs the images without bars into rows, computes logits where a label is, and
 computes in bfloat16 where that is faster. Both keep what trains in float32 and end each step with AdamW.
 
-By default each picture is as large as it is inside the square; with `--scale tokens` it fills as many tokens as the
-square has. The pictures are those of some rows of ours, packed as in the middle of a stream. With `--questions` each
-has several short questions: a row each in the original, as in its data; ours lets them share the picture.
+By default each image is as large as it is inside the square; with `--scale tokens` it fills as many tokens as the
+square has. The images are those of some rows of ours, packed as in the middle of a stream. With `--questions` each
+has several short questions: a row each in the original, as in its data; ours lets them share the image.
 
-Then a check in float32 on square pictures: `lm_loss` agrees, and so does the distillation loss once the pairing is
+Then a check in float32 on square images: `lm_loss` agrees, and so does the distillation loss once the pairing is
 equalised: the levels 1, 2, ... of the original (level 0 compares what enters the first blocks, which ours leaves out)
 against the pairs (0, 0), (1, 1), ... of ours, without subtracting the mean feature.
 
@@ -55,16 +55,16 @@ class Contestant:
 
 
 def losses_in_float32(size, num_samples=2):
-    """{loss: (ours, original's)} on identical square pictures, with the pairing equalised."""
+    """{loss: (ours, original's)} on identical square images, with the pairing equalised."""
     torch.backends.cudnn.allow_tf32 = False  # or a GPU rounds the original's convolution to 10 bits
     samples = squared(make_samples(num_samples, size), size.image_size)
     pairs = [(block, block) for block in range(min(size.num_blocks, size.teacher["num_hidden_layers"]) - 1)]
     learner, original = build_ours(size, pairs=pairs, center=False), build_original(size)
     share_weights(original, learner)
     ours = [our_sample(sample, size) for sample in samples]
-    row_tokens = sum(len(sample["input_ids"]) for sample in ours)
+    sequence_length = sum(len(sample["input_ids"]) for sample in ours)
     with torch.no_grad():
-        (packed,) = batches_of_rows([ours], size, row_tokens, 1)
+        (packed,) = batches_of_rows([ours], size, sequence_length, 1)
         (batch,) = original_batches(samples, size, num_samples)
         ours, theirs = learner(**packed), original(**batch)["metrics"]
     levels = [theirs[f"loss_aux_layer_{block + 1}"] for block, _ in pairs]
@@ -78,8 +78,8 @@ def compare_steps(size, args):
     """The row of samples a second."""
     ours, plain = getattr(torch, args.our_dtype), getattr(torch, args.baseline_dtype)
     answers = ANSWER_TOKENS if args.questions == 1 else SHORT_ANSWER_TOKENS
-    samples, rows = full_rows(size, args.row_tokens, args.rows, args.scale == "pixels", answers, args.questions)
-    packed = batches_of_rows(rows, size, args.row_tokens, args.rows_per_batch)
+    samples, rows = full_rows(size, args.sequence_length, args.rows, args.scale == "pixels", answers, args.questions)
+    packed = batches_of_rows(rows, size, args.sequence_length, args.rows_per_batch)
     padded = original_batches(samples, size, args.batch)
     contestants = {
         "ours": Contestant(build_ours(size, ours, args.attn), packed, ours, fused=True),
@@ -98,7 +98,7 @@ def compare_steps(size, args):
         "samples/s",
         noise={name: spread(values) for name, values in times.items()},
         num_samples=num_questions,
-        row_fill=num_tokens / args.row_tokens / args.rows,
+        sequence_fill=num_tokens / args.sequence_length / args.rows,
         tokens_per_sample=num_tokens / num_questions,
     )
 
@@ -106,10 +106,10 @@ def compare_steps(size, args):
 def main():
     parser = parser_of(__doc__)
     parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
-    parser.add_argument("--scale", choices=("pixels", "tokens"), default="pixels", help="what pictures have alike")
-    parser.add_argument("--questions", type=int, default=1, help="to each picture; with 1 it has a caption")
+    parser.add_argument("--scale", choices=("pixels", "tokens"), default="pixels", help="what images have alike")
+    parser.add_argument("--questions", type=int, default=1, help="to each image; with 1 it has a caption")
     parser.add_argument("--batch", type=int, default=4, help="samples in a step of the original")
-    parser.add_argument("--row-tokens", type=int, default=512, help="tokens of a row of ours")
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a row of ours")
     parser.add_argument("--rows", type=int, default=4, help="rows in a round")
     parser.add_argument("--rows-per-batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -126,7 +126,7 @@ def main():
         if not args.no_check:
             for name, (ours, theirs) in losses_in_float32(size).items():
                 unit = "nats" if name == "lm_loss" else "1 - cos"
-                yield row(f"{name} in float32, square pictures", ours, theirs, unit)
+                yield row(f"{name} in float32, square images", ours, theirs, unit)
 
     for one in report(rows(), args.json)[1:]:
         if abs(one["ours"] - one["baseline"]) > 1e-3:

@@ -1,5 +1,5 @@
 """Text that people wrote and every machine with Python has: the docstrings of its standard library, for
-`lora.keep_text`. What an LLM samples from itself (`text_from_llm.py`) is easier text than most; this is not.
+`lora.text_kl_weight`. What an LLM samples from itself (`text_from_llm.py`) is easier text than most; this is not.
 
     python examples/text_from_docstrings.py --out prose.jsonl
 """

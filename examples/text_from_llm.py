@@ -1,4 +1,4 @@
-"""Text sampled from an LLM itself, to keep its language while it learns to see (`lora.keep_text`).
+"""Text sampled from an LLM itself, to keep its language while it learns to see (`lora.text_kl_weight`).
 
     python examples/text_from_llm.py smollm2-135m --num 500 --out text.jsonl
     python examples/text_from_llm.py smollm2-135m --num 500 --kind document --out documents.jsonl
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from vora.model.from_llm import load_llm
+from vora.build.base_llm import load_llm
 from vora.model.processing_vora import VoraProcessor
 
 MARK = "\u2042"  # stands where a turn's text goes

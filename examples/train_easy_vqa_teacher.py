@@ -1,15 +1,15 @@
-"""Train the tiny ViT teacher used by the quickstart, on the easy-VQA training pictures.
+"""Train the tiny ViT teacher used by the quickstart, on the easy-VQA training images.
 
 The teacher is a plain `transformers.ViTModel` (5 blocks, width 96, 16 patches of 16x16). It learns to
 
 * name the colour and the shape of the figure, from the mean of the final patch tokens and from every one of them
   (not from CLS): a student that imitates any token then has the answer, and shape is a large part of the features;
 * redraw, from every final patch token, a 4x4 thumbnail of that token's own patch. This light auxiliary
-  keeps the tokens of different patches and different pictures distinct, which distillation needs;
+  keeps the tokens of different patches and different images distinct, which distillation needs;
 * outline, from every patch token after block 2, the part of its patch that the figure covers: later blocks
   then have colour-free outlines to compare.
 
-Labels come from the training questions and answers only; the test pictures are used for reporting.
+Labels come from the training questions and answers only; the test images are used for reporting.
 
     pip download easy-vqa==1.0 --no-deps && unzip easy_vqa-1.0-*.whl 'easy_vqa/data/*'
     python examples/train_easy_vqa_teacher.py --data easy_vqa/data
@@ -35,7 +35,7 @@ FACTORS = {
     "shape": ["circle", "rectangle", "triangle"],
 }
 UNKNOWN = -100  # the label that cross_entropy ignores
-PATCH, BATCH = 16, 50  # patch side in pixels; pictures per step
+PATCH, BATCH = 16, 50  # patch side in pixels; images per step
 THUMB, COVER, COVER_BLOCK = 4, 8, 2  # thumbnail and outline sides in cells; block whose tokens are outlined
 DEFAULT_OUT = Path(__file__).resolve().parents[1] / "src" / "vora" / "quickstart" / "teacher"
 
@@ -49,12 +49,12 @@ library_name: transformers
 
 A tiny plain ViT (`transformers.ViTModel`, {params:,} parameters in fp16, no pooler): the quickstart's vision teacher.
 
-* **Training**: from scratch on the easy-VQA *training* pictures only, to name colour and shape from the final
+* **Training**: from scratch on the easy-VQA *training* images only, to name colour and shape from the final
   patch tokens, each by itself and in the mean. Two light auxiliaries: every final patch token redraws a 4x4 thumbnail
   of its patch, and every patch token after block 2 outlines the figure in its patch. Labels come from the training
-  questions ({colour_n} of {n} pictures have a known colour, {shape_n} a known shape; the rest are left out).
+  questions ({colour_n} of {n} images have a known colour, {shape_n} a known shape; the rest are left out).
 * **Test accuracy** (stored fp16 weights, read back as fp32): colour {colour:.2%} of {colour_t} labelled test
-  pictures, shape {shape:.2%} of {shape_t}. `heads.safetensors` keeps the two linear heads to check this.
+  images, shape {shape:.2%} of {shape_t}. `heads.safetensors` keeps the two linear heads to check this.
   The recipe was settled over a few trial runs whose test figures were in view.
 * **Made by**: `{command}` ({minutes:.1f} minutes on 1 CPU thread).
 * **Licences**: data easy-VQA by Victor Zhou (wheel `easy-vqa==1.0`), MIT; these weights, Apache-2.0.
@@ -62,7 +62,7 @@ A tiny plain ViT (`transformers.ViTModel`, {params:,} parameters in fp16, no poo
 
 
 def derive_labels(questions: list) -> dict[int, dict[str, int]]:
-    """Work out each picture's colour and shape from what its questions presuppose and its answers say.
+    """Work out each image's colour and shape from what its questions presuppose and its answers say.
 
     Every row narrows a set of candidates: the answer to a "what ..." question and the values it names are true, and
     a presence question keeps or removes the value it names. The label is the candidate left when only one is.
@@ -84,16 +84,16 @@ def derive_labels(questions: list) -> dict[int, dict[str, int]]:
 
 
 def load_split(folder: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return pictures as float NCHW in [-1, 1] and one label tensor per factor."""
+    """Return images as float NCHW in [-1, 1] and one label tensor per factor."""
     labels = derive_labels(json.loads((folder / "questions.json").read_text()))
     ids = sorted(labels)
     pixels = np.stack([np.asarray(Image.open(folder / "images" / f"{i}.png").convert("RGB")) for i in ids])
-    pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    return pictures, {name: torch.tensor([labels[i][name] for i in ids]) for name in FACTORS}
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return images, {name: torch.tensor([labels[i][name] for i in ids]) for name in FACTORS}
 
 
 def augment(x: torch.Tensor, max_shift: int = 4) -> torch.Tensor:
-    """Mirror and shift each picture at random; the border is repeated where the shift uncovers it."""
+    """Mirror and shift each image at random; the border is repeated where the shift uncovers it."""
     n, _, h, w = x.shape
     shift = torch.randint(-max_shift, max_shift + 1, (2, n, 1))
     rows, cols = (torch.arange(h) + shift[0]).clamp(0, h - 1), (torch.arange(w) + shift[1]).clamp(0, w - 1)
@@ -103,7 +103,7 @@ def augment(x: torch.Tensor, max_shift: int = 4) -> torch.Tensor:
     )
 
 
-def cell_means(x: torch.Tensor, cells: int) -> torch.Tensor:
+def run_means(x: torch.Tensor, cells: int) -> torch.Tensor:
     """Split every patch into cells x cells and return each cell's mean: (N, patches, channels * cells**2)."""
     return F.unfold(F.avg_pool2d(x, PATCH // cells), cells, stride=cells).transpose(1, 2)
 
@@ -124,10 +124,10 @@ def build_model() -> tuple[ViTModel, nn.ModuleDict]:
 
 
 @torch.no_grad()
-def accuracy(model: ViTModel, heads, pictures: torch.Tensor, labels: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Share of the labelled pictures whose colour / shape is named correctly."""
+def accuracy(model: ViTModel, heads, images: torch.Tensor, labels: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Share of the labelled images whose colour / shape is named correctly."""
     model.eval()
-    pooled = torch.cat([model(pixel_values=x).last_hidden_state[:, 1:].mean(1) for x in pictures.split(250)])
+    pooled = torch.cat([model(pixel_values=x).last_hidden_state[:, 1:].mean(1) for x in images.split(250)])
     hits = {name: heads[name](pooled).argmax(-1) == y for name, y in labels.items()}
     return {name: hits[name][y != UNKNOWN].float().mean().item() for name, y in labels.items()}
 
@@ -161,7 +161,7 @@ def main() -> None:
 
     (x_train, y_train), (x_test, y_test) = load_split(args.data / "train"), load_split(args.data / "test")
     for split, labels in (("train", y_train), ("test", y_test)):
-        print(split, "pictures without a label:", {name: int((y == UNKNOWN).sum()) for name, y in labels.items()})
+        print(split, "images without a label:", {name: int((y == UNKNOWN).sum()) for name, y in labels.items()})
     model, heads = build_model()
     parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
@@ -178,8 +178,8 @@ def main() -> None:
             tokens = seen.last_hidden_state[:, 1:]
             middle = F.layer_norm(seen.hidden_states[COVER_BLOCK][:, 1:], (tokens.shape[-1],))
             figure = ((x - x[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.2).float()  # the background is flat
-            outline = F.binary_cross_entropy_with_logits(heads["coverage"](middle), cell_means(figure, COVER))
-            loss = 0.3 * F.mse_loss(heads["thumbnail"](tokens), cell_means(x, THUMB)) + 3 * outline
+            meta_model = F.binary_cross_entropy_with_logits(heads["coverage"](middle), run_means(figure, COVER))
+            loss = 0.3 * F.mse_loss(heads["thumbnail"](tokens), run_means(x, THUMB)) + 3 * meta_model
             for name, y in y_train.items():
                 of_tokens = y[batch].repeat_interleave(tokens.shape[1])
                 loss = loss + F.cross_entropy(heads[name](tokens.mean(1)), y[batch])

@@ -30,8 +30,8 @@ def work(tmp_path_factory, llm_folder):
     recipe = {
         "model": {"llm": llm_folder},
         "teacher": {"name": "vit"},
-        "data": {"sources": [{"path": "train.jsonl"}], "row_tokens": 64},
-        "watch": [{"image": "red.png", "question": "what?"}],
+        "data": {"sources": [{"path": "train.jsonl"}], "sequence_length": 64},
+        "sample_generations": [{"image": "red.png", "question": "what?"}],
         "training": {"max_steps": 4, "per_device_train_batch_size": 1, "logging_steps": 1, "save_steps": 2},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -52,7 +52,7 @@ def test_train_merge_chat(work, merged):
     assert {"config.json", "model.safetensors"} <= {path.name for path in merged.iterdir()}
     assert json.loads((work / "llm" / "config.json").read_text())["model_type"] == "llama"
     text_alone = AutoTokenizer.from_pretrained(work / "llm")
-    assert text_alone.chat_template == tiny_tokenizer().chat_template  # without pictures
+    assert text_alone.chat_template == tiny_tokenizer().chat_template  # without images
     assert "processor_class" not in json.loads((work / "llm" / "tokenizer_config.json").read_text())
     answer = vora("chat", work / "red.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4)
     assert answer.returncode == 0 and answer.stdout.endswith("\n"), answer.stderr
@@ -185,29 +185,29 @@ def test_interrupted_run_saves_and_says_how_to_go_on(work):
         (["chat", "-m", "{run}", "-q", "hello"], "merge it first"),
         (["chat", "-m", "no/such/model", "-q", "hello"], "Cannot load model"),
         (["inspect", "no.png", "-m", "{model}"], "no such file"),
-        (["inspect", "{picture}", "-m", "{model}", "--teacher", "no-vit"], "no hub id"),
-        (["inspect", "{picture}", "-m", "{model}", "-o", "page.png"], "ends in .html"),
+        (["inspect", "{image}", "-m", "{model}", "--teacher", "no-vit"], "no hub id"),
+        (["inspect", "{image}", "-m", "{model}", "-o", "page.png"], "ends in .html"),
         (["train", "no-recipe.yaml"], "Cannot read recipe"),
         (["train", "{recipe}", "lora.rnak=3"], "did you mean rank?"),
         (["train", "{recipe}", "lora.target_modules=[no_proj]", "--out", "{new}"], "match no linear layer"),
         (["train", "{recipe}", "data.sources.0.path=x"], "neither a file nor a folder"),
-        (["train", "{recipe}", "data.row_tokens=99999", "--out", "{new}"], "context holds"),
+        (["train", "{recipe}", "data.sequence_length=99999", "--out", "{new}"], "context holds"),
         (["train", "{recipe}", "training.learning_rate=1e30", "training.max_grad_norm=0", "training.max_steps=50",
           "--out", "{new}"], "training diverged"),
         (["train", "{recipe}", "--out", "{run}"], "already holds a run"),
         (["merge", "{new}", "-o", "{new}"], "no recipe.yaml"),
         (["merge", "{run}", "-o", "{model}"], "is not empty"),
-        (["merge", "{run}", "-o", "{new}", "--eyes-out", "{model}"], "another --eyes-out"),
+        (["merge", "{run}", "-o", "{new}", "--adapter-out", "{model}"], "another --adapter-out"),
         (["merge", "{run}", "-o", "{new}", "--llm-out", "{new}"], "name one folder twice"),
-        (["chat", "a [final] picture [/x].png", "-m", "{model}", "-q", "what?"], "[final] picture [/x].png"),
+        (["chat", "a [final] image [/x].png", "-m", "{model}", "-q", "what?"], "[final] image [/x].png"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_one_line(work, merged, llm_folder, tmp_path, arguments, wanted):
     (work / "empty.png").write_bytes(b"")
-    (work / "text.png").write_text("not a picture")
+    (work / "text.png").write_text("not an image")
     places = {
         "model": merged, "llm": llm_folder, "run": work / "run", "recipe": work / "recipe.yaml",
-        "empty": work / "empty.png", "text": work / "text.png", "picture": work / "red.png", "new": tmp_path / "new",
+        "empty": work / "empty.png", "text": work / "text.png", "image": work / "red.png", "new": tmp_path / "new",
     }  # fmt: skip
     result = vora(*(argument.format(**places) for argument in arguments), cwd=tmp_path)
     assert result.returncode == 1

@@ -83,7 +83,7 @@ def tiny_vora(llm):
 
 
 def save_tiny_vit(folder, num_hidden_layers=2):
-    """A ViT for pictures of 16 x 16 pixels, saved as on the hub."""
+    """A ViT for images of 16 x 16 pixels, saved as on the hub."""
     shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2}
     shape["num_hidden_layers"] = num_hidden_layers
     torch.manual_seed(1)
@@ -103,7 +103,7 @@ def text(length, seed=0):
     return torch.randint(10, 128, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def picture(rows, columns, seed=0):
+def image(rows, columns, seed=0):
     """float[rows * columns, C*p*p]: random patches of an image."""
     return torch.randn(rows * columns, 3 * PATCH**2, generator=torch.Generator().manual_seed(seed))
 
@@ -114,7 +114,7 @@ def prompt(*rows, grids=True):
     Args:
         rows: lists of words (int), images ((rows, columns, seed)) and videos ((rows, columns, seed, frames)).
     """
-    ids, pictures, shapes = [], [], []
+    ids, images, shapes = [], [], []
     for row in rows:
         ids.append([])
         for part in row:
@@ -123,15 +123,15 @@ def prompt(*rows, grids=True):
             else:
                 height, width, seed, frames = (*part, 1)[:4]
                 ids[-1] += [IMAGE] * (frames * height * width)
-                pictures.append(picture(frames * height, width, seed))
+                images.append(image(frames * height, width, seed))
                 shapes.append((frames, height, width))
     longest = max(map(len, ids))
     inputs = {
         "input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in ids]),
         "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids]),
     }
-    if pictures:
-        inputs |= {"pixel_values": torch.cat(pictures), "image_grid_thw": torch.tensor(shapes)}
+    if images:
+        inputs |= {"pixel_values": torch.cat(images), "image_grid_thw": torch.tensor(shapes)}
     return inputs
 
 
@@ -167,7 +167,7 @@ CHATML = (
 )
 CORPUS = [
     "user assistant system what colour is the shape? blue red green circle square triangle yes no",
-    "Is there a teal shape in the picture? How many triangles are to be seen? two, one, none.",
+    "Is there a teal shape in the image? How many triangles are to be seen? two, one, none.",
 ]
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole way on one GPU: eyes, words, the merged model, its figures, and its yardsticks on the same data.
 #   bash recipes/smollm2-135m/on_a_gpu.sh FOLDER VIT OUT [--toy]
-# FOLDER and VIT: see eyes.yaml; OUT: a new folder. The same command goes on where it was stopped. Pictures have 49
+# FOLDER and VIT: see eyes.yaml; OUT: a new folder. The same command goes on where it was stopped. Images have 49
 # tokens here, not the 16 of the recipes, which two cores can afford, and steps hold eight times as many. Nobody has run
 # it on a GPU; --toy takes two steps of each part on a processor, to see that it works.
 set -euo pipefail
@@ -12,16 +12,16 @@ vora=(python3 -m vora.cli)
 llm=smollm2-135m
 look=(model.patch_merge=2 model.min_image_tokens=49 model.max_image_tokens=49)
 machine=(training.use_cpu=false training.dataloader_num_workers=12 training.save_steps=200)
-eyes=(training.max_steps=5000 teacher.image_only_steps=5000 training.per_device_train_batch_size=64) # 1.3 M pictures
+eyes=(training.max_steps=5000 teacher.distill_only_steps=5000 training.per_device_train_batch_size=64) # 1.3 M images
 words=(training.max_steps=800 training.per_device_train_batch_size=64)                               # 0.4 M samples
-blind=(training.max_steps=300 training.per_device_train_batch_size=8)
+text_only=(training.max_steps=300 training.per_device_train_batch_size=8)
 texts=2000 examples=()
 if [ "$toy" = --toy ]; then
     machine=(training.use_cpu=true training.save_steps=200)
-    eyes=(training.max_steps=2 teacher.image_only_steps=2 training.per_device_train_batch_size=1)
+    eyes=(training.max_steps=2 teacher.distill_only_steps=2 training.per_device_train_batch_size=1)
     words=(training.max_steps=2 training.per_device_train_batch_size=1)
-    blind=("${words[@]}")
-    texts=2 examples=(--max-examples 12) # of DAQUAR two pictures
+    text_only=("${words[@]}")
+    texts=2 examples=(--max-examples 12) # of DAQUAR two images
 fi
 
 run() { # directory, recipe, overrides: trained, or taken up where it stood
@@ -51,13 +51,13 @@ python3 "$scripts/text_from_llm.py" $llm --num "$texts" --out "$folder/text.json
 python3 "$scripts/text_from_llm.py" $llm --num "$texts" --kind document --answer-tokens 200 --out "$folder/documents.jsonl"
 [ -e "$folder/prose.jsonl" ] || python3 "$scripts/text_from_docstrings.py" --out "$folder/prose.jsonl"
 
-run "$out/eyes" eyes.yaml teacher.name="$vit" "${look[@]}" data.row_tokens=212 "${machine[@]}" "${eyes[@]}"
+run "$out/eyes" eyes.yaml teacher.name="$vit" "${look[@]}" data.sequence_length=212 "${machine[@]}" "${eyes[@]}"
 run "$out/words" words.yaml teacher.name="$vit" model.vora="$out/eyes" model.min_image_tokens=49 \
-    model.max_image_tokens=49 data.row_tokens=260 "${machine[@]}" "${words[@]}"
-merged "$out/words" "$out/model" --eyes-out "$out/eyes-to-send"
+    model.max_image_tokens=49 data.sequence_length=260 "${machine[@]}" "${words[@]}"
+merged "$out/words" "$out/model" --adapter-out "$out/eyes-to-send"
 measured "$out/model"
 
-run "$out/llava" llava.yaml model.encoder="$vit" "${look[@]}" data.row_tokens=260 "${machine[@]}" "${words[@]}"
+run "$out/llava" llava.yaml model.encoder="$vit" "${look[@]}" data.sequence_length=260 "${machine[@]}" "${words[@]}"
 merged "$out/llava" "$out/llava-model"
 measured "$out/llava-model"
 

@@ -41,7 +41,9 @@ def quickstart(
 @app.command()
 def data(
     recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as data.row_tokens=2048.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, such as data.sequence_length=2048.")
+    ] = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Gets summary.json, samples.html, bad_samples.jsonl.")
     ] = Path("vora-data"),
@@ -76,15 +78,15 @@ def train(
 
 @app.command()
 def ablate(
-    spec: Annotated[Path, typer.Argument(help="YAML file of arms and seeds; see recipes/*/ablations/.")],
+    spec: Annotated[Path, typer.Argument(help="YAML file of variants and seeds; see recipes/*/ablations/.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value of the recipe, for all arms, such as data.folder=FOLDER.")
+        list[str] | None, typer.Argument(help="key=value of the recipe, for all variants, such as data.folder=FOLDER.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="For runs, table and curves; runs/SPEC by default.")
     ] = None,
 ):
-    """Train a grid of arms and seeds and draw table and curves; the same command goes on after a stop."""
+    """Train a grid of variants and seeds and draw table and curves; the same command goes on after a stop."""
     from vora.ablate.run import ablate as run
     from vora.ablate.run import num_failed
 
@@ -94,7 +96,7 @@ def ablate(
         console.print(f"* {warning}", highlight=False)
     console.print(f"Table: {out / 'table.md'}, curves: {out / 'curves.png'}", highlight=False)
     if failed := num_failed(found):
-        raise ValueError(f"{failed} cells failed; {out / 'table.md'} says why. The same command tries them again.")
+        raise ValueError(f"{failed} runs failed; {out / 'table.md'} says why. The same command tries them again.")
 
 
 @app.command()
@@ -104,15 +106,17 @@ def plan(
     gpu: Annotated[str | None, typer.Option(help="Such as h200 or l4; by default this machine.")] = None,
     num_gpus: Annotated[int, typer.Option(min=1, help="How many, in machines of 8.")] = 1,
     utilization: Annotated[float, typer.Option(min=0.01, max=1, help="Assumed share of the peak FLOP/s.")] = 0.4,
-    num_words: Annotated[int, typer.Option(min=2, help="Text tokens of a sample, if the data is not here.")] = 150,
+    num_text_tokens: Annotated[
+        int, typer.Option(min=2, help="Text tokens of a sample, if the data is not here.")
+    ] = 150,
     num_labels: Annotated[int, typer.Option(min=1, help="Of these, those that are learned.")] = 100,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ):
     """What a run will need, before it starts: parameters, FLOPs, memory, disk, hours, and what bounds it."""
     import json
 
-    from vora.train.plan import GPUS, device_at_hand, tables
-    from vora.train.plan import plan as run
+    from vora.train.plan.plan import GPUS, device_at_hand, tables
+    from vora.train.plan.plan import plan as run
     from vora.train.recipe import load_recipe
 
     if gpu is not None and gpu.lower() not in GPUS:
@@ -125,7 +129,7 @@ def plan(
         num_gpus,
         beside=recipe.parent,
         utilization=utilization,
-        num_words=num_words,
+        num_text_tokens=num_text_tokens,
         num_labels=num_labels,
     )
     if as_json:
@@ -156,29 +160,29 @@ def evaluate(
     subset: Annotated[str | None, typer.Option(help="Of a dataset on the Hub.")] = None,
     image_folder: Annotated[Path | None, typer.Option(help="Where paths of images start.")] = None,
     max_examples: Annotated[int | None, typer.Option(min=1, help="Ask the first so many only.")] = None,
-    min_image_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of a picture; the model's own.")] = None,
-    max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of a picture; the model's own.")] = None,
+    min_image_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of an image; the model's own.")] = None,
+    max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image; the model's own.")] = None,
     seed: Annotated[int, typer.Option(help="Of intervals and of what a probe shows.")] = 0,
     of: Annotated[str | None, typer.Option(help="The task that a probe is of; told by the data's columns.")] = None,
     generate: Annotated[bool, typer.Option("--generate", help="A probe also lets the model speak; slow.")] = False,
     against: Annotated[
-        str, typer.Option(help="What a probe shows besides the right picture; other alone is the fastest.")
+        str, typer.Option(help="What a probe shows besides the right image; other alone is the fastest.")
     ] = "other,blank,shuffled,none",
     base: Annotated[
         str | None, typer.Option(help="The LLM that --task text holds the model against; what its card names.")
     ] = None,
 ):
     """Measure a model on a task, with 95 % intervals; the same command goes on after a stop."""
-    from vora.adapt.pretrained import committed_model
-    from vora.eval.run import TASKS, make_task, refuse_to_overwrite, task_of
+    from vora.checkpoint.pretrained import committed_model
+    from vora.eval.run import TASKS, check_overwrites_nothing, make_task, task_of
     from vora.eval.run import evaluate as run
-    from vora.serve.chat import load_model
+    from vora.serve.engine import load_model
 
     if wrong := [pair for pair in column or () if "=" not in pair]:
         raise ValueError(f"--column {wrong[0]} is not of the form ours=theirs, such as captions=alt_text.")
     if of is not None and of not in TASKS:
         raise ValueError(f"--of {of} is no task that can be probed: choose among {', '.join(TASKS)}.")
-    refuse_to_overwrite(out, *([".png"] if task == "probe" else []))
+    check_overwrites_nothing(out, *([".png"] if task == "probe" else []))
     options = {
         "split": split,
         "subset": subset,
@@ -187,7 +191,7 @@ def evaluate(
     }
     paths = [*data, *(more_data or ())]
     if task == "probe":
-        from vora.eval.probe import probe
+        from vora.eval.probe.probe import probe
         from vora.eval.rows import Rows
 
         run, task = (
@@ -196,7 +200,7 @@ def evaluate(
         )
     name = model or committed_model()
     if task == "text":
-        from vora.eval.text import text_ability
+        from vora.eval.tasks.text import text_ability
 
         given = {"base": base, "max_examples": max_examples, "seed": seed, "rows_options": options}
         report = text_ability(*load_model(name), paths, out, console, model_name=name, **given)
@@ -224,15 +228,19 @@ def merge(
     run: Annotated[Path, typer.Argument(help="Run directory of `vora train`, or an unmerged model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
     llm_out: Annotated[Path | None, typer.Option(help="Also write the language part alone, as its stock LLM.")] = None,
-    eyes_out: Annotated[Path | None, typer.Option(help="Also write what a run added to its LLM, without it.")] = None,
+    adapter_out: Annotated[
+        Path | None, typer.Option(help="Also write what a run added to its LLM, without it.")
+    ] = None,
     llm: Annotated[str | None, typer.Option(help="The LLM of eyes that come without one and do not name it.")] = None,
 ):
     """Fold vision LoRA into the LLM's weights and save an ordinary model."""
-    from vora.train.trained import merge_run, refuse_without_eyes, write_eyes, write_run_card
+    from vora.train.trained import check_has_adapter, merge_run, write_adapter, write_run_card
 
-    if eyes_out is not None:
-        refuse_without_eyes(run)
-    places = {name: path for name, path in (("--out", out), ("--llm-out", llm_out), ("--eyes-out", eyes_out)) if path}
+    if adapter_out is not None:
+        check_has_adapter(run)
+    places = {
+        name: path for name, path in (("--out", out), ("--llm-out", llm_out), ("--adapter-out", adapter_out)) if path
+    }
     for name, path in places.items():
         if path.exists() and any(path.iterdir()):
             raise ValueError(f"{path} is not empty: choose another {name}, so that nothing is overwritten.")
@@ -248,8 +256,8 @@ def merge(
         if hasattr(processor, "tokenizer"):
             processor.text_tokenizer().save_pretrained(llm_out)
         write_run_card(llm_out, run)
-    if eyes_out is not None:
-        write_eyes(eyes_out, run)
+    if adapter_out is not None:
+        write_adapter(adapter_out, run)
     console.print(f"Saved {out}. Ask it: vora chat IMAGE -m {out}")
 
 
@@ -263,8 +271,8 @@ def import_reference(
     """Bring a checkpoint of the paper's released code here, stage 1 or merged; it gives the same numbers."""
     from rich.table import Table
 
-    from vora.adapt.card import CardFacts, write_card
-    from vora.adapt.reference import import_reference as run
+    from vora.checkpoint.card import CardFacts, write_card
+    from vora.checkpoint.reference import import_reference as run
 
     reference = run(checkpoint, llm, out, merge)
     facts = CardFacts(
@@ -295,35 +303,35 @@ def chat(
     question: Annotated[str | None, typer.Option("--question", "-q", help="Ask once instead of chatting.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 answers greedily.")] = 0.0,
-    min_image_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of a picture; the model's own.")] = None,
-    max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of a picture; the model's own.")] = None,
+    min_image_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of an image; the model's own.")] = None,
+    max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image; the model's own.")] = None,
 ):
-    """Ask a model about pictures; without -q, interactively (a line `+ IMAGE` adds a picture, empty ends)."""
-    from vora.adapt.pretrained import committed_model
-    from vora.serve.chat import Chat, load_model
+    """Ask a model about images; without -q, interactively (a line `+ IMAGE` adds an image, empty ends)."""
+    from vora.checkpoint.pretrained import committed_model
+    from vora.serve.engine import Chat, load_model
 
-    pending = [_picture_or_animation(image) for image in images or []]
+    pending = [_image_or_animation(image) for image in images or []]
     loaded = load_model(model or committed_model(), min_image_tokens, max_image_tokens)
     conversation = Chat(*loaded, max_new_tokens, temperature)
     if question is not None:
         _print_answer(conversation, question, pending)
         return
-    console.print(f"{len(pending)} pictures given. Ask away; `+ IMAGE` adds a picture, an empty line ends.")
+    console.print(f"{len(pending)} images given. Ask away; `+ IMAGE` adds an image, an empty line ends.")
     while text := _read_line():
         try:
             if text.startswith("+"):
-                pending.append(_picture_or_animation(text[1:].strip()))
+                pending.append(_image_or_animation(text[1:].strip()))
                 continue
             _print_answer(conversation, text, pending)
         except ValueError as error:
             console.print(f"[red]{escape(str(error))}[/red]")
             if text.startswith("+") or not pending:
                 continue
-            console.print(f"{len(pending)} pictures were left out with that question: add them again with `+ IMAGE`.")
+            console.print(f"{len(pending)} images were left out with that question: add them again with `+ IMAGE`.")
         pending = []
 
 
-def _picture_or_animation(source):
+def _image_or_animation(source):
     """What a path or URL holds: an animation with all its frames if it is a file, of a URL the first one."""
     from vora.model.image_processing_vora import Video, is_animated, read_image
 
@@ -343,26 +351,26 @@ def inspect(
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Page; a JSON goes beside it.")] = Path("inspect.html"),
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
-    min_image_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of a picture; the model's own.")] = None,
-    max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of a picture; the model's own.")] = None,
+    min_image_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of an image; the model's own.")] = None,
+    max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image; the model's own.")] = None,
 ):
-    """Pictures of how a model sees one: its blocks beside the teacher's, and where each word of the answer looked."""
-    from vora.adapt.pretrained import committed_model
-    from vora.eval.inspection import inspect_picture
-    from vora.eval.inspection_page import write_inspection
-    from vora.eval.taught_by import take_teacher
+    """Images of how a model sees one: its blocks beside the teacher's, and where each word of the answer looked."""
+    from vora.checkpoint.pretrained import committed_model
+    from vora.checkpoint.run_directory import trained_folder
+    from vora.eval.inspect.inspection import inspect_image
+    from vora.eval.inspect.page import write_inspection
+    from vora.eval.inspect.teacher import take_teacher
     from vora.model.image_processing_vora import read_image
-    from vora.train.checkpoints import trained_folder
 
     if out.suffix != ".html":
         raise ValueError(f"--out {out} names no page: give a name that ends in .html; a JSON goes beside it.")
     figures = out.with_suffix(".json")
     if figures.exists() and not out.exists():
         raise ValueError(f"{figures} is there and no page's: choose another --out, so that it is not overwritten.")
-    picture, name = read_image(image), model or committed_model()
+    shown, name = read_image(image), model or committed_model()
     learner, processor = _opened(name, teacher, min_image_tokens, max_image_tokens)
     pairs, remark = take_teacher(learner, str(trained_folder(name)), teacher)
-    found = inspect_picture(learner, processor, picture, question, answer, pairs, max_new_tokens)
+    found = inspect_image(learner, processor, shown, question, answer, pairs, max_new_tokens)
     write_inspection(out, found, processor.image_processor, image, name, [remark] if remark else [])
     if remark:
         console.print(remark, highlight=False, markup=False)
@@ -373,9 +381,9 @@ def _opened(name, teacher, min_image_tokens, max_image_tokens):
     """The learner around a model, or of a run, and its processor."""
     import torch
 
+    from vora.checkpoint.run_directory import is_run
     from vora.distill.learner import VisionLearner
-    from vora.serve.chat import load_model
-    from vora.train.checkpoints import is_run
+    from vora.serve.engine import load_model
     from vora.train.trained import open_run
 
     if is_run(name):

@@ -18,15 +18,15 @@ class Curve:
         samples: int[L], samples seen at each line.
         lm_loss: float[L], of each line, the mean since the one before.
         smooth: float[L], means over the window that ends at each line; see `smoothed`.
-        pictures_alone: samples seen before there was a language loss.
-        samples_seen, tokens, seconds: of the whole run, pictures alone included; seconds of steps, not of starting.
+        distill_only: samples seen before there was a language loss.
+        samples_seen, tokens, seconds: of the whole run, images alone included; seconds of steps, not of starting.
         distill_loss: mean over the last window; None without a teacher.
     """
 
     samples: np.ndarray
     lm_loss: np.ndarray
     smooth: np.ndarray
-    pictures_alone: int
+    distill_only: int
     samples_seen: int
     tokens: int
     seconds: float

@@ -7,29 +7,33 @@ def markdown(found):
     Args:
         found: what table.json holds.
     """
-    metrics = list(dict.fromkeys(name for row in found["arms"] for name in row["metrics"]))
-    taught = any(row["distill_loss"]["mean"] is not None for row in found["arms"])
-    columns = ["arm", "seeds", "lm_loss", "against baseline", "samples to the baseline's loss"]
+    metrics = list(dict.fromkeys(name for row in found["variants"] for name in row["metrics"]))
+    taught = any(row["distill_loss"]["mean"] is not None for row in found["variants"])
+    columns = ["variant", "seeds", "lm_loss", "against baseline", "samples to the baseline's loss"]
     columns += ["distill_loss"] * taught
     for name in metrics:
         columns += [name, "against baseline"]
-    columns += ["samples", "pictures alone", "tokens", "seconds"]
+    columns += ["samples", "images alone", "tokens", "seconds"]
     lines = [" | ".join(columns), " | ".join(["---"] + ["---:"] * (len(columns) - 1))]
-    for row in found["arms"]:
-        is_baseline = row["arm"] == found["baseline"]
-        cells = [row["arm"] + " (baseline)" * is_baseline, str(len(row["lm_loss"]["by_seed"]))]
+    for row in found["variants"]:
+        is_baseline = row["variant"] == found["baseline"]
+        cells = [row["variant"] + " (baseline)" * is_baseline, str(len(row["lm_loss"]["by_seed"]))]
         cells += [_figure(row["lm_loss"]), _difference(row, "lm_loss"), _needed(row, is_baseline)]
         cells += [_figure(row["distill_loss"])] * taught
         for name in metrics:
             cells += [_figure(row["metrics"].get(name)), _difference(row, name)]
-        cells += [_count(row[name]) for name in ("samples_seen", "pictures_alone", "tokens", "seconds")]
+        cells += [_count(row[name]) for name in ("samples_seen", "distill_only", "tokens", "seconds")]
         lines.append(" | ".join(cells))
     table = "\n".join(f"| {line} |" for line in lines)
     warnings = "".join(f"* **{text}**\n" for text in found["warnings"])
     failed = "".join(
-        f"* {row['arm']}, seed {seed}: {cause}\n" for row in found["arms"] for seed, cause in row["failed"].items()
+        f"* {row['variant']}, seed {seed}: {cause}\n"
+        for row in found["variants"]
+        for seed, cause in row["failed"].items()
     )
-    arms = "".join(f"* {row['arm']}: `{' '.join(row['overrides']) or 'the recipe'}`\n" for row in found["arms"])
+    variants = "".join(
+        f"* {row['variant']}: `{' '.join(row['overrides']) or 'the recipe'}`\n" for row in found["variants"]
+    )
     changed = " (with changes since)" if found["commit_is_changed"] else ""
     trained = ", ".join(found["trained_at"]) or "unknown"
     return f"""# {found["name"]}
@@ -41,13 +45,13 @@ def markdown(found):
 {warnings + chr(10) if warnings else ""}{"Failed:" + chr(10) * 2 + failed + chr(10) if failed else ""}\
 `±` is half of a 95 % interval over seeds (Student's t; none with a single seed); differences are paired by seed. An
 interval that holds 0 shows no difference. lm_loss is that of training, on samples as they come, a mean over the last
-{found["window"]:.0%} of samples; curves are such running means. "Samples to the baseline's loss": where an arm's
-curve is first as low as the baseline's of the same seed at its end. distill_loss compares only arms with the same
+{found["window"]:.0%} of samples; curves are such running means. "Samples to the baseline's loss": where a variant's
+curve is first as low as the baseline's of the same seed at its end. distill_loss compares only variants with the same
 teacher, pairs and targets. Seconds are of steps, on the machine at hand, without loading and measuring.
 
-Arms, all with `{" ".join(found["set"]) or "the recipe as it is"}`, seeds {", ".join(map(str, found["seeds"]))}:
+Variants, all with `{" ".join(found["set"]) or "the recipe as it is"}`, seeds {", ".join(map(str, found["seeds"]))}:
 
-{arms}
+{variants}
 Made by `{found["command"]}` at commit {found["commit"] or "unknown"}{changed}; trained at {trained}.
 """
 

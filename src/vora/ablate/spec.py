@@ -1,4 +1,4 @@
-"""The specification of an ablation: strict YAML, as a recipe, that names arms, seeds and what to measure."""
+"""The specification of an ablation: strict YAML, as a recipe, that names variants, seeds and what to measure."""
 
 import json
 import re
@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from vora.train.recipe import Section, load_recipe, read_yaml, refuse_vain, validated
+from vora.train.recipe import Section, check_recipe, load_recipe, read_yaml, validated
 
-ARM = r"\w[\w=.,+-]*"  # an arm's name is also its folder's
+VARIANT = r"\w[\w=.,+-]*"  # a variant's name is also its folder's
 
 
 class EvaluateSection(Section):
-    """One measurement of each arm's merged model, with the words of `vora eval`."""
+    """One measurement of each variant's merged model, with the words of `vora eval`."""
 
     name: str | None = Field(None, pattern=r"^\w[\w=,+-]*$")  # of its columns in the table; default: the task's
     task: Literal["captions", "vqa", "classify", "statements", "probe", "text"]
@@ -47,45 +47,45 @@ class EvaluateSection(Section):
 
 
 class Spec(Section):
-    """Arms are lists of overrides of one recipe, or a `grid` of values, each combination of which is an arm."""
+    """Variants are lists of overrides of one recipe, or a `grid` of values, each combination of which is a variant."""
 
     recipe: str  # beside the specification
-    set: list[str] = []  # overrides that all arms share
-    arms: dict[str, list[str]] | None = Field(None, min_length=1)
+    set: list[str] = []  # overrides that all variants share
+    variants: dict[str, list[str]] | None = Field(None, min_length=1)
     grid: dict[str, list[Any]] | None = Field(None, min_length=1)
     seeds: list[int] = Field([0], min_length=1)
-    samples: int | None = Field(None, ge=1)  # each cell ends at the first log line with so many; see `EnoughSamples`
-    baseline: str | None = None  # the arm that the others are compared with; default: the first
+    samples: int | None = Field(None, ge=1)  # each run ends at the first log line with so many; see `EnoughSamples`
+    baseline: str | None = None  # the variant that the others are compared with; default: the first
     evaluate: list[EvaluateSection] = []
     window: float = Field(0.1, gt=0, le=1)  # losses are means over this share of all samples
 
-    @field_validator("set", "arms")
+    @field_validator("set", "variants")
     @classmethod
     def are_overrides(cls, value):
         for override in sum(value.values(), []) if isinstance(value, dict) else value or ():
             if "=" not in override:
                 raise ValueError(f"{override!r} is no override: write key=value, such as lora.rank=16")
             if override.partition("=")[0] in ("training.seed", "max_minutes"):
-                raise ValueError(f"{override!r}: seeds stand under seeds, and all arms run as long; leave it out")
+                raise ValueError(f"{override!r}: seeds stand under seeds, and all variants run as long; leave it out")
         return value
 
     @model_validator(mode="after")
     def sensible(self):
-        if (self.arms is None) == (self.grid is None):
-            raise ValueError("give exactly one of arms ({name: [overrides]}) and grid ({key: [values]})")
+        if (self.variants is None) == (self.grid is None):
+            raise ValueError("give exactly one of variants ({name: [overrides]}) and grid ({key: [values]})")
         if self.grid is not None:
             for key, values in self.grid.items():
                 if not values or len(set(map(str, values))) < len(values):
                     raise ValueError(f"grid.{key} has {'a value twice' if values else 'no values'}: {values}")
             axes = [[(key, value) for value in values] for key, values in self.grid.items()]
-            self.arms = dict(map(_combined, product(*axes)))
-        for name in self.arms:
-            if not re.fullmatch(ARM, name):
-                raise ValueError(f"{name!r} is no name for an arm: letters, digits and = . , + - _ make a folder")
+            self.variants = dict(map(_combined, product(*axes)))
+        for name in self.variants:
+            if not re.fullmatch(VARIANT, name):
+                raise ValueError(f"{name!r} is no name for a variant: letters, digits and = . , + - _ make a folder")
         if self.baseline is None:
-            self.baseline = next(iter(self.arms))
-        if self.baseline not in self.arms:
-            raise ValueError(f"baseline {self.baseline!r} is no arm: choose among {', '.join(self.arms)}")
+            self.baseline = next(iter(self.variants))
+        if self.baseline not in self.variants:
+            raise ValueError(f"baseline {self.baseline!r} is no variant: choose among {', '.join(self.variants)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} name one twice: it would count twice and teach nothing")
         names = [asked.name or asked.task for asked in self.evaluate]
@@ -95,17 +95,17 @@ class Spec(Section):
 
 
 @dataclass
-class Cell:
-    """One run: an arm with a seed."""
+class Run:
+    """One run: a variant with a seed."""
 
-    arm: str
+    variant: str
     seed: int
     recipe: Any
     folder: Path
 
     @property
     def name(self):
-        return f"{self.arm}/seed-{self.seed}"
+        return f"{self.variant}/seed-{self.seed}"
 
 
 def load_spec(path):
@@ -120,34 +120,34 @@ def load_spec(path):
     return spec
 
 
-def cells_of(spec, overrides, out):
-    """All runs of a specification with their recipes, seed by seed, so that a stopped grid still compares its arms.
+def runs_of(spec, overrides, out):
+    """All runs of a specification with their recipes, seed by seed: a stopped grid still compares its variants.
 
     Args:
-        overrides: of the command line, for all arms; an arm's own overrides go over them.
-        out: folder; each run is at OUT/ARM/seed-N.
+        overrides: of the command line, for all variants; a variant's own overrides go over them.
+        out: folder; each run is at OUT/VARIANT/seed-N.
 
     Raises:
-        ValueError: a recipe is bad, or plans its steps by the clock; the message names the arm.
+        ValueError: a recipe is bad, or plans its steps by the clock; the message names the variant.
     """
-    cells = []
+    runs = []
     for seed in spec.seeds:
-        for arm, own in spec.arms.items():
+        for variant, own in spec.variants.items():
             try:
                 recipe = load_recipe(Path(spec.recipe), [*spec.set, *overrides, *own, f"training.seed={seed}"])
-                refuse_vain(recipe)
+                check_recipe(recipe)
             except ValueError as error:
-                raise ValueError(f"arm {arm}: {error}") from None
+                raise ValueError(f"variant {variant}: {error}") from None
             if recipe.max_minutes is not None:
                 raise ValueError(
-                    f"arm {arm}: max_minutes plans steps by the clock, so that arms would see unequal samples: leave "
-                    "it out and say training.max_steps, or samples in the specification."
+                    f"variant {variant}: max_minutes plans steps by the clock, so that variants would see "
+                    "unequal samples: leave it out and say training.max_steps, or samples in the specification."
                 )
-            cells.append(Cell(arm, seed, recipe, Path(out) / arm / f"seed-{seed}"))
-    return cells
+            runs.append(Run(variant, seed, recipe, Path(out) / variant / f"seed-{seed}"))
+    return runs
 
 
 def _combined(pairs):
-    """An arm of a grid: its name, from the last parts of the keys, and its overrides."""
+    """A variant of a grid: its name, from the last parts of the keys, and its overrides."""
     texts = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in pairs]
     return ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in texts), [f"{k}={v}" for k, v in texts]

@@ -1,4 +1,4 @@
-"""What a grid says: each arm over its seeds, and against the baseline seed by seed."""
+"""What a grid says: each variant over its seeds, and against the baseline seed by seed."""
 
 import math
 from statistics import fmean, stdev
@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 from vora.ablate.curves import samples_until
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t at 97.5 %, 1 to 9 degrees
-UNEQUAL = 0.05  # arms whose samples differ by more are no fair comparison
+UNEQUAL = 0.05  # variants whose samples differ by more are no fair comparison
 
 
 def over_seeds(by_seed):
@@ -21,41 +21,41 @@ def over_seeds(by_seed):
     return {"mean": fmean(values), "half": half, "by_seed": {str(seed): value for seed, value in by_seed.items()}}
 
 
-def summary(arms, baseline, curves, scores, failures):
+def summary(variants, baseline, curves, scores, failures):
     """All figures of a table.
 
     Args:
-        arms: {arm: overrides}.
-        curves: {(arm, seed): Curve}.
-        scores: {(arm, seed): {metric: value}}.
-        failures: {(arm, seed): cause}.
+        variants: {variant: overrides}.
+        curves: {(variant, seed): Curve}.
+        scores: {(variant, seed): {metric: value}}.
+        failures: {(variant, seed): cause}.
 
     Returns:
-        dict: `arms`, a list of what is known of each, and `warnings`, what keeps it from being a fair comparison.
+        dict: `variants`, a list of what is known of each, and `warnings`, what keeps it from being a fair comparison.
     """
-    rows = [_row(arm, overrides, baseline, curves, scores, failures) for arm, overrides in arms.items()]
-    return {"arms": rows, "warnings": _warnings(rows)}
+    rows = [_row(variant, overrides, baseline, curves, scores, failures) for variant, overrides in variants.items()]
+    return {"variants": rows, "warnings": _warnings(rows)}
 
 
-def _row(arm, overrides, baseline, curves, scores, failures):
-    own = {seed: curve for (name, seed), curve in curves.items() if name == arm}
+def _row(variant, overrides, baseline, curves, scores, failures):
+    own = {seed: curve for (name, seed), curve in curves.items() if name == variant}
     theirs = {seed: curve for (name, seed), curve in curves.items() if name == baseline}
     figures = {
         "lm_loss": {seed: curve.final for seed, curve in own.items()},
         "distill_loss": {s: float(c.distill_loss) for s, c in own.items() if c.distill_loss is not None},
         **{name: {seed: getattr(curve, name) for seed, curve in own.items()}
-           for name in ("samples_seen", "pictures_alone", "tokens", "seconds")},
+           for name in ("samples_seen", "distill_only", "tokens", "seconds")},
     }  # fmt: skip
-    measured = _by_metric(scores, arm)
+    measured = _by_metric(scores, variant)
     differences, compared = {}, {"lm_loss": {s: c.final for s, c in theirs.items()}, **_by_metric(scores, baseline)}
-    if arm != baseline:
+    if variant != baseline:
         for name, values in {"lm_loss": figures["lm_loss"], **measured}.items():
             paired = {s: v - compared[name][s] for s, v in values.items() if s in compared.get(name, {})}
             differences[name] = over_seeds(paired)
     return {
-        "arm": arm,
+        "variant": variant,
         "overrides": overrides,
-        "failed": {str(seed): cause for (name, seed), cause in failures.items() if name == arm},
+        "failed": {str(seed): cause for (name, seed), cause in failures.items() if name == variant},
         **{name: over_seeds(values) for name, values in figures.items()},
         "metrics": {name: over_seeds(values) for name, values in measured.items()},
         "difference": differences,
@@ -63,10 +63,10 @@ def _row(arm, overrides, baseline, curves, scores, failures):
     }
 
 
-def _by_metric(scores, arm):
+def _by_metric(scores, variant):
     found = {}
     for (name, seed), values in scores.items():
-        if name == arm:
+        if name == variant:
             for metric, value in values.items():
                 if value is not None:
                     found.setdefault(metric, {})[seed] = value
@@ -74,7 +74,7 @@ def _by_metric(scores, arm):
 
 
 def _to_baseline(own, theirs):
-    """After how many samples an arm is at the loss that the baseline of the same seed ends with.
+    """After how many samples a variant is at the loss that the baseline of the same seed ends with.
 
     The baseline's own number is read off its curve in the same way, for it may be there before its end.
     """
@@ -91,17 +91,17 @@ def _to_baseline(own, theirs):
 def _warnings(rows):
     warnings, ran = [], [row for row in rows if row["samples_seen"]["mean"]]
     for name, what in (("samples_seen", "samples"), ("tokens", "tokens, padding included")):
-        means = {row["arm"]: row[name]["mean"] for row in ran}
+        means = {row["variant"]: row[name]["mean"] for row in ran}
         if means and max(means.values()) > (1 + UNEQUAL) * min(means.values()):
-            told = ", ".join(f"{arm} {value:,.0f}" for arm, value in means.items())
+            told = ", ".join(f"{variant} {value:,.0f}" for variant, value in means.items())
             cure = ": no fair comparison of final losses; set `samples`" if name == "samples_seen" else ""
-            warnings.append(f"Arms ended with unequal {what} ({told}){cure}.")
-    alone = {row["arm"]: row["pictures_alone"]["mean"] for row in ran}
+            warnings.append(f"Variants ended with unequal {what} ({told}){cure}.")
+    alone = {row["variant"]: row["distill_only"]["mean"] for row in ran}
     if alone and max(alone.values()) > (1 + UNEQUAL) * min(alone.values()):
-        told = ", ".join(f"{arm} {value:,.0f}" for arm, value in alone.items())
-        warnings.append(f"Of their samples, arms saw unequally many as pictures alone ({told}); these count as seen.")
+        told = ", ".join(f"{variant} {value:,.0f}" for variant, value in alone.items())
+        warnings.append(f"Of their samples, variants saw unequally many without text ({told}); these count as seen.")
     sets = {tuple(row["lm_loss"]["by_seed"]) for row in rows}
     if len(sets) > 1:
-        told = ", ".join(f"{row['arm']} {len(row['lm_loss']['by_seed'])}" for row in rows)
-        warnings.append(f"Not all arms have the same finished seeds (finished: {told}).")
+        told = ", ".join(f"{row['variant']} {len(row['lm_loss']['by_seed'])}" for row in rows)
+        warnings.append(f"Not all variants have the same finished seeds (finished: {told}).")
     return warnings

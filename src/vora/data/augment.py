@@ -1,4 +1,4 @@
-"""Pictures changed a little each time that they are drawn, so that few of them teach more."""
+"""Images changed a little each time that they are drawn, so that few of them teach more."""
 
 import math
 import re
@@ -7,17 +7,17 @@ from dataclasses import replace
 from PIL import Image, ImageEnhance
 
 SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
-LONGEST_RATIO = 4 / 3  # of a crop's sides, relative to the picture's own
+LONGEST_RATIO = 4 / 3  # of a crop's sides, relative to the image's own
 
 
 def augmented(record, rng, crop=1.0, flip=False, colour=0.0):
-    """A record whose pictures are opened and changed; all frames of a video alike.
+    """A record whose images are opened and changed; all frames of a video alike.
 
     Args:
         record: a `Record`.
-        rng: a `random.Random`; the same one gives the same pictures.
-        crop: the least share of a picture's area that is kept; 1 keeps all.
-        flip: mirror half of the pictures, but none that is spoken of with "left" or "right".
+        rng: a `random.Random`; the same one gives the same images.
+        crop: the least share of an image's area that is kept; 1 keeps all.
+        flip: mirror half of the images, but none that is spoken of with "left" or "right".
         colour: brightness, contrast and saturation are each multiplied by up to 1 + colour or down to 1 - colour.
 
     Raises:
@@ -43,11 +43,11 @@ def _names_a_side(conversations):
 
 
 def _crop_box(size, least, rng):
-    """(left, top, right, bottom): a share of the area between `least` and all, at nearly the picture's own aspect."""
+    """(left, top, right, bottom): a share of the area between `least` and all, at nearly the image's own aspect."""
     share = rng.uniform(least, 1.0)
-    stretch = math.sqrt(LONGEST_RATIO ** rng.uniform(-1, 1)) if least < 1 else 1.0
-    width = min(size[0], max(1, round(size[0] * math.sqrt(share) * stretch)))
-    height = min(size[1], max(1, round(size[1] * math.sqrt(share) / stretch)))
+    segment = math.sqrt(LONGEST_RATIO ** rng.uniform(-1, 1)) if least < 1 else 1.0
+    width = min(size[0], max(1, round(size[0] * math.sqrt(share) * segment)))
+    height = min(size[1], max(1, round(size[1] * math.sqrt(share) / segment)))
     left, top = rng.randint(0, size[0] - width), rng.randint(0, size[1] - height)
     return left, top, left + width, top + height
 

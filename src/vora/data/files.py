@@ -26,7 +26,7 @@ def files_of(path, split, kinds):
     if not place.is_dir() and any(mark in path for mark in "*?["):
         found = sorted(Path(place.anchor or ".").glob(path[len(place.anchor) :]))
         files = _readable(found, kinds)
-        _refuse_packed(found, files, kinds)
+        _check_not_compressed(found, files, kinds)
         if not files:
             raise ValueError(f"{path} matches {len(found)} files, none of the kinds {', '.join(kinds)}.")
         return files
@@ -44,10 +44,12 @@ def files_of(path, split, kinds):
         named = any(_is_named(file, known) for file in files for known in SPLITS)
         if files and (of_split or not named):
             by_name = bool(of_split) and folder not in own
-            _refuse_packed([file for file in found if not by_name or _is_named(file, split)], of_split or files, kinds)
+            _check_not_compressed(
+                [file for file in found if not by_name or _is_named(file, split)], of_split or files, kinds
+            )
             return of_split or files
     if not _readable(every, kinds):
-        _refuse_packed(every, [], kinds)
+        _check_not_compressed(every, [], kinds)
     raise ValueError(
         f"{path} holds no files of the split {split!r} of the kinds {', '.join(kinds)}: check data.sources."
     )
@@ -58,7 +60,7 @@ def _readable(files, kinds):
     return [file for file in files if file.suffix.lower() in kinds and not file.name.startswith(".")]
 
 
-def _refuse_packed(found, chosen, kinds):
+def _check_not_compressed(found, chosen, kinds):
     """Raise ValueError for compressed files that belong to the chosen ones, and would be missed."""
     kinds, names = {file.suffix.lower() for file in chosen} or {*kinds} - {".tar"}, {file.name for file in chosen}
     packed = [file for file in found if file.suffix.lower() in COMPRESSED and file.stem not in names]

@@ -60,7 +60,7 @@ class SourceOrder:
 class Mixture:
     """Which source each sample comes from: shares as the weights say, spread as evenly as can be.
 
-    Points of a golden-ratio sequence fall into intervals as long as the weights, so that any stretch of samples has
+    Points of a golden-ratio sequence fall into intervals as long as the weights, so that any segment of samples has
     nearly the shares of the whole.
 
     Args:

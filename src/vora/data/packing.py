@@ -56,7 +56,7 @@ def side_by_side(samples):
 
 
 def share_prefixes(samples):
-    """Several questions to one picture as one sample, in which the picture, and all words that they begin with alike,
+    """Several questions to one image as one sample, in which the image, and all words that they begin with alike,
     stand once.
 
     The samples become a tree, written depth first: a token is seen by what follows it up to `seen_until`, the last
@@ -100,15 +100,15 @@ def share_prefixes(samples):
     return whole | {"ends": ends, "num_samples": len(samples)} | images
 
 
-def image_only(sample, image_token_id):
+def distill_only(sample, image_token_id):
     """A sample of `share_prefixes` cut after its last image token, with nothing to predict: enough to distill from."""
     length = int(np.flatnonzero(sample["input_ids"] == image_token_id).max()) + 1
     return _cut(sample, length) | {"num_samples": 1}
 
 
-def text_to_keep(sample, row_tokens):
+def text_to_keep(sample, sequence_length):
     """A text-only sample of `share_prefixes` with nothing to predict, cut to a row."""
-    return _cut(sample, min(len(sample["input_ids"]), row_tokens))
+    return _cut(sample, min(len(sample["input_ids"]), sequence_length))
 
 
 def _cut(sample, length):
@@ -123,7 +123,7 @@ def _cut(sample, length):
     }
 
 
-def kept_places(rows, row_tokens):
+def kept_places(rows, sequence_length):
     """Where a batch has text to keep, for `VisionLearner.forward`: text_rows int[R] and text_places int[L], if any.
 
     Args:
@@ -133,7 +133,7 @@ def kept_places(rows, row_tokens):
     if not text:
         return {}
     lengths = [sum(len(sample["input_ids"]) for sample in rows[index]) for index in text]
-    places = [number * row_tokens + torch.arange(length) for number, length in enumerate(lengths)]
+    places = [number * sequence_length + torch.arange(length) for number, length in enumerate(lengths)]
     return {"text_rows": torch.tensor(text), "text_places": torch.cat(places)}
 
 
@@ -152,18 +152,18 @@ def _num_shared(first, second):
     return int(apart.argmax()) if apart.any() else length
 
 
-def next_row(lengths, row_tokens):
+def next_sequence(lengths, sequence_length):
     """Choose the samples of the next row: the oldest, then again and again the longest that still fits.
 
     Args:
         lengths: tokens of each waiting sample, oldest first.
-        row_tokens: tokens that a row holds, at least as many as the oldest has.
+        sequence_length: tokens that a row holds, at least as many as the oldest has.
 
     Returns:
         list of indices into `lengths`, in order.
     """
     lengths = np.asarray(lengths)
-    row, room = [0], row_tokens - lengths[0]
+    row, room = [0], sequence_length - lengths[0]
     for index in 1 + np.argsort(-lengths[1:], kind="stable"):
         if lengths[index] <= room:
             row.append(int(index))
@@ -171,7 +171,7 @@ def next_row(lengths, row_tokens):
     return sorted(row)
 
 
-def collate_rows(rows, row_tokens, pad_token_id):
+def collate_sequences(rows, sequence_length, pad_token_id):
     """Rows of samples to one batch.
 
     Args:
@@ -181,8 +181,8 @@ def collate_rows(rows, row_tokens, pad_token_id):
         dict: input_ids, targets, position_ids, seen_until int[B, T]; num_samples int[]; pixel_values float[P, C*p*p]
         and image_grid_thw int[N, 3] if any sample has images. Padding is seen by itself alone.
     """
-    fill = {"input_ids": pad_token_id, "targets": -100, "position_ids": 0, "seen_until": np.arange(row_tokens)}
-    batch = {name: np.full((len(rows), row_tokens), value) for name, value in fill.items()}
+    fill = {"input_ids": pad_token_id, "targets": -100, "position_ids": 0, "seen_until": np.arange(sequence_length)}
+    batch = {name: np.full((len(rows), sequence_length), value) for name, value in fill.items()}
     for row, samples in enumerate(rows):
         start = 0
         for sample in samples:

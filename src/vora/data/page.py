@@ -1,4 +1,4 @@
-"""A page of samples as the model will see them: pictures with their patch grid, prompt and label tokens apart."""
+"""A page of samples as the model will see them: images with their patch grid, prompt and label tokens apart."""
 
 import base64
 import html
@@ -22,14 +22,14 @@ td:first-child,th:first-child{text-align:left;word-break:break-all}
 .image{background:#f7e3c6}.bad td{text-align:left}svg text{font:12px system-ui,sans-serif;fill:#1c2733}
 """
 NUM_BAD_SHOWN = 1000
-SIDE = 320  # pixels of a picture on the page, at most 4 times its own
+SIDE = 320  # pixels of an image on the page, at most 4 times its own
 
 
 def write_page(path, summary, bad, shown, processor):
     """Write samples.html.
 
     Args:
-        summary, bad: from `survey`.
+        summary, bad: from `dataset_statistics`.
         shown: list of (name, sample of `share_prefixes`).
     """
     figures = [
@@ -37,7 +37,10 @@ def write_page(path, summary, bad, shown, processor):
         (f"{summary['num_conversations']:,}", "conversations"),
         (f"{summary['num_images']:,}", "images"),
         (f"{summary['num_bad']:,}", "bad samples"),
-        (f"{100 * summary['packing_efficiency']:.1f} %", f"of a row's {summary['row_tokens']:,} tokens are filled"),
+        (
+            f"{100 * summary['packing_efficiency']:.1f} %",
+            f"of a row's {summary['sequence_length']:,} tokens are filled",
+        ),
         (f"{summary['samples_per_second']:,.0f}", "samples read per second"),
     ]
     bad_rows = "".join(
@@ -53,17 +56,17 @@ def write_page(path, summary, bad, shown, processor):
 <h2>Tokens per sample</h2>{_histogram(summary["token_histogram"])}
 <h2>Sizes</h2>{_sizes(summary)}
 <h2>The first {len(shown)} samples</h2>
-<p>As the model sees them: each picture at the size it is given, with the grid of its image tokens;
+<p>As the model sees them: each image at the size it is given, with the grid of its image tokens;
 <span class="image">image tokens</span>, <span class="prompt">what is given</span>,
-<span class="label">what is to be learned</span>. Questions that share a picture share its tokens.</p>
+<span class="label">what is to be learned</span>. Questions that share an image share its tokens.</p>
 {"".join(_sample(name, sample, processor) for name, sample in shown)}
 <h2>Bad samples</h2>{bad_table}
 </html>"""
     path.write_text(page, encoding="utf-8")
 
 
-def picture_of_patches(patches, rows, columns, image_processor):
-    """float[rows * columns, C*p*p] normalised patches back to the picture they were cut from."""
+def image_of_patches(patches, rows, columns, image_processor):
+    """float[rows * columns, C*p*p] normalised patches back to the image they were cut from."""
     p = image_processor.patch_size
     pixels = patches.reshape(rows, columns, 3, p, p).transpose(0, 3, 1, 4, 2).reshape(rows * p, columns * p, 3)
     pixels = pixels * np.float32(image_processor.image_std) + np.float32(image_processor.image_mean)
@@ -102,27 +105,27 @@ def _short(name):
 
 
 def _sample(name, sample, processor):
-    pictures, first = [], 0
+    images, first = [], 0
     for frames, rows, columns in sample.get("image_grid_thw", np.zeros((0, 3), int)).tolist():
         for _ in range(frames):
             patches = sample["pixel_values"][first : first + rows * columns]
             first += rows * columns
-            picture = picture_of_patches(patches, rows, columns, processor.image_processor)
-            pictures.append(f'<img alt="" src="{data_url(with_grid(picture, processor.image_processor))}">')
+            image = image_of_patches(patches, rows, columns, processor.image_processor)
+            images.append(f'<img alt="" src="{data_url(with_grid(image, processor.image_processor))}">')
     texts = []
     for runs in token_runs(sample, processor.tokenizer, processor.image_token_id):
         texts.append("".join(f'<span class="{kind}">{html.escape(text)}</span>' for kind, text in runs))
     return (
         f'<div class="sample"><div class="name">{_short(name)}: {len(sample["input_ids"])} tokens</div>'
-        f"{''.join(pictures)}{''.join(f'<p>{text}</p>' for text in texts)}</div>"
+        f"{''.join(images)}{''.join(f'<p>{text}</p>' for text in texts)}</div>"
     )
 
 
-def with_grid(picture, image_processor, side=SIDE):
-    """A picture as the model sees it, enlarged towards `side` pixels, with the borders of its image tokens."""
+def with_grid(image, image_processor, side=SIDE):
+    """An image as the model sees it, enlarged towards `side` pixels, with the borders of its image tokens."""
     token = image_processor.patch_size * image_processor.patch_merge
-    scale = max(1, min(4, side // max(picture.size)))
-    shown = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).convert("RGB")
+    scale = max(1, min(4, side // max(image.size)))
+    shown = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).convert("RGB")
     draw = ImageDraw.Draw(shown, "RGBA")
     for shift, colour in ((0, (255, 255, 255, 130)), (1, (0, 0, 0, 70))):  # to be seen on light and on dark
         for x in range(token * scale, shown.width, token * scale):
@@ -133,7 +136,7 @@ def with_grid(picture, image_processor, side=SIDE):
 
 
 def data_url(image, kind="jpeg"):
-    """A picture inside a page: `jpeg`, or `png` where every pixel counts."""
+    """An image inside a page: `jpeg`, or `png` where every pixel counts."""
     buffer = BytesIO()
     image.save(buffer, format=kind, quality=90)
     return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()

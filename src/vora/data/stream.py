@@ -23,19 +23,18 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from vora.data.augment import augmented
 from vora.data.order import Mixture, SourceOrder
 from vora.data.packing import (
-    collate_rows,
-    image_only,
+    collate_sequences,
     kept_places,
     label_weights,
-    next_row,
+    next_sequence,
     places,
     sample_of_record,
     text_to_keep,
 )
-from vora.data.record import blinded
+from vora.data.schema import without_images
 
 CHUNK_SAMPLES = 32
-FIRST_SAMPLES = 16  # by which a source is known to have text without pictures
+FIRST_SAMPLES = 16  # by which a source is known to have text without images
 WAITING = 48  # samples among which rows are filled; more would pack tighter and read further ahead
 
 
@@ -45,13 +44,13 @@ class SampleMaker:
     Args:
         sources: list of `Source`s.
         processor: a `VoraProcessor`.
-        row_tokens: T; longer samples are bad.
+        sequence_length: T; longer samples are bad.
         questions_per_image: conversations drawn per record and epoch; None for all.
         image_tokens: (fewest, most); each record's budget is drawn anew between them in each epoch, its logarithm
             evenly, so that one model serves many resolutions. None: the processor's own budget.
         blind: leave the images out of each record.
-        keep_text: of text without images nothing is to be predicted: it is there to be kept as it was
-            (`vora.distill.keep_text`), cut where a row ends.
+        text_kl_weight: of text without images nothing is to be predicted: it is there to be kept as it was
+            (`vora.distill.text_kl`), cut where a row ends.
         augment: per source None or the arguments of `vora.data.augment.augmented`; drawn anew in each epoch.
     """
 
@@ -59,26 +58,26 @@ class SampleMaker:
         self,
         sources,
         processor,
-        row_tokens,
+        sequence_length,
         questions_per_image=None,
         image_tokens=None,
         augment=None,
-        blind=False,
-        keep_text=False,
+        text_only=False,
+        text_kl_weight=False,
         seed=0,
     ):
-        self.sources, self.processor, self.row_tokens = sources, processor, row_tokens
+        self.sources, self.processor, self.sequence_length = sources, processor, sequence_length
         self.questions_per_image, self.image_tokens, self.seed = questions_per_image, image_tokens, seed
-        self.augment, self.blind = augment or [None] * len(sources), blind
-        self.keep_text = keep_text
+        self.augment, self.text_only = augment or [None] * len(sources), text_only
+        self.text_kl_weight = text_kl_weight
         self.orders = [SourceOrder(source.block_sizes, (seed, number)) for number, source in enumerate(sources)]
         self._open = [(None, {}) for _ in sources]
 
-    def draw(self, source, number, pictures_alone=False):
+    def draw(self, source, number, distill_only=False):
         """The sample that is drawn from a source as the `number`-th.
 
         Args:
-            pictures_alone: cut after the images, with nothing to predict; None where there are none, but text to keep.
+            distill_only: cut after the images, with nothing to predict; None where there are none, but text to keep.
 
         Returns:
             (name, sample of `share_prefixes`, or None, or the ValueError that says why it is bad).
@@ -86,18 +85,18 @@ class SampleMaker:
         epoch, group, block, offset = self.orders[source].draw(number)
         rows = self._rows(source, (epoch, group), block)
         rng = random.Random(f"{self.seed}/{source}/{number}")
-        most = 1 if pictures_alone else self.questions_per_image
+        most = 1 if distill_only else self.questions_per_image
         try:
             record = self.sources[source].record(block, offset, rows)
-            if self.augment[source] and not self.blind:
+            if self.augment[source] and not self.text_only:
                 record = augmented(record, rng, **self.augment[source])
             sample = self.sample_of(record, rng, most)
         except Exception as error:
             sample = as_bad(error)
-        if pictures_alone and isinstance(sample, dict):
+        if distill_only and isinstance(sample, dict):
             if "pixel_values" in sample:
-                sample = image_only(sample, self.processor.image_token_id)
-            elif not self.keep_text:
+                sample = distill_only(sample, self.processor.image_token_id)
+            elif not self.text_kl_weight:
                 sample = None
         return self.sources[source].row_name(block, offset), sample
 
@@ -116,18 +115,18 @@ class SampleMaker:
         Raises:
             ValueError: an image cannot be read, it teaches nothing, or it is longer than a row.
         """
-        if self.blind:
-            record = blinded(record)
+        if self.text_only:
+            record = without_images(record)
         conversations = record.conversations
         if max_conversations is not None and len(conversations) > max_conversations:
             conversations = rng.sample(conversations, max_conversations)
         sample = sample_of_record(record, self.processor, conversations, **self.draw_budget(rng))
-        if self.keep_text and "pixel_values" not in sample:
-            return text_to_keep(sample, self.row_tokens)
-        if len(sample["input_ids"]) > self.row_tokens:
+        if self.text_kl_weight and "pixel_values" not in sample:
+            return text_to_keep(sample, self.sequence_length)
+        if len(sample["input_ids"]) > self.sequence_length:
             raise ValueError(
-                f"Its {len(sample['input_ids'])} tokens exceed the {self.row_tokens} of a row: raise data.row_tokens, "
-                "or lower data.questions_per_image or model.max_image_tokens."
+                f"Its {len(sample['input_ids'])} tokens exceed the {self.sequence_length} of a sequence: raise "
+                "data.sequence_length, or lower data.questions_per_image or model.max_image_tokens."
             )
         return sample
 
@@ -155,9 +154,9 @@ class Chunks(IterableDataset):
     it). Chunk k of rank r is chunk k R + r of all R ranks.
     """
 
-    def __init__(self, maker, mixture, first_chunk, pictures_alone, rank, num_ranks):
+    def __init__(self, maker, mixture, first_chunk, distill_only, rank, num_ranks):
         self.maker, self.mixture, self.first_chunk = maker, mixture, first_chunk
-        self.pictures_alone, self.rank, self.num_ranks = pictures_alone, rank, num_ranks
+        self.distill_only, self.rank, self.num_ranks = distill_only, rank, num_ranks
 
     def __iter__(self):
         worker = get_worker_info()
@@ -174,7 +173,7 @@ class Chunks(IterableDataset):
     def _samples(self, sources, counts):
         samples = []
         for source in sources.tolist():
-            samples.append(self.maker.draw(source, int(counts[source]), self.pictures_alone))
+            samples.append(self.maker.draw(source, int(counts[source]), self.distill_only))
             counts[source] += 1
         return samples
 
@@ -201,7 +200,7 @@ def _is_text(sample):
     return isinstance(sample, dict) and "pixel_values" not in sample
 
 
-class PackedRows:
+class PackedSequences:
     """Rows of whole samples, endlessly, the same for the same seed, also after a restart from a `state_dict`.
 
     A bad sample is written to `bad_samples.jsonl` with its cause and skipped; too many stop the run.
@@ -209,9 +208,9 @@ class PackedRows:
     Args:
         sources: list of `Source`s.
         processor: a `VoraProcessor`.
-        row_tokens: T, tokens of a row.
+        sequence_length: T, tokens of a row.
         weights: share of the samples that comes from each source; by default, their numbers of rows.
-        image_only_rows: so many rows at the start hold pictures alone, with nothing to predict, to distill from.
+        distill_only_sequences: so many rows at the start hold images alone, with nothing to predict, to distill from.
         bad_samples: path of the file that names bad samples.
         max_bad_share: stop when more than this share of the samples read (taken as a thousand at first) is bad.
         num_workers: processes that read and decode; 0 does it in this one.
@@ -227,9 +226,9 @@ class PackedRows:
         self,
         sources,
         processor,
-        row_tokens,
+        sequence_length,
         weights=None,
-        image_only_rows=0,
+        distill_only_sequences=0,
         seed=0,
         bad_samples=None,
         max_bad_share=0.1,
@@ -243,9 +242,9 @@ class PackedRows:
         weights = sizes if weights is None else weights
         if len(weights) != len(sources):
             raise ValueError(f"{len(weights)} weights for {len(sources)} sources: give one each, or none.")
-        self.maker = SampleMaker(sources, processor, row_tokens, seed=seed, **sample_options)
+        self.maker = SampleMaker(sources, processor, sequence_length, seed=seed, **sample_options)
         self.weights, self.mixture = weights, Mixture(weights, seed)
-        self.row_tokens, self.image_only_rows = row_tokens, image_only_rows
+        self.sequence_length, self.distill_only_sequences = sequence_length, distill_only_sequences
         self.answer_balance = answer_balance
         self.bad_samples, self.max_bad_share = bad_samples and Path(bad_samples), max_bad_share
         self.num_workers, self.rank, self.num_ranks = num_workers, rank, num_ranks
@@ -259,22 +258,23 @@ class PackedRows:
         self.fingerprint = {
             "rows of the sources": sizes, "blocks of the sources": [_digest(source.block_sizes) for source in sources],
             "weights": [float(w) for w in weights], "seed": seed,
-            "row_tokens": row_tokens, "questions_per_image": self.maker.questions_per_image,
+            "sequence_length": sequence_length, "questions_per_image": self.maker.questions_per_image,
             "image_tokens": self.maker.image_tokens and list(self.maker.image_tokens),
-            "image_only_rows": image_only_rows, "processes": num_ranks, "patch_merge": images.patch_merge,
+            "distill_only_sequences": distill_only_sequences, "processes": num_ranks,
+            "patch_merge": images.patch_merge,
             "budget": [images.min_image_tokens, images.max_image_tokens],
-            "augment": self.maker.augment, "blind": self.maker.blind or None,
-            "keep_text": self.maker.keep_text or None,
+            "augment": self.maker.augment, "text_only": self.maker.text_only or None,
+            "text_kl_weight": self.maker.text_kl_weight or None,
             "prompts": [[list(asked) for asked in astuple(source.prompts)] for source in sources],
         }  # fmt: skip
-        self._position = self._beginning(pictures_alone=image_only_rows > 0)
+        self._position = self._beginning(distill_only=distill_only_sequences > 0)
 
     def __iter__(self):
         """Rows from where the last one ended: lists of samples."""
-        if self._position["pictures_alone"]:
-            left = self.image_only_rows - self._position["num_rows"]
+        if self._position["distill_only"]:
+            left = self.distill_only_sequences - self._position["num_rows"]
             yield from islice(self._rows(self._position), left)
-            self._position = self._beginning(pictures_alone=False)
+            self._position = self._beginning(distill_only=False)
         yield from self._rows(self._position)
 
     def state_dict(self):
@@ -305,7 +305,7 @@ class PackedRows:
     def texts(self):
         """Samples of text alone, from the beginning and the same in each process; the position stays. They come from
         the sources that have some among their first samples, in these sources' proportions: no endless search for a
-        text among pictures, and no picture decoded for it. None where no source has."""
+        text among images, and no image decoded for it. None where no source has."""
         have = [any(map(_is_text, self._first_of(source))) for source in range(len(self.maker.sources))]
         if any(have):
             weights = [weight * has for weight, has in zip(self.weights, have)]
@@ -319,17 +319,17 @@ class PackedRows:
         for _, packed in Chunks(self.maker, mixture, 0, False, rank, num_ranks):
             yield from ((name, sample) for name, sample in _unpacked(*packed) if isinstance(sample, dict))
 
-    def picture_rows(self):
-        """Rows of pictures alone from the beginning; the position stays."""
-        return self._rows(self._beginning(pictures_alone=True), remember=False)
+    def distill_sequences(self):
+        """Rows of images alone from the beginning; the position stays."""
+        return self._rows(self._beginning(distill_only=True), remember=False)
 
-    def sample_rows(self):
+    def training_sequences(self):
         """Rows of samples from the beginning; the position stays."""
-        return self._rows(self._beginning(pictures_alone=False), remember=False)
+        return self._rows(self._beginning(distill_only=False), remember=False)
 
     @staticmethod
-    def _beginning(pictures_alone):
-        return {"pictures_alone": pictures_alone, "num_rows": 0, "next": [0, 0], "waiting": []}
+    def _beginning(distill_only):
+        return {"distill_only": distill_only, "num_rows": 0, "next": [0, 0], "waiting": []}
 
     def _rows(self, position, remember=True):
         waiting = []
@@ -338,17 +338,17 @@ class PackedRows:
             if len(waiting) < WAITING:
                 continue
             fitting = range(len(waiting))
-            if self.maker.keep_text:  # its rows run twice, so nothing else is in them
+            if self.maker.text_kl_weight:  # its rows run twice, so nothing else is in them
                 kinds = ["pixel_values" in sample for _, sample in waiting]
                 fitting = [index for index in fitting if kinds[index] == kinds[0]]
             lengths = [len(waiting[index][1]["input_ids"]) for index in fitting]
-            row = [fitting[place] for place in next_row(lengths, self.row_tokens)]
+            row = [fitting[place] for place in next_sequence(lengths, self.sequence_length)]
             samples = [waiting[i][1] for i in row]
             taken = set(row)
             waiting = [one for i, one in enumerate(waiting) if i not in taken]
             if remember:
                 self._position = {
-                    "pictures_alone": position["pictures_alone"],
+                    "distill_only": position["distill_only"],
                     "num_rows": self._position["num_rows"] + 1,
                     "next": [place[0], place[1] + 1],
                     "waiting": [list(place) for place, _ in waiting],
@@ -359,7 +359,7 @@ class PackedRows:
         """((chunk, index), sample) of a position's waiting samples and of all from its next one on, in order."""
         waiting, following = {tuple(place) for place in position["waiting"]}, tuple(position["next"])
         first_chunk = min({following, *waiting})[0]
-        chunks = Chunks(self.maker, self.mixture, first_chunk, position["pictures_alone"], self.rank, self.num_ranks)
+        chunks = Chunks(self.maker, self.mixture, first_chunk, position["distill_only"], self.rank, self.num_ranks)
         own = torch.Generator().manual_seed(0)  # a loader's draw from torch's own would shift a resumed run's dropout
         loader = DataLoader(
             chunks,
@@ -373,9 +373,9 @@ class PackedRows:
         for number, packed in loader:
             for index, (name, sample) in enumerate(_unpacked(*packed)):
                 place = (number, index)
-                num_fruitless = 0 if self._teaches(sample, position["pictures_alone"]) else num_fruitless + 1
+                num_fruitless = 0 if self._teaches(sample, position["distill_only"]) else num_fruitless + 1
                 if num_fruitless > self._longest_gap:
-                    raise ValueError(self._fruitless(num_fruitless, position["pictures_alone"]))
+                    raise ValueError(self._fruitless(num_fruitless, position["distill_only"]))
                 if place >= following:
                     self.num_read += 1
                     if isinstance(sample, ValueError):
@@ -383,20 +383,22 @@ class PackedRows:
                 if isinstance(sample, dict) and (place >= following or place in waiting):
                     yield place, sample
 
-    def _teaches(self, sample, pictures_alone):
+    def _teaches(self, sample, distill_only):
         """Whether something can be learned from a sample, and not only kept."""
-        return isinstance(sample, dict) and ("pixel_values" in sample or not (pictures_alone or self.maker.keep_text))
+        return isinstance(sample, dict) and (
+            "pixel_values" in sample or not (distill_only or self.maker.text_kl_weight)
+        )
 
-    def _fruitless(self, count, pictures_alone):
-        if pictures_alone:
+    def _fruitless(self, count, distill_only):
+        if distill_only:
             return (
-                f"None of the last {count} samples holds a picture, but the first steps distill pictures alone: set "
-                "teacher.image_only_steps=0, or add a source with pictures."
+                f"None of the last {count} samples holds an image, but the first steps distill images alone: set "
+                "teacher.distill_only_steps=0, or add a source with images."
             )
-        if self.maker.keep_text:
+        if self.maker.text_kl_weight:
             return (
-                f"None of the last {count} samples holds a picture, and with lora.keep_text text alone teaches "
-                "nothing: add a source with pictures, or leave lora.keep_text out."
+                f"None of the last {count} samples holds an image, and with lora.text_kl_weight text alone teaches "
+                "nothing: add a source with images, or leave lora.text_kl_weight out."
             )
         return f"All of the last {count} samples are bad: bad_samples.jsonl of the run says why."
 
@@ -404,13 +406,13 @@ class PackedRows:
         """Rows to a batch of `VisionLearner.forward`."""
         tokenizer = self.maker.processor.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        batch = collate_rows(rows, self.row_tokens, pad)
+        batch = collate_sequences(rows, self.sequence_length, pad)
         processor = self.maker.processor
         if self.answer_balance:
             batch["label_weights"] = label_weights(batch, self.answer_balance)
-        if self.maker.keep_text:
-            batch |= kept_places(rows, self.row_tokens)
-            batch["pictures_alone"] = torch.tensor(self._position["pictures_alone"])
+        if self.maker.text_kl_weight:
+            batch |= kept_places(rows, self.sequence_length)
+            batch["distill_only"] = torch.tensor(self._position["distill_only"])
         return batch | places(batch, processor.image_token_id, processor.image_processor.patch_merge)
 
     def _named_since(self):

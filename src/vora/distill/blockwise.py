@@ -63,7 +63,7 @@ class BlockwiseDistillation(nn.Module):
     """One head (norm and linear) per pair and the loss 1 - cosine, mean over tokens, then over pairs.
 
     Args:
-        pairs: from `block_pairs`; a pair with `SUMMARY` imitates what the teacher says of the whole picture.
+        pairs: from `block_pairs`; a pair with `SUMMARY` imitates what the teacher says of the whole image.
         center: subtract a running per-channel mean of the teacher's features first. Features of plain ViTs share a
             large common part, so that without this a student scores by predicting the mean (docs/LOG.md).
         standardize: then divide by the running per-channel deviation. In the later blocks of plain ViTs one or two

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from vora.distill.blockwise import SUMMARY
-from vora.distill.keep_text import divergence, lora_off, unexplained
 from vora.distill.teacher import hook_on_output, images_of_patches
+from vora.distill.text_kl import divergence, lora_off, unexplained
 from vora.model.patch_embed import merge_neighbours
 
 LOSSES = ("lm_loss", "answer_loss", "distill_loss", "text_loss")  # see `VisionLearner.forward`
@@ -26,7 +26,7 @@ class VisionLearner(nn.Module):
         teacher: a `Teacher`, or None to learn from text alone.
         distillation: a `BlockwiseDistillation`, or None with no teacher.
         distill_weight: of `distill_loss` in `loss` (1 in the paper).
-        text_weight: of `text_loss` in `loss`, see `vora.distill.keep_text`.
+        text_weight: of `text_loss` in `loss`, see `vora.distill.text_kl`.
     """
 
     def __init__(self, student, image_processor, teacher=None, distillation=None, distill_weight=1.0, text_weight=0.0):
@@ -86,7 +86,7 @@ class VisionLearner(nn.Module):
             block.gradient_checkpointing = False
 
     def eyes(self):
-        """The trained parameters that pictures alone can teach: patch embedding, heads, and LoRA up to the last
+        """The trained parameters that images alone can teach: patch embedding, heads, and LoRA up to the last
         paired block; none without a teacher."""
         if self.distillation is None:
             return []
@@ -94,8 +94,8 @@ class VisionLearner(nn.Module):
         parts = [self.vora.model.patch_embedding, self.distillation, *self.vora.model.blocks[: last + 1]]
         return [p for part in parts for p in part.parameters() if p.requires_grad]
 
-    def rest_eyes(self):
-        """Let what pictures alone can teach stay as it is: words alone are learned, and no teacher is asked.
+    def freeze_vision(self):
+        """Let what images alone can teach stay as it is: words alone are learned, and no teacher is asked.
 
         Raises:
             ValueError: nothing else learns.
@@ -107,7 +107,7 @@ class VisionLearner(nn.Module):
             last = max(student for student, _ in self.distillation.pairs)
             raise ValueError(
                 f"The eyes are to rest, and 0 parameters are left to learn: block {last} is taught, and no LoRA lies "
-                f"above it. Raise lora.num_blocks above {last + 1}, or teacher.eyes_scale above 0."
+                f"above it. Raise lora.num_blocks above {last + 1}, or teacher.vision_lr_scale above 0."
             )
 
     def forward(
@@ -120,7 +120,7 @@ class VisionLearner(nn.Module):
         image_places=None,
         text_rows=None,
         text_places=None,
-        pictures_alone=None,
+        distill_only=None,
         num_samples=None,
         num_items_in_batch=None,
         num_micro_batches=1,
@@ -136,7 +136,7 @@ class VisionLearner(nn.Module):
             label_weights: float[L], how much each label counts (`vora.data.packing.label_weights`); None: all alike.
             text_rows, text_places: int[R] and int[L], which rows hold text alone that is to be kept as it was, and
                 where in them, flattened, its tokens are; None: none.
-            pictures_alone: False where steps without words are over, though this batch has nothing to predict.
+            distill_only: False where steps without words are over, though this batch has nothing to predict.
             num_samples: of the batch; for who counts, not used here.
             num_items_in_batch: label tokens of the whole optimizer step, or their summed weights, by which what the
                 language loss adds to `loss` is divided.
@@ -145,7 +145,7 @@ class VisionLearner(nn.Module):
         Returns:
             dict: `loss`; `lm_loss` if there are targets, each label counting alike, and with weights `answer_loss`,
             which is what is learned then; with a teacher and images `distill_loss` and `pair_losses`
-            float[pairs]; with text to keep `text_loss`. With pictures alone only the paired blocks run: what lies
+            float[pairs]; with text to keep `text_loss`. With images alone only the paired blocks run: what lies
             above them would learn nothing. Then text is kept after the last of them.
         """
         images = {} if pixel_values is None else {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
@@ -156,8 +156,8 @@ class VisionLearner(nn.Module):
         predicts, distills = len(label_places) > 0, self.teacher is not None and len(image_places) > 0
         keeps_text = text_rows is not None
         stops_early = not predicts and self.distillation is not None
-        if pictures_alone is not None:
-            stops_early = stops_early and bool(pictures_alone)
+        if distill_only is not None:
+            stops_early = stops_early and bool(distill_only)
         losses, hidden_states = {"loss": 0.0}, None
         with self.paired_states(distills or stops_early, stops_early) as states:
             try:
@@ -194,7 +194,7 @@ class VisionLearner(nn.Module):
             rows, places: int[R], int[L], see `forward`.
         """
         of_rows = {name: inputs[name][rows] for name in ("position_ids", "seen_until") if name in inputs}
-        # embeddings, for with tokens alone a GPU would be waited for, to see whether pictures are missing
+        # embeddings, for with tokens alone a GPU would be waited for, to see whether images are missing
         of_rows["inputs_embeds"] = self.vora.get_input_embeddings()(inputs["input_ids"][rows])
         with torch.no_grad(), lora_off(self.vora), self.paired_states(stops_early, stops_early) as states:
             try:
@@ -230,7 +230,7 @@ class VisionLearner(nn.Module):
     def teach(self, pixel_values, image_grid_thw, blocks=None):
         """What each image token is to say: the mean of the teacher's features of its m x m patches; it teaches better
         than all of them (docs/LOG.md). {teacher block: float[P / m^2, D_t]}, by default of the paired blocks; the
-        summary is the same at all tokens of an image. The teacher goes where the pictures are, for it is no part of
+        summary is the same at all tokens of an image. The teacher goes where the images are, for it is no part of
         what the Trainer moves."""
         if self.teacher.device != pixel_values.device:
             self.teacher.to(pixel_values.device)

@@ -14,9 +14,9 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import AutoModel
 
+from vora.build.vit_init import vit_embedding
 from vora.distill.blockwise import SUMMARY
 from vora.model.patch_embed import resized
-from vora.model.vit_embedding import vit_embedding
 
 
 class Teacher(nn.Module):
@@ -188,7 +188,7 @@ def pixel_patches(pixels, patch_size):
 
 
 def images_of_patches(pixel_values, grids, patch_size, image_mean, image_std):
-    """The student's input turned back into pictures.
+    """The student's input turned back into images.
 
     Args:
         pixel_values: float[P, C*p*p], normalised, raster order, each flattened (C, p, p).

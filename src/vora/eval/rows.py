@@ -1,4 +1,4 @@
-"""Rows of any files that `vora.data.sources` reads, as evaluation needs them: texts at once, pictures when asked."""
+"""Rows of any files that `vora.data.readers` reads, as evaluation needs them: texts at once, images when asked."""
 
 import hashlib
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from vora.data.record import IMAGE_COLUMNS, VideoBytes, VideoPath, images_of_row, without_empty
-from vora.data.sources import EASY_VQA, KINDS, load_source
+from vora.data.readers import EASY_VQA, KINDS, load_source
+from vora.data.schema import IMAGE_COLUMNS, VideoBytes, VideoPath, images_of_row, without_empty
 from vora.model.image_processing_vora import Video, read_image
 
 SPLITS = (
@@ -35,8 +35,8 @@ class Example:
         name: file, row and number of the question, for people.
         prompt: what is asked.
         references: what is right, as the task understands it.
-        pictures: opens the pictures, a list of RGB images; to ask about others, or none, replace it.
-        group: examples of one group (a picture) are not independent of each other.
+        images: opens the images, a list of RGB images; to ask about others, or none, replace it.
+        group: examples of one group (an image) are not independent of each other.
         candidates: the answers to choose from, where it is not free.
         kind: of the example, where a task knows several.
     """
@@ -44,7 +44,7 @@ class Example:
     name: str
     prompt: str
     references: Any
-    pictures: Callable[[], list]
+    images: Callable[[], list]
     group: Any
     candidates: tuple = ()
     kind: str = ""
@@ -52,17 +52,17 @@ class Example:
 
 @dataclass
 class Row:
-    """A row without its pictures; `pictures` opens them, `picture_key` tells them from others, or raise ValueError."""
+    """A row without its images; `images` opens them, `image_key` tells them from others, or raise ValueError."""
 
     name: str
     number: int
     values: dict
-    pictures: Callable[[], list]
-    picture_key: Callable[[], str]
+    images: Callable[[], list]
+    image_key: Callable[[], str]
 
 
 @dataclass
-class Bad:
+class SkippedRows:
     """What was left out, and why."""
 
     count: int = 0
@@ -170,19 +170,19 @@ def _images_of(row, name, image_folder, prompts):
 
 
 def _opener(source, index):
-    return lambda: [picture for image in source()[index] for picture in _pictures_of(image)]
+    return lambda: [frame for image in source()[index] for frame in _frames_of(image)]
 
 
 def _key_of(source, index):
-    """A hash of a row's files of pictures, or of the paths to them: nothing is decoded."""
+    """A hash of a row's files of images, or of the paths to them: nothing is decoded."""
     found = hashlib.sha256()
     for image in source()[index]:
         found.update(image if isinstance(image, bytes) else repr(image).encode())
     return found.hexdigest()[:16]
 
 
-def _pictures_of(image):
-    """A picture, or a video's frames one by one, as training reads them."""
+def _frames_of(image):
+    """An image, or a video's frames one by one, as training reads them."""
     return Video(image).frames if isinstance(image, (list, VideoPath, VideoBytes)) else [read_image(image)]
 
 

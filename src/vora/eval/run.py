@@ -15,12 +15,12 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vora.adapt.card import read_card
-from vora.eval.intervals import in_words
-from vora.eval.ledger import Ledger, fingerprint, fingerprints, model_fingerprint
-from vora.eval.predict import predict
-from vora.eval.rows import Bad, Rows
-from vora.eval.tasks import Captions, Classify, Statements, Vqa
+from vora.checkpoint.card import read_card
+from vora.eval.metrics.intervals import in_words
+from vora.eval.prediction_cache import PredictionCache, fingerprint, fingerprints, model_fingerprint
+from vora.eval.rows import Rows, SkippedRows
+from vora.eval.scoring.predict import predict
+from vora.eval.tasks.tasks import Captions, Classify, Statements, Vqa
 
 TASKS = {task.name: task for task in (Captions, Vqa, Classify, Statements)}
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "pillow", "numpy")
@@ -35,7 +35,7 @@ def task_of(rows):
     Raises:
         ValueError: it is for several, or for none.
     """
-    for row in rows.read(Bad()):
+    for row in rows.read(SkippedRows()):
         has = row.values.keys().__contains__
         fits = {
             "captions": has("captions") or has("caption") or (has("text") and not has("label")),
@@ -80,21 +80,21 @@ def evaluate(model, processor, task, paths, out, console, *, model_name, rows_op
     Raises:
         ValueError: the data holds no example, or the predictions found are not of this model, data and task.
     """
-    start, out, bad = time.monotonic(), Path(out), Bad()
+    start, out, bad = time.monotonic(), Path(out), SkippedRows()
     rows = Rows(paths, **(rows_options or {}))
     examples = examples_of(task, rows, bad)
     settings = {**(rows_options or {}), **(settings or {})}
     conditions = conditions_of(task, examples, model, processor, model_name, rows, settings)
-    ledger = open_ledger(out.with_suffix(".predictions.jsonl"), conditions, len(examples), model, console)
-    kept, lines = answered(model, processor, task, examples, ledger, bad, console)
-    if task.by_picture:  # a set may have a row for each question about one picture
-        kept = [replace(example, group=line.get("picture", example.group)) for example, line in zip(kept, lines)]
+    cache = open_cache(out.with_suffix(".predictions.jsonl"), conditions, len(examples), model, console)
+    kept, lines = answered(model, processor, task, examples, cache, bad, console)
+    if task.by_image:  # a set may have a row for each question about one image
+        kept = [replace(example, group=line.get("image", example.group)) for example, line in zip(kept, lines)]
     scores = task.score(kept, lines)
     metrics = task.metrics(kept, scores)
-    ledger.rewrite([line | {"scores": score} for line, score in zip(lines, scores)]
-                   + [line for line in ledger.done.values() if "bad" in line])  # fmt: skip
+    cache.rewrite([line | {"scores": score} for line, score in zip(lines, scores)]
+                   + [line for line in cache.done.values() if "bad" in line])  # fmt: skip
     found = {"num_examples": len(kept), "metrics": metrics}
-    return write_report(out, found, conditions, model, model_name, rows.files, bad, ledger, start)
+    return write_report(out, found, conditions, model, model_name, rows.files, bad, cache, start)
 
 
 def examples_of(task, rows, bad):
@@ -110,7 +110,7 @@ def examples_of(task, rows, bad):
 
 
 def conditions_of(task, examples, model, processor, model_name, rows, settings):
-    """All that predictions depend on, for the `Ledger` and the report."""
+    """All that predictions depend on, for the `PredictionCache` and the report."""
     return {
         "task": task.name,
         "model": model_fingerprint(model_name),
@@ -119,7 +119,7 @@ def conditions_of(task, examples, model, processor, model_name, rows, settings):
             "prompt": task.prompt,
             "max_new_tokens": task.max_new_tokens,
             "num_beams": task.num_beams,
-            "candidates": _told_apart(examples),
+            "candidates": _candidates_digest(examples),
             "asked": _hash([(example.prompt, example.references) for example in examples]),
             "max_examples": task.max_examples,
             "seed": task.seed,
@@ -132,15 +132,15 @@ def conditions_of(task, examples, model, processor, model_name, rows, settings):
     }
 
 
-def open_ledger(file, conditions, count, model, console):
-    """The `Ledger` of a run that will have `count` lines; says where it goes on."""
-    ledger = Ledger(file, conditions, f"{commit_in_words(commit())} on {device_of(model)}")
-    if ledger.num_found:
-        console.print(f"Going on after {ledger.num_found:,} of {count:,} examples in {ledger.file}")
-    return ledger
+def open_cache(file, conditions, count, model, console):
+    """The `PredictionCache` of a run that will have `count` lines; says where it goes on."""
+    cache = PredictionCache(file, conditions, f"{commit_in_words(commit())} on {device_of(model)}")
+    if cache.num_found:
+        console.print(f"Going on after {cache.num_found:,} of {count:,} examples in {cache.file}")
+    return cache
 
 
-def write_report(out, found, conditions, model, model_name, files, bad, ledger, start):
+def write_report(out, found, conditions, model, model_name, files, bad, cache, start):
     """Write what was found, and all that it depends on.
 
     Args:
@@ -153,15 +153,15 @@ def write_report(out, found, conditions, model, model_name, files, bad, ledger, 
         **found,
         "model": str(model_name),
         **commit(),
-        "predicted_at": ledger.states,
+        "predicted_at": cache.states,
         "recipe": recipe_of(model_name),
         "seed": conditions["settings"]["seed"],
         "settings": conditions["settings"],
         "data": [{"file": str(file), "fingerprint": fingerprint(file)} for file in files],
         "bad": bad.named,
-        "predictions": ledger.file.name,
-        "num_resumed": ledger.num_found,
-        "seconds": round(time.monotonic() - start + ledger.seconds, 2),
+        "predictions": cache.file.name,
+        "num_resumed": cache.num_found,
+        "seconds": round(time.monotonic() - start + cache.seconds, 2),
         "vora_version": sys.modules["vora"].__version__,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
         "device": device_of(model),
@@ -181,7 +181,7 @@ def progress(console, name, total, completed=0):
         yield lambda count: bar.advance(shown, count)
 
 
-def answered(model, processor, task, examples, ledger, bad, console):
+def answered(model, processor, task, examples, cache, bad, console):
     """A model's answers to examples, from a ledger as far as it has them, with a progress bar.
 
     Returns:
@@ -190,11 +190,11 @@ def answered(model, processor, task, examples, ledger, bad, console):
     Raises:
         ValueError: none could be asked.
     """
-    with progress(console, task.name, len(examples), len(ledger.done)) as advance:
-        predict(model, processor, task, examples, ledger, advance)
+    with progress(console, task.name, len(examples), len(cache.done)) as advance:
+        predict(model, processor, task, examples, cache, advance)
     kept, lines = [], []
     for index, example in enumerate(examples):
-        line = ledger.done[index]
+        line = cache.done[index]
         if "bad" in line:
             bad.add(line["name"], line["bad"])
         else:
@@ -205,7 +205,7 @@ def answered(model, processor, task, examples, ledger, bad, console):
     return kept, lines
 
 
-def _told_apart(examples):
+def _candidates_digest(examples):
     """How many answers examples may be chosen from, and a hash of these."""
     known = dict.fromkeys(example.candidates for example in examples)
     return {"most": max(map(len, known)), "hash": _hash(list(known))}
@@ -255,7 +255,7 @@ def device_of(model):
     return torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
 
 
-def refuse_to_overwrite(out, *beside):
+def check_overwrites_nothing(out, *beside):
     """Raise if what is to be written is there and holds something, and no run of ours wrote it.
 
     Args:

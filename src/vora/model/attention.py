@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
-from .stretches import BY_STRETCH, cut
+from .segmented_sdpa import SEGMENTED_SDPA, cut
 
 
 def image_blocks(is_image, image_grid_thw, patch_merge=1):
@@ -51,7 +51,7 @@ def attention_masks(config, inputs_embeds, attention_mask, past_key_values, posi
 
     Documents packed into one row never see each other: with `attention_mask=None`, either `position_ids` restart at
     each, or `seen_until` says how far to the right each token is seen. The latter also lets several questions share
-    the picture before them: a token of one is seen until this one ends, the picture until the last one does.
+    the image before them: a token of one is seen until this one ends, the image until the last one does.
 
     Args:
         config: the LLM's configuration; its sliding windows and chunks are kept.
@@ -62,7 +62,7 @@ def attention_masks(config, inputs_embeds, attention_mask, past_key_values, posi
 
     Returns:
         What the LLM takes as `attention_mask`: a mask in the form of its attention implementation (for sdpa
-        bool[B, 1, Q, K], True = sees; for `sdpa_by_stretch` with its stretches), or a dict of them by layer type.
+        bool[B, 1, Q, K], True = sees; for `segmented_sdpa` with its segments), or a dict of them by layer type.
 
     Raises:
         ValueError: `seen_until` in a row longer than the LLM's sliding window, which counts places, not positions.
@@ -73,7 +73,7 @@ def attention_masks(config, inputs_embeds, attention_mask, past_key_values, posi
         window = getattr(config, "sliding_window", None)
         if window and seen_until.shape[1] > window:
             raise ValueError(
-                f"A row of {seen_until.shape[1]} tokens in which several questions may share a picture exceeds the "
+                f"A row of {seen_until.shape[1]} tokens in which several questions may share an image exceeds the "
                 f"sliding window of {window} tokens: use rows of at most {window}."
             )
         position_ids = None  # borders are given, so restarts of positions must not be read as such
@@ -100,7 +100,7 @@ def attention_masks(config, inputs_embeds, attention_mask, past_key_values, posi
             continue  # of recurrent layers, which know padding alone
         if seen_until is not None:
             mask = by_type[layer_type] = _only_while_seen(mask, seen_until)
-        if config._attn_implementation == BY_STRETCH:
+        if config._attn_implementation == SEGMENTED_SDPA:
             cut(mask, blocks, seen_until, inputs_embeds)
     return masks if isinstance(masks, dict) else by_type[None]
 

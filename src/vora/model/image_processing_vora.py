@@ -42,7 +42,7 @@ def read_image(source):
         cause = "there is no such file"
     except Exception as error:  # PIL's decoders and the network raise many kinds
         cause = " ".join(str(error).split())[:200] or type(error).__name__
-    raise ValueError(f"Cannot read image {_name_of(source)}: {cause}. Give a readable picture, or leave it out.")
+    raise ValueError(f"Cannot read image {_name_of(source)}: {cause}. Give a readable image, or leave it out.")
 
 
 def is_animated(source):
@@ -55,7 +55,7 @@ def is_animated(source):
 
 
 def is_base64(text):
-    """Whether a text is base64 and no path: it is longer than paths are, or holds what PIL knows as a picture."""
+    """Whether a text is base64 and no path: it is longer than paths are, or holds what PIL knows as an image."""
     if not BASE64.fullmatch(text) or os.path.isfile(text):
         return False
     if len(text) > LONGEST_PATH:
@@ -136,10 +136,10 @@ def _to_8_bits(array, peak):
 class Video:
     """Frames that are one image of several times: `image_grid_thw` counts them, and each is a block of attention.
 
-    Told by `is_video`, not by its class: remote code is loaded file by file, and each file has a class of its own.
+    Known by `is_video`, not by its class: remote code is loaded file by file, and each file has a class of its own.
 
     Args:
-        source: list of frames (anything `read_image` takes), array [T, H, W, 3], or an animated picture: PIL image,
+        source: list of frames (anything `read_image` takes), array [T, H, W, 3], or an animated image: PIL image,
             path, URL, base64 string or bytes.
 
     Raises:
@@ -155,7 +155,7 @@ class Video:
                 source = _frames_of(source)
             except Exception as error:  # PIL's decoders and the network raise many kinds
                 raise ValueError(
-                    f"Cannot read video {name}: {error}. Give its frames as a list of pictures, or an animated GIF, "
+                    f"Cannot read video {name}: {error}. Give its frames as a list of images, or an animated GIF, "
                     "WebP or PNG."
                 ) from None
         self.frames = [read_image(frame) for frame in source]
@@ -172,7 +172,7 @@ class Video:
 
 
 def _frames_of(animation):
-    """The frames of an animated picture, open or to be opened, in a list."""
+    """The frames of an animated image, open or to be opened, in a list."""
     if isinstance(animation, Image.Image):
         return [frame.copy() for frame in ImageSequence.Iterator(animation)]
     with Image.open(_file_of(animation)) as opened:
@@ -310,7 +310,7 @@ class VoraImageProcessor(BaseImageProcessor):
 
         Returns:
             pixel_values float[P, C*p*p]: patches of all images, raster order, each flattened (C, p, p).
-            image_grid_thw int[N, 3]: frames (1 of a picture), patch rows, patch columns of each image.
+            image_grid_thw int[N, 3]: frames (1 of an image), patch rows, patch columns of each image.
 
         Raises:
             ValueError: an image cannot be read, or the budget is empty.

@@ -3,21 +3,18 @@
 Dims: B rows, T tokens, P patches, N images, D = LLM width, V = vocabulary, L = label tokens.
 """
 
-import copy
 import os
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .attention import attention_masks, image_blocks
 from .configuration_vora import VoraConfig
-from .from_llm import grow_for_image_token, load_llm, match_token_scale, refuse_unfit
 from .label_loss import losses_of_labels
 from .patch_embed import PatchEmbedding, put_tokens
-from .vit_embedding import vit_embedding
 
 
 class VoraPreTrainedModel(PreTrainedModel):
@@ -154,7 +151,7 @@ class VoraModel(VoraPreTrainedModel):
             if self.config.image_attention == "causal":
                 blocks = None
         elif past_key_values is None and input_ids is not None:
-            self._refuse_orphans(input_ids)
+            self._check_no_image_tokens(input_ids)
 
         if blocks is not None or seen_until is not None:
             attention_mask = attention_masks(
@@ -181,7 +178,7 @@ class VoraModel(VoraPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _refuse_orphans(self, input_ids):
+    def _check_no_image_tokens(self, input_ids):
         num_orphans = int((input_ids == self.config.image_token_id).sum())
         if num_orphans:
             raise ValueError(
@@ -206,81 +203,6 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             name = next(name for name, module in self.named_modules() if module is embeddings)
             self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
-
-    @classmethod
-    def from_llm(
-        cls,
-        llm,
-        *,
-        teacher=None,
-        patch_size=None,
-        image_size=None,
-        patch_merge=1,
-        image_attention="bidirectional",
-        image_token_id=None,
-        **llm_kwargs,
-    ):
-        """Put fresh eyes on an LLM.
-
-        Args:
-            llm: hub id, folder, folder with a GGUF file, the alias `smollm2-135m`, or a loaded causal LM.
-            teacher: a plain ViT of transformers (model, folder or hub id) whose patch projection and positions the
-                eyes start from; it also sets the defaults of the two sizes.
-            patch_size: side of a patch in pixels; 14 without a teacher.
-            image_size: side in pixels of the square that the learned positions cover; 448 without a teacher.
-            patch_merge: m; m x m neighbouring patches become one image token.
-            image_attention: within an image, "bidirectional" or "causal".
-            image_token_id: a token of the vocabulary; by default the tokenizer's own or a spare special token.
-            llm_kwargs: as for `AutoModelForCausalLM.from_pretrained` (`dtype`, `attn_implementation`, ...).
-
-        Raises:
-            ValueError: the LLM's logits or attention cannot be repeated here, or sizes do not fit the teacher.
-        """
-        llm = load_llm(llm, **llm_kwargs)
-        attention = llm.config._attn_implementation  # before configurations are nested, which forgets it
-        if image_token_id is None:
-            image_token_id = grow_for_image_token(llm)
-        head = llm.get_output_embeddings()
-        eyes = {"patch_size": patch_size or 14, "image_size": image_size or 448}
-        embedding = None if teacher is None else vit_embedding(teacher)
-        if embedding is not None:
-            eyes = embedding.eyes(patch_size, image_size)
-        config = VoraConfig(
-            text_config=llm.config.get_text_config(),
-            image_token_id=image_token_id,
-            lm_head_bias=head.bias is not None,
-            patch_merge=patch_merge,
-            image_attention=image_attention,
-            dtype=llm.dtype,
-            **eyes,
-        )
-        model = cls.around(llm, config)
-        if embedding is not None:
-            embedding.copy_to(model.model.patch_embedding)
-        model.set_attn_implementation(attention)
-        match_token_scale(model)
-        refuse_unfit(model, llm)
-        return model
-
-    @classmethod
-    def around(cls, llm, config):
-        """A model with fresh eyes that holds a loaded causal LM, not a copy of it.
-
-        Args:
-            config: the `VoraConfig` of the whole.
-        """
-        with torch.device("meta"):
-            model = cls(config)
-        # of an LLM that is part of a multimodal model, only the language model
-        model.model.language_model = getattr(llm.base_model, "language_model", llm.base_model)
-        model.lm_head = llm.get_output_embeddings()
-        model.model.patch_embedding = PatchEmbedding(config).to(llm.device, llm.dtype)
-        model.model.patch_embedding.apply(model._init_weights)
-        model.tie_weights()
-        model.generation_config = copy.deepcopy(llm.generation_config)
-        suppressed = model.generation_config.suppress_tokens or []
-        model.generation_config.suppress_tokens = [*suppressed, config.image_token_id]  # no answer holds a picture
-        return model.eval()
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
@@ -394,7 +316,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         """
         ids = kwargs.get("input_ids", inputs)
         if ids is not None and kwargs.get("pixel_values") is None and kwargs.get("past_key_values") is None:
-            self.model._refuse_orphans(ids)
+            self.model._check_no_image_tokens(ids)
         if "suppress_tokens" in kwargs:  # the generation config's hold it already
             given = kwargs["suppress_tokens"]
             kwargs["suppress_tokens"] = [*([] if given is None else given), self.config.image_token_id]
@@ -434,25 +356,3 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             model_kwargs.update(pixel_values=pixel_values, image_grid_thw=grids)
         return input_ids, model_kwargs
-
-    def to_llm(self):
-        """The language part alone, as the stock causal LM it came from (shares memory with this model).
-
-        Raises:
-            ValueError: vision LoRA is still on; merge first.
-        """
-        extra = [name for name, _ in self.model.language_model.named_parameters() if "lora_" in name]
-        if extra:
-            raise ValueError(f"{len(extra)} LoRA tensors are still on the LLM: call merge_vision_lora(model) first.")
-        with torch.device("meta"):
-            llm = AutoModelForCausalLM.from_config(copy.deepcopy(self.config.get_text_config()), dtype=self.dtype)
-        llm.base_model.load_state_dict(self.model.language_model.state_dict(), assign=True)
-        llm.get_output_embeddings().load_state_dict(self.lm_head.state_dict(), assign=True)
-        for name, buffer in self.model.language_model.named_buffers():  # non-persistent ones, rotary tables among them
-            owner, _, leaf = name.rpartition(".")
-            setattr(llm.base_model.get_submodule(owner), leaf, buffer)
-        llm.tie_weights()
-        llm.generation_config = copy.deepcopy(self.generation_config)
-        suppressed = [i for i in llm.generation_config.suppress_tokens or [] if i != self.config.image_token_id]
-        llm.generation_config.suppress_tokens = suppressed or None
-        return llm.eval()

@@ -6,9 +6,7 @@ import math
 import numpy as np
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .from_llm import choose_image_token, load_tokenizer
-from .image_processing_vora import Video, VoraImageProcessor, VoraImagesKwargs, flat_images, is_video
-from .vit_embedding import vit_embedding
+from .image_processing_vora import Video, VoraImagesKwargs, flat_images, is_video
 
 # Put before an LLM's own template, this lets it take content that is a list of images and texts.
 FLATTEN_CONTENT = """\
@@ -29,18 +27,6 @@ FLATTEN_CONTENT = """\
   {%- endif -%}
 {%- endfor -%}
 {%- set messages = flat.messages -%}
-"""
-
-# For base LLMs that have no chat template of their own.
-PLAIN_TEMPLATE = """\
-{%- for message in messages -%}
-  {%- if message['role'] == 'assistant' -%}
-    {{ 'Assistant: ' + message['content'] + eos_token + '\\n' }}
-  {%- else -%}
-    {{ message['role'] | capitalize + ': ' + message['content'] + '\\n' }}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}
 """
 
 
@@ -77,40 +63,7 @@ class VoraProcessor(ProcessorMixin):
         self._ends = None, []  # of which template, see `end_ids`
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    @classmethod
-    def from_llm(
-        cls, llm, *, teacher=None, patch_size=None, image_size=None, patch_merge=1, chat_template=None, **image_kwargs
-    ):
-        """The processor for `VoraForConditionalGeneration.from_llm` with the same arguments.
-
-        Args:
-            llm: hub id, folder, folder with a GGUF file, alias, or a tokenizer.
-            teacher: its patch size and normalisation become the defaults.
-            image_size: images get at most as many tokens as a square of this side has patches.
-            chat_template: Jinja template instead of the LLM's own.
-            image_kwargs: further arguments of `VoraImageProcessor`.
-        """
-        tokenizer = llm if hasattr(llm, "convert_tokens_to_ids") else load_tokenizer(llm)
-        image_token, _ = choose_image_token(tokenizer)
-        if teacher is not None:
-            eyes = vit_embedding(teacher).eyes(patch_size, image_size)
-            patch_size, image_size = eyes["patch_size"], eyes["image_size"]
-            for name in ("image_mean", "image_std"):
-                if hasattr(teacher, name):
-                    image_kwargs.setdefault(name, getattr(teacher, name))
-        patch_size, image_size = patch_size or 14, image_size or 448
-        image_kwargs.setdefault("max_image_tokens", (image_size // (patch_size * patch_merge)) ** 2)
-        image_kwargs.setdefault("min_image_tokens", min(4, image_kwargs["max_image_tokens"]))
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        template = chat_template or _template_of(tokenizer)
-        return cls(
-            VoraImageProcessor(patch_size=patch_size, patch_merge=patch_merge, **image_kwargs),
-            tokenizer,
-            image_token=image_token,
-        ).take_template(template)
-
-    def take_template(self, template):
+    def set_template(self, template):
         """Write turns by this Jinja template from now on; content may be a list of images and texts.
 
         Returns:
@@ -238,7 +191,7 @@ class VoraProcessor(ProcessorMixin):
         return self.tokenizer(text[len(beginning) :], add_special_tokens=False)["input_ids"]
 
     def text_tokenizer(self):
-        """The tokenizer as it goes with the language model alone: its chat template knows no pictures."""
+        """The tokenizer as it goes with the language model alone: its chat template knows no images."""
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer.init_kwargs.pop("processor_class", None)
         tokenizer._processor_class = None
@@ -308,14 +261,3 @@ def _videos_as_images(conversation):
         else {**message, "content": [part_of(part) for part in message["content"]]}
         for message in conversation
     ]
-
-
-def _template_of(tokenizer):
-    """The tokenizer's own chat template, else a plain one that begins as the tokenizer would."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if template is None:
-        begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-        template = ("{{- bos_token -}}" if begins else "") + PLAIN_TEMPLATE
-    return template

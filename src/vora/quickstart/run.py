@@ -11,25 +11,25 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
-from vora.data.sources import load_source
-from vora.eval.answers import (
+from vora.build.base_llm import load_llm, load_tokenizer
+from vora.data.readers import load_source
+from vora.eval.scoring.teacher_forced import (
     accuracy,
     accuracy_by_answer,
-    blank_picture_accuracy,
+    blank_image_accuracy,
     exact_answers,
     majority_accuracy,
 )
-from vora.model.from_llm import load_llm, load_tokenizer
-from vora.model.stretches import by_stretch_on_cpu
-from vora.quickstart.report import write_html
-from vora.train.pace import precision_overrides
+from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
+from vora.quickstart.page import write_html
 from vora.train.recipe import load_recipe
 from vora.train.run import train
+from vora.train.throughput import precision_overrides
 from vora.train.trained import merge_run, write_run_card
 
 NUM_SHOWN = 12
 MOST_TRAINING_MINUTES = 9.0
-TOKENS_PER_QUESTION = 10  # with the picture's share, under the quickstart's chat template
+TOKENS_PER_QUESTION = 10  # with the image's share, under the quickstart's chat template
 
 
 def run_quickstart(out, *, llm, minutes, seed, console):
@@ -71,7 +71,7 @@ def run_quickstart(out, *, llm, minutes, seed, console):
         console.print("[3/5] Merging vision LoRA into the LLM")
         model, processor = merge_run(out / "run")
         model = model.to(getattr(torch, dtype))
-        by_stretch_on_cpu(model, model.device)
+        use_segmented_sdpa_on_cpu(model, model.device)
     model.save_pretrained(out / "model")
     processor.save_pretrained(out / "model")
     write_run_card(out / "model", out / "run")
@@ -80,13 +80,13 @@ def run_quickstart(out, *, llm, minutes, seed, console):
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("questions", total=num_questions)
         right = exact_answers(model, processor, test_records, lambda done: bar.advance(task, done))
-    blank = blank_picture_accuracy(model, processor, test_records)
+    blank = blank_image_accuracy(model, processor, test_records)
     majority = majority_accuracy(train_records, test_records)
 
     result = {
         "accuracy": accuracy(right),
-        "blind_accuracy": max(blank, majority),
-        "blank_picture_accuracy": blank,
+        "text_only_accuracy": max(blank, majority),
+        "blank_image_accuracy": blank,
         "majority_accuracy": majority,
         "accuracy_by_answer": {k: share for k, (share, _) in accuracy_by_answer(right, test_records).items()},
         "num_test_questions": num_questions,
@@ -109,7 +109,7 @@ def run_quickstart(out, *, llm, minutes, seed, console):
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     console.print(
         f"[bold]{100 * result['accuracy']:.1f} %[/bold] of {num_questions:,} test questions answered exactly; a blind "
-        f"model gets {100 * result['blind_accuracy']:.1f} %. Trained {train_seconds / 60:.1f} minutes, "
+        f"model gets {100 * result['text_only_accuracy']:.1f} %. Trained {train_seconds / 60:.1f} minutes, "
         f"{result['total_seconds'] / 60:.1f} in all.\nReport: {out / 'report.html'}\n"
         f'Ask it: vora chat {test_records[0].images[0]} -m {out / "model"} -q "what color is the shape?"'
     )
@@ -117,12 +117,12 @@ def run_quickstart(out, *, llm, minutes, seed, console):
 
 
 def evaluation_rows(result, minutes):
-    """What the model card says of the test, as fields of `vora.adapt.card.Evaluation`."""
+    """What the model card says of the test, as fields of `vora.checkpoint.card.Evaluation`."""
     command = f"vora quickstart --llm {result['llm']} --minutes {minutes:g} --seed {result['seed']}"
     metrics = {
         "exact answers": result["accuracy"],
-        "exact answers of a blind model (the better of this one with blank pictures, and the most frequent answer)": (
-            result["blind_accuracy"]
+        "exact answers of a blind model (the better of this one with blank images, and the most frequent answer)": (
+            result["text_only_accuracy"]
         ),
     }
     num_questions = result["num_test_questions"]

@@ -26,7 +26,7 @@ def compile_blocks(learner, arguments):
     """Compile each block by itself, which needs one compilation for all blocks alike, the teacher's too.
 
     Hooks stay outside of what is compiled, and names of weights stay what they are. Rows of another length cost one
-    more compilation, which then serves all lengths. Answers to watched pictures, which grow word by word, are not
+    more compilation, which then serves all lengths. Answers to watched images, which grow word by word, are not
     compiled.
     """
     torch._dynamo.config.recompile_limit = max(MOST_KINDS, torch._dynamo.config.recompile_limit)

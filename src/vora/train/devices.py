@@ -1,7 +1,7 @@
 """What a run must not ask of its devices, said before any work."""
 
 
-def refuse_one_process_of_many_gpus(arguments):
+def check_one_gpu_per_process(arguments):
     """Packed batches cannot be cut for `torch.nn.DataParallel`, which transformers' Trainer would take.
 
     Raises:
@@ -14,7 +14,7 @@ def refuse_one_process_of_many_gpus(arguments):
         )
 
 
-def refuse_spread_weights(recipe, are_spread, resumes=False):
+def check_fsdp(recipe, are_spread, resumes=False):
     """FSDP spreads weights over processes, which then have to compute in step.
 
     Args:
@@ -27,10 +27,10 @@ def refuse_spread_weights(recipe, are_spread, resumes=False):
     if not are_spread:
         return
     asked = {
-        "lora.keep_text runs the LLM once more only where a batch has text": (
-            recipe.lora.keep_text > 0 and recipe.stage == "pretrain"
+        "lora.text_kl_weight runs the LLM once more only where a batch has text": (
+            recipe.lora.text_kl_weight > 0 and recipe.stage == "pretrain"
         ),
-        "watch answers in one process alone": bool(recipe.watch),
+        "watch answers in one process alone": bool(recipe.sample_generations),
         "--resume reads whole weights back": resumes,
     }
     if wrong := [what for what, is_so in asked.items() if is_so]:

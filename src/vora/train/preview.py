@@ -7,8 +7,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vora.data.page import write_page
-from vora.data.survey import survey, write_summary
-from vora.train.run import open_sources, packed_rows, training_arguments
+from vora.data.stats import dataset_statistics, write_summary
+from vora.train.run import open_sources, packed_sequences, training_arguments
 from vora.train.stages import build_processor, load_vit
 
 
@@ -32,11 +32,13 @@ def preview(recipe, out, num_shown, max_samples, num_workers, console):
     sources = open_sources(recipe.data)
     processor = build_processor(recipe, load_vit(recipe))
     recipe.training = {"max_steps": 1, "use_cpu": True, "seed": recipe.training.get("seed", 42)}
-    rows = packed_rows(recipe, sources, processor, training_arguments(recipe, out))
+    rows = packed_sequences(recipe, sources, processor, training_arguments(recipe, out))
     columns = (TextColumn("reading"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=sum(map(len, sources)))
-        summary, bad = survey(rows, source_names(recipe.data), num_workers, lambda count: bar.advance(task, count))
+        summary, bad = dataset_statistics(
+            rows, source_names(recipe.data), num_workers, lambda count: bar.advance(task, count)
+        )
     write_summary(summary, bad, out)
     shown = list(islice(rows.named_samples(), min(num_shown, summary["num_samples"])))
     write_page(out / "samples.html", summary, bad, shown, processor)
@@ -71,6 +73,6 @@ def table_of(summary):
             *shares,
             f"{one['mean_tokens'] or 0:,.0f}",
         )
-    efficiency = f"rows of {summary['row_tokens']:,} tokens are {100 * summary['packing_efficiency']:.1f} % full"
+    efficiency = f"rows of {summary['sequence_length']:,} tokens are {100 * summary['packing_efficiency']:.1f} % full"
     table.caption = f"{efficiency}; {summary['samples_per_second']:,.0f} samples read per second"
     return table

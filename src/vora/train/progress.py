@@ -57,7 +57,7 @@ def read_log(log_file):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def draw_losses(log_file, picture):
+def draw_losses(log_file, image):
     """Plot the losses against samples seen."""
     import matplotlib
 
@@ -74,7 +74,7 @@ def draw_losses(log_file, picture):
     if lines:
         axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(picture, dpi=120)
+    figure.savefig(image, dpi=120)
     plt.close(figure)
 
 
@@ -90,7 +90,7 @@ def write_report(recipe, trainer, directory):
         ("teacher", recipe.teacher.name if recipe.teacher else "none"),
         ("steps", trainer.state.global_step),
         ("samples seen", last.get("samples_seen", trainer.num_samples_seen)),  # of all processes
-        ("lm_loss, last", f"{last['lm_loss']:.4f}" if "lm_loss" in last else "none: pictures alone"),
+        ("lm_loss, last", f"{last['lm_loss']:.4f}" if "lm_loss" in last else "none: images alone"),
         ("distill_loss, last", f"{last['distill_loss']:.4f}" if "distill_loss" in last else "none"),
         ("samples per second", f"{last['samples_per_second']:.1f}" if last else "not measured"),
         ("bad samples skipped", num_bad),

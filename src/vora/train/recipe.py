@@ -11,9 +11,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import TrainingArguments
 
+from vora.build.base_llm import ALIASES
 from vora.data.prompts import DEFAULT_PROMPTS, Prompts
-from vora.data.sources import EASY_VQA
-from vora.model.from_llm import ALIASES
+from vora.data.readers import EASY_VQA
 
 CHANGES_NOTHING = {  # fields of TrainingArguments
     "data_seed": "would change nothing: the order of the data follows training.seed",
@@ -77,7 +77,7 @@ class LoraSection(Section):
     num_blocks: int | None = Field(None, ge=1)  # default: as many as the teacher has
     target_modules: list[str] | None = None
     # weight of `text_loss`, in each micro-batch that has text alone: it is kept as the LLM without LoRA has it
-    keep_text: float = Field(0.0, ge=0)
+    text_kl_weight: float = Field(0.0, ge=0)
 
 
 class TeacherSection(Section):
@@ -91,16 +91,18 @@ class TeacherSection(Section):
     pairing: Literal["outputs", "inputs", "hidden_states"] = (
         "outputs"  # the last two: as the released code, see `block_pairs`
     )
-    image_only_steps: int = Field(0, ge=0)  # first steps that distill pictures alone and run the paired blocks only
+    distill_only_steps: int = Field(0, ge=0)  # first steps that distill images alone and run the paired blocks only
     # after them, of the learning rates of all that they train; 0 without such steps: it rests, at no cost, and so does
-    # the teacher (`VisionLearner.rest_eyes`)
-    eyes_scale: float = Field(1.0, ge=0)
-    starts_eyes: bool = True  # the patch embedding starts from the teacher's
+    # the teacher (`VisionLearner.freeze_vision`)
+    vision_lr_scale: float = Field(1.0, ge=0)
+    init_from_teacher: bool = True  # the patch embedding starts from the teacher's
 
     @model_validator(mode="after")
     def rest_is_of_what_is_taught(self):
-        if self.weight == 0 and self.eyes_scale == 0:
-            raise ValueError("with weight 0 nothing is taught, so eyes_scale 0 cannot say what shall rest: keep one")
+        if self.weight == 0 and self.vision_lr_scale == 0:
+            raise ValueError(
+                "with weight 0 nothing is taught, so vision_lr_scale 0 cannot say what shall rest: keep one"
+            )
         return self
 
 
@@ -113,7 +115,7 @@ class LearningRates(Section):
 
 
 class AugmentSection(Section):
-    """How pictures are changed each time that they are drawn; see `vora.data.augment.augmented`."""
+    """How images are changed each time that they are drawn; see `vora.data.augment.augmented`."""
 
     crop: float = Field(1.0, gt=0, le=1)
     flip: bool = False
@@ -121,7 +123,7 @@ class AugmentSection(Section):
 
 
 class SourceSection(Section):
-    """Where samples come from; see `vora.data.sources.load_source` for what a path may be."""
+    """Where samples come from; see `vora.data.readers.load_source` for what a path may be."""
 
     path: str
     split: str = "train"
@@ -136,13 +138,13 @@ class SourceSection(Section):
 class DataSection(Section):
     folder: str | None = None  # where the paths of the sources start; default: beside the recipe
     sources: list[SourceSection] = Field(min_length=1)
-    row_tokens: int = Field(1024, ge=8)
+    sequence_length: int = Field(1024, ge=8)
     questions_per_image: int | None = Field(None, ge=1)  # drawn anew each epoch; all of them by default
     answer_balance: float = Field(0.0, ge=0, le=1)  # 0: each label token counts alike, 1: each answer; `label_weights`
     caption_prompts: list[str] = list(DEFAULT_PROMPTS.caption)  # asked where a row has an answer alone: `Prompts`
     label_prompts: list[str] = list(DEFAULT_PROMPTS.label)
     statement_prompts: list[str] = list(DEFAULT_PROMPTS.statement)
-    blind: bool = False  # leave every picture out: the LLM learns from the words alone
+    text_only: bool = False  # leave every image out: the LLM learns from the words alone
     image_tokens: tuple[int, int] | None = None  # each image's budget is drawn between these two
     max_bad_share: float = Field(0.1, ge=0, le=1)  # stop when more of the samples read are bad
 
@@ -162,8 +164,8 @@ class DataSection(Section):
         return Prompts(self.caption_prompts, self.label_prompts, self.statement_prompts)
 
 
-class WatchSection(Section):
-    """A fixed picture that is answered at every evaluation."""
+class SampleGenerationSection(Section):
+    """A fixed image that is answered at every evaluation."""
 
     image: str
     question: str
@@ -178,7 +180,7 @@ class Recipe(Section):
     teacher: TeacherSection | None = None
     data: DataSection
     learning_rates: LearningRates = LearningRates()
-    watch: list[WatchSection] = []
+    sample_generations: list[SampleGenerationSection] = []
     max_minutes: float | None = Field(None, gt=0)  # plan fewer steps than training.max_steps if they would take longer
     training: dict = {}
 
@@ -189,17 +191,19 @@ class Recipe(Section):
             for name, given in {
                 "teacher": self.teacher,
                 "model.encoder": self.model.encoder,
-                "data.blind": self.data.blind or None,
+                "data.text_only": self.data.text_only or None,
             }.items()
             if given is not None
         ]
         if len(ways) > 1:
             raise ValueError(
                 f"{' and '.join(ways)} exclude each other: an encoder is taught by nobody, and a blind LLM sees no "
-                "pictures; keep one"
+                "images; keep one"
             )
-        if self.data.blind and self.lora.keep_text:
-            raise ValueError("data.blind leaves text alone, and with lora.keep_text that teaches nothing: keep one")
+        if self.data.text_only and self.lora.text_kl_weight:
+            raise ValueError(
+                "data.blind leaves text alone, and with lora.text_kl_weight that teaches nothing: keep one"
+            )
         return self
 
     @model_validator(mode="after")
@@ -234,7 +238,7 @@ class Recipe(Section):
         return given[0] if given else 0
 
 
-def refuse_vain(recipe):
+def check_recipe(recipe):
     """What a run that is to begin must not ask for, since nothing would come of it; recipes of runs that were trained
     before may, and are read.
 
@@ -244,9 +248,9 @@ def refuse_vain(recipe):
     if recipe.stage == "finetune" and recipe.teacher is not None:
         raise ValueError("stage finetune has no teacher, so its section would change nothing: set teacher=null")
     if recipe.teacher is not None and recipe.teacher.weight == 0:
-        if steps := recipe.teacher.image_only_steps:
+        if steps := recipe.teacher.distill_only_steps:
             raise ValueError(
-                f"with teacher.weight 0 nothing is taught, and image_only_steps {steps} would ask for it: set it to 0"
+                f"with teacher.weight 0 nothing is distilled, but distill_only_steps is {steps}: set it to 0"
             )
     defaults = {field.name: field.default for field in fields(TrainingArguments)}
     for key, why in CHANGES_NOTHING.items():
@@ -399,7 +403,7 @@ def _resolve_paths(recipe, folder):
         is_pattern = any(mark in entry.path for mark in "*?[")
         entry.path = pattern_beside(entry.path) if is_pattern else beside(entry.path)
         entry.image_folder = beside(entry.image_folder)
-    for entry in recipe.watch:
+    for entry in recipe.sample_generations:
         entry.image = beside(entry.image)
     template = recipe.model.chat_template
     if template and "\n" not in template and "{" not in template:

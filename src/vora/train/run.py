@@ -2,7 +2,7 @@
 
 RUN/recipe.yaml, versions.json     what was run, with what
 RUN/log.jsonl                      every log line
-RUN/watch.jsonl                    answers to the watched pictures at each evaluation
+RUN/watch.jsonl                    answers to the watched images at each evaluation
 RUN/bad_samples.jsonl              records that were skipped, with their causes
 RUN/checkpoint-N/                  to resume from, or for another run to go on from; with its model card
 RUN/final/                         what was trained: adapter (stage 1) or model (stage 2), with its model card
@@ -21,19 +21,19 @@ import torch.distributed as dist
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 
-from vora.data.sources import load_source
-from vora.data.stream import PackedRows
-from vora.model.stretches import by_stretch_on_cpu
+from vora.checkpoint.run_directory import find_checkpoint, last_step, newest_checkpoint
+from vora.data.readers import load_source
+from vora.data.stream import PackedSequences
+from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
 from vora.train.blocks import compile_blocks, recompute_blocks
-from vora.train.checkpoints import find_checkpoint, last_step, newest_checkpoint
-from vora.train.devices import refuse_one_process_of_many_gpus, refuse_spread_weights
-from vora.train.pace import steps_that_fit
+from vora.train.devices import check_fsdp, check_one_gpu_per_process
 from vora.train.progress import ProgressCallback, draw_losses, write_report
-from vora.train.recipe import CHECKPOINTING, refuse_vain, save_recipe
-from vora.train.stages import build_learner, eyes_rest, trainable_table
+from vora.train.recipe import CHECKPOINTING, check_recipe, save_recipe
+from vora.train.sample_generations import SampleGenerationCallback
+from vora.train.stages import build_learner, trainable_table, vision_is_frozen
+from vora.train.throughput import steps_that_fit
 from vora.train.trained import write_run_card
 from vora.train.trainer import VoraTrainer
-from vora.train.watch import WatchCallback
 
 DEFAULTS = {
     "per_device_train_batch_size": 4,
@@ -122,31 +122,35 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
         InterruptedError: a signal stopped the run; the message says how to go on.
     """
     console, directory = console or Console(stderr=True), Path(run_directory)
-    refuse_vain(recipe)
+    check_recipe(recipe)
     checkpoint = find_checkpoint(directory, resume)
     arguments = training_arguments(recipe, directory)
-    refuse_one_process_of_many_gpus(arguments)
-    refuse_spread_weights(recipe, bool(arguments.fsdp), checkpoint is not None)
+    check_one_gpu_per_process(arguments)
+    check_fsdp(recipe, bool(arguments.fsdp), checkpoint is not None)
     sources = open_sources(recipe.data)
     torch.manual_seed(arguments.seed)
     learner, processor = build_learner(recipe)
-    if eyes_rest(recipe):
-        learner.rest_eyes()
+    if vision_is_frozen(recipe):
+        learner.freeze_vision()
     if not arguments.torch_compile:  # lengths change each step
-        by_stretch_on_cpu(learner.vora, arguments.device)
-    refuse_long_rows(recipe, learner)
+        use_segmented_sdpa_on_cpu(learner.vora, arguments.device)
+    check_sequence_length(recipe, learner)
     if recipe.recomputed_blocks:
         recompute_blocks(learner, recipe.recomputed_blocks, arguments)
     if arguments.torch_compile:
         compile_blocks(learner, arguments)
-    rows = packed_rows(recipe, sources, processor, arguments, directory / "bad_samples.jsonl")
+    rows = packed_sequences(recipe, sources, processor, arguments, directory / "bad_samples.jsonl")
     if recipe.max_minutes is not None:
         recipe = recipe.model_copy(deep=True)
         if checkpoint is not None:  # planned when it began: another number would be another schedule
             arguments.max_steps = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).max_steps
         else:
             steps = steps_that_fit(
-                learner, rows, arguments, recipe.max_minutes, recipe.teacher.image_only_steps if recipe.teacher else 0
+                learner,
+                rows,
+                arguments,
+                recipe.max_minutes,
+                recipe.teacher.distill_only_steps if recipe.teacher else 0,
             )
             arguments.max_steps = fewest_of_processes(steps, arguments)
         recipe.training["max_steps"], recipe.max_minutes = arguments.max_steps, None  # what a resumed run repeats
@@ -161,22 +165,24 @@ def train(recipe, run_directory, resume=False, console=None, callbacks=()):
         train_dataset=rows,
         processing_class=processor,
         learning_rates=recipe.learning_rates.model_dump(exclude_none=True),
-        image_only_steps=recipe.teacher.image_only_steps if recipe.teacher else 0,
-        eyes_scale=recipe.teacher.eyes_scale if recipe.teacher else 1.0,
+        distill_only_steps=recipe.teacher.distill_only_steps if recipe.teacher else 0,
+        vision_lr_scale=recipe.teacher.vision_lr_scale if recipe.teacher else 1.0,
         callbacks=[
             stop,
             ProgressCallback(console, directory / "log.jsonl"),
             CardCallback(directory),
-            WatchCallback(recipe.watch, processor, directory / "watch.jsonl", console),
+            SampleGenerationCallback(
+                recipe.sample_generations, processor, directory / "sample_generations.jsonl", console
+            ),
             *callbacks,
         ],
     )
     trainer.remove_callback(PrinterCallback)
     # an accelerate configuration may ask for FSDP too
-    refuse_spread_weights(recipe, trainer.is_fsdp_enabled, checkpoint is not None)
+    check_fsdp(recipe, trainer.is_fsdp_enabled, checkpoint is not None)
     try:
         if checkpoint is not None and last_step(checkpoint) >= arguments.max_steps:
-            trainer.take_up(checkpoint)  # killed after its last step: the Trainer would do one more
+            trainer.restore(checkpoint)  # killed after its last step: the Trainer would do one more
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:
@@ -241,16 +247,16 @@ def open_sources(data):
     ]
 
 
-def packed_rows(recipe, sources, processor, arguments, bad_samples=None):
+def packed_sequences(recipe, sources, processor, arguments, bad_samples=None):
     """This process's part of the rows that a recipe trains on."""
-    data, steps = recipe.data, recipe.teacher.image_only_steps if recipe.teacher else 0
+    data, steps = recipe.data, recipe.teacher.distill_only_steps if recipe.teacher else 0
     weights = [source.weight for source in data.sources]
-    return PackedRows(
+    return PackedSequences(
         sources,
         processor,
-        data.row_tokens,
+        data.sequence_length,
         weights=None if weights[0] is None else weights,
-        image_only_rows=steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
+        distill_only_sequences=steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
         seed=arguments.seed,
         bad_samples=bad_samples,
         max_bad_share=data.max_bad_share,
@@ -261,21 +267,22 @@ def packed_rows(recipe, sources, processor, arguments, bad_samples=None):
         questions_per_image=data.questions_per_image,
         image_tokens=data.image_tokens,
         augment=[source.augment and source.augment.model_dump() for source in data.sources],
-        blind=data.blind,
-        keep_text=recipe.stage == "pretrain" and recipe.lora.keep_text > 0,
+        text_only=data.text_only,
+        text_kl_weight=recipe.stage == "pretrain" and recipe.lora.text_kl_weight > 0,
     )
 
 
-def refuse_long_rows(recipe, learner):
+def check_sequence_length(recipe, learner):
     """Raise before work starts if a row would exceed the LLM's context.
 
     Raises:
         ValueError: names both lengths.
     """
     limit = getattr(learner.config.get_text_config(), "max_position_embeddings", None)
-    if limit and recipe.data.row_tokens > limit:
+    if limit and recipe.data.sequence_length > limit:
         raise ValueError(
-            f"data.row_tokens is {recipe.data.row_tokens}, but the LLM's context holds {limit} tokens: lower it."
+            f"data.sequence_length is {recipe.data.sequence_length}, but the LLM's context holds {limit} "
+            "tokens: lower it."
         )
 
 

@@ -7,15 +7,15 @@ from peft import PeftModel
 from rich.table import Table
 from safetensors.torch import load_file
 
-from vora.adapt.llava import VoraLlavaForConditionalGeneration, kind_of_student
-from vora.adapt.lora import DISTILLATION_FILE, attach_vision_lora, is_unmerged, load_vision_lora
-from vora.adapt.over_llm import eyes_on_disk, lacks_llm, load_over_llm, processor_over_llm
+from vora.baselines.llava import VoraLlavaForConditionalGeneration, kind_of_student
+from vora.build.from_llm import from_llm, processor_from_llm
+from vora.build.lora import DISTILLATION_FILE, attach_vision_lora, is_unmerged, load_vision_lora
+from vora.checkpoint.adapter import fetch_adapter, is_adapter, load_adapter, processor_of_adapter
+from vora.checkpoint.run_directory import is_run, trained_folder
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
 from vora.distill.teacher import Teacher
-from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
-from vora.train.checkpoints import is_run, trained_folder
 from vora.train.recipe import ModelSection, load_recipe
 from vora.train.trainer import load_student
 
@@ -81,14 +81,14 @@ def with_scaffolding(recipe, student, image_processor, teacher=None):
             )
             take_heads(distillation, recipe)
         weight = 0.0 if recipe.teacher is None else recipe.teacher.weight
-        learner = VisionLearner(peft_model, image_processor, teacher, distillation, weight, recipe.lora.keep_text)
+        learner = VisionLearner(peft_model, image_processor, teacher, distillation, weight, recipe.lora.text_kl_weight)
     check_trainable(learner, recipe.stage)
     return learner
 
 
-def eyes_rest(recipe):
+def vision_is_frozen(recipe):
     """Whether words alone are learned: the eyes' rates are scaled to nothing from the first step on."""
-    return recipe.teacher is not None and recipe.teacher.eyes_scale == 0 and not recipe.teacher.image_only_steps
+    return recipe.teacher is not None and recipe.teacher.vision_lr_scale == 0 and not recipe.teacher.distill_only_steps
 
 
 def teacher_dtype(recipe):
@@ -128,10 +128,8 @@ def build_student(recipe, vit=None):
     if wanted.encoder is not None:
         model = VoraLlavaForConditionalGeneration.from_llm(wanted.llm, encoder=vit, **options)
     else:
-        start = vit if vit is not None and recipe.teacher.starts_eyes else None
-        model = VoraForConditionalGeneration.from_llm(
-            wanted.llm, teacher=start, image_attention=wanted.image_attention, **options
-        )
+        start = vit if vit is not None and recipe.teacher.init_from_teacher else None
+        model = from_llm(wanted.llm, teacher=start, image_attention=wanted.image_attention, **options)
     return model, build_processor(recipe, vit)
 
 
@@ -142,7 +140,7 @@ def existing_student(recipe):
     Raises:
         ValueError: it has LoRA of another rank or depth than the recipe's, or should train without it.
     """
-    folder, dtype = trained_folder(eyes_on_disk(recipe.model.vora)), recipe.model.dtype
+    folder, dtype = trained_folder(fetch_adapter(recipe.model.vora)), recipe.model.dtype
     has_adapter = (folder / "adapter_config.json").exists()
     if not has_adapter:
         return _as_wanted(kind_of_student(folder).from_pretrained(folder, dtype=dtype), recipe.model)
@@ -155,7 +153,7 @@ def existing_student(recipe):
     elif is_run(recipe.model.vora):
         model = student_of_run(recipe.model.vora, dtype)
     else:
-        model = load_over_llm(folder, dtype)
+        model = load_adapter(folder, dtype)
     has = model.peft_config["default"]
     num_blocks, wanted = len(has.layers_to_transform), recipe.lora
     if has.r != wanted.rank or wanted.num_blocks not in (None, num_blocks):
@@ -208,7 +206,7 @@ def take_heads(distillation, recipe):
     """
     if recipe.model.vora is None:
         return
-    file = trained_folder(eyes_on_disk(recipe.model.vora)) / DISTILLATION_FILE
+    file = trained_folder(fetch_adapter(recipe.model.vora)) / DISTILLATION_FILE
     if not file.exists():
         return
     state, wanted = load_file(file), distillation.state_dict()
@@ -236,17 +234,17 @@ def build_processor(recipe, vit=None):
     """
     wanted = recipe.model
     if wanted.vora is not None:
-        folder = trained_folder(eyes_on_disk(wanted.vora))
-        known = processor_over_llm(folder) if lacks_llm(folder) else VoraProcessor.from_pretrained(folder)
+        folder = trained_folder(fetch_adapter(wanted.vora))
+        known = processor_of_adapter(folder) if is_adapter(folder) else VoraProcessor.from_pretrained(folder)
         if wanted.chat_template is not None:
-            known.take_template(wanted.chat_template)
+            known.set_template(wanted.chat_template)
         return _looking(known, wanted)
     options = {}
-    if vit is not None and (wanted.encoder is not None or recipe.teacher.starts_eyes):
+    if vit is not None and (wanted.encoder is not None or recipe.teacher.init_from_teacher):
         options["teacher"] = vit
     elif vit is not None:  # its normalisation, also where the patch embedding starts afresh
         options |= {"image_mean": vit.image_mean, "image_std": vit.image_std}
-    processor = VoraProcessor.from_llm(
+    processor = processor_from_llm(
         wanted.llm,
         patch_size=wanted.patch_size,
         image_size=wanted.image_size,

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import torch
 
-from vora.adapt.card import CardFacts, harmless, read_card, write_card
-from vora.adapt.card_text import NOT_STATED
-from vora.adapt.llava import kind_of_student
-from vora.adapt.lora import is_unmerged, load_vision_lora, merge_vision_lora
-from vora.adapt.over_llm import lacks_llm, load_over_llm, named_llm, processor_over_llm, save_eyes
+from vora.baselines.llava import kind_of_student
+from vora.build.lora import is_unmerged, load_vision_lora, merge_vision_lora
+from vora.checkpoint.adapter import is_adapter, load_adapter, named_llm, processor_of_adapter, save_adapter
+from vora.checkpoint.card import CardFacts, harmless, read_card, write_card
+from vora.checkpoint.card_text import NOT_STATED
+from vora.checkpoint.run_directory import is_run, last_step, trained_folder
 from vora.distill.learner import LOSSES
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.processing_vora import VoraProcessor
-from vora.train.checkpoints import is_run, last_step, trained_folder
 from vora.train.progress import read_log
 from vora.train.recipe import load_recipe
 from vora.train.stages import build_learner
@@ -25,7 +25,7 @@ def merge_run(run_directory, llm=None):
 
     Args:
         run_directory: of `vora train`, or a folder with an unmerged model, such as `vora import-reference` writes, or
-            with eyes without their LLM (`vora.adapt.over_llm`).
+            with eyes without their LLM (`vora.checkpoint.adapter`).
         llm: to put such eyes over, if not the one that they name.
 
     Returns:
@@ -42,7 +42,7 @@ def merge_run(run_directory, llm=None):
 
 
 def _merged(directory, llm):
-    over_llm = not is_run(directory) and lacks_llm(directory)
+    over_llm = not is_run(directory) and is_adapter(directory)
     if llm is not None and not over_llm:
         raise ValueError(f"{directory} has its own LLM: leave --llm out.")
     if is_unmerged(directory):
@@ -53,14 +53,14 @@ def _merged(directory, llm):
             processor = VoraImageProcessor.from_pretrained(directory)
         return model, processor
     if over_llm:
-        return merge_vision_lora(load_over_llm(directory, llm=llm)), processor_over_llm(directory, llm)
-    refuse_no_run(directory)
+        return merge_vision_lora(load_adapter(directory, llm=llm)), processor_of_adapter(directory, llm)
+    check_is_run(directory)
     recipe, folder = load_recipe(directory / "recipe.yaml"), trained_folder(directory)
     dtype = getattr(torch, recipe.model.dtype)
     if recipe.stage == "finetune":  # it is all there
         return kind_of_student(folder).from_pretrained(folder, dtype=dtype), VoraProcessor.from_pretrained(folder)
     if recipe.model.llm is not None and recipe.model.encoder is None:  # no teacher is needed, nor what it started from
-        model = load_over_llm(folder, dtype, recipe.model.llm).float()
+        model = load_adapter(folder, dtype, recipe.model.llm).float()
         processor = VoraProcessor.from_pretrained(folder)
     else:
         learner, processor = open_run(directory)
@@ -86,7 +86,7 @@ def open_run(run_directory, teacher=None):
         ValueError: the directory holds no run, or one that has no trained weights yet.
     """
     directory = Path(run_directory)
-    refuse_no_run(directory)
+    check_is_run(directory)
     folder = trained_folder(directory)
     recipe = load_recipe(directory / "recipe.yaml", ["model.dtype=float32"])
     if teacher is not None and recipe.teacher is not None and Path(teacher).name == Path(recipe.teacher.name).name:
@@ -96,13 +96,13 @@ def open_run(run_directory, teacher=None):
     return learner.eval(), processor
 
 
-def refuse_no_run(directory):
+def check_is_run(directory):
     """Raise ValueError for what is no directory of a run."""
     if not is_run(directory):
         raise ValueError(f"{directory} holds no recipe.yaml: it is no run directory of `vora train`.")
 
 
-def refuse_without_eyes(run_directory):
+def check_has_adapter(run_directory):
     """Raise ValueError unless a directory is that of a run whose eyes can be sent without their LLM."""
     recipe = load_recipe(Path(run_directory) / "recipe.yaml") if is_run(run_directory) else None
     if recipe is None or recipe.stage != "pretrain" or recipe.model.encoder is not None:
@@ -110,14 +110,14 @@ def refuse_without_eyes(run_directory):
         what += " with an encoder" if recipe is not None and recipe.model.encoder is not None else ""
         raise ValueError(
             f"{run_directory} is {what}: only runs of stage pretrain, without an encoder, have eyes apart from their "
-            "LLM. Leave --eyes-out out."
+            "LLM. Leave --adapter-out out."
         )
 
 
-def write_eyes(folder, run_directory):
+def write_adapter(folder, run_directory):
     """Write what a run of stage 1 has added to its LLM, in the precision that it trained the LLM in, with its card."""
     learner, processor = open_run(run_directory)
-    save_eyes(learner.student, processor, folder, load_recipe(Path(run_directory) / "recipe.yaml").model.dtype)
+    save_adapter(learner.student, processor, folder, load_recipe(Path(run_directory) / "recipe.yaml").model.dtype)
     merge_command = f"vora merge THIS_FOLDER{'' if named_llm(folder) else ' --llm LLM'} -o my-vora"
     write_run_card(folder, run_directory, merge_command=merge_command)
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
 
-from vora.adapt.lora import DISTILLATION_FILE
-from vora.adapt.over_llm import digest_of
+from vora.build.lora import DISTILLATION_FILE
+from vora.checkpoint.adapter import digest_of
 from vora.data.stream import PackedBatches
 from vora.distill.learner import LOSSES
 
-ON_HOST = ("image_grid_thw", "num_samples", "pictures_alone")  # of a batch: what only the host asks
+ON_HOST = ("image_grid_thw", "num_samples", "distill_only")  # of a batch: what only the host asks
 DATA_FILE = "data_position_{}.json"  # one per process
 PART_MARKS = {"patch_embedding": "patch_embedding", "heads": "distillation.heads", "lora_b": "lora_B"}
 
@@ -27,10 +27,10 @@ class VoraTrainer(Trainer):
 
     Args:
         learning_rates: {part: rate} where it is not the recipe's one rate; see `PART_MARKS`.
-        image_only_steps: the first steps, whose batches hold pictures alone.
-        eyes_scale: of the learning rates of what learns in these steps, from then on; from the start without them.
+        distill_only_steps: the first steps, whose batches hold images alone.
+        vision_lr_scale: of the rates of what learns in these steps, from then on; from the start without them.
 
-    Its `train_dataset` is a `PackedRows`, whose position each process saves in every checkpoint. Logs `lm_loss`,
+    Its `train_dataset` is a `PackedSequences`, whose position each process saves in every checkpoint. Logs `lm_loss`,
     `answer_loss`, `distill_loss`, `text_loss`, the loss of each block pair, samples and tokens per second,
     and the share of time that went into waiting for data.
     """
@@ -39,13 +39,13 @@ class VoraTrainer(Trainer):
         self,
         *args,
         learning_rates=None,
-        image_only_steps=0,
-        eyes_scale=1.0,
+        distill_only_steps=0,
+        vision_lr_scale=1.0,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.learning_rates = learning_rates or {}
-        self.image_only_steps, self.eyes_scale = image_only_steps, eyes_scale
+        self.distill_only_steps, self.vision_lr_scale = distill_only_steps, vision_lr_scale
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the label tokens of all micro-batches
         self.num_samples_seen = 0
         self._terms, self._clock, self._tokens, self._waited = {}, time.monotonic(), 0, 0.0
@@ -103,7 +103,7 @@ class VoraTrainer(Trainer):
         self.num_samples_seen += int(inputs["num_samples"])
         self._tokens += inputs["input_ids"].numel()
         if inputs["input_ids"].device.type == "cpu":  # elsewhere it would wait for the device: see log
-            refuse_non_finite(losses["loss"].item(), self.state.global_step)
+            check_finite(losses["loss"].item(), self.state.global_step)
 
     def log(self, logs, start_time=None):
         """Adds the named losses, as means since the last line, and the speed."""
@@ -114,13 +114,13 @@ class VoraTrainer(Trainer):
                     logs |= {f"pair_{s}_{t}": loss for (s, t), loss in zip(pairs, value.tolist())}
                 else:
                     logs[name] = float(value)
-            refuse_non_finite(logs["loss"], self.state.global_step)
+            check_finite(logs["loss"], self.state.global_step)
             logs |= self._speed()
         super().log(logs, start_time)
 
     def _means(self):
         """{name: float[1], or float[P] of P pairs}: means of what was noted since the last line, over all processes,
-        of which some may have seen no text, or no picture."""
+        of which some may have seen no text, or no image."""
         distillation = self.accelerator.unwrap_model(self.model).distillation
         sizes = dict.fromkeys(LOSSES, 1) | {"pair_losses": 0 if distillation is None else len(distillation.pairs)}
         rows = {name: torch.zeros(size + 1, device=self.args.device) for name, size in sizes.items()}
@@ -160,22 +160,24 @@ class VoraTrainer(Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        """The recipe's schedule; steps that distill pictures alone have one of their own before it, down to zero.
+        """The recipe's schedule; steps that distill images alone have one of their own before it, down to zero.
 
         Both were measured (docs/LOG.md): the eyes learn shapes only once their learning rate falls, and the first
         gradients of the language loss are so large that they would undo it: so the warm-up starts anew with them,
-        and the eyes go on at `eyes_scale` of their rates.
+        and the eyes go on at `vision_lr_scale` of their rates.
         """
-        first = self.image_only_steps
+        first = self.distill_only_steps
         scheduler = super().create_scheduler(num_training_steps - first, optimizer)
-        if not first and self.eyes_scale == 1.0:
+        if not first and self.vision_lr_scale == 1.0:
             return scheduler
         warmup = max(1, self.args.get_warmup_steps(num_training_steps - first))
         schedules = []
         for group, rest, rate in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs):
-            _, is_eyes = group["part"]
+            _, is_vision = group["part"]
             group["lr"] = rate
-            schedules.append(partial(_eyes_first, rest, first, warmup, self.eyes_scale if is_eyes else 1.0))
+            schedules.append(
+                partial(_distill_only_schedule, rest, first, warmup, self.vision_lr_scale if is_vision else 1.0)
+            )
         self.lr_scheduler = LambdaLR(scheduler.optimizer, schedules)
         return self.lr_scheduler
 
@@ -193,7 +195,7 @@ class VoraTrainer(Trainer):
         if folder.name.startswith("checkpoint-"):
             torch.save(self.args, folder / "training_args.bin")
 
-    def take_up(self, checkpoint):
+    def restore(self, checkpoint):
         """Stand where a checkpoint was saved, without a step."""
         self.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
         self._load_from_checkpoint(checkpoint)
@@ -228,13 +230,13 @@ def part_of(name):
     return "rest"
 
 
-def _eyes_first(rest, num_first, num_warmup, scale, step):
+def _distill_only_schedule(rest, num_first, num_warmup, scale, step):
     if step >= num_first:
         return scale * rest(step - num_first)
     return min((step + 1) / num_warmup, (num_first - step) / num_first)
 
 
-def refuse_non_finite(loss, step):
+def check_finite(loss, step):
     """Raise at the first loss that is no number.
 
     Raises:

@@ -1,0 +1,1 @@
+"""What VoRA is compared with."""

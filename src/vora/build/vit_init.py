@@ -1,0 +1,112 @@
+"""The patch embedding of a plain ViT of transformers, read without per-family code.
+
+Dims: C channels, p patch side, G = side of the position grid, D_v = width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel
+
+
+@dataclass
+class VitEmbedding:
+    """What a fresh `PatchEmbedding` starts from.
+
+    weight float[D_v, C*p*p] (flattened channel first), bias float[D_v] or None, norm float[D_v] or None,
+    position float[G*G, D_v] or None (rotary teachers have no table).
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    norm: torch.Tensor | None
+    position: torch.Tensor | None
+    patch_size: int
+    num_channels: int
+    image_size: int
+
+    def config_fields(self, patch_size: int | None = None, image_size: int | None = None) -> dict:
+        """The fields of `VoraConfig` that make a patch embedding of this one's shape.
+
+        Raises:
+            ValueError: another patch size is asked for than the teacher has.
+        """
+        if patch_size not in (None, self.patch_size):
+            raise ValueError(
+                f"patch_size {patch_size} was asked for, but the teacher's patches are {self.patch_size} pixels wide: "
+                "leave patch_size out, or leave the teacher out of from_llm."
+            )
+        return {
+            "patch_size": self.patch_size,
+            "num_channels": self.num_channels,
+            "image_size": image_size or self.image_size,
+            "vision_hidden_size": self.weight.shape[0],
+            "patch_norm": self.norm is not None,
+        }
+
+    @torch.no_grad()
+    def copy_to(self, embedding):
+        """Copy into a `PatchEmbedding`; positions are resampled where its grid differs."""
+        embedding.patch.weight.copy_(self.weight)
+        embedding.patch.bias.zero_() if self.bias is None else embedding.patch.bias.copy_(self.bias)
+        if self.norm is not None:
+            embedding.norm.weight.copy_(self.norm)
+        if self.position is None:
+            return
+        side = round(len(self.position) ** 0.5)
+        table = self.position.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
+        if side != embedding.grid_size:
+            size = (embedding.grid_size, embedding.grid_size)
+            table = nn.functional.interpolate(table, size, mode="bicubic", align_corners=False, antialias=True)
+        embedding.position.copy_(table[0].flatten(1).T)
+
+
+def vit_embedding(vit):
+    """Read the patch embedding of a ViT (model, folder or hub id; an object with a `vit` attribute is unwrapped).
+
+    Raises:
+        ValueError: no patch projection is found; the model is not a plain ViT.
+    """
+    vit = getattr(vit, "vit", vit)
+    if not isinstance(vit, nn.Module):
+        vit = AutoModel.from_pretrained(vit)
+    vit = getattr(vit, "vision_model", vit)
+    config = getattr(vit.config, "vision_config", vit.config)
+    embeddings = getattr(vit, "embeddings", vit)
+    channels, patch_size = getattr(config, "num_channels", 3), getattr(config, "patch_size", None)
+    weight, bias = _patch_projection(embeddings, channels, patch_size)
+    if weight is None or len(weight) != getattr(config, "hidden_size", None):
+        raise ValueError(
+            f"{type(vit).__name__} has no plain projection of patches to its width: only plain ViTs "
+            "(ViT, DeiT, CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3, AIMv2) can teach."
+        )
+    norms = (m for name, m in embeddings.named_modules() if name.endswith("norm"))
+    norm = next((m.weight for m in norms if hasattr(m, "weight")), None)
+    position = _position_table(embeddings, weight.shape[0])
+    image_size = getattr(config, "image_size", None)
+    if position is not None:
+        image_size = round(len(position) ** 0.5) * patch_size
+    return VitEmbedding(weight, bias, norm, position, patch_size, channels, image_size or 16 * patch_size)
+
+
+def _patch_projection(embeddings, channels, patch_size):
+    """(weight float[D_v, C*p*p], bias), or (None, None) where there is none."""
+    if not isinstance(patch_size, int):
+        return None, None
+    for module in embeddings.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride == (patch_size, patch_size):
+            return module.weight.flatten(1), module.bias
+        if isinstance(module, nn.Linear) and module.in_features == channels * patch_size**2:
+            channel_last = module.weight.unflatten(1, (patch_size, patch_size, channels))  # SigLIP 2
+            return channel_last.permute(0, 3, 1, 2).flatten(1), module.bias
+    return None, None
+
+
+def _position_table(embeddings, width):
+    """float[G*G, D_v]: the last G*G rows of the table; the rows before them belong to CLS and register tokens."""
+    for name, table in embeddings.named_parameters():
+        if "position_embedding" in name and table.shape[-1] == width:
+            table = table.reshape(-1, width)
+            return table[-(int(len(table) ** 0.5) ** 2) :]
+    return None

@@ -1,0 +1,1 @@
+"""What a model folder is: written with everything saved, read in one place."""

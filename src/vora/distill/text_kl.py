@@ -1,0 +1,69 @@
+"""What an LLM makes of text is what it shall go on making of it: with LoRA off it teaches itself with LoRA on.
+
+LoRA that learns to see from images alone changes what the same blocks make of words, and nothing tells it so
+(docs/LOG.md, "What eyes cost the language"). Rows of text do: no labels are needed, any text will do.
+
+Dims: L tokens of text, D = LLM width, V = vocabulary.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch.utils.checkpoint import checkpoint
+
+from vora.model.label_loss import labels_at_once
+
+
+@contextmanager
+def lora_off(model):
+    """The LLM as it was, without dropout, while the context lasts; gradients and what trains are not touched."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    training = model.training
+    model.eval()
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+        model.train(training)
+
+
+def unexplained(states, own):
+    """How far hidden states float[L, D] are from the LLM's own: float[].
+
+    Per channel the squared difference is taken relative to the channel's variance, so that the few channels that hold
+    nearly all of an LLM's activations do not stand for the others; the mean e over a token's channels counts as
+    log(1 + e), so that tokens that are far off do not drown the others. 0: nothing has changed.
+    """
+    own = own.float()
+    variance = own.var(0, correction=0).clamp_min(1e-6)
+    return ((states.float() - own).square() / variance).mean(-1).log1p().mean()
+
+
+def divergence(logits_of, states, own, vocab_size):
+    """KL divergence of what is said next from what the LLM itself would say, mean over tokens, in float32: float[].
+
+    As in `vora.model.label_loss`, logits are made part by part, and again for gradients, where all would be too many.
+
+    Args:
+        logits_of: function of float[l, D] to float[l, V].
+        states, own: float[L, D], last hidden states with LoRA on and off.
+    """
+    size = labels_at_once(len(states), 2 * vocab_size)  # both models'
+    if size == len(states):
+        return _summed(logits_of, states, own) / size
+    sums = [
+        checkpoint(_summed, logits_of, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(states.split(size), own.split(size))
+    ]
+    return torch.stack(sums).sum() / len(states)
+
+
+def _summed(logits_of, states, own):
+    with torch.no_grad():
+        wanted = logits_of(own).float().log_softmax(-1)
+    said = logits_of(states).float().log_softmax(-1)
+    return torch.nn.functional.kl_div(said, wanted, reduction="sum", log_target=True)

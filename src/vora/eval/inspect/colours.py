@@ -1,0 +1,65 @@
+"""Features as colours: the first three principal components of an image's tokens.
+
+Dims: T image tokens, D their width.
+"""
+
+from itertools import permutations
+
+import torch
+
+from vora.eval.metrics.cka import of_one_length
+
+
+def principal_components(states):
+    """The first three principal components of tokens, largest first.
+
+    Each token is brought to the same length first, as every block does to what it reads: otherwise the few tokens of
+    enormous length that LLMs make would be all that is seen.
+
+    Args:
+        states: float[T, D].
+
+    Returns:
+        (float[T, 3], centred and without fixed signs; [3 shares of the variance that they hold]). Components that
+        there are not are 0.
+    """
+    states = of_one_length(states)
+    states = states - states.mean(0)
+    wide = states.shape[1] >= states.shape[0]
+    values, vectors = torch.linalg.eigh(states @ states.T if wide else states.T @ states)
+    values, vectors = values.clamp(min=0).flip(0)[:3], vectors.flip(1)[:, :3]
+    scores = torch.zeros(len(states), 3)
+    scores[:, : len(values)] = (vectors * values.sqrt() if wide else states @ vectors).float()
+    total = states.pow(2).sum()
+    shares = (values / total).tolist() if total > 1e-12 * len(states) else [0.0] * len(values)
+    return scores, [*shares, 0.0, 0.0][:3]
+
+
+def aligned(scores, others):
+    """Components in the order and with the signs that agree best with those of another block.
+
+    Args:
+        scores, others: float[T, 3].
+    """
+    alike = _unit(scores).T @ _unit(others)
+    order = max(permutations(range(3)), key=lambda order: sum(float(alike[c, i].abs()) for i, c in enumerate(order)))
+    signs = torch.tensor([-1.0 if alike[component, i] < 0 else 1.0 for i, component in enumerate(order)])
+    return scores[:, list(order)] * signs
+
+
+def _unit(scores):
+    return scores / scores.norm(dim=0).clamp(min=1e-12)
+
+
+def colours(scores, outside=0.02):
+    """Components as red, green and blue, float[T, 3] in 0..1, segmented between percentiles of each; grey where one
+    says nothing.
+
+    Args:
+        scores: float[T, 3].
+        outside: share of the tokens left outside at either end.
+    """
+    low, high = (scores.quantile(share, dim=0) for share in (outside, 1 - outside))
+    flat = high - low < 1e-6 * scores.abs().max().clamp(min=1e-12)
+    segmented = ((scores - low) / torch.where(flat, 1.0, high - low)).clamp(0, 1)
+    return torch.where(flat, 0.5, segmented)

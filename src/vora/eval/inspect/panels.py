@@ -1,0 +1,251 @@
+"""`vora inspect`, the images: every figure of an `Inspection` as tiles, each panel with what it shows and what not.
+
+Dims: I image tokens.
+"""
+
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+
+from vora.data.page import with_grid
+from vora.eval.metrics.cka import FEWEST_TOKENS, MOST_TOKENS
+
+TILE, WORD_TILE = 104, 150  # sides in pixels of a square image's tiles; other images' have the same area
+IMAGE = 640  # longer side at most, if the image is not larger by itself
+LONGEST = 16  # times as long as wide is a tile at most
+GAP = 4
+BRIGHTEST = 0.98  # quantile of the patches from which on all are as bright
+STRETCHED = "each image segmented from no attention to that of its brightest patches"
+FEWEST_WORDS = 3  # of which a mean says what is common to them
+MOST_DOUBLINGS = 2
+NEAREST = Image.Resampling.NEAREST
+LINES = (("cosine", "cosine, as trained"), ("centred_cosine", "cosine, mean taken off"), ("cka", "CKA, without heads"))
+
+
+@dataclass
+class Panel:
+    """Something to look at.
+
+    Args:
+        title, caption: what it is; what it shows and what it does not.
+        tiles: list of (heading, further label, PIL image).
+    """
+
+    title: str
+    caption: str
+    tiles: list
+
+
+def panels_of(found, image_processor):
+    """All panels of an `Inspection`, in the order of the page."""
+    panels = [_seen(found, image_processor), _components(found)]
+    if found.teacher is not None:
+        panels.append(_likeness(found))
+    if found.words:
+        panels += [_words(found), _blocks(found)]
+    return panels
+
+
+def _seen(found, image_processor):
+    rows, columns = found.grid
+    image = ImageOps.expand(with_grid(found.image, image_processor, IMAGE), 1, "#d8e0e8")
+    return Panel(
+        "What the model is given",
+        f"The image at the size at which the model reads it, {found.image.width} x {found.image.height} pixels, "
+        f"cut into {rows} x {columns} image tokens. It sees nothing finer.",
+        [("", "", image)],
+    )
+
+
+def _components(found):
+    teacher_of = dict(found.pairs)
+    tiles = []
+    for block, colours in found.colours.items():
+        image, label = _grid_of_colours(colours, found.grid), f"{_share(found.variance[block])}"
+        if block in teacher_of:
+            other = teacher_of[block]
+            image = _stacked(image, _grid_of_colours(found.teacher_colours[other], found.grid))
+            label += f"\nteacher {other + 1}: {_share(found.teacher_variance[other])}"
+        tiles.append((block_name(block), label, image))
+    beside = ""
+    if found.teacher is not None:
+        beside = (
+            " Below it, where a block has a partner, the teacher's features of the same patches, brought to the order "
+            "and signs that agree best with the block above, so likeness is shown at its best."
+        )
+    return Panel(
+        "What differs from patch to patch, block by block",
+        "One square per image token: the first three principal components of the tokens as red, green and blue, each "
+        f"segmented over this image.{beside} The percentage is how much of all differences between tokens the "
+        "three hold; the rest is not seen. Input is what enters the first block. Order and signs follow the block "
+        "before. Colours have no names, and are not the same in another image. That patches differ does not say "
+        "that the model understands why.",
+        tiles,
+    )
+
+
+def _likeness(found):
+    num_tokens = found.grid[0] * found.grid[1]
+    learned = ""
+    if "cosine" in (found.pair_likeness or [{}])[0]:
+        learned = (
+            "Cosine, as trained: between what the distill head says of each patch and the teacher's feature, the very "
+            "thing that training maximises. Mean taken off: the same once each side's mean over this image is "
+            "subtracted, so that only what tells patches apart counts. "
+        )
+    rough = f" {num_tokens} tokens give a rough estimate of CKA." if FEWEST_TOKENS <= num_tokens < 64 else ""
+    if num_tokens < FEWEST_TOKENS:
+        rough = f" CKA takes {FEWEST_TOKENS} image tokens; here are {num_tokens}."
+    if num_tokens > MOST_TOKENS:
+        rough = f" CKA is of {MOST_TOKENS} of the tokens, evenly spaced."
+    return Panel(
+        "How alike to the teacher",
+        f"{learned}CKA compares without any head: 1 where both find the same patches alike, 0 on average where they "
+        "have nothing in common (it can fall below). Dashed: the same measure when the teacher looks at the mirrored "
+        "image. What is left there comes from what no mirror changes (averages, symmetry, rows) and not from what "
+        f"is where in this image; that is the distance between a line and its dashes.{rough} One image is no "
+        "measurement of a model. On the map, dots are the pairs of blocks that stand side by side.",
+        [("", "", _likeness_lines(found)), ("", "", _likeness_map(found))],
+    )
+
+
+def _words(found):
+    mean = sum(word.map() for word in found.words) / len(found.words)
+    most = max(share for word in found.words for share in word.share_by_block().values())
+    tiles = []
+    for word in found.words:
+        shares = word.share_by_block()
+        strip = np.array([list(shares.values())]) / max(most, 1e-12)
+        images = [_lit(found, word.map(), WORD_TILE)]
+        if len(found.words) >= FEWEST_WORDS:
+            ratio = (word.map() / mean.clamp(min=1e-12)).clamp(min=1e-12).log2() / (2 * MOST_DOUBLINGS) + 0.5
+            images.append(_grid_of(ratio, found.grid, "coolwarm", WORD_TILE))
+        images.append(_coloured(strip, "viridis").resize((images[0].width, 10), NEAREST))
+        share = sum(shares.values()) / len(shares)
+        label = f"{_percent(share)} on the image\n(evenly: {_percent(word.even_share)})"
+        tiles.append((word.text, label, _stacked(*images)))
+    compared = ""
+    if len(found.words) >= FEWEST_WORDS:
+        compared = (
+            " Below, patch by patch against the mean of all the answer's words: red more, blue less, "
+            f"{2**MOST_DOUBLINGS} times at most."
+        )
+    return Panel(
+        "Where the model looked for each word",
+        "Attention to the image tokens from the place where each word was chosen, which is the one before it; mean "
+        f"over heads, blocks and the word's tokens, {STRETCHED}.{compared} The percentage is how much of all "
+        "attention falls on the image, beside what an even spread over everything in sight would give. The strip "
+        "is that share block by block, the first at the left, the same scale for all words: dark 0 %, yellow "
+        f"{_percent(most)}. Attention is not an explanation: it says what was read from, not what was used or why. "
+        "After the first blocks an image token also holds what it read from others, so a dark patch may have "
+        "mattered through a bright one, and many heads rest on some token that means nothing to them.",
+        tiles,
+    )
+
+
+def _blocks(found):
+    blocks = list(found.words[0].attention)
+    tiles = []
+    for block in blocks:
+        attention = sum(word.attention[block] for word in found.words) / len(found.words)
+        tiles.append((block_name(block), _percent(float(attention.sum())), _lit(found, attention, TILE)))
+    return Panel(
+        "Which blocks look where",
+        f"The same attention, mean over the words and heads, for each block by itself, {STRETCHED}; the percentage is "
+        "the share that falls on the image. Where that is near 0, the bright patches are nearly nothing too.",
+        tiles,
+    )
+
+
+def block_name(block):
+    """Blocks are counted from 1 for readers; -1 is what enters the first."""
+    return "input" if block == -1 else f"block {block + 1}"
+
+
+def _share(shares):
+    return _percent(sum(shares))
+
+
+def _percent(share):
+    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
+
+
+def _tile_size(grid, side):
+    """(width, height) in pixels of a tile: the image's shape, of the area of a square with this side."""
+    aspect = min(LONGEST, max(1 / LONGEST, grid[1] / grid[0]))
+    return round(side * aspect**0.5), round(side / aspect**0.5)
+
+
+def _grid_of_colours(colours, grid):
+    pixels = (colours.view(*grid, 3).numpy() * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels).resize(_tile_size(grid, TILE), NEAREST)
+
+
+def _grid_of(values, grid, name, side):
+    """float[I] in 0..1 through a colour map, as a tile."""
+    return _coloured(values.view(*grid).numpy(), name).resize(_tile_size(grid, side), NEAREST)
+
+
+def _coloured(values, name):
+    """float[rows, columns] through a colour map, whose ends stand for all below 0 and above 1; one pixel each."""
+    return Image.fromarray((colormaps[name](values)[..., :3] * 255).round().astype(np.uint8))
+
+
+def _lit(found, attention, side):
+    """The attention to the image tokens, float[I], with the image shining through."""
+    heat = _grid_of(attention / attention.quantile(BRIGHTEST).clamp(min=1e-12), found.grid, "inferno", side)
+    grey = ImageOps.autocontrast(found.image.convert("L")).convert("RGB").resize(heat.size)
+    return Image.blend(grey, heat, 0.75)
+
+
+def _stacked(*images):
+    """Images one above the other, with a gap."""
+    height = sum(image.height for image in images) + GAP * (len(images) - 1)
+    whole, top = Image.new("RGB", (max(image.width for image in images), height), "white"), 0
+    for image in images:
+        whole.paste(image, (0, top))
+        top += image.height + GAP
+    return whole
+
+
+def _likeness_lines(found):
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    blocks = [likeness["student"] + 1 for likeness in found.pair_likeness]
+    for colour, (name, label) in enumerate(LINES):
+        if name in found.pair_likeness[0]:
+            for mark, style in (("", "-o"), ("_mirrored", "--")):
+                values = [float(likeness[name + mark]) for likeness in found.pair_likeness]
+                axes.plot(
+                    blocks, values, style, color=f"C{colour}", label=None if mark else label, markersize=3,
+                )  # fmt: skip
+    axes.axhline(0, color="#5b6b7b", linewidth=0.8)
+    axes.set(xlabel="block of the model (0: what enters the first)", ylabel="likeness to the teacher's block")
+    axes.set_ylim(top=1.02)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    return _drawn(figure)
+
+
+def _likeness_map(found):
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    blocks, teacher_blocks = ([block + 1 for block in found.cka[name]] for name in ("blocks", "teacher_blocks"))
+    values = np.asarray(found.cka["cka"]).T
+    mesh = axes.pcolormesh(blocks, teacher_blocks, values, cmap="viridis", vmin=0, vmax=1, shading="nearest")
+    axes.plot(*([block + 1 for block in side] for side in zip(*found.pairs)), "o", color="white", mec="black", ms=4)
+    axes.set(xlabel="block of the model (0: what enters the first)", ylabel="block of the teacher")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(mesh, label="CKA")
+    return _drawn(figure)
+
+
+def _drawn(figure):
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=96)
+    return Image.open(buffer).convert("RGB")

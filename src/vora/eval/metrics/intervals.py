@@ -1,0 +1,83 @@
+"""Values with 95 % intervals.
+
+Dims: N examples, G groups (the questions about one image are drawn together), K sums that a value is made of.
+"""
+
+import math
+
+import numpy as np
+
+NUM_DRAWS, AT_ONCE = 2000, 1 << 22
+Z = 1.959964  # 97.5 % of a normal distribution lie below
+
+
+def interval_of(value_of, sums, groups, seed=0):
+    """A value of a corpus, and the middle 95 % of what it is for draws of as many groups, with replacement.
+
+    Args:
+        value_of: float[..., K] sums over examples to float[...] values.
+        sums: float[N, K], what each example adds.
+        groups: list of N names.
+
+    Returns:
+        {"value": float, "interval": [low, high]}; None for what is not defined, as of 0 examples, and as the interval
+        of one group, of which all draws are the same.
+    """
+    sums = np.asarray(sums, float)
+    if not len(sums):
+        return {"value": None, "interval": [None, None]}
+    _, number = np.unique([str(group) for group in groups], return_inverse=True)
+    by_group = np.zeros((number.max() + 1, sums.shape[1]))
+    np.add.at(by_group, number, sums)
+    draw, count, drawn = np.random.default_rng(seed), len(by_group), []
+    equal = np.full(count, 1 / count)
+    for start in range(0, NUM_DRAWS, max(1, AT_ONCE // count)):
+        size = min(max(1, AT_ONCE // count), NUM_DRAWS - start)
+        drawn.append(value_of(draw.multinomial(count, equal, size=size) @ by_group))
+    drawn = np.concatenate(drawn)
+    low, high = np.quantile(drawn[np.isfinite(drawn)], [0.025, 0.975]) if np.isfinite(drawn).any() else (np.nan,) * 2
+    low, high = (low, high) if count > 1 else (np.nan, np.nan)
+    value = float(value_of(sums.sum(0)))
+    return {"value": _finite(value), "interval": [_finite(low), _finite(high)]}
+
+
+def mean(scores, groups, seed=0):
+    """The mean of any scores."""
+    scores = np.asarray(scores, float)
+    return interval_of(_ratio, np.stack([scores, np.ones(len(scores))], 1), groups, seed)
+
+
+def share(scores, groups, seed=0):
+    """The mean of scores in 0..1, with an interval as of `of_share`."""
+    return of_share(mean(scores, groups, seed), groups)
+
+
+def of_share(found, groups):
+    """What `interval_of` found for a value in 0..1; where no draw differs (all are 0, all are 1, there is one group)
+    with Wilson's interval for G groups: so few have not shown that there is nothing else."""
+    low, high = found["interval"]
+    if found["value"] is not None and (low is None or math.isclose(low, high, abs_tol=1e-9)):
+        found["interval"] = list(wilson(found["value"], len({str(group) for group in groups})))
+    return found
+
+
+def wilson(value, count):
+    """Wilson's 95 % interval of a share in `count` draws."""
+    middle = (value + Z**2 / (2 * count)) / (1 + Z**2 / count)
+    half = Z * math.sqrt(value * (1 - value) / count + Z**2 / (4 * count**2)) / (1 + Z**2 / count)
+    return max(0.0, min(value, middle - half)), min(1.0, max(value, middle + half))
+
+
+def in_words(interval, form=".4f", scale=1):
+    """`0.1000 to 0.2000`, or `-` where there is no interval."""
+    low, high = interval
+    return "-" if low is None else f"{scale * low:{form}} to {scale * high:{form}}"
+
+
+def _ratio(sums):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return sums[..., 0] / sums[..., 1]
+
+
+def _finite(value):
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""Whether a model looks at the image."""

@@ -1,0 +1,71 @@
+"""A probe's figures in words, by a rule.
+
+The rule looks at one figure, the share of references that the right image makes likelier than another one of the
+set does (chance: one half), and at its 95 % interval:
+
+* "It looks" where all of the interval lies above one half; "but little" where the share itself is below 60 %.
+* "It does not look" where all of it lies below 60 %, and one half or less is possible.
+* "Too few examples to tell" otherwise, and of fewer than 10 images always. Images that are
+  drawn together, as those of one sentence, count once.
+
+Blank, shuffled and missing images decide nothing: a model may do badly with one only because it never saw the like.
+"""
+
+from vora.eval.metrics.intervals import in_words
+
+CHANCE, LITTLE, FEWEST_GROUPS = 0.5, 0.6, 10
+
+
+def verdict_of(metrics, scores, num_groups, num_references):
+    """What a probe's metrics say.
+
+    Args:
+        metrics: of `probe_metrics`.
+        scores: names of the task's scores in it.
+        num_groups: images, those that are drawn together counting as one.
+
+    Returns:
+        (True, False or None, the verdict).
+    """
+    beats, gain = metrics["right_beats_other"], metrics["gain_over_other"]
+    low, high = beats["interval"]
+    found = (
+        f"the right image makes the right answer likelier than another image of the set does in "
+        f"{_percent(beats['value'])} of {num_references:,} cases (95 % interval {_percents(beats)}, chance 50 %), by "
+        f"{gain['value']:.3g} nats on average ({in_words(gain['interval'], '.3g')})."
+    )
+    if num_groups < FEWEST_GROUPS or not (low > CHANCE or high < LITTLE):
+        wanted = f"at least {FEWEST_GROUPS} are needed" if num_groups < FEWEST_GROUPS else "give more"
+        return None, f"Too few examples to tell: of {num_groups:,} independent images ({wanted}), {found}"
+    if low <= CHANCE:
+        return False, f"It does not look: {found}"
+    opening = "It looks, but little: " if beats["value"] < LITTLE else "It looks: "
+    return True, " ".join([opening + found, *_drops(metrics, scores), *_order(metrics)])
+
+
+def _drops(metrics, scores):
+    for name in scores:
+        right, other, drop = (metrics[f"{name}_{which}"] for which in ("with_right", "with_other", "drop_other"))
+        low, high = drop["interval"]
+        verb = "falls" if low > 0 else "rises" if high < 0 else "is not shown to change,"
+        title = name.replace("_", " ").capitalize()
+        yield (
+            f"{title} {verb} from {right['value']:.3f} to {other['value']:.3f} with another image "
+            f"(drop {low:.3f} to {high:.3f})."
+        )
+
+
+def _order(metrics):
+    if "gain_over_shuffled" not in metrics:
+        return
+    low, high = metrics["gain_over_shuffled"]["interval"]
+    what = "matters" if low > 0 else "helps not" if high < 0 else "is not shown to matter"
+    yield f"Where things are in it {what} (gain over shuffled patches {low:.3g} to {high:.3g} nats)."
+
+
+def _percent(value):
+    return f"{100 * value:.1f} %"
+
+
+def _percents(metric):
+    return f"{in_words(metric['interval'], '.1f', 100)} %"

@@ -1,0 +1,1 @@
+"""What a model says, chooses, or holds likely."""

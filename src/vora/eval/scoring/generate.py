@@ -1,0 +1,145 @@
+"""Examples to model inputs, and free answers in batches.
+
+Dims: B rows, T tokens, P patches, N images.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}  # of prompts, padding included
+MOST_ROWS = {"cpu": 64, "cuda": 256}
+
+
+@dataclass
+class Prompt:
+    """One example as model inputs, its images processed.
+
+    Args:
+        inputs: input_ids int[T] and, with images, pixel_values float[P, C*p*p] and image_grid_thw int[N, 3].
+        messages: what it was made of, for `answer_ids`.
+    """
+
+    inputs: dict
+    messages: list
+
+    def __len__(self):
+        return len(self.inputs["input_ids"])
+
+    @property
+    def image_inputs(self):
+        return {name: value for name, value in self.inputs.items() if name != "input_ids"}
+
+
+def prompt_of(processor, example, **images_kwargs):
+    """An example's `Prompt`: its images, then its text, as a user says them.
+
+    Raises:
+        ValueError: an image cannot be read.
+    """
+    images = example.images()
+    content = [
+        *({"type": "image", "image": image} for image in images),
+        {"type": "text", "text": example.prompt},
+    ]
+    return prompt_of_messages(
+        processor, [{"role": "user", "content": content if images else example.prompt}], **images_kwargs
+    )
+
+
+def prompt_of_messages(processor, messages, **images_kwargs):
+    """A conversation that waits for its answer as a `Prompt`."""
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **images_kwargs
+    )
+    kept = {"input_ids": np.array(inputs["input_ids"][0])}
+    kept |= {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
+    return Prompt(kept, messages)
+
+
+def batches(lengths, device, extra=0):
+    """Indices in batches of about equal cost, the longest first, so that memory runs out at once or never.
+
+    Args:
+        lengths: tokens of each prompt.
+        extra: tokens that each will get besides.
+    """
+    device = "cuda" if device.type == "cuda" else "cpu"
+    batch, longest = [], 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        longest = longest if batch else lengths[index] + extra
+        if batch and (longest * (len(batch) + 1) > TOKENS_PER_BATCH[device] or len(batch) == MOST_ROWS[device]):
+            yield batch
+            batch, longest = [], lengths[index] + extra
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def padded(prompts, pad_token_id, device):
+    """Prompts as one batch, padded on the left: input_ids, attention_mask int[B, T], and the images of all."""
+    longest = max(map(len, prompts))
+    ids = np.full((len(prompts), longest), pad_token_id)
+    mask = np.zeros((len(prompts), longest), int)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt.inputs["input_ids"]
+        mask[row, longest - len(prompt) :] = 1
+    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    images = [prompt.image_inputs for prompt in prompts if prompt.image_inputs]
+    for name in images[0] if images else ():
+        inputs[name] = torch.cat([one[name] for one in images])
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def check_context_length(model, length, cure="lower --max-image-tokens"):
+    """Raise ValueError if prompt and answer exceed what the LLM holds."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and length > limit:
+        raise ValueError(
+            f"A prompt with its answer takes {length} tokens, but the LLM's context holds {limit}: {cure}."
+        )
+
+
+def check_log_probs(model, log_probs):
+    """Raise ValueError if log-probabilities are no numbers: all that is made of them would be wrong."""
+    if count := int(torch.isnan(log_probs).sum()):
+        raise ValueError(
+            f"{count} of {log_probs.numel()} log-probabilities are no numbers: the model's logits are not finite in "
+            f"{str(model.dtype).removeprefix('torch.')}. Save it in bfloat16 or float32, or, if it is, its weights "
+            "are broken: go back to an earlier checkpoint."
+        )
+
+
+def sliding_window(model):
+    """Places that the LLM's sliding blocks see at once; None if all see all."""
+    return getattr(model.config.get_text_config(), "sliding_window", None)
+
+
+@torch.inference_mode()
+def free_answers(model, processor, prompts, max_new_tokens, **sampling):
+    """What a model says to one batch of prompts, each token the likeliest, up to the end of its turn.
+
+    Args:
+        sampling: of `generate`, where each token should not be the likeliest (`do_sample`, `num_beams`, ...).
+
+    Returns:
+        list of texts without special tokens.
+    """
+    tokenizer = processor.tokenizer
+    check_context_length(model, max(map(len, prompts)) + max_new_tokens)
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    inputs = padded(prompts, pad, model.device)
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    greedy["repetition_penalty"] = 1.0
+    told = model.generate(
+        **inputs,
+        **(greedy | sampling),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=pad,
+    )
+    told = told[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(told, skip_special_tokens=True)]

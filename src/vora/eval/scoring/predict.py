@@ -1,0 +1,94 @@
+"""What a model answers to examples: freely, by choosing, or both; as it comes, into a `PredictionCache`."""
+
+import hashlib
+import time
+
+import numpy as np
+
+from vora.eval.scoring.candidates import AnswerTree, answer_ids, candidate_scores
+from vora.eval.scoring.generate import batches, check_context_length, free_answers, prompt_of
+
+MOST_AT_ONCE, BYTES_AT_ONCE = 512, 256 << 20  # examples, and their pixels, that are sorted by length together
+
+
+def predict(model, processor, task, examples, cache, progress=None, **images_kwargs):
+    """Answer all examples that a ledger has no line of.
+
+    Args:
+        task: a `Task`, which says how its answers come about.
+        progress: called with the number of examples after each batch.
+        images_kwargs: for the image processor, such as `max_image_tokens`.
+    """
+    model.eval()
+    trees = {}  # of answers, see `_tree_of`
+    for prompts in _prompts(model, processor, task, examples, cache, trees, images_kwargs):
+        indices = list(prompts)
+        beams, extra = (task.num_beams, task.max_new_tokens) if task.generates else (1, 0)
+        for batch in batches([beams * len(prompts[index]) for index in indices], model.device, beams * extra):
+            began = time.monotonic()
+            chosen = [indices[place] for place in batch]
+            asked = [prompts[index] for index in chosen]
+            lines = [_line(index, examples[index], prompts[index]) for index in chosen]
+            if task.generates:
+                told = free_answers(model, processor, asked, task.max_new_tokens, num_beams=beams)
+                for line, text in zip(lines, told):
+                    line["generated"] = text
+            if task.chooses:
+                of_each = [_tree_of(processor, examples[index], prompts[index], trees) for index in chosen]
+                _choose(model, processor, task, [examples[index] for index in chosen], asked, lines, of_each)
+            seconds = (time.monotonic() - began) / len(batch)
+            cache.add([line | {"seconds": round(seconds, 4)} for line in lines])
+            if progress is not None:
+                progress(len(batch))
+
+
+def _prompts(model, processor, task, examples, cache, trees, images_kwargs):
+    """Yields {index: Prompt} of some examples at a time; those that cannot be asked are noted in the ledger."""
+    prompts, num_bytes = {}, 0
+    for index, example in enumerate(examples):
+        if index in cache.done:
+            continue
+        try:
+            prompt = prompt_of(processor, example, **images_kwargs)
+            longest = task.max_new_tokens if task.generates else 0
+            if task.chooses:
+                longest = max(longest, _tree_of(processor, example, prompt, trees).depth)
+            check_context_length(model, len(prompt) + longest)
+        except ValueError as error:
+            cache.add([{"index": index, "name": example.name, "bad": " ".join(str(error).split())}])
+            continue
+        prompts[index] = prompt
+        num_bytes += sum(value.nbytes for value in prompts[index].inputs.values())
+        if len(prompts) == MOST_AT_ONCE or num_bytes > BYTES_AT_ONCE:
+            yield prompts
+            prompts, num_bytes = {}, 0
+    if prompts:
+        yield prompts
+
+
+def _line(index, example, prompt):
+    line = {"index": index, "name": example.name, "prompt": example.prompt, "references": example.references}
+    if "pixel_values" in prompt.inputs:
+        pixels = np.ascontiguousarray(prompt.inputs["pixel_values"])
+        line["image"] = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
+    return line | ({"kind": example.kind} if example.kind else {})
+
+
+def _tree_of(processor, example, prompt, trees):
+    """The `AnswerTree` of an example's candidates, made once for all that are asked alike."""
+    key = (example.prompt, bool(prompt.image_inputs), example.candidates)
+    if key not in trees:
+        trees[key] = AnswerTree(answer_ids(processor, prompt, example.candidates))
+    return trees[key]
+
+
+def _choose(model, processor, task, examples, prompts, lines, of_each):
+    right = [example.candidates.index(example.references[0]) for example in examples]
+    scored = candidate_scores(model, processor, prompts, of_each, task.top, [[number] for number in right])
+    for example, line, scores, tree, number in zip(examples, lines, scored, of_each, right):
+        line["chosen"] = example.candidates[int(scores.argmax())]
+        line["reference_log_prob"], line["reference_tokens"] = float(scores[number]), len(tree.paths[number])
+        order = scores.argsort()[::-1][:5]
+        line["log_probs"] = {
+            example.candidates[i]: round(float(scores[i]), 4) for i in order if scores[i] > float("-inf")
+        }

@@ -1,0 +1,183 @@
+"""Attention on a processor, segment by segment: the same numbers as `sdpa`, sooner.
+
+A processor computes what a mask forbids, too. So each row is cut into segments of neighbouring queries, and each of
+these attends to the keys that it sees, with a mask only where not all of it sees all of them.
+
+Dims: B rows, Q new tokens, K all tokens so far, L queries of a segment, S keys of a segment, H heads, G heads of keys
+and values, W width of a head.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+SEGMENTED_SDPA = "segmented_sdpa"  # an attention implementation: see `segmented_sdpa`
+CHANGES_SCORES = ("softcap", "position_bias")  # what some LLMs ask of attention, and the segments do not do
+# Measured (docs/LOG.md). Longer segments compute more that nobody sees, shorter ones read their keys more often.
+LONGEST, LONGEST_IN_PRODUCTS = 256, 320
+WHOLE = 128  # what is not longer is not cut at the borders of images
+MOST_KEPT = 1024  # keys: of longer segments the softmax of the products would fill the memory until the backward pass
+SHORT = 64  # rows that are not longer are soonest all together, by `sdpa`
+
+
+def use_segmented_sdpa_on_cpu(model, device):
+    """Have a model that is to run on a processor, and attends by `sdpa`, attend segment by segment.
+
+    Args:
+        model: a `VoraForConditionalGeneration`.
+        device: where it will run. On others than processors, and with other kinds of attention, nothing changes.
+    """
+    if device.type == "cpu" and model.config.get_text_config()._attn_implementation == "sdpa":
+        model.set_attn_implementation(SEGMENTED_SDPA)
+
+
+@dataclass
+class Segment:
+    """Neighbouring queries of a row.
+
+    Attributes:
+        queries: which; the segments of a row cover all of them, in order.
+        keys: from the first to the last that any of them sees.
+        added: float[1, L, S] to add to scores; None where all see all.
+    """
+
+    queries: slice
+    keys: slice
+    added: torch.Tensor | None
+
+
+def cut(mask, blocks, seen_until, states):
+    """Leave its segments with a mask, in an attribute `segments`: list of B lists of `Segment`. Short rows get none.
+
+    Args:
+        mask: bool[B, 1, Q, K], True = sees.
+        blocks: int[B, Q] from `image_blocks`, or None.
+        seen_until: int[B, K], see `attention_masks`, or None.
+        states: of the dtype that attention will be computed in, but for autocast.
+    """
+    if mask.shape[2] <= SHORT:
+        return
+    whole = [[(0, mask.shape[2])]] * len(mask)
+    is_new = seen_until is not None and seen_until.shape[1] == mask.shape[2]  # trees that hang on a cache are not cut
+    parts = trees(seen_until) if is_new else whole
+    borders = [[]] * len(mask) if blocks is None else [_changes(row) for row in blocks.cpu().numpy()]
+    mask.segments, dtype = [], _dtype(states)
+    for row, sees in enumerate(mask[:, 0].cpu().numpy()):  # NumPy: this is many small questions
+        cuts = [cut for part in parts[row] for cut in _cut_long(*part, borders[row], dtype)]
+        mask.segments.append([_segment(sees, start, end, dtype, mask.device) for start, end in cuts])
+
+
+def trees(seen_until):
+    """The parts of packed rows that see nothing of each other: list of B lists of (start, end).
+
+    Places that only see themselves (padding) are gathered into one part.
+    """
+    found = []
+    for row in seen_until.cpu().numpy():
+        ends = np.flatnonzero(np.maximum.accumulate(row)[:-1] <= np.arange(len(row) - 1)) + 1
+        parts = []
+        for start, end in pairwise([0, *ends.tolist(), len(row)]):
+            if end - start == 1 and parts and parts[-1][2]:
+                parts[-1] = (parts[-1][0], end, True)
+            else:
+                parts.append((start, end, end - start == 1))
+        found.append([(start, end) for start, end, _ in parts])
+    return found
+
+
+def _changes(row):
+    """Where an image begins or ends: list of places."""
+    return (np.flatnonzero(row[1:] != row[:-1]) + 1).tolist()
+
+
+def _cut_long(start, end, borders, dtype):
+    """Pairs (start, end) that cover a part of a row."""
+    longest = LONGEST_IN_PRODUCTS if _by_products(dtype) else LONGEST
+    if _by_products(dtype) or end - start <= WHOLE:  # to products, a segment without mask is worth little
+        borders = []
+    for first, last in pairwise([start, *(border for border in borders if start < border < end), end]):
+        count = -(-(last - first) // longest)
+        yield from pairwise([first + i * (last - first) // count for i in range(count + 1)])
+
+
+def _segment(sees, start, end, dtype, device):
+    """Of a row, bool[Q, K] for NumPy, a `Segment`."""
+    sees = sees[start:end]
+    columns = sees.any(0)
+    first, last = int(columns.argmax()), len(columns) - int(columns[::-1].argmax())
+    sees, added = sees[:, first:last], None
+    if not sees.all():
+        added = torch.full((1, *sees.shape), torch.finfo(dtype).min, dtype=dtype, device=device)
+        added.masked_fill_(torch.from_numpy(sees).to(device), 0.0)
+    return Segment(slice(start, end), slice(first, last), added)
+
+
+def segmented_sdpa(module, query, key, value, attention_mask, **kwargs):
+    """`sdpa` on each segment of each row by itself. Without segments it is `sdpa`.
+
+    Args:
+        query: float[B, H, Q, W].
+        key, value: float[B, G, K, W].
+        attention_mask: from `attention_masks`, with an attribute `segments`, see `cut`.
+
+    Returns:
+        (float[B, Q, H, W], None).
+    """
+    rows = getattr(attention_mask, "segments", None)
+    if rows is None or any(kwargs.get(name) is not None for name in CHANGES_SCORES):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    dropout, scale = kwargs.get("dropout") or 0.0, kwargs.get("scaling") or query.shape[-1] ** -0.5
+    most_keys = 0  # of products
+    if _by_products(_dtype(query)) and not dropout:
+        most_keys = MOST_KEPT if torch.is_grad_enabled() and query.requires_grad else key.shape[2]
+        query, key, value = (states.to(torch.bfloat16) for states in (query, key, value))
+    outputs = []
+    for row, *states in zip(rows, query, key, value):
+        queries = states[0].split([segment.queries.stop - segment.queries.start for segment in row], dim=1)
+        for segment, part in zip(row, queries):
+            seen = [state[:, segment.keys] for state in states[1:]]
+            if seen[0].shape[1] <= most_keys:
+                outputs.append(_products(part, *seen, segment.added, scale))
+            else:
+                outputs.append(_sdpa(part, *seen, segment.added, scale, dropout))
+    return torch.cat([output.transpose(0, 1) for output in outputs]).unflatten(0, (len(rows), -1)), None
+
+
+def _sdpa(query, key, value, added, scale, dropout):
+    """float[H, L, W]"""
+    added = None if added is None else added[None].to(query.dtype)
+    states = (state[None] for state in (query, key, value))
+    return nn.functional.scaled_dot_product_attention(
+        *states, attn_mask=added, dropout_p=dropout, scale=scale, enable_gqa=True
+    )[0]
+
+
+def _products(query, key, value, added, scale):
+    """float[H, L, W] by plain products, which take a third to a half of the time of torch's bf16 kernel."""
+    heads, length, groups = len(query), query.shape[1], len(key)
+    query, key = query.reshape(groups, -1, query.shape[-1]), key.transpose(1, 2)
+    if added is None:
+        scores = torch.baddbmm(query.new_zeros(1, 1, 1), query, key, beta=0, alpha=scale)
+    else:
+        scores = added.repeat(groups, heads // groups, 1).baddbmm_(query, key, alpha=scale)
+    return torch.bmm(scores.softmax(-1), value).view(heads, length, -1)
+
+
+def _by_products(dtype):
+    return dtype == torch.bfloat16
+
+
+def _dtype(states):
+    """What attention is computed in."""
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+
+
+AttentionInterface.register(SEGMENTED_SDPA, segmented_sdpa)
+AttentionMaskInterface.register(SEGMENTED_SDPA, sdpa_mask)

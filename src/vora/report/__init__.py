@@ -1,0 +1,1 @@
+"""How things look: HTML, plots, Markdown; imports nothing of vora."""

@@ -1,0 +1,120 @@
+"""What a training step computes, counted from the learner's own layers; agrees with PyTorch's FlopCounterMode.
+
+A multiply-add counts as two. Norms, activations and embeddings are left out, as that counter leaves them out.
+Attention counts every pair of places of a row (or segment), seen or masked, as dense kernels compute it.
+
+Dims: T places of a row, I image tokens, D LLM width.
+"""
+
+from dataclasses import dataclass
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from vora.model.label_loss import labels_at_once
+
+SPECIAL_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")  # beside a ViT's patches
+
+
+@dataclass
+class Row:
+    """What one packed row holds.
+
+    Attributes:
+        num_tokens: places, padding included.
+        num_images, tokens_per_image: images of the row (frames count as images).
+        num_labels: places at which something is predicted; 0 in rows of images alone.
+        num_segments: parts that attend by themselves (`segmented_sdpa`); 1 where attention is of the whole row.
+    """
+
+    num_tokens: float
+    num_images: float
+    tokens_per_image: float
+    num_labels: float
+    num_segments: float = 1
+
+    @property
+    def num_image_tokens(self):
+        return self.num_images * self.tokens_per_image
+
+
+def sequence_flops(learner, row, num_recomputed=0, num_rows=1):
+    """FLOPs of one row, forward and backward.
+
+    Args:
+        learner: a `VisionLearner`, on whatever device (meta will do).
+        num_recomputed: of the first so many blocks, which are computed again in the backward pass, and the heads.
+        num_rows: rows of a batch, whose logits are computed again too if they are made in parts (`losses_of_labels`).
+
+    Returns:
+        {part: FLOPs}: `student_forward` and `student_backward` (LLM, output layer, patch embedding), `lora`,
+        `teacher`, `heads`, `recomputation`, and their sum `total`.
+    """
+    config, pairs = (
+        learner.config.get_text_config(),
+        [] if learner.distillation is None else learner.distillation.pairs,
+    )
+    blocks = list(learner.vora.model.blocks)
+    if not row.num_labels and pairs:
+        blocks = blocks[: max(student for student, _ in pairs) + 1]
+    parts = dict.fromkeys(("student_forward", "student_backward", "lora", "teacher", "heads", "recomputation"), 0.0)
+    attention = 4 * row.num_tokens**2 / row.num_segments * attention_width(config)
+    for index, block in enumerate(blocks):
+        base, base_trained, lora = layer_sizes(block)
+        parts["student_forward"] += 2 * base * row.num_tokens + attention
+        parts["student_backward"] += 2 * (base + base_trained) * row.num_tokens + 2 * attention
+        parts["lora"] += 6 * lora * row.num_tokens
+        if index < num_recomputed:
+            parts["recomputation"] += 2 * (base + lora) * row.num_tokens + attention
+    head = learner.vora.lm_head.weight
+    parts["student_forward"] += 2 * head.numel() * row.num_labels
+    parts["student_backward"] += 2 * head.numel() * row.num_labels * (2 if head.requires_grad else 1)
+    num_labels = round(num_rows * row.num_labels)
+    if num_labels and labels_at_once(num_labels, len(head)) < num_labels:
+        parts["recomputation"] += 2 * head.numel() * row.num_labels
+    eyes = learner.vora.model.patch_embedding
+    eyes = getattr(eyes, "modules_to_save", {"default": eyes})["default"]
+    patches = row.num_image_tokens * learner.config.patch_merge**2
+    projection = 2 * eyes.projection.weight.numel() * row.num_image_tokens
+    parts["student_forward"] += 2 * eyes.patch.weight.numel() * patches + projection
+    parts["student_backward"] += 2 * eyes.patch.weight.numel() * patches + 2 * projection
+    if learner.teacher is not None:
+        parts["teacher"] = row.num_images * teacher_flops(learner.teacher, patches / max(row.num_images, 1e-9))
+        heads = 2 * len(pairs) * config.hidden_size * learner.teacher.hidden_size * row.num_image_tokens
+        parts["heads"] = 3 * heads
+        parts["recomputation"] += heads if num_recomputed else 0
+    return parts | {"total": sum(parts.values())}
+
+
+def layer_sizes(block):
+    """(weights of linear layers, those of them that train, weights of LoRA) of a transformer block."""
+    base = trained = lora = 0
+    for name, module in block.named_modules():
+        if isinstance(module, LoraLayer) or not isinstance(module, nn.Linear | Conv1D):
+            continue
+        size = module.weight.numel()
+        if "lora_" in name:
+            lora += size
+        else:
+            base += size
+            trained += size * module.weight.requires_grad
+    return base, trained, lora
+
+
+def attention_width(config):
+    """Heads times width of a head."""
+    heads = config.num_attention_heads
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
+def teacher_flops(teacher, num_patches):
+    """FLOPs of a teacher on one image of so many patches; one that cannot resample its positions sees its own grid."""
+    if not teacher.takes_any_grid:
+        num_patches = len(teacher.embedding.position)
+    width, embeddings = teacher.hidden_size, teacher.vit.embeddings.named_parameters()
+    num_tokens = num_patches + sum(p.numel() // width for name, p in embeddings if name in SPECIAL_TOKENS)
+    linear = sum(layer_sizes(block)[0] for block in teacher.blocks)
+    attention = 4 * num_tokens**2 * width * len(teacher.blocks)
+    pooling = 4 * num_tokens * width**2 if hasattr(teacher.vit, "head") else 0  # keys and values of SigLIP and AIMv2
+    return 2 * linear * num_tokens + attention + pooling + 2 * teacher.embedding.weight.numel() * num_patches

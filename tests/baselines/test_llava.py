@@ -1,0 +1,276 @@
+"""LLaVA's way is transformers' LLaVA in the form of a VoRA student; the blind LLM sees only the words."""
+
+import copy
+import json
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors import safe_open
+from tiny import GRID, IMAGE, PATCH, InFourBits, generate, image, logits_of, prompt, text, tiny_llm
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+from vora import Teacher, attach_vision_lora, merge_vision_lora
+from vora.baselines.llava import VoraLlavaForConditionalGeneration
+from vora.build.lora import load_vision_lora
+from vora.data.schema import Record, without_images
+from vora.distill.teacher import images_of_patches
+from vora.serve.engine import Chat, load_model
+from vora.train.plan.meta_model import meta_model
+from vora.train.plan.plan import tokens_of_budget
+from vora.train.recipe import load_recipe
+from vora.train.run import open_sources, packed_sequences, train, training_arguments
+from vora.train.stages import build_learner, build_processor, check_trainable, load_vit, trainable_counts
+from vora.train.trained import merge_run, write_run_card
+
+SIDE = PATCH * GRID
+SHAPE = {
+    "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 3,
+    "patch_size": PATCH, "image_size": SIDE, "initializer_range": 0.2,
+}  # fmt: skip
+MEAN, STD = (0.4, 0.5, 0.6), (0.3, 0.25, 0.2)
+TOWERS = ("vit", "clip_vision_model", "siglip_vision_model")
+
+
+def tiny_tower(kind="vit"):
+    torch.manual_seed(0)
+    vit = AutoModel.from_config(AutoConfig.for_model(kind, **SHAPE))
+    for parameter in vit.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return Teacher(vit, MEAN, STD)
+
+
+def tiny_llava(kind="vit", family="llama", patch_merge=1):
+    torch.manual_seed(1)
+    return VoraLlavaForConditionalGeneration.from_llm(
+        tiny_llm(family), encoder=tiny_tower(kind), patch_merge=patch_merge, image_token_id=IMAGE
+    )
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_it_is_transformers_llava(kind):
+    model = tiny_llava(kind)
+    inputs = prompt([*text(3), (GRID, GRID, 0), *text(4, 1)])
+    pixels = images_of_patches(inputs["pixel_values"], [(GRID, GRID)], PATCH, MEAN, STD)[0][None]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    own = logits_of(model, **inputs)
+    words = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    theirs = logits_of(model.to_llava(), **words, pixel_values=(pixels - mean) / std)
+    torch.testing.assert_close(own, theirs, atol=1e-5, rtol=0)
+    other = logits_of(model, **inputs | {"pixel_values": image(GRID, GRID, 1)})
+    assert (own - other).abs().max() > 0.05
+
+
+def test_merged_patches_are_one_token_each():
+    model = tiny_llava(patch_merge=2)
+    grid, pixels = torch.tensor([[1, 2, 4]]), image(2, 4)
+    eyes = model.model.patch_embedding
+    found = eyes(pixels, grid)
+    assert found.shape == (2, model.config.text_config.hidden_size)
+    images = images_of_patches(pixels, [(2, 4)], PATCH, MEAN, STD)
+    features = eyes.encoder(images, [(2, 4)], [2])[2]  # of 4 blocks the last but one
+    right = torch.cat([features[index] for index in (2, 3, 6, 7)])
+    torch.testing.assert_close(found[1], eyes.projector(right))
+    with pytest.raises(ValueError, match="patch_merge 2"):
+        model.to_llava()
+    with pytest.raises(ValueError, match="holds 8 patches but image_grid_thw describes 4"):
+        eyes(pixels, torch.tensor([[1, 2, 2]]))
+
+
+def test_weights_stored_in_integers_make_no_integers_of_the_features():
+    eyes, pixels, grid = tiny_llava().model.patch_embedding, image(2, 3), torch.tensor([[1, 2, 3]])
+    expected = eyes(pixels, grid)
+    eyes.projector.linear_1 = InFourBits(eyes.projector.linear_1)
+    assert torch.equal(eyes(pixels, grid), expected)
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_a_saved_model_opens_by_itself(kind, tmp_path):
+    model = tiny_llava(kind, patch_merge=2)
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py")) and "auto_map" not in (tmp_path / "config.json").read_text()
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(again) is VoraLlavaForConditionalGeneration
+    inputs = prompt([*text(3), (2, 4, 0), *text(4, 1)])
+    inputs["image_grid_thw"] = torch.tensor([[1, 2, 4]])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"][:, :5], inputs["input_ids"][:, -4:]], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    assert torch.equal(logits_of(again, **inputs), logits_of(model, **inputs))
+    assert generate(again, inputs).shape == (1, 6)
+    assert not any(p.requires_grad for p in again.requires_grad_(True).model.patch_embedding.encoder.parameters())
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_lora_and_projector_train_and_the_tower_is_in_no_adapter(kind, tmp_path):
+    model = tiny_llava(kind)
+    before = copy.deepcopy(model)
+    peft_model = attach_vision_lora(model, rank=4).train()
+    trained = [name for name, p in peft_model.named_parameters() if p.requires_grad]
+    assert all("lora_" in name or "projector" in name for name in trained)
+    assert any("lora_" in name for name in trained) and sum("projector" in name for name in trained) == 4
+    assert (
+        not any(".encoder." in name for name in trained)
+        and not peft_model.model.model.patch_embedding.encoder.training
+    )
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    peft_model.save_pretrained(tmp_path)
+    before.save_pretrained(tmp_path / "both")
+    peft_model.save_pretrained(tmp_path / "both")
+    size = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 4 * size + 20_000
+    inputs = prompt([*text(3), (GRID, GRID, 0), *text(4, 1)])
+    expected = logits_of(peft_model.eval(), **inputs)
+    assert (expected - logits_of(before, **inputs)).abs().max() > 1e-3
+    assert torch.equal(logits_of(load_vision_lora(tmp_path / "both"), **inputs), expected)
+    merged = merge_vision_lora(peft_model)
+    assert type(merged) is VoraLlavaForConditionalGeneration
+    torch.testing.assert_close(logits_of(merged, **inputs), expected, atol=1e-4, rtol=1e-4)
+    assert {n: p.shape for n, p in merged.named_parameters()} == {n: p.shape for n, p in before.named_parameters()}
+
+
+COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, llm_folder):
+    """A recipe of LLaVA's way on coloured images; keyword arguments replace whole sections."""
+    folder = tmp_path_factory.mktemp("given")
+    lines = []
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (16, 16), colour).save(folder / f"{name}.png")
+        lines.append({"image": f"{name}.png", "questions": ["what colour?", "which?"], "answers": [name, name]})
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tiny_tower().vit.save_pretrained(folder / "vit")
+    (folder / "vit" / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+    given = {
+        "model": {"llm": llm_folder, "encoder": str(folder / "vit"), "patch_merge": 2},
+        "lora": {"rank": 4, "num_blocks": 2},
+        "data": {"sources": [{"path": str(folder / "train.jsonl")}], "sequence_length": 128},
+        "training": {
+            "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 5e-3, "logging_steps": 1,
+            "use_cpu": True, "warmup_steps": 1,
+        },
+    }  # fmt: skip
+    return lambda **sections: load_recipe({**copy.deepcopy(given), **sections})
+
+
+def run(recipe, folder, **kwargs):
+    return train(recipe, folder, console=Console(quiet=True), **kwargs)
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["lm_loss"] for line in lines if "lm_loss" in line]
+
+
+def saved(run_directory, folder):
+    model, processor = merge_run(run_directory)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_run_card(folder, run_directory)
+    return model
+
+
+def answer(folder, image=None):
+    chat = Chat(*load_model(str(folder)), max_new_tokens=8)
+    return "".join(chat.ask("which?", [] if image is None else [image])).strip()
+
+
+def test_two_stages_of_llavas_way(recipe, tmp_path):
+    training = recipe().training | {"max_steps": 50, "learning_rate": 1e-2, "lr_scheduler_type": "linear"}
+    first = recipe(training=training, lora={"rank": 8})
+    trainer = run(first, tmp_path / "one")
+    counts = trainable_counts(trainer.model)
+    assert counts.pop("encoder")[0] == counts.pop("LLM")[0] == counts.pop("frozen copy of the projector")[0] == 0
+    assert set(counts) == {"vision LoRA", "projector"} and all(some == whole for some, whole in counts.values())
+    with safe_open(tmp_path / "one" / "final" / "adapter_model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "encoder" in name]
+    assert "LoRA and a projector, which do not run by them" in (tmp_path / "one" / "final" / "README.md").read_text()
+    merged = saved(tmp_path / "one", tmp_path / "merged")
+    for name, colour in COLOURS.items():
+        assert answer(tmp_path / "merged", Image.new("RGB", (16, 16), colour)) == name
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "LLaVA's way" in card and "* Encoder: `vit`" in card and "without a vision encoder" not in card
+    second = recipe(stage="finetune", model={"vora": str(tmp_path / "merged")})
+    trainer = run(second, tmp_path / "two")
+    counts = trainable_counts(trainer.model)
+    assert counts.pop("encoder")[0] == 0 and all(some == whole for some, whole in counts.values())
+    trained, _ = merge_run(tmp_path / "two")
+    changed = {name for name, p in trained.named_parameters() if not torch.equal(p, merged.get_parameter(name))}
+    assert {name for name, _ in trained.named_parameters() if ".encoder." not in name} == changed
+    assert "* Encoder: `vit`" in (tmp_path / "two" / "final" / "README.md").read_text()
+    trainer.model.vora.model.patch_embedding.encoder.vit.requires_grad_(True)
+    with pytest.raises(ValueError, match="none of the encoder"):
+        check_trainable(trainer.model, "finetune")
+
+
+def test_it_sees_the_samples_that_a_vora_student_sees(recipe):
+    ours = recipe()
+    vora = recipe(model={"llm": ours.model.llm, "patch_merge": 2}, teacher={"name": ours.model.encoder})
+    batches = []
+    for one in (ours, vora):
+        sources = open_sources(one.data)
+        processor = build_processor(one, load_vit(one))
+        rows = packed_sequences(one, sources, processor, training_arguments(one, "."))
+        batches.append(rows.collate([next(iter(rows))]))
+    assert batches[0].keys() == batches[1].keys()
+    assert all(torch.equal(tensor, batches[1][name]) for name, tensor in batches[0].items())
+
+
+@pytest.mark.parametrize(
+    ("sections", "wanted"),
+    [
+        ({"teacher": {"name": "vit"}}, "teacher and model.encoder exclude each other"),
+        ({"data": {"sources": [{"path": "x"}], "text_only": True}}, "model.encoder and data.blind exclude each other"),
+        ({"model": {"vora": "x", "encoder": "vit"}}, "model.vora has its own"),
+        ({"model": {"llm": "x", "encoder": "vit", "image_attention": "bidirectional"}}, "leave image_attention out"),
+    ],
+)
+def test_a_recipe_has_one_way_to_see(recipe, sections, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        recipe(**sections)
+    assert recipe().model.image_attention == "causal"
+
+
+def test_the_plan_says_that_it_knows_no_encoder(recipe):
+    with pytest.raises(ValueError, match="plan the recipe's VoRA twin"):
+        meta_model(recipe())
+
+
+def test_a_blind_llm_learns_from_the_words_alone(recipe, tmp_path):
+    data = recipe().data.model_dump() | {"text_only": True}
+    text_only = recipe(data=data, model={"llm": recipe().model.llm})
+    learner, processor = build_learner(text_only)
+    rows = packed_sequences(text_only, open_sources(text_only.data), processor, training_arguments(text_only, "."))
+    batch = rows.collate([next(iter(rows))])
+    assert "pixel_values" not in batch and not (batch["input_ids"] == processor.image_token_id).any()
+    out = learner(**batch)
+    assert set(out) == {"loss", "lm_loss"} and out["loss"].isfinite()
+    out["loss"].backward()
+    assert all(p.grad is None for p in learner.vora.model.patch_embedding.parameters())
+    run(text_only, tmp_path / "run")
+    assert len(losses(tmp_path / "run")) == 2
+    saved(tmp_path / "run", tmp_path / "merged")
+    answer(tmp_path / "merged")  # asked without an image
+    found = tokens_of_budget(text_only, learner.config, 30, 10, [])
+    assert found["num_images"] == 0 and found["per_sample"] == 30
+    with pytest.raises(ValueError, match="blind was True and is None"):
+        seeing = packed_sequences(recipe(), open_sources(recipe().data), processor, training_arguments(recipe(), "."))
+        seeing.load_state_dict(json.loads(json.dumps(rows.state_dict())))
+
+
+def test_a_blinded_record_keeps_every_word():
+    content = [
+        {"type": "image"},
+        {"type": "text", "text": "one or "},
+        {"type": "image"},
+        {"type": "text", "text": "two?"},
+    ]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "two"}]
+    record = without_images(Record("r", ["a.png", "b.png"], [turns, [{"role": "text", "content": "hello"}]]))
+    assert record.images == [] and record.open_images() == []
+    assert record.conversations[0] == [{"role": "user", "content": "one or two?"}, turns[1]]
+    assert record.messages([], record.conversations[0]) == record.conversations[0]

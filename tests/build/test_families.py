@@ -1,0 +1,493 @@
+"""Any decoder LLM of transformers gets eyes without per-family code, and keeps what it was."""
+
+import copy
+
+import pytest
+import torch
+from tiny import (
+    FAMILIES,
+    IMAGE,
+    SHAPE,
+    generate,
+    logits_of,
+    image,
+    prompt,
+    states_of_blocks,
+    text,
+    tiny_llm,
+    tiny_tokenizer,
+    tiny_vora,
+)
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    TextIteratorStreamer,
+)
+
+from vora import VoraForConditionalGeneration, attach_vision_lora, merge_vision_lora
+
+# text, image A of 2 x 4, image B of 3 x 3 touching it, text
+TWO_IMAGES = [*text(4), (2, 4, 0), (3, 3, 1), *text(5, 1)]
+BEFORE, A, B, AFTER = slice(0, 4), slice(4, 12), slice(12, 21), slice(21, 26)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def vora(family):
+    """Not to be changed by tests."""
+    return tiny_vora(family)
+
+
+def close(found, expected, tolerance=1e-4):
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_text_logits_are_the_llms_own_to_the_last_bit(family, vora):
+    llm = tiny_llm(family)
+    inputs = prompt(text(9), text(12, 1))
+    position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    for given in (
+        {"input_ids": inputs["input_ids"]},
+        inputs,
+        {**inputs, "position_ids": position_ids},
+        {"input_ids": inputs["input_ids"], "position_ids": torch.arange(12)[None] % 7},
+    ):
+        assert torch.equal(logits_of(vora, **given), logits_of(llm, **given))
+
+
+def changed_places(vora, inputs, patch):
+    """bool[blocks, T]: where the blocks' outputs move when one patch does (one row)."""
+    moved = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
+    moved["pixel_values"][patch] += 1
+    pairs = zip(states_of_blocks(vora, **inputs), states_of_blocks(vora, **moved))
+    return torch.stack([(before != after).any(-1)[0] for before, after in pairs])
+
+
+@pytest.mark.parametrize("patch", [0, 3, 7])
+def test_a_patch_of_the_first_image_moves_all_of_it_and_nothing_before(vora, patch):
+    changed = changed_places(vora, prompt(TWO_IMAGES), patch)
+    assert changed[:, A].all()
+    assert not changed[:, BEFORE].any()
+    assert changed[-1, B].any()  # later images see earlier ones
+
+
+@pytest.mark.parametrize("patch", [8, 12, 16])
+def test_a_patch_of_the_second_image_moves_no_earlier_image_although_they_touch(vora, patch):
+    changed = changed_places(vora, prompt(TWO_IMAGES), patch)
+    assert changed[:, B].all()
+    assert not changed[:, BEFORE].any() and not changed[:, A].any()
+    assert changed[-1, AFTER].any()
+
+
+def test_rows_of_a_batch_never_see_each_other(vora):
+    inputs = prompt(TWO_IMAGES, [*text(2, 2), (3, 3, 3), *text(3, 4)])
+    moved = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
+    moved["pixel_values"][:17] += 1  # the images of the first row
+    for before, after in zip(states_of_blocks(vora, **inputs), states_of_blocks(vora, **moved)):
+        assert torch.equal(before[1], after[1])
+        assert not torch.equal(before[0], after[0])
+
+
+def test_packed_documents_never_see_each_other(vora):
+    first, second = [*text(3), (2, 4, 0)], [(3, 3, 1), *text(4, 1)]  # their images touch
+    packed = prompt([*first, *second])
+    packed["attention_mask"] = None
+    packed["position_ids"] = torch.cat([torch.arange(11), torch.arange(13)])[None]
+    states = states_of_blocks(vora, **packed)
+    for document, places in ((first, slice(0, 11)), (second, slice(11, 24))):
+        for found, expected in zip(states, states_of_blocks(vora, **prompt(document))):
+            close(found[:, places], expected)
+    moved = {**packed, "pixel_values": packed["pixel_values"] + torch.arange(17)[:, None].lt(8)}
+    for before, after in zip(states, states_of_blocks(vora, **moved)):
+        assert torch.equal(before[:, 11:], after[:, 11:])
+
+
+def test_sdpa_equals_eager(vora):
+    inputs = prompt(TWO_IMAGES, text(7))
+    real = inputs["attention_mask"].bool()
+    if not vora.model.language_model._supports_sdpa:
+        pytest.skip("transformers computes this family eagerly only")
+    assert vora.model.language_model.config._attn_implementation == "sdpa"
+    eager = copy.deepcopy(vora)
+    eager.set_attn_implementation("eager")
+    assert eager.model.language_model.config._attn_implementation == "eager"
+    close(logits_of(eager, **inputs)[real], logits_of(vora, **inputs)[real])
+
+
+def test_cached_generation_equals_uncached(vora):
+    inputs = prompt(TWO_IMAGES, [*text(3, 2), (3, 3, 3), *text(2, 3)], text(6, 4))
+    expected = generate(vora, inputs, use_cache=False)
+    assert torch.equal(generate(vora, inputs), expected)
+    assert torch.equal(generate(vora, inputs, cache_implementation="static"), expected)
+    ids = inputs["input_ids"]
+    for token in expected[0]:  # and the loop of generate is no witness for itself
+        mask = torch.ones_like(ids[:1])
+        logits = logits_of(vora, input_ids=ids[:1], attention_mask=mask, **images_of(inputs, 17, 2))[0, -1]
+        logits[[IMAGE, 2]] = -torch.inf
+        assert logits.argmax() == token
+        ids = torch.cat([ids, expected[:, ids.shape[1] - inputs["input_ids"].shape[1]][:, None]], 1)
+
+
+def images_of(inputs, num_patches, num_images):
+    return {
+        "pixel_values": inputs["pixel_values"][:num_patches],
+        "image_grid_thw": inputs["image_grid_thw"][:num_images],
+    }
+
+
+def test_a_later_turn_may_bring_an_image_to_a_filled_cache(vora):
+    whole = prompt(TWO_IMAGES)
+    turn = 12  # text and image A are cached; image B and text follow
+    first = {"input_ids": whole["input_ids"][:, :turn], **images_of(whole, 8, 1)}
+    later = {"pixel_values": whole["pixel_values"][8:], "image_grid_thw": whole["image_grid_thw"][1:]}
+    with torch.no_grad():
+        cache = vora(**first, use_cache=True).past_key_values
+        logits = vora(
+            input_ids=whole["input_ids"][:, turn:],
+            attention_mask=whole["attention_mask"],
+            past_key_values=cache,
+            **later,
+        ).logits
+    close(logits, logits_of(vora, **whole)[:, turn:])
+
+
+def test_a_left_padded_batch_equals_its_rows_alone(vora):
+    rows = [TWO_IMAGES, text(9, 5), [*text(3, 2), (3, 3, 3), *text(2, 3)]]
+    batch = prompt(*rows)
+    position_ids = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    logits, answers = logits_of(vora, **batch, position_ids=position_ids), generate(vora, batch)
+    for number, row in enumerate(rows):
+        alone = prompt(row)
+        close(logits[number, -alone["input_ids"].shape[1] :], logits_of(vora, **alone)[0])
+        assert torch.equal(answers[number], generate(vora, alone)[0])
+
+
+def train_a_little(peft_model):
+    """Move what trains, as training would."""
+    torch.manual_seed(2)
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+
+
+def test_fresh_lora_is_the_identity_and_trains_exactly_itself_and_the_patch_embedding(family, vora):
+    inputs = prompt(TWO_IMAGES)
+    learner = attach_vision_lora(tiny_vora(family), rank=4, num_blocks=2)
+    assert torch.equal(logits_of(learner, **inputs), logits_of(vora, **inputs))
+
+    names = {name for name, parameter in learner.named_parameters() if parameter.requires_grad}
+    pairs = {name for name in names if "lora_" in name}
+    eyes = {name for name in names if ".patch_embedding." in name}
+    assert names == pairs | eyes
+    assert len(eyes) == len(list(vora.model.patch_embedding.parameters()))
+    num_layers = sum(module.weight.dim() == 2 for module in linear_layers(vora.model.blocks[0]))
+    assert len(pairs) == 2 * 2 * num_layers
+    assert all(".0." in name or ".1." in name for name in pairs)
+
+
+def linear_layers(block):
+    return [m for m in block.modules() if type(m).__name__ in ("Linear", "Conv1D")]
+
+
+def test_merged_equals_unmerged_and_is_the_llm_again(family, tmp_path):
+    base = tiny_llm(family)
+    shapes = {name: tensor.shape for name, tensor in base.state_dict().items()}
+    learner = attach_vision_lora(tiny_vora(copy.deepcopy(base)), rank=4)
+    with pytest.raises(ValueError, match="merge_vision_lora"):
+        learner.get_base_model().to_llm()
+    train_a_little(learner)
+    see, read = prompt(TWO_IMAGES), prompt(text(9))
+    expected, read_expected = logits_of(learner, **see), logits_of(learner, **read)
+    assert (read_expected - logits_of(base, **read)).abs().max() > 0.01
+
+    merged = merge_vision_lora(learner)
+    assert isinstance(merged, VoraForConditionalGeneration)
+    assert all(p.requires_grad is False or "patch_embedding" in n for n, p in merged.named_parameters())
+    close(logits_of(merged, **see), expected)
+    close(logits_of(merged, **read), read_expected)
+
+    llm = merged.to_llm()
+    assert {name: tensor.shape for name, tensor in llm.state_dict().items()} == shapes
+    assert type(llm) is type(base)
+    assert torch.equal(logits_of(llm, **read), logits_of(merged, **read))
+    llm.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path), **read), logits_of(llm, **read))
+
+
+def test_saves_and_loads_exactly(vora, tmp_path):
+    vora.save_pretrained(tmp_path)
+    loaded, report = VoraForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    expected = vora.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    inputs = prompt(TWO_IMAGES)
+    assert torch.equal(logits_of(loaded, **inputs), logits_of(vora, **inputs))
+    tied = loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert tied == vora.config.text_config.tie_word_embeddings
+    assert tied == (vora.lm_head.weight is vora.get_input_embeddings().weight)
+
+
+def test_auto_classes_load_it(tmp_path):
+    vora = tiny_vora("llama")
+    vora.save_pretrained(tmp_path)
+    inputs = prompt(TWO_IMAGES)
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(whole, **inputs), logits_of(vora, **inputs))
+    body = AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(body(**inputs).last_hidden_state, vora.model(**inputs).last_hidden_state)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_and_untied_heads(tied, tmp_path):
+    config = copy.deepcopy(tiny_llm("llama").config)
+    config.tie_word_embeddings = tied
+    base = AutoModelForCausalLM.from_config(config)
+    vora = tiny_vora(copy.deepcopy(base))
+    vora.save_pretrained(tmp_path / "vora")
+    loaded = VoraForConditionalGeneration.from_pretrained(tmp_path / "vora")
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
+    merged = merge_vision_lora(attach_vision_lora(loaded, rank=2))
+    assert (merged.lm_head.weight is merged.get_input_embeddings().weight) == tied
+    llm = merged.to_llm()
+    assert (llm.lm_head.weight is llm.get_input_embeddings().weight) == tied
+    assert torch.equal(logits_of(llm, **prompt(text(5))), logits_of(base, **prompt(text(5))))
+
+
+REFUSED = {"bloom": "not supported", "opt": "not supported", "gemma4_text": "not supported"}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_families_that_cannot_see_are_refused(family):
+    extra = {"word_embed_proj_dim": 32, "ffn_dim": 48} if family == "opt" else {}
+    config = AutoConfig.for_model(family, **{**SHAPE, **extra})
+    with pytest.raises(ValueError, match=f"{family} .*{REFUSED[family]}"):
+        tiny_vora(AutoModelForCausalLM.from_config(config).eval())
+
+
+def test_an_llm_that_ignores_masks_is_refused():
+    llm = tiny_llm("llama")
+    for layer in llm.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True
+        )
+    with pytest.raises(ValueError, match="ignores the attention mask"):
+        tiny_vora(llm)
+
+
+def test_the_language_part_of_a_multimodal_model_is_an_llm_too():
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={**SHAPE, **FAMILIES["gemma3_text"]},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    llm = AutoModelForCausalLM.from_config(config).eval()
+    vora = tiny_vora(llm)
+    assert not any("vision_tower" in name for name, _ in vora.named_parameters())
+    assert changed_places(vora, prompt(TWO_IMAGES), 12)[:, B].all()
+    assert torch.equal(logits_of(vora.to_llm(), **prompt(text(5))), logits_of(llm, **prompt(text(5))))
+
+
+def test_the_head_keeps_its_bias():
+    vora = tiny_vora("phi")
+    assert vora.lm_head.bias is not None and vora.config.lm_head_bias
+
+
+def test_an_llm_whose_logits_a_wrapper_cannot_repeat_is_refused():
+    llm = tiny_llm("llama")
+    llm.get_output_embeddings().register_forward_hook(lambda module, args, output: output)
+    llm.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits * 1.5))
+    with pytest.raises(ValueError, match="not supported"):
+        tiny_vora(llm)
+
+
+@pytest.fixture(scope="module")
+def some(request):
+    return tiny_vora(request.param)
+
+
+@pytest.mark.parametrize("some", ["llama", "mistral", "gemma2"], indirect=True)
+@pytest.mark.parametrize(
+    "how", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 2, "use_cache": False}]
+)
+def test_beams_of_rows_with_different_images_equal_the_rows_alone(some, how):
+    rows = [text(9, 5), TWO_IMAGES, [*text(3, 2), (3, 3, 3), *text(2, 3)]]
+    count = how.get("num_return_sequences", 1)
+    together = generate(some, prompt(*rows), **how).view(3, count, -1)
+    for row, answers in zip(rows, together):
+        assert torch.equal(answers, generate(some, prompt(row), **how))
+
+
+@pytest.mark.parametrize("some", ["llama", "mistral", "gemma2"], indirect=True)
+def test_sampling_is_seeded_and_returns_several_sequences(some):
+    inputs = prompt(TWO_IMAGES, [*text(3, 2), (3, 3, 3), *text(2, 3)])
+    how = {"do_sample": True, "num_return_sequences": 3, "temperature": 5.0, "max_new_tokens": 4}
+    answers = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        answers.append(generate(some, inputs, **how))
+    assert answers[0].shape == (6, 4)
+    assert torch.equal(answers[0], answers[1]) and not torch.equal(answers[0], answers[2])
+
+
+def test_the_answer_depends_on_the_image_also_with_beams():
+    vora = tiny_vora("llama")
+    answers = [generate(vora, prompt([*text(3), (3, 3, seed), *text(2, 1)]), num_beams=2) for seed in range(6)]
+    assert len({tuple(answer[0].tolist()) for answer in answers}) > 1
+
+
+def test_streams_what_it_generates():
+    tokenizer, vora, inputs = tiny_tokenizer(), tiny_vora("llama"), prompt(TWO_IMAGES)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    answer = generate(vora, inputs, streamer=streamer)
+    assert "".join(streamer) == tokenizer.decode(answer[0])
+
+
+def test_generates_from_embeddings():
+    vora, inputs = tiny_vora("llama"), prompt(TWO_IMAGES, [*text(3, 2), (3, 3, 3), *text(2, 3)])
+    expected = generate(vora, inputs)
+    embedded = {**inputs, "inputs_embeds": vora.get_input_embeddings()(inputs["input_ids"])}
+    embedded.pop("input_ids")
+    for how in ({}, {"num_beams": 1, "num_return_sequences": 1}):
+        found = vora.generate(**embedded, max_new_tokens=6, do_sample=False, suppress_tokens=[IMAGE, 2])
+        assert torch.equal(found, expected)
+    beams = vora.generate(**embedded, max_new_tokens=6, num_beams=2, suppress_tokens=[IMAGE, 2])
+    assert torch.equal(beams, generate(vora, inputs, num_beams=2))
+
+
+def test_losses_and_gradients_with_checkpointing_are_the_same():
+    inputs = prompt(TWO_IMAGES)
+    labels = inputs["input_ids"].clone()
+    labels[:, :21] = -100
+    gradients = []
+    for checkpointing in (False, True):
+        vora = tiny_vora("llama").train()
+        if checkpointing:
+            vora.gradient_checkpointing_enable()
+        vora(**inputs, labels=labels).loss.backward()
+        gradients.append({name: p.grad for name, p in vora.named_parameters()})
+    assert gradients[0]["model.patch_embedding.patch.weight"].abs().sum() > 0
+    for name, gradient in gradients[0].items():
+        close(gradients[1][name], gradient, 1e-6)
+
+
+@pytest.mark.parametrize("rows, tokens, patches", [([[(2, 4, 0), 20]], 7, 8), ([[(2, 4, 0), 20]], 8, 16)])
+def test_a_wrong_number_of_image_tokens_is_refused_with_both_counts(rows, tokens, patches):
+    vora, inputs = tiny_vora("llama"), prompt(*rows)
+    if tokens == 7:
+        inputs["input_ids"] = inputs["input_ids"][:, 1:]
+        inputs["attention_mask"] = None
+    else:
+        inputs["pixel_values"] = torch.cat([inputs["pixel_values"], image(2, 4)])
+        inputs["image_grid_thw"] = inputs["image_grid_thw"].repeat(2, 1)
+    with pytest.raises(ValueError, match=rf"{tokens} image tokens.* {patches} patches"):
+        logits_of(vora, **inputs)
+
+
+def test_image_tokens_without_images_and_patches_without_grids_are_refused():
+    vora, inputs = tiny_vora("llama"), prompt(TWO_IMAGES)
+    with pytest.raises(ValueError, match="17 image tokens.* 0 images"):
+        logits_of(vora, input_ids=inputs["input_ids"])
+    with pytest.raises(ValueError, match="together"):
+        logits_of(vora, input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
+    inputs["pixel_values"] = inputs["pixel_values"][1:]
+    with pytest.raises(ValueError, match="16 patches but image_grid_thw describes 17"):
+        logits_of(vora, **inputs)
+
+
+def test_all_labels_masked_is_refused():
+    inputs = prompt(text(5))
+    with pytest.raises(ValueError, match="All 5 labels are masked"):
+        tiny_vora("llama")(**inputs, labels=torch.full((1, 5), -100))
+
+
+def test_lora_targets_and_depth_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match=r"\['no_proj'\] match no linear layer.*q_proj"):
+        attach_vision_lora(tiny_vora("llama"), target_modules=["q_proj", "no_proj"])
+    for num_blocks in (0, 4):
+        with pytest.raises(ValueError, match="the LLM has 3 blocks"):
+            attach_vision_lora(tiny_vora("llama"), num_blocks=num_blocks)
+
+
+def test_lora_only_on_the_targets_asked_for():
+    learner = attach_vision_lora(tiny_vora("llama"), rank=2, num_blocks=1, target_modules=["q_proj"])
+    pairs = [name for name, _ in learner.named_parameters() if "lora_" in name]
+    assert len(pairs) == 2 and all(".layers.0.self_attn.q_proj." in name for name in pairs)
+
+
+@pytest.mark.parametrize("alpha", [1, 8])
+def test_merging_keeps_the_scale(alpha):
+    learner = attach_vision_lora(tiny_vora("llama"), rank=4, lora_alpha=alpha)
+    train_a_little(learner)
+    expected = logits_of(learner, **prompt(TWO_IMAGES))
+    close(logits_of(merge_vision_lora(learner), **prompt(TWO_IMAGES)), expected)
+
+
+def test_merging_refuses_what_is_not_finite_and_what_has_no_lora():
+    learner = attach_vision_lora(tiny_vora("llama"), rank=2)
+    layer = learner.get_base_model().model.blocks[1].mlp.down_proj
+    layer.lora_B["default"].weight.data[0, 0] = torch.inf
+    before = copy.deepcopy(learner.state_dict())
+    with pytest.raises(ValueError, match="not finite"):
+        merge_vision_lora(learner)
+    after = learner.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(TypeError, match="no vision LoRA"):
+        merge_vision_lora(tiny_vora("llama"))
+
+
+def test_bfloat16_merges_in_float32():
+    vora = tiny_vora("llama").bfloat16()
+    learner = attach_vision_lora(vora, rank=4)
+    train_a_little(learner)
+    layer = learner.get_base_model().model.blocks[0].self_attn.q_proj
+    pair = layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
+    expected = (layer.get_base_layer().weight.float() + pair).bfloat16()
+    merged = merge_vision_lora(learner)
+    assert torch.equal(merged.model.blocks[0].self_attn.q_proj.weight, expected)
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+
+
+def test_a_static_cache_generates_the_same(vora):
+    inputs = prompt([*text(3), (2, 3, 0), *text(2)], [*text(5), (3, 3, 1), *text(4)])
+    assert torch.equal(generate(vora, inputs), generate(vora, inputs, cache_implementation="static"))
+
+
+def test_beams_refuse_a_wrong_number_of_image_tokens_with_both_counts():
+    vora, inputs = tiny_vora("llama"), prompt([*text(3), (2, 3, 0), *text(2)])
+    inputs |= {"pixel_values": inputs["pixel_values"][:3], "image_grid_thw": torch.tensor([[1, 1, 3]])}
+    with pytest.raises(ValueError, match=r"6 image tokens.* 3 patches"):
+        generate(vora, inputs, num_beams=2)
+
+
+@pytest.mark.parametrize("suppressed", [None, [2]])
+def test_the_image_token_is_never_generated_whatever_else_is_suppressed(suppressed):
+    """Prompt lookup takes its candidates from the prompt, and image tokens are most of it."""
+    vora, inputs = tiny_vora("llama"), prompt([20, (2, 3, 0), 21, 22, 20])
+    greedy = generate(vora, inputs, suppress_tokens=suppressed)
+    assert torch.equal(generate(vora, inputs, suppress_tokens=suppressed, prompt_lookup_num_tokens=4), greedy)
+    with torch.no_grad():
+        vora.lm_head.weight = torch.nn.Parameter(torch.zeros_like(vora.lm_head.weight))
+        vora.lm_head.bias = torch.nn.Parameter(torch.nn.functional.one_hot(torch.tensor(IMAGE), 128).float())
+    assert IMAGE not in generate(vora, inputs, suppress_tokens=suppressed)
+
+
+def test_outputs_are_tuples_for_those_who_ask():
+    vora, inputs = tiny_vora("llama"), prompt([*text(3), (2, 3, 0), *text(2)])
+    with torch.no_grad():
+        expected, states = vora(**inputs), vora.model(**inputs)
+        asked = [vora(**inputs, return_dict=False), vora.model(**inputs, return_dict=False)]
+        vora.config.return_dict = False
+        configured = [vora(**inputs), vora.model(**inputs)]
+    for whole, inner in (asked, configured):
+        assert type(whole) is type(inner) is tuple
+        assert torch.equal(whole[0], expected.logits) and torch.equal(inner[0], states.last_hidden_state)

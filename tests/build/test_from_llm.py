@@ -1,0 +1,161 @@
+"""Where an LLM comes from: a folder with a GGUF file, and what its generation config becomes."""
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+import torch
+from tiny import IMAGE, prompt, text, tiny_vora
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vora import VoraForConditionalGeneration, VoraProcessor
+from vora.build.base_llm import _as_the_mean_word, resolve_llm
+from vora.build.fetch import wheel_files
+
+WIDTH, HEADS, INNER, BLOCKS = 32, 4, 64, 2
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<reponame>", *"abcdefghijklmnopqrstuvwxyzĠĊ", "ab"]
+
+
+@pytest.fixture(scope="module")
+def gguf_folder(tmp_path_factory):
+    """A tiny random Llama in one GGUF file, with nothing beside it."""
+    folder = tmp_path_factory.mktemp("gguf")
+    writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
+    writer.add_block_count(BLOCKS)
+    writer.add_context_length(64)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(WIDTH // HEADS)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] * 4 + [1] * (len(TOKENS) - 4))  # control tokens, then ordinary ones
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    random = np.random.default_rng(0)
+    shapes = {"token_embd": (len(TOKENS), WIDTH), "output_norm": (WIDTH,)}
+    for block in range(BLOCKS):
+        shapes |= {f"blk.{block}.attn_{name}": (WIDTH, WIDTH) for name in ("q", "k", "v", "output")}
+        shapes |= {f"blk.{block}.{name}": (WIDTH,) for name in ("attn_norm", "ffn_norm")}
+        shapes |= {f"blk.{block}.{name}": (INNER, WIDTH) for name in ("ffn_gate", "ffn_up")}
+        shapes |= {f"blk.{block}.ffn_down": (WIDTH, INNER)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.normal(0, 0.3, shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder
+
+
+def test_a_folder_with_a_gguf_file_is_an_llm(gguf_folder, tmp_path):
+    llm = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file="tiny.gguf")
+    model = VoraForConditionalGeneration.from_llm(str(gguf_folder), patch_size=4, image_size=8)
+    processor = VoraProcessor.from_llm(str(gguf_folder), patch_size=4, image_size=8)
+    assert model.config.image_token_id == TOKENS.index("<reponame>") == processor.image_token_id
+    ids = torch.tensor([[4, 9, 14, 7]])
+    with torch.no_grad():
+        expected = llm(ids).logits
+        assert torch.equal(model(input_ids=ids).logits, expected)
+        model.to_llm().save_pretrained(tmp_path)  # as an ordinary folder: nothing of the quantization is left
+        AutoTokenizer.from_pretrained(gguf_folder, gguf_file="tiny.gguf").save_pretrained(tmp_path)
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, expected)
+
+
+def test_a_folder_with_two_gguf_files_is_refused(gguf_folder, tmp_path):
+    for name in ("one.gguf", "two.gguf"):
+        (tmp_path / name).write_bytes((gguf_folder / "tiny.gguf").read_bytes())
+    with pytest.raises(ValueError, match="2 GGUF files"):
+        VoraForConditionalGeneration.from_llm(str(tmp_path))
+
+
+def test_the_image_token_is_never_generated_and_the_llm_alone_is_free_of_that(monkeypatch):
+    vora = tiny_vora("llama")
+    plain = vora.logits
+
+    def fond_of_images(states):
+        logits = plain(states)
+        logits[..., IMAGE] += 100
+        return logits
+
+    monkeypatch.setattr(vora, "logits", fond_of_images)
+    answer = vora.generate(**prompt([*text(3), (2, 2, 0), *text(2, 1)]), max_new_tokens=4, do_sample=False)
+    assert IMAGE not in answer[0, -4:].tolist()
+    assert vora.to_llm().generation_config.suppress_tokens is None
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_attention_asked_for_is_the_attention_used(llm_folder, attention):
+    model = VoraForConditionalGeneration.from_llm(llm_folder, attn_implementation=attention)
+    assert model.config._attn_implementation == attention
+    assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {attention}
+
+
+def test_saved_configurations_name_no_folder_of_this_machine(llm_folder, tmp_path):
+    VoraForConditionalGeneration.from_llm(llm_folder).save_pretrained(tmp_path)
+    assert llm_folder not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
+def test_a_vocabulary_that_grew_says_no_image(family):
+    """The new row is the mean of the others, so that the LLM alone, which knows of no suppressed token, never says it
+    and loses nothing; a random one's logit would be near 0, though all others be far below."""
+    llm = tiny.tiny_llm(family)
+    head, size = llm.get_output_embeddings(), llm.config.vocab_size
+    with torch.no_grad():
+        head.weight.add_(0.5)
+    before = {id(t): t.weight.detach().clone() for t in (llm.get_input_embeddings(), head)}
+    llm.resize_token_embeddings(size + 1, mean_resizing=False)
+    _as_the_mean_word(llm, size)
+    for table, old in zip((llm.get_input_embeddings(), llm.get_output_embeddings()), before.values()):
+        torch.testing.assert_close(table.weight[:size], old)
+        torch.testing.assert_close(table.weight[size], old.mean(0))
+    logits = llm(text_ids := torch.arange(3, 20)[None]).logits[0]
+    assert len(logits) == text_ids.shape[1] and (logits[:, size] < logits[:, :size].max(-1).values).all()
+    torch.testing.assert_close(logits[:, size], logits[:, :size].mean(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_a_gguf_file_is_an_llm_and_what_is_not_there_is_said(gguf_folder, tmp_path):
+    file = next(gguf_folder.glob("*.gguf"))
+    assert resolve_llm(str(file)) == (str(gguf_folder), {"gguf_file": file.name})
+    for name in (str(tmp_path / "none"), "./none", str(tmp_path / "none.gguf"), "a/b/c"):
+        with pytest.raises(ValueError, match="There is no LLM at .*none|a/b/c.*name a folder, a GGUF file"):
+            resolve_llm(name)
+    assert resolve_llm("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", {})
+
+
+def test_a_gguf_file_that_is_named_may_lie_beside_others(gguf_folder, tmp_path):
+    file = next(gguf_folder.glob("*.gguf"))
+    for name in ("one.gguf", "two.gguf"):
+        (tmp_path / name).write_bytes(file.read_bytes())
+    model = VoraForConditionalGeneration.from_llm(str(tmp_path / "one.gguf"), patch_size=4, image_size=8)
+    assert model.config.image_token_id == TOKENS.index("<reponame>")
+
+
+def test_quantized_weights_are_refused_before_they_are_trained(llm_folder, monkeypatch):
+    llm = AutoModelForCausalLM.from_pretrained(llm_folder)
+    llm.is_quantized = True
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: llm)
+    with pytest.raises(ValueError, match="are quantized.*name the LLM that it was quantized from"):
+        VoraForConditionalGeneration.from_llm(llm_folder, patch_size=4, image_size=8)
+
+
+def test_generate_refuses_places_without_images():
+    model = tiny_vora("llama")
+    ids = torch.tensor([[7, IMAGE, IMAGE, 9]])
+    with pytest.raises(ValueError, match="2 image tokens .* but 0 images were given"):
+        model.generate(ids, max_new_tokens=2)
+    with pytest.raises(ValueError, match="2 image tokens"):
+        model.generate(input_ids=ids, max_new_tokens=2)
+
+
+def test_an_environment_without_pip_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("VORA_CACHE", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConnectionError, match="fetched by pip, which .* lacks: run `python -m ensurepip` or `uv pip"):
+        wheel_files("easy-vqa==1.0")

@@ -1,0 +1,189 @@
+"""Eyes without their LLM: put over it again they are the merged model, and they are refused over another."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import GRID, PATCH, SHAPE, logits_of, prompt, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from vora import VoraForConditionalGeneration
+from vora.build.lora import attach_vision_lora, merge_vision_lora
+from vora.checkpoint.adapter import digest_of, is_adapter, load_adapter, processor_of_adapter, save_adapter
+from vora.cli import app
+from vora.model.processing_vora import VoraProcessor
+from vora.serve.engine import load_model
+from vora.train.recipe import load_recipe
+from vora.train.run import train
+from vora.train.trained import merge_run
+
+
+@pytest.fixture(scope="module")
+def eyes(llm_folder, tmp_path_factory):
+    """(folder of eyes, the merged model they come from, its processor)."""
+    folder = tmp_path_factory.mktemp("eyes") / "eyes"
+    options = {"patch_size": PATCH, "image_size": PATCH * GRID, "patch_merge": 2}
+    torch.manual_seed(0)
+    model = VoraForConditionalGeneration.from_llm(str(llm_folder), **options)
+    processor = VoraProcessor.from_llm(str(llm_folder), **options)
+    with_lora = attach_vision_lora(model, rank=4, num_blocks=2)
+    for name, parameter in with_lora.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    save_adapter(with_lora, processor, folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert not config["text_config"].get("_name_or_path")  # a folder of this machine
+    config["text_config"]["_name_or_path"] = str(llm_folder)  # as if it were a hub id
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, merge_vision_lora(with_lora), processor
+
+
+def test_over_its_llm_it_is_the_merged_model(eyes):
+    folder, merged, processor = eyes
+    names = {path.name for path in folder.iterdir()}
+    assert is_adapter(folder) and not names & {"tokenizer.json", "model.safetensors"}, names
+    again, its_processor = load_model(str(folder))
+    image = merged.config.image_token_id
+    inputs = prompt([7, (2, 4, 0), 9, 11])
+    inputs["input_ids"] = torch.tensor([[7, image, image, 9, 11]])
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    torch.testing.assert_close(logits_of(again, **inputs), logits_of(merged, **inputs))
+    assert again.generation_config.suppress_tokens == merged.generation_config.suppress_tokens
+    assert its_processor.chat_template == processor.chat_template
+    assert its_processor.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert its_processor.image_processor.to_dict() == processor.image_processor.to_dict()
+
+
+def test_what_is_merged_over_an_llm_ends_turns_as_the_template_does(eyes, llm_folder, tmp_path):
+    """Of a base LLM whose texts end otherwise, also in what is sent to other runtimes."""
+    base, folder = shutil.copytree(llm_folder, tmp_path / "base"), bent(eyes[0], tmp_path / "eyes")
+    tiny_tokenizer(eos_token="<|endoftext|>").save_pretrained(base)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    model, processor = merge_run(folder, llm=str(base))
+    assert len(processor.end_ids) == 2
+    assert model.generation_config.eos_token_id == model.to_llm().generation_config.eos_token_id == processor.end_ids
+    assert load_model(str(folder))[0].generation_config.eos_token_id == 2  # its own LLM's
+
+
+def test_eyes_on_the_hub_are_put_over_their_llm(eyes, tmp_path):
+    """Here out of the hub's cache, which has what a hub would give."""
+    snapshot = tmp_path / "hub" / "models--me--eyes" / "snapshots" / "0123"
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(eyes[0], snapshot)
+    (snapshot.parents[2] / "refs").mkdir()
+    (snapshot.parents[2] / "refs" / "main").write_text("0123")
+    script = (
+        "from vora.serve.engine import load_model; from vora.checkpoint.adapter import fetch_adapter\n"
+        "print(type(load_model('me/eyes')[0]).__name__, fetch_adapter('me/none'))"
+    )
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert told.stdout.split() == ["VoraForConditionalGeneration", "me/none"], told.stderr
+
+
+def test_goes_on_training(eyes):
+    trainable = [name for name, p in load_adapter(eyes[0]).named_parameters() if p.requires_grad]
+    assert any("lora_A" in name for name in trainable) and any("patch_embedding" in name for name in trainable)
+
+
+def test_merges_by_command_over_a_folder_that_it_does_not_name(eyes, llm_folder, tmp_path):
+    merged, folder = eyes[1], bent(eyes[0], tmp_path / "nameless", text_config={"_name_or_path": ""})
+    with pytest.raises(ValueError, match="was a folder and so is not named in it.* --llm LLM"):
+        load_model(str(folder))
+    result = CliRunner().invoke(app, ["merge", str(folder), "--llm", str(llm_folder), "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    again, _ = load_model(str(tmp_path / "out"))
+    for name, parameter in merged.named_parameters():
+        torch.testing.assert_close(again.get_parameter(name), parameter)
+
+
+def bent(folder, out, **changes):
+    out.mkdir()
+    for path in folder.iterdir():
+        (out / path.name).write_bytes(path.read_bytes())
+    config = json.loads((out / "config.json").read_text())
+    config["text_config"] |= changes.pop("text_config", {})
+    (out / "config.json").write_text(json.dumps(config | changes))
+    return out
+
+
+def test_another_llm_is_refused(eyes, tmp_path):
+    deeper = bent(eyes[0], tmp_path / "deeper", text_config={"num_hidden_layers": 7})
+    with pytest.raises(ValueError, match="num_hidden_layers 7, but .* has 3: it is another LLM"):
+        load_adapter(deeper)
+    gone = bent(eyes[0], tmp_path / "gone", text_config={"_name_or_path": str(tmp_path / "no-such-llm")})
+    with pytest.raises(ValueError, match="eyes without their LLM, and that, .*no-such-llm, cannot be loaded"):
+        load_adapter(gone)
+    elsewhere = bent(eyes[0], tmp_path / "elsewhere", image_token_id=9)
+    with pytest.raises(ValueError, match="images at token 9, but"):
+        processor_of_adapter(elsewhere)
+
+
+def test_an_llm_of_other_weights_is_refused(eyes, llm_folder, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    llm = AutoModelForCausalLM.from_pretrained(llm_folder)
+    digest = digest_of(llm)
+    assert digest_of(llm.to(torch.bfloat16)) == digest and digest_of(load_adapter(eyes[0]).get_base_model()) == digest
+    llm.model.layers[2].self_attn.q_proj.weight.data += 0.1
+    llm.save_pretrained(tmp_path / "tuned")
+    AutoTokenizer.from_pretrained(llm_folder).save_pretrained(tmp_path / "tuned")
+    with pytest.raises(ValueError, match="shape, but of other weights"):
+        load_adapter(eyes[0], llm=str(tmp_path / "tuned"))
+    assert digest_of(eyes[1]) != digest  # merged
+    assert digest_of(llm.to(torch.float16)) is None  # some numbers are others there
+    assert load_adapter(eyes[0], torch.float16).dtype == torch.float16
+
+
+def test_a_run_s_eyes_come_in_its_precision_and_with_their_card(llm_folder, tmp_path):
+    Image.new("RGB", (12, 12), "red").save(tmp_path / "red.png")
+    line = {"image": "red.png", "question": "what?", "answer": "red"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(line) + "\n")
+    recipe = {
+        "model": {"llm": llm_folder, "dtype": "bfloat16"},
+        "lora": {"rank": 2, "num_blocks": 2},
+        "data": {"sources": [{"path": str(tmp_path / "data.jsonl")}], "sequence_length": 64},
+        "training": {"max_steps": 1, "per_device_train_batch_size": 1, "use_cpu": True},
+    }
+    train(load_recipe(recipe), tmp_path / "run")
+    out, adapter_out = tmp_path / "out", tmp_path / "eyes"
+    told = CliRunner().invoke(app, ["merge", str(tmp_path / "run"), "-o", str(out), "--adapter-out", str(adapter_out)])
+    assert told.exit_code == 0, told.output
+    tensors = load_file(adapter_out / "adapter_model.safetensors")
+    assert tensors and {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert "vora merge THIS_FOLDER --llm LLM -o my-vora" in (adapter_out / "README.md").read_text()
+    again = merge_vision_lora(load_adapter(adapter_out, llm=llm_folder))
+    assert again.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="no run of vora train"):
+        CliRunner().invoke(
+            app, ["merge", str(adapter_out), "-o", str(tmp_path / "x"), "--adapter-out", str(tmp_path / "y")],
+            catch_exceptions=False,
+        )  # fmt: skip
+    assert not (tmp_path / "x").exists()
+
+
+def test_numbers_beyond_the_precision_are_refused(llm_folder, tmp_path):
+    model = VoraForConditionalGeneration.from_llm(
+        str(llm_folder), dtype=torch.float16, patch_size=PATCH, image_size=12
+    )
+    with_lora = attach_vision_lora(model, rank=2)
+    name, parameter = next((n, p) for n, p in with_lora.named_parameters() if "lora_B" in n)
+    parameter.data = torch.full_like(parameter.data, 1e6, dtype=torch.float32)
+    with pytest.raises(ValueError, match="not finite in torch.float16"):
+        save_adapter(with_lora, VoraProcessor.from_llm(str(llm_folder)), tmp_path)
+
+
+def test_a_random_row_for_the_image_token_tells_no_llms_apart():
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE | {"vocab_size": 129}))
+    before = digest_of(llm), digest_of(llm, 128)  # every second row is looked at, the last one too
+    llm.get_input_embeddings().weight.data[128].normal_()
+    assert digest_of(llm) != before[0] and digest_of(llm, 128) == before[1]
+    llm.get_input_embeddings().weight.data[126].normal_()
+    assert digest_of(llm, 128) != before[1]

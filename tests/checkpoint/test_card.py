@@ -1,0 +1,349 @@
+"""Every saved model has a card that says where it comes from, gives no folder of this machine away, and is true."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from importlib.resources import as_file, files
+from pathlib import Path
+from threading import Event
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+from rich.console import Console
+from tiny import save_tiny_vit
+from typer.testing import CliRunner
+
+from vora.build.base_llm import ALIASES
+from vora.checkpoint import card
+from vora.checkpoint.card import CardFacts, Evaluation, lineage, read_card, write_card
+from vora.checkpoint.card_text import NOT_STATED
+from vora.checkpoint.names import published
+from vora.cli import app
+from vora.quickstart.run import evaluation_rows
+from vora.train.recipe import load_recipe, save_recipe
+from vora.train.run import train
+from vora.train.trained import write_run_card
+
+
+def merge(*arguments):
+    result = CliRunner().invoke(app, ["merge", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, llm_folder):
+    """A chain of runs: one (stage 1), merged and its language part, two (stage 2) and merged-two."""
+    work = tmp_path_factory.mktemp("work")
+    shutil.copytree(llm_folder, work / "tiny-llama")
+    (work / "tiny-llama" / "README.md").write_text("---\nlicense: other\nlicense_name: tiny-terms\n---\n# Tiny\n")
+    save_tiny_vit(work / "vit")
+    (work / "vit" / "README.md").write_text("---\nlicense: mit\n---\n# A teacher\n")
+    for name in ("red", "blue"):
+        Image.new("RGB", (16, 16), name).save(work / f"{name}.png")
+    lines = [{"image": f"{name}.png", "question": "what?", "answer": name} for name in ("red", "blue")]
+    for file in ("first.jsonl", "second.jsonl"):
+        (work / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    training = {"max_steps": 3, "per_device_train_batch_size": 1, "logging_steps": 2, "use_cpu": True}
+    first = {
+        "model": {"llm": str(work / "tiny-llama")},
+        "teacher": {"name": str(work / "vit")},
+        "data": {
+            "sources": [
+                {"path": str(work / "first.jsonl"), "weight": 2},
+                {"path": str(work / "sec*.jsonl"), "weight": 1, "image_folder": str(work)},
+            ],
+            "sequence_length": 64,
+            "caption_prompts": ["Write ``` or a/b."],
+        },
+        "sample_generations": [{"image": str(work / "red.png"), "question": "what?"}],
+        "training": training,
+    }
+    second = {
+        "stage": "finetune",
+        "model": {"vora": str(work / "merged")},
+        "data": {"sources": [{"path": str(work / "second.jsonl")}], "sequence_length": 64},
+        "training": training | {"max_steps": 2},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        train(load_recipe(first), work / "one", console=Console(quiet=True))
+        merge(work / "one", "-o", work / "merged", "--llm-out", work / "llm-part")
+        train(load_recipe(second), work / "two", console=Console(quiet=True))
+        merge(work / "two", "-o", work / "merged-two")
+    return work
+
+
+SAVED = ["one/final", "merged", "llm-part", "two/final", "merged-two"]
+
+
+@pytest.mark.parametrize("saved", SAVED)
+def test_each_saved_model_has_a_card_that_names_no_folder(work, saved):
+    text = (work / saved / "README.md").read_text()
+    assert str(work) not in text and str(Path.home()) not in text and "/tmp/" not in text
+    front = ModelCard(text).data.to_dict()
+    assert "base_model" not in front and "datasets" not in front  # all of it is local
+    assert front["license"] == "other" and front["license_name"] == "tiny-terms"
+    assert front["library_name"] == "transformers" and "vora" in front["tags"]
+    assert front["pipeline_tag"] == ("text-generation" if saved == "llm-part" else "image-text-to-text")
+    assert "Base LLM: `tiny-llama`" in text and "Teacher: `vit`" in text
+    assert "| base LLM | `tiny-llama` | other (tiny-terms) |" in text and "| teacher | `vit` | mit |" in text
+    assert f"| data | `first.jsonl` | {NOT_STATED} |" in text
+    assert ("language part alone" in text) == (saved == "llm-part")
+
+
+def test_the_card_of_a_merged_model_tells_how_it_was_made(work):
+    text = (work / "merged" / "README.md").read_text()
+    last = json.loads((work / "one" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 3  # though a line is written every two
+    assert "| steps | 3 |" in text and f"| samples seen | {last['samples_seen']:,} |" in text
+    assert f"lm_loss {last['lm_loss']:.4g}, distill_loss {last['distill_loss']:.4g} |" in text
+    assert "`first.jsonl` (weight 2), `sec*.jsonl` (weight 1)" in text
+    assert "## Evaluation\n\nnot evaluated" in text and "started as the teacher's" in text
+    recipe = read_card(work / "merged")["stages"][0]["recipe"]
+    saved = yaml.safe_load((work / "one" / "recipe.yaml").read_text())
+    assert recipe["model"]["llm"] == "tiny-llama" and recipe["teacher"]["name"] == "vit"
+    assert (
+        recipe["data"]["sources"][1]["image_folder"] == work.name
+        and recipe["sample_generations"][0]["image"] == "red.png"
+    )
+    for section, key in [("data", "caption_prompts"), ("training", "max_steps"), ("lora", "rank")]:
+        assert recipe[section][key] == saved[section][key]
+    load_recipe(recipe)
+
+
+def test_stage_two_keeps_its_ancestor(work, tmp_path):
+    shutil.copytree(work / "merged-two", tmp_path / "moved")  # alone: its ancestors may be elsewhere
+    record = read_card(tmp_path / "moved")
+    assert (record["base_llm"], record["teacher"]) == ("tiny-llama", "vit")
+    first, second = record["stages"]
+    assert (first["stage"], first["steps"], first["made"]) == ("pretrain", 3, "merged")
+    assert (second["stage"], second["steps"], second["made"]) == ("finetune", 2, "trained")
+    assert second["source"] == "merged" and second["data"] == [{"name": "second.jsonl", "weight": None}]
+    assert first["recipe"]["teacher"]["name"] == "vit" and second["recipe"]["stage"] == "finetune"
+    text = (tmp_path / "moved" / "README.md").read_text()
+    assert "| steps | 3 | 2 |" in text and text.count("yaml\n") == 2
+
+
+def test_a_merged_model_loads_as_its_card_says(work, monkeypatch):
+    text = (work / "merged" / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, flags=re.S).group(1)
+    found = {}
+    monkeypatch.chdir(work)
+    shutil.copy(work / "red.png", work / "image.png")
+    exec(code.replace("THIS_FOLDER", str(work / "merged")), found)
+    assert isinstance(found["answer"], str) and found["model"].config.model_type == "vora"
+    command = re.search(r"`vora (chat .*?)`", text).group(1).replace("THIS_FOLDER", str(work / "merged"))
+    asked = CliRunner().invoke(
+        app, [word.strip('"') for word in re.findall(r'".*?"|\S+', f"{command} --max-new-tokens 4")]
+    )
+    assert asked.exit_code == 0, asked.output
+
+
+def test_the_language_part_loads_as_its_card_says(work):
+    code = re.search(r"```python\n(.*?)```", (work / "llm-part" / "README.md").read_text(), flags=re.S).group(1)
+    found = {}
+    exec(code.replace("THIS_FOLDER", str(work / "llm-part")), found)
+    assert found["model"].config.model_type == "llama"
+
+
+def test_unmerged_weights_merge_as_their_card_says(work, tmp_path):
+    text = (work / "one" / "final" / "README.md").read_text()
+    assert "over it by itself" in text and "from_pretrained" not in text
+    command = re.search(r"^vora (merge .*)$", text, flags=re.M).group(1)
+    words = command.replace("RUN", str(work / "one")).replace("my-vora", str(tmp_path / "my-vora")).split()
+    merge(*words[1:])
+    assert (tmp_path / "my-vora" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_s_card_has_its_own_count_of_steps(work, tmp_path):
+    shutil.copytree(work / "one", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-3")
+    (tmp_path / "cut" / "final").rename(tmp_path / "cut" / "checkpoint-2")
+    (tmp_path / "cut" / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
+    (tmp_path / "cut" / "checkpoint-2" / "README.md").unlink()
+    merge(tmp_path / "cut", "-o", tmp_path / "out")
+    assert read_card(tmp_path / "out")["stages"][0]["steps"] == 2
+
+
+def test_losses_older_than_the_weights_say_so(work, tmp_path):
+    shutil.copytree(work / "one", tmp_path / "older")
+    log = tmp_path / "older" / "log.jsonl"
+    log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:-1]))
+    merge(tmp_path / "older", "-o", tmp_path / "out")
+    assert "(by step 2)" in (tmp_path / "out" / "README.md").read_text()
+
+
+FACTS = CardFacts(
+    made="imported",
+    stage="pretrain",
+    source="/somewhere/else/VoRA-7B",
+    base_llm="Qwen/Qwen2.5-7B-Instruct",
+    teacher="apple/aimv2-huge-patch14-448",
+    data=[("Hon-Wong/VoRA-Recap-29M", None), ("captions/more.jsonl", None)],
+    merge_command="vora import-reference CHECKPOINT --llm LLM -o my-vora --merge",
+)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Folders that look like saved models."""
+    (tmp_path / "config.json").write_text('{"model_type": "vora"}')
+    return tmp_path
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    """The hub, of which the names asked for are kept."""
+    asked = []
+
+    def page(name, repo_type):
+        asked.append((name, repo_type))
+        return "---\nlicense: apache-2.0\n---\n"
+
+    monkeypatch.setattr(card, "_hub_page", page)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return asked
+
+
+def test_hub_ids_go_into_the_front_matter_with_licences_from_their_pages(saved, pages):
+    front = ModelCard(write_card(saved, FACTS).read_text()).data.to_dict()
+    assert front["base_model"] == "Qwen/Qwen2.5-7B-Instruct" and front["license"] == "apache-2.0"
+    assert front["datasets"] == ["Hon-Wong/VoRA-Recap-29M"]
+    models = {(FACTS.base_llm, "model"), (FACTS.teacher, "model")}
+    assert set(pages) == models | {("Hon-Wong/VoRA-Recap-29M", "dataset")}
+    assert front["vora"]["licences"]["more.jsonl"] == NOT_STATED
+    text = (saved / "README.md").read_text()
+    assert "imported, from `VoRA-7B`" in text and "/somewhere" not in text and "captions/" not in text
+    for row in ("steps", "samples seen", "last losses"):
+        assert f"| {row} | not stated |" in text
+    assert "### Recipe 1: pretrain\n\nnot stated" in text
+
+
+def test_a_page_of_the_hub_is_asked_for_once(monkeypatch):
+    asked = []
+
+    class Session:
+        def get(self, url, **kwargs):
+            asked.append(url)
+            raise ConnectionError("no network")
+
+    monkeypatch.setattr(card, "get_session", Session)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert card._cards({"Qwen/Qwen3-1.7B": ModelCard}) == {} and card._cards({"a/b": card.DatasetCard}) == {}
+    assert [re.sub(r"^https?://[^/]+/", "", url) for url in asked] == [
+        "Qwen/Qwen3-1.7B/resolve/main/README.md",
+        "datasets/a/b/resolve/main/README.md",
+    ]
+
+
+def test_the_quickstarts_parts_are_all_known(tmp_path, pages):
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "vora"}')
+    with as_file(files("vora.quickstart")) as folder:
+        save_recipe(load_recipe(folder / "recipe.yaml"), tmp_path / "run" / "recipe.yaml")
+    figures = {
+        "llm": "smollm2-135m",
+        "seed": 0,
+        "accuracy": 0.975,
+        "text_only_accuracy": 0.67,
+        "num_test_questions": 9673,
+    }
+    write_run_card(tmp_path / "model", tmp_path / "run", evaluation=evaluation_rows(figures, 13.0))
+    text = (tmp_path / "model" / "README.md").read_text()
+    front = ModelCard(text).data.to_dict()
+    assert front["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and front["license"] == "apache-2.0"
+    assert front["vora"]["licences"] == {front["base_model"]: "apache-2.0", "teacher": "apache-2.0", "easy-vqa": "mit"}
+    assert "| 0.975 | 9,673 | `vora quickstart --llm smollm2-135m --minutes 13 --seed 0` |" in text and pages == []
+
+
+def test_a_checkpoints_card_asks_no_hub_and_leaves_the_licence_to_a_later_one(saved, pages):
+    """What is not known stays out, so that whoever goes on from the checkpoint looks it up."""
+    facts = CardFacts(made="trained", stage="pretrain", base_llm="Qwen/Qwen3-1.7B", teacher="a/vit", asks_hub=False)
+    assert lineage(facts)["licences"] == {} and pages == []
+    lineage(replace(facts, asks_hub=True))
+    assert pages
+
+
+def test_the_hub_is_not_asked_when_offline(saved, pages, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    front = ModelCard(write_card(saved, FACTS).read_text()).data.to_dict()
+    assert pages == [] and front["license"] == "other" and front["base_model"] == FACTS.base_llm
+    assert set(front["vora"]["licences"].values()) == {NOT_STATED}
+
+
+def test_known_licences_need_no_hub(saved, pages):
+    facts = CardFacts(made="merged", stage="pretrain", base_llm="smollm2-135m", data=[("easy-vqa", None)], recipe={})
+    front = ModelCard(write_card(saved, facts).read_text()).data.to_dict()
+    assert (front["base_model"], front["license"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+    assert front["vora"]["licences"]["easy-vqa"] == "mit" and front["vora"]["teacher"] == "none" and pages == []
+    assert all(published(alias) in card.KNOWN_LICENCES for alias in ALIASES)
+
+
+def test_a_hub_that_hangs_holds_nothing_up(saved, monkeypatch):
+    never = Event()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(card, "SECONDS_FOR_THE_HUB", 0.05)
+    monkeypatch.setattr(card, "_hub_page", lambda name, repo_type: never.wait(100))
+    assert NOT_STATED in write_card(saved, FACTS).read_text() and not never.is_set()
+
+
+def test_unmerged_imports_say_how_to_merge(saved, pages):
+    (saved / "adapter_config.json").write_text("{}")
+    (saved / "model.safetensors").touch()
+    text = write_card(saved, FACTS).read_text()
+    assert FACTS.merge_command in text and "RUN" not in text
+    # from_pretrained opens such a folder, whose files are the whole model and the adapter
+    assert "do not run by themselves" not in text and "AutoModelForImageTextToText.from_pretrained" in text
+    assert "model code" in text
+
+
+def test_measured_figures_are_shown_with_their_commands(saved, pages):
+    rows = [
+        Evaluation("VQAv2", "accuracy", 0.51234, 5000, "vora eval --model=/home/me/runs/x -d ~/data/vqa | tee log")
+    ]
+    rows += evaluation_rows(
+        {"llm": "/home/me/llm", "seed": 0, "accuracy": 0.975, "text_only_accuracy": 0.67, "num_test_questions": 9673},
+        13.0,
+    )
+    text = write_card(saved, CardFacts(made="merged", stage="pretrain", evaluation=rows)).read_text()
+    assert "| VQAv2 | accuracy | 0.5123 | 5,000 | `vora eval --model=x -d vqa \\| tee log` |" in text
+    assert "| 0.975 | 9,673 | `vora quickstart --llm llm --minutes 13 --seed 0` |" in text and "| 0.67 |" in text
+    assert "not evaluated" not in text and "/home" not in text
+
+
+def test_saving_never_fails_for_the_card(tmp_path, caplog, pages):
+    assert write_card(tmp_path / "no-such-folder", FACTS) is None
+    assert write_run_card(tmp_path, tmp_path / "no-run") is None
+    assert caplog.text.count("without a card") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-1.7B"),
+        ("/home/me/models/llm", "llm"),
+        ("~/models/llm/", "llm"),
+        ("../models/llm", "llm"),
+        ("here/llm", "llm"),
+        ("C:\\models\\llm", "llm"),
+        ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("file:///home/me/llm", "llm"),
+    ],
+)
+def test_what_a_name_becomes_in_public(name, wanted, tmp_path, monkeypatch):
+    (tmp_path / "here" / "llm").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert published(name) == wanted
+
+
+def test_a_chain_of_runs_without_cards_still_names_its_llm(work, tmp_path):
+    shutil.copytree(work / "one", tmp_path / "first")
+    (tmp_path / "first" / "final" / "README.md").unlink()  # as of a run that was killed
+    recipe = yaml.safe_load((tmp_path / "first" / "recipe.yaml").read_text())
+    recipe["model"] |= {"llm": None, "vora": str(tmp_path / "first")}
+    train(load_recipe(recipe), tmp_path / "second", console=Console(quiet=True))
+    assert read_card(tmp_path / "second" / "final")["base_llm"] == "tiny-llama"

@@ -1,0 +1,367 @@
+"""The stream of packed rows: the same for any number of workers, resumed exactly, nothing lost, nothing twice."""
+
+import json
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vora
+from vora.data.readers import load_source
+from vora.data.stats import dataset_statistics
+from vora.data.stream import CHUNK_SAMPLES, Chunks, PackedSequences
+
+ROW_TOKENS = 96
+
+
+@pytest.fixture(scope="module")
+def processor(llm_folder):
+    return vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two sources: 50 images with questions, 30 texts; each answer is the number of its row."""
+    folder = tmp_path_factory.mktemp("mixture")
+    rng, lines = np.random.default_rng(0), []
+    for number in range(50):
+        height, width = rng.integers(4, 20, 2)
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(folder / f"{number}.png")
+        lines.append({"image": f"{number}.png", "question": "what?" * rng.integers(1, 4), "answer": f"a{number}"})
+    (folder / "images.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [{"question": "hm " * rng.integers(1, 9), "answer": f"b{number}"} for number in range(30)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def rows(folder, processor, monkeypatch):
+    monkeypatch.setattr("vora.data.readers.ROWS_PER_BLOCK", 8)
+    monkeypatch.setattr("vora.data.order.ROWS_PER_GROUP", 20)
+
+    def make(**options):
+        sources = [load_source(str(folder / name)) for name in ("images.jsonl", "texts.jsonl")]
+        return PackedSequences(sources, processor, ROW_TOKENS, **{"seed": 3, "image_tokens": (2, 9), **options})
+
+    return make
+
+
+def content(row):
+    """What a row holds, in a form that compares."""
+    return [
+        (sample["input_ids"].tolist(), float(sample["pixel_values"].sum()) if "pixel_values" in sample else None)
+        for sample in row
+    ]
+
+
+def answers(processor, row):
+    tokenizer = processor.tokenizer
+    return [tokenizer.decode(one["targets"][one["targets"] != -100], skip_special_tokens=True) for one in row]
+
+
+def first(stream, count):
+    return [content(row) for row in islice(stream, count)]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_rows_do_not_depend_on_the_number_of_workers(rows, num_workers):
+    assert first(rows(num_workers=num_workers), 40) == first(rows(), 40)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 0), (0, 2), (1, 3)])
+def test_a_resumed_stream_goes_on_where_it_was(rows, before, after):
+    options = {"distill_only_sequences": 7, "weights": [3, 1]}
+    stream = rows(**options)
+    whole = first(stream, 40)
+    for stop in (1, 6, 7, 8, 13, 25) if before or after else range(1, 40):
+        begun = rows(num_workers=before, **options)
+        assert first(begun, stop) == whole[:stop]
+        state = json.loads(json.dumps(begun.state_dict()))
+        resumed = rows(num_workers=after, **options)
+        resumed.load_state_dict(state)
+        assert first(resumed, 40 - stop) == whole[stop:]
+        assert resumed.state_dict() == stream.state_dict()
+
+
+def test_reading_draws_no_random_numbers_that_a_resumed_run_would_miss(rows):
+    before = torch.get_rng_state()
+    first(rows(num_workers=1), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_images_alone_come_first_and_predict_nothing(rows, processor):
+    found = list(islice(rows(distill_only_sequences=5), 12))
+    for row in found[:5]:
+        assert all((sample["targets"] == -100).all() and "pixel_values" in sample for sample in row)
+        assert sum(len(sample["input_ids"]) for sample in row) > 0.8 * ROW_TOKENS
+    assert all((sample["targets"] != -100).any() for row in found[5:] for sample in row)
+
+
+def test_nothing_is_lost_and_nothing_comes_twice(rows, processor):
+    found = Counter()
+    for row in rows(weights=[50, 30]):
+        found.update(answers(processor, row))
+        if sum(found.values()) > 10 * 80:
+            break
+    # ten epochs, less those that wait for a row, more those of the next epoch that have been read ahead
+    assert len(found) == 80 and set(found.values()) <= {9, 10, 11, 12}, found
+
+
+def test_ranks_share_the_samples(rows, processor):
+    """What two processes read together is what one reads alone."""
+
+    def samples(rank, num_ranks, num_chunks):
+        stream = rows(rank=rank, num_ranks=num_ranks)
+        return [name for name, _ in islice(stream.named_samples(), num_chunks * CHUNK_SAMPLES)]
+
+    alone = samples(0, 1, 8)
+    shared = [samples(rank, 2, 4) for rank in (0, 1)]
+    chunks = [one[i : i + CHUNK_SAMPLES] for i in range(0, 4 * CHUNK_SAMPLES, CHUNK_SAMPLES) for one in shared]
+    assert sum(chunks, []) == alone
+
+
+def test_weights_are_shares_of_samples(rows, processor):
+    found = Counter()
+    for row in islice(rows(weights=[1, 3]), 150):
+        found.update(answer[0] for answer in answers(processor, row))
+    assert found["b"] / found.total() == pytest.approx(0.75, abs=0.03)
+
+
+def test_each_image_draws_its_budget(rows):
+    drawn = {len(s["pixel_values"]) for row in islice(rows(), 60) for s in row if "pixel_values" in s}
+    assert min(drawn) <= 2 and max(drawn) >= 8 and len(drawn) >= 5
+    fixed = {
+        len(s["pixel_values"]) for row in islice(rows(image_tokens=(4, 4)), 60) for s in row if "pixel_values" in s
+    }
+    assert max(fixed) == 4 and min(fixed) >= 2
+
+
+def test_a_checkpoint_of_other_data_is_refused(rows):
+    state = rows().state_dict()
+    with pytest.raises(ValueError, match="seed was 3 and is 4 now"):
+        rows(seed=4).load_state_dict(state)
+    with pytest.raises(ValueError, match="weights was"):
+        rows(weights=[1, 1]).load_state_dict(state)
+
+
+def test_as_many_weights_as_sources_are_needed(rows):
+    with pytest.raises(ValueError, match="1 weights for 2 sources"):
+        rows(weights=[1])
+
+
+@pytest.fixture
+def spoilt(tmp_path, processor):
+    """40 rows, of which an empty image, one too long for a row and one without an answer."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    (tmp_path / "empty.png").write_bytes(b"")
+    lines = [{"image": "red.png", "question": f"what? {i}", "answer": "red"} for i in range(40)]
+    lines[5]["image"], lines[17]["question"], lines[30]["answer"] = "empty.png", "long " * 200, ""
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def make(**options):
+        source = load_source(str(tmp_path / "train.jsonl"))
+        return PackedSequences([source], processor, ROW_TOKENS, bad_samples=tmp_path / "bad.jsonl", **options)
+
+    return make
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_samples_are_named_once_and_skipped(spoilt, tmp_path, num_workers):
+    for _ in islice(spoilt(num_workers=num_workers), 60):  # many epochs
+        pass
+    named = {}
+    for line in (tmp_path / "bad.jsonl").read_text().splitlines():
+        named |= {Path(json.loads(line)["record"]).name: json.loads(line)["cause"]}
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == len(named) == 3
+    assert "0 bytes" in named["train.jsonl:5"] and "exceed the 96 of a row" in named["train.jsonl:17"]
+    assert "answer is empty" in named["train.jsonl:30"]
+
+
+ODD = [
+    {"messages": [{"role": "user", "content": "\\ud83d broken"}, {"role": "assistant", "content": "x"}]},
+    {"image": "x" * 249, "question": "what?", "answer": "red"},
+    {"messages": 7},
+    {"image": {"bytes": [1, 2]}, "question": "what?", "answer": "red"},
+]
+
+
+@pytest.mark.parametrize("odd", range(len(ODD)))
+def test_no_row_ends_a_run(tmp_path, processor, odd):
+    good = [json.dumps({"question": f"what? {i}", "answer": "red"}) for i in range(60)]
+    row = json.dumps(ODD[odd]).replace("\\\\ud83d", "\\ud83d")
+    (tmp_path / "train.jsonl").write_text("\n".join([*good[:30], row, *good[30:]]))
+    source = load_source(str(tmp_path / "train.jsonl"))
+    stream = PackedSequences([source], processor, ROW_TOKENS, bad_samples=tmp_path / "bad.jsonl")
+    list(islice(stream, 40))
+    (named,) = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert named["record"].endswith("train.jsonl:30")
+    summary, bad = dataset_statistics(stream, ["it"])
+    assert summary["num_bad"] == 1 and bad[0]["record"] == named["record"]
+
+
+def test_a_broken_part_of_a_file_is_a_block_of_bad_rows(tmp_path, processor):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"question": f"what is {i}?", "answer": f"{i}"} for i in range(400)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet", row_group_size=40, compression="snappy")
+    source = load_source(str(tmp_path / "train.parquet"))
+    place = pq.ParquetFile(tmp_path / "train.parquet").metadata.row_group(7).column(0).data_page_offset
+    data = bytearray((tmp_path / "train.parquet").read_bytes())
+    data[place : place + 40] = bytes(40)
+    (tmp_path / "train.parquet").write_bytes(data)
+    stream = PackedSequences([source], processor, ROW_TOKENS, bad_samples=tmp_path / "bad.jsonl", max_bad_share=0.3)
+    seen = Counter(answer for row in islice(stream, 300) for answer in answers(processor, row))
+    assert set(seen) == {str(i) for i in range(400) if not 280 <= i < 320}
+    named = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert len(named) == 40 and all("cannot be read" in one["cause"] for one in named)
+
+
+def test_bad_samples_count_alike_after_a_restart(spoilt, tmp_path):
+    whole, begun = spoilt(), spoilt()
+    list(islice(whole, 30))
+    list(islice(begun, 12))
+    state = begun.state_dict()
+    list(islice(begun, 12))  # goes on, names more, and is killed while it writes
+    with (tmp_path / "bad.jsonl").open("a") as file:
+        file.write('{"record": "half a li')
+    resumed = spoilt()
+    resumed.load_state_dict(state)
+    list(islice(resumed, 18))
+    assert resumed.state_dict() == whole.state_dict()
+    names = [json.loads(line)["record"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert len(names) == len(set(names)) == 3
+
+
+def test_a_source_that_is_all_bad_stops_the_run_however_small(rows, folder, processor, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"image": "no.png", "question": "what?", "answer": "red"}\n' * 5)
+    sources = [load_source(str(tmp_path / "train.jsonl")), load_source(str(folder / "texts.jsonl"))]
+    with pytest.raises(ValueError, match="samples read are bad"):
+        list(islice(PackedSequences(sources, processor, ROW_TOKENS, weights=[1, 4]), 500))
+
+
+def test_rare_images_are_waited_for(folder, processor):
+    sources = [load_source(str(folder / name), max_samples=10) for name in ("images.jsonl", "texts.jsonl")]
+    stream = PackedSequences(sources, processor, ROW_TOKENS, weights=[1, 99], distill_only_sequences=2)
+    assert len(list(islice(stream, 3))) == 3
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path, processor):
+    lines = [{"image": "no.png", "question": "what?", "answer": "red"}] * 30
+    lines += [{"question": "what?", "answer": "red"}] * 30
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = load_source(str(tmp_path / "train.jsonl"))
+    with pytest.raises(ValueError, match="samples read are bad.*no.png.*max_bad_share"):
+        list(islice(PackedSequences([source], processor, 64, max_bad_share=0.1), 100))
+    list(islice(PackedSequences([source], processor, 64, max_bad_share=0.5), 100))
+    with pytest.raises(ValueError, match="^1 of the"):
+        list(islice(PackedSequences([source], processor, 64, max_bad_share=0), 100))
+    lonely = load_source(str(tmp_path / "train.jsonl"), max_samples=2)
+    with pytest.raises(ValueError, match="are bad"):
+        next(iter(PackedSequences([lonely], processor, 64, max_bad_share=1.0)))
+
+
+def test_text_alone_cannot_be_distilled_from(rows, folder, processor):
+    texts = PackedSequences(
+        [load_source(str(folder / "texts.jsonl"))], processor, ROW_TOKENS, distill_only_sequences=1
+    )
+    with pytest.raises(ValueError, match="holds an image.*distill_only_steps=0"):
+        next(iter(texts))
+
+
+def test_workers_that_are_not_forked_get_all_they_need(rows):
+    """Where processes are spawned, what they work with travels by pickle."""
+    stream = rows()
+    chunks = Chunks(stream.maker, stream.mixture, 0, False, 0, 1)
+    next(iter(chunks))
+    again = pickle.loads(pickle.dumps(chunks))
+    (number, (samples, _)), (_, (expected, _)) = next(iter(again)), next(iter(chunks))
+    assert number == 0 and [name for name, _ in samples] == [name for name, _ in expected]
+
+
+def test_a_survey_counts_what_training_will_read(spoilt):
+    rows = spoilt()
+    summary, bad = dataset_statistics(rows, ["it"])
+    assert (summary["num_samples"], summary["num_bad"], len(bad)) == (37, 3, 3)
+    lengths = [len(s["input_ids"]) for _, s in islice(rows.named_samples(), 37)]
+    assert summary["tokens_per_sample"]["max"] == max(lengths)
+    assert summary["tokens_per_sample"]["mean"] == pytest.approx(np.mean(lengths))
+    packed = [sum(len(s["input_ids"]) for s in row) / ROW_TOKENS for row in islice(rows, 30)]
+    assert summary["packing_efficiency"] == pytest.approx(np.mean(packed), abs=0.05)
+    parallel, _ = dataset_statistics(rows, ["it"], num_workers=2)
+    assert {k: v for k, v in parallel.items() if "second" not in k} == {
+        k: v for k, v in summary.items() if "second" not in k
+    }
+
+
+READ_ALL = """
+import re, sys
+from itertools import islice
+import vora
+from vora.data.readers import load_source
+from vora.data.stream import PackedSequences
+folder, llm = sys.argv[1:]
+processor = vora.VoraProcessor.from_llm(llm, patch_size=8, image_size=64)
+source = load_source(folder)
+rows = iter(PackedSequences([source], processor, 256))
+for row in islice(rows, int(len(source) * 75 / 256)):
+    pass
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])  # ru_maxrss would count the parent's
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("kind", ["parquet", "parquet in one row group", "jsonl", "tar", "arrow"])
+def test_memory_does_not_grow_with_the_data(tmp_path, llm_folder, kind):
+    """Ten times the rows, the same peak within 5 %."""
+    peaks = []
+    for size in (1000, 10000):
+        folder = tmp_path / str(size)
+        _write_many(folder, size, kind)
+        command = [sys.executable, "-c", READ_ALL, str(folder), llm_folder]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] < 1.05 * peaks[0], peaks
+
+
+def _write_many(folder, size, kind):
+    import io
+    import tarfile
+
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir()
+    rng, images = np.random.default_rng(0), []
+    for _ in range(20):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    table = [{"image": images[i % 20], "question": f"what is {i}?", "answer": "noise"} for i in range(size)]
+    if kind.startswith("parquet"):
+        group = 100 if kind == "parquet" else size
+        pq.write_table(pa.Table.from_pylist(table), folder / "train.parquet", row_group_size=group)
+    elif kind == "arrow":
+        datasets.Dataset.from_list(table).save_to_disk(folder)
+    elif kind == "jsonl":
+        for number, image in enumerate(images):
+            (folder / f"{number}.png").write_bytes(image)
+        lines = (json.dumps({**row, "image": f"{i % 20}.png"}) + "\n" for i, row in enumerate(table))
+        (folder / "train.jsonl").write_text("".join(lines))
+    else:
+        with tarfile.open(folder / "train.tar", "w") as tar:
+            for number, row in enumerate(table):
+                words = json.dumps({"question": row["question"], "answer": row["answer"]}).encode()
+                for ending, data in (("png", row["image"]), ("json", words)):
+                    info = tarfile.TarInfo(f"{number:06d}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))

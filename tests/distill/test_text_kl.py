@@ -1,0 +1,214 @@
+"""Text alone: the LLM without LoRA teaches it, so that eyes do not cost language."""
+
+import copy
+import json
+import runpy
+import sysconfig
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import logits_of, text, tiny_vora
+
+from vora import attach_vision_lora
+from vora.data.readers import load_source
+from vora.data.stream import PackedSequences
+from vora.distill.blockwise import BlockwiseDistillation, block_pairs
+from vora.distill.learner import VisionLearner
+from vora.distill.text_kl import lora_off, unexplained
+from vora.model import label_loss
+from vora.model.processing_vora import VoraProcessor
+from vora.train.recipe import load_recipe
+from vora.train.run import train
+
+T = 24  # tokens of a row
+
+
+def learner(disturbed=0.1, pairs=2):
+    """(learner whose LoRA and distillation reach the first `pairs` blocks, the LLM as it was)."""
+    vora = tiny_vora("llama")
+    llm = copy.deepcopy(vora)
+    student = attach_vision_lora(vora, rank=4, num_blocks=pairs)
+    torch.manual_seed(0)
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:
+            parameter.data += disturbed * torch.randn_like(parameter)
+    distillation = BlockwiseDistillation(block_pairs(pairs, pairs), 32, 24)
+    return VisionLearner(student, None, None, distillation, text_weight=2.0), llm
+
+
+def batch(distill_only, lengths=(20, 13)):
+    """Rows of text to keep, the second one padded."""
+    ids = torch.tensor([text(length, seed) + [0] * (T - length) for seed, length in enumerate(lengths)])
+    places = [row * T + torch.arange(length) for row, length in enumerate(lengths)]
+    seen = torch.tensor([[length - 1] * length + list(range(length, T)) for length in lengths])
+    return {
+        "input_ids": ids,
+        "targets": torch.full_like(ids, -100),
+        "position_ids": torch.arange(T).expand(len(lengths), T),
+        "seen_until": seen,
+        "text_rows": torch.arange(len(lengths)),
+        "text_places": torch.cat(places),
+        "distill_only": torch.tensor(distill_only),
+    }
+
+
+@pytest.mark.parametrize("distill_only", [True, False])
+def test_untrained_lora_has_changed_nothing(distill_only):
+    losses = learner(disturbed=0.0)[0](**batch(distill_only))
+    assert losses["text_loss"].item() == pytest.approx(0, abs=1e-6)
+    assert losses.keys() == {"loss", "text_loss"}
+
+
+def test_it_is_the_divergence_from_the_bare_llm():
+    taught, llm = learner()
+    losses = taught(**batch(distill_only=False))
+    found = []
+    for seed, length in enumerate((20, 13)):
+        ids = torch.tensor([text(length, seed)])
+        wanted, said = (logits_of(model, input_ids=ids).log_softmax(-1)[0] for model in (llm, taught.vora))
+        found.append((wanted.exp() * (wanted - said)).sum(-1))
+    expected = torch.cat(found).mean()
+    assert expected > 1e-3
+    torch.testing.assert_close(losses["text_loss"], expected)
+    torch.testing.assert_close(losses["loss"], 2 * expected)
+
+
+@pytest.mark.parametrize("most, longest", [(10 * 128, 5), (128, 1)])
+def test_divergence_in_parts_is_that_at_once(most, longest, monkeypatch):
+    found = []
+    for limit in (label_loss.MOST_LOGITS, most):
+        monkeypatch.setattr(label_loss, "MOST_LOGITS", limit)
+        taught, _ = learner()
+        made = []
+        taught.vora.lm_head.register_forward_hook(lambda module, args, logits: made.append(len(logits)))
+        loss = taught(**batch(distill_only=False))["text_loss"]
+        loss.backward()
+        found.append((loss, {name: p.grad for name, p in taught.named_parameters() if p.grad is not None}, made))
+    (loss, gradients, at_once), (same, equal, in_parts) = found
+    assert at_once == [33, 33] and max(in_parts) == longest and sum(in_parts) == 4 * 33  # again for gradients
+    torch.testing.assert_close(same, loss, rtol=1e-5, atol=0)
+    assert gradients.keys() == equal.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(equal[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_with_images_alone_it_is_the_last_taught_block():
+    taught, _ = learner()
+    ran = []
+    for number, block in enumerate(taught.vora.model.blocks):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    loss = taught(**batch(distill_only=True))["text_loss"]
+    assert set(ran) == {0, 1} and loss > 1e-3
+    loss.backward()
+    grown = {name for name, p in taught.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert grown and all("lora" in name for name in grown)
+
+
+def test_rare_large_channels_do_not_stand_for_the_others():
+    torch.manual_seed(0)
+    own = torch.randn(50, 32) * torch.tensor([1000.0] + [1.0] * 31)
+    noisy = own.clone()
+    noisy[:, 1:] += torch.randn(50, 31)
+    assert unexplained(noisy, own) > 0.5 and unexplained(own, own) == 0
+
+
+def test_lora_is_back_even_after_an_error():
+    taught, llm = learner()
+    ids = torch.tensor([text(9)])
+    with_lora = logits_of(taught.vora, input_ids=ids)
+    with pytest.raises(KeyError), lora_off(taught.vora):
+        torch.testing.assert_close(logits_of(taught.vora, input_ids=ids), logits_of(llm, input_ids=ids))
+        raise KeyError
+    torch.testing.assert_close(logits_of(taught.vora, input_ids=ids), with_lora)
+
+
+def test_it_brings_the_language_back():
+    taught, _ = learner(disturbed=0.3)
+    optimizer = torch.optim.AdamW([p for p in taught.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(60):
+        loss = taught(**batch(distill_only=False))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 10
+
+
+def test_rows_hold_text_to_keep_or_images(sources, llm_folder):
+    processor = VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+    loaded = [load_source(path) for path in sources]
+    rows = PackedSequences(loaded, processor, 64, distill_only_sequences=20, text_kl_weight=True)
+    drawn = rows.collate, iter(rows)
+    for number, samples in enumerate(islice(drawn[1], 60)):
+        kinds = {"pixel_values" in sample for sample in samples}
+        assert len(kinds) == 1
+        made = rows.collate([samples])
+        assert bool(made["distill_only"]) == (number < 20)
+        if kinds == {False}:
+            assert (made["targets"] == -100).all() and made["text_rows"].tolist() == [0]
+            length = sum(len(sample["input_ids"]) for sample in samples)
+            assert made["text_places"].tolist() == list(range(length))
+        else:
+            assert "text_rows" not in made and bool((made["targets"] != -100).any()) == (number >= 20)
+    plain = PackedSequences(loaded, processor, 64)
+    assert any((rows.collate([row])["targets"] != -100).any() for row in islice(iter(plain), 5))
+
+
+def test_text_to_keep_alone_teaches_nothing_and_is_refused(sources, llm_folder):
+    processor = VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+    rows = PackedSequences([load_source(sources[1])], processor, 64, text_kl_weight=True)
+    with pytest.raises(ValueError, match="holds an image, and with lora.text_kl_weight text alone teaches nothing"):
+        list(islice(iter(rows), 30))
+    with pytest.raises(ValueError, match="data.blind leaves text alone"):
+        data = {"sources": [{"path": "x"}], "text_only": True}
+        load_recipe({"model": {"llm": "x"}, "lora": {"text_kl_weight": 1}, "data": data})
+
+
+def test_rows_of_words_may_be_measured_before_those_of_images():
+    """As planning by the clock does: a batch with words never ends at the teacher's depth."""
+    taught, _ = learner()
+    found = taught(**batch(distill_only=True) | {"targets": torch.full((2, T), 7)})
+    assert "lm_loss" in found and "text_loss" in found
+
+
+def test_places_are_those_of_the_text_rows_alone(sources, llm_folder):
+    processor = VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+    rows = PackedSequences([load_source(path) for path in sources], processor, 64, text_kl_weight=True)
+    drawn = list(islice(iter(rows), 12))
+    made = rows.collate(drawn)
+    of_text = [index for index, samples in enumerate(drawn) if "pixel_values" not in samples[0]]
+    assert made["text_rows"].tolist() == of_text and 0 < len(of_text) < 12
+    kept = made["input_ids"][of_text].flatten()[made["text_places"]]
+    expected = [token for index in of_text for sample in drawn[index] for token in sample["input_ids"]]
+    assert kept.tolist() == expected
+
+
+def test_a_run_keeps_text_in_both_phases(sources, llm_folder, teacher_folder, tmp_path):
+    values = {
+        "stage": "pretrain",
+        "model": {"llm": llm_folder},
+        "teacher": {"name": teacher_folder, "distill_only_steps": 6},
+        "lora": {"rank": 4, "text_kl_weight": 1.0},
+        "data": {"sources": [{"path": path, "weight": 1} for path in sources], "sequence_length": 64},
+        "training": {"max_steps": 12, "logging_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3,
+                     "use_cpu": True, "save_steps": 100},
+    }  # fmt: skip
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(json.dumps(values))
+    train(load_recipe(recipe_file), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    kept = [line["step"] for line in lines if "text_loss" in line]
+    assert min(kept) <= 6 < max(kept)
+
+
+def test_docstrings_become_texts_of_bounded_length(tmp_path):
+    script = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "text_from_docstrings.py"))
+    long, short = " ".join(["word"] * 60), "too short"
+    assert list(script["pieces"](f"{long}\n\n{long}\n\n{long}", 650)) == [f"{long}\n\n{long}", long]
+    table = " ".join(["cell"] * 300)
+    (tmp_path / "a.py").write_text(f'"""{table}\n\n{long}\n\n{short}"""\n\n\ndef f():\n    """{short}"""\n')
+    assert list(script["docstrings"](tmp_path, 300)) == [long]  # the table before it is too long, the rest too short
+    assert next(script["docstrings"](Path(sysconfig.get_path("stdlib"), "json"), 700))

@@ -1,0 +1,71 @@
+"""The loss made in parts is the loss made at once, and never holds more logits than it may."""
+
+import pytest
+import torch
+from tiny import prompt, text, tiny_llm, tiny_vora
+
+from vora.model import label_loss
+from vora.model.label_loss import labels_at_once
+from vora.train.plan.memory import Saved
+
+VOCABULARY = 128
+
+
+def found(vora, inputs, labels):
+    """(loss, {name: gradient}) of a step."""
+    vora.zero_grad()
+    loss = vora(**inputs, labels=labels).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in vora.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("most", [4 * VOCABULARY, 7 * VOCABULARY, VOCABULARY // 2])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere", "phi"])
+def test_parts_add_up_to_the_whole(family, most, trained, monkeypatch):
+    """Gemma caps its logits, Granite and Cohere scale them, Gemma's and Cohere's heads are tied, Phi's has a bias."""
+    vora = tiny_vora(family)
+    vora.lm_head.requires_grad_(trained)
+    inputs = prompt([*text(3), (2, 3, 0), *text(17, 1)])
+    labels = inputs["input_ids"].clone()
+    labels[:, :10] = labels[:, 12] = -100
+    num_labels = int((labels[:, 1:] != -100).sum())
+    whole, gradients = found(vora, inputs, labels)
+    monkeypatch.setattr(label_loss, "MOST_LOGITS", most)
+    made = []
+    vora.lm_head.register_forward_hook(lambda module, args, logits: made.append(logits.shape))
+    parts, same = found(vora, inputs, labels)
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0)
+    assert gradients.keys() == same.keys() and any("patch_embedding" in name for name in same)
+    assert (vora.lm_head.weight.grad is not None) == trained
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+    of_labels = [shape[0] for shape in made if len(shape) == 2]
+    assert max(of_labels) == max(1, -(-num_labels // -(-num_labels * VOCABULARY // most)))
+    assert sum(of_labels) == 2 * num_labels  # forward and again in backward
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_memory_is_that_of_one_part(bf16, monkeypatch):
+    vora = tiny_vora(tiny_llm("gemma2"))
+    states = torch.randn(1, 200, 32, requires_grad=True)
+    targets, weights = torch.randint(0, VOCABULARY, (1, 200)), vora.lm_head.requires_grad_(False)
+
+    def saved():
+        with Saved(weights) as kept, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = vora.lm_loss(states, targets)
+        return kept.num_bytes, loss.detach()
+
+    at_once, whole = saved()
+    assert at_once > 200 * VOCABULARY * 4
+    monkeypatch.setattr(label_loss, "MOST_LOGITS", 50 * VOCABULARY)
+    in_parts, parts = saved()
+    assert in_parts < 200 * 32 * 4 * 3  # states and targets
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0)
+
+
+def test_parts_are_equal_and_as_few_as_fit(monkeypatch):
+    monkeypatch.setattr(label_loss, "MOST_LOGITS", 1000)
+    sizes = {count: labels_at_once(count, 100) for count in (1, 9, 10, 11, 20, 21, 95)}
+    assert sizes == {1: 1, 9: 9, 10: 10, 11: 6, 20: 10, 21: 7, 95: 10}
+    assert labels_at_once(3, 5000) == 1  # one is made in any case

@@ -1,0 +1,131 @@
+"""Patches to image tokens."""
+
+import pytest
+import torch
+from tiny import GRID, PATCH, InFourBits, image, tiny_llm, tiny_vora
+
+from vora import VoraConfig
+from vora.model.patch_embed import PatchEmbedding, merge_neighbours
+
+
+def config(**changes):
+    text_config = tiny_llm("llama").config
+    return VoraConfig(text_config, patch_size=PATCH, image_size=PATCH * GRID, vision_hidden_size=16, **changes)
+
+
+@pytest.fixture
+def embedding():
+    torch.manual_seed(0)
+    embedding = PatchEmbedding(config())
+    torch.nn.init.normal_(embedding.position)
+    return embedding
+
+
+def test_the_linear_layer_equals_a_vits_strided_convolution(embedding):
+    pixels = torch.rand(3, 2 * PATCH, 3 * PATCH)
+    patches = pixels.reshape(3, 2, PATCH, 3, PATCH).permute(1, 3, 0, 2, 4).reshape(6, -1)
+    weight = embedding.patch.weight.view(16, 3, PATCH, PATCH)
+    expected = torch.conv2d(pixels[None], weight, embedding.patch.bias, stride=PATCH)[0].flatten(1).T
+    torch.testing.assert_close(embedding.patch(patches), expected)
+
+
+def test_an_image_embeds_alike_in_any_company(embedding):
+    shapes = [(2, 5), (GRID, GRID), (5, 2), (1, 7)]
+    patches = [image(*shape, seed) for seed, shape in enumerate(shapes)]
+    grids = torch.tensor([(1, *shape) for shape in shapes])
+    together = embedding(torch.cat(patches), grids).split([len(p) for p in patches])
+    for found, alone, grid in zip(together, patches, grids):
+        torch.testing.assert_close(found, embedding(alone, grid[None]))
+
+
+def test_positions_are_the_learned_table_on_its_own_grid(embedding):
+    assert embedding.positions_of_grid(GRID, GRID) is embedding.position
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_positions_are_resampled_along_each_axis(embedding, axis):
+    ramp = torch.arange(float(GRID)).view((GRID, 1) if axis == 0 else (1, GRID)).expand(GRID, GRID)
+    embedding.position.data = ramp.reshape(-1, 1).repeat(1, 16)
+    table = embedding.positions([(1, 2, 6)]).view(2, 6, 16)[..., 0]
+    table = table if axis == 0 else table.T
+    torch.testing.assert_close(table, table[:, :1].expand_as(table), atol=1e-5, rtol=0)  # constant across
+    assert (table[:, 0].diff() > 0).all()  # ascending along
+
+
+def test_a_single_column_keeps_its_rows(embedding):
+    """As a single row keeps its columns; torch 2.13 alone would make all rows alike."""
+    torch.nn.init.normal_(embedding.position)
+    column = embedding.positions([(1, 7, 1)])
+    transposed = embedding.position.data.view(GRID, GRID, 16).transpose(0, 1).reshape(GRID * GRID, 16).clone()
+    embedding.position.data = transposed
+    torch.testing.assert_close(column, embedding.positions([(1, 1, 7)]))
+    assert len(column.unique(dim=0)) == 7
+
+
+def test_frames_of_a_video_share_their_positions(embedding):
+    found = embedding.positions([(2, 2, 2)])
+    assert found.shape == (8, 16) and torch.equal(found[:4], found[4:])
+
+
+def test_positions_learn_from_every_grid(embedding):
+    embedding(image(2, 5), torch.tensor([[1, 2, 5]])).sum().backward()
+    assert (embedding.position.grad.abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "gpt2"])
+def test_fresh_image_tokens_are_as_large_as_words(family):
+    vora = tiny_vora(family)
+    words = vora.get_input_embeddings()(torch.arange(128)).std()
+    tokens = vora.get_image_features(image(9, 9), torch.tensor([[1, 9, 9]])).std()
+    assert 0.5 < tokens / words < 2
+
+
+def test_configurations_that_cannot_work_are_refused():
+    with pytest.raises(ValueError, match="image_size 3 holds no patch of 4"):
+        VoraConfig(tiny_llm("llama").config, patch_size=4, image_size=3)
+    for token in (-1, 128):
+        with pytest.raises(ValueError, match=f"image_token_id {token} lies outside the vocabulary of 128"):
+            config(image_token_id=token)
+
+
+def test_a_configuration_goes_through_a_dict():
+    first = config(image_token_id=7, patch_norm=False)
+    again = VoraConfig(**{k: v for k, v in first.to_dict().items() if k != "model_type"})
+    assert again.to_dict() == first.to_dict()
+    assert type(again.text_config) is type(first.text_config) and again.grid_size == GRID
+
+
+def test_neighbours_of_a_square_become_one_token():
+    patches = torch.arange(24.0).view(24, 1)  # a 2 x 4 image, then two frames of 4 x 2
+    found = merge_neighbours(patches, [(1, 2, 4), (2, 4, 2)], 2)[..., 0]
+    assert found.tolist() == [
+        [0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19], [20, 21, 22, 23],
+    ]  # fmt: skip
+    assert torch.equal(merge_neighbours(patches, [(1, 4, 6)], 1)[:, 0], patches)
+
+
+def test_a_grid_that_does_not_split_is_refused():
+    with pytest.raises(ValueError, match="1 of 2 images have grids, such as 3 x 2 patches"):
+        merge_neighbours(torch.zeros(10, 1), [(1, 2, 2), (1, 3, 2)], 2)
+
+
+def test_a_merged_token_is_the_sum_of_what_its_patches_contribute():
+    torch.manual_seed(0)
+    merging, plain = PatchEmbedding(config(patch_merge=2)), PatchEmbedding(config())
+    plain.load_state_dict(merging.state_dict() | {"projection.weight": torch.zeros_like(plain.projection.weight)})
+    patches, grid = image(2, 4), torch.tensor([[1, 2, 4]])
+    parts = []
+    for corner in range(4):
+        plain.projection.weight.data = merging.projection.weight[:, corner * 16 : (corner + 1) * 16]
+        parts.append(plain(patches, grid))
+    expected = [
+        sum(parts[corner][patch] for corner, patch in enumerate(square)) for square in ([0, 1, 4, 5], [2, 3, 6, 7])
+    ]
+    torch.testing.assert_close(merging(patches, grid), torch.stack(expected))
+
+
+def test_weights_stored_in_integers_make_no_integers_of_the_pixels(embedding):
+    pixels, grid = image(2, 3), torch.tensor([[1, 2, 3]])
+    expected = embedding(pixels, grid)
+    embedding.patch = InFourBits(embedding.patch)
+    assert torch.equal(embedding(pixels, grid), expected)

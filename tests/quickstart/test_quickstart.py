@@ -1,0 +1,25 @@
+"""The main job, end to end, with the real LLM and images: minutes long, on request (-m slow)."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from vora.quickstart.run import run_quickstart
+from vora.serve.engine import Chat, load_model
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path):
+    (tmp_path / "something").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        run_quickstart(tmp_path, llm="smollm2-135m", minutes=1, seed=0, console=Console(quiet=True))
+
+
+@pytest.mark.slow
+def test_quickstart_sees(tmp_path):
+    result = run_quickstart(tmp_path / "out", llm="smollm2-135m", minutes=13.5, seed=0, console=Console())
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
+    assert result["accuracy"] > result["text_only_accuracy"] + 0.1
+    assert "<html" in (tmp_path / "out" / "report.html").read_text()
+    chat = Chat(*load_model(str(tmp_path / "out" / "model")), max_new_tokens=8)
+    assert "".join(chat.ask("hello"))

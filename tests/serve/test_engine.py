@@ -1,0 +1,90 @@
+"""A conversation: who stops listening stops the model, and images are what they are."""
+
+import threading
+import time
+
+import pytest
+from PIL import Image
+
+from vora import cli
+from vora.cli import _image_or_animation
+from vora.model.image_processing_vora import is_animated, read_image
+from vora.serve.engine import Chat, load_model
+
+
+@pytest.mark.parametrize("leave", ["close", "raise"])
+def test_a_model_that_nobody_listens_to_stops(model_folder, leave):
+    model, processor = load_model(str(model_folder))
+    model.generation_config.eos_token_id = None
+    steps = []
+    model.model.register_forward_hook(lambda *_: (steps.append(1), time.sleep(0.01)) and None)
+    conversation = Chat(model, processor, max_new_tokens=100)
+    others, answer = threading.active_count(), conversation.ask("what colour?")
+    next(answer)
+    if leave == "close":
+        answer.close()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            answer.throw(KeyboardInterrupt)
+    made = len(steps)
+    assert made < 60 and threading.active_count() == others
+    time.sleep(0.05)
+    assert len(steps) == made and conversation.messages == []
+
+
+def test_the_command_takes_animations_whole_and_addresses_of_files(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "a.png")
+    assert len(_image_or_animation(str(tmp_path / "a.gif")).frames) == 3
+    assert _image_or_animation(str(tmp_path / "a.png")).size == (8, 8)
+    assert read_image(f"file://{tmp_path}/a.png").getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(ValueError, match="there is no such file"):
+        _image_or_animation(str(tmp_path / "none.png"))
+
+
+def noise(count):
+    return [Image.effect_noise((32, 32), 50).convert("RGB") for _ in range(count)]
+
+
+def test_pages_and_previews_are_no_animation(tmp_path):
+    for name in ("photo.mpo", "scan.tif", "a.gif", "a.webp", "a.png"):
+        first, *rest = noise(3)
+        first.save(tmp_path / name, save_all=True, append_images=rest)
+    (tmp_path / "photo.mpo").rename(tmp_path / "photo.jpg")
+    for name in ("photo.jpg", "scan.tif"):
+        assert _image_or_animation(str(tmp_path / name)).size == (32, 32)
+    for name in ("a.gif", "a.webp", "a.png"):
+        assert is_animated(tmp_path / name) and is_animated(f"file://{tmp_path / name}")
+
+
+def test_what_cannot_be_read_is_no_animation(tmp_path, monkeypatch):
+    frames = noise(3)
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    whole = (tmp_path / "a.gif").read_bytes()
+    for end in range(len(whole) // 2, len(whole), 97):
+        (tmp_path / "cut.gif").write_bytes(whole[:end])
+        assert is_animated(tmp_path / "cut.gif") in (True, False)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="Cannot read image .*a.gif: Image size .* decompression bomb"):
+        _image_or_animation(str(tmp_path / "a.gif"))
+
+
+def test_a_refused_question_or_image_does_not_end_the_chat(model_folder, tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
+    Image.new("RGB", (99, 99)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    lines = iter(["hello", f"+ {tmp_path}/bomb.png", f"+ {tmp_path}/red.png", "what is <reponame>?", "what?", ""])
+    asked, print_answer = [], cli._print_answer
+
+    def spy(conversation, question, images):
+        asked.append((question, len(images), len(conversation.messages)))
+        print_answer(conversation, question, images)
+
+    monkeypatch.setattr(cli, "_read_line", lambda: next(lines))
+    monkeypatch.setattr(cli, "_print_answer", spy)
+    cli.chat(model=str(model_folder), max_new_tokens=2)
+    assert asked == [("hello", 0, 0), ("what is <reponame>?", 1, 2), ("what?", 0, 2)]
+    told = " ".join(capsys.readouterr().err.split())
+    assert "1 images were left out with that question" in told
+    assert "decompression bomb" in told and "2 places for images (<reponame>), but 1 images" in told

@@ -1,0 +1,120 @@
+"""Compiled blocks train what plain ones do, are compiled once, and leave no trace in what is saved."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_train import data_file, losses, recipe, run  # noqa: F401
+from tiny import PATCH, SHAPE, prompt, text, tiny_vora
+from torch._dynamo.utils import counters
+from transformers import ViTConfig, ViTModel
+
+from vora import Teacher, VoraImageProcessor, attach_vision_lora
+from vora.distill.blockwise import BlockwiseDistillation, block_pairs
+from vora.distill.learner import VisionLearner
+from vora.train.blocks import compile_blocks
+from vora.train.recipe import load_recipe
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def learner():
+    """LoRA in two of three blocks, and a teacher of two; LoRA does something."""
+    torch.manual_seed(0)
+    vit = ViTConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3, patch_size=PATCH)
+    student = attach_vision_lora(tiny_vora("llama"), rank=2, num_blocks=2)
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    distillation = BlockwiseDistillation(block_pairs(2, 2), SHAPE["hidden_size"], 24)
+    teacher = Teacher(ViTModel(vit, add_pooling_layer=False))
+    return VisionLearner(student, VoraImageProcessor(patch_size=PATCH), teacher, distillation).train()
+
+
+def batch_of(length, seed, predicts=True):
+    inputs = prompt([*text(3, seed), (2, 3, seed), (3, 3, seed + 1), *text(length - 18, seed + 2)])
+    inputs["targets"] = torch.nn.functional.pad(inputs["input_ids"][:, 1:], (0, 1), value=-100)
+    inputs["targets"][:, : 17 if predicts else length] = -100
+    return inputs
+
+
+STEPS = [(22, True), (22, False), (25, True), (29, True), (31, False), (23, True)]
+NUM_KINDS = 3  # of blocks: with LoRA, without, the teacher's
+
+
+@pytest.mark.parametrize(
+    ("backend", "recomputed", "bf16"),
+    [
+        ("eager", 2, False),
+        pytest.param("eager", 0, True, marks=pytest.mark.slow),
+        pytest.param("aot_eager", 0, False, marks=pytest.mark.slow),
+        pytest.param("inductor", 2, True, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_blocks_learn_the_same_and_are_compiled_once(learner, backend, recomputed, bf16):
+    if recomputed:
+        learner.gradient_checkpointing_enable(num_blocks=recomputed)
+
+    def step(number):
+        learner.zero_grad()
+        learner.distillation.num_updates.zero_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = learner(**batch_of(*STEPS[number][:1], number, STEPS[number][1]))["loss"]
+        loss.backward()
+        return loss.item(), {name: p.grad.clone() for name, p in learner.named_parameters() if p.grad is not None}
+
+    plain, names = [step(number) for number in range(len(STEPS))], list(learner.state_dict())
+    compile_blocks(learner, SimpleNamespace(torch_compile_backend=backend, torch_compile_mode=None))
+    num_graphs = []
+    for number, (loss, gradients) in enumerate(plain):
+        found, same = step(number)
+        num_graphs.append(counters["stats"]["unique_graphs"])
+        assert found == pytest.approx(loss, rel=1e-2 if bf16 else 1e-5)
+        assert gradients.keys() == same.keys()
+        for name, gradient in gradients.items():
+            error = (same[name] - gradient).norm() / gradient.norm().clamp_min(1e-9)
+            assert error < (0.1 if bf16 else 1e-4), name
+    assert num_graphs[0] <= NUM_KINDS + 1  # the teacher's is made again for a second grid, and then for all
+    assert num_graphs[1] == num_graphs[0]  # images alone
+    assert num_graphs[2] <= num_graphs[1] + 2 and num_graphs[3:] == [num_graphs[2]] * 3  # any length after the second
+    assert not counters["graph_break"]
+    assert list(learner.state_dict()) == names
+
+
+def close(folder, other):
+    """Whether two runs have the same losses."""
+    found, expected = losses(folder), losses(other)
+    return found.keys() == expected.keys() and all(found[s] == pytest.approx(expected[s], abs=1e-4) for s in found)
+
+
+def test_a_compiled_run_answers_saves_and_resumes_as_a_plain_one(recipe, data_file, tmp_path):  # noqa: F811
+    def wanted(**training):
+        made = recipe(max_steps=4, save_steps=2, **training)
+        image = data_file.replace("train.jsonl", "red.png")
+        return load_recipe(made.model_dump() | {"sample_generations": [{"image": image, "question": "what colour?"}]})
+
+    run(wanted(), tmp_path / "plain")
+    trainer = run(wanted(torch_compile_backend="eager", torch_compile=True), tmp_path / "compiled")
+    assert trainer.model_wrapped is trainer.model  # not compiled again as a whole
+    num_graphs = counters["stats"]["unique_graphs"]
+    assert 0 < num_graphs <= NUM_KINDS + 1 and not counters["graph_break"]  # words of answers compile nothing
+    assert close(tmp_path / "compiled", tmp_path / "plain")
+    names = []
+    for folder in (tmp_path / "plain", tmp_path / "compiled"):
+        with safe_open(folder / "final" / "adapter_model.safetensors", "pt") as file:
+            names.append(sorted(file.keys()))
+    assert names[0] == names[1]
+    for path in (tmp_path / "compiled" / "final", tmp_path / "compiled" / "checkpoint-4"):
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    run(load_recipe(tmp_path / "compiled" / "recipe.yaml"), tmp_path / "compiled", resume=True)
+    assert close(tmp_path / "compiled", tmp_path / "plain")

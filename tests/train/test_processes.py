@@ -1,0 +1,84 @@
+"""Two processes under torchrun: each reads its own part of the data, and a resumed run is the uninterrupted one, with
+all that a step may follow: answers that count alike, text kept and text spared."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch.distributed as dist
+from test_kill import recipe  # noqa: F401  (a fixture: two sources, two workers, drawn budgets)
+from torch.multiprocessing import spawn
+from transformers import TrainerControl, TrainingArguments
+
+from vora.train.run import StopOnSignal, fewest_of_processes
+
+needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="processes on a CPU talk through gloo")
+
+
+def train(path, folder, *overrides):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    command += ["--rdzv_endpoint", "localhost:0", "-m", "vora.cli", "train", str(path), "--out", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    keys = ("lm_loss", "answer_loss", "distill_loss", "text_loss", "samples_seen")
+    return {line["step"]: [line.get(key) for key in keys] for line in lines}
+
+
+@needs_gloo
+def test_two_processes_resume_as_one_run(recipe, tmp_path):  # noqa: F811
+    few = ["training.dataloader_num_workers=1", "training.save_steps=6"]
+    few += ["data.answer_balance=1", "lora.text_kl_weight=0.5"]
+    train(recipe, tmp_path / "whole", "training.max_steps=18", *few)
+    train(recipe, tmp_path / "cut", "training.max_steps=12", *few)
+    train(recipe, tmp_path / "cut", "training.max_steps=18", *few, "--resume")
+    found = losses(tmp_path / "cut")
+    assert sorted(found) == list(range(1, 19)) and found == losses(tmp_path / "whole")
+    places = [json.loads((tmp_path / "cut" / "checkpoint-18" / f"data_position_{r}.json").read_text()) for r in (0, 1)]
+    report = (tmp_path / "cut" / "report.md").read_text()
+    assert f"| samples seen | {found[18][-1]} |" in report  # of both
+    for number in range(len(found[18])):
+        assert any(line[number] for line in found.values())
+    assert places[0]["data"] == places[1]["data"] and places[0]["num_rows"] == places[1]["num_rows"] == 40
+
+
+@needs_gloo
+def test_logged_losses_are_those_of_both_processes(recipe, tmp_path):  # noqa: F811
+    train(recipe, tmp_path / "run", "training.max_steps=6", "training.save_steps=6", "teacher=null")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "lm_loss" in line]
+    assert len(lines) == 6 and all(line["lm_loss"] == pytest.approx(line["loss"], rel=1e-4) for line in lines)
+
+
+def agree(rank, folder):
+    """Two processes, of which one measured fewer steps and only the other caught a signal, after its second step."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    arguments = TrainingArguments(output_dir=folder, use_cpu=True)
+    found, stop = [fewest_of_processes(30 - rank, arguments)], StopOnSignal()
+    stop.on_train_begin(arguments, None, None)
+    for step in range(3):
+        if rank == 0 and step == 1:
+            stop._catch(2, None)
+        found.append(stop.on_step_end(arguments, None, TrainerControl()).should_training_stop)
+    stop.release()
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump([*found, stop.caught], file)
+    dist.barrier()
+    dist.destroy_process_group()  # else a process that ends while its threads live may abort
+
+
+@needs_gloo
+def test_processes_agree_on_how_long_a_run_is_and_when_it_stops(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    spawn(agree, (str(tmp_path),), nprocs=2)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert found[0] == [29, False, True, True, "SIGINT"]
+    assert found[1] == [29, False, True, True, "A signal to another process"]
