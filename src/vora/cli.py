@@ -173,10 +173,11 @@ def evaluate(
     ] = None,
 ):
     """Measure a model on a task, with 95 % intervals; the same command goes on after a stop."""
+    from vora.checkpoint.layout import read_info
+    from vora.checkpoint.load import load_model
     from vora.checkpoint.pretrained import committed_model
     from vora.eval.run import TASKS, check_overwrites_nothing, make_task, task_of
     from vora.eval.run import evaluate as run
-    from vora.serve.engine import load_model
 
     if wrong := [pair for pair in column or () if "=" not in pair]:
         raise ValueError(f"--column {wrong[0]} is not of the form ours=theirs, such as captions=alt_text.")
@@ -199,6 +200,8 @@ def evaluate(
             of or task_of(Rows(paths, **options)),
         )
     name = model or committed_model()
+    if Path(name).is_dir():
+        name = str(read_info(name).path)  # of a run, what it saved
     if task == "text":
         from vora.eval.tasks.text import text_ability
 
@@ -209,7 +212,7 @@ def evaluate(
     known = None if labels is None else labels.read_text().splitlines()
     known = known and [line.strip() for line in known if line.strip()]
     chosen = make_task(task, prompt=prompt, labels=known, max_examples=max_examples, seed=seed)
-    loaded = load_model(name, min_image_tokens, max_image_tokens)
+    loaded = load_model(name, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens)
     report = run(*loaded, chosen, paths, out, console, model_name=name, rows_options=options)
     _print_report(report, out)
 
@@ -225,39 +228,18 @@ def _print_report(report, out):
 
 @app.command()
 def merge(
-    run: Annotated[Path, typer.Argument(help="Run directory of `vora train`, or an unmerged model.")],
+    path: Annotated[str, typer.Argument(metavar="RUN", help="Run directory of `vora train`, or an unmerged model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
     llm_out: Annotated[Path | None, typer.Option(help="Also write the language part alone, as its stock LLM.")] = None,
     adapter_out: Annotated[
         Path | None, typer.Option(help="Also write what a run added to its LLM, without it.")
     ] = None,
-    llm: Annotated[str | None, typer.Option(help="The LLM of eyes that come without one and do not name it.")] = None,
+    llm: Annotated[str | None, typer.Option(help="The LLM of an adapter that does not name it.")] = None,
 ):
     """Fold vision LoRA into the LLM's weights and save an ordinary model."""
-    from vora.train.trained import check_has_adapter, merge_run, write_adapter, write_run_card
+    from vora.checkpoint.save import merge as run
 
-    if adapter_out is not None:
-        check_has_adapter(run)
-    places = {
-        name: path for name, path in (("--out", out), ("--llm-out", llm_out), ("--adapter-out", adapter_out)) if path
-    }
-    for name, path in places.items():
-        if path.exists() and any(path.iterdir()):
-            raise ValueError(f"{path} is not empty: choose another {name}, so that nothing is overwritten.")
-    if len({path.resolve() for path in places.values()}) < len(places):
-        raise ValueError(f"{', '.join(places)} name one folder twice: each needs its own.")
-    model, processor = merge_run(run, llm)
-    model.save_pretrained(out)
-    if processor is not None:
-        processor.save_pretrained(out)
-    write_run_card(out, run)
-    if llm_out is not None:
-        model.to_llm().save_pretrained(llm_out)
-        if hasattr(processor, "tokenizer"):
-            processor.text_tokenizer().save_pretrained(llm_out)
-        write_run_card(llm_out, run)
-    if adapter_out is not None:
-        write_adapter(adapter_out, run)
+    run(path, out, llm_out=llm_out, adapter_out=adapter_out, llm=llm)
     console.print(f"Saved {out}. Ask it: vora chat IMAGE -m {out}")
 
 
@@ -271,19 +253,9 @@ def import_reference(
     """Bring a checkpoint of the paper's released code here, stage 1 or merged; it gives the same numbers."""
     from rich.table import Table
 
-    from vora.checkpoint.card import CardFacts, write_card
     from vora.checkpoint.reference import import_reference as run
 
     reference = run(checkpoint, llm, out, merge)
-    facts = CardFacts(
-        made="imported",
-        stage="pretrain" if reference.rank or merge else "not stated",
-        base_llm=llm,
-        teacher=reference.teacher or None,
-        source=checkpoint,
-        merge_command="vora merge THIS_FOLDER -o my-vora",
-    )
-    write_card(out, facts)
     table = Table(title="Where its tensors went")
     for name in ("part", "tensors", "parameters"):
         table.add_column(name, justify="left" if name == "part" else "right")
@@ -307,11 +279,14 @@ def chat(
     max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image; the model's own.")] = None,
 ):
     """Ask a model about images; without -q, interactively (a line `+ IMAGE` adds an image, empty ends)."""
+    from vora.checkpoint.load import load_model
     from vora.checkpoint.pretrained import committed_model
-    from vora.serve.engine import Chat, load_model
+    from vora.serve.engine import Chat
 
     pending = [_image_or_animation(image) for image in images or []]
-    loaded = load_model(model or committed_model(), min_image_tokens, max_image_tokens)
+    loaded = load_model(
+        model or committed_model(), min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens
+    )
     conversation = Chat(*loaded, max_new_tokens, temperature)
     if question is not None:
         _print_answer(conversation, question, pending)
@@ -355,8 +330,10 @@ def inspect(
     max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image; the model's own.")] = None,
 ):
     """Images of how a model sees one: its blocks beside the teacher's, and where each word of the answer looked."""
+    from vora.checkpoint.layout import read_info
+    from vora.checkpoint.load import load_model
     from vora.checkpoint.pretrained import committed_model
-    from vora.checkpoint.run_directory import trained_folder
+    from vora.distill.learner import VisionLearner
     from vora.eval.inspect.inspection import inspect_image
     from vora.eval.inspect.page import write_inspection
     from vora.eval.inspect.teacher import take_teacher
@@ -368,30 +345,16 @@ def inspect(
     if figures.exists() and not out.exists():
         raise ValueError(f"{figures} is there and no page's: choose another --out, so that it is not overwritten.")
     shown, name = read_image(image), model or committed_model()
-    learner, processor = _opened(name, teacher, min_image_tokens, max_image_tokens)
-    pairs, remark = take_teacher(learner, str(trained_folder(name)), teacher)
+    dtype = "float32" if read_info(name).run else None  # a run's trained parts are in float32
+    budget = {"min_image_tokens": min_image_tokens, "max_image_tokens": max_image_tokens}
+    vora, processor = load_model(name, dtype=dtype, **budget)
+    learner = VisionLearner(vora, processor.image_processor)
+    pairs, remark = take_teacher(learner, name, teacher)
     found = inspect_image(learner, processor, shown, question, answer, pairs, max_new_tokens)
     write_inspection(out, found, processor.image_processor, image, name, [remark] if remark else [])
     if remark:
         console.print(remark, highlight=False, markup=False)
     console.print(f"{found.answer}\nPage: {out}", highlight=False, markup=False)
-
-
-def _opened(name, teacher, min_image_tokens, max_image_tokens):
-    """The learner around a model, or of a run, and its processor."""
-    import torch
-
-    from vora.checkpoint.run_directory import is_run
-    from vora.distill.learner import VisionLearner
-    from vora.serve.engine import load_model
-    from vora.train.trained import open_run
-
-    if is_run(name):
-        learner, processor = open_run(name, teacher)
-        processor.image_processor.set_budget(min_image_tokens, max_image_tokens)
-        return learner.to("cuda" if torch.cuda.is_available() else "cpu"), processor
-    model, processor = load_model(name, min_image_tokens, max_image_tokens)
-    return VisionLearner(model, processor.image_processor), processor
 
 
 def _print_answer(conversation, question, images):

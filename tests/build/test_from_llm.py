@@ -9,7 +9,7 @@ from tiny import IMAGE, prompt, text, tiny_vora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vora import VoraForConditionalGeneration, VoraProcessor
-from vora.build.base_llm import _as_the_mean_word, resolve_llm
+from vora.build.base_llm import _as_the_mean_token, resolve_llm
 from vora.build.fetch import wheel_files
 
 WIDTH, HEADS, INNER, BLOCKS = 32, 4, 64, 2
@@ -111,7 +111,7 @@ def test_a_vocabulary_that_grew_says_no_image(family):
         head.weight.add_(0.5)
     before = {id(t): t.weight.detach().clone() for t in (llm.get_input_embeddings(), head)}
     llm.resize_token_embeddings(size + 1, mean_resizing=False)
-    _as_the_mean_word(llm, size)
+    _as_the_mean_token(llm, size)
     for table, old in zip((llm.get_input_embeddings(), llm.get_output_embeddings()), before.values()):
         torch.testing.assert_close(table.weight[:size], old)
         torch.testing.assert_close(table.weight[size], old.mean(0))

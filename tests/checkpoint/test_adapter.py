@@ -16,13 +16,12 @@ from typer.testing import CliRunner
 
 from vora import VoraForConditionalGeneration
 from vora.build.lora import attach_vision_lora, merge_vision_lora
-from vora.checkpoint.adapter import digest_of, is_adapter, load_adapter, processor_of_adapter, save_adapter
+from vora.checkpoint import load_adapter, load_model, merge_run, read_info, save_adapter
+from vora.checkpoint.load import digest_of, load_processor
 from vora.cli import app
 from vora.model.processing_vora import VoraProcessor
-from vora.serve.engine import load_model
 from vora.train.recipe import load_recipe
 from vora.train.run import train
-from vora.train.trained import merge_run
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +37,16 @@ def eyes(llm_folder, tmp_path_factory):
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
     save_adapter(with_lora, processor, folder)
-    config = json.loads((folder / "config.json").read_text())
-    assert not config["text_config"].get("_name_or_path")  # a folder of this machine
-    config["text_config"]["_name_or_path"] = str(llm_folder)  # as if it were a hub id
-    (folder / "config.json").write_text(json.dumps(config))
+    info = json.loads((folder / "vora.json").read_text())
+    assert info["base_llm"] is None  # a folder of this machine
+    (folder / "vora.json").write_text(json.dumps(info | {"base_llm": str(llm_folder)}))  # as if it were a hub id
     return folder, merge_vision_lora(with_lora), processor
 
 
 def test_over_its_llm_it_is_the_merged_model(eyes):
     folder, merged, processor = eyes
     names = {path.name for path in folder.iterdir()}
-    assert is_adapter(folder) and not names & {"tokenizer.json", "model.safetensors"}, names
+    assert read_info(folder).kind == "adapter" and not names & {"tokenizer.json", "model.safetensors"}, names
     again, its_processor = load_model(str(folder))
     image = merged.config.image_token_id
     inputs = prompt([7, (2, 4, 0), 9, 11])
@@ -77,15 +75,15 @@ def test_eyes_on_the_hub_are_put_over_their_llm(eyes, tmp_path):
     snapshot = tmp_path / "hub" / "models--me--eyes" / "snapshots" / "0123"
     snapshot.parent.mkdir(parents=True)
     shutil.copytree(eyes[0], snapshot)
-    (snapshot.parents[2] / "refs").mkdir()
-    (snapshot.parents[2] / "refs" / "main").write_text("0123")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0123")
     script = (
-        "from vora.serve.engine import load_model; from vora.checkpoint.adapter import fetch_adapter\n"
-        "print(type(load_model('me/eyes')[0]).__name__, fetch_adapter('me/none'))"
+        "from vora.checkpoint import load_model\nprint(type(load_model('me/eyes')[0]).__name__)\n"
+        "try:\n    load_model('me/none')\nexcept ValueError as error:\n    print(error)"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert told.stdout.split() == ["VoraForConditionalGeneration", "me/none"], told.stderr
+    assert told.stdout.startswith("VoraForConditionalGeneration\nme/none is no folder here, and the hub"), told.stderr
 
 
 def test_goes_on_training(eyes):
@@ -94,7 +92,7 @@ def test_goes_on_training(eyes):
 
 
 def test_merges_by_command_over_a_folder_that_it_does_not_name(eyes, llm_folder, tmp_path):
-    merged, folder = eyes[1], bent(eyes[0], tmp_path / "nameless", text_config={"_name_or_path": ""})
+    merged, folder = eyes[1], bent(eyes[0], tmp_path / "nameless", base_llm=None)
     with pytest.raises(ValueError, match="was a folder and so is not named in it.* --llm LLM"):
         load_model(str(folder))
     result = CliRunner().invoke(app, ["merge", str(folder), "--llm", str(llm_folder), "-o", str(tmp_path / "out")])
@@ -108,8 +106,10 @@ def bent(folder, out, **changes):
     out.mkdir()
     for path in folder.iterdir():
         (out / path.name).write_bytes(path.read_bytes())
-    config = json.loads((out / "config.json").read_text())
+    info, config = (json.loads((out / name).read_text()) for name in ("vora.json", "config.json"))
+    info |= {name: changes.pop(name) for name in info.keys() & changes.keys()}
     config["text_config"] |= changes.pop("text_config", {})
+    (out / "vora.json").write_text(json.dumps(info))
     (out / "config.json").write_text(json.dumps(config | changes))
     return out
 
@@ -118,12 +118,12 @@ def test_another_llm_is_refused(eyes, tmp_path):
     deeper = bent(eyes[0], tmp_path / "deeper", text_config={"num_hidden_layers": 7})
     with pytest.raises(ValueError, match="num_hidden_layers 7, but .* has 3: it is another LLM"):
         load_adapter(deeper)
-    gone = bent(eyes[0], tmp_path / "gone", text_config={"_name_or_path": str(tmp_path / "no-such-llm")})
-    with pytest.raises(ValueError, match="eyes without their LLM, and that, .*no-such-llm, cannot be loaded"):
+    gone = bent(eyes[0], tmp_path / "gone", base_llm=str(tmp_path / "no-such-llm"))
+    with pytest.raises(ValueError, match="an adapter without its LLM, and that, .*no-such-llm, cannot be loaded"):
         load_adapter(gone)
     elsewhere = bent(eyes[0], tmp_path / "elsewhere", image_token_id=9)
     with pytest.raises(ValueError, match="images at token 9, but"):
-        processor_of_adapter(elsewhere)
+        load_processor(elsewhere)
 
 
 def test_an_llm_of_other_weights_is_refused(eyes, llm_folder, tmp_path):
@@ -139,7 +139,7 @@ def test_an_llm_of_other_weights_is_refused(eyes, llm_folder, tmp_path):
         load_adapter(eyes[0], llm=str(tmp_path / "tuned"))
     assert digest_of(eyes[1]) != digest  # merged
     assert digest_of(llm.to(torch.float16)) is None  # some numbers are others there
-    assert load_adapter(eyes[0], torch.float16).dtype == torch.float16
+    assert load_adapter(eyes[0], dtype=torch.float16).dtype == torch.float16
 
 
 def test_a_run_s_eyes_come_in_its_precision_and_with_their_card(llm_folder, tmp_path):

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from tiny import command_line
 
+from vora.checkpoint import load_model
 from vora.eval.prediction_cache import PredictionCache, fingerprint, fingerprints
 from vora.eval.rows import Rows, SkippedRows
 from vora.eval.run import make_task
 from vora.eval.tasks.tasks import Classify
-from vora.serve.engine import load_model
 
 IMAGES = 8
 

@@ -131,7 +131,7 @@ def test_what_is_read_together_is_what_is_read_alone(task, data, model_folder, t
     """A showing shares its image among many; each is held against a pass of its own."""
     from test_eval_predict import brute_force
 
-    from vora.serve.engine import load_model
+    from vora.checkpoint import load_model
 
     report = probed(monkeypatch, model_folder, data / f"{task}.parquet", tmp_path / "r.json", "--max-examples", "6")
     model, processor = load_model(str(model_folder))

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from vora import cli
+from vora.checkpoint import load_model
 from vora.cli import _image_or_animation
 from vora.model.image_processing_vora import is_animated, read_image
-from vora.serve.engine import Chat, load_model
+from vora.serve.engine import Chat
 
 
 @pytest.mark.parametrize("leave", ["close", "raise"])

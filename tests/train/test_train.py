@@ -15,21 +15,19 @@ from transformers import AutoModelForCausalLM, TrainerCallback, ViTConfig, ViTMo
 
 import vora
 from vora import VoraProcessor
-from vora.build.lora import DISTILLATION_FILE
-from vora.checkpoint.card import read_card
-from vora.checkpoint.run_directory import trained_folder
+from vora.checkpoint import load_model, merge_run
+from vora.checkpoint.layout import HEADS_FILE, read_info
+from vora.checkpoint.lineage import read_card
 from vora.data.readers import load_source
 from vora.data.stream import PackedSequences
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.learner import VisionLearner
-from vora.serve.engine import load_model
 from vora.train.plan.meta_model import meta_model
 from vora.train.progress import read_log
 from vora.train.recipe import load_recipe
 from vora.train.run import train, training_arguments
 from vora.train.stages import build_learner, check_trainable, trainable_counts
 from vora.train.throughput import precision_overrides, steps_that_fit
-from vora.train.trained import merge_run
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "black": (0, 0, 0)}
 
@@ -141,7 +139,7 @@ def test_resumed_losses_are_those_of_an_uninterrupted_run(recipe, tmp_path, accu
     with pytest.raises(InterruptedError, match="--resume"):
         run(recipe(**values), tmp_path / "cut", callbacks=[StopAt()])
     assert (tmp_path / "cut" / "checkpoint-5").exists() or (tmp_path / "cut" / "checkpoint-6").exists()
-    of_cut, of_whole = read_card(trained_folder(tmp_path / "cut")), read_card(tmp_path / "whole" / "final")
+    of_cut, of_whole = read_card(read_info(tmp_path / "cut").path), read_card(tmp_path / "whole" / "final")
     assert of_cut["base_llm"] == of_whole["base_llm"] != "not stated" and of_cut["stages"][0]["steps"] in (5, 6)
     run(load_recipe(tmp_path / "cut" / "recipe.yaml"), tmp_path / "cut", resume=True)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -184,7 +182,7 @@ def test_a_longer_run_hides_its_first_end_and_keeps_the_planned_steps(recipe, tm
 
     with pytest.raises(InterruptedError):
         run(recipe(max_steps=9, save_steps=2), tmp_path / "run", resume=True, callbacks=[StopAt()])
-    assert trained_folder(tmp_path / "run").name in ("checkpoint-6", "checkpoint-7")
+    assert read_info(tmp_path / "run").path.name in ("checkpoint-6", "checkpoint-7")
     planned = recipe(save_steps=2)  # max_steps 6, which the checkpoint knows better
     planned.max_minutes = 10.0
     assert run(planned, tmp_path / "run", resume=True).state.global_step == 9
@@ -341,7 +339,7 @@ def test_eyes_that_were_trained_before_slow_down_from_the_start(recipe, tmp_path
     before = load_file(tmp_path / "eyes" / "final" / "adapter_model.safetensors")
     after = load_file(tmp_path / "still" / "final" / "adapter_model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    heads = load_file(tmp_path / "eyes" / "final" / DISTILLATION_FILE)
+    heads = load_file(tmp_path / "eyes" / "final" / HEADS_FILE)
     assert torch.equal(begun.distillation.heads["0"][1].weight, heads["heads.0.1.weight"])
     for section, key, value, message in (
         (second.model, "patch_merge", 2, "patch_merge 2 .it has 1.* would be others"),
@@ -388,7 +386,7 @@ def test_eyes_that_rest_stay_as_they_are_and_ask_no_teacher(recipe, tmp_path):
     before, after = (load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("eyes", "words"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if ".layers.2." in name}  # above the teacher's two
-    heads = [load_file(tmp_path / name / "final" / DISTILLATION_FILE) for name in ("eyes", "words")]
+    heads = [load_file(tmp_path / name / "final" / HEADS_FILE) for name in ("eyes", "words")]
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
     assert not meta_model(second)[0].eyes() and meta_model(first)[0].eyes()
     second.training["max_steps"] = 4

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from vora.checkpoint.load import merge_run
 from vora.checkpoint.run_directory import newest_checkpoint
 from vora.eval.probe.probe import probe
 from vora.eval.rows import Rows
@@ -22,7 +23,6 @@ from vora.eval.tasks.text import text_ability
 from vora.eval.tasks.text_items import open_items
 from vora.train.recipe import load_recipe
 from vora.train.run import train
-from vora.train.trained import merge_run
 
 NO_OPTIONS = {"name", "task", "metrics", "of", "against", "generate", "base", "data"}  # of an `EvaluateSection`
 TASK_OPTIONS = ("prompt", "labels", "max_examples", "seed")  # the others are of `Rows`

@@ -15,7 +15,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vora.checkpoint.card import read_card
+from vora.checkpoint.lineage import read_card
 from vora.eval.metrics.intervals import in_words
 from vora.eval.prediction_cache import PredictionCache, fingerprint, fingerprints, model_fingerprint
 from vora.eval.rows import Rows, SkippedRows

@@ -7,7 +7,7 @@ import os
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -52,7 +52,17 @@ class VoraPreTrainedModel(PreTrainedModel):
                 f"{save_directory} holds an adapter, which would be added to this model whenever it is loaded: save "
                 "to another folder, or delete adapter_config.json first."
             )
-        super().save_pretrained(save_directory, **kwargs)
+        generation_config = getattr(self, "generation_config", None)
+        if generation_config is not None:
+            # saved as it came with the LLM, also with flags that transformers would not save, such as a temperature
+            # without sampling
+            self.generation_config = GenerationConfig()
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.generation_config = generation_config
+        if generation_config is not None:
+            generation_config.to_json_file(os.path.join(save_directory, "generation_config.json"), use_diff=True)
         if not has_adapter:
             return
         state = {}

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 
+from vora.checkpoint.card import write_run_card
 from vora.checkpoint.run_directory import find_checkpoint, last_step, newest_checkpoint
 from vora.data.readers import load_source
 from vora.data.stream import PackedSequences
@@ -32,7 +33,6 @@ from vora.train.recipe import CHECKPOINTING, check_recipe, save_recipe
 from vora.train.sample_generations import SampleGenerationCallback
 from vora.train.stages import build_learner, trainable_table, vision_is_frozen
 from vora.train.throughput import steps_that_fit
-from vora.train.trained import write_run_card
 from vora.train.trainer import VoraTrainer
 
 DEFAULTS = {
@@ -102,7 +102,7 @@ class CardCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             folder = newest_checkpoint(self.directory)
-            write_run_card(folder, self.directory, state.global_step, asks_hub=False)  # the last card does
+            write_run_card(folder, self.directory, state.global_step)
             shutil.rmtree(Path(self.directory, "final"), ignore_errors=True)  # of a shorter run: older now
 
 

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vora.build.base_llm import load_tokenizer
-from vora.build.from_llm import from_llm
-from vora.checkpoint.card import read_card
-from vora.checkpoint.names import HUB_ID_OF_ALIAS
+from vora.checkpoint.layout import read_info
+from vora.checkpoint.load import load_base_llm
 from vora.eval.metrics.intervals import in_words, interval_of, mean, share
 from vora.eval.prediction_cache import fingerprints, model_fingerprint
 from vora.eval.rows import SkippedRows
@@ -70,7 +68,7 @@ def text_ability(
         for number in range(2):
             if all(index in cache.done for index in range(number * count, (number + 1) * count)):
                 continue
-            reader = model if number == 0 else _load_base(base, model, processor)
+            reader = model if number == 0 else load_base_llm(base, model, processor)
             for lines in _read(reader, processor, windows, questions, number * count, cache.done):
                 cache.add(lines)
                 advance(len(lines))
@@ -91,15 +89,15 @@ def text_ability(
 
 
 def base_of(model_name):
-    """The base LLM that a model's card names.
+    """The base LLM that a model names.
 
     Raises:
         ValueError: it names none.
     """
-    name = (read_card(model_name) or {}).get("base_llm", "not stated")
-    if name == "not stated":
+    name = read_info(model_name).base_llm
+    if name is None:
         raise ValueError(f"{model_name} does not say what its base LLM is: name it with --base.")
-    return next((alias for alias, hub_id in HUB_ID_OF_ALIAS.items() if hub_id == name), name)
+    return name
 
 
 def window_length(model):
@@ -107,15 +105,6 @@ def window_length(model):
     config = model.config.get_text_config()
     limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
     return min(WINDOW, *(limit for limit in limits if limit), WINDOW)
-
-
-def _load_base(base, model, processor):
-    """The base LLM in the same dress, in which its logits are its own."""
-    if load_tokenizer(base).get_vocab().items() - processor.tokenizer.get_vocab().items():
-        raise ValueError(f"--base {base} splits text into other tokens than the model: it is not what that came from.")
-    token = model.config.image_token_id
-    dressed = from_llm(base, image_token_id=token, dtype=model.dtype)
-    return dressed.to(model.device).eval()
 
 
 def _read(model, processor, windows, questions, first, done):
