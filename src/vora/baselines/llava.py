@@ -41,7 +41,7 @@ class VoraLlavaConfig(VoraConfig):
         kwargs: as for `VoraConfig`.
     """
 
-    _auto_class = None
+    _auto_class = None  # type: ignore[assignment]
     model_type = "vora_llava"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
 
@@ -108,17 +108,17 @@ class LlavaVision(nn.Module):
 class VoraLlavaModel(VoraModel):
     """ViT, projector and decoder: token ids and patches to hidden states."""
 
-    _auto_class = None
-    config_class = VoraLlavaConfig
-    patch_embedding_class = LlavaVision
+    _auto_class = None  # type: ignore[assignment]
+    config_class = VoraLlavaConfig  # type: ignore[assignment]
+    patch_embedding_class = LlavaVision  # type: ignore[assignment]
 
 
 class VoraLlavaForConditionalGeneration(VoraForConditionalGeneration):
     """An LLM that reads images as LLaVA does, in the form of a VoRA student."""
 
-    _auto_class = None
-    config_class = VoraLlavaConfig
-    model_class = VoraLlavaModel
+    _auto_class = None  # type: ignore[assignment]
+    config_class = VoraLlavaConfig  # type: ignore[assignment]
+    model_class = VoraLlavaModel  # type: ignore[assignment]
     trained_vision = "projector"  # what trains beside the LoRA: all of `patch_embedding` but the encoder
 
     @classmethod

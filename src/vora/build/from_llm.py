@@ -1,6 +1,7 @@
 """From an LLM, and a ViT if there is one, to a fresh VoRA model and its processor, and back to the LLM alone."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ def to_llm(model: VoraForConditionalGeneration) -> PreTrainedModel:
 
 
 def processor_from_llm(
-    llm: str | PreTrainedTokenizerBase,
+    llm: Path | str | PreTrainedTokenizerBase,
     *,
     teacher: Any = None,
     patch_size: int | None = None,
@@ -150,7 +151,7 @@ def processor_from_llm(
         chat_template: Jinja template instead of the LLM's own.
         image_kwargs: further arguments of `VoraImageProcessor`.
     """
-    tokenizer = llm if hasattr(llm, "convert_tokens_to_ids") else load_tokenizer(llm)
+    tokenizer = load_tokenizer(llm) if isinstance(llm, str | Path) else llm
     image_token, _ = choose_image_token(tokenizer)
     if teacher is not None:
         sizes = vit_embedding(teacher).config_fields(patch_size, image_size)

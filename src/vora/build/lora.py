@@ -140,5 +140,5 @@ def _without_adapter(model: VoraForConditionalGeneration) -> VoraForConditionalG
             model.set_submodule(name, layer.modules_to_save[layer.active_adapter])
     del model.peft_config
     model._hf_peft_config_loaded = False
-    vars(model).pop("_weight_conversions", None)  # they would put the adapter's prefixes into saved names
+    model.__dict__.pop("_weight_conversions", None)  # they would put the adapter's prefixes into saved names
     return model

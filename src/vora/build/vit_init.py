@@ -4,7 +4,6 @@ Dims: C channels, p patch side, G = side of the position grid, D_v = width.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,16 +70,15 @@ class VitEmbedding:
         embedding.position.copy_(table[0].flatten(1).T)
 
 
-def vit_embedding(vit: nn.Module | Path | str) -> VitEmbedding:
-    """Read the patch embedding of a ViT (model, folder or hub id; an object with a `vit` attribute is unwrapped).
+def vit_embedding(vit: Any) -> VitEmbedding:
+    """Read the patch embedding of a ViT (model, folder or hub id; of a `Teacher`, that of its ViT).
 
     Raises:
         ValueError: no patch projection is found, or the model hides patches from itself; it is not a plain ViT.
     """
-    vit = getattr(vit, "vit", vit)
-    if not isinstance(vit, nn.Module):
-        vit = AutoModel.from_pretrained(vit)
-    vit = getattr(vit, "vision_model", vit)
+    given = getattr(vit, "vit", vit)
+    model = given if isinstance(given, nn.Module) else AutoModel.from_pretrained(given)
+    vit = getattr(model, "vision_model", model)
     config = getattr(vit.config, "vision_config", vit.config)
     if hasattr(config, "mask_ratio"):  # ViT-MAE: its outputs are of a shuffled part of the patches
         raise ValueError(
@@ -88,7 +86,7 @@ def vit_embedding(vit: nn.Module | Path | str) -> VitEmbedding:
             f"outputs do not stand at the image's patches: only plain ViTs ({PLAIN_VITS}) can teach."
         )
     embeddings = getattr(vit, "embeddings", vit)
-    channels, patch_size = getattr(config, "num_channels", 3), getattr(config, "patch_size", None)
+    channels, patch_size = getattr(config, "num_channels", 3), getattr(config, "patch_size", None) or 0
     weight, bias = _patch_projection(embeddings, channels, patch_size)
     if weight is None or len(weight) != getattr(config, "hidden_size", None):
         raise ValueError(
@@ -105,10 +103,10 @@ def vit_embedding(vit: nn.Module | Path | str) -> VitEmbedding:
 
 
 def _patch_projection(
-    embeddings: nn.Module, channels: int, patch_size: int | None
+    embeddings: nn.Module, channels: int, patch_size: Any
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(weight float[D_v, C*p*p], bias), or (None, None) where there is none."""
-    if not isinstance(patch_size, int):
+    if not patch_size or not isinstance(patch_size, int):
         return None, None
     for module in embeddings.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride == (patch_size, patch_size):
@@ -123,6 +121,6 @@ def _position_table(embeddings: nn.Module, width: int) -> torch.Tensor | None:
     """float[G*G, D_v]: the last G*G rows of the table; the rows before them belong to CLS and register tokens."""
     for name, table in embeddings.named_parameters():
         if "position_embedding" in name and table.shape[-1] == width:
-            table = table.reshape(-1, width)
-            return table[-(int(len(table) ** 0.5) ** 2) :]
+            rows = table.reshape(-1, width)
+            return rows[-(int(len(rows) ** 0.5) ** 2) :]
     return None

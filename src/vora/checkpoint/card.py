@@ -128,7 +128,7 @@ def write_run_card(
     data = noted.get("data") or [{"name": s["path"], "weight": s.get("weight")} for s in recipe["data"]["sources"]]
     log = run / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    logged = next((line for line in reversed(lines) if line["step"] <= steps), {})
+    logged: dict[str, Any] = next((line for line in reversed(lines) if line["step"] <= steps), {})
     is_merged = recipe["stage"] == "pretrain" and not (Path(folder) / "adapter_config.json").exists()
     facts = CardFacts(
         made="merged" if is_merged else "trained",

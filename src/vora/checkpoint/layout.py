@@ -160,7 +160,8 @@ def _older_info(folder: Path) -> CheckpointInfo:
     """Of a folder that was saved without a description: by its files, and its card."""
     config = json.loads((folder / "config.json").read_text())
     text, card = config.get("text_config") or config, read_card(folder) or {}
-    adapter, kind = _adapter_of(folder), "merged"
+    adapter = _adapter_of(folder)
+    kind: Kind = "merged"
     if not config.get("model_type", "").startswith("vora"):
         kind = "llm"
     elif adapter is not None:

@@ -39,7 +39,9 @@ def read_card(model: Path | str) -> dict[str, Any] | None:
         model: folder, or hub id of a model that was fetched before.
     """
     card = _card(str(model))
-    record = card.data.to_dict().get("vora") if card else None
+    if card is None:
+        return None
+    record = card.data.to_dict().get("vora")
     if not isinstance(record, dict) or not record.get("stages"):
         return None
     for number, _, recipe in RECIPE.findall(card.text):
@@ -92,6 +94,6 @@ def _licence(name: str) -> str:
 def _card(name: str) -> ModelCard | None:
     """The card of a folder, or of what was fetched under a hub id."""
     with suppress(Exception):  # no such page, or no valid front matter
-        page = Path(name, "README.md") if os.path.isdir(name) else try_to_load_from_cache(name, "README.md")
-        return ModelCard(Path(page).read_text(encoding="utf-8-sig"), ignore_metadata_errors=True)
+        page = os.path.join(name, "README.md") if os.path.isdir(name) else try_to_load_from_cache(name, "README.md")
+        return ModelCard(Path(str(page)).read_text(encoding="utf-8-sig"), ignore_metadata_errors=True)
     return None

@@ -232,7 +232,7 @@ def distillation_of(path: Source) -> BlockwiseDistillation | None:
 
 
 @torch.no_grad()
-def digest_of(llm: nn.Module, image_token_id: int | None = None) -> str | None:
+def digest_of(llm: PreTrainedModel, image_token_id: int | None = None) -> str | None:
     """Tells LLMs of one shape apart, with LoRA on or without: 16 hexadecimal digits of word embeddings and of the
     first matrix of each block, some rows of them. Whether an LLM is loaded in bf16 or in fp32 makes no difference; in
     fp16 some numbers are others, so that there it is None. The row that an LLM grew by for its image token is none of
@@ -332,12 +332,13 @@ def _base_model(info: CheckpointInfo, llm: str | None, dtype: torch.dtype | str)
 
 
 def _name_of_llm(info: CheckpointInfo, llm: str | None) -> str:
-    if not (llm or info.base_llm):
+    name = llm or info.base_llm
+    if not name:
         raise ValueError(
             f"{info.path} holds an adapter without its LLM, which was a folder and so is not named in it: put it over "
             f"that with `vora merge {info.path} --llm LLM -o OUT`, and name OUT."
         )
-    return llm or info.base_llm
+    return name
 
 
 def _shape(tensors: dict[str, torch.Tensor], name: str) -> tuple[int, ...] | None:

@@ -227,8 +227,9 @@ def build_model(
         state[f"model.patch_embedding.{name}"] = tensor[0] if name == "position" else tensor
     embeddings = "model.language_model.embed_tokens.weight"
     if config.tie_word_embeddings:  # files hold one of the two names
-        tied = state.get("lm_head.weight", state.get(embeddings))
-        if embeddings in state and not torch.equal(tied, state[embeddings]):
+        own = state.get(embeddings)
+        tied = state.get("lm_head.weight", own)
+        if tied is not None and own is not None and not torch.equal(tied, own):
             raise ValueError(
                 f"{folder} has an output layer that differs from its embeddings, but the LLM given ties the two: set "
                 "tie_word_embeddings to false in its config.json, so that both are kept."

@@ -66,7 +66,7 @@ def read_tensors(folder: Path) -> Tensors:
         raise ValueError(f"{folder} lacks {len(missing)} of {len(files)} shards, such as {missing[0]}: fetch them.")
     if not files:
         raise ValueError(f"{folder} holds no safetensors files: convert its weights to them first.")
-    tensors = {}
+    tensors: Tensors = {}
     for file in files:
         try:
             with safe_open(file, "pt") as handle:

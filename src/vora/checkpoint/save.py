@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from vora.build.from_llm import to_llm
 from vora.checkpoint.card import Evaluation, write_run_card
-from vora.checkpoint.layout import HEADS_FILE, CheckpointInfo, adapter_info, read_info, write_info
+from vora.checkpoint.layout import HEADS_FILE, CheckpointInfo, Kind, adapter_info, read_info, write_info
 from vora.checkpoint.load import digest_of, load_adapter, load_processor, merge_run
 from vora.checkpoint.run_directory import read_recipe, run_of
 from vora.distill.blockwise import BlockwiseDistillation
@@ -131,8 +131,8 @@ def merge(
     info = read_info(path)
     if adapter_out is not None:
         _check_adapter_apart(info)
-    places = {"--out": out, "--llm-out": llm_out, "--adapter-out": adapter_out}
-    places = {name: Path(place) for name, place in places.items() if place is not None}
+    asked = {"--out": out, "--llm-out": llm_out, "--adapter-out": adapter_out}
+    places = {name: Path(place) for name, place in asked.items() if place is not None}
     if len({place.resolve() for place in places.values()}) < len(places):
         raise ValueError(f"{', '.join(places)} name one folder twice: each needs its own.")
     with ExitStack() as stack:
@@ -185,16 +185,15 @@ def _write_merged(
     model: VoraForConditionalGeneration,
     processor: VoraProcessor | VoraImageProcessor | None,
     folder: Path,
-    info: CheckpointInfo,
+    source: CheckpointInfo,
     evaluation: Sequence[Evaluation] = (),
 ) -> None:
     model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
-    changes = {"kind": "merged", "adapter": None, "llm_digest": None, "has_heads": False}
-    has_words = isinstance(processor, VoraProcessor)
-    write_info(replace(info, dtype=_name_of(model.dtype), has_processor=has_words, **changes), folder)
-    write_run_card(folder, info.run or info.path, evaluation=evaluation)
+    info = _without_adapter(source, "merged", model.dtype)
+    write_info(replace(info, has_processor=isinstance(processor, VoraProcessor)), folder)
+    write_run_card(folder, source.run or source.path, evaluation=evaluation)
 
 
 def _write_llm(
@@ -210,10 +209,13 @@ def _write_llm(
     generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
     if isinstance(processor, VoraProcessor):
         processor.text_tokenizer().save_pretrained(folder)
-    changes = {"kind": "llm", "adapter": None, "llm_digest": None, "has_heads": False, "has_processor": False}
-    changes |= {"dtype": _name_of(llm.dtype), "model_type": llm.config.model_type}
-    write_info(replace(info, **changes), folder)
+    write_info(replace(_without_adapter(info, "llm", llm.dtype), model_type=llm.config.model_type), folder)
     write_run_card(folder, info.run or info.path)
+
+
+def _without_adapter(info: CheckpointInfo, kind: Kind, dtype: torch.dtype) -> CheckpointInfo:
+    changed = replace(info, kind=kind, adapter=None, llm_digest=None, dtype=_name_of(dtype))
+    return replace(changed, has_heads=False, has_processor=False)
 
 
 def _info_of_training(
