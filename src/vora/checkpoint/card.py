@@ -158,8 +158,10 @@ def card_text(record: dict[str, Any], kind: Kind, facts: CardFacts) -> str:
     """
     stages, encoder = record["stages"], record.get("encoder")
     recipes = [stage.get("recipe") for stage in stages]
+    data = [("data", name) for name in dict.fromkeys(source["name"] for s in stages for source in s["data"])]
     texts = [None if recipe is None else _yaml(recipe) for recipe in recipes]
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["without_folders"] = command_without_folders
     environment.filters["quoted"] = lambda name: name if name in ("none", "not stated") else f"`{name}`"
     template = environment.from_string((files("vora.checkpoint") / "card.md.j2").read_text(encoding="utf-8"))
     return template.render(
@@ -170,9 +172,10 @@ def card_text(record: dict[str, Any], kind: Kind, facts: CardFacts) -> str:
         teacher=record["teacher"],
         encoder=encoder,
         stages=stages,
-        history=_history(stages),
-        evaluation=[_figure(*row) for row in facts.evaluation],
-        parts=_parts(record, kind),
+        made=MADE,
+        licences=record["licences"],
+        not_stated=NOT_STATED,
+        parts=[("base LLM", record["base_llm"]), ("teacher", record["teacher"]), ("encoder", encoder), *data],
         starts_as_teacher=any(
             (r.get("teacher") or {}).get("init_from_teacher") and r["model"]["llm"] for r in recipes if r
         ),
@@ -205,54 +208,6 @@ def _front_matter(record: dict[str, Any], kind: Kind) -> dict[str, Any]:
         front["datasets"] = found
     stages = [{key: value for key, value in stage.items() if key != "recipe"} for stage in record["stages"]]
     return front | {"vora": record | {"stages": stages}}
-
-
-def _history(stages: list[dict[str, Any]]) -> list[list[str]]:
-    """Rows of the table of stages."""
-
-    def count(number: int | None) -> str:
-        return "not stated" if number is None else f"{number:,}"
-
-    def when(stage: dict[str, Any]) -> str:
-        step = stage.get("logged_step")
-        return "" if step in (None, stage.get("steps")) else f" (by step {step:,})"
-
-    def data(sources: list[dict[str, Any]]) -> str:
-        weights = ["" if source["weight"] is None else f" (weight {source['weight']:g})" for source in sources]
-        return ", ".join(f"`{s['name']}`{weight}" for s, weight in zip(sources, weights)) or "not stated"
-
-    def losses(stage: dict[str, Any]) -> str:
-        found = ", ".join(f"{name} {value:.4g}" for name, value in stage["losses"].items())
-        return found + when(stage) if found else "not stated"
-
-    return [
-        ["how", *(MADE[s["made"]] + (f", from `{s['source']}`" if "source" in s else "") for s in stages)],
-        ["data", *(data(stage["data"]) for stage in stages)],
-        ["steps", *(count(stage.get("steps")) for stage in stages)],
-        ["samples seen", *(count(stage.get("samples_seen")) + when(stage) for stage in stages)],
-        ["last losses", *(losses(stage) for stage in stages)],
-    ]
-
-
-def _figure(task: str, metric: str, value: float | str, num_examples: int, command: str) -> list[str]:
-    value = value if isinstance(value, str) else f"{value:.4g}"
-    return [task, metric, value, f"{num_examples:,}", f"`{command_without_folders(command)}`"]
-
-
-def _parts(record: dict[str, Any], kind: Kind) -> list[list[str]]:
-    """Rows of the table of licences."""
-    data = [source["name"] for stage in record["stages"] for source in stage["data"]]
-    parts = [("base LLM", record["base_llm"]), ("teacher", record["teacher"])]
-    parts += [("encoder", record["encoder"])] if "encoder" in record else []
-    parts += [("data", name) for name in dict.fromkeys(data)]
-    rows = [
-        [part, f"`{name}`", record["licences"].get(name, NOT_STATED)]
-        for part, name in parts
-        if name not in ("none", "not stated")
-    ]
-    if kind in ("merged", "unmerged") and "encoder" not in record:
-        rows.append(["model code (`*.py`)", "`vora`", "apache-2.0"])
-    return rows
 
 
 def _yaml(values: dict[str, Any]) -> str:
