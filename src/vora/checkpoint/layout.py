@@ -219,6 +219,8 @@ def _pairs_of_heads(folder: Path, teacher: dict[str, Any], name: str) -> tuple[P
         heads = {key.split(".")[1] for key in file.keys() if key.startswith("heads.")}
     blocks = sorted(int(head) for head in heads - {SUMMARY})
     shifted = "inputs" if "aimv2" in name.lower() else "hidden_states"
+    if not blocks:
+        return ()
     pairing = teacher.get("pairing") or "outputs"
     if blocks[0] == -1 and pairing == "outputs":
         pairing = shifted

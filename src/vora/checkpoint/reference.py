@@ -272,7 +272,6 @@ def import_reference(checkpoint: Path | str, llm: Path | str, out: Path | str, m
     """
     with whole_folder(out) as folder:
         reference = load_reference(checkpoint, llm)
-        stage = "pretrain" if reference.rank else "not stated"
         if reference.rank and merge:
             reference.model, reference.rank = merge_vision_lora(reference.with_lora()), 0
         processor = processor_of(reference.model.config, llm, checkpoint)
@@ -283,12 +282,13 @@ def import_reference(checkpoint: Path | str, llm: Path | str, out: Path | str, m
         if info.adapter is not None:
             peft_model = reference.with_lora()
             write_adapter_files(peft_model, folder, get_peft_model_state_dict(peft_model, save_embedding_layers=False))
-            save_file(reference.heads, folder / HEADS_FILE)
+            if reference.heads:
+                save_file(reference.heads, folder / HEADS_FILE)
         processor.save_pretrained(folder)
         write_info(info, folder)
         facts = CardFacts(
             made="imported",
-            stage=stage,
+            stage=info.stage or "not stated",
             base_llm=str(llm),
             teacher=reference.teacher or None,
             source=str(checkpoint),
@@ -308,12 +308,12 @@ def describe(reference: Reference, llm: Path | str, folder: Path, has_processor:
         path=folder,
         model_type=reference.model.config.model_type,
         dtype=str(reference.model.dtype).removeprefix("torch."),
-        stage="pretrain" if reference.heads else None,
+        stage="pretrain" if reference.lora else None,
         base_llm=loadable(str(llm)),
         adapter=adapter if reference.rank else None,
         teacher=reference.teacher or None,
         block_pairs=tuple((level, level + shift) for level in levels),
-        has_heads=bool(reference.rank),
+        has_heads=bool(reference.rank and reference.heads),
         has_processor=has_processor,
     )
 
