@@ -17,7 +17,7 @@ from tiny import command_line
 from vora.eval.prediction_cache import PredictionCache, fingerprint, fingerprints
 from vora.eval.rows import Rows, SkippedRows
 from vora.eval.run import make_task
-from vora.eval.tasks.tasks import Classify
+from vora.eval.tasks.classify import Classify
 from vora.serve.engine import load_model
 
 IMAGES = 8
@@ -159,7 +159,7 @@ def test_a_row_for_each_question_is_drawn_with_its_image(model_folder, tmp_path,
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     arguments = ("eval", "-m", model_folder, "--task", "vqa", "--data", tmp_path / "rows.parquet")
     groups = []
-    monkeypatch.setattr("vora.eval.tasks.tasks.share", lambda values, of, seed: groups.append(of) or {"value": 0.0,
+    monkeypatch.setattr("vora.eval.tasks.task.share", lambda values, of, seed: groups.append(of) or {"value": 0.0,
                         "interval": [0.0, 0.0]})  # fmt: skip
     assert in_process(monkeypatch, *arguments, "-o", tmp_path / "r.json") == 0
     assert len(set(groups[0])) == 2 and groups[0][:4] == groups[0][:1] * 4
@@ -426,7 +426,7 @@ def test_a_image_can_be_replaced(data, model_folder):
 def test_predictions_for_other_questions_are_not_taken_up(data, model_folder, tmp_path, monkeypatch, capsys):
     arguments = ["eval", "-m", model_folder, "--task", "classify", "--data", data / "classify.parquet", "-o"]
     assert in_process(monkeypatch, *arguments, tmp_path / "r.json") == 0
-    monkeypatch.setattr(Classify, "asked", lambda self, text="": "What else?")  # as later code might ask
+    monkeypatch.setattr(Classify, "prompt_for", lambda self, text="": "What else?")  # as later code might ask
     assert in_process(monkeypatch, *arguments, tmp_path / "r.json") == 1
     assert "settings" in capsys.readouterr().err
 

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 import vora
-from vora.data.schema import Record, question_and_answer
+from vora.data.schema import Sample
+from vora.data.turns import question_and_answer
 from vora.eval.scoring.teacher_forced import (
     accuracy,
     accuracy_by_answer,
@@ -50,7 +51,7 @@ def test_exact_answers_agree_with_greedy_generation(seeing, monkeypatch):
             ids = greedy_answer(model, processor, image, question, 3)
             spoken.append((image, question, [i for i in ids if i != end][:3]))
     for image, question, ids in spoken:
-        record = Record("r", [image], [question_and_answer(question, "x")])
+        record = Sample("r", [image], [question_and_answer(question, "x")])
         full = greedy_answer(model, processor, image, question, len(ids) + 1)
         monkeypatch.setattr(processor, "training_sample", given_answer(ids))
         assert exact_answers(model, processor, [record]) == [[full == [*ids, end]]]
@@ -72,7 +73,7 @@ def test_answers_do_not_depend_on_how_records_are_batched(seeing, monkeypatch):
     monkeypatch.setattr(model, "logits", lambda states: states @ torch.eye(states.shape[-1], 400))
     questions = [("what?", "a"), ("which shape?", "b c"), ("is it?", "yes")]
     records = [
-        Record("r", [image], [question_and_answer(*q) for q in questions[: i + 1]]) for i, image in enumerate(images)
+        Sample("r", [image], [question_and_answer(*q) for q in questions[: i + 1]]) for i, image in enumerate(images)
     ]
     together = exact_answers(model, processor, records)
     alone = [exact_answers(model, processor, [record])[0] for record in records]
@@ -80,15 +81,15 @@ def test_answers_do_not_depend_on_how_records_are_batched(seeing, monkeypatch):
 
 
 def test_accuracy_counts_questions():
-    records = [Record("a", [], [question_and_answer("q", "yes"), question_and_answer("q", "red")])]
+    records = [Sample("a", [], [question_and_answer("q", "yes"), question_and_answer("q", "red")])]
     assert accuracy([[True, False]]) == 0.5
     assert accuracy_by_answer([[True, False]], records) == {"yes / no": (1.0, 1), "what": (0.0, 1)}
 
 
 def test_majority_guesses_by_question_and_falls_back():
-    train = [Record("a", [], [question_and_answer("q", a) for a in ("no", "no", "yes")])]
+    train = [Sample("a", [], [question_and_answer("q", a) for a in ("no", "no", "yes")])]
     test = [
-        Record(
+        Sample(
             "b",
             None,
             [question_and_answer("q", "no"), question_and_answer("q", "yes"), question_and_answer("new", "no")],
@@ -100,7 +101,7 @@ def test_majority_guesses_by_question_and_falls_back():
 def test_blank_images_score_as_if_each_question_were_asked_alone(seeing, monkeypatch):
     model, processor, images = seeing
     questions = [("what?", "red"), ("what?", "red"), ("what?", "blue"), ("is it?", "yes")]
-    records = [Record("r", [images[0]], [question_and_answer(*pair)]) for pair in questions]
+    records = [Sample("r", [images[0]], [question_and_answer(*pair)]) for pair in questions]
     right = {"red": True, "blue": False, "yes": False}
     monkeypatch.setattr(
         "vora.eval.scoring.teacher_forced.exact_answers",

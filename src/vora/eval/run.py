@@ -16,11 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vora.checkpoint.card import read_card
+from vora.data.answers import tasks_of
 from vora.eval.metrics.intervals import in_words
 from vora.eval.prediction_cache import PredictionCache, fingerprint, fingerprints, model_fingerprint
 from vora.eval.rows import Rows, SkippedRows
 from vora.eval.scoring.predict import predict
-from vora.eval.tasks.tasks import Captions, Classify, Statements, Vqa
+from vora.eval.tasks.captions import Captions
+from vora.eval.tasks.classify import Classify
+from vora.eval.tasks.statements import Statements
+from vora.eval.tasks.vqa import Vqa
 
 TASKS = {task.name: task for task in (Captions, Vqa, Classify, Statements)}
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "pillow", "numpy")
@@ -36,14 +40,7 @@ def task_of(rows):
         ValueError: it is for several, or for none.
     """
     for row in rows.read(SkippedRows()):
-        has = row.values.keys().__contains__
-        fits = {
-            "captions": has("captions") or has("caption") or (has("text") and not has("label")),
-            "vqa": (has("questions") or has("question")) and (has("answers") or has("answer")),
-            "statements": (has("sentence") or has("statement")) and (has("label") or has("answer")),
-            "classify": has("label") and not (has("sentence") or has("statement")),
-        }
-        found = [name for name, fit in fits.items() if fit]
+        found = tasks_of(row.values)
         if len(found) == 1:
             return found[0]
         what = f"may be of {' or '.join(found)}" if found else "fit no task"

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vora.data.schema import Record, question_and_answer
+from vora.data.schema import Sample
+from vora.data.turns import question_and_answer
 from vora.eval.metrics.intervals import interval_of, mean, share
 from vora.eval.probe.conditions import CONDITIONS, image_groups_of, images_under, num_alike, other_groups
 from vora.eval.probe.figure import draw_probe
@@ -56,7 +57,7 @@ class ImageCondition:
 
 
 class Showings:
-    """Showings as a sequence of `Record`s, each made when it is asked for.
+    """Showings as a sequence of `Sample`s, each made when it is asked for.
 
     Args:
         answers: for each example the list of its references.
@@ -75,7 +76,7 @@ class Showings:
             for example, reference, _ in showing.asked
         ]
         row = self.examples[showing.asked[0][0]].name
-        return Record(f"{row} and what else is asked of its image", showing.images(), conversations)
+        return Sample(f"{row} and what else is asked of its image", showing.images(), conversations)
 
 
 def probe(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vora.data.packing import collate_sequences, sample_of_record
+from vora.data.packing import collate_sequences, tokenize_sample
 from vora.eval.scoring.generate import check_context_length, check_log_probs, sliding_window
 
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
@@ -41,7 +41,7 @@ def exact_answers(model, processor, records, progress=None, **images_kwargs):
 
     Args:
         model: a `VoraForConditionalGeneration`.
-        records: sequence of `Record`s whose conversations are one question and one answer each.
+        records: sequence of `Sample`s whose conversations are one question and one answer each.
         progress: called with the number of questions done after each batch.
         images_kwargs: for the image processor, such as `max_image_tokens`.
 
@@ -92,7 +92,7 @@ def score_answers(model, processor, records, done=(), **images_kwargs):
 
 def _samples_within(window, record, processor, conversations, **images_kwargs):
     """A record's conversations as samples of at most `window` tokens each; one that exceeds it alone stands alone."""
-    sample = sample_of_record(record, processor, conversations, **images_kwargs)
+    sample = tokenize_sample(record, processor, conversations, **images_kwargs)
     if window is None or len(sample["input_ids"]) <= window or len(conversations) == 1:
         return [sample]
     half = len(conversations) // 2
