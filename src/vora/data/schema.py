@@ -8,7 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vora.model.image_processing_vora import Video, is_base64, read_image
+from vora.model.fetch_image import fetch_image, is_base64
+from vora.model.image_processing_vora import Video
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 IMAGE_COLUMNS = ("image", "images", "frames", "video")
@@ -62,7 +63,7 @@ class Record:
             ValueError: one cannot be read.
         """
         return [
-            Video(image).frames if isinstance(image, (list, VideoPath, VideoBytes)) else read_image(image)
+            Video(image).frames if isinstance(image, (list, VideoPath, VideoBytes)) else fetch_image(image)
             for image in self.images
         ]
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from vora.data.readers import EASY_VQA, KINDS, load_source
 from vora.data.schema import IMAGE_COLUMNS, VideoBytes, VideoPath, images_of_row, without_empty
-from vora.model.image_processing_vora import Video, read_image
+from vora.model.fetch_image import fetch_image
+from vora.model.image_processing_vora import Video
 
 SPLITS = (
     "test",
@@ -183,7 +184,7 @@ def _key_of(source, index):
 
 def _frames_of(image):
     """An image, or a video's frames one by one, as training reads them."""
-    return Video(image).frames if isinstance(image, (list, VideoPath, VideoBytes)) else [read_image(image)]
+    return Video(image).frames if isinstance(image, (list, VideoPath, VideoBytes)) else [fetch_image(image)]
 
 
 def _short(name):
