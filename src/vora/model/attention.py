@@ -72,7 +72,7 @@ def attention_masks(
         bool[B, 1, Q, K], True = sees; for `segmented_sdpa` with its segments), or a dict of them by layer type.
 
     Raises:
-        ValueError: `seen_until` in a sequence longer than the LLM's sliding window, which counts places, not positions.
+        ValueError: `seen_until` in a sequence longer than the LLM's sliding window, which counts places.
     """
     is_flex = config._attn_implementation == "flex_attention"
     still_seen, all_blocks = None, blocks

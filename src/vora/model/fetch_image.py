@@ -1,7 +1,7 @@
 """The one policy for images from outside: which sources, formats and sizes are opened, and nothing else.
 
-A processor opens images wherever it runs, so this file ships with every checkpoint. It starts no program, and of the
-network it reaches public hosts over http(s), and those only where the caller allows URLs.
+A processor opens images wherever it runs, so this file ships with every checkpoint. It starts no program, and reaches
+nothing of the network but public hosts over http(s), and those only where the caller allows URLs.
 """
 
 import base64
@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
@@ -31,6 +31,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # PIL re
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # a TIFF's pages and a camera's previews are no frames
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 LONGEST_PATH = 260
+ENCODED = (str, os.PathLike, bytes, bytearray, memoryview, Mapping)  # or what has a method `read`
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a segment: neither an escaped FF nor a restart
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 URLS_ARE_OFF = (
@@ -72,10 +73,9 @@ def fetch_image(source: Any, *, allow_urls: bool = False, policy: ImagePolicy = 
         ValueError: the image is missing, damaged, or outside the policy; the message names it and the cause.
     """
     with _named(source, "image", "Give a readable image, or leave it out."):
-        if _is_array(source):
+        if not (isinstance(source, ENCODED + (Image.Image,)) or hasattr(source, "read")):
             return to_rgb(from_array(np.asarray(source)))
         with _opened(source, allow_urls, policy) as image:
-            _check_pixels(image, policy)
             image.load()  # also tells whether it is whole
             return to_rgb(image)
 
@@ -91,11 +91,9 @@ def fetch_frames(source: Any, *, allow_urls: bool = False, policy: ImagePolicy =
     """
     cure = "Give its frames as a list of images, or an animated GIF, WebP or PNG."
     with _named(source, "video", cure), _opened(source, allow_urls, policy) as animation:
-        _check_pixels(animation, policy)
         frames = []
         for frame in ImageSequence.Iterator(animation):
-            pixels = frame.width * frame.height * (len(frames) + 1)
-            if len(frames) == policy.max_frames or pixels > policy.max_video_pixels:
+            if len(frames) == policy.max_frames or frame.width * frame.height * len(frames) > policy.max_video_pixels:
                 raise ValueError(
                     f"it has more than {len(frames)} frames of {frame.width} x {frame.height} pixels; the limits are "
                     f"{policy.max_frames} frames and {policy.max_video_pixels} pixels in all"
@@ -131,7 +129,7 @@ def _named(source: Any, kind: str, cure: str) -> Iterator[None]:
     """Turns whatever goes wrong within into a ValueError of one line that names the source."""
     try:
         with warnings.catch_warnings():
-            # PIL's remarks on palettes and EXIF are handled here, and `_check_pixels` refuses where it would warn
+            # PIL's remarks on palettes and EXIF are handled here, and `_opened` refuses where it would warn
             warnings.simplefilter("ignore")
             yield
         return
@@ -153,20 +151,16 @@ def _name_of(source: Any) -> str:
     return str(source if given else getattr(source, "filename", "") or type(source).__name__)[:200]
 
 
-def _is_array(source: Any) -> bool:
-    known = isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Mapping, Image.Image))
-    return not known and not hasattr(source, "read")
-
-
 @contextmanager
 def _opened(source: Any, allow_urls: bool, policy: ImagePolicy) -> Iterator[Image.Image]:
     """A source as PIL opens it, its pixels not decoded yet. A PIL image that is given stays open."""
-    if isinstance(source, Image.Image):
-        if isinstance(source, ImageFile.ImageFile) and source.format not in (*FORMATS, "MPO"):
-            raise ValueError(f"it is a file of the format {source.format}: decode it first, image.convert('RGB')")
-        yield source
-        return
-    with _decoder(_content_of(source, allow_urls, policy), policy) as image:
+    given = isinstance(source, Image.Image)
+    image = source if given else _decoder(_content_of(source, allow_urls, policy), policy)
+    if isinstance(image, ImageFile.ImageFile) and image.format not in (*FORMATS, "MPO"):
+        raise ValueError(f"it is a file of the format {image.format}: decode it first, image.convert('RGB')")
+    if image.width * image.height > policy.max_pixels:  # a file of a few kB can claim gigabytes
+        raise ValueError(f"it has {image.width} x {image.height} pixels, more than the limit of {policy.max_pixels}")
+    with nullcontext(image) if given else image:
         yield image
 
 
@@ -177,12 +171,6 @@ def _decoder(content: bytes, policy: ImagePolicy) -> Image.Image:
         _check_scans(content, policy)
     Image.init()
     return Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
-
-
-def _check_pixels(image: Image.Image, policy: ImagePolicy) -> None:
-    """Before they are decoded: a file of a few kB can claim gigabytes."""
-    if image.width * image.height > policy.max_pixels:
-        raise ValueError(f"it has {image.width} x {image.height} pixels, more than the limit of {policy.max_pixels}")
 
 
 def _check_scans(content: bytes, policy: ImagePolicy) -> None:
@@ -205,35 +193,38 @@ def _check_scans(content: bytes, policy: ImagePolicy) -> None:
 def _content_of(source: Any, allow_urls: bool, policy: ImagePolicy) -> bytes:
     """The encoded bytes of an image that is none in memory yet."""
     if isinstance(source, Mapping):
-        source = source.get("bytes") or source.get("path") or source.get("url")
-        if source is None:
-            raise ValueError("it has neither bytes nor a path")
+        source = source.get("bytes") or source.get("path") or source.get("url") or b""
     if isinstance(source, (str, os.PathLike)):
-        return _content_at(os.fspath(source), allow_urls, policy)
-    content = source.read(policy.max_bytes + 1) if hasattr(source, "read") else bytes(source)
+        content = _content_at(os.fspath(source), allow_urls, policy)
+    elif hasattr(source, "read"):
+        content = source.read(policy.max_bytes + 1)
+    else:
+        content = bytes(source)
     if isinstance(content, str):
         raise ValueError("the file is open as text: open it with 'rb'")
-    return _checked_size(content, policy)
+    if len(content) > policy.max_bytes:
+        raise ValueError(f"it is larger than the limit of {policy.max_bytes} bytes")
+    return content
 
 
 def _content_at(name: str, allow_urls: bool, policy: ImagePolicy) -> bytes:
     scheme = name.partition(":")[0].lower()
-    if scheme == "data":
-        head, comma, encoded = name.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise ValueError("of data URLs only those in base64 are read")
-        return _checked_size(base64.b64decode(encoded), policy)
     if scheme in ("http", "https"):
         if not allow_urls:
             raise ValueError(URLS_ARE_OFF)
         return _downloaded(name, policy)
+    if scheme == "data":
+        head, _, encoded = name.partition(",")
+        if not head.endswith(";base64"):
+            raise ValueError("of data URLs only those in base64 are read")
+        return base64.b64decode(encoded)
     path = _local_path(name)
     if path == name and is_base64(name):
-        return _checked_size(base64.b64decode(name), policy)
+        return base64.b64decode(name)
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe or a device may already wait, or do something
         raise ValueError("it is no regular file")
     with open(path, "rb") as file:
-        return _checked_size(file.read(policy.max_bytes + 1), policy)
+        return file.read(policy.max_bytes + 1)
 
 
 def _local_path(name: str) -> str:
@@ -243,12 +234,6 @@ def _local_path(name: str) -> str:
     if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
         raise ValueError("addresses other than file:///path, and http(s) where it is allowed, are not opened")
     return unquote(name[len("file://") + len(parts.netloc) :])
-
-
-def _checked_size(content: bytes, policy: ImagePolicy) -> bytes:
-    if len(content) > policy.max_bytes:
-        raise ValueError(f"it is larger than the limit of {policy.max_bytes} bytes")
-    return content
 
 
 # From the network
@@ -262,14 +247,13 @@ def _downloaded(url: str, policy: ImagePolicy) -> bytes:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"it leads to {url[:100]}, which is no http(s) URL")
         try:
-            redirect, content = _answer(parts, deadline, policy)
+            redirect, content = _answer(parts, parts.hostname, deadline, policy)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if time.monotonic() >= deadline:  # the cause is that the connection was cut then
-                raise ValueError(f"the server took longer than {policy.max_seconds:g} seconds") from None
-            if isinstance(error, ValueError):
-                raise
-            raise ValueError(f"the server cannot be reached ({str(error) or type(error).__name__})") from None
-        if time.monotonic() >= deadline:  # what came until then may be a part
+            known = isinstance(error, ValueError)
+            cause = str(error) if known else f"the server cannot be reached ({str(error) or type(error).__name__})"
+            if time.monotonic() < deadline:
+                raise ValueError(cause) from None
+        if time.monotonic() >= deadline:  # the connection was cut then, and what came may be a part
             raise ValueError(f"the server took longer than {policy.max_seconds:g} seconds")
         if redirect is None:
             return content
@@ -277,20 +261,16 @@ def _downloaded(url: str, policy: ImagePolicy) -> bytes:
     raise ValueError(f"it redirects more than {policy.max_redirects} times")
 
 
-def _answer(parts: SplitResult, deadline: float, policy: ImagePolicy) -> tuple[str | None, bytes]:
-    """(where a URL redirects to, its content), one of them.
-
-    The connection goes to the address that was checked, so that no second look-up of the name can lead elsewhere. For
-    the same reason the proxies that the environment names are not used.
-    """
+def _answer(parts: SplitResult, host: str, deadline: float, policy: ImagePolicy) -> tuple[str | None, bytes]:
+    """(where a URL redirects to, its content), one of them."""
     is_https = parts.scheme == "https"
     standard_port = 443 if is_https else 80
     port = parts.port or standard_port
-    channel = _connected(parts.hostname, port, deadline, policy)
+    channel = _connected(host, port, deadline, policy)
     if is_https:
         context = ssl.create_default_context()
-        channel = context.wrap_socket(channel, server_hostname=parts.hostname, do_handshake_on_connect=False)
-    connection = http.client.HTTPConnection(parts.hostname, port)
+        channel = context.wrap_socket(channel, server_hostname=host, do_handshake_on_connect=False)
+    connection = http.client.HTTPConnection(host, port)
     connection.sock, connection.default_port = channel, standard_port  # the latter for the header Host
     # a timeout of the socket would begin anew with each byte that a slow server sends
     timer = threading.Timer(max(0.0, deadline - time.monotonic()), _hang_up, [channel])
@@ -303,9 +283,16 @@ def _answer(parts: SplitResult, deadline: float, policy: ImagePolicy) -> tuple[s
         headers = {"User-Agent": "vora", "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
         connection.request("GET", quote(target, safe="/%:=&+!$,;'@()*~?[]|"), headers=headers)
         with connection.getresponse() as response:
-            if response.status in (301, 302, 303, 307, 308) and (redirect := response.headers.get("Location")):
-                return redirect, b""
-            return None, _body_of(response, policy)
+            redirect = response.headers.get("Location") if response.status in (301, 302, 303, 307, 308) else None
+            if redirect is None and response.status != 200:
+                raise ValueError(f"the server answers {response.status} {response.reason}")
+            if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+                # a few kB may unpack to gigabytes
+                raise ValueError("the server compresses it, though it was asked not to")
+            content = b"" if redirect else response.read(policy.max_bytes + 1)
+            if not redirect and response.length and len(content) <= policy.max_bytes:  # more was announced
+                raise ValueError("the server hung up in the middle")
+            return redirect, content
     finally:
         timer.cancel()
         connection.close()
@@ -314,7 +301,8 @@ def _answer(parts: SplitResult, deadline: float, policy: ImagePolicy) -> tuple[s
 def _connected(host: str, port: int, deadline: float, policy: ImagePolicy) -> socket.socket:
     """A connection to a host, all of whose addresses must be public ones.
 
-    Names, numbers and forms such as 0x7f000001 or [::ffff:127.0.0.1] are checked by what they resolve to.
+    It goes to the address that was checked, so that no second look-up of the name can lead elsewhere; the proxies that
+    the environment names are not used for the same reason. Forms such as 0x7f000001 are what they resolve to.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
@@ -329,23 +317,8 @@ def _connected(host: str, port: int, deadline: float, policy: ImagePolicy) -> so
 
 
 def _hang_up(channel: socket.socket) -> None:
-    try:
+    with suppress(OSError):  # it is closed already
         socket.socket.shutdown(channel, socket.SHUT_RDWR)  # of TLS, too, without a farewell that could wait
-    except OSError:  # it is closed already
-        pass
-
-
-def _body_of(response: http.client.HTTPResponse, policy: ImagePolicy) -> bytes:
-    if response.status != 200:
-        raise ValueError(f"the server answers {response.status} {response.reason}")
-    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise ValueError("the server compresses it, though it was asked not to")  # a few kB may unpack to gigabytes
-    if (response.length or 0) > policy.max_bytes:
-        raise ValueError(f"it is larger than the limit of {policy.max_bytes} bytes")
-    content = _checked_size(response.read(policy.max_bytes + 1), policy)
-    if response.length:  # what is left to come
-        raise ValueError("the server hung up in the middle")
-    return content
 
 
 def is_public(address: str) -> bool:

@@ -43,13 +43,8 @@ class Video:
         if not self.frames:
             raise ValueError("The video has 0 frames: give at least one.")
 
-    @property
-    def height(self) -> int:
-        return self.frames[0].height
-
-    @property
-    def width(self) -> int:
-        return self.frames[0].width
+    height = property(lambda self: self.frames[0].height)
+    width = property(lambda self: self.frames[0].width)
 
 
 def on_black_square(image: Image.Image) -> Image.Image:
@@ -162,17 +157,10 @@ class VoraImageProcessor(BaseImageProcessor):
     model_input_names = ["pixel_values", "image_grid_thw"]
 
     def __init__(
-        self,
-        patch_size: int = 14,
-        patch_merge: int = 1,
-        min_image_tokens: int = 4,
-        max_image_tokens: int = 1024,
-        pad_to_square: bool = False,
-        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
-        image_std: Sequence[float] = (0.5, 0.5, 0.5),
-        resample: int = Image.Resampling.BICUBIC,
-        **kwargs: Any,
-    ):
+        self, patch_size: int = 14, patch_merge: int = 1, min_image_tokens: int = 4, max_image_tokens: int = 1024,
+        pad_to_square: bool = False, image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5), resample: int = Image.Resampling.BICUBIC, **kwargs: Any,
+    ):  # fmt: skip
         kwargs.pop("allow_urls", None)  # a configuration that came with a checkpoint does not decide that
         _check_steps({name: value for name, value in kwargs.items() if name in ALWAYS})
         super().__init__(**kwargs)
@@ -199,13 +187,9 @@ class VoraImageProcessor(BaseImageProcessor):
         return fetch_image(image_url_or_urls, allow_urls=self.allow_urls)
 
     def preprocess(
-        self,
-        images: Any,
-        min_image_tokens: int | None = None,
-        max_image_tokens: int | None = None,
-        return_tensors: str | None = None,
-        **kwargs: Any,
-    ) -> BatchFeature:
+        self, images: Any, min_image_tokens: int | None = None, max_image_tokens: int | None = None,
+        return_tensors: str | None = None, **kwargs: Any,
+    ) -> BatchFeature:  # fmt: skip
         """Patches of one image or `Video`, or of a (nested) list or an array [N, H, W, C] of them.
 
         Args:

@@ -94,18 +94,11 @@ class VoraModel(VoraPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        image_numbers: Tensor | None = None,
-        seen_until: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None, image_numbers: Tensor | None = None,
+        seen_until: Tensor | None = None, **kwargs: Any,
+    ) -> BaseModelOutputWithPast:  # fmt: skip
         """Hidden states of a batch of token sequences that mix text and images.
 
         Args:
@@ -145,19 +138,10 @@ class VoraModel(VoraPreTrainedModel):
             attention_mask = attention_masks(
                 config, inputs_embeds, attention_mask, past_key_values, position_ids, blocks, seen_until
             )
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        return BaseModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        kwargs.update(attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values)
+        outputs = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
+        kept = outputs.past_key_values, outputs.hidden_states, outputs.attentions
+        return BaseModelOutputWithPast(outputs.last_hidden_state, *kept)
 
     def _check_no_image_tokens(self, input_ids: Tensor) -> None:
         if num_orphans := int((input_ids == self.config.image_token_id).sum()):
@@ -184,30 +168,16 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, embeddings: nn.Module) -> None:
-        self.model.set_input_embeddings(embeddings)
-
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         return self.model.get_image_features(pixel_values, image_grid_thw)
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: int | Tensor | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None, labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0, num_items_in_batch: int | Tensor | None = None, **kwargs: Any,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
         """`VoraModel.forward`, then logits float[B, T, V].
 
         Args:
@@ -226,13 +196,8 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         if labels is not None:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
             loss = self.lm_loss(outputs.last_hidden_state, targets, num_items_in_batch)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        kept = outputs.past_key_values, outputs.hidden_states, outputs.attentions
+        return CausalLMOutputWithPast(loss, logits, *kept)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """float[..., D] final hidden states to float[..., V] logits, scaled and capped as the LLM's own."""
@@ -317,17 +282,12 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             embeds = model_kwargs.get("inputs_embeds")
             is_image = self.model.image_token_mask(input_ids if embeds is None else None, embeds)
             image_blocks(is_image, grids, self.config.patch_merge)  # raises where tokens and images do not match
-            num_patches = (is_image.sum(-1) * self.config.patch_merge**2).tolist()
-            patches_of_row = pixel_values.split(num_patches)
-            pixel_values = torch.cat([patches for patches in patches_of_row for _ in range(expand_size)])
-            rows, sizes = [], grids.prod(-1).tolist()
-            for budget in num_patches:
-                row = []
-                while budget > 0:
-                    row.append(len(row) + sum(map(len, rows)))
-                    budget -= sizes[row[-1]]
-                rows.append(row)
-            grids = torch.cat([grids[row] for row in rows if row for _ in range(expand_size)])
+            num_patches = is_image.sum(-1) * self.config.patch_merge**2
+            row_of_image = torch.searchsorted(num_patches.cumsum(0), grids.prod(-1).cumsum(0).to(num_patches.device))
+            pixels_of_rows = pixel_values.split(num_patches.tolist())
+            grids_of_rows = grids.split(row_of_image.bincount(minlength=len(num_patches)).tolist())
+            pixel_values = torch.cat([one for one in pixels_of_rows for _ in range(expand_size)])
+            grids = torch.cat([one for one in grids_of_rows for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )

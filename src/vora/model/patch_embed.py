@@ -67,17 +67,13 @@ class PatchEmbedding(nn.Module):
 
 
 def put_tokens(inputs_embeds: Tensor, is_image: Tensor, image_tokens: Tensor) -> Tensor:
-    """Image tokens in the places that wait for them.
+    """Image tokens in the places that wait for them: float[B, T, D].
 
     What `masked_scatter` does, whose gradient makes the host wait for a GPU to count the places.
 
     Args:
-        inputs_embeds: float[B, T, D].
         is_image: bool[B, T], with as many True as there are image tokens.
         image_tokens: float[P / m^2, D], in order.
-
-    Returns:
-        float[B, T, D].
     """
     order = is_image.flatten().cumsum(0).sub(1).clamp(min=0)  # at text any token, which is not taken
     tokens = image_tokens.to(inputs_embeds).index_select(0, order).view_as(inputs_embeds)
@@ -96,10 +92,7 @@ def resized(table: Tensor, grid: tuple[int, int], mode: str) -> Tensor:
 
 
 def merge_neighbours(features: Tensor, grids: Sequence[Grid], patch_merge: int) -> Tensor:
-    """Features of patches grouped by the image token that they become.
-
-    Args:
-        features: float[P, D], raster order.
+    """Features float[P, D] of patches, raster order, grouped by the image token that they become.
 
     Returns:
         float[P / m^2, m^2, D]: tokens in raster order, the patches of each in raster order too.

@@ -65,26 +65,18 @@ class VoraProcessor(ProcessorMixin):
     valid_processor_kwargs = VoraProcessorKwargs
 
     def __init__(
-        self,
-        image_processor: VoraImageProcessor | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        chat_template: str | None = None,
-        image_token: str = "<image>",
-        **kwargs: Any,
-    ):
+        self, image_processor: VoraImageProcessor | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None, image_token: str = "<image>", **kwargs: Any,
+    ):  # fmt: skip
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         # left, so that generation continues right after every prompt of a batch; calls and saving read init_kwargs
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-        self._ends = None, []  # of which template, see `end_ids`
+        self._ends, self._control = (None, []), (None, "")  # each of a template, see `end_ids`, `_control_tokens`
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def set_template(self, template: str) -> "VoraProcessor":
-        """Write turns by this Jinja template from now on; content may be a list of images and texts.
-
-        Returns:
-            This processor.
-        """
+        """Write turns by this Jinja template from now on; content may be a list of images and texts. Gives itself."""
         self.chat_template = FLATTEN_CONTENT.replace("IMAGE_TOKEN", self.image_token) + template
         return self
 
@@ -98,19 +90,16 @@ class VoraProcessor(ProcessorMixin):
 
     def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
         """As the library's: images alone, texts alone, or texts whose image tokens stand for the images in order."""
-        texts = [text] if isinstance(text, str) else list(text or [])
-        if not any(SPELT in one for one in texts):
+        if not any(SPELT in one for one in ([text] if isinstance(text, str) else text or [])):
             return super().__call__(images=images, text=text, **kwargs)
-        images, texts, *_ = self.prepare_inputs_layout(images=images, text=texts)
+        images, texts, *_ = self.prepare_inputs_layout(images=images, text=text)
         self.validate_inputs(images=images, text=texts)
         kwargs = self._merge_kwargs(self.valid_processor_kwargs, self.tokenizer.init_kwargs, **kwargs)
-        image_inputs, replacements = {}, []
-        if images is not None:
-            image_inputs, replacements = self._process_images(images, **kwargs["images_kwargs"])
-        texts, _ = self.get_text_with_replacements(texts, replacements)
+        inputs, lengths = self._process_images(images, **kwargs["images_kwargs"]) if images is not None else ({}, [])
+        texts, _ = self.get_text_with_replacements(texts, lengths)
         options = {name: kwargs["text_kwargs"].get(name) for name in ("padding", "return_tensors")}
-        batch = self.tokenizer.pad({"input_ids": [self._ids(one) for one in texts]}, **options)
-        return BatchFeature({**batch, **image_inputs}, tensor_type=options["return_tensors"])
+        inputs.update(self.tokenizer.pad({"input_ids": [self._ids(one) for one in texts]}, **options))
+        return BatchFeature(inputs, tensor_type=options["return_tensors"])
 
     def prepare_inputs_layout(self, images: Any = None, **kwargs: Any) -> tuple:
         """As the library's, but an empty list is no images."""
@@ -128,20 +117,21 @@ class VoraProcessor(ProcessorMixin):
         if videos is not None or audio is not None:
             raise ValueError("Videos go into messages as {'type': 'video', 'video': frames}; audio is not understood.")
         super().validate_inputs(text=None if text is None and images is None else [""], **kwargs)
+        given = [] if images is None else images
         if text is None:
             return
-        places, given = [one.count(self.image_token) for one in text], images or []
-        if isinstance(given, (list, tuple)) and given and all(isinstance(one, (list, tuple)) for one in given):
+        if isinstance(given, list) and given and all(isinstance(row, list) for row in given):
             if len(given) != len(text):
                 raise ValueError(f"{len(text)} texts are given, but lists of images for {len(given)}.")
-            counts = [sum(1 for _ in flat_images(row)) for row in given]
+            rows = zip(text, given)
         else:  # in one list: they follow each other through all texts
-            places, counts = [sum(places)], [sum(1 for _ in flat_images(given))]
-        for row, (num_places, num_images) in enumerate(zip(places, counts)):
+            rows = [("".join(text), given)]
+        for number, (one, row) in enumerate(rows):
+            num_places, num_images = one.count(self.image_token), sum(1 for _ in flat_images(row))
             if num_places != num_images:
                 raise ValueError(
-                    f"Row {row}: the text has {num_places} places for images ({self.image_token}), but {num_images} "
-                    "images are given."
+                    f"Row {number}: the text has {num_places} places for images ({self.image_token}), but "
+                    f"{num_images} images are given."
                 )
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
@@ -179,7 +169,7 @@ class VoraProcessor(ProcessorMixin):
             ValueError: the template does not render turns one after the other, no assistant speaks, or placeholders
                 and images do not match.
         """
-        messages, ids, labels, done, ends = self._normalised(messages), [], [], "", self.end_ids
+        messages, ids, labels, done = self._normalised(messages), [], [], ""
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -195,13 +185,12 @@ class VoraProcessor(ProcessorMixin):
             request = self._ids_after(ids, done, prompt)
             answer = self._ids_after(ids + request, prompt, whole)
             ids += request + answer
-            labels += [-100] * len(request) + self._labels_of(answer, ends)
+            labels += [-100] * len(request) + self._labels_of(answer, self.end_ids)
             done = whole
         if not ids:
             raise ValueError("The conversation has no assistant turn, so there is nothing to learn from it.")
 
-        images, counts = [source for message in messages for source in self._images_of(message)], []
-        sample = {}
+        images, counts, sample = [one for message in messages for one in self._images_of(message)], [], {}
         if images:
             sample = image_inputs or self.image_processor(images, return_tensors="np", **images_kwargs)
             counts = sample["image_grid_thw"].prod(-1) // self.image_processor.patch_merge**2
@@ -245,26 +234,29 @@ class VoraProcessor(ProcessorMixin):
 
     def _spelt(self, text: str, role: str | None) -> str:
         """The text of a message, the control tokens in it marked as letters; of an answer the image token alone."""
-        known = {self.image_token}
-        if role != "assistant":
-            special = (str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special)
-            known.update(token for token in special if token in (self.chat_template or ""))
-            known.update({self.tokenizer.bos_token, self.tokenizer.eos_token} - {None})
-        tokens = "|".join(re.escape(token) for token in sorted(known, key=len, reverse=True))
+        tokens = re.escape(self.image_token) if role == "assistant" else self._control_tokens()
         return re.sub(tokens, lambda found: found[0][:1] + SPELT + found[0][1:], text.replace(SPELT, ""))
+
+    def _control_tokens(self) -> str:
+        """A pattern of the image token and of those with which the chat template marks roles and ends."""
+        if self._control[0] != self.chat_template:
+            special = (str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+            known = {self.image_token, self.tokenizer.bos_token, self.tokenizer.eos_token} - {None}
+            known.update(token for token in special if token in (self.chat_template or ""))
+            self._control = self.chat_template, "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+        return self._control[1]
 
     def _normalised(self, conversation: Sequence) -> list:
         """Messages, or a batch of them, as the template and the library take them."""
         if conversation and isinstance(conversation[0], (list, tuple)):
             return [self._normalised(one) for one in conversation]
-        messages = []
-        for message in conversation:
+        messages = [dict(message) for message in conversation]
+        for number, message in enumerate(messages):
             content, role = message.get("content"), message.get("role")
             if isinstance(content, str):
-                content = self._spelt(content, role)
+                message["content"] = self._spelt(content, role)
             elif isinstance(content, (list, tuple)):
-                content = [self._part(part, role, len(messages)) for part in content]
-            messages.append({**message, "content": content})
+                message["content"] = [self._part(part, role, number) for part in content]
         return messages
 
     def _part(self, part: Any, role: str | None, number: int) -> dict[str, Any]:
