@@ -7,7 +7,8 @@ from typing import Any, TypeAlias
 from PIL import Image
 
 from vora.data.columns import COLUMNS, IMAGE_COLUMNS, Row
-from vora.model.image_processing_vora import Video, is_base64, read_image
+from vora.model.fetch_image import fetch_image, is_base64
+from vora.model.image_processing_vora import Video
 
 # a list is a video, frame by frame
 ImageSource: TypeAlias = "str | bytes | Image.Image | list[Any]"
@@ -38,13 +39,9 @@ def open_source(source: ImageSource, allow_urls: bool = False) -> "Image.Image |
     Raises:
         ValueError: it cannot be read, or it is at a URL and these are not allowed.
     """
-    for one in source if isinstance(source, list) else [source]:
-        if isinstance(one, str) and one.startswith(REMOTE) and not allow_urls:
-            raise ValueError(
-                f"Its image is at a URL, {one[:200]}: fetch the images first, or set data.allow_urls: true if you "
-                "trust the file."
-            )
-    return Video(source).frames if isinstance(source, (list, VideoPath, VideoBytes)) else read_image(source)
+    if isinstance(source, (list, VideoPath, VideoBytes)):
+        return Video(source, allow_urls).frames
+    return fetch_image(source, allow_urls=allow_urls)
 
 
 def images_of_row(row: Row, image_folder: str | Path) -> list[ImageSource]:
