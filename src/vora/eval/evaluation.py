@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -140,13 +140,7 @@ class Job:
 
 
 class Evaluation(ABC):
-    """Something to measure: a task, the probe, text ability. `vora.eval.run.evaluation_of` makes one by its name.
-
-    Attributes:
-        endings: of files that it writes beside the report and its predictions.
-    """
-
-    endings: ClassVar[tuple[str, ...]] = ()
+    """Something to measure: a task, the probe, text ability. `vora.eval.run.evaluation_of` makes one by its name."""
 
     @property
     @abstractmethod

@@ -62,6 +62,8 @@ def evaluate(
     """
     paths = [str(path) for path in ([data] if isinstance(data, str | Path) else data)]
     source = Data(paths, split, subset, None if image_folder is None else str(image_folder), columns)
+    out = Path(out)
+    check_overwrites_nothing(out, (".png",) if task == "probe" or isinstance(task, Probe) else ())
     if isinstance(task, Evaluation):
         if options:
             raise ValueError(f"{', '.join(options)}: give them to the Evaluation, not beside it.")
@@ -70,8 +72,6 @@ def evaluate(
         if task == "probe" and options.get("of") is None:
             options["of"] = task_of(source.rows())
         evaluation = evaluation_of(task, **options)
-    out = Path(out)
-    check_overwrites_nothing(out, evaluation.endings)
     if isinstance(model, str | Path):
         model_name = model
         loaded, processor = load_model(str(model), min_image_tokens, max_image_tokens)

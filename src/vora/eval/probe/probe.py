@@ -51,7 +51,6 @@ class Probe(Evaluation):
     task: Task
     generate: bool = False
     against: Sequence[str] = CONDITIONS[1:]
-    endings = (".png",)
 
     def __post_init__(self) -> None:
         wrong = [condition for condition in self.against if condition not in CONDITIONS[1:]]
