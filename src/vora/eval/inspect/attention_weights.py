@@ -35,7 +35,7 @@ def attention_at(model: "VoraForConditionalGeneration", places: Sequence[int]) -
         places: R places in the sequence; negative ones count from its end.
 
     Yields:
-        {block: float[R, T]}, filled by the forward pass: how each place shares its attention out over the sequence, mean
+        {block: float[R, T]}, filled by the forward pass: how each place shares its attention out over it all, mean
         over heads. Blocks without attention weights (linear attention) are left out.
     """
     weights: dict[int, torch.Tensor] = {}
