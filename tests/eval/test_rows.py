@@ -1,0 +1,199 @@
+"""Rows of any files to examples of the tasks; rows that are none are named, and the others go on."""
+
+import io
+import json
+import math
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import vora
+from vora.data.answers import tasks_of
+from vora.eval.prediction_cache import fingerprints
+from vora.eval.rows import Rows, SkippedRows
+from vora.eval.tasks.evaluation import make_task
+from vora.eval.tasks.text_items import read_items
+
+
+def png(number):
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 12, 3), number, np.uint8)).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": f"{number}.png"}
+
+
+def jsonl(folder, *rows):
+    """A file with an image in each row."""
+    imaged = [{"image": f"{number}.png", **row} for number, row in enumerate(rows)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in imaged))
+    return folder / "rows.jsonl"
+
+
+def parquet(file, *rows):
+    pq.write_table(pa.Table.from_pylist(list(rows)), file)
+    return file
+
+
+def examples(task, file, skipped=None, rows_options=None, **options):
+    rows = Rows([file], **(rows_options or {}))
+    return make_task(task, **options).examples(rows, SkippedRows() if skipped is None else skipped)
+
+
+def test_places_in_a_question_are_not_read_out(tmp_path):
+    file = jsonl(tmp_path, {"question": "<image>\nwhat is this?", "answer": "red"})
+    assert examples("vqa", file)[0].prompt == "what is this?"
+
+
+@pytest.mark.parametrize("column", ["video", "videos"])
+def test_all_frames_of_a_video_are_shown(tmp_path, column):
+    frames = [Image.new("RGB", (8, 8), (0, 80 * n, 0)) for n in range(3)]
+    frames[0].save(tmp_path / "v.gif", save_all=True, append_images=frames[1:])
+    file = jsonl(tmp_path, {"image": "", column: ["v.gif"], "caption": "it turns green"})
+    assert len(examples("captions", file)[0].images()) == 3
+
+
+def test_one_bad_question_leaves_the_others_of_its_image(tmp_path):
+    row = {"questions": ["a", "b", "c", "d"], "answers": ["x", "", "z", ["one", {"answer": ["two"]}]]}
+    found = examples("vqa", jsonl(tmp_path, row), skipped := SkippedRows())
+    assert [(one.name, one.references) for one in found] == [("rows.jsonl:0#0", ["x"]), ("rows.jsonl:0#2", ["z"])]
+    assert [one["name"] for one in skipped.named] == ["rows.jsonl:0#1", "rows.jsonl:0#3"]
+    assert skipped.named[1]["cause"] == "Its answer is a list, not text."
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "references"),
+    [
+        ("captions", {"captions": [{"raw": "a  dog"}, None, "a cat"]}, ["a dog", "a cat"]),
+        ("vqa", {"question": "how many?", "answer": 2.0}, ["2"]),
+        ("vqa", {"question": "q", "answers": {"answer": ["a", "b"], "answer_id": [1, 2]}}, ["a", "b"]),
+        ("vqa", {"question": "q", "choices": ["x", "y"], "answer": "y"}, ["y"]),
+        # several people's numbers are what they counted
+        ("vqa", {"question": "q", "choices": ["two", "three"], "answers": ["2", "2", "two"]}, ["2", "2", "two"]),
+        ("statements", {"sentence": "s", "label": 1.0}, ["true"]),
+        ("statements", {"question": "s", "answer": "no"}, ["false"]),
+        ("classify", {"label": 1.0}, ["blue"]),
+    ],
+)
+def test_rows_are_read_as_training_reads_them(tmp_path, task, row, references):
+    labels = ["red", "blue"] if task == "classify" else None
+    assert examples(task, jsonl(tmp_path, row), labels=labels)[0].references == references
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "cause"),
+    [
+        ("captions", {"captions": [" "]}, "0 captions"),
+        ("captions", {"caption": "a \ud83d dog"}, r"'caption' holds half a character, '\\ud83d' at place 2"),
+        ("captions", {"caption": math.nan}, "None of its columns .*'caption'.* holds text"),
+        ("captions", {"caption": "a dog", "audio": "a.wav"}, "holds sound"),
+        ("vqa", {"question": ["q", "r"], "answers": ["a"]}, "question is a list, not text"),
+        ("vqa", {"question": "q", "answer": math.nan}, "It has no answers"),
+        ("vqa", {"question": "q", "choices": ["x", "y"], "answer": 2}, "none of its 2 choices: give the text"),
+        ("classify", {"label": ["cat"]}, "label is a list, not text"),
+        ("classify", {"label": 3}, "label 3 is a number: .* --labels"),
+        ("statements", {"sentence": "s", "label": "maybe"}, "neither true nor false"),
+    ],
+)
+def test_rows_that_are_none_are_named_and_the_others_read(tmp_path, task, row, cause):
+    good = {"caption": "a cat", "question": "q", "answer": "yes", "sentence": "s", "label": "true"}
+    file = jsonl(tmp_path, row, good, good | {"label": "false"})
+    found = examples(task, file, skipped := SkippedRows())
+    assert len({one.name for one in found}) == 2 and skipped.count == 1
+    assert skipped.named[0]["name"].startswith("rows.jsonl:0") and re.search(cause, skipped.named[0]["cause"])
+
+
+def test_images_at_urls_are_fetched_only_if_asked_for(tmp_path):
+    file = jsonl(tmp_path, {"image": "http://127.0.0.1:9/a.png", "caption": "a dog"})
+    with pytest.raises(ValueError, match="allow_urls"):
+        examples("captions", file)[0].images()
+    with pytest.raises(ValueError) as refused:  # no server of this machine, even so
+        examples("captions", file, rows_options={"allow_urls": True})[0].images()
+    assert "allow_urls" not in str(refused.value)
+
+
+def test_rows_of_one_image_are_one(tmp_path):
+    captions = ["a dog runs", "a cat sits", "a bus waits", "a cow"]
+    file = jsonl(tmp_path, *({"image": f"{n % 3}.png", "caption": caption} for n, caption in enumerate(captions)))
+    found = [one.references for one in examples("captions", file)]
+    assert found == [["a dog runs", "a cow"], ["a cat sits"], ["a bus waits"]]
+    first = examples("captions", file, max_examples=1)
+    assert [one.references for one in first] == [["a dog runs"]]  # up to where another image begins
+    copies = [{"image": png(0), "caption": "a"}, {"image": png(0), "caption": "b"}]
+    assert len(examples("captions", parquet(tmp_path / "copies.parquet", *copies))) == 1
+
+
+def test_one_image_has_no_cider(tmp_path):
+    made, found = make_task("captions"), examples("captions", jsonl(tmp_path, {"caption": "a dog"}))
+    metrics = made.metrics(found, made.score(found, [{"generated": "a dog"}]))
+    assert metrics["cider_d"] == {"value": None, "interval": [None, None]}
+    assert metrics["bleu_4"]["interval"] == [None, None]
+
+
+def test_what_any_model_would_get_right_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="2 examples have one class, 'cat'.*--labels"):
+        examples("classify", jsonl(tmp_path, {"label": "cat"}, {"label": "cat"}))
+
+
+def test_labels_may_be_numbers_of_named_classes(tmp_path):
+    file = parquet(tmp_path / "numbers.parquet", *({"image": png(n), "label": n % 3} for n in range(6)))
+    found = examples("classify", file, labels=["red", "blue", "green"])
+    assert [one.references[0] for one in found[:4]] == ["red", "blue", "green", "red"]
+    assert found[0].candidates == ("red", "blue", "green")
+    assert len(examples("classify", file, skipped := SkippedRows(), labels=["red", "blue"])) == 4
+    assert skipped.count == 2
+
+
+def test_a_named_column_goes_before_its_synonyms_and_an_empty_one_hides_no_other(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    file = jsonl(tmp_path, {"question": "q", "answers": ["many"], "best": "one", "image": "no.png", "pic": "a.png"})
+    (example,) = examples("vqa", file, rows_options={"columns": {"answer": "best", "images": "pic"}})
+    assert example.references == ["one"] and len(example.images()) == 1
+    file = jsonl(tmp_path, {"image": "", "images": ["a.png"], "caption": "x"})
+    assert len(examples("captions", file)[0].images()) == 1
+
+
+def test_the_first_split_that_is_there_is_read(tmp_path):
+    for name in ("train", "validation"):
+        parquet(tmp_path / f"{name}-00000-of-00001.parquet", {"image": png(0), "captions": [name]})
+    assert examples("captions", tmp_path)[0].references == ["validation"]
+    assert examples("captions", tmp_path, rows_options={"split": "train"})[0].references == ["train"]
+    with pytest.raises(ValueError, match="dev"):
+        Rows([tmp_path], split="dev")
+
+
+def test_files_in_another_order_are_other_data(tmp_path):
+    for folder in "xy":
+        (tmp_path / folder).mkdir()
+    files = [jsonl(tmp_path / folder, {"caption": folder}) for folder in "xy"]
+    there, back = Rows(files).files, Rows(files[::-1]).files
+    assert len(fingerprints(there)) == 2 and fingerprints(there) != fingerprints(back)
+
+
+@pytest.mark.parametrize(
+    ("columns", "tasks"),
+    [
+        ("captions", ["captions"]), ("text", ["captions"]), ("question answer", ["vqa"]), ("label", ["classify"]),
+        ("sentence label", ["statements"]), ("questions answers caption", ["captions", "vqa"]), ("text label",
+        ["classify"]), ("id", []),
+    ],
+)  # fmt: skip
+def test_columns_say_what_task_they_are_for(columns, tasks):
+    assert tasks_of(dict.fromkeys(columns.split(), "x")) == tasks
+
+
+def test_text_counts_what_training_would_learn(tmp_path, llm_folder):
+    processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+    answers = [{"role": "assistant", "content": "no", "weight": 0}, {"role": "assistant", "content": "yes"}]
+    said = [{"role": "user", "content": "one?"}, answers[0], {"role": "user", "content": "two?"}, answers[1]]
+    rows = [{"messages": said}, {"text": "half \udc00"}, {"messages": said[:1] + [{**answers[1], "content": None}]}]
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    windows, questions, _ = read_items([file], processor, 64, skipped := SkippedRows())
+    (window,) = windows
+    targets = window.sample["targets"]
+    assert processor.tokenizer.decode(targets[targets != -100]) == "yes<|im_end|>" and questions == []
+    assert window.num_bytes == pytest.approx(len("yes"))
+    assert [one["name"] for one in skipped.named] == ["text.jsonl:1", "text.jsonl:2"]
