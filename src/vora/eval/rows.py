@@ -1,6 +1,7 @@
 """Rows of any files that `vora.data.readers` reads, as evaluation needs them: texts at once, images when asked."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -119,10 +120,21 @@ class Rows:
                     index = int(texts.starts[block]) + offset
                     try:
                         values = texts.record(block, offset, rows)
+                        check_unicode(values)
                         yield Row(name, number, values, _opener(images, index), partial(_key_of, images, index))
                     except ValueError as error:
                         bad.add(name, error)
                     number += 1
+
+
+def check_unicode(values: dict[str, Any]) -> None:
+    """Raise ValueError where a row's text holds half of a surrogate pair, which no tokenizer takes."""
+    for name, value in values.items():
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(f"Its {name} holds {half!r}, half of a surrogate pair: it is no Unicode text.") from None
 
 
 def _opened(path, split, options):
