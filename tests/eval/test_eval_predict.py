@@ -8,7 +8,8 @@ from tiny import FAMILIES, SHAPE, log_prob_of_answer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import vora
-from vora.data.schema import Record, question_and_answer
+from vora.data.schema import Sample
+from vora.data.turns import question_and_answer
 from vora.eval.prediction_cache import PredictionCache
 from vora.eval.rows import Example
 from vora.eval.scoring import candidates as likelihood
@@ -16,7 +17,7 @@ from vora.eval.scoring.candidates import AnswerTree, answer_ids, candidate_score
 from vora.eval.scoring.generate import batches, free_answers, prompt_of
 from vora.eval.scoring.predict import predict
 from vora.eval.scoring.teacher_forced import score_answers
-from vora.eval.tasks.tasks import Captions
+from vora.eval.tasks.captions import Captions
 
 ANSWERS = ["red", "red circle", "red circle two", "blue", "blue square", "yes", "no", "teal", "green", "yes yes yes"]
 
@@ -147,7 +148,7 @@ def test_likelihoods_are_those_of_each_answer_alone_where_a_window_slides(seeing
     found = candidate_scores(model, processor, prompts, trees, None)
     np.testing.assert_allclose(np.array(found), wanted, atol=2e-4)
     records = [
-        Record(one.name, one.images(), [question_and_answer(one.prompt, answer) for answer in ANSWERS])
+        Sample(one.name, one.images(), [question_and_answer(one.prompt, answer) for answer in ANSWERS])
         for one in examples
     ]
     scores = {index: one for batch in score_answers(model, processor, records) for index, one in batch.items()}
@@ -161,11 +162,11 @@ def test_logits_that_are_no_numbers_are_refused(seeing, monkeypatch):
     with pytest.raises(ValueError, match="no numbers: .* not finite in float32. Save it"):
         candidate_scores(model, processor, prompts[:1], trees)
     with pytest.raises(ValueError, match="no numbers: .* not finite in float32. Save it"):
-        list(score_answers(model, processor, [Record("r", [], [question_and_answer("what?", "red")])]))
+        list(score_answers(model, processor, [Sample("r", [], [question_and_answer("what?", "red")])]))
 
 
 def test_an_overlong_record_is_named(seeing):
     model, processor, *_ = seeing
-    record = Record("row 7", [], [question_and_answer("what? " * 300, "red")])
+    record = Sample("row 7", [], [question_and_answer("what? " * 300, "red")])
     with pytest.raises(ValueError, match="context holds 256: lower --max-image-tokens, or leave out row 7"):
         list(score_answers(model, processor, [record]))

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vora
-from vora.eval.tasks.text_items import question_of, windows_of
+from vora.data.answers import choice_question_of
+from vora.eval.tasks.text_items import windows_of
 
 WORDS = "what colour is the shape blue red green circle square triangle yes no two one none image".split()
 
@@ -131,13 +132,13 @@ def test_every_token_is_scored_once_with_half_a_window_before_it(count):
     ],
 )
 def test_questions_with_choices_in_all_their_columns(row, context, choices, right):
-    found = question_of(row)
+    found = choice_question_of(row)
     assert (found.context, found.choices, found.right) == (context, choices, right)
 
 
 def test_a_wrong_key_is_named():
     with pytest.raises(ValueError, match="'E' is none of its 2 choices"):
-        question_of({"question": "q", "choices": ["x", "y"], "answer": "E"})
+        choice_question_of({"question": "q", "choices": ["x", "y"], "answer": "E"})
 
 
 def test_choices_are_scored_as_each_alone(llm_folder, data, measured, tmp_path):
@@ -171,10 +172,10 @@ def test_what_is_wrong_is_said(merged, llm_folder, data, tmp_path, command, caps
 
 def test_numbers_among_numbers_are_places():
     row = {"question": "4!?", "choices": ["8", "2", "24", "120"]}
-    assert question_of(row | {"answer": 2}).right == 2 and question_of(row | {"answer": "24"}).right == 2
-    assert question_of(row | {"answer": 2.0}).right == 2  # of a column in which some are missing
+    assert choice_question_of(row | {"answer": 2}).right == 2 and choice_question_of(row | {"answer": "24"}).right == 2
+    assert choice_question_of(row | {"answer": 2.0}).right == 2  # of a column in which some are missing
     stem = {"question_stem": "which?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
-    assert question_of(stem).right == 1 and question_of(stem).context.startswith("Question: which?")
+    assert choice_question_of(stem).right == 1 and choice_question_of(stem).context.startswith("Question: which?")
 
 
 def test_one_text_tells_too_little_and_a_broken_row_is_bad(measured, tmp_path):

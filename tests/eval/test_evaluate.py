@@ -11,7 +11,7 @@ from tiny import command_line
 from vora.eval.rows import Rows, SkippedRows
 from vora.eval.run import evaluate, evaluation_of, make_task
 from vora.eval.scoring.generate import prompt_of, without_thinking
-from vora.eval.tasks.tasks import Classify
+from vora.eval.tasks.classify import Classify
 from vora.serve.engine import load_model
 
 METRICS = {
@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_and_loses_at_most_a_batch(task_data, model_folder,
 
 def test_a_row_for_each_question_is_drawn_with_its_image(parquet, png, report_of, monkeypatch):
     groups = []
-    monkeypatch.setattr("vora.eval.tasks.tasks.share", lambda values, of, seed: groups.append(of) or {"value": 0.0,
+    monkeypatch.setattr("vora.eval.tasks.task.share", lambda values, of, seed: groups.append(of) or {"value": 0.0,
                         "interval": [0.0, 0.0]})  # fmt: skip
     rows = [{"image": png(n // 4), "question": f"what {n}?", "answer": "red"} for n in range(8)]
     report_of("vqa", parquet("rows", rows))
@@ -243,7 +243,7 @@ def test_predictions_for_other_questions_are_not_gone_on_with(
 ):
     file = task_data / "classify.parquet"
     report_of("classify", file)
-    monkeypatch.setattr(Classify, "asked", lambda self, text="": "What else?")  # as later code might ask
+    monkeypatch.setattr(Classify, "prompt_for", lambda self, text="": "What else?")  # as later code might ask
     assert command("eval", "-m", model_folder, "--task", "classify", "--data", file, "-o", tmp_path / "r.json") == 1
     assert "settings" in capsys.readouterr().err
 

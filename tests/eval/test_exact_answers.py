@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 import vora
-from vora.data.schema import Record, question_and_answer
+from vora.data.schema import Sample
+from vora.data.turns import question_and_answer
 from vora.eval.scoring.teacher_forced import AnswerScore, score_answers
 from vora.eval.tasks.exact import majority_accuracy
 
@@ -51,7 +52,7 @@ def test_exact_answers_agree_with_greedy_generation(seeing, monkeypatch):
             ids = greedy_answer(model, processor, image, question, 3)
             spoken.append((image, question, [i for i in ids if i != end][:3]))
     for image, question, ids in spoken:
-        record = Record("r", [image], [question_and_answer(question, "x")])
+        record = Sample("r", [image], [question_and_answer(question, "x")])
         full = greedy_answer(model, processor, image, question, len(ids) + 1)
         monkeypatch.setattr(processor, "training_sample", given_answer(ids))
         assert right_answers(model, processor, [record]) == [[full == [*ids, end]]]
@@ -73,7 +74,7 @@ def test_answers_do_not_depend_on_how_records_are_batched(seeing, monkeypatch):
     monkeypatch.setattr(model, "logits", lambda states: states @ torch.eye(states.shape[-1], 400))
     questions = [("what?", "a"), ("which shape?", "b c"), ("is it?", "yes")]
     records = [
-        Record("r", [image], [question_and_answer(*q) for q in questions[: i + 1]]) for i, image in enumerate(images)
+        Sample("r", [image], [question_and_answer(*q) for q in questions[: i + 1]]) for i, image in enumerate(images)
     ]
     together = right_answers(model, processor, records)
     alone = [right_answers(model, processor, [record])[0] for record in records]
@@ -111,7 +112,7 @@ def test_a_broken_image_is_left_out(parquet, png, report_of):
 
 
 def test_majority_guesses_by_question_and_falls_back():
-    train = [Record("a", [], [question_and_answer("q", a) for a in ("no", "no", "yes")])]
+    train = [Sample("a", [], [question_and_answer("q", a) for a in ("no", "no", "yes")])]
     pairs = [("q", "no"), ("q", "yes"), ("new", "no")]
-    test = [Record("b", [], [question_and_answer(*pair) for pair in pairs])]
+    test = [Sample("b", [], [question_and_answer(*pair) for pair in pairs])]
     assert majority_accuracy(train, test) == pytest.approx(2 / 3)

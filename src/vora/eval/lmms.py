@@ -10,7 +10,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
 from vora.checkpoint.pretrained import committed_model
-from vora.data.schema import Record
+from vora.data.schema import Sample
 from vora.eval.scoring.generate import batches, free_answers, prompt_of_messages
 from vora.eval.scoring.teacher_forced import score_answers
 from vora.serve.engine import load_model
@@ -120,7 +120,7 @@ class VoraForTasks(lmms):
             {"role": "user", "content": context},
             {"role": "assistant", "content": told.strip()},
         ]
-        return Record(f"{task} {doc_id}", _images(doc_to_visual(document), request), [conversation])
+        return Sample(f"{task} {doc_id}", _images(doc_to_visual(document), request), [conversation])
 
     def _batches(self, lengths, extra):
         for batch in batches(lengths, self.device, extra):

@@ -144,6 +144,7 @@ class DataSection(Section):
     caption_prompts: list[str] = list(DEFAULT_PROMPTS.caption)  # asked where a row has an answer alone: `Prompts`
     label_prompts: list[str] = list(DEFAULT_PROMPTS.label)
     statement_prompts: list[str] = list(DEFAULT_PROMPTS.statement)
+    allow_urls: bool = False  # fetch images that rows name by URL; otherwise such rows are bad
     text_only: bool = False  # leave every image out: the LLM learns from the words alone
     image_tokens: tuple[int, int] | None = None  # each image's budget is drawn between these two
     max_bad_share: float = Field(0.1, ge=0, le=1)  # stop when more of the samples read are bad

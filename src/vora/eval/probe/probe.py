@@ -26,7 +26,7 @@ from vora.eval.rows import Example
 from vora.eval.scoring.predict import predict
 from vora.eval.scoring.teacher_forced import score_answers
 from vora.eval.tasks.evaluation import conditions_of, examples_of, scores_of
-from vora.eval.tasks.tasks import Task
+from vora.eval.tasks.task import Task
 
 SPOKEN_SCORES = {
     "captions": ["cider_d"],

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from vora.data.schema import Record, question_and_answer
+from vora.data.schema import Sample
+from vora.data.turns import question_and_answer
 from vora.eval.probe.conditions import ImageGroup, images_under
 from vora.eval.rows import Example
 
@@ -47,14 +48,14 @@ class RequestRecords:
     def __len__(self) -> int:
         return len(self.shown)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Sample:
         shown = self.shown[index]
         conversations = [
             question_and_answer(self.examples[example].prompt, self.answers[example][reference])
             for example, reference, _ in shown.requests
         ]
         row = self.examples[shown.requests[0][0]].name
-        return Record(f"{row} and what else is asked of its image", shown.images(), conversations)
+        return Sample(f"{row} and what else is asked of its image", shown.images(), conversations)
 
 
 def image_conditions(

@@ -13,7 +13,7 @@ from vora.eval.scoring.candidates import AnswerTree, answer_ids, candidate_score
 from vora.eval.scoring.generate import Prompt, batches, check_context_length, free_answers, prompt_of
 
 if TYPE_CHECKING:
-    from vora.eval.tasks.tasks import Task
+    from vora.eval.tasks.task import Task
     from vora.model.modeling_vora import VoraForConditionalGeneration
     from vora.model.processing_vora import VoraProcessor
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 import numpy as np
 import torch
 
-from vora.data.packing import collate_sequences, sample_of_record
-from vora.data.schema import Record
+from vora.data.packing import collate_sequences, tokenize_sample
+from vora.data.schema import Sample
 from vora.eval.scoring.generate import check_context_length, check_log_probs, sliding_window
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Records(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Record: ...
+    def __getitem__(self, index: int, /) -> Sample: ...
 
 
 @dataclass
@@ -95,13 +95,13 @@ def score_answers(
 
 def _samples_within(
     window: int | None,
-    record: Record,
+    record: Sample,
     processor: "VoraProcessor",
     conversations: list[Any],
     **images_kwargs: Any,
 ) -> list[Packed]:
     """A record's conversations as samples of at most `window` tokens each; one that exceeds it alone stands alone."""
-    sample = sample_of_record(record, processor, conversations, **images_kwargs)
+    sample = tokenize_sample(record, processor, conversations, **images_kwargs)
     if window is None or len(sample["input_ids"]) <= window or len(conversations) == 1:
         return [sample]
     half = len(conversations) // 2

@@ -17,6 +17,7 @@ from vora.build.base_llm import load_tokenizer
 from vora.build.from_llm import from_llm
 from vora.checkpoint.card import read_card
 from vora.checkpoint.names import HUB_ID_OF_ALIAS
+from vora.data.answers import ChoiceQuestion
 from vora.eval.evaluation import Data, Evaluation, Job
 from vora.eval.metrics.intervals import Estimate, in_words, interval_of, mean, numbers, share
 from vora.eval.prediction_cache import Line, fingerprints, model_fingerprint
@@ -25,7 +26,7 @@ from vora.eval.rows import SkippedRows
 from vora.eval.scoring.candidates import AnswerTree, candidate_scores
 from vora.eval.scoring.generate import Prompt, batches, check_context_length
 from vora.eval.scoring.teacher_forced import score_samples
-from vora.eval.tasks.text_items import WINDOW, Question, Window, open_items, read_items
+from vora.eval.tasks.text_items import WINDOW, Window, open_items, read_items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,7 +139,7 @@ def _read(
     model: "VoraForConditionalGeneration",
     processor: "VoraProcessor",
     windows: Sequence[Window],
-    questions: Sequence[Question],
+    questions: Sequence[ChoiceQuestion],
     first: int,
     done: Container[int],
 ) -> Iterator[list[Line]]:
@@ -168,7 +169,7 @@ def _read(
         began = time.monotonic()
 
 
-def _tokens(tokenizer: "PreTrainedTokenizerBase", question: Question) -> tuple[np.ndarray, list[list[int]]]:
+def _tokens(tokenizer: "PreTrainedTokenizerBase", question: ChoiceQuestion) -> tuple[np.ndarray, list[list[int]]]:
     """(ids of the beginning int[T], lists of ids of each way to go on, a space before it)."""
     context = tokenizer(question.context)["input_ids"]
     found = []
@@ -183,7 +184,7 @@ def _tokens(tokenizer: "PreTrainedTokenizerBase", question: Question) -> tuple[n
 def _is_held(
     model: "VoraForConditionalGeneration",
     tokenizer: "PreTrainedTokenizerBase",
-    question: Question,
+    question: ChoiceQuestion,
     skipped: SkippedRows,
 ) -> bool:
     """Whether the LLM's context holds a question with each of its choices; if not, it is added to `skipped`."""
@@ -219,7 +220,7 @@ def _language(
 
 
 def _knowledge(
-    questions: Sequence[Question], lines: Sequence[Line], base_lines: Sequence[Line], seed: int
+    questions: Sequence[ChoiceQuestion], lines: Sequence[Line], base_lines: Sequence[Line], seed: int
 ) -> dict[str, Estimate]:
     """Accuracy of both and its difference, by the likelihood of a choice, and by that per byte of it."""
     right = np.array([question.right for question in questions])
