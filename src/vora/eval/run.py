@@ -125,7 +125,12 @@ def evaluation_of(
             raise ValueError(f"--{name} is for the task {', '.join(where)}, and this is {task}: leave it out.")
     if task == "text":
         return TextAbility(base, max_examples, seed)
-    options = {"prompt": prompt, "labels": labels and list(labels), "max_examples": max_examples, "seed": seed}
+    options: dict[str, Any] = {
+        "prompt": prompt,
+        "labels": labels and list(labels),
+        "max_examples": max_examples,
+        "seed": seed,
+    }
     if task == "exact":
         return ExactAnswers(Vqa(**options))
     if task != "probe":

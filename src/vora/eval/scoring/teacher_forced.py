@@ -8,12 +8,12 @@ Dims: A answers about one image.
 
 from collections.abc import Container, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from vora.data.packing import collate_sequences, tokenize_sample
+from vora.data.packing import TokenSample, collate_sequences, tokenize_sample
 from vora.data.schema import Sample
 from vora.eval.scoring.generate import check_context_length, check_log_probs, sliding_window
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from vora.model.processing_vora import VoraProcessor
 
 Index = TypeVar("Index", bound=Hashable)
-Packed: TypeAlias = dict[str, Any]  # a sample of `share_prefixes`
 
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
 ROWS_OF_LOGITS = 512  # made at once
@@ -75,7 +74,7 @@ def score_answers(
     window = sliding_window(model)
     waiting: dict[int, list[AnswerScore | None]] = {}  # what is known of each part of a record
 
-    def samples() -> Iterator[tuple[tuple[int, int], Packed]]:
+    def samples() -> Iterator[tuple[tuple[int, int], TokenSample]]:
         for index in range(len(records)):
             if index not in done:
                 record = records[index]
@@ -99,7 +98,7 @@ def _samples_within(
     processor: "VoraProcessor",
     conversations: list[Any],
     **images_kwargs: Any,
-) -> list[Packed]:
+) -> list[TokenSample]:
     """A record's conversations as samples of at most `window` tokens each; one that exceeds it alone stands alone."""
     sample = tokenize_sample(record, processor, conversations, **images_kwargs)
     if window is None or len(sample["input_ids"]) <= window or len(conversations) == 1:
@@ -121,7 +120,7 @@ def _joined(parts: Iterable[AnswerScore | None]) -> AnswerScore:
 
 @torch.inference_mode()
 def score_samples(
-    model: "VoraForConditionalGeneration", samples: Iterable[tuple[Index, Packed]]
+    model: "VoraForConditionalGeneration", samples: Iterable[tuple[Index, TokenSample]]
 ) -> Iterator[dict[Index, AnswerScore]]:
     """The scores of all that is to be predicted in samples, batch by batch.
 
@@ -138,18 +137,20 @@ def score_samples(
     model.eval()
     window = sliding_window(model)
     for batch in _batches(samples, model.device, window):
-        rows = collate_sequences([[sample] for _, sample in batch], len(batch[-1][1]["input_ids"]), 0)
+        rows: dict[str, Any] = {
+            **collate_sequences([[sample] for _, sample in batch], len(batch[-1][1]["input_ids"]), 0)
+        }
         rows.pop("num_samples")
         if window and rows["input_ids"].shape[1] > window:
             rows.pop("seen_until")  # nothing is shared, and such borders may not exceed the window
         targets = rows.pop("targets").to(model.device)
         inputs = {name: tensor.to(model.device) for name, tensor in rows.items()}
         states = model.model(**inputs, use_cache=False).last_hidden_state
-        wanted = targets != -100
+        is_target = targets != -100
         found = torch.zeros(2, *targets.shape, dtype=torch.float64, device=model.device)
-        found[:, wanted] = _at_targets(model, states[wanted], targets[wanted])
+        found[:, is_target] = _at_targets(model, states[is_target], targets[is_target])
         log_probs, chosen = found.cpu().numpy()
-        wanted = wanted.cpu().numpy()
+        wanted = is_target.cpu().numpy()
         scores: dict[Index, AnswerScore] = {}
         for row, (index, sample) in enumerate(batch):
             places = np.arange(len(sample["input_ids"]))
@@ -176,13 +177,13 @@ def _at_targets(model: "VoraForConditionalGeneration", states: torch.Tensor, tar
 
 
 def _batches(
-    samples: Iterable[tuple[Index, Packed]], device: torch.device, window: int | None = None
-) -> Iterator[list[tuple[Index, Packed]]]:
+    samples: Iterable[tuple[Index, TokenSample]], device: torch.device, window: int | None = None
+) -> Iterator[list[tuple[Index, TokenSample]]]:
     """Samples, of many at a time the shortest first, in batches of about equal cost: lists of (index, sample). Those
     that exceed a window are apart."""
     most = TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"]
     for part in _parts(samples):
-        batch: list[tuple[Index, Packed]] = []
+        batch: list[tuple[Index, TokenSample]] = []
         for index, sample in sorted(part, key=lambda pair: len(pair[1]["input_ids"])):
             length = len(sample["input_ids"])
             exceeds = window is not None and batch and len(batch[-1][1]["input_ids"]) <= window < length
@@ -193,9 +194,9 @@ def _batches(
         yield batch
 
 
-def _parts(samples: Iterable[tuple[Index, Packed]]) -> Iterator[list[tuple[Index, Packed]]]:
+def _parts(samples: Iterable[tuple[Index, TokenSample]]) -> Iterator[list[tuple[Index, TokenSample]]]:
     """Lists of samples whose pixels are bounded."""
-    part: list[tuple[Index, Packed]] = []
+    part: list[tuple[Index, TokenSample]] = []
     num_bytes = 0
     for index, sample in samples:
         part.append((index, sample))
