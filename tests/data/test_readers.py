@@ -14,10 +14,13 @@ import pytest
 from PIL import Image
 
 import vora
-from vora.data import readers as sources
-from vora.data.packing import sample_of_record
+from vora.data.columns import RowOptions
+from vora.data.json_source import JsonArray, elements
+from vora.data.packing import tokenize_sample
 from vora.data.prompts import Prompts
-from vora.data.readers import JsonArray, load_source
+from vora.data.readers import load_source
+from vora.data.source import Source
+from vora.data.tar_source import row_of_files
 
 LAYOUTS = Path(__file__).parent / "layouts"
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -99,8 +102,8 @@ EXPECTED = {
 }
 
 
-def opened(path, **options):
-    return load_source(str(path), prompts=Prompts(["Tell."]), **options)
+def opened(path, columns=None, prompts=Prompts(["Tell."]), **further):
+    return load_source(str(path), options=RowOptions(prompts, columns or {}), **further)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -115,7 +118,7 @@ def test_each_layout_becomes_tokens_and_labels(name, llm_folder):
     tokenizer = processor.tokenizer
     for record in opened(LAYOUTS / name, image_folder=LAYOUTS / "images" if name == "llava.json" else None):
         for conversation in record.conversations:
-            sample = sample_of_record(record, processor, [conversation])
+            sample = tokenize_sample(record, processor, [conversation])
             learned = tokenizer.decode(sample["targets"][sample["targets"] != -100])
             answers = [m["content"] for m in conversation if m["role"] in ("assistant", "text")]
             expected = "".join(answer + "<|im_end|>" for answer in answers)
@@ -180,9 +183,9 @@ def test_many_blocks_keep_their_order_and_names(tmp_path):
 def test_a_json_list_is_read_in_small_parts(tmp_path, monkeypatch):
     rows = [{"question": "q" * (i % 50), "answer": f"[{i}], {{"} for i in range(300)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    whole = [bounds for bounds in sources._elements(tmp_path / "a.json")]
-    assert [bounds for bounds in sources._elements(tmp_path / "a.json", chunk_bytes=37)] == whole
-    monkeypatch.setattr(sources, "ROWS_PER_BLOCK", 7)
+    whole = [bounds for bounds in elements(tmp_path / "a.json")]
+    assert [bounds for bounds in elements(tmp_path / "a.json", chunk_bytes=37)] == whole
+    monkeypatch.setattr(Source, "rows_per_block", 7)
     source = JsonArray("a", [tmp_path / "a.json"])
     assert [source[i].conversations[0][1]["content"] for i in range(300)] == [row["answer"] for row in rows]
 
@@ -198,7 +201,7 @@ def test_a_json_list_is_read_in_small_parts(tmp_path, monkeypatch):
         ({"image": "no.png", "question": "what?", "answer": "x"}, "no.png.*no such file"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "Who is 'robot'"),
         ({"caption": "a dog", "image": None}, "a caption, but no image"),
-        ({"questions": ["what?"], "answers": [None]}, "says NoneType, not text"),
+        ({"questions": ["what?"], "answers": [None]}, "answer is empty"),
         ({"image": "x" * 240 + ".png", "question": "what?", "answer": "x"}, "no such file"),
         ({"messages": [{"role": "assistant", "content": "hi"}]}, "no answer"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no answer"),
@@ -328,11 +331,11 @@ def test_tars_as_people_pack_them(tmp_path):
     with pytest.raises(ValueError, match="do not follow each other.*--sort=name"):
         opened(tmp_path / "b.tar")
     named = {f"{i}.png": bytes([i]) for i in (0, 1, 10, 11, 2)}
-    assert [image[0] for image in sources._row_of_files("0", named)["images"]] == [0, 1, 2, 10, 11]
+    assert [image[0] for image in row_of_files("0", named)["images"]] == [0, 1, 2, 10, 11]
 
 
 def test_large_row_groups_are_read_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("vora.data.readers.BYTES_PER_BLOCK", 2000)
+    monkeypatch.setattr("vora.data.parquet_source.BYTES_PER_BLOCK", 2000)
     rows = [{"question": "what? " * (i % 9), "answer": str(i)} for i in range(1000)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", compression="none", use_dictionary=False)
     source = opened(tmp_path / "a.parquet")
@@ -379,7 +382,7 @@ def test_images_of_every_source_survive_a_second_reading(tmp_path):
 def distill_sequences(folder, *rows):
     Image.new("RGB", (8, 8)).save(folder / "0.png")
     (folder / "rows.jsonl").write_text("".join(json.dumps({"image": "0.png", **row}) + "\n" for row in rows))
-    return load_source(str(folder / "rows.jsonl"), prompts=Prompts(["Tell."], ["Which?"], ["So: {}"]))
+    return opened(str(folder / "rows.jsonl"), prompts=Prompts(["Tell."], ["Which?"], ["So: {}"]))
 
 
 def test_labels_and_statements_get_their_prompts(tmp_path):
@@ -394,7 +397,7 @@ def test_all_captions_of_a_image_share_one_prompt_and_images_differ(tmp_path):
     for row in rows:
         Image.new("RGB", (8, 8)).save(tmp_path / row["image"])
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = load_source(str(tmp_path / "rows.jsonl"), prompts=Prompts(["Tell.", "Say.", "Look."]))
+    source = opened(str(tmp_path / "rows.jsonl"), prompts=Prompts(["Tell.", "Say.", "Look."]))
     asked = [{conversation[0]["content"] for conversation in record.conversations} for record in source]
     assert all(len(prompts) == 1 for prompts in asked) and set.union(*asked) == {"Tell.", "Say.", "Look."}
 
@@ -446,7 +449,7 @@ def test_hidden_files_are_left_out_and_compressed_ones_refused(tmp_path):
             load_source(path)
 
 
-@pytest.mark.parametrize("column", ["image_path", "img", "image_url", "image", "filename"])
+@pytest.mark.parametrize("column", ["image_path", "img", "image_url", "pic", "filename"])
 def test_images_in_other_columns_are_refused_or_named(tmp_path, column):
     """Else the row would be learned blind."""
     Image.new("RGB", (4, 4), RED).save(tmp_path / "a.png")
@@ -456,7 +459,7 @@ def test_images_in_other_columns_are_refused_or_named(tmp_path, column):
     for name in ("t.jsonl", "t.parquet"):
         with pytest.raises(ValueError, match=f"Its column '{column}' seems to hold an image.*image: {column}"):
             load_source(str(tmp_path / name))
-        assert told(load_source(str(tmp_path / name), columns={"image": column})[0])[0] == [RED]
+        assert told(opened(str(tmp_path / name), columns={"image": column})[0])[0] == [RED]
 
 
 def test_text_beside_names_that_are_no_images_is_text(tmp_path):
@@ -513,7 +516,7 @@ def test_one_bad_block_refuses_no_source(tmp_path, monkeypatch):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=1)
     read = load_source(str(tmp_path / "t.parquet"))
     assert list(read.block_sizes) == [1] * 4 and told(read[3])[1] == [["user: ?", "assistant: yes"]]
-    monkeypatch.setattr(sources, "UNREAD_ROWS", 3)
+    monkeypatch.setattr("vora.data.source.FIRST_ROWS", 3)
     with pytest.raises(ValueError, match="None of the first 3 rows of .* can be used"):
         load_source(str(tmp_path / "t.parquet"))
 
@@ -522,14 +525,14 @@ def test_named_columns_go_before_layouts_and_are_checked(tmp_path):
     Image.new("RGB", (4, 4), RED).save(tmp_path / "a.png")
     row = {"image": "a.png", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
     (tmp_path / "t.jsonl").write_text(json.dumps({**row, "recap": "a red one", "caption": "raw"}) + "\n")
-    read = load_source(str(tmp_path / "t.jsonl"), columns={"caption": "recap"})
+    read = opened(str(tmp_path / "t.jsonl"), columns={"caption": "recap"})
     assert [turns[1] for turns in told(read[0])[1]] == ["assistant: a red one"]
     with pytest.raises(
         ValueError, match="caption is to be read from 'recpa', but none of 1 rows .* they have caption"
     ):
-        load_source(str(tmp_path / "t.jsonl"), columns={"caption": "recpa"})
+        opened(str(tmp_path / "t.jsonl"), columns={"caption": "recpa"})
     (tmp_path / "u.jsonl").write_text(json.dumps({"question": "red", "answer": "what?"}) + "\n")
-    read = load_source(str(tmp_path / "u.jsonl"), columns={"question": "answer", "answer": "question"})
+    read = opened(str(tmp_path / "u.jsonl"), columns={"question": "answer", "answer": "question"})
     assert told(read[0])[1] == [["user: what?", "assistant: red"]]
 
 
@@ -558,8 +561,8 @@ def test_empty_answers_among_good_ones_are_left_out(tmp_path):
 def test_small_blocks_keep_no_whole_batches_in_memory(tmp_path, monkeypatch):
     rows = [{"image": bytes([number]) * 4096, "caption": "x"} for number in range(200)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
-    monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 1)
-    monkeypatch.setattr(sources, "MOST_ROWS", 8)
+    monkeypatch.setattr("vora.data.parquet_source.BYTES_PER_BLOCK", 1)
+    monkeypatch.setattr("vora.data.parquet_source.MOST_ROWS", 8)
     read = load_source(str(tmp_path / "t.parquet"))
     monkeypatch.undo()
     block = read.read_block(3)
@@ -572,7 +575,7 @@ def test_small_blocks_keep_no_whole_batches_in_memory(tmp_path, monkeypatch):
 
 def test_large_row_groups_are_warned_of_once(tmp_path, monkeypatch):
     pq.write_table(pa.table({"text": ["a b", "c d"]}), tmp_path / "t.parquet", row_group_size=1)
-    monkeypatch.setattr(sources, "LARGE_GROUP", 10)
+    monkeypatch.setattr("vora.data.parquet_source.LARGE_GROUP", 10)
     with pytest.warns(UserWarning, match="2 row groups of up to 0 MB.*row_group_size=100") as told_of:
         load_source(str(tmp_path / "t.parquet"))
     assert len(told_of) == 1
@@ -642,10 +645,10 @@ def test_named_choices_and_columns_that_come_later_drop_nothing(tmp_path):
     Image.new("RGB", (4, 4), RED).save(tmp_path / "a.png")
     row = {"question": "which?", "answer": "cat", "opts": ["cat", "dog"]}
     (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
-    assert told(load_source(str(tmp_path / "t.jsonl"), columns={"choices": "opts"})[0])[1][0][1] == "assistant: cat"
+    assert told(opened(str(tmp_path / "t.jsonl"), columns={"choices": "opts"})[0])[1][0][1] == "assistant: cat"
     rows = [{"question": "q", "answer": "a"}] * 600 + [{"question": "q", "answer": "a", "pic": "a.png"}]
     (tmp_path / "u.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read = load_source(str(tmp_path / "u.jsonl"), columns={"image": "pic"})
+    read = opened(str(tmp_path / "u.jsonl"), columns={"image": "pic"})
     assert told(read[0])[0] == [] and told(read[600])[0] == [RED]
 
 
@@ -674,7 +677,7 @@ def test_compressed_files_beside_the_folder_that_holds_the_data_hinder_nothing(t
 def test_a_named_column_goes_before_its_synonyms(tmp_path):
     row = {"question": "q", "answers": [{"answer": "many"}], "best": "one", "captions": ["no"]}
     (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
-    read = load_source(str(tmp_path / "t.jsonl"), columns={"answer": "best"})
+    read = opened(str(tmp_path / "t.jsonl"), columns={"answer": "best"})
     assert told(read[0])[1] == [["user: q", "assistant: one"]]
 
 

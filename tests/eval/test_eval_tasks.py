@@ -2,23 +2,16 @@
 
 import io
 import json
-import os
 import re
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
-from tiny import command_line
 
-from vora.eval.prediction_cache import PredictionCache, fingerprint, fingerprints
 from vora.eval.rows import Rows, SkippedRows
 from vora.eval.run import make_task
-from vora.eval.tasks.tasks import Classify
-from vora.serve.engine import load_model
 
 IMAGES = 8
 
@@ -54,115 +47,12 @@ def data(tmp_path_factory):
     return folder
 
 
-def in_process(monkeypatch, *arguments):
-    from vora import cli
-
-    monkeypatch.setattr(sys, "argv", ["vora", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code or 0
-
-
 METRICS = {
     "captions": ["cider_d", "bleu_4"],
     "vqa": ["exact_accuracy", "vqa_accuracy"],
     "classify": ["accuracy", "generated_accuracy"],
     "statements": ["accuracy", "consistency", "ordering_consistency"],
 }
-
-
-@pytest.mark.parametrize("task", METRICS)
-def test_every_task_leaves_a_report(task, data, model_folder, tmp_path, monkeypatch):
-    out = tmp_path / "found" / "report.json"
-    code = in_process(
-        monkeypatch, "eval", "-m", model_folder, "--task", task, "--data", data / f"{task}.parquet", "-o", out
-    )
-    assert code == 0
-    report = json.loads(out.read_text())
-    lines = [json.loads(line) for line in (tmp_path / "found" / "report.predictions.jsonl").read_text().splitlines()]
-    expected = {"vqa": 16}.get(task, IMAGES)
-    assert report["task"] == task and report["num_bad"] == 0
-    assert report["num_examples"] == len(lines) - 1
-    assert report["num_examples"] == expected
-    for name in METRICS[task]:
-        value, (low, high) = report["metrics"][name]["value"], report["metrics"][name]["interval"]
-        if value is not None:
-            assert 0 <= low <= value <= high
-    assert report["commit"] is None or len(report["commit"]) >= 40
-    assert report["seconds"] > 0 and report["model"] == str(model_folder) and report["seed"] == 0
-    assert all("scores" in line for line in lines[1:])
-    again = in_process(
-        monkeypatch, "eval", "-m", model_folder, "--task", task, "--data", data / f"{task}.parquet", "-o", out
-    )
-    rerun = json.loads(out.read_text())
-    assert again == 0 and rerun["num_resumed"] == report["num_examples"] and rerun["metrics"] == report["metrics"]
-
-
-def test_a_killed_run_goes_on_and_loses_at_most_a_batch(data, model_folder, tmp_path, monkeypatch, capsys):
-    arguments = ["eval", "-m", model_folder, "--task", "vqa", "--data", data / "vqa.parquet", "-o"]
-    small = (
-        "import vora.eval.scoring.generate as p; p.MOST_ROWS['cpu'] = 3\n"
-        "import vora.eval.scoring.predict as q, os\n"
-        "answers, calls = q.free_answers, []\n"
-        "def counted(*a, **k):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 4: os._exit(9)\n"
-        "    return answers(*a, **k)\n"
-    )
-    main = "from vora.cli import main; main()"
-    killed = command_line(*arguments, tmp_path / "a.json", code=small + "q.free_answers = counted\n" + main)
-    assert killed.returncode == 9 and not (tmp_path / "a.json").exists()
-    cache = tmp_path / "a.predictions.jsonl"
-    assert len(cache.read_text().splitlines()) == 1 + 9
-    with cache.open("a") as file:
-        file.write('{"index": 11, "gen')  # died while writing
-    assert in_process(monkeypatch, *arguments, tmp_path / "a.json") == 0
-    assert "Going on after 9 of 16" in " ".join(capsys.readouterr().err.split())
-    assert in_process(monkeypatch, *arguments, tmp_path / "b.json") == 0
-    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
-    assert first["metrics"] == second["metrics"] and first["num_resumed"] == 9 and second["num_resumed"] == 0
-    capsys.readouterr()
-    assert in_process(monkeypatch, *arguments, tmp_path / "a.json", "--prompt", "Say: {}") == 1
-    told = " ".join(capsys.readouterr().err.split())
-    assert 'settings.prompt was "{}", is "Say: {}"' in told
-
-
-def test_a_ledger_of_other_conditions_is_refused(tmp_path):
-    PredictionCache(tmp_path / "x.jsonl", {"task": "vqa", "seed": 0}).add([{"index": 0}])
-    assert PredictionCache(tmp_path / "x.jsonl", {"task": "vqa", "seed": 0}).num_found == 1
-    with pytest.raises(ValueError, match="seed was 0, is 1"):
-        PredictionCache(tmp_path / "x.jsonl", {"task": "vqa", "seed": 1})
-    (tmp_path / "y.jsonl").write_text("no json\n")
-    with pytest.raises(ValueError, match="no file of predictions"):
-        PredictionCache(tmp_path / "y.jsonl", {})
-
-
-def test_what_was_bad_is_asked_again(tmp_path):
-    PredictionCache(tmp_path / "x.jsonl", {}).add([{"index": 0, "name": "a", "bad": "no such file"}, {"index": 1}])
-    again = PredictionCache(tmp_path / "x.jsonl", {})
-    assert list(again.done) == [1]
-    again.add([{"index": 0, "name": "a"}])
-    assert "bad" not in PredictionCache(tmp_path / "x.jsonl", {}).done[0]
-
-
-def test_files_in_another_order_are_other_data(tmp_path):
-    for folder, text in (("x", "one"), ("y", "two")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "test.jsonl").write_text(json.dumps({"caption": text, "image": "a.png"}) + "\n")
-    files = [tmp_path / folder / "test.jsonl" for folder in "xy"]
-    there, back = Rows(files).files, Rows(files[::-1]).files
-    assert len(fingerprints(there)) == 2 and fingerprints(there) != fingerprints(back)
-
-
-def test_a_row_for_each_question_is_drawn_with_its_image(model_folder, tmp_path, monkeypatch):
-    rows = [{"image": png(n // 4), "question": f"what {n}?", "answer": "red"} for n in range(8)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    arguments = ("eval", "-m", model_folder, "--task", "vqa", "--data", tmp_path / "rows.parquet")
-    groups = []
-    monkeypatch.setattr("vora.eval.tasks.tasks.share", lambda values, of, seed: groups.append(of) or {"value": 0.0,
-                        "interval": [0.0, 0.0]})  # fmt: skip
-    assert in_process(monkeypatch, *arguments, "-o", tmp_path / "r.json") == 0
-    assert len(set(groups[0])) == 2 and groups[0][:4] == groups[0][:1] * 4
 
 
 def test_places_in_a_question_are_not_read_out(tmp_path):
@@ -177,55 +67,6 @@ def test_all_frames_of_a_video_are_shown(tmp_path):
     (tmp_path / "v.jsonl").write_text(json.dumps({"video": "v.gif", "caption": "it turns green"}) + "\n")
     shown = make_task("captions").examples(Rows([tmp_path / "v.jsonl"]), SkippedRows())[0].images()
     assert len(shown) == 3
-
-
-def test_fingerprints_see_a_change_anywhere_in_small_files(tmp_path):
-    data = bytearray(os.urandom(100_000))
-    (tmp_path / "a").write_bytes(data)
-    before = fingerprint(tmp_path / "a")
-    data[77_777] ^= 1
-    (tmp_path / "a").write_bytes(data)
-    assert fingerprint(tmp_path / "a") != before
-
-
-def test_bad_rows_are_counted_named_and_skipped(data, model_folder, tmp_path, monkeypatch):
-    rows = [{"image": png(n), "captions": ["a dog", "red dog"]} for n in range(4)]
-    rows[1]["captions"] = []
-    rows[2]["image"] = {"bytes": b"no image", "path": "x.png"}
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "some.parquet")
-    out = tmp_path / "r.json"
-    code = in_process(
-        monkeypatch, "eval", "-m", model_folder, "--task", "captions", "--data", tmp_path / "some.parquet", "-o", out
-    )
-    report = json.loads(out.read_text())
-    assert code == 0 and report["num_examples"] == 2 and report["num_bad"] == 2
-    assert {one["name"] for one in report["bad"]} == {"some.parquet:1", "some.parquet:2"}
-
-
-def test_several_files_are_one_set(data, model_folder, tmp_path, monkeypatch):
-    file, out = data / "vqa.parquet", tmp_path / "r.json"
-    options = ["eval", "-m", model_folder, "--task", "vqa", "-o", out, "--max-examples", "20"]
-    assert in_process(monkeypatch, *options, "--data", file, file) == 0
-    assert json.loads(out.read_text())["num_examples"] == 20
-
-
-@pytest.mark.parametrize(
-    ("arguments", "wanted"),
-    [
-        (["--task", "dreams", "-m", "{model}", "--data", "{data}/vqa.parquet"], "choose among captions, vqa"),
-        (["--task", "vqa", "-m", "{model}", "--data", "{data}/captions.parquet"], "has no questions"),
-        (["--task", "vqa", "-m", "{model}", "--data", "nowhere.parquet"], "no such file"),
-        (["--task", "vqa", "-m", "{model}", "--data", "{data}/vqa.parquet", "--prompt", "what?"], "exactly one"),
-        (["--task", "vqa", "-m", "{model}", "--data", "{data}/vqa.parquet", "--column", "x"], "ours=theirs"),
-        (["--task", "probe", "--of", "text", "--data", "x"], "--of text is no task that can be probed"),
-    ],
-)
-def test_what_goes_wrong_is_one_line(data, model_folder, tmp_path, monkeypatch, capsys, arguments, wanted):
-    filled = [argument.format(model=model_folder, data=data) for argument in arguments]
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert in_process(monkeypatch, "eval", *filled, "-o", tmp_path / "r.json") == 1
-    told = " ".join(capsys.readouterr().err.split())
-    assert "error:" in told and wanted in told, told
 
 
 def predictions(task, examples, answer):
@@ -331,47 +172,6 @@ def test_one_image_has_no_cider(tmp_path):
     assert metrics["bleu_4"]["interval"] == [None, None]
 
 
-def test_a_report_names_all_states_that_its_predictions_come_from(data, model_folder, tmp_path, monkeypatch, capsys):
-    arguments = ["eval", "-m", model_folder, "--task", "classify", "--data", data / "classify.parquet", "-o"]
-    assert in_process(monkeypatch, *arguments, tmp_path / "r.json") == 0
-    report = json.loads((tmp_path / "r.json").read_text())
-    (state,) = report["predicted_at"]
-    assert state.endswith(f" on {report['device']}") and "Warning" not in capsys.readouterr().err
-    cache = tmp_path / "r.predictions.jsonl"
-    lines = cache.read_text().splitlines()
-    lines[1] = lines[1].replace(state, "0123 on a GPU")
-    cache.write_text("".join(line + "\n" for line in lines[:-1]))
-    assert in_process(monkeypatch, *arguments, tmp_path / "r.json") == 0
-    assert json.loads((tmp_path / "r.json").read_text())["predicted_at"] == ["0123 on a GPU", state]
-    assert "predictions come from 2 states" in " ".join(capsys.readouterr().err.split())
-
-
-def test_one_overlong_example_is_bad_and_the_others_are_asked(data, model_folder, tmp_path, monkeypatch):
-    rows = [{"image": png(n), "question": "what? " * (1 + 300 * n), "answer": "red"} for n in range(2)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "long.parquet")
-    arguments = ("eval", "-m", model_folder, "--task", "vqa", "--data", tmp_path / "long.parquet", "-o")
-    assert in_process(monkeypatch, *arguments, tmp_path / "r.json") == 0
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert report["num_examples"] == 1 and report["bad"][0]["name"] == "long.parquet:1#0"
-    assert "context holds 256" in report["bad"][0]["cause"]
-
-
-@pytest.mark.parametrize(
-    ("verb", "taken", "out"),
-    [
-        (["eval", "--task", "captions", "--data", "{own}", "-o"], "own.json", "own.json"),
-        (["eval", "--task", "probe", "--data", "x.jsonl", "-o"], "own.png", "own.json"),
-        (["inspect", "x.png", "-o"], "own.json", "own.html"),
-    ],
-)
-def test_what_is_the_users_own_is_not_overwritten(tmp_path, monkeypatch, capsys, verb, taken, out):
-    (tmp_path / taken).write_text("[]")
-    filled = [argument.format(own=tmp_path / taken) for argument in verb]
-    assert in_process(monkeypatch, *filled, tmp_path / out) == 1
-    told = "".join(capsys.readouterr().err.split())
-    assert "isthereandno" in told and "chooseanother" in told and (tmp_path / taken).read_text() == "[]"
-
-
 def test_consistency_wants_every_image_of_a_sentence(data):
     made = make_task("statements")
     examples = made.examples(Rows([data / "statements.parquet"]), SkippedRows())
@@ -407,28 +207,6 @@ def test_the_first_split_that_is_there_is_read(data, tmp_path):
     assert made.examples(Rows([tmp_path], split="train"), SkippedRows())[0].references == ["train"]
     with pytest.raises(ValueError, match="dev"):
         Rows([tmp_path], split="dev")
-
-
-def test_a_image_can_be_replaced(data, model_folder):
-    from dataclasses import replace
-
-    from vora.eval.scoring.generate import prompt_of
-
-    _, processor = load_model(str(model_folder))
-    example = make_task("captions").examples(Rows([data / "captions.parquet"]), SkippedRows())[0]
-    blank = replace(example, images=lambda: [Image.new("RGB", one.size, "white") for one in example.images()])
-    none = replace(example, images=lambda: [])
-    seen, white, text_only = (prompt_of(processor, one) for one in (example, blank, none))
-    assert len(seen) == len(white) > len(text_only)
-    assert not torch.equal(seen.inputs["pixel_values"], white.inputs["pixel_values"])
-
-
-def test_predictions_for_other_questions_are_not_taken_up(data, model_folder, tmp_path, monkeypatch, capsys):
-    arguments = ["eval", "-m", model_folder, "--task", "classify", "--data", data / "classify.parquet", "-o"]
-    assert in_process(monkeypatch, *arguments, tmp_path / "r.json") == 0
-    monkeypatch.setattr(Classify, "asked", lambda self, text="": "What else?")  # as later code might ask
-    assert in_process(monkeypatch, *arguments, tmp_path / "r.json") == 1
-    assert "settings" in capsys.readouterr().err
 
 
 def test_what_several_people_counted_is_no_number_of_a_choice(tmp_path):

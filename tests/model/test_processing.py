@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from vora import VoraForConditionalGeneration, VoraImageProcessor, VoraProcessor
-from vora.model.image_processing_vora import fit_grid, read_image
+from vora.model.fetch_image import ImagePolicy, fetch_image
+from vora.model.image_processing_vora import fit_grid
 
 EYES = {"patch_size": 4, "image_size": 12}
 
@@ -354,7 +355,7 @@ def test_a_saved_folder_loads_where_this_package_is_not_installed(model, process
     assert np.abs(np.load(tmp_path / "logits.npy") - expected.numpy()).max() == 0.0
     # what was saved there is as complete as what was saved here
     files = {file.name for file in tmp_path.iterdir() if file.suffix in (".py", ".json", ".jinja")}
-    assert {"modeling_vora.py", "wheel_files.py", "from_llm.py", "processing_vora.py"} <= files
+    assert {"modeling_vora.py", "fetch_image.py", "to_rgb.py", "processing_vora.py"} <= files
     assert files == {file.name for file in (tmp_path / "again").iterdir() if file.suffix != ".safetensors"}
 
 
@@ -474,7 +475,7 @@ def test_bad_files_are_named_with_cause_and_cure(processor, tmp_path, name):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    for use in (read_image, processor.image_processor, lambda path: processor.training_sample(learnable(path))):
+    for use in (fetch_image, processor.image_processor, lambda path: processor.training_sample(learnable(path))):
         with pytest.raises(ValueError) as caught:
             use(str(path))
         message = str(caught.value)
@@ -488,15 +489,15 @@ def learnable(path):
 
 def test_a_folder_and_a_bad_open_image_are_refused(tmp_path):
     with pytest.raises(ValueError, match=str(tmp_path)):
-        read_image(tmp_path)
+        fetch_image(tmp_path)
     with pytest.raises(ValueError, match="truncated"):  # PIL notices when the pixels are wanted
-        read_image(Image.open(io.BytesIO(saved(noise(), "JPEG")[:900])))
+        fetch_image(Image.open(io.BytesIO(saved(noise(), "JPEG")[:900])))
 
 
 def read_back(image, kind, tmp_path, **kwargs):
     path = tmp_path / f"image.{kind.lower()}"
     image.save(path, kind, **kwargs)
-    found = read_image(path)
+    found = fetch_image(path)
     assert found.mode == "RGB"
     return found
 
@@ -562,14 +563,14 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path):
 def test_arrays_bytes_and_base64():
     pixels = np.asarray(noise((20, 10)))
     for array in (pixels, pixels.transpose(2, 0, 1), torch.from_numpy(pixels.copy()), pixels / 255):
-        assert np.array_equal(np.asarray(read_image(array)), pixels)
-    assert read_image(pixels[..., 0]).size == read_image(pixels[..., :1]).size == (20, 10)
-    assert read_image(pixels[:, :1, 0]).size == (1, 10)
+        assert np.array_equal(np.asarray(fetch_image(array)), pixels)
+    assert fetch_image(pixels[..., 0]).size == fetch_image(pixels[..., :1]).size == (20, 10)
+    assert fetch_image(pixels[:, :1, 0]).size == (1, 10)
     encoded = base64.b64encode(saved(noise((20, 10)), "PNG")).decode()
     for source in (encoded, f"data:image/png;base64,{encoded}"):
-        assert np.array_equal(np.asarray(read_image(source)), pixels)
+        assert np.array_equal(np.asarray(fetch_image(source)), pixels)
     with pytest.raises(ValueError, match="Cannot read image http"):
-        read_image("http://127.0.0.1:9/nothing.png")
+        fetch_image("http://127.0.0.1:9/nothing.png")
 
 
 TRANSPARENT = saved(coloured((0, 0, 0, 0), (8, 8), "RGBA"), "PNG")
@@ -603,26 +604,26 @@ def address():
 
 def test_images_at_urls_are_what_they_are_in_files(address):
     for name, content in {"transparent": TRANSPARENT, "dark": DARK, "moved": DARK}.items():
-        assert read_image(f"{address}/{name}.png").tobytes() == read_image(content).tobytes()
+        assert fetch_image(f"{address}/{name}.png").tobytes() == fetch_image(content).tobytes()
     with pytest.raises(ValueError, match=r"none.png: the server answers 404 Not Found\. Give a readable"):
-        read_image(f"{address}/none.png")
+        fetch_image(f"{address}/none.png")
 
 
 def test_images_in_base64_are_what_they_are_in_files():
-    assert read_image(TRANSPARENT).getpixel((4, 4)) == (255, 255, 255)
-    assert read_image(DARK).getpixel((4, 4)) == (128, 128, 128)
+    assert fetch_image(TRANSPARENT).getpixel((4, 4)) == (255, 255, 255)
+    assert fetch_image(DARK).getpixel((4, 4)) == (128, 128, 128)
     for content in (TRANSPARENT, DARK):
         encoded = base64.b64encode(content).decode()
         for source in (encoded, f"data:image/png;base64,{encoded}"):
-            assert read_image(source).tobytes() == read_image(content).tobytes()
+            assert fetch_image(source).tobytes() == fetch_image(content).tobytes()
 
 
 def test_short_base64_is_a_image_unless_it_is_a_file(tmp_path, monkeypatch):
     encoded = base64.b64encode(saved(coloured("red", (4, 4)), "BMP")).decode()
     assert len(encoded) < 200
-    assert read_image(encoded).getpixel((0, 0)) == (255, 0, 0)
+    assert fetch_image(encoded).getpixel((0, 0)) == (255, 0, 0)
     monkeypatch.chdir(tmp_path)
     coloured("blue").save(encoded[:20], "PNG")
-    assert read_image(encoded[:20]).getpixel((0, 0)) == (0, 0, 255)
+    assert fetch_image(encoded[:20]).getpixel((0, 0)) == (0, 0, 255)
     with pytest.raises(ValueError, match="abcd: there is no such file"):
-        read_image("abcd")
+        fetch_image("abcd")
