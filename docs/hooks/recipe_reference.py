@@ -16,7 +16,9 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
 def reference(source: str) -> str:
     """Tables of the sections in `recipe.py`: read as text, so that building the site installs nothing of vora."""
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    sections = {name: node for name, node in classes.items() if any("Section" in ast.unparse(base) for base in node.bases)}
+    sections = {
+        name: node for name, node in classes.items() if any("Section" in ast.unparse(base) for base in node.bases)
+    }
     return "\n".join(_section(name, sections[name]) for name in ["Recipe", *(n for n in sections if n != "Recipe")])
 
 
@@ -26,7 +28,7 @@ def _section(name: str, node: ast.ClassDef) -> str:
     for field in node.body:
         if isinstance(field, ast.AnnAssign):
             default, meaning = _default_and_meaning(field.value)
-            kind = ast.unparse(field.annotation).replace("|", "\\|")
+            kind = ast.unparse(field.annotation).replace("Section", "")
             lines.append(f"| `{field.target.id}` | `{kind}` | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
 
@@ -35,9 +37,11 @@ def _default_and_meaning(value: ast.expr | None) -> tuple[str, str]:
     if value is None:
         return "required", ""
     if not (isinstance(value, ast.Call) and ast.unparse(value.func) == "Field"):
-        return f"`{ast.unparse(value)}`", ""
+        return f"`{ast.unparse(value).replace('Section()', ' section')}`", ""
     given = {keyword.arg: keyword.value for keyword in value.keywords}
     default = value.args[0] if value.args else given.get("default", given.get("default_factory"))
     shown = "required" if default is None or ast.unparse(default) == "..." else f"`{ast.unparse(default)}`"
     description = given.get("description")
-    return shown, "" if description is None else " ".join(str(ast.literal_eval(description)).split()).replace("|", "\\|")
+    return shown, "" if description is None else " ".join(str(ast.literal_eval(description)).split()).replace(
+        "|", "\\|"
+    )
