@@ -42,6 +42,5 @@ def _default_and_meaning(value: ast.expr | None) -> tuple[str, str]:
     default = value.args[0] if value.args else given.get("default", given.get("default_factory"))
     shown = "required" if default is None or ast.unparse(default) == "..." else f"`{ast.unparse(default)}`"
     description = given.get("description")
-    return shown, "" if description is None else " ".join(str(ast.literal_eval(description)).split()).replace(
-        "|", "\\|"
-    )
+    meaning = "" if description is None else str(ast.literal_eval(description))
+    return shown, " ".join(meaning.split()).replace("|", "\\|")
