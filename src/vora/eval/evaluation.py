@@ -33,6 +33,7 @@ class Data:
         subset: of a dataset on the Hub.
         image_folder: where paths of images start.
         columns: {our name: the files' name}.
+        allow_urls: fetch images that rows name by URL; otherwise such rows are bad.
     """
 
     paths: Sequence[str]
@@ -40,6 +41,7 @@ class Data:
     subset: str | None = None
     image_folder: str | None = None
     columns: dict[str, str] | None = None
+    allow_urls: bool = False
 
     def rows(self) -> Rows:
         return Rows(self.paths, **self.options)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from vora.data.packing import share_prefixes
+from vora.data.packing import TokenSample, share_prefixes
 from vora.eval.scoring.generate import Prompt, check_context_length, check_log_probs, padded, sliding_window
 from vora.eval.scoring.teacher_forced import score_samples
 
@@ -187,7 +187,7 @@ def _scores_alone(
 ) -> list[np.ndarray]:
     """B float[C], all exact: every candidate after its prompt in a pass of its own."""
 
-    def samples() -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+    def samples() -> Iterator[tuple[tuple[int, int], TokenSample]]:
         for row, (prompt, tree) in enumerate(zip(prompts, trees)):
             before = prompt.inputs["input_ids"]
             for number, path in enumerate(tree.paths):

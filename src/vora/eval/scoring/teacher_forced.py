@@ -137,18 +137,20 @@ def score_samples(
     model.eval()
     window = sliding_window(model)
     for batch in _batches(samples, model.device, window):
-        rows = collate_sequences([[sample] for _, sample in batch], len(batch[-1][1]["input_ids"]), 0)
+        rows: dict[str, Any] = {
+            **collate_sequences([[sample] for _, sample in batch], len(batch[-1][1]["input_ids"]), 0)
+        }
         rows.pop("num_samples")
         if window and rows["input_ids"].shape[1] > window:
             rows.pop("seen_until")  # nothing is shared, and such borders may not exceed the window
         targets = rows.pop("targets").to(model.device)
         inputs = {name: tensor.to(model.device) for name, tensor in rows.items()}
         states = model.model(**inputs, use_cache=False).last_hidden_state
-        wanted = targets != -100
+        is_target = targets != -100
         found = torch.zeros(2, *targets.shape, dtype=torch.float64, device=model.device)
-        found[:, wanted] = _at_targets(model, states[wanted], targets[wanted])
+        found[:, is_target] = _at_targets(model, states[is_target], targets[is_target])
         log_probs, chosen = found.cpu().numpy()
-        wanted = wanted.cpu().numpy()
+        wanted = is_target.cpu().numpy()
         scores: dict[Index, AnswerScore] = {}
         for row, (index, sample) in enumerate(batch):
             places = np.arange(len(sample["input_ids"]))

@@ -41,7 +41,9 @@ class ExactAnswers(Evaluation):
             raise ValueError(f"No image of {rows} can be read.{job.skipped.first()}")
         answers = [[most_common(example.references)] for example in examples]
         pairs = [(example.prompt, wanted) for example, (wanted,) in zip(examples, answers)]
-        first = {pair: number for number, pair in reversed(list(enumerate(pairs)))}
+        first: dict[tuple[str, str], int] = {}
+        for number, pair in enumerate(pairs):
+            first.setdefault(pair, number)
         size = examples[0].images()[0].size
         shown = [
             ImageCondition(group.key, group.images, [(number, 0, "right") for number in group.examples])
