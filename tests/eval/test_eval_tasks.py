@@ -133,8 +133,8 @@ def test_what_is_no_text_is_refused(tmp_path, task, row, cause):
 
 
 def test_rows_of_one_image_are_one(tmp_path):
-    told = ["a dog runs", "a cat sits", "a bus waits", "a cow"]
-    rows = [{"image": f"{n % 3}.png", "caption": caption} for n, caption in enumerate(told)]
+    captions = ["a dog runs", "a cat sits", "a bus waits", "a cow"]
+    rows = [{"image": f"{n % 3}.png", "caption": caption} for n, caption in enumerate(captions)]
     examples = make_task("captions").examples(rows_of(tmp_path, *rows), SkippedRows())
     assert [one.references for one in examples] == [["a dog runs", "a cow"], ["a cat sits"], ["a bus waits"]]
     first = make_task("captions", max_examples=1).examples(rows_of(tmp_path, *rows), SkippedRows())
@@ -175,9 +175,9 @@ def test_one_image_has_no_cider(tmp_path):
 def test_consistency_wants_every_image_of_a_sentence(data):
     made = make_task("statements")
     examples = made.examples(Rows([data / "statements.parquet"]), SkippedRows())
-    told = predictions(made, examples, lambda one: one.references[0])
-    told[0]["chosen"] = "false"
-    metrics = {name: one["value"] for name, one in made.metrics(examples, made.score(examples, told)).items()}
+    answers = predictions(made, examples, lambda one: one.references[0])
+    answers[0]["chosen"] = "false"
+    metrics = {name: one["value"] for name, one in made.metrics(examples, made.score(examples, answers)).items()}
     assert metrics == {"accuracy": 7 / 8, "consistency": 1 / 2, "ordering_consistency": 3 / 4}
 
 
