@@ -206,7 +206,7 @@ def test_a_json_list_is_read_in_small_parts(tmp_path, monkeypatch):
         ({"messages": [{"role": "assistant", "content": "hi"}]}, "no answer"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no answer"),
         ({"messages": ["x"]}, "not built as its layout"),
-        ({"image": "red.png", "label": 3}, "no name of a class"),
+        ({"image": "red.png", "label": 3}, "label 3 is a number"),
         ({"image": {"bytes": None, "path": None}, "caption": "x"}, "images is empty"),
     ],
 )  # fmt: skip

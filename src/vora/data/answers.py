@@ -102,8 +102,8 @@ def class_of(row: Row, classes: Sequence[str] | None) -> str:
         return name
     if not classes:
         raise ValueError(
-            f"Its label {name} is a number and no name of a class: give names, or to `vora eval` all of them, in the "
-            "order of the numbers, with --labels."
+            f"Its label {name} is a number: give the name of the class, or `vora eval` all names, in the order of the "
+            "numbers, with --labels."
         )
     if not (name.isdecimal() and int(name) < len(classes)):
         raise ValueError(f"Its label {name} is none of the {len(classes)} classes.")

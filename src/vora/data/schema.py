@@ -124,11 +124,12 @@ def _conversations_of(row: Row, has_image: bool, draw: random.Random, prompts: P
         pairs = [question_and_answer(turn["user"], turn["assistant"]) for turn in row["texts"]]
         return [sum(pairs, [])]
     if has_questions(row):
-        questions = questions_of(row)
-        for question in questions:
+        found = []
+        for question in questions_of(row):
             if isinstance(question, ValueError):
                 raise question
-        found = [question_and_answer(one.text, one.most_frequent) for one in questions if one.answers]
+            if question.answers:
+                found.append(question_and_answer(question.text, question.most_frequent))
         if not found:
             raise ValueError(NOTHING_TO_LEARN)
         return found

@@ -107,7 +107,7 @@ def dataset_statistics(
     drawn, efficiency = packed_mixture(sequences, lengths)
     tokens = np.array([drawn[s].sum() for s in range(len(lengths))], float)
     counts = np.array([len(drawn[s]) for s in range(len(lengths))], float)
-    edges = np.histogram_bin_edges(good, bins=min(24, max(1, len(set(good.tolist()))))) if len(good) else []
+    edges: Any = np.histogram_bin_edges(good, bins=min(24, max(1, len(set(good.tolist()))))) if len(good) else []
     summary = {
         "num_samples": len(good),
         "num_bad": sum(map(len, bad)),

@@ -25,7 +25,7 @@ class WebDataset(Source):
         try:
             with tarfile.open(file, "r:") as tar:
                 for member in tar:
-                    tar.members = []  # it would remember all
+                    setattr(tar, "members", [])  # it would remember all
                     key = _split_key(member.name)[0]
                     if _belongs_to_a_sample(member) and key != last:
                         if key in first_keys:

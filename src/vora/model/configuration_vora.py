@@ -66,16 +66,11 @@ class VoraConfig(PreTrainedConfig):
             )
         if image_attention not in ("bidirectional", "causal"):
             raise ValueError(f"image_attention {image_attention!r} is unknown: give bidirectional or causal.")
-        self.image_token_id = image_token_id
-        self.patch_size = patch_size
-        self.patch_merge = patch_merge
-        self.image_size = image_size
-        self.num_channels = num_channels
-        self.vision_hidden_size = vision_hidden_size
-        self.patch_norm = patch_norm
-        self.patch_norm_eps = patch_norm_eps
-        self.image_attention = image_attention
-        self.lm_head_bias = lm_head_bias
+        self.image_token_id, self.image_attention = image_token_id, image_attention
+        self.patch_size, self.patch_merge = patch_size, patch_merge
+        self.image_size, self.num_channels = image_size, num_channels
+        self.vision_hidden_size, self.lm_head_bias = vision_hidden_size, lm_head_bias
+        self.patch_norm, self.patch_norm_eps = patch_norm, patch_norm_eps
         self.initializer_range = initializer_range
         # vLLM reads it: the tokens of one image attend to each other in both directions
         self.is_mm_prefix_lm = image_attention == "bidirectional"

@@ -81,10 +81,7 @@ def fetch_image(source: Any, *, allow_urls: bool = False, policy: ImagePolicy = 
 
 
 def fetch_frames(source: Any, *, allow_urls: bool = False, policy: ImagePolicy = POLICY) -> list[Image.Image]:
-    """All frames of an animated image as RGB images; of another image that one.
-
-    Args:
-        source, allow_urls, policy: see `fetch_image`.
+    """All frames of an animated image as RGB images, of another that one; see `fetch_image`.
 
     Raises:
         ValueError: as `fetch_image`, and for too many frames or pixels in all.
@@ -187,9 +184,6 @@ def _check_scans(content: bytes, policy: ImagePolicy) -> None:
     raise ValueError(f"it is a JPEG of more than {policy.max_jpeg_scans} scans, or of 10,000 segments")
 
 
-# From sources to bytes
-
-
 def _content_of(source: Any, allow_urls: bool, policy: ImagePolicy) -> bytes:
     """The encoded bytes of an image that is none in memory yet."""
     if isinstance(source, Mapping):
@@ -236,9 +230,6 @@ def _local_path(name: str) -> str:
     return unquote(name[len("file://") + len(parts.netloc) :])
 
 
-# From the network
-
-
 def _downloaded(url: str, policy: ImagePolicy) -> bytes:
     """The bytes at a URL. Redirects are followed by hand, for each may lead to a host of the own network."""
     deadline = time.monotonic() + policy.max_seconds
@@ -249,10 +240,9 @@ def _downloaded(url: str, policy: ImagePolicy) -> bytes:
         try:
             redirect, content = _answer(parts, parts.hostname, deadline, policy)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            known = isinstance(error, ValueError)
-            cause = str(error) if known else f"the server cannot be reached ({str(error) or type(error).__name__})"
             if time.monotonic() < deadline:
-                raise ValueError(cause) from None
+                given, cause = isinstance(error, ValueError), str(error) or type(error).__name__
+                raise ValueError(cause if given else f"the server cannot be reached ({cause})") from None
         if time.monotonic() >= deadline:  # the connection was cut then, and what came may be a part
             raise ValueError(f"the server took longer than {policy.max_seconds:g} seconds")
         if redirect is None:
@@ -271,7 +261,7 @@ def _answer(parts: SplitResult, host: str, deadline: float, policy: ImagePolicy)
         context = ssl.create_default_context()
         channel = context.wrap_socket(channel, server_hostname=host, do_handshake_on_connect=False)
     connection = http.client.HTTPConnection(host, port)
-    connection.sock, connection.default_port = channel, standard_port  # the latter for the header Host
+    connection.sock, connection.default_port = channel, standard_port  # the port for the header Host
     # a timeout of the socket would begin anew with each byte that a slow server sends
     timer = threading.Timer(max(0.0, deadline - time.monotonic()), _hang_up, [channel])
     timer.daemon = True
@@ -287,8 +277,7 @@ def _answer(parts: SplitResult, host: str, deadline: float, policy: ImagePolicy)
             if redirect is None and response.status != 200:
                 raise ValueError(f"the server answers {response.status} {response.reason}")
             if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-                # a few kB may unpack to gigabytes
-                raise ValueError("the server compresses it, though it was asked not to")
+                raise ValueError("the server compresses it, though it was asked not to")  # to unpack gigabytes, say
             content = b"" if redirect else response.read(policy.max_bytes + 1)
             if not redirect and response.length and len(content) <= policy.max_bytes:  # more was announced
                 raise ValueError("the server hung up in the middle")

@@ -164,15 +164,9 @@ class VoraImageProcessor(BaseImageProcessor):
         kwargs.pop("allow_urls", None)  # a configuration that came with a checkpoint does not decide that
         _check_steps({name: value for name, value in kwargs.items() if name in ALWAYS})
         super().__init__(**kwargs)
-        if not 1 <= min_image_tokens <= max_image_tokens:
-            raise ValueError(f"min_image_tokens {min_image_tokens} must be in 1..max_image_tokens {max_image_tokens}.")
-        self.patch_size = patch_size
-        self.patch_merge = patch_merge
-        self.min_image_tokens = min_image_tokens
-        self.max_image_tokens = max_image_tokens
-        self.pad_to_square = pad_to_square
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
+        self.patch_size, self.patch_merge, self.pad_to_square = patch_size, patch_merge, pad_to_square
+        self.min_image_tokens, self.max_image_tokens = self._budget(min_image_tokens, max_image_tokens)
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.resample = int(resample)
 
     def to_dict(self) -> dict[str, Any]:
@@ -248,6 +242,5 @@ class VoraImageProcessor(BaseImageProcessor):
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Patches of an image of this size in pixels; runtimes such as vLLM plan with it."""
-        given = [(images_kwargs or {}).get(name) for name in ("min_image_tokens", "max_image_tokens")]
-        budget = self._budget(*given)
+        budget = self._budget(*((images_kwargs or {}).get(name) for name in ("min_image_tokens", "max_image_tokens")))
         return math.prod(self.patch_grid(height, width, *budget))

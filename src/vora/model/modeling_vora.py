@@ -212,16 +212,12 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         return logits
 
     def lm_loss(
-        self, hidden_states: Tensor, targets: Tensor, num_items_in_batch: int | Tensor | None = None
+        self, hidden_states: Tensor, targets: Tensor, num_items_in_batch: float | Tensor | None = None
     ) -> Tensor:
-        """Next-token cross-entropy, a mean over labels.
+        """The mean of `label_losses`.
 
         Args:
-            hidden_states, targets: see `label_losses`.
             num_items_in_batch: label tokens to divide by (all micro-batches of a step); None: those present.
-
-        Raises:
-            ValueError: every target is masked, so nothing could be learned.
         """
         losses = self.label_losses(hidden_states, targets)
         return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
@@ -248,11 +244,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         return losses_of_labels(self.logits, states, targets.flatten()[places], vocab_size)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' `generate`; the image token is not generated, also where `suppress_tokens` are given.
-
-        Raises:
-            ValueError: the prompt has image tokens, but no images are given.
-        """
+        """As transformers' `generate`; the image token is not generated, also where `suppress_tokens` are given."""
         ids = kwargs.get("input_ids", inputs)
         if ids is not None and kwargs.get("pixel_values") is None and kwargs.get("past_key_values") is None:
             self.model._check_no_image_tokens(ids)

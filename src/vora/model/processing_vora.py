@@ -191,7 +191,10 @@ class VoraProcessor(ProcessorMixin):
         if not ids:
             raise ValueError("The conversation has no assistant turn, so there is nothing to learn from it.")
 
-        images, counts, sample = [one for message in messages for one in self._images_of(message)], [], {}
+        contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+        parts = [part for content in contents for part in content if part["type"] == "image"]
+        images = [part[key] for part in parts for key in ("image", "url", "path", "base64") if key in part]
+        counts, sample = [], {}
         if images:
             sample = image_inputs or self.image_processor(images, return_tensors="np", **images_kwargs)
             counts = sample["image_grid_thw"].prod(-1) // self.image_processor.patch_merge**2
@@ -213,9 +216,9 @@ class VoraProcessor(ProcessorMixin):
         Raises:
             ValueError: it has fewer than two tokens.
         """
-        tokenizer = self.tokenizer
-        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-        if ids[-2:-1] == [tokenizer.eos_token_id]:
+        end = self.tokenizer.eos_token_id
+        ids = [*self.tokenizer(text)["input_ids"], end]
+        if ids[-2:-1] == [end]:
             ids.pop()  # the tokenizer ends texts by itself
         if len(ids) < 2 or self.image_token_id in ids:
             raise ValueError(f"Its text {text[:50]!r} is empty, or holds the image token {self.image_token}.")
@@ -322,11 +325,3 @@ class VoraProcessor(ProcessorMixin):
         """An assistant's turn up to its end-of-turn token; what the template puts after it is not learned."""
         last = max((place for place, id in enumerate(ids) if id in ends), default=len(ids) - 1)
         return ids[: last + 1] + [-100] * (len(ids) - last - 1)
-
-    @staticmethod
-    def _images_of(message: Mapping) -> list:
-        if not isinstance(message["content"], (list, tuple)):
-            return []
-        keys = ("image", "url", "path", "base64")
-        parts = [part for part in message["content"] if part["type"] == "image"]
-        return [part[key] for part in parts for key in keys if key in part]
