@@ -1,7 +1,6 @@
 """Rows of any files that `vora.data.readers` reads, as evaluation needs them: texts at once, images when asked."""
 
 import hashlib
-import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -123,22 +122,11 @@ class Rows:
                     index = int(texts.starts[block]) + offset
                     try:
                         values = texts.item(block, offset, rows)
-                        check_unicode(values)
                         opens, key = partial(_open, images, index, self.allow_urls), partial(_key_of, images, index)
                         yield Row(name, number, values, opens, key)
                     except ValueError as error:
                         skipped.add(name, error)
                     number += 1
-
-
-def check_unicode(values: Values) -> None:
-    """Raise ValueError where a row's text holds half of a surrogate pair, which no tokenizer takes."""
-    for name, value in values.items():
-        try:
-            json.dumps(value, ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start]
-            raise ValueError(f"Its {name} holds {half!r}, half of a surrogate pair: it is no Unicode text.") from None
 
 
 def _opened(path: str, split: str | None, given: dict[str, Any]) -> Source:
