@@ -21,7 +21,7 @@ from vora.checkpoint.lineage import read_card
 from vora.data.readers import load_source
 from vora.data.stream import PackedSequences
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
-from vora.distill.learner import VisionLearner
+from vora.distill.objective import Objective
 from vora.train.plan.meta_model import meta_model
 from vora.train.progress import read_log
 from vora.train.recipe import load_recipe
@@ -496,5 +496,5 @@ def test_teacher_and_heads_stay_out_of_the_student(llm_folder, teacher_folder):
     model = vora.VoraForConditionalGeneration.from_llm(llm_folder, teacher=teacher)
     before = set(model.state_dict())
     distillation = BlockwiseDistillation(block_pairs(2, 2), tiny.SHAPE["hidden_size"], 24)
-    VisionLearner(model, None, teacher, distillation)
+    Objective(model, None, teacher, distillation)
     assert set(model.state_dict()) == before

@@ -5,7 +5,8 @@ from threading import Event, Thread
 import torch
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from vora.model.image_processing_vora import is_video, read_image
+from vora.model.fetch_image import fetch_image
+from vora.model.image_processing_vora import is_video
 
 
 class Chat:
@@ -27,13 +28,13 @@ class Chat:
 
         Args:
             text: the question.
-            images: paths, URLs, PIL images or `Video`s that come with it.
+            images: paths, PIL images or `Video`s that come with it; of URLs fetch the images first.
 
         Raises:
             ValueError: an image cannot be read, or the conversation exceeds the LLM's context.
         """
         content = [
-            {"type": "video", "video": image} if is_video(image) else {"type": "image", "image": read_image(image)}
+            {"type": "video", "video": image} if is_video(image) else {"type": "image", "image": fetch_image(image)}
             for image in images
         ]
         turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}

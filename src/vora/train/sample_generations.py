@@ -7,7 +7,7 @@ import torch
 from rich.markup import escape
 from transformers import TrainerCallback
 
-from vora.model.image_processing_vora import read_image
+from vora.model.fetch_image import fetch_image
 
 
 class SampleGenerationCallback(TrainerCallback):
@@ -18,7 +18,7 @@ class SampleGenerationCallback(TrainerCallback):
     """
 
     def __init__(self, samples_shown, processor, log_file, console):
-        self.samples_shown = [(read_image(entry.image), entry) for entry in samples_shown]
+        self.samples_shown = [(fetch_image(entry.image), entry) for entry in samples_shown]
         self.processor, self.log_file, self.console = processor, Path(log_file), console
 
     def on_save(self, args, state, control, model=None, **kwargs):

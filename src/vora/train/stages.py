@@ -10,7 +10,7 @@ from vora.build.lora import attach_vision_lora, keep_trained_in_fp32
 from vora.checkpoint.layout import read_info
 from vora.checkpoint.load import load_heads, load_processor, load_trainable
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
-from vora.distill.learner import VisionLearner
+from vora.distill.objective import Objective
 from vora.distill.teacher import Teacher
 from vora.train.recipe import ModelSection
 
@@ -49,7 +49,7 @@ def with_scaffolding(recipe, student, image_processor, teacher=None):
         ValueError: as `build_learner`.
     """
     if recipe.stage == "finetune":
-        learner = VisionLearner(student.requires_grad_(True), image_processor)
+        learner = Objective(student.requires_grad_(True), image_processor)
     else:
         num_blocks = lora_depth(recipe, student, teacher)
         peft_model = student
@@ -75,7 +75,7 @@ def with_scaffolding(recipe, student, image_processor, teacher=None):
             if recipe.model.vora is not None:
                 load_heads(distillation, recipe.model.vora)
         weight = 0.0 if recipe.teacher is None else recipe.teacher.weight
-        learner = VisionLearner(peft_model, image_processor, teacher, distillation, weight, recipe.lora.text_kl_weight)
+        learner = Objective(peft_model, image_processor, teacher, distillation, weight, recipe.lora.text_kl_weight)
     check_trainable(learner, recipe.stage)
     return learner
 
@@ -89,7 +89,7 @@ def teacher_dtype(recipe):
     """What a teacher computes in: bf16 in a run that computes in it, else float32.
 
     Its features then are within 4e-4 (1 - cosine, mean subtracted) of those in float32, as near as under autocast,
-    where the weights of each product are rounded at each step anew (docs/LOG.md).
+    where the weights of each product are rounded at each step anew (dev/LOG.md).
     """
     in_bf16 = recipe.model.dtype == "bfloat16" or recipe.training.get("bf16")
     return torch.bfloat16 if in_bf16 else torch.float32

@@ -1,4 +1,4 @@
-"""Whom a model learned to see from: its teacher, the distill heads beside it, and the pairs of their blocks."""
+"""What a model learned to see from: its teacher, the distill heads beside it, and the pairs of their blocks."""
 
 from pathlib import Path
 
@@ -6,17 +6,18 @@ from vora.checkpoint.layout import CheckpointInfo, read_info
 from vora.checkpoint.lineage import read_card
 from vora.checkpoint.load import distillation_of
 from vora.checkpoint.names import is_hub_id
-from vora.distill.blockwise import SUMMARY, block_pairs
+from vora.distill.blockwise import SUMMARY, Pair, block_pairs
+from vora.distill.objective import Objective
 from vora.distill.teacher import Teacher
 
 
-def take_teacher(learner, model, name=None):
-    """Give a learner the teacher to compare it with, and of a model with distill heads beside it these.
+def take_teacher(objective: Objective, model: str, name: str | None = None) -> tuple[list[Pair], str | None]:
+    """Give an objective the teacher to compare it with, and of a model with distill heads beside it these.
 
     Args:
-        learner: a `VisionLearner`; it may have a teacher and heads already.
+        objective: it may have a teacher and heads already.
         model: folder, run directory or hub id that it comes from.
-        name: folder or hub id of a teacher; by default the one that the learner has, else the one that the model
+        name: folder or hub id of a teacher; by default the one that the objective has, else the one that the model
             names, if that can be found.
 
     Returns:
@@ -29,41 +30,41 @@ def take_teacher(learner, model, name=None):
     """
     info = read_info(model)
     named = info.teacher or "not stated"
-    remark = _choose(learner, info, name, named)
-    if learner.teacher is None:
+    remark = _choose(objective, info, name, named)
+    if objective.teacher is None:
         return [], remark
-    if learner.distillation is not None:
-        return [pair for pair in learner.distillation.pairs if pair[1] != SUMMARY], remark
-    if info.block_pairs and _is_same(learner.teacher.name, named):
+    if objective.distillation is not None:
+        return [pair for pair in objective.distillation.pairs if pair[1] != SUMMARY], remark
+    if info.block_pairs and _is_same(objective.teacher.name, named):
         return [pair for pair in info.block_pairs if pair[1] != SUMMARY], remark
-    depth, taught_depth = len(learner.vora.model.blocks), learner.teacher.num_blocks
-    stages = (read_card(info.path) or {}).get("stages", [])
-    recipes = [stage["recipe"] for stage in stages if (stage.get("recipe") or {}).get("teacher")]
-    how = recipes[0]["teacher"] if recipes else {"spread": taught_depth > depth}
+    card = read_card(info.path) or {}
+    depth, teacher_depth = len(objective.vora.model.blocks), objective.teacher.num_blocks
+    recipes = [stage["recipe"] for stage in card.get("stages", []) if (stage.get("recipe") or {}).get("teacher")]
+    how = recipes[0]["teacher"] if recipes else {"spread": teacher_depth > depth}
     num_blocks = (recipes[0].get("lora") or {}).get("num_blocks") if recipes else None
     pairing = how.get("pairing", "outputs")
     if pairing != "outputs" or num_blocks is None:
-        num_blocks = min(depth, taught_depth)
-    return block_pairs(num_blocks, taught_depth, how.get("spread", False), pairing), remark
+        num_blocks = min(depth, teacher_depth)
+    return block_pairs(num_blocks, teacher_depth, how.get("spread", False), pairing), remark
 
 
-def _choose(learner, info: CheckpointInfo, name, named):
-    """Put teacher and heads into a learner; what there is to say about it.
+def _choose(objective: Objective, info: CheckpointInfo, name: str | None, named: str) -> str | None:
+    """Put teacher and heads into an objective; what there is to say about it.
 
     Args:
         named: the teacher that the model names.
     """
-    has = learner.teacher.name if learner.teacher is not None else None
+    has = objective.teacher.name if objective.teacher is not None else None
     if has is not None and name in (None, has):
         return None
     if name is None and not (is_hub_id(named) or Path(named).is_dir()):
         known = "" if named == "not stated" else f" The model calls it {named}, without its folder."
         return f"No teacher to compare with: name its folder or hub id with --teacher.{known}"
-    learner.distillation = None
+    objective.distillation = None
     if name is not None and not (Path(name).is_dir() or is_hub_id(name)):
         raise ValueError(f"--teacher {name} is no folder, and no hub id (owner/name) either: name one of a plain ViT.")
     try:
-        learner.set_teacher(Teacher.from_pretrained(name or named))
+        objective.set_teacher(Teacher.from_pretrained(name or named))
     except (OSError, ValueError) as error:
         cause = f"The teacher {name or named} cannot be loaded ({' '.join(str(error).split())})"
         if name is not None:
@@ -72,12 +73,12 @@ def _choose(learner, info: CheckpointInfo, name, named):
     if has is None and _is_same(name or named, named):
         heads = distillation_of(info)
         sizes = {head[1].out_features for head in heads.heads.values()} if heads is not None else set()
-        learner.distillation = heads if sizes == {learner.teacher.hidden_size} else None
+        objective.distillation = heads if sizes == {objective.teacher.hidden_size} else None
     elif has is not None or info.has_heads:
-        return f"The heads learned to speak to {has or named}, not to {name}, and are left aside."
+        return f"The heads were trained with {has or named}, not with {name}, and are left aside."
     return None
 
 
-def _is_same(teacher, named):
+def _is_same(teacher: str | None, named: str) -> bool:
     """Whether a teacher is the one that a model names, which may have moved since."""
-    return Path(teacher).name == Path(named).name
+    return Path(teacher or "").name == Path(named).name
