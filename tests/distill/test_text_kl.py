@@ -35,7 +35,7 @@ def learner(disturbed=0.1, pairs=2):
         if "lora_B" in name:
             parameter.data += disturbed * torch.randn_like(parameter)
     distillation = BlockwiseDistillation(block_pairs(pairs, pairs), 32, 24)
-    return Objective(student, None, None, distillation, text_weight=2.0), llm
+    return Objective(student, None, None, distillation, text_kl_weight=2.0), llm
 
 
 def batch(distill_only, lengths=(20, 13)):
@@ -162,7 +162,7 @@ def test_text_to_keep_alone_teaches_nothing_and_is_refused(sources, llm_folder):
     rows = PackedSequences([load_source(sources[1])], processor, 64, text_kl_weight=True)
     with pytest.raises(ValueError, match="holds an image, and with lora.text_kl_weight text alone teaches nothing"):
         list(islice(iter(rows), 30))
-    with pytest.raises(ValueError, match="data.blind leaves text alone"):
+    with pytest.raises(ValueError, match="data.text_only leaves text alone"):
         data = {"sources": [{"path": "x"}], "text_only": True}
         load_recipe({"model": {"llm": "x"}, "lora": {"text_kl_weight": 1}, "data": data})
 
