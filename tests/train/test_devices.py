@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 from transformers import TrainingArguments
-
 from vora.train.devices import check_fsdp
+
 from vora.train.recipe import load_recipe
 from vora.train.run import train
 

@@ -16,7 +16,7 @@ from vora.train.plan.memory import Saved, optimizer_bytes, step_memory, traced
 from vora.train.plan.meta_model import SHAPES, config_of, meta_model
 from vora.train.plan.plan import GPUS, known_gpu, plan, tokens_of_budget
 from vora.train.recipe import load_recipe
-from vora.train.stages import with_scaffolding
+from vora.train.stages import objective_around
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted([*ROOT.glob("recipes/*/pretrain.yaml"), *ROOT.glob("recipes/*/finetune.yaml")])  # as the paper's
@@ -51,12 +51,12 @@ def recipe_of(tmp_path, **sections):
 
 
 def real_learner(recipe):
-    """What `build_learner` makes, with an eager teacher, whose attention the counter sees."""
+    """What `build_objective` makes, with an eager teacher, whose attention the counter sees."""
     from vora.train.stages import build_student
 
     teacher = Teacher.from_pretrained(recipe.teacher.name, attn_implementation="eager") if recipe.teacher else None
     student, processor = build_student(recipe, teacher)
-    return with_scaffolding(recipe, student, processor.image_processor, teacher).train()
+    return objective_around(recipe, student, processor.image_processor, teacher).train()
 
 
 def batch(config, num_labels=NUM_LABELS):

@@ -24,10 +24,10 @@ from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.objective import Objective
 from vora.serve.engine import load_model
 from vora.train.plan.meta_model import meta_model
-from vora.train.progress import read_log
 from vora.train.recipe import load_recipe
 from vora.train.run import train, training_arguments
-from vora.train.stages import build_learner, check_trainable, trainable_counts
+from vora.train.run_log import read_log
+from vora.train.stages import build_objective, check_trainable, trainable_counts
 from vora.train.throughput import precision_overrides, steps_that_fit
 from vora.train.trained import merge_run
 
@@ -229,7 +229,7 @@ def test_merged_language_part_is_the_stock_llm(recipe, llm_folder, tmp_path):
 
 
 def test_only_the_stage_s_parts_train(recipe):
-    learner, _ = build_learner(recipe())
+    learner, _ = build_objective(recipe())
     counts = trainable_counts(learner)
     assert counts["LLM"][0] == 0
     assert all(
@@ -264,9 +264,9 @@ def test_a_deeper_teacher_is_refused_or_spread(recipe, tmp_path):
     deep = recipe()
     deep.teacher.name = str(tmp_path)
     with pytest.raises(ValueError, match="teacher.spread=true"):
-        build_learner(deep)
+        build_objective(deep)
     deep.teacher.spread = True
-    learner, _ = build_learner(deep)
+    learner, _ = build_objective(deep)
     assert learner.distillation.pairs[-1][1] == 4
 
 
@@ -291,7 +291,7 @@ def test_rows_beyond_the_context_are_refused(recipe, tmp_path):
 
 
 def test_planned_steps_fit_the_budget_and_never_exceed_the_recipe(recipe, tmp_path):
-    learner, processor = build_learner(recipe())
+    learner, processor = build_objective(recipe())
     rows = PackedSequences([load_source(recipe().data.sources[0].path)], processor, 128)
     arguments = training_arguments(recipe(max_steps=100), tmp_path)
     before = {name: tensor.clone() for name, tensor in learner.state_dict().items()}
@@ -352,16 +352,16 @@ def test_eyes_that_were_trained_before_slow_down_from_the_start(recipe, tmp_path
         before = getattr(section, key)
         setattr(section, key, value)
         with pytest.raises(ValueError, match=message):
-            build_learner(second)
+            build_objective(second)
         setattr(section, key, before)
     second.model.attn_implementation = "eager"
     second.model.chat_template = "{% for m in messages %}{{ m['role'] }}> {{ m['content'] }}{% endfor %}"
-    learner, processor = build_learner(second)
+    learner, processor = build_objective(second)
     assert learner.config.get_text_config()._attn_implementation == "eager"
     assert processor.apply_chat_template([{"role": "user", "content": "what?"}]) == "user> what?"
     second.stage, second.teacher = "finetune", None
     with pytest.raises(ValueError, match="vora merge"):
-        build_learner(second)
+        build_objective(second)
 
 
 def test_a_teacher_deeper_than_the_lora_that_a_model_has_is_refused(recipe, tmp_path):
@@ -372,7 +372,7 @@ def test_a_teacher_deeper_than_the_lora_that_a_model_has_is_refused(recipe, tmp_
     second.model.llm, second.model.vora, second.teacher.name = None, str(tmp_path / "eyes"), str(tmp_path / "vit")
     tiny.save_tiny_vit(tmp_path / "vit", num_hidden_layers=3)  # as deep as the LLM, whose third block has no LoRA
     with pytest.raises(ValueError, match="3 blocks, but only 2 of the LLM's 3"):
-        build_learner(second)
+        build_objective(second)
 
 
 def test_eyes_that_rest_stay_as_they_are_and_ask_no_teacher(recipe, tmp_path):
@@ -405,11 +405,11 @@ def test_eyes_that_rest_stay_as_they_are_and_ask_no_teacher(recipe, tmp_path):
 def test_the_last_pair_alone_can_teach(recipe):
     wanted = recipe()
     wanted.teacher.pairs = "last"
-    assert build_learner(wanted)[0].distillation.pairs == [(1, 1)]
+    assert build_objective(wanted)[0].distillation.pairs == [(1, 1)]
 
 
 def test_distilling_alone_runs_no_block_above_the_teachers(recipe):
-    learner, processor = build_learner(recipe())
+    learner, processor = build_objective(recipe())
     rows = PackedSequences([load_source(recipe().data.sources[0].path)], processor, 128, distill_only_sequences=1)
     batch = rows.collate([next(iter(rows))])
     ran = []
@@ -476,7 +476,7 @@ def test_a_run_merges_where_its_teacher_and_its_start_are_not(recipe, llm_folder
 def test_the_teacher_computes_in_bf16_where_the_run_does(recipe, tmp_path, dtype, bf16, wanted):
     changed = recipe(bf16=bf16)
     changed.model.dtype = dtype
-    learner, _ = build_learner(changed)
+    learner, _ = build_objective(changed)
     planned, _ = meta_model(changed)
     for made in (learner, planned):
         assert {parameter.dtype for parameter in made.teacher.parameters()} == {wanted}

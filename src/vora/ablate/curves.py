@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vora.train.progress import read_log
+from vora.train.run_log import read_log
 
 
 @dataclass

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from vora.train.recipe import Section, check_recipe, load_recipe, read_yaml, validated
+from vora.train.checks import check_recipe
+from vora.train.recipe import Section, load_recipe, read_yaml, validated
 
 VARIANT = r"\w[\w=.,+-]*"  # a variant's name is also its folder's
 

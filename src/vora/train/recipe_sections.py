@@ -66,7 +66,9 @@ class ModelSection(Section):
         if self.encoder is None:
             return self
         if self.vora is not None:
-            raise ValueError("encoder makes a fresh start from an llm, and model.vora has vision: leave one of them out")
+            raise ValueError(
+                "encoder makes a fresh start from an llm, and model.vora has vision: leave one of them out"
+            )
         if "image_attention" not in self.model_fields_set:
             self.image_attention = "causal"
         if self.image_attention != "causal":
@@ -99,7 +101,8 @@ class TeacherSection(Section):
     standardize: bool = Field(False, description="Divide them by their running deviation too.")
     summary: bool = Field(False, description="Have the last paired block imitate the teacher's CLS token as well.")
     spread: bool = Field(
-        False, description="Space the pairs over the deeper of LLM and teacher, instead of pairing block i with block i."
+        False,
+        description="Space the pairs over the deeper of LLM and teacher, instead of pairing block i with block i.",
     )
     pairing: Literal["outputs", "inputs", "hidden_states"] = Field(
         "outputs",
@@ -120,7 +123,9 @@ class TeacherSection(Section):
     @model_validator(mode="after")
     def frozen_vision_is_known(self) -> "TeacherSection":
         if self.weight == 0 and self.vision_lr_scale == 0:
-            raise ValueError("with weight 0 nothing is distilled, so vision_lr_scale 0 cannot say what is frozen: keep one")
+            raise ValueError(
+                "with weight 0 nothing is distilled, so vision_lr_scale 0 cannot say what is frozen: keep one"
+            )
         return self
 
 
