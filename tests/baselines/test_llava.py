@@ -17,11 +17,13 @@ from vora.build.lora import load_vision_lora
 from vora.data.schema import Record, without_images
 from vora.distill.teacher import images_of_patches
 from vora.serve.engine import Chat, load_model
+from vora.train.from_recipe import open_sources, packed_sequences, training_arguments
 from vora.train.plan.meta_model import meta_model
 from vora.train.plan.plan import tokens_of_budget
 from vora.train.recipe import load_recipe
-from vora.train.run import open_sources, packed_sequences, train, training_arguments
-from vora.train.stages import build_objective, build_processor, check_trainable, load_vit, trainable_counts
+from vora.train.run import train
+from vora.train.stages import build_objective, build_processor, load_vit
+from vora.train.trainable import check_trainable, trainable_counts
 from vora.train.trained import merge_run, write_run_card
 
 SIDE = PATCH * GRID

@@ -116,7 +116,8 @@ class ProgressCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.bar is None or "samples_per_second" not in (logs or {}):
+        logs = logs or {}
+        if self.bar is None or "samples_per_second" not in logs:
             return
         with self.log_file.open("a") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

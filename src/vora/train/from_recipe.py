@@ -1,6 +1,7 @@
 """What the sections of a recipe become before training: arguments, sources, packed sequences."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe_sections import CHECKPOINTING, DataSection, Recipe
 from vora.train.throughput import steps_that_fit
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
     "learning_rate": 2e-4,
     "lr_scheduler_type": "constant_with_warmup",
@@ -115,13 +116,14 @@ def with_planned_steps(
         checkpoint: that the run goes on from. Its steps were planned when it began: another number would be another
             schedule.
     """
-    if recipe.max_minutes is None:
+    minutes = recipe.max_minutes
+    if minutes is None:
         return recipe
     recipe = recipe.model_copy(deep=True)
     if checkpoint is not None:
         arguments.max_steps = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).max_steps
     else:
-        steps = steps_that_fit(objective, sequences, arguments, recipe.max_minutes, recipe.distill_only_steps)
+        steps = steps_that_fit(objective, sequences, arguments, minutes, recipe.distill_only_steps)
         arguments.max_steps = fewest_of_processes(steps, arguments)
     recipe.training["max_steps"], recipe.max_minutes = arguments.max_steps, None
     return recipe

@@ -200,7 +200,7 @@ class DataSection(Section):
     @property
     def prompts(self) -> Prompts:
         """The three lists as `Prompts`."""
-        return Prompts(self.caption_prompts, self.label_prompts, self.statement_prompts)
+        return Prompts(tuple(self.caption_prompts), tuple(self.label_prompts), tuple(self.statement_prompts))
 
 
 class SampleGenerationSection(Section):
@@ -217,10 +217,10 @@ class Recipe(Section):
         "pretrain", description="pretrain: vision LoRA in a frozen LLM. finetune: all of a merged model."
     )
     model: ModelSection = Field(description="What learns.")
-    lora: LoraSection = Field(LoraSection(), description="Its vision LoRA.")
+    lora: LoraSection = Field(LoraSection.model_validate({}), description="Its vision LoRA.")
     teacher: TeacherSection | None = Field(None, description="Who teaches it block by block; default: nobody.")
     data: DataSection = Field(description="What it learns from.")
-    learning_rates: LearningRates = Field(LearningRates(), description="Learning rates of parts.")
+    learning_rates: LearningRates = Field(LearningRates.model_validate({}), description="Learning rates of parts.")
     sample_generations: list[SampleGenerationSection] = Field([], description="What is answered at every checkpoint.")
     max_minutes: float | None = Field(
         None, gt=0, description="Plan fewer steps than training.max_steps if they would take longer here."
@@ -230,6 +230,10 @@ class Recipe(Section):
     @property
     def distill_only_steps(self) -> int:
         return 0 if self.teacher is None else self.teacher.distill_only_steps
+
+    @property
+    def init_from_teacher(self) -> bool:
+        return self.teacher is not None and self.teacher.init_from_teacher
 
     @property
     def recomputed_blocks(self) -> bool | int:

@@ -183,7 +183,7 @@ class VoraTrainer(Trainer):
         if not first and self.vision_lr_scale == 1.0:
             return scheduler
         warmup = max(1, self.args.get_warmup_steps(num_training_steps - first))
-        schedules = []
+        schedules: list[Callable[[int], float]] = []
         for group, rest, rate in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs):
             _, is_vision = group["part"]
             group["lr"] = rate
