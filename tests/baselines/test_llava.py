@@ -226,8 +226,8 @@ def test_it_sees_the_samples_that_a_vora_student_sees(recipe):
     ("sections", "wanted"),
     [
         ({"teacher": {"name": "vit"}}, "teacher and model.encoder exclude each other"),
-        ({"data": {"sources": [{"path": "x"}], "text_only": True}}, "model.encoder and data.blind exclude each other"),
-        ({"model": {"vora": "x", "encoder": "vit"}}, "model.vora has its own"),
+        ({"data": {"sources": [{"path": "x"}], "text_only": True}}, "model.encoder and data.text_only exclude each other"),
+        ({"model": {"vora": "x", "encoder": "vit"}}, "model.vora has vision already"),
         ({"model": {"llm": "x", "encoder": "vit", "image_attention": "bidirectional"}}, "leave image_attention out"),
     ],
 )
