@@ -10,7 +10,8 @@ from vora.baselines.llava import kind_of_student
 from vora.build.lora import merge_vision_lora
 from vora.checkpoint.adapter import fetch_adapter, is_adapter, load_adapter, processor_of_adapter
 from vora.model.configuration_vora import VoraConfig
-from vora.model.image_processing_vora import is_video, read_image
+from vora.model.fetch_image import fetch_image
+from vora.model.image_processing_vora import is_video
 from vora.model.processing_vora import VoraProcessor
 from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
 
@@ -79,13 +80,13 @@ class Chat:
 
         Args:
             text: the question.
-            images: paths, URLs, PIL images or `Video`s that come with it.
+            images: paths, PIL images or `Video`s that come with it; of URLs fetch the images first.
 
         Raises:
             ValueError: an image cannot be read, or the conversation exceeds the LLM's context.
         """
         content = [
-            {"type": "video", "video": image} if is_video(image) else {"type": "image", "image": read_image(image)}
+            {"type": "video", "video": image} if is_video(image) else {"type": "image", "image": fetch_image(image)}
             for image in images
         ]
         turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}

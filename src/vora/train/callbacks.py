@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vora.checkpoint.run_directory import newest_checkpoint
 from vora.distill.objective import LOSSES
-from vora.model.image_processing_vora import read_image
+from vora.model.fetch_image import fetch_image
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe_sections import SampleGenerationSection
@@ -149,7 +149,7 @@ class SampleGenerationCallback(TrainerCallback):
         log_file: str | Path,
         console: Console,
     ) -> None:
-        self.samples = [(read_image(sample.image), sample) for sample in samples]
+        self.samples = [(fetch_image(sample.image), sample) for sample in samples]
         self.processor, self.log_file, self.console = processor, Path(log_file), console
 
     def on_save(

@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerState, TrainingArguments
 
+from vora.data.columns import RowOptions
 from vora.data.readers import load_source
+from vora.data.source import Source
 from vora.data.stream import PackedSequences
 from vora.distill.objective import Objective
 from vora.model.processing_vora import VoraProcessor
@@ -51,7 +53,7 @@ def training_arguments(recipe: Recipe, directory: str | Path) -> TrainingArgumen
     return arguments
 
 
-def open_sources(data: DataSection) -> list:
+def open_sources(data: DataSection) -> list[Source]:
     """The sources of a recipe's data section.
 
     Raises:
@@ -61,11 +63,10 @@ def open_sources(data: DataSection) -> list:
         load_source(
             source.path,
             source.split,
-            data.prompts,
-            source.max_samples,
+            RowOptions(data.prompts, source.columns or {}, data.allow_urls),
             subset=source.subset,
             image_folder=source.image_folder,
-            columns=source.columns,
+            max_samples=source.max_samples,
         )
         for source in data.sources
     ]
@@ -73,7 +74,7 @@ def open_sources(data: DataSection) -> list:
 
 def packed_sequences(
     recipe: Recipe,
-    sources: list,
+    sources: list[Source],
     processor: VoraProcessor,
     arguments: TrainingArguments,
     bad_samples: Path | None = None,

@@ -181,6 +181,7 @@ class DataSection(Section):
     statement_prompts: list[str] = Field(
         list(DEFAULT_PROMPTS.statement), description="One is drawn as that of a statement."
     )
+    allow_urls: bool = Field(False, description="Fetch images that rows name by URL; otherwise such rows are bad.")
     text_only: bool = Field(False, description="Leave every image out: the baseline that learns from text alone.")
     image_tokens: tuple[int, int] | None = Field(
         None, description="[fewest, most]: the most tokens of each image are drawn between these."
