@@ -69,8 +69,8 @@ class VoraTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: Batch) -> dict[str, Any]:
         """To the device, but for what only the host reads; a GPU is fed without being waited for."""
-        kept = {name: inputs[name] for name in ON_HOST if name in inputs}
-        moved = {name: tensor for name, tensor in inputs.items() if name not in kept}
+        kept = {name: tensor for name, tensor in inputs.items() if name in ON_HOST}
+        moved: dict[str, Any] = {name: tensor for name, tensor in inputs.items() if name not in ON_HOST}
         if self.args.device.type == "cuda":
             moved = {name: t.pin_memory().to(self.args.device, non_blocking=True) for name, t in moved.items()}
         return super()._prepare_inputs(moved) | kept
