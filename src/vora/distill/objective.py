@@ -198,7 +198,7 @@ class Objective(nn.Module):
             kwargs: as for a model of transformers.
 
         Raises:
-            ValueError: the LLM has fewer blocks, or they cannot be told one by one.
+            ValueError: the LLM has fewer blocks, or they are recomputed all or none.
         """
         blocks: Any = self.vora.model.blocks
         how = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
