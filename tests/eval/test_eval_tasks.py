@@ -1,178 +1,219 @@
-"""Tasks: rows of the layouts to examples, predictions to scores, scores to metrics."""
+"""Tasks: rows of any files to examples, predictions to scores, scores to metrics."""
 
 import json
+import math
 import re
 
 import pytest
 from PIL import Image
 
+import vora
+from vora.data.answers import tasks_of
+from vora.eval.prediction_cache import fingerprints
 from vora.eval.rows import Rows, SkippedRows
-from vora.eval.run import make_task
+from vora.eval.tasks.evaluation import make_task
+from vora.eval.tasks.text_items import read_items
 
-METRICS = {
-    "captions": ["cider_d", "bleu_4"],
-    "vqa": ["exact_accuracy", "vqa_accuracy"],
-    "classify": ["accuracy", "generated_accuracy"],
-    "statements": ["accuracy", "consistency", "ordering_consistency"],
-}
+
+def jsonl(folder, *rows):
+    """A file with an image in each row."""
+    imaged = [{"image": f"{number}.png", **row} for number, row in enumerate(rows)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in imaged))
+    return folder / "rows.jsonl"
+
+
+def examples(task, file, skipped=None, rows_options=None, **options):
+    rows = Rows([file], **(rows_options or {}))
+    return make_task(task, **options).examples(rows, SkippedRows() if skipped is None else skipped)
 
 
 def test_places_in_a_question_are_not_read_out(tmp_path):
-    row = {"question": "<image>\nwhat is this?", "answer": "red"}
-    assert make_task("vqa").examples(rows_of(tmp_path, row), SkippedRows())[0].prompt == "what is this?"
+    file = jsonl(tmp_path, {"question": "<image>\nwhat is this?", "answer": "red"})
+    assert examples("vqa", file)[0].prompt == "what is this?"
 
 
-def test_all_frames_of_a_video_are_shown(tmp_path):
+@pytest.mark.parametrize("column", ["video", "videos"])
+def test_all_frames_of_a_video_are_shown(tmp_path, column):
     frames = [Image.new("RGB", (8, 8), (0, 80 * n, 0)) for n in range(3)]
     frames[0].save(tmp_path / "v.gif", save_all=True, append_images=frames[1:])
-    (tmp_path / "v.jsonl").write_text(json.dumps({"video": "v.gif", "caption": "it turns green"}) + "\n")
-    shown = make_task("captions").examples(Rows([tmp_path / "v.jsonl"]), SkippedRows())[0].images()
-    assert len(shown) == 3
-
-
-def right_answers(examples):
-    return [{"generated": one.references[0], "chosen": one.references[0]} for one in examples]
-
-
-@pytest.mark.parametrize("task", METRICS)
-def test_the_right_answers_score_full(task, task_data):
-    made = make_task(task)
-    examples = made.examples(Rows([task_data / f"{task}.parquet"]), SkippedRows())
-    metrics = made.metrics(examples, made.score(examples, right_answers(examples)))
-    for name in METRICS[task]:
-        value = metrics[name]["value"]
-        assert value == pytest.approx(1) or (name == "cider_d" and value > 1)
-
-
-def rows_of(tmp_path, *rows):
-    """`Rows` of a file with an image in each row."""
-    imaged = [{"image": f"{number}.png", **row} for number, row in enumerate(rows)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in imaged))
-    return Rows([tmp_path / "rows.jsonl"])
+    file = jsonl(tmp_path, {"image": "", column: ["v.gif"], "caption": "it turns green"})
+    assert len(examples("captions", file)[0].images()) == 3
 
 
 def test_one_bad_question_leaves_the_others_of_its_image(tmp_path):
-    skipped = SkippedRows()
     row = {"questions": ["a", "b", "c", "d"], "answers": ["x", "", "z", ["one", {"answer": ["two"]}]]}
-    found = make_task("vqa").examples(rows_of(tmp_path, row), skipped)
+    found = examples("vqa", jsonl(tmp_path, row), skipped := SkippedRows())
     assert [(one.name, one.references) for one in found] == [("rows.jsonl:0#0", ["x"]), ("rows.jsonl:0#2", ["z"])]
     assert [one["name"] for one in skipped.named] == ["rows.jsonl:0#1", "rows.jsonl:0#3"]
     assert skipped.named[1]["cause"] == "Its answer is a list, not text."
 
 
 @pytest.mark.parametrize(
-    ("task", "row", "reference"),
+    ("task", "row", "references"),
     [
-        ("vqa", {"question": "how many?", "answer": 2.0}, "2"),
-        ("vqa", {"question": "q", "answers": {"answer": ["a", "b"], "answer_id": [1, 2]}}, "a"),
-        ("vqa", {"question": "q", "choices": ["x", "y"], "answer": "y"}, "y"),
-        ("statements", {"sentence": "s", "label": 1.0}, "true"),
-        ("classify", {"label": 1.0}, "blue"),
+        ("captions", {"captions": [{"raw": "a  dog"}, None, "a cat"]}, ["a dog", "a cat"]),
+        ("vqa", {"question": "how many?", "answer": 2.0}, ["2"]),
+        ("vqa", {"question": "q", "answers": {"answer": ["a", "b"], "answer_id": [1, 2]}}, ["a", "b"]),
+        ("vqa", {"question": "q", "choices": ["x", "y"], "answer": "y"}, ["y"]),
+        # several people's numbers are what they counted
+        ("vqa", {"question": "q", "choices": ["two", "three"], "answers": ["2", "2", "two"]}, ["2", "2", "two"]),
+        ("statements", {"sentence": "s", "label": 1.0}, ["true"]),
+        ("statements", {"question": "s", "answer": "no"}, ["false"]),
+        ("classify", {"label": 1.0}, ["blue"]),
     ],
 )
-def test_numbers_and_stored_columns_are_read_as_training_reads_them(tmp_path, task, row, reference):
+def test_rows_are_read_as_training_reads_them(tmp_path, task, row, references):
     labels = ["red", "blue"] if task == "classify" else None
-    assert make_task(task, labels=labels).examples(rows_of(tmp_path, row), SkippedRows())[0].references[0] == reference
+    assert examples(task, jsonl(tmp_path, row), labels=labels)[0].references == references
 
 
 @pytest.mark.parametrize(
     ("task", "row", "cause"),
     [
+        ("captions", {"captions": [" "]}, "0 captions"),
+        ("captions", {"caption": "a \ud83d dog"}, r"'caption' holds '\\ud83d', half of a surrogate pair"),
+        ("captions", {"caption": math.nan}, "None of its columns .*'caption'.* holds text"),
+        ("captions", {"caption": "a dog", "audio": "a.wav"}, "holds sound"),
         ("vqa", {"question": ["q", "r"], "answers": ["a"]}, "question is a list, not text"),
-        (
-            "vqa",
-            {"question": "which?", "choices": ["x", "y", "z"], "answer": 2},
-            "none of its 3 choices: give the text",
-        ),
+        ("vqa", {"question": "q", "answer": math.nan}, "It has no answers"),
+        ("vqa", {"question": "q", "choices": ["x", "y"], "answer": 2}, "none of its 2 choices: give the text"),
         ("classify", {"label": ["cat"]}, "label is a list, not text"),
         ("classify", {"label": 3}, "label 3 is a number: .* --labels"),
+        ("statements", {"sentence": "s", "label": "maybe"}, "neither true nor false"),
     ],
 )
-def test_what_is_no_text_is_refused(tmp_path, task, row, cause):
-    skipped = SkippedRows()
-    assert make_task(task).examples(rows_of(tmp_path, row), skipped) == [] and re.search(
-        cause, skipped.named[0]["cause"]
-    )
+def test_rows_that_are_none_are_named_and_the_others_read(tmp_path, task, row, cause):
+    good = {"caption": "a cat", "question": "q", "answer": "yes", "sentence": "s", "label": "true"}
+    file = jsonl(tmp_path, row, good, good | {"label": "false"})
+    found = examples(task, file, skipped := SkippedRows())
+    assert len({one.name for one in found}) == 2 and skipped.count == 1
+    assert skipped.named[0]["name"].startswith("rows.jsonl:0") and re.search(cause, skipped.named[0]["cause"])
+
+
+def test_images_at_urls_are_fetched_only_if_asked_for(tmp_path):
+    file = jsonl(tmp_path, {"image": "http://127.0.0.1:9/a.png", "caption": "a dog"})
+    with pytest.raises(ValueError, match="allow_urls"):
+        examples("captions", file)[0].images()
+    with pytest.raises(ValueError) as refused:  # no server of this machine, even so
+        examples("captions", file, rows_options={"allow_urls": True})[0].images()
+    assert "allow_urls" not in str(refused.value)
 
 
 def test_rows_of_one_image_are_one(tmp_path, png, parquet):
     captions = ["a dog runs", "a cat sits", "a bus waits", "a cow"]
-    rows = [{"image": f"{n % 3}.png", "caption": caption} for n, caption in enumerate(captions)]
-    examples = make_task("captions").examples(rows_of(tmp_path, *rows), SkippedRows())
-    assert [one.references for one in examples] == [["a dog runs", "a cow"], ["a cat sits"], ["a bus waits"]]
-    first = make_task("captions", max_examples=1).examples(rows_of(tmp_path, *rows), SkippedRows())
+    file = jsonl(tmp_path, *({"image": f"{n % 3}.png", "caption": caption} for n, caption in enumerate(captions)))
+    found = [one.references for one in examples("captions", file)]
+    assert found == [["a dog runs", "a cow"], ["a cat sits"], ["a bus waits"]]
+    first = examples("captions", file, max_examples=1)
     assert [one.references for one in first] == [["a dog runs"]]  # up to where another image begins
-    copies = parquet("copies", [{"image": png(0), "caption": "a"}, {"image": png(0), "caption": "b"}])
-    assert len(make_task("captions").examples(Rows([copies]), SkippedRows())) == 1
-
-
-def test_what_any_model_would_get_right_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="2 examples have one class, 'cat'.*--labels"):
-        make_task("classify").examples(rows_of(tmp_path, {"label": "cat"}, {"label": "cat"}), SkippedRows())
-
-
-def test_an_empty_image_column_hides_no_other(tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    row = {"image": "", "images": ["a.png"], "caption": "x"}
-    assert len(make_task("captions").examples(rows_of(tmp_path, row), SkippedRows())[0].images()) == 1
-
-
-def test_a_named_column_goes_before_its_synonyms(tmp_path):
-    row = {"question": "q", "answers": ["many"], "best": "one", "image": "no.png", "pic": "a.png"}
-    rows_of(tmp_path, row)
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    named = {"answer": "best", "images": "pic"}
-    example = make_task("vqa").examples(Rows([tmp_path / "rows.jsonl"], columns=named), SkippedRows())[0]
-    assert example.references == ["one"] and len(example.images()) == 1
+    copies = [{"image": png(0), "caption": "a"}, {"image": png(0), "caption": "b"}]
+    assert len(examples("captions", parquet("copies", copies))) == 1
 
 
 def test_one_image_has_no_cider(tmp_path):
-    made = make_task("captions")
-    examples = made.examples(rows_of(tmp_path, {"caption": "a dog"}), SkippedRows())
-    metrics = made.metrics(examples, made.score(examples, [{"generated": "a dog"}]))
+    made, found = make_task("captions"), examples("captions", jsonl(tmp_path, {"caption": "a dog"}))
+    metrics = made.metrics(found, made.score(found, [{"generated": "a dog"}]))
     assert metrics["cider_d"] == {"value": None, "interval": [None, None]}
     assert metrics["bleu_4"]["interval"] == [None, None]
 
 
-def test_consistency_wants_every_image_of_a_sentence(tmp_path):
-    made = make_task("statements")
-    rows = [
-        {"sentence": f"there is a {n // 4} box", "label": n % 4 < 2, "identifier": f"{n // 4}-{n % 2}-0"}
-        for n in range(8)
-    ]
-    examples = made.examples(rows_of(tmp_path, *rows), SkippedRows())
-    answers = right_answers(examples)
-    answers[0]["chosen"] = "false"
-    metrics = {name: one["value"] for name, one in made.metrics(examples, made.score(examples, answers)).items()}
+def predictions(found, answer):
+    return [{"generated": answer(one), "chosen": answer(one)} for one in found]
+
+
+@pytest.mark.parametrize(
+    ("task", "names"),
+    [
+        ("captions", ["cider_d", "bleu_4"]),
+        ("vqa", ["exact_accuracy", "vqa_accuracy"]),
+        ("classify", ["accuracy", "generated_accuracy"]),
+        ("statements", ["accuracy", "consistency", "ordering_consistency"]),
+    ],
+)
+def test_the_right_answers_score_full(task, names, task_data):
+    made, found = make_task(task), examples(task, task_data / f"{task}.parquet")
+    metrics = made.metrics(found, made.score(found, predictions(found, lambda one: one.references[0])))
+    assert list(metrics) == names
+    for name in names:
+        assert metrics[name]["value"] == pytest.approx(1.0) or (name == "cider_d" and metrics[name]["value"] > 1)
+
+
+def test_consistency_wants_every_image_of_a_sentence(parquet):
+    rows = [{"sentence": f"a box {n // 4}", "label": n % 4 < 2, "identifier": f"{n // 4}-{n % 2}-0"} for n in range(8)]
+    made, found = make_task("statements"), examples("statements", parquet("s", rows))
+    given = predictions(found, lambda one: one.references[0])
+    given[0]["chosen"] = "false"
+    metrics = {name: one["value"] for name, one in made.metrics(found, made.score(found, given)).items()}
     assert metrics == {"accuracy": 7 / 8, "consistency": 1 / 2, "ordering_consistency": 3 / 4}
 
 
-def test_labels_may_be_numbers_of_named_classes(tmp_path):
-    rows = rows_of(tmp_path, *({"label": n % 3} for n in range(6)))
-    examples = make_task("classify", labels=["red", "blue", "green"]).examples(rows, SkippedRows())
-    assert [one.references[0] for one in examples[:4]] == ["red", "blue", "green", "red"]
-    assert examples[0].candidates == ("red", "blue", "green")
-    skipped = SkippedRows()
-    assert len(make_task("classify", labels=["red", "blue"]).examples(rows, skipped)) == 4
+def test_all_classes_are_candidates_of_a_few_examples(task_data):
+    found = examples("classify", task_data / "classify.parquet", max_examples=1)
+    assert len(found) == 1 and found[0].candidates == ("blue", "green square", "red")
+
+
+def test_what_any_model_would_get_right_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="2 examples have one class, 'cat'.*--labels"):
+        examples("classify", jsonl(tmp_path, {"label": "cat"}, {"label": "cat"}))
+
+
+def test_labels_may_be_numbers_of_named_classes(parquet):
+    file = parquet("numbers", [{"label": n % 3} for n in range(6)])
+    found = examples("classify", file, labels=["red", "blue", "green"])
+    assert [one.references[0] for one in found[:4]] == ["red", "blue", "green", "red"]
+    assert found[0].candidates == ("red", "blue", "green")
+    assert len(examples("classify", file, skipped := SkippedRows(), labels=["red", "blue"])) == 4
     assert skipped.count == 2
 
 
-def test_all_classes_are_candidates_of_a_few_examples(task_data):
-    examples = make_task("classify", max_examples=1).examples(Rows([task_data / "classify.parquet"]), SkippedRows())
-    assert len(examples) == 1 and examples[0].candidates == ("blue", "green square", "red")
+def test_a_named_column_goes_before_its_synonyms_and_an_empty_one_hides_no_other(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    file = jsonl(tmp_path, {"question": "q", "answers": ["many"], "best": "one", "image": "no.png", "pic": "a.png"})
+    (example,) = examples("vqa", file, rows_options={"columns": {"answer": "best", "images": "pic"}})
+    assert example.references == ["one"] and len(example.images()) == 1
+    file = jsonl(tmp_path, {"image": "", "images": ["a.png"], "caption": "x"})
+    assert len(examples("captions", file)[0].images()) == 1
 
 
-def test_the_first_split_that_is_there_is_read(parquet, tmp_path):
+def test_the_first_split_that_is_there_is_read(tmp_path, parquet):
     for name in ("train", "validation"):
         parquet(f"{name}-00000-of-00001", [{"captions": [name]}])
-    made = make_task("captions")
-    assert made.examples(Rows([tmp_path]), SkippedRows())[0].references == ["validation"]
-    assert made.examples(Rows([tmp_path], split="train"), SkippedRows())[0].references == ["train"]
+    assert examples("captions", tmp_path)[0].references == ["validation"]
+    assert examples("captions", tmp_path, rows_options={"split": "train"})[0].references == ["train"]
     with pytest.raises(ValueError, match="dev"):
         Rows([tmp_path], split="dev")
 
 
-def test_what_several_people_counted_is_no_number_of_a_choice(tmp_path):
-    row = {"question": "how many?", "choices": ["two", "three", "four"], "answers": ["2", "2", "two"]}
-    (example,) = make_task("vqa").examples(rows_of(tmp_path, row), SkippedRows())
-    assert example.references == ["2", "2", "two"]
+def test_files_in_another_order_are_other_data(tmp_path):
+    for folder in "xy":
+        (tmp_path / folder).mkdir()
+    files = [jsonl(tmp_path / folder, {"caption": folder}) for folder in "xy"]
+    there, back = Rows(files).files, Rows(files[::-1]).files
+    assert len(fingerprints(there)) == 2 and fingerprints(there) != fingerprints(back)
+
+
+@pytest.mark.parametrize(
+    ("columns", "tasks"),
+    [
+        ("captions", ["captions"]), ("text", ["captions"]), ("question answer", ["vqa"]), ("label", ["classify"]),
+        ("sentence label", ["statements"]), ("questions answers caption", ["captions", "vqa"]), ("text label",
+        ["classify"]), ("id", []),
+    ],
+)  # fmt: skip
+def test_columns_say_what_task_they_are_for(columns, tasks):
+    assert tasks_of(dict.fromkeys(columns.split(), "x")) == tasks
+
+
+def test_text_counts_what_training_would_learn(tmp_path, llm_folder):
+    processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+    answers = [{"role": "assistant", "content": "no", "weight": 0}, {"role": "assistant", "content": "yes"}]
+    said = [{"role": "user", "content": "one?"}, answers[0], {"role": "user", "content": "two?"}, answers[1]]
+    rows = [{"messages": said}, {"text": "half \udc00"}, {"messages": said[:1] + [{**answers[1], "content": None}]}]
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    windows, questions, _ = read_items([file], processor, 64, skipped := SkippedRows())
+    (window,) = windows
+    targets = window.sample["targets"]
+    assert processor.tokenizer.decode(targets[targets != -100]) == "yes<|im_end|>" and questions == []
+    assert window.num_bytes == pytest.approx(len("yes"))
+    assert [one["name"] for one in skipped.named] == ["text.jsonl:1", "text.jsonl:2"]

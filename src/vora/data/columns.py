@@ -98,7 +98,7 @@ def _without_nan(value, column):
             value.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"Its column {column!r} holds half a character, {value[error.start]!a} at place {error.start}, which "
-                "is no text: repair the file."
+                f"Its column {column!r} holds {value[error.start]!a}, half of a surrogate pair, at place {error.start}: "
+                "that is no text, repair the file."
             ) from None
     return None if isinstance(value, float) and value != value else value

@@ -94,7 +94,7 @@ def to_sample(row: Row, name: str = "", image_folder: str | Path = ".", options:
     images: list[ImageSource] = []
     if has_any(row, *TURN_COLUMNS):
         if row.get("tools") not in (None, "", "[]"):
-            raise ValueError("Its assistant has tools, which are not understood: leave the row out.")
+            raise ValueError("Its assistant has tools, which is not understood: leave the row out.")
         conversation, inline = conversation_of(next(row[column] for column in TURN_COLUMNS if column in row))
         if inline and has_images(row):
             raise ValueError("It has images both in its messages and in a column of their own.")

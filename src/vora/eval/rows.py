@@ -162,7 +162,7 @@ def _split_on_hub(path: str, subset: str | None) -> str:
 def _text_of_row(row: Values, name: str, image_folder: str, options: RowOptions) -> Values:
     found = {key: value for key, value in usable(row, options.columns).items() if key not in IMAGE_COLUMNS}
     if not any(column in COLUMNS for column in found):
-        raise ValueError(f"Its columns {sorted(map(str, row))} are none that are known: name them, ours=theirs.")
+        raise ValueError(f"None of its columns {sorted(map(str, row))} holds text that is known: name them.")
     return found
 
 
