@@ -85,7 +85,7 @@ class VoraModel(VoraPreTrainedModel):
         """float[P, C*p*p] patches of N images to float[P / m^2, D] image tokens, raster order (m: patch_merge)."""
         return self.patch_embedding(pixel_values, image_grid_thw)
 
-    def image_token_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def image_token_mask(self, input_ids: Tensor | None, inputs_embeds: Any) -> Tensor:
         """bool[B, T], True where the prompt holds an image token."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
@@ -123,7 +123,7 @@ class VoraModel(VoraPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         blocks = None
-        if pixel_values is not None:
+        if pixel_values is not None and image_grid_thw is not None:
             is_image = self.image_token_mask(input_ids, inputs_embeds)
             if image_numbers is None:
                 image_numbers = image_blocks(is_image, image_grid_thw, self.config.patch_merge)
