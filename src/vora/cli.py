@@ -3,7 +3,6 @@
 import os
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -142,7 +141,9 @@ def plan(
 
 @app.command(name="eval")
 def evaluate(
-    task: Annotated[str, typer.Option(help="captions, vqa, classify, statements, probe (does it look?) or text.")],
+    task: Annotated[
+        str, typer.Option(help="captions, vqa, exact, classify, statements, probe (does it look?), text.")
+    ],
     data: Annotated[
         list[str], typer.Option(help="Files, folders or datasets: all that recipes read; see `vora data`.")
     ],
@@ -159,6 +160,7 @@ def evaluate(
     ] = None,
     subset: Annotated[str | None, typer.Option(help="Of a dataset on the Hub.")] = None,
     image_folder: Annotated[Path | None, typer.Option(help="Where paths of images start.")] = None,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch images that rows name by URL.")] = False,
     max_examples: Annotated[int | None, typer.Option(min=1, help="Ask the first so many only.")] = None,
     min_image_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of an image; the model's own.")] = None,
     max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image; the model's own.")] = None,
@@ -166,60 +168,45 @@ def evaluate(
     of: Annotated[str | None, typer.Option(help="The task that a probe is of; told by the data's columns.")] = None,
     generate: Annotated[bool, typer.Option("--generate", help="A probe also lets the model speak; slow.")] = False,
     against: Annotated[
-        str, typer.Option(help="What a probe shows besides the right image; other alone is the fastest.")
-    ] = "other,blank,shuffled,none",
+        str | None,
+        typer.Option(help="What a probe shows besides the right image: other,blank,shuffled,none; other is fastest."),
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="The LLM that --task text holds the model against; what its card names.")
     ] = None,
 ):
     """Measure a model on a task, with 95 % intervals; the same command goes on after a stop."""
     from vora.checkpoint.pretrained import committed_model
-    from vora.eval.run import TASKS, check_overwrites_nothing, make_task, task_of
     from vora.eval.run import evaluate as run
-    from vora.serve.engine import load_model
 
     if wrong := [pair for pair in column or () if "=" not in pair]:
         raise ValueError(f"--column {wrong[0]} is not of the form ours=theirs, such as captions=alt_text.")
-    if of is not None and of not in TASKS:
-        raise ValueError(f"--of {of} is no task that can be probed: choose among {', '.join(TASKS)}.")
-    check_overwrites_nothing(out, *([".png"] if task == "probe" else []))
-    options = {
-        "split": split,
-        "subset": subset,
-        "image_folder": None if image_folder is None else str(image_folder),
-        "columns": dict(pair.split("=", 1) for pair in column or ()) or None,
-    }
-    paths = [*data, *(more_data or ())]
-    if task == "probe":
-        from vora.eval.probe.probe import probe
-        from vora.eval.rows import Rows
-
-        run, task = (
-            partial(probe, generate=generate, against=against.split(",")),
-            of or task_of(Rows(paths, **options)),
-        )
-    name = model or committed_model()
-    if task == "text":
-        from vora.eval.tasks.text import text_ability
-
-        given = {"base": base, "max_examples": max_examples, "seed": seed, "rows_options": options}
-        report = text_ability(*load_model(name), paths, out, console, model_name=name, **given)
-        _print_report(report, out)
-        return
-    known = None if labels is None else labels.read_text().splitlines()
-    known = known and [line.strip() for line in known if line.strip()]
-    chosen = make_task(task, prompt=prompt, labels=known, max_examples=max_examples, seed=seed)
-    loaded = load_model(name, min_image_tokens, max_image_tokens)
-    report = run(*loaded, chosen, paths, out, console, model_name=name, rows_options=options)
-    _print_report(report, out)
-
-
-def _print_report(report, out):
-    from vora.eval.run import metrics_table
-
-    console.print(metrics_table(report))
-    if "verdict" in report:
-        console.print(report["verdict"], highlight=False, markup=False)
+    names = None if labels is None else [line.strip() for line in labels.read_text().splitlines() if line.strip()]
+    report = run(
+        model or committed_model(),
+        task,
+        [*data, *(more_data or ())],
+        out,
+        split=split,
+        subset=subset,
+        image_folder=image_folder,
+        allow_urls=allow_urls,
+        columns=dict(pair.split("=", 1) for pair in column or ()) or None,
+        min_image_tokens=min_image_tokens,
+        max_image_tokens=max_image_tokens,
+        console=console,
+        of=of,
+        against=None if against is None else against.split(","),
+        generate=generate,
+        base=base,
+        prompt=prompt,
+        labels=names,
+        max_examples=max_examples,
+        seed=seed,
+    )
+    console.print(report.table())
+    if "verdict" in report.details:
+        console.print(report.details["verdict"], highlight=False, markup=False)
     console.print(f"Report: {out}")
 
 
@@ -383,7 +370,7 @@ def _opened(name, teacher, min_image_tokens, max_image_tokens):
     import torch
 
     from vora.checkpoint.run_directory import is_run
-    from vora.distill.learner import VisionLearner
+    from vora.distill.objective import Objective
     from vora.serve.engine import load_model
     from vora.train.trained import open_run
 
@@ -392,7 +379,7 @@ def _opened(name, teacher, min_image_tokens, max_image_tokens):
         processor.image_processor.set_budget(min_image_tokens, max_image_tokens)
         return learner.to("cuda" if torch.cuda.is_available() else "cpu"), processor
     model, processor = load_model(name, min_image_tokens, max_image_tokens)
-    return VisionLearner(model, processor.image_processor), processor
+    return Objective(model, processor.image_processor), processor
 
 
 def _print_answer(conversation, question, images):

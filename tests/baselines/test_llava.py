@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from vora import Teacher, attach_vision_lora, merge_vision_lora
 from vora.baselines.llava import VoraLlavaForConditionalGeneration
 from vora.build.lora import load_vision_lora
-from vora.data.schema import Record, without_images
+from vora.data.schema import Sample, without_images
 from vora.distill.teacher import images_of_patches
 from vora.serve.engine import Chat, load_model
 from vora.train.plan.meta_model import meta_model
@@ -270,7 +270,7 @@ def test_a_blinded_record_keeps_every_word():
         {"type": "text", "text": "two?"},
     ]
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "two"}]
-    record = without_images(Record("r", ["a.png", "b.png"], [turns, [{"role": "text", "content": "hello"}]]))
+    record = without_images(Sample("r", ["a.png", "b.png"], [turns, [{"role": "text", "content": "hello"}]]))
     assert record.images == [] and record.open_images() == []
     assert record.conversations[0] == [{"role": "user", "content": "one or two?"}, turns[1]]
     assert record.messages([], record.conversations[0]) == record.conversations[0]

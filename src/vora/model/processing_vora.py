@@ -157,7 +157,7 @@ class VoraProcessor(ProcessorMixin):
 
         The conversation is rendered up to each assistant turn and past it, so that labels are exact for any template
         that renders a conversation's beginning as the beginning of the whole, and so that each turn is learned after
-        the very tokens that `apply_chat_template` makes of its prompt.
+        the very tokens that `apply_chat_template` makes of its prompt. A message with `learn: False` is not learned.
 
         Args:
             image_inputs: what the image processor made of the same images before, to spare it the work.
@@ -188,7 +188,8 @@ class VoraProcessor(ProcessorMixin):
             request = self._ids_after(ids, done, prompt)
             answer = self._ids_after(ids + request, prompt, whole)
             ids += request + answer
-            labels += [-100] * len(request) + self._labels_of(answer, self.end_ids)
+            learned = self._labels_of(answer, self.end_ids) if message.get("learn", True) else [-100] * len(answer)
+            labels += [-100] * len(request) + learned
             done = whole
         if not ids:
             raise ValueError("The conversation has no assistant turn, so there is nothing to learn from it.")

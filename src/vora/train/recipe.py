@@ -93,7 +93,7 @@ class TeacherSection(Section):
     )
     distill_only_steps: int = Field(0, ge=0)  # first steps that distill images alone and run the paired blocks only
     # after them, of the learning rates of all that they train; 0 without such steps: it rests, at no cost, and so does
-    # the teacher (`VisionLearner.freeze_vision`)
+    # the teacher (`Objective.freeze_vision`)
     vision_lr_scale: float = Field(1.0, ge=0)
     init_from_teacher: bool = True  # the patch embedding starts from the teacher's
 
@@ -144,6 +144,7 @@ class DataSection(Section):
     caption_prompts: list[str] = list(DEFAULT_PROMPTS.caption)  # asked where a row has an answer alone: `Prompts`
     label_prompts: list[str] = list(DEFAULT_PROMPTS.label)
     statement_prompts: list[str] = list(DEFAULT_PROMPTS.statement)
+    allow_urls: bool = False  # fetch images that rows name by URL; otherwise such rows are bad
     text_only: bool = False  # leave every image out: the LLM learns from the words alone
     image_tokens: tuple[int, int] | None = None  # each image's budget is drawn between these two
     max_bad_share: float = Field(0.1, ge=0, le=1)  # stop when more of the samples read are bad

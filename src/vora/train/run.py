@@ -22,6 +22,7 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from vora.checkpoint.run_directory import find_checkpoint, last_step, newest_checkpoint
+from vora.data.columns import RowOptions
 from vora.data.readers import load_source
 from vora.data.stream import PackedSequences
 from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
@@ -237,11 +238,10 @@ def open_sources(data):
         load_source(
             source.path,
             source.split,
-            data.prompts,
-            source.max_samples,
+            RowOptions(data.prompts, source.columns or {}, data.allow_urls),
             subset=source.subset,
             image_folder=source.image_folder,
-            columns=source.columns,
+            max_samples=source.max_samples,
         )
         for source in data.sources
     ]
