@@ -68,7 +68,9 @@ def cut(mask: Tensor, blocks: Tensor | None, seen_until: Tensor | None, states: 
     parts, dtype = [[(0, mask.shape[2])]] * len(mask), _dtype(states)
     if seen_until is not None and seen_until.shape[1] == mask.shape[2]:  # trees that hang on a cache are not cut
         parts = trees(seen_until)
-    borders = [[]] * len(mask) if blocks is None else [_changes(numbers) for numbers in blocks.cpu().numpy()]
+    borders: list[list[int]] = [[]] * len(mask)  # where images begin or end
+    if blocks is not None:
+        borders = [(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist() for numbers in blocks.cpu().numpy()]
     segments = []
     for trees_of_one, borders_of_one, sees in zip(parts, borders, mask[:, 0].cpu().numpy()):
         cuts = [cut for tree in trees_of_one for cut in _cut_long(*tree, borders_of_one, dtype)]
@@ -92,11 +94,6 @@ def trees(seen_until: Tensor) -> list[list[tuple[int, int]]]:
                 parts.append((start, end, end - start == 1))
         found.append([(start, end) for start, end, _ in parts])
     return found
-
-
-def _changes(numbers: np.ndarray) -> list[int]:
-    """The places where an image begins or ends."""
-    return (np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist()
 
 
 def _cut_long(start: int, end: int, borders: list[int], dtype: torch.dtype) -> Iterator[tuple[int, int]]:
