@@ -74,7 +74,8 @@ def test_a_refused_question_or_image_does_not_end_the_chat(model_folder, tmp_pat
     Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
     Image.new("RGB", (99, 99)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    lines = iter(["hello", f"+ {tmp_path}/bomb.png", f"+ {tmp_path}/red.png", "what is <reponame>?", "what?", ""])
+    too_long = "what? " * 9999
+    lines = iter(["what is <reponame>?", f"+ {tmp_path}/bomb.png", f"+ {tmp_path}/red.png", too_long, "what?", ""])
     asked, print_answer = [], cli._print_answer
 
     def spy(conversation, question, images):
@@ -84,7 +85,7 @@ def test_a_refused_question_or_image_does_not_end_the_chat(model_folder, tmp_pat
     monkeypatch.setattr(cli, "_read_line", lambda: next(lines))
     monkeypatch.setattr(cli, "_print_answer", spy)
     cli.chat(model=str(model_folder), max_new_tokens=2)
-    assert asked == [("hello", 0, 0), ("what is <reponame>?", 1, 2), ("what?", 0, 2)]
+    assert asked == [("what is <reponame>?", 0, 0), (too_long, 1, 2), ("what?", 0, 2)]
     told = " ".join(capsys.readouterr().err.split())
     assert "1 images were left out with that question" in told
-    assert "decompression bomb" in told and "2 places for images (<reponame>), but 1 images" in told
+    assert "decompression bomb" in told and "start a new chat" in told
