@@ -1,5 +1,7 @@
-"""The whole command line on tiny models, in processes of their own: it works, and it fails in one line."""
+"""The whole command line on tiny models: it works, and it fails in one line."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -7,14 +9,37 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny import command_line as vora
-from tiny import save_tiny_vit, tiny_tokenizer
+from rich.console import Console
+from tiny import command_line, save_tiny_vit, tiny_tokenizer
 from transformers import AutoTokenizer
+
+from vora import cli
+
+
+def vora(*arguments, cwd=".", input=""):
+    """`vora ARGUMENTS` in this process, which has long imported what every process would have to."""
+    stdout, stderr, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(sys, "argv", ["vora", *map(str, arguments)]))
+        stack.enter_context(mock.patch.object(sys, "stdin", io.StringIO(input)))
+        stack.enter_context(mock.patch.dict(os.environ))
+        stack.enter_context(mock.patch.object(cli, "console", Console(stderr=True, width=300)))
+        stack.callback(os.chdir, os.getcwd())
+        os.chdir(cwd)
+        stack.enter_context(contextlib.redirect_stdout(stdout))
+        stack.enter_context(contextlib.redirect_stderr(stderr))
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+    return SimpleNamespace(returncode=status, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +79,10 @@ def test_train_merge_chat(work, merged):
     text_alone = AutoTokenizer.from_pretrained(work / "llm")
     assert text_alone.chat_template == tiny_tokenizer().chat_template  # without images
     assert "processor_class" not in json.loads((work / "llm" / "tokenizer_config.json").read_text())
-    answer = vora("chat", work / "red.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4)
-    assert answer.returncode == 0 and answer.stdout.endswith("\n"), answer.stderr
-    small = vora("chat", work / "red.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4, "--max-image-tokens", 1)
+    ask = ["chat", work / "red.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4]
+    alone, answer = command_line(*ask), vora(*ask)  # in a process of its own, and in this one
+    assert alone.returncode == 0 and alone.stdout.endswith("\n") and alone.stdout == answer.stdout, alone.stderr
+    small = vora(*ask, "--max-image-tokens", 1)
     assert small.returncode == 0, small.stderr
     many = vora("chat", work / "red.png", work / "blue.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4)
     assert many.returncode == 0, many.stderr

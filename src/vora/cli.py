@@ -61,7 +61,7 @@ def start(
     else:
         handler = logging.StreamHandler()
     level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
     console.quiet = quiet
 
 
