@@ -4,7 +4,7 @@ import base64
 import html
 from io import BytesIO
 
-from vora.data.page import data_url
+from vora.report.images import data_url
 from vora.serve.engine import Chat
 from vora.train.progress import read_log
 

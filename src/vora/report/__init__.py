@@ -1,1 +1,1 @@
-"""How things look: HTML, plots, Markdown; imports nothing of vora."""
+"""How things look: HTML, images, plots, Markdown. Knows nothing of vora."""

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from vora.data.page import image_of_patches
 from vora.distill.blockwise import name_of
 from vora.distill.teacher import hook_on_output
 from vora.eval.inspect.attention_weights import watched_attention, words_of_tokens
 from vora.eval.inspect.colours import aligned, colours, principal_components
 from vora.eval.metrics.cka import linear_cka
+from vora.report.images import image_of_patches
 
 
 @dataclass

@@ -4,8 +4,8 @@ import html
 import json
 from pathlib import Path
 
-from vora.data.page import data_url
 from vora.eval.inspect.panels import panels_of
+from vora.report.images import data_url
 
 TITLE = "How a model sees an image"
 STYLE = """

@@ -11,8 +11,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
-from vora.data.page import with_grid
 from vora.eval.metrics.cka import FEWEST_TOKENS, MOST_TOKENS
+from vora.report.images import with_grid
 
 TILE, WORD_TILE = 104, 150  # sides in pixels of a square image's tiles; other images' have the same area
 IMAGE = 640  # longer side at most, if the image is not larger by itself
@@ -52,7 +52,8 @@ def panels_of(found, image_processor):
 
 def _seen(found, image_processor):
     rows, columns = found.grid
-    image = ImageOps.expand(with_grid(found.image, image_processor, IMAGE), 1, "#d8e0e8")
+    token_pixels = image_processor.patch_size * image_processor.patch_merge
+    image = ImageOps.expand(with_grid(found.image, token_pixels, IMAGE), 1, "#d8e0e8")
     return Panel(
         "What the model is given",
         f"The image at the size at which the model reads it, {found.image.width} x {found.image.height} pixels, "

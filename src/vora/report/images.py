@@ -1,0 +1,55 @@
+"""Images for pages: as data URLs, rebuilt from what a model is given, and with the grid of its image tokens."""
+
+import base64
+from io import BytesIO
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+LIGHT, DARK = (255, 255, 255, 130), (0, 0, 0, 70)  # lines of a grid, to be seen on dark and on light
+
+
+class Patches(Protocol):
+    """What of an image processor says how images became patches."""
+
+    patch_size: int
+    image_mean: list[float]
+    image_std: list[float]
+
+
+def data_url(image: Image.Image, kind: str = "jpeg") -> str:
+    """An image inside a page: `jpeg`, or `png` where every pixel counts."""
+    buffer = BytesIO()
+    image.save(buffer, format=kind, quality=90)
+    return bytes_url(buffer.getvalue(), f"image/{kind}")
+
+
+def bytes_url(data: bytes, mime_type: str) -> str:
+    """A file inside a page."""
+    return f"data:{mime_type};base64," + base64.b64encode(data).decode()
+
+
+def image_of_patches(patches: np.ndarray, rows: int, columns: int, image_processor: Patches) -> Image.Image:
+    """Normalised patches back to the image they were cut from.
+
+    Args:
+        patches: float[rows * columns, C*p*p].
+    """
+    p = image_processor.patch_size
+    pixels = patches.reshape(rows, columns, 3, p, p).transpose(0, 3, 1, 4, 2).reshape(rows * p, columns * p, 3)
+    pixels = pixels * np.float32(image_processor.image_std) + np.float32(image_processor.image_mean)
+    return Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8))
+
+
+def with_grid(image: Image.Image, cell_pixels: int, side: int = 320) -> Image.Image:
+    """An image, enlarged up to 4 times towards `side` pixels, with lines between cells of `cell_pixels`."""
+    scale = max(1, min(4, side // max(image.size)))
+    shown = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).convert("RGB")
+    draw, step = ImageDraw.Draw(shown, "RGBA"), cell_pixels * scale
+    for shift, colour in ((0, LIGHT), (1, DARK)):
+        for x in range(step, shown.width, step):
+            draw.line([(x + shift, 0), (x + shift, shown.height)], colour)
+        for y in range(step, shown.height, step):
+            draw.line([(0, y + shift), (shown.width, y + shift)], colour)
+    return shown

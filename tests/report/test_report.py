@@ -1,0 +1,60 @@
+"""Parts of pages: what they hold is escaped, images come back as they were, tables are whole."""
+
+import base64
+import io
+
+import numpy as np
+from PIL import Image
+
+from vora.model.image_processing_vora import VoraImageProcessor
+from vora.report import html, markdown
+from vora.report.images import data_url, image_of_patches, with_grid
+from vora.report.plots import figure_url, losses_figure, save_figure
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 20, 3), np.uint8))
+
+
+def opened(url):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.rpartition(",")[2]))))
+
+
+def test_pages_escape_what_they_hold():
+    page = html.page("a < b", html.facts([("1 < 2", "x & y")]) + html.table(["<h>"], [["<i>"], [3]], "kind"), ".x{}")
+    assert "a &lt; b" in page and "1 &lt; 2" in page and "x &amp; y" in page and ".x{}" in page
+    assert (
+        '<table class="kind"><tr><th>&lt;h&gt;</th></tr><tr><td>&lt;i&gt;</td></tr><tr><td>3</td></tr></table>' in page
+    )
+
+
+def test_a_histogram_has_a_bar_for_each_count():
+    found = html.histogram([1, 4, 2], [0, 10, 20, 30], width=300, height=100)
+    assert found.count("<rect") == 3 and 'height="100.0" fill="#4a7fb5"><title>4' in found and ">30</text>" in found
+    assert html.histogram([], []) == "<p>None.</p>"
+
+
+def test_patches_become_the_image_again():
+    processor = VoraImageProcessor(patch_size=4)
+    patches = processor.patchify(NOISE, 3, 5)
+    found = np.asarray(image_of_patches(patches, 3, 5, processor), int)
+    assert np.abs(found - np.asarray(NOISE, int)).max() <= 1
+
+
+def test_images_travel_whole_and_grids_mark_their_cells():
+    assert np.array_equal(opened(data_url(NOISE, "png")), np.asarray(NOISE))
+    shown = np.asarray(with_grid(Image.new("RGB", (8, 8)), 4, side=16))
+    assert shown.shape == (16, 16, 3) and shown[0, 8].min() > 100 and shown[8, 0].min() > 100
+    assert {tuple(pixel) for pixel in shown[1:7, 1:7].reshape(-1, 3)} == {(0, 0, 0)}
+
+
+def test_losses_are_drawn_where_they_are_logged(tmp_path):
+    log = [{"samples_seen": 1, "lm_loss": 2.0}, {"samples_seen": 2, "lm_loss": 1.0, "other": 3.0}]
+    figure = losses_figure(log, {"lm_loss": "answers", "distill_loss": "teacher"}, (4, 2))
+    (line,) = figure.axes[0].lines
+    assert line.get_label() == "answers" and line.get_xydata().tolist() == [[1, 2], [2, 1]]
+    save_figure(figure, tmp_path / "a.png", dpi=50)
+    assert Image.open(tmp_path / "a.png").size == (200, 100) and opened(figure_url(figure, 50)).shape[:2] == (100, 200)
+    save_figure(losses_figure([], {"lm_loss": "answers"}, (4, 2)), tmp_path / "b.png")
+
+
+def test_markdown_tables():
+    assert markdown.table(["a", "b", "c"], [[1, 2, 3]], "lr") == "| a | b | c |\n| --- | ---: | ---: |\n| 1 | 2 | 3 |"
