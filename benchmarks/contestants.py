@@ -19,7 +19,7 @@ from vora import Teacher, VoraForConditionalGeneration, VoraImageProcessor, atta
 from vora.data.packing import collate_sequences, next_sequence, places, share_prefixes
 from vora.data.stream import WAITING
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
-from vora.distill.learner import VisionLearner
+from vora.distill.objective import Objective
 from vora.model.segmented_sdpa import SEGMENTED_SDPA
 from vora.train.plan.meta_model import SHAPES
 from vora.train.throughput import cpu_dtype
@@ -137,14 +137,14 @@ def random_vora(size, dtype=torch.float32, attn="sdpa", patch_merge=1, seed=0):
 
 
 def build_ours(size, dtype=torch.float32, attn="sdpa", pairs=None, center=True):
-    """A `VisionLearner` as stage 1 trains it: LoRA, eyes and heads in float32, the rest in `dtype`."""
+    """A `Objective` as stage 1 trains it: LoRA, eyes and heads in float32, the rest in `dtype`."""
     teacher = Teacher(random_vit(size, dtype))
     vora = random_vora(size, dtype, attn)
     with device():  # billions of values are drawn faster there
         student = attach_vision_lora(vora, rank=size.rank, num_blocks=size.num_blocks)
     pairs = block_pairs(size.num_blocks, teacher.num_blocks) if pairs is None else pairs
     distillation = BlockwiseDistillation(pairs, size.llm["hidden_size"], teacher.hidden_size, center).to(device())
-    learner = VisionLearner(student, VoraImageProcessor(patch_size=PATCH), teacher, distillation)
+    learner = Objective(student, VoraImageProcessor(patch_size=PATCH), teacher, distillation)
     return in_float32(learner).train()
 
 

@@ -41,7 +41,7 @@ from own_process import in_own_process, taken_by
 from prefill_decode import Prefill, prompt_of
 from rows import arguments, parser_of, report, row
 
-from vora.distill.learner import VisionLearner
+from vora.distill.objective import Objective
 from vora.train.plan.flops import Row, sequence_flops
 
 VARIANTS = ("ours", "original")
@@ -92,7 +92,7 @@ def training_samples(size, batch):
 def our_prefill(size, batch, dtype, setting):
     vora, prompt = random_vora(size, dtype), prompt_of(size, batch, NUM_WORDS)
     num_patches = (size.image_size // PATCH) ** 2
-    one = sequence_flops(VisionLearner(vora, None), Row(num_patches + NUM_WORDS, 1, num_patches, 1))
+    one = sequence_flops(Objective(vora, None), Row(num_patches + NUM_WORDS, 1, num_patches, 1))
     return Prefill(vora, **prompt), batch * one["student_forward"]
 
 

@@ -408,7 +408,7 @@ def _opened(
     import torch
 
     from vora.checkpoint.run_directory import is_run
-    from vora.distill.learner import VisionLearner
+    from vora.distill.objective import Objective
     from vora.serve.engine import load_model
     from vora.train.trained import open_run
 
@@ -417,7 +417,7 @@ def _opened(
         processor.image_processor.set_budget(min_image_tokens, max_image_tokens)
         return learner.to("cuda" if torch.cuda.is_available() else "cpu"), processor
     model, processor = load_model(name, min_image_tokens, max_image_tokens)
-    return VisionLearner(model, processor.image_processor), processor
+    return Objective(model, processor.image_processor), processor
 
 
 def main() -> None:

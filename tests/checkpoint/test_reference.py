@@ -15,7 +15,7 @@ import vora
 from vora.build.lora import load_vision_lora
 from vora.checkpoint.reference import import_reference, load_reference, text_config_with_biases
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
-from vora.distill.learner import VisionLearner
+from vora.distill.objective import Objective
 from vora.distill.teacher import Teacher
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "reference"
@@ -94,7 +94,7 @@ def test_losses_of_every_level_are_the_released_codes():
     distillation = BlockwiseDistillation(pairs, 64, teacher.hidden_size, center=False)
     distillation.load_state_dict(reference.heads)
     looks = vora.VoraImageProcessor(image_mean=teacher.image_mean, image_std=teacher.image_std)
-    learner = VisionLearner(reference.with_lora(), looks, teacher, distillation).eval()
+    learner = Objective(reference.with_lora(), looks, teacher, distillation).eval()
     inputs = our_inputs(learner.config.image_token_id)
     labels = inputs.pop("labels")
     losses = learner(targets=torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100), **inputs)

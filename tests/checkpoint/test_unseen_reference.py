@@ -15,7 +15,7 @@ from vora import VoraImageProcessor
 from vora.build.lora import load_vision_lora, merge_vision_lora
 from vora.checkpoint.reference import CLIP_MEAN, CLIP_STD, import_reference, load_reference
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
-from vora.distill.learner import VisionLearner
+from vora.distill.objective import Objective
 from vora.distill.teacher import Teacher
 from vora.train.trained import merge_run
 
@@ -108,7 +108,7 @@ def test_stage_1_and_merged(case, tmp_path):
     distillation.load_state_dict(reference.heads)
     processor = VoraImageProcessor(patch_size=original.patch_size)
     peft_model = load_reference(tmp_path / "pretrain", tmp_path / "llm").with_lora().float()
-    learner = VisionLearner(peft_model, processor, teacher.float(), distillation).eval()
+    learner = Objective(peft_model, processor, teacher.float(), distillation).eval()
     _, ours = inputs_of(original, learner.config.image_token_id)
     labels = ours.pop("labels")
     losses = learner(targets=torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100), **ours)

@@ -21,7 +21,7 @@ from vora.data.packing import (
 )
 from vora.data.schema import Record
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
-from vora.distill.learner import VisionLearner
+from vora.distill.objective import Objective
 from vora.model import label_loss, segments
 from vora.model.segmented_sdpa import SEGMENTED_SDPA, trees
 
@@ -50,7 +50,7 @@ def learner_of(family):
         for layer in llm.model.layers:
             layer.self_attn.sliding_window = 64 if layer.self_attn.sliding_window else None
     vora = tiny_vora(llm)
-    return VisionLearner(vora, image_processor=None)
+    return Objective(vora, image_processor=None)
 
 
 def losses_of_samples(learner, samples):
@@ -193,7 +193,7 @@ def test_nothing_leaks_between_branches_and_documents(family):
 
 
 def test_branches_beyond_a_sliding_window_are_refused():
-    learner = VisionLearner(tiny_vora("mistral"), image_processor=None)  # a window of 6 tokens
+    learner = Objective(tiny_vora("mistral"), image_processor=None)  # a window of 6 tokens
     batch = collate_sequences([[share_prefixes(questions())]], 32, pad_token_id=0)
     with pytest.raises(ValueError, match="32 tokens .* window of 6"):
         learner(**batch)
@@ -232,7 +232,7 @@ def test_samples_of_the_processor_pack_as_well(llm_folder):
     """From messages to packed loss: the whole journey, but for files."""
     processor = VoraProcessor.from_llm(llm_folder, patch_size=PATCH, image_size=PATCH * GRID)
     vora = VoraForConditionalGeneration.from_llm(llm_folder, patch_size=PATCH, image_size=PATCH * GRID)
-    learner = VisionLearner(vora, processor.image_processor)
+    learner = Objective(vora, processor.image_processor)
     red = Image.new("RGB", (12, 12), "red")
 
     def messages(question, answer):
@@ -265,7 +265,7 @@ def test_conversations_whose_images_stand_elsewhere_share_nothing(llm_folder):
 
     conversations = [asked(None, "is it", None), asked("is", None, "like", None), asked(None, "is it", None, "?")]
     record = Record("r", images, conversations)
-    learner = VisionLearner(vora, processor.image_processor)
+    learner = Objective(vora, processor.image_processor)
     for chosen, num_copies in ((conversations, 3), (conversations[::2], 1)):
         one = sample_of_record(record, processor, chosen)
         assert len(one["image_grid_thw"]) == 2 * num_copies and one["num_samples"] == len(chosen)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel
 import vora
 from vora import Teacher, VoraForConditionalGeneration, VoraImageProcessor, attach_vision_lora, merge_vision_lora
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
-from vora.distill.learner import VisionLearner
+from vora.distill.objective import Objective
 from vora.distill.teacher import images_of_patches, resample_features
 
 SIDE = PATCH * GRID
@@ -359,7 +359,7 @@ def learner(teacher):
     distillation = BlockwiseDistillation(block_pairs(3, 4), SHAPE["hidden_size"], teacher.hidden_size)
     processor = VoraImageProcessor(patch_size=PATCH)
     torch.manual_seed(3)
-    return VisionLearner(student, processor, teacher, distillation, distill_weight=0.5)
+    return Objective(student, processor, teacher, distillation, distill_weight=0.5)
 
 
 @pytest.fixture
@@ -367,7 +367,7 @@ def learner_with_summary(teacher):
     student = attach_vision_lora(tiny_vora("llama"), rank=2)
     pairs = [*block_pairs(3, 4), (2, SUMMARY)]
     distillation = BlockwiseDistillation(pairs, SHAPE["hidden_size"], teacher.hidden_size, standardize=True)
-    return VisionLearner(student, VoraImageProcessor(patch_size=PATCH), teacher, distillation)
+    return Objective(student, VoraImageProcessor(patch_size=PATCH), teacher, distillation)
 
 
 def batch():

@@ -15,7 +15,7 @@ from vora import attach_vision_lora
 from vora.data.readers import load_source
 from vora.data.stream import PackedSequences
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
-from vora.distill.learner import VisionLearner
+from vora.distill.objective import Objective
 from vora.distill.text_kl import lora_off, unexplained
 from vora.model import label_loss
 from vora.model.processing_vora import VoraProcessor
@@ -35,7 +35,7 @@ def learner(disturbed=0.1, pairs=2):
         if "lora_B" in name:
             parameter.data += disturbed * torch.randn_like(parameter)
     distillation = BlockwiseDistillation(block_pairs(pairs, pairs), 32, 24)
-    return VisionLearner(student, None, None, distillation, text_weight=2.0), llm
+    return Objective(student, None, None, distillation, text_weight=2.0), llm
 
 
 def batch(distill_only, lengths=(20, 13)):

@@ -15,7 +15,7 @@ from transformers import ViTConfig, ViTModel
 import vora
 from vora.build.lora import DISTILLATION_FILE
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
-from vora.distill.learner import VisionLearner
+from vora.distill.objective import Objective
 from vora.eval.inspect.attention_weights import watched_attention, words_of_tokens
 from vora.eval.inspect.colours import aligned, colours, principal_components
 from vora.eval.inspect.inspection import inspect_image
@@ -180,7 +180,7 @@ def seeing(llm_folder):
             moment += noise(24)
     teacher = vora.Teacher(vit)
     teacher.name = "a teacher"
-    return VisionLearner(student, processor.image_processor, teacher, heads).eval(), processor
+    return Objective(student, processor.image_processor, teacher, heads).eval(), processor
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +316,7 @@ def test_the_page_needs_nothing_beside_it(seeing, tmp_path, size):
 
 def test_without_a_teacher_the_student_is_shown_alone(seeing, image, tmp_path):
     learner, processor = seeing
-    alone = VisionLearner(learner.vora, processor.image_processor)
+    alone = Objective(learner.vora, processor.image_processor)
     found = inspect_image(alone, processor, image, "what?", "blue")
     write_inspection(tmp_path / "page.html", found, processor.image_processor, "a.png", "model")
     figures = json.loads((tmp_path / "page.json").read_text())
@@ -343,7 +343,7 @@ def card(folder, teacher, **recipe):
 
 
 def fresh(seeing):
-    return VisionLearner(seeing[0].vora, seeing[1].image_processor)
+    return Objective(seeing[0].vora, seeing[1].image_processor)
 
 
 def test_the_teacher_is_the_one_asked_for_or_the_cards(seeing, tmp_path, teacher_folder):

@@ -8,7 +8,7 @@ from transformers import ViTConfig, ViTModel
 
 from vora import Teacher, VoraForConditionalGeneration, VoraImageProcessor, VoraProcessor
 from vora.distill.blockwise import BlockwiseDistillation
-from vora.distill.learner import VisionLearner
+from vora.distill.objective import Objective
 
 MERGE = 2
 EYES = {"patch_size": PATCH, "image_size": PATCH * GRID, "patch_merge": MERGE}
@@ -89,7 +89,7 @@ def test_a_head_learns_the_mean_feature_of_the_patches_of_its_token():
     vit = ViTModel(ViTConfig(**shape, image_size=PATCH * 4, patch_size=PATCH), add_pooling_layer=False)
     student = VoraForConditionalGeneration.from_llm(tiny_llm("llama"), image_token_id=IMAGE, **EYES)
     distillation = BlockwiseDistillation([(0, 0)], 32, 8, center=False)
-    learner = VisionLearner(student, VoraImageProcessor(patch_size=PATCH), Teacher(vit), distillation)
+    learner = Objective(student, VoraImageProcessor(patch_size=PATCH), Teacher(vit), distillation)
     inputs = merged_prompt([(2, 2, 0), 20])
     images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
     (taught,) = learner.teach(**images).values()

@@ -12,7 +12,7 @@ from transformers import ViTConfig, ViTModel
 
 from vora import Teacher, VoraImageProcessor, attach_vision_lora
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
-from vora.distill.learner import VisionLearner
+from vora.distill.objective import Objective
 from vora.train.blocks import compile_blocks
 from vora.train.recipe import load_recipe
 
@@ -36,7 +36,7 @@ def learner():
             parameter.data.normal_(std=0.1)
     distillation = BlockwiseDistillation(block_pairs(2, 2), SHAPE["hidden_size"], 24)
     teacher = Teacher(ViTModel(vit, add_pooling_layer=False))
-    return VisionLearner(student, VoraImageProcessor(patch_size=PATCH), teacher, distillation).train()
+    return Objective(student, VoraImageProcessor(patch_size=PATCH), teacher, distillation).train()
 
 
 def batch_of(length, seed, predicts=True):

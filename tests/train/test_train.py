@@ -21,7 +21,7 @@ from vora.checkpoint.run_directory import trained_folder
 from vora.data.readers import load_source
 from vora.data.stream import PackedSequences
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
-from vora.distill.learner import VisionLearner
+from vora.distill.objective import Objective
 from vora.serve.engine import load_model
 from vora.train.plan.meta_model import meta_model
 from vora.train.progress import read_log
@@ -498,5 +498,5 @@ def test_teacher_and_heads_stay_out_of_the_student(llm_folder, teacher_folder):
     model = vora.VoraForConditionalGeneration.from_llm(llm_folder, teacher=teacher)
     before = set(model.state_dict())
     distillation = BlockwiseDistillation(block_pairs(2, 2), tiny.SHAPE["hidden_size"], 24)
-    VisionLearner(model, None, teacher, distillation)
+    Objective(model, None, teacher, distillation)
     assert set(model.state_dict()) == before

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, TrainerCallback
 from vora import Teacher, VoraImageProcessor, attach_vision_lora
 from vora.data.packing import collate_sequences, label_weights, places, share_prefixes
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
-from vora.distill.learner import VisionLearner
+from vora.distill.objective import Objective
 from vora.model.patch_embed import put_tokens
 from vora.train.trainer import ON_HOST
 
@@ -49,7 +49,7 @@ def teacher_of(kind):
 def learner_with(teacher, vora):
     distillation = BlockwiseDistillation(block_pairs(3, 2), SHAPE["hidden_size"], 24)
     student = attach_vision_lora(vora, rank=2)
-    return VisionLearner(student, VoraImageProcessor(patch_size=PATCH), teacher, distillation).train()
+    return Objective(student, VoraImageProcessor(patch_size=PATCH), teacher, distillation).train()
 
 
 def told(distill_only=False):

@@ -124,7 +124,7 @@ def _cut(sample, length):
 
 
 def kept_places(rows, sequence_length):
-    """Where a batch has text to keep, for `VisionLearner.forward`: text_rows int[R] and text_places int[L], if any.
+    """Where a batch has text to keep, for `Objective.forward`: text_rows int[R] and text_places int[L], if any.
 
     Args:
         rows: list of B lists of samples; those with text to keep have nothing else.
@@ -220,7 +220,7 @@ def places(batch, image_token_id, patch_merge=1):
     """What a step must know of a batch before it can go on, told by the processor, so that it never waits for a GPU.
 
     Returns:
-        dict: label_places int[L] and, with images, image_places int[I], see `VisionLearner.forward`, and image_numbers
+        dict: label_places int[L] and, with images, image_places int[I], see `Objective.forward`, and image_numbers
         int[B, T], see `VoraModel.forward`.
 
     Raises:

@@ -403,7 +403,7 @@ class PackedSequences:
         return f"All of the last {count} samples are bad: bad_samples.jsonl of the run says why."
 
     def collate(self, rows):
-        """Rows to a batch of `VisionLearner.forward`."""
+        """Rows to a batch of `Objective.forward`."""
         tokenizer = self.maker.processor.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         batch = collate_sequences(rows, self.sequence_length, pad)

@@ -3,6 +3,7 @@
 Dims: T image tokens of the batch, D = the student's width, D_t = the teacher's.
 """
 
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
@@ -11,10 +12,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 SUMMARY = "summary"  # in the place of a teacher's block: its CLS token's last state, at every image token
+Pair = tuple[int, int | str]  # the student's block, the teacher's
 SHIFTS = {"outputs": (0, 0), "inputs": (-1, 0), "hidden_states": (-1, -1)}  # of (student, teacher)
 
 
-def block_pairs(num_student_blocks, num_teacher_blocks, spread=False, pairing="outputs"):
+def block_pairs(
+    num_student_blocks: int, num_teacher_blocks: int, spread: bool = False, pairing: str = "outputs"
+) -> list[Pair]:
     """(student block, teacher block) pairs, outputs with outputs; block -1 stands for what enters the first block.
 
     Block i of the student imitates block i of the teacher, as many as the shallower of the two has (section 3.2 of
@@ -47,13 +51,13 @@ def block_pairs(num_student_blocks, num_teacher_blocks, spread=False, pairing="o
         student, teacher = SHIFTS[pairing]
         return [(i + student, i + teacher) for i in range(count)]
 
-    def spaced(depth):
+    def spaced(depth: int) -> list[int]:
         return [round((i + 1) * depth / count) - 1 for i in range(count)]
 
     return list(zip(spaced(num_student_blocks), spaced(num_teacher_blocks)))
 
 
-def name_of(pair):
+def name_of(pair: Pair) -> str:
     """What a pair's head and moments are called: by the student's block, or `summary`."""
     student, teacher = pair
     return SUMMARY if teacher == SUMMARY else str(student)
@@ -63,9 +67,9 @@ class BlockwiseDistillation(nn.Module):
     """One head (norm and linear) per pair and the loss 1 - cosine, mean over tokens, then over pairs.
 
     Args:
-        pairs: from `block_pairs`; a pair with `SUMMARY` imitates what the teacher says of the whole image.
+        pairs: from `block_pairs`; a pair with `SUMMARY` imitates the teacher's summary of the whole image.
         center: subtract a running per-channel mean of the teacher's features first. Features of plain ViTs share a
-            large common part, so that without this a student scores by predicting the mean (docs/LOG.md).
+            large common part, so that without this a student scores by predicting the mean (dev/LOG.md).
         standardize: then divide by the running per-channel deviation. In the later blocks of plain ViTs one or two
             channels hold nearly all of the variance, so that without this a student scores by predicting those.
         momentum: of these running moments, per step.
@@ -74,14 +78,22 @@ class BlockwiseDistillation(nn.Module):
         ValueError: deviations are asked for without means.
     """
 
-    def __init__(self, pairs, student_size, teacher_size, center=True, standardize=False, momentum=0.99):
+    def __init__(
+        self,
+        pairs: Iterable[Pair],
+        student_size: int,
+        teacher_size: int,
+        center: bool = True,
+        standardize: bool = False,
+        momentum: float = 0.99,
+    ) -> None:
         super().__init__()
         if standardize and not center:
             raise ValueError("To standardize the teacher's features is to center them too: set center=True.")
         self.pairs = list(pairs)
         self.center, self.standardize = center, standardize
         self.momentum = momentum
-        self.recomputes = False  # heads in the backward pass, see `VisionLearner.gradient_checkpointing_enable`
+        self.recomputes = False  # heads in the backward pass, see `Objective.gradient_checkpointing_enable`
         self.heads = nn.ModuleDict(
             {
                 name_of(pair): nn.Sequential(nn.RMSNorm(student_size, eps=1e-5), nn.Linear(student_size, teacher_size))
@@ -94,7 +106,9 @@ class BlockwiseDistillation(nn.Module):
                 self.register_buffer(f"variance_{name_of(pair)}", torch.ones(teacher_size))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
 
-    def forward(self, student_states, teacher_states):
+    def forward(
+        self, student_states: Mapping[int, torch.Tensor], teacher_states: Mapping[int | str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean loss and each pair's own.
 
         Args:
@@ -112,12 +126,12 @@ class BlockwiseDistillation(nn.Module):
         losses = torch.stack([loss_of(pair, student_states[pair[0]], teacher_states[pair[1]]) for pair in self.pairs])
         return losses.mean(), losses.detach()
 
-    def loss_of_pair(self, pair, states, features):
+    def loss_of_pair(self, pair: Pair, states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """1 - cosine between what a pair's head makes of float[T, D] and its target of float[T, D_t], mean over T."""
         predicted = self.heads[name_of(pair)](states.to(self._dtype))
         return 1 - F.cosine_similarity(predicted.float(), self.target(pair, features), dim=-1).mean()
 
-    def target(self, pair, features):
+    def target(self, pair: Pair, features: torch.Tensor) -> torch.Tensor:
         """What a pair's head is to point at: float[T, D_t], centred and standardized if so wished."""
         target = features.float()
         if self.center:
@@ -126,18 +140,18 @@ class BlockwiseDistillation(nn.Module):
             target = target * (getattr(self, f"variance_{name_of(pair)}") + 1e-6).rsqrt()
         return target
 
-    def features_of(self, pair, target):
+    def features_of(self, pair: Pair, target: torch.Tensor) -> torch.Tensor:
         """The teacher's features that a target stands for, float[T, D_t]: what `target` does, undone."""
         if self.standardize:
             target = target * (getattr(self, f"variance_{name_of(pair)}") + 1e-6).sqrt()
         return target + getattr(self, f"mean_{name_of(pair)}") if self.center else target
 
     @property
-    def _dtype(self):
+    def _dtype(self) -> torch.dtype:
         return next(self.heads.parameters()).dtype
 
     @torch.no_grad()
-    def _update_moments(self, teacher_states):
+    def _update_moments(self, teacher_states: Mapping[int | str, torch.Tensor]) -> None:
         self.num_updates += 1
         # the first steps average evenly, so that the mean is right from the start
         weight = torch.clamp(1.0 / self.num_updates, min=1 - self.momentum)

@@ -1,12 +1,14 @@
-"""A frozen, plain ViT of transformers as the teacher.
+"""What a teacher gives, and the frozen, plain ViT of transformers that gives it.
 
-Dims: P patches of all images, C channels, p the student's patch side, D_t = the teacher's width.
+Dims: P patches of all images, N images, C channels, p the student's patch side, p_t the teacher's, D_t its width.
 """
 
 import inspect
 import json
-from functools import lru_cache, partial
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +17,75 @@ from torch import nn
 from transformers import AutoModel
 
 from vora.build.vit_init import vit_embedding
+from vora.distill.blocks import block_outputs, only_first_blocks
 from vora.distill.blockwise import SUMMARY
 from vora.model.patch_embed import resized
 
+Grid = tuple[int, int]  # rows, columns of patches
+PROBE_GRID = (3, 4)
+
+
+class TeacherProtocol(Protocol):
+    """What any teacher gives; `Teacher` is one, and so is an object of your own with these names.
+
+    Attributes:
+        name: hub id or folder, for the model card; None where it came from neither.
+        hidden_size: D_t, the width of its features.
+        num_blocks: its depth; features are asked of blocks 0 to num_blocks - 1.
+        patch_size: p_t, the side of its patches in pixels, which a fresh student takes.
+        image_mean, image_std: the normalisation that it expects, which a fresh student's image processor takes.
+        device: where it computes; `to` moves it to the student's images.
+    """
+
+    name: str | None
+    hidden_size: int
+    num_blocks: int
+    patch_size: int
+    image_mean: list[float]
+    image_std: list[float]
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def to(self, device: torch.device) -> Any: ...
+
+    def __call__(
+        self, images: list[torch.Tensor], grids: list[Grid], blocks: list[int | str]
+    ) -> dict[int | str, torch.Tensor]:
+        """Features of images, without gradients: of each block float[P, D_t], one vector for each patch of the
+        student's grids, in raster order, image after image; of `SUMMARY` float[N, D_t].
+
+        Args:
+            images: N float[C, rows * p, columns * p] in 0..1.
+            grids: the student's patches of each image.
+            blocks: which of its blocks, `SUMMARY` perhaps among them.
+        """
+        ...
+
 
 class Teacher(nn.Module):
-    """Features of every block at every patch, on whatever grid the student uses.
+    """Features of every block of a ViT at every patch, on whatever grid the student uses (`TeacherProtocol`).
 
     The images are taken from the student's own patches, brought to the teacher's normalisation and patch size, so
     that both see the same pixels and their grids agree patch by patch. CLS and register tokens are dropped,
     but for the summary: the CLS token's last state, or the mean of all patches where there is none.
+
+    Args:
+        vit: model of transformers.
+        image_mean, image_std: per channel, what it expects.
+
+    Raises:
+        ValueError: it has no plain patch projection, or does not give one feature for each patch, in their order.
     """
 
-    name = None  # hub id or folder, where it came from one
+    name: str | None = None
 
-    def __init__(self, vit, image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5)):
+    def __init__(
+        self,
+        vit: nn.Module,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+    ) -> None:
         super().__init__()
         self.vit = getattr(vit, "vision_model", vit).requires_grad_(False).eval()
         config = getattr(self.vit.config, "vision_config", self.vit.config)
@@ -38,16 +94,17 @@ class Teacher(nn.Module):
         self.patch_size = self.embedding.patch_size
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.accepts = set(inspect.signature(self.vit.forward).parameters)
+        check_features(self)
 
     @classmethod
-    def from_pretrained(cls, name, dtype=torch.float32, **kwargs):
+    def from_pretrained(cls, name: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> "Teacher":
         """A ViT by hub id or folder (ViT, DeiT, CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3, AIMv2), with the
         normalisation of its preprocessor_config.json (0.5, 0.5 where there is none). Half-precision files are read
         as float32 by default: processors without half-precision arithmetic are many times slower on them; a run in
         bf16 asks for bf16.
 
         Raises:
-            ValueError: the model has no plain patch projection.
+            ValueError: there is none, or it cannot teach; see `Teacher`.
         """
         if not Path(name).exists() and (str(name).count("/") > 1 or str(name).startswith((".", "~"))):
             raise ValueError(
@@ -58,39 +115,34 @@ class Teacher(nn.Module):
         teacher.name = str(name)
         return teacher
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "Teacher":
         """A teacher never trains: it stays in eval mode whatever its surroundings do."""
         return super().train(False)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return next(self.vit.parameters()).device
 
     @property
-    def takes_any_grid(self):
+    def takes_any_grid(self) -> bool:
         """Whether its positions fit any grid; AIMv2's table does not."""
         if self.embedding.position is None or {"spatial_shapes", "interpolate_pos_encoding"} & self.accepts:
             return True
         return hasattr(self.vit.embeddings, "interpolate_pos_encoding")
 
     @property
-    def blocks(self):
+    def blocks(self) -> nn.ModuleList:
+        """The ViT's transformer blocks."""
         lists = [m for m in self.vit.modules() if isinstance(m, nn.ModuleList) and len(m) == self.num_blocks]
         return lists[0]
 
     @torch.inference_mode()
-    def forward(self, images, grids, blocks):
-        """Outputs of some blocks at every patch of the student's grids.
-
-        Args:
-            images: list of N float[C, H, W] in 0..1.
-            grids: list of N (rows, columns): the student's patches of each image.
-            blocks: indices of the teacher's blocks; `SUMMARY` among them stands for the last block's CLS token.
-
-        Returns:
-            {block: float[P, D_t]}, patches of all images in raster order; of `SUMMARY` float[N, D_t].
-        """
-        features = {block: [None] * len(images) for block in blocks}
+    def forward(
+        self, images: list[torch.Tensor], grids: list[Grid], blocks: Iterable[int | str]
+    ) -> dict[int | str, torch.Tensor]:
+        """Features of images at every patch of the student's grids, see `TeacherProtocol`."""
+        blocks = list(blocks)
+        features: dict[int | str, list] = {block: [None] * len(images) for block in blocks}
         for grid in sorted(set(grids)):
             members = [i for i, other in enumerate(grids) if other == grid]
             alike = self.features_on_grid(self.resize([images[i] for i in members], grid), grid, blocks)
@@ -99,7 +151,7 @@ class Teacher(nn.Module):
                     features[block][i] = image_tokens
         return {block: torch.cat(tokens) for block, tokens in features.items()}
 
-    def resize(self, images, grid):
+    def resize(self, images: list[torch.Tensor], grid: Grid) -> torch.Tensor:
         """Images of one grid to float[n, C, rows * p_t, columns * p_t], normalised as the teacher expects."""
         size = tuple(side * self.patch_size for side in grid)
         resized = [
@@ -112,38 +164,20 @@ class Teacher(nn.Module):
         mean, std = (channels(tuple(v), pixels.device) for v in (self.image_mean, self.image_std))
         return (pixels - mean) / std
 
-    def features_on_grid(self, pixels, grid, blocks):
+    def features_on_grid(
+        self, pixels: torch.Tensor, grid: Grid, blocks: Sequence[int | str]
+    ) -> dict[int | str, torch.Tensor]:
         """{block: float[n, rows * columns, D_t]} of normalised images of one grid; of `SUMMARY` float[n, 1, D_t].
 
         Positions are resampled to the grid where the ViT can; where it cannot (AIMv2's table), it runs at its own
         size and its features are resampled.
         """
-        parameter = next(self.vit.parameters())
-        pixels = pixels.to(parameter.device, parameter.dtype)
-        own_grid = grid
-        if "spatial_shapes" in self.accepts:  # SigLIP 2 takes patches, channel last
-            # sizes on the host, where they are read; without padding there is nothing to mask, or to look for
-            shapes = torch.tensor([grid] * len(pixels))
-            inputs = {"pixel_values": pixel_patches(pixels, self.patch_size), "spatial_shapes": shapes}
-            inputs["pixel_attention_mask" if "pixel_attention_mask" in self.accepts else "attention_mask"] = None
-        elif "interpolate_pos_encoding" in self.accepts:
-            inputs = {"pixel_values": pixels, "interpolate_pos_encoding": True}
-        else:
-            if not self.takes_any_grid:
-                side = round(len(self.embedding.position) ** 0.5)
-                own_grid = (side, side)
-                pixels = F.interpolate(pixels, (side * self.patch_size,) * 2, mode="bicubic", antialias=True)
-            inputs = {"pixel_values": pixels}
-        outputs = {}
-        wanted = {self.num_blocks - 1 if block == SUMMARY else block for block in blocks}
-        hooks = [hook_on_output(self.blocks, block, partial(outputs.__setitem__, block)) for block in wanted]
-        try:
+        inputs, own_grid = self.inputs_on_grid(pixels, grid)
+        wanted = {self.num_blocks - 1 if block == SUMMARY else int(block) for block in blocks}
+        with block_outputs(self.blocks, sorted(wanted)) as outputs:
             self.vit(**inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
         num_patches = own_grid[0] * own_grid[1]  # CLS and register tokens come first
-        features = {
+        features: dict[int | str, torch.Tensor] = {
             block: resample_features(outputs[block][:, -num_patches:], own_grid, grid)
             for block in blocks
             if block != SUMMARY
@@ -153,26 +187,67 @@ class Teacher(nn.Module):
             features[SUMMARY] = last[:, :1] if last.shape[1] > num_patches else last.mean(1, keepdim=True)
         return features
 
+    def inputs_on_grid(self, pixels: torch.Tensor, grid: Grid) -> tuple[dict[str, Any], Grid]:
+        """(what the ViT takes for normalised images of one grid, the grid on which it sees them)."""
+        parameter = next(self.vit.parameters())
+        pixels = pixels.to(parameter.device, parameter.dtype)
+        if "spatial_shapes" in self.accepts:  # SigLIP 2 takes patches, channel last
+            # sizes on the host, where they are read; without padding there is nothing to mask, or to look for
+            shapes = torch.tensor([grid] * len(pixels))
+            mask = "pixel_attention_mask" if "pixel_attention_mask" in self.accepts else "attention_mask"
+            patches = pixel_patches(pixels, self.patch_size)
+            return {"pixel_values": patches, "spatial_shapes": shapes, mask: None}, grid
+        if "interpolate_pos_encoding" in self.accepts:
+            return {"pixel_values": pixels, "interpolate_pos_encoding": True}, grid
+        if not self.takes_any_grid:
+            side = round(len(self.embedding.position) ** 0.5)
+            grid = (side, side)
+            pixels = F.interpolate(pixels, (side * self.patch_size,) * 2, mode="bicubic", antialias=True)
+        return {"pixel_values": pixels}, grid
 
-def hook_on_output(blocks, block, keep):
-    """Have `keep` called with a block's output at every forward; block -1 stands for what enters the first one.
 
-    Returns:
-        The handle that removes the hook.
+def check_features(teacher: Teacher) -> None:
+    """Raise unless a ViT's features are those of the patches, one each, in raster order and always the same: then
+    each patch that brightens moves what enters the first block at its own place, and nowhere else.
+
+    Raises:
+        ValueError: says what a teacher must give; ViT-MAE, for one, drops patches and shuffles the others.
     """
+    parameter = next(teacher.vit.parameters())
+    if parameter.device.type == "meta":  # only shapes are wanted of it
+        return
+    grid = PROBE_GRID
+    if not teacher.takes_any_grid:
+        grid = (round(len(teacher.embedding.position) ** 0.5),) * 2  # its own, which nothing resamples
+    rows, columns = grid
+    places = torch.arange(rows * columns)[:: max(1, rows * columns // 12)]
+    side = teacher.patch_size
+    pixels = torch.zeros(1 + len(places), teacher.embedding.num_channels, rows * side, columns * side)
+    for number, place in enumerate(places.tolist()):
+        top, left = side * (place // columns), side * (place % columns)
+        pixels[1 + number, :, top : top + side, left : left + side] = 1
+    try:
+        inputs, _ = teacher.inputs_on_grid(pixels, grid)
+        blocks = teacher.blocks
+        with torch.inference_mode(), block_outputs(blocks, [-1]) as outputs, only_first_blocks(teacher.vit, blocks, 1):
+            teacher.vit(**inputs)
+        features = outputs[-1][:, -rows * columns :].float()
+        moved = (features[1:] - features[0]).norm(dim=-1).cpu()
+        found = None
+        if features.shape[1] != rows * columns:
+            found = f"for {rows * columns} patches it gives {features.shape[1]} features"
+        elif wrong := int((moved.argmax(-1) != places).sum()):
+            found = f"{wrong} of {len(places)} patches that change move the feature of another one"
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        found = " ".join(f"it takes no plain images ({error})".split())[:300]
+    if found is not None:
+        raise ValueError(
+            f"{type(teacher.vit).__name__} cannot teach: {found}. A teacher must give one feature for each patch, in "
+            "raster order and at each run the same, as ViT, DeiT, CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3 and AIMv2 do."
+        )
 
-    def before(module, args, kwargs):
-        keep(args[0] if args else kwargs["hidden_states"])
 
-    def after(module, args, output):
-        keep(output[0] if isinstance(output, tuple) else output)
-
-    if block == -1:
-        return blocks[0].register_forward_pre_hook(before, with_kwargs=True)
-    return blocks[block].register_forward_hook(after)
-
-
-def resample_features(features, own_grid, grid):
+def resample_features(features: torch.Tensor, own_grid: Grid, grid: Grid) -> torch.Tensor:
     """float[n, rows * columns, D] from one grid to another, bilinear."""
     if own_grid == grid:
         return features
@@ -181,13 +256,19 @@ def resample_features(features, own_grid, grid):
     return table.flatten(2).transpose(1, 2).to(features.dtype)
 
 
-def pixel_patches(pixels, patch_size):
+def pixel_patches(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
     """float[n, C, H, W] to float[n, patches, p*p*C], raster order, channel last."""
     patches = pixels.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)  # n C rows columns p p
     return patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
 
 
-def images_of_patches(pixel_values, grids, patch_size, image_mean, image_std):
+def images_of_patches(
+    pixel_values: torch.Tensor,
+    grids: Sequence[Grid],
+    patch_size: int,
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
+) -> list[torch.Tensor]:
     """The student's input turned back into images.
 
     Args:
@@ -207,13 +288,13 @@ def images_of_patches(pixel_values, grids, patch_size, image_mean, image_std):
 
 
 @lru_cache
-def channels(values, device):
+def channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """float[C, 1, 1], made once per device: to copy numbers to a GPU is to wait for it."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device)[:, None, None]
 
 
-def _normalisation(name):
+def _normalisation(name: str | Path) -> dict[str, list[float]]:
     """Mean and standard deviation from preprocessor_config.json, by folder or hub id."""
     path = Path(name) / "preprocessor_config.json"
     if not Path(name).is_dir():

@@ -1,22 +1,24 @@
-"""What an LLM makes of text is what it shall go on making of it: with LoRA off it teaches itself with LoRA on.
+"""Text stays what it was: the LLM without LoRA teaches the LLM with LoRA on rows of text.
 
-LoRA that learns to see from images alone changes what the same blocks make of words, and nothing tells it so
-(docs/LOG.md, "What eyes cost the language"). Rows of text do: no labels are needed, any text will do.
+LoRA that learns to see changes what the same blocks make of text, and no other loss holds it (dev/LOG.md). No labels
+are needed, any text will do.
 
 Dims: L tokens of text, D = LLM width, V = vocabulary.
 """
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vora.model.label_loss import labels_at_once
 
 
 @contextmanager
-def lora_off(model):
+def lora_off(model: nn.Module) -> Iterator[None]:
     """The LLM as it was, without dropout, while the context lasts; gradients and what trains are not touched."""
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     training = model.training
@@ -31,7 +33,7 @@ def lora_off(model):
         model.train(training)
 
 
-def unexplained(states, own):
+def unexplained(states: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """How far hidden states float[L, D] are from the LLM's own: float[].
 
     Per channel the squared difference is taken relative to the channel's variance, so that the few channels that hold
@@ -43,8 +45,10 @@ def unexplained(states, own):
     return ((states.float() - own).square() / variance).mean(-1).log1p().mean()
 
 
-def divergence(logits_of, states, own, vocab_size):
-    """KL divergence of what is said next from what the LLM itself would say, mean over tokens, in float32: float[].
+def divergence(
+    logits_of: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, own: torch.Tensor, vocab_size: int
+) -> torch.Tensor:
+    """KL divergence of the next token's distribution from the LLM's own, mean over tokens, in float32: float[].
 
     As in `vora.model.label_loss`, logits are made part by part, and again for gradients, where all would be too many.
 
@@ -62,8 +66,10 @@ def divergence(logits_of, states, own, vocab_size):
     return torch.stack(sums).sum() / len(states)
 
 
-def _summed(logits_of, states, own):
+def _summed(
+    logits_of: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, own: torch.Tensor
+) -> torch.Tensor:
     with torch.no_grad():
         wanted = logits_of(own).float().log_softmax(-1)
-    said = logits_of(states).float().log_softmax(-1)
-    return torch.nn.functional.kl_div(said, wanted, reduction="sum", log_target=True)
+    found = logits_of(states).float().log_softmax(-1)
+    return torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)

@@ -15,7 +15,7 @@ def recompute_blocks(learner, wanted, arguments):
         arguments: TrainingArguments, for what they say of how.
 
     Raises:
-        ValueError: see `VisionLearner.gradient_checkpointing_enable`.
+        ValueError: see `Objective.gradient_checkpointing_enable`.
     """
     options = dict(arguments.gradient_checkpointing_kwargs or {})
     how = {"offload": options.pop("offload")} if "offload" in options else {}

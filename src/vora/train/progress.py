@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from vora.distill.learner import LOSSES
+from vora.distill.objective import LOSSES
 
 
 class ProgressCallback(TrainerCallback):

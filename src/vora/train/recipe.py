@@ -93,7 +93,7 @@ class TeacherSection(Section):
     )
     distill_only_steps: int = Field(0, ge=0)  # first steps that distill images alone and run the paired blocks only
     # after them, of the learning rates of all that they train; 0 without such steps: it rests, at no cost, and so does
-    # the teacher (`VisionLearner.freeze_vision`)
+    # the teacher (`Objective.freeze_vision`)
     vision_lr_scale: float = Field(1.0, ge=0)
     init_from_teacher: bool = True  # the patch embedding starts from the teacher's
 

@@ -13,7 +13,7 @@ from vora.build.lora import DISTILLATION_FILE, attach_vision_lora, is_unmerged, 
 from vora.checkpoint.adapter import fetch_adapter, is_adapter, load_adapter, processor_of_adapter
 from vora.checkpoint.run_directory import is_run, trained_folder
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
-from vora.distill.learner import VisionLearner
+from vora.distill.objective import Objective
 from vora.distill.teacher import Teacher
 from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe import ModelSection, load_recipe
@@ -54,7 +54,7 @@ def with_scaffolding(recipe, student, image_processor, teacher=None):
         ValueError: as `build_learner`.
     """
     if recipe.stage == "finetune":
-        learner = VisionLearner(student.requires_grad_(True), image_processor)
+        learner = Objective(student.requires_grad_(True), image_processor)
     else:
         num_blocks = lora_depth(recipe, student, teacher)
         peft_model = student
@@ -81,7 +81,7 @@ def with_scaffolding(recipe, student, image_processor, teacher=None):
             )
             take_heads(distillation, recipe)
         weight = 0.0 if recipe.teacher is None else recipe.teacher.weight
-        learner = VisionLearner(peft_model, image_processor, teacher, distillation, weight, recipe.lora.text_kl_weight)
+        learner = Objective(peft_model, image_processor, teacher, distillation, weight, recipe.lora.text_kl_weight)
     check_trainable(learner, recipe.stage)
     return learner
 
@@ -95,7 +95,7 @@ def teacher_dtype(recipe):
     """What a teacher computes in: bf16 in a run that computes in it, else float32.
 
     Its features then are within 4e-4 (1 - cosine, mean subtracted) of those in float32, as near as under autocast,
-    where the weights of each product are rounded at each step anew (docs/LOG.md).
+    where the weights of each product are rounded at each step anew (dev/LOG.md).
     """
     in_bf16 = recipe.model.dtype == "bfloat16" or recipe.training.get("bf16")
     return torch.bfloat16 if in_bf16 else torch.float32

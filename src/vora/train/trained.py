@@ -10,7 +10,7 @@ from vora.checkpoint.adapter import is_adapter, load_adapter, named_llm, process
 from vora.checkpoint.card import CardFacts, harmless, read_card, write_card
 from vora.checkpoint.card_text import NOT_STATED
 from vora.checkpoint.run_directory import is_run, last_step, trained_folder
-from vora.distill.learner import LOSSES
+from vora.distill.objective import LOSSES
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.processing_vora import VoraProcessor
 from vora.train.progress import read_log

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerState
 from vora.build.lora import DISTILLATION_FILE
 from vora.checkpoint.adapter import digest_of
 from vora.data.stream import PackedBatches
-from vora.distill.learner import LOSSES
+from vora.distill.objective import LOSSES
 
 ON_HOST = ("image_grid_thw", "num_samples", "distill_only")  # of a batch: what only the host asks
 DATA_FILE = "data_position_{}.json"  # one per process
@@ -23,7 +23,7 @@ PART_MARKS = {"patch_embedding": "patch_embedding", "heads": "distillation.heads
 
 
 class VoraTrainer(Trainer):
-    """Trains a `VisionLearner`; saves the adapter (stage 1) or the whole model (stage 2), never the teacher.
+    """Trains a `Objective`; saves the adapter (stage 1) or the whole model (stage 2), never the teacher.
 
     Args:
         learning_rates: {part: rate} where it is not the recipe's one rate; see `PART_MARKS`.
@@ -162,7 +162,7 @@ class VoraTrainer(Trainer):
     def create_scheduler(self, num_training_steps, optimizer=None):
         """The recipe's schedule; steps that distill images alone have one of their own before it, down to zero.
 
-        Both were measured (docs/LOG.md): the eyes learn shapes only once their learning rate falls, and the first
+        Both were measured (dev/LOG.md): the eyes learn shapes only once their learning rate falls, and the first
         gradients of the language loss are so large that they would undo it: so the warm-up starts anew with them,
         and the eyes go on at `vision_lr_scale` of their rates.
         """

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from vora.distill.blockwise import name_of
-from vora.distill.teacher import hook_on_output
+from vora.distill.blocks import hook_on_output
 from vora.eval.inspect.attention_weights import watched_attention, words_of_tokens
 from vora.eval.inspect.colours import aligned, colours, principal_components
 from vora.eval.metrics.cka import linear_cka
@@ -108,7 +108,7 @@ def inspect_image(learner, processor, image, question, answer=None, pairs=(), ma
     """Look into a model while it looks at an image.
 
     Args:
-        learner: a `VisionLearner` around the model; its teacher and heads, if it has them, are compared with.
+        learner: a `Objective` around the model; its teacher and heads, if it has them, are compared with.
         image: RGB PIL image.
         answer: to follow; by default the model's own, greedy.
         pairs: (student block, teacher block) to compare one by one with a teacher, see `take_teacher`.

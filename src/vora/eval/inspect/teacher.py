@@ -15,7 +15,7 @@ def take_teacher(learner, model, name=None):
     """Give a learner the teacher to compare it with, and of an unmerged model the heads that it was trained with.
 
     Args:
-        learner: a `VisionLearner`; a run's may have its teacher and heads already.
+        learner: a `Objective`; a run's may have its teacher and heads already.
         model: folder or hub id that it comes from.
         name: folder or hub id of a teacher; by default the one that the learner has, else the one that the model's
             card names, if that is on the hub.

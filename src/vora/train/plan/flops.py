@@ -43,7 +43,7 @@ def sequence_flops(learner, row, num_recomputed=0, num_rows=1):
     """FLOPs of one row, forward and backward.
 
     Args:
-        learner: a `VisionLearner`, on whatever device (meta will do).
+        learner: a `Objective`, on whatever device (meta will do).
         num_recomputed: of the first so many blocks, which are computed again in the backward pass, and the heads.
         num_rows: rows of a batch, whose logits are computed again too if they are made in parts (`losses_of_labels`).
 

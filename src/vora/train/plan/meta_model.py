@@ -32,7 +32,7 @@ def meta_model(recipe, beside=None):
             pretrain.yaml in that folder will make.
 
     Returns:
-        (`VisionLearner`, list of remarks on what was assumed).
+        (`Objective`, list of remarks on what was assumed).
 
     Raises:
         ValueError: a model's configuration cannot be found, the parts do not fit each other, or the recipe goes

@@ -25,9 +25,9 @@ IMAGES_PER_SECOND = 150  # that one process decodes and cuts into patches (bench
 LINK_BETWEEN_MACHINES = 50e9  # bytes per second and GPU: one 400 Gb/s adapter each
 GPUS_PER_MACHINE = 8
 UTILIZATION = 0.4
-# Share of what a step makes and frees that glibc's heap keeps: none, and all blocks computed again (docs/LOG.md)
+# Share of what a step makes and frees that glibc's heap keeps: none, and all blocks computed again (dev/LOG.md)
 HEAP_KEEPS = (0.35, 1.5)
-ROWS_FILLED = 0.98  # by samples of many lengths (docs/LOG.md)
+ROWS_FILLED = 0.98  # by samples of many lengths (dev/LOG.md)
 
 
 @dataclass

@@ -1,0 +1,348 @@
+"""What a training step minimizes: total = sum of weight * term, over one forward pass of the student.
+
+Dims: B rows, T tokens, P patches, N images, L labels, I image tokens, R rows of text, D LLM width, D_t teacher width,
+m = patch_merge.
+"""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vora.distill.blocks import block_outputs, only_first_blocks
+from vora.distill.blockwise import SUMMARY, BlockwiseDistillation
+from vora.distill.teacher import TeacherProtocol, images_of_patches
+from vora.distill.text_kl import divergence, lora_off, unexplained
+from vora.model.patch_embed import merge_neighbours
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from vora.model.configuration_vora import VoraConfig
+    from vora.model.image_processing_vora import VoraImageProcessor
+    from vora.model.modeling_vora import VoraForConditionalGeneration
+
+LOSSES = ("lm_loss", "answer_loss", "distill_loss", "text_loss")  # see `Objective.forward`
+
+
+@dataclass
+class MicroBatch:
+    """A packed batch, and what the student made of it.
+
+    Attributes:
+        inputs, images: of `VoraModel.forward`.
+        targets, label_places, label_weights, image_places, text_rows, text_places, num_items_in_batch,
+            num_micro_batches: see `Objective.forward`.
+        only_paired_blocks: whether the student ran no block above the last paired one.
+        hidden_states: float[B, T, D], after all blocks and the last norm; None with `only_paired_blocks`.
+        block_states: {paired block: float[B, T, D]}; empty where nobody needs them.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    images: dict[str, torch.Tensor]
+    targets: torch.Tensor
+    label_places: torch.Tensor
+    image_places: torch.Tensor
+    label_weights: torch.Tensor | None = None
+    text_rows: torch.Tensor | None = None
+    text_places: torch.Tensor | None = None
+    num_items_in_batch: torch.Tensor | float | None = None
+    num_micro_batches: int = 1
+    only_paired_blocks: bool = False
+    hidden_states: torch.Tensor | None = None
+    block_states: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Term:
+    """A part of the objective. A term of your own: subclass, and append it to `Objective.terms`."""
+
+    weight: float = 1.0
+
+    def applies(self, objective: "Objective", batch: MicroBatch) -> bool:
+        """Whether a batch holds something that this term is of."""
+        raise NotImplementedError
+
+    def __call__(self, objective: "Objective", batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(this micro-batch's share of the step's loss, before the weight; the losses to report, by name)."""
+        raise NotImplementedError
+
+
+class LanguageModeling(Term):
+    """Next-token cross-entropy at the labels, each of which counts alike or by its weight."""
+
+    def applies(self, objective: "Objective", batch: MicroBatch) -> bool:
+        return len(batch.label_places) > 0
+
+    def __call__(self, objective: "Objective", batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        each = objective.vora.label_losses(batch.hidden_states, batch.targets, batch.label_places)
+        total = batch.num_items_in_batch
+        if batch.label_weights is None:
+            loss = each.sum() / (len(each) if total is None else total)
+            return loss, {"lm_loss": loss}
+        loss = (batch.label_weights * each).sum() / (batch.label_weights.sum() if total is None else total)
+        return loss, {"answer_loss": loss, "lm_loss": each.detach().mean() / batch.num_micro_batches}
+
+
+class TextKL(Term):
+    """How far the LLM is from itself without LoRA on rows of text: the KL divergence, or, where only the paired blocks
+    ran, the distance of the last one's output (`vora.distill.text_kl`). A mean over the micro-batch's tokens."""
+
+    def applies(self, objective: "Objective", batch: MicroBatch) -> bool:
+        return batch.text_rows is not None
+
+    def __call__(self, objective: "Objective", batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        vora, rows, inputs = objective.vora, batch.text_rows, batch.inputs
+        of_rows = {name: inputs[name][rows] for name in ("position_ids", "seen_until") if name in inputs}
+        # embeddings, for with tokens alone a GPU would be waited for, to see whether images are missing
+        of_rows["inputs_embeds"] = vora.get_input_embeddings()(inputs["input_ids"][rows])
+        early = batch.only_paired_blocks
+        with torch.no_grad(), lora_off(vora):
+            own_hidden, own_states = objective.run_student(of_rows, early, early)
+        own = own_states[max(own_states)] if early else own_hidden
+        reached = batch.block_states[max(batch.block_states)] if early else batch.hidden_states
+        reached, own = (states.flatten(0, 1)[batch.text_places] for states in (reached[rows], own))
+        if early:
+            loss = unexplained(reached, own)
+        else:
+            loss = divergence(vora.logits, reached, own, vora.lm_head.out_features)
+        return loss / batch.num_micro_batches, {"text_loss": loss}
+
+
+class Distillation(Term):
+    """The paired blocks' outputs at image tokens against the teacher's features (`BlockwiseDistillation`)."""
+
+    def applies(self, objective: "Objective", batch: MicroBatch) -> bool:
+        return objective.teacher is not None and len(batch.image_places) > 0
+
+    def __call__(self, objective: "Objective", batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        states = {block: hidden.flatten(0, 1)[batch.image_places] for block, hidden in batch.block_states.items()}
+        loss, pair_losses = objective.distillation(states, objective.teach(**batch.images))
+        return loss / batch.num_micro_batches, {"distill_loss": loss, "pair_losses": pair_losses}
+
+
+class Objective(nn.Module):
+    """The student, in stage 1 the distillation heads beside it, and the terms of the loss.
+
+    Call it with a packed batch (`vora.data.packing`) in any training loop: `objective(**batch)["loss"].backward()`.
+
+    Args:
+        student: a `VoraForConditionalGeneration`, or the `PeftModel` around it (`attach_vision_lora`).
+        image_processor: the student's, for its normalisation; needed with a teacher.
+        teacher: a `Teacher`, or whatever gives what `TeacherProtocol` says; None to learn from text alone.
+        distillation: a `BlockwiseDistillation`, or None with no teacher.
+        distill_weight: of the distillation (1 in the paper).
+        text_kl_weight: of what keeps text as the LLM has it.
+    """
+
+    distillation: BlockwiseDistillation | None
+
+    def __init__(
+        self,
+        student: "VoraForConditionalGeneration | PeftModel",
+        image_processor: "VoraImageProcessor | None" = None,
+        teacher: TeacherProtocol | None = None,
+        distillation: BlockwiseDistillation | None = None,
+        distill_weight: float = 1.0,
+        text_kl_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.image_processor = image_processor
+        self.distillation = distillation
+        self.terms: list[Term] = [LanguageModeling(), TextKL(text_kl_weight), Distillation(distill_weight)]
+        self._teacher = [teacher]  # in a list, so that it is neither trained nor saved nor wrapped with the student
+
+    @property
+    def teacher(self) -> Any:
+        return self._teacher[0]
+
+    def set_teacher(self, teacher: TeacherProtocol | None) -> None:
+        """Another teacher, or None."""
+        self._teacher = [teacher]
+
+    @property
+    def vora(self) -> "VoraForConditionalGeneration":
+        """The bare `VoraForConditionalGeneration`, under PEFT or not."""
+        return self.student.get_base_model() if hasattr(self.student, "get_base_model") else self.student
+
+    @property
+    def config(self) -> "VoraConfig":
+        return self.vora.config
+
+    @property
+    def paired_blocks(self) -> list[int]:
+        """The student's blocks that a teacher's are paired with, ascending."""
+        return [] if self.distillation is None else sorted({student for student, _ in self.distillation.pairs})
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """What FSDP wraps one by one: the LLM's blocks."""
+        return self.vora.model._no_split_modules
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        num_blocks: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep only what enters a block, or a distill head, and compute the rest again when gradients are.
+
+        Args:
+            gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
+            num_blocks: of so many blocks, the first ones; all by default. The first are the right ones: they are
+                computed again last, when what the others kept is free, so any other choice of as many needs more.
+            kwargs: as for a model of transformers.
+
+        Raises:
+            ValueError: the LLM has fewer blocks, or they cannot be told one by one.
+        """
+        blocks, how = self.vora.model.blocks, {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        if num_blocks is not None and not 1 <= num_blocks <= len(blocks):
+            raise ValueError(f"{num_blocks} blocks are to be computed again, but the LLM has {len(blocks)}.")
+        self.vora.model.language_model.gradient_checkpointing_enable(how, **kwargs)
+        if self.distillation is not None:
+            self.distillation.recomputes = True
+        for block in [] if num_blocks is None else blocks[num_blocks:]:
+            if not hasattr(block, "gradient_checkpointing"):
+                raise ValueError(
+                    f"The blocks of {self.config.get_text_config().model_type} are computed again all or none: give "
+                    f"true instead of {num_blocks}."
+                )
+            block.gradient_checkpointing = False
+
+    def vision_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters that images alone can teach: patch embedding, heads, and LoRA up to the last
+        paired block; none without distillation."""
+        if self.distillation is None:
+            return []
+        blocks = self.vora.model.blocks[: self.paired_blocks[-1] + 1]
+        parts = [self.vora.model.patch_embedding, self.distillation, *blocks]
+        return [p for part in parts for p in part.parameters() if p.requires_grad]
+
+    def freeze_vision(self) -> None:
+        """Leave what images alone can teach as it is: only text tokens are learned from, and no teacher is asked.
+
+        Raises:
+            ValueError: nothing else learns.
+        """
+        for parameter in self.vision_parameters():
+            parameter.requires_grad_(False)
+        self.set_teacher(None)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            last = self.paired_blocks[-1]
+            raise ValueError(
+                f"With vision frozen 0 parameters are left to learn: block {last} is paired, and no LoRA lies above "
+                f"it. Raise lora.num_blocks above {last + 1}, or teacher.vision_lr_scale above 0."
+            )
+
+    def forward(
+        self,
+        targets: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        label_places: torch.Tensor | None = None,
+        label_weights: torch.Tensor | None = None,
+        image_places: torch.Tensor | None = None,
+        text_rows: torch.Tensor | None = None,
+        text_places: torch.Tensor | None = None,
+        distill_only: torch.Tensor | bool | None = None,
+        num_samples: torch.Tensor | int | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
+        num_micro_batches: int = 1,
+        **inputs: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Named losses of a packed batch.
+
+        Args:
+            targets: int[B, T], the token that each place should predict, -100 where masked.
+            pixel_values, image_grid_thw, inputs: as for `VoraModel.forward`.
+            label_places, image_places: int[L] and int[I], where in the flattened rows something is to be predicted
+                and where image tokens are, if that is known (`vora.data.packing.places`): then no GPU is waited for.
+            label_weights: float[L], how much each label counts (`vora.data.packing.label_weights`); None: all alike.
+            text_rows, text_places: int[R] and int[K], which rows hold text alone that is to stay as the LLM has it,
+                and where in them, flattened, its tokens are; None: none.
+            distill_only: False where the steps that only distill are over, though this batch has nothing to predict.
+            num_samples: of the batch; for who counts, not used here.
+            num_items_in_batch: label tokens of the whole optimizer step, or their summed weights, by which what the
+                language loss adds to `loss` is divided.
+            num_micro_batches: of the step, by which the other terms are divided in `loss`.
+
+        Returns:
+            dict: `loss`; `lm_loss` if there are targets, each label counting alike, and with weights `answer_loss`,
+            which is what is learned then; with a teacher and images `distill_loss` and `pair_losses`
+            float[pairs]; with text to keep `text_loss`. With images alone only the blocks up to the last paired one
+            run: those above would learn nothing. Then text is kept after the last of them.
+        """
+        if label_places is None:
+            label_places = (targets != -100).flatten().nonzero()[:, 0]
+        if image_places is None:
+            image_places = (inputs["input_ids"] == self.config.image_token_id).flatten().nonzero()[:, 0]
+        images = {} if pixel_values is None else {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        batch = MicroBatch(
+            inputs, images, targets, label_places, image_places, label_weights, text_rows, text_places,
+            num_items_in_batch, num_micro_batches,
+        )  # fmt: skip
+        batch.only_paired_blocks = (
+            len(label_places) == 0 and self.distillation is not None and (distill_only is None or bool(distill_only))
+        )
+        # with no term at all, the first one says that nothing can be learned
+        terms = [term for term in self.terms if term.applies(self, batch)] or self.terms[:1]
+        collects = batch.only_paired_blocks or (self.teacher is not None and len(image_places) > 0)
+        batch.hidden_states, batch.block_states = self.run_student(inputs | images, collects, batch.only_paired_blocks)
+        losses: dict[str, Any] = {"loss": 0.0}
+        for term in terms:
+            loss, named = term(self, batch)
+            losses |= named | {"loss": losses["loss"] + term.weight * loss}
+        return losses
+
+    def run_student(
+        self, inputs: dict[str, torch.Tensor], collects: bool, only_paired_blocks: bool
+    ) -> tuple[torch.Tensor | None, dict[int, torch.Tensor]]:
+        """The student's (`MicroBatch.hidden_states`, `MicroBatch.block_states`).
+
+        Args:
+            inputs: of `VoraModel.forward`.
+            collects: whether the paired blocks' outputs are kept.
+            only_paired_blocks: run no block above the last paired one.
+        """
+        model, wanted = self.vora.model, self.paired_blocks if collects else []
+        holds = nullcontext()
+        if only_paired_blocks:
+            holds = only_first_blocks(model.language_model, model.blocks, max(1, wanted[-1] + 1))
+        with block_outputs(model.blocks, wanted) as states, holds:
+            hidden_states = model(**inputs, use_cache=False).last_hidden_state
+        return (None if only_paired_blocks else hidden_states), states
+
+    def teach(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, blocks: Iterable[int | str] | None = None
+    ) -> dict[int | str, torch.Tensor]:
+        """What each image token is to say: the mean of the teacher's features of its m x m patches, which teaches
+        better than all of them (dev/LOG.md).
+
+        Args:
+            pixel_values, image_grid_thw: of the student.
+            blocks: of the teacher, and `SUMMARY`; by default the paired ones.
+
+        Returns:
+            {teacher block: float[P / m^2, D_t]}; the summary is the same at all tokens of an image.
+        """
+        if self.teacher.device != pixel_values.device:  # it is no part of what the Trainer moves
+            self.teacher.to(pixel_values.device)
+        if blocks is None:
+            blocks = dict.fromkeys(teacher for _, teacher in self.distillation.pairs)
+        shapes, merge, processor = image_grid_thw.tolist(), self.config.patch_merge, self.image_processor
+        grids = [(rows, columns) for frames, rows, columns in shapes for _ in range(frames)]
+        images = images_of_patches(
+            pixel_values, grids, self.config.patch_size, processor.image_mean, processor.image_std
+        )
+        features = self.teacher(images, grids, list(blocks))
+        summary = features.pop(SUMMARY, None)
+        targets = {block: merge_neighbours(f, shapes, merge).mean(1) for block, f in features.items()}
+        if summary is not None:
+            repeated = [one.expand(h * w // merge**2, -1) for one, (h, w) in zip(summary.split(1), grids)]
+            targets[SUMMARY] = torch.cat(repeated)
+        return targets
