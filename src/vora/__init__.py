@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vora.build.lora import attach_vision_lora, merge_vision_lora
     from vora.checkpoint.reference import import_reference
     from vora.distill.blockwise import BlockwiseDistillation
-    from vora.distill.learner import VisionLearner as Objective
+    from vora.distill.objective import Objective
     from vora.distill.teacher import Teacher
     from vora.eval.run import evaluate
     from vora.model.configuration_vora import VoraConfig
@@ -47,7 +47,7 @@ __all__ = [
 
 _MODULES = {
     "BlockwiseDistillation": "vora.distill.blockwise",
-    "Objective": "vora.distill.learner",
+    "Objective": "vora.distill.objective",
     "Teacher": "vora.distill.teacher",
     "VoraConfig": "vora.model.configuration_vora",
     "VoraForConditionalGeneration": "vora.model.modeling_vora",
@@ -69,7 +69,7 @@ def __getattr__(name: str) -> Any:
         return import_module("vora.train")
     if name not in _MODULES:
         raise AttributeError(f"module 'vora' has no attribute {name!r}")
-    value = getattr(import_module(_MODULES[name]), {"Objective": "VisionLearner"}.get(name, name))
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

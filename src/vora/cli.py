@@ -4,7 +4,6 @@ import logging
 import os
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -182,7 +181,9 @@ def plan(
 
 @app.command(name="eval")
 def evaluate(
-    task: Annotated[str, typer.Option(help="captions, vqa, classify, statements, probe (does it look?) or text.")],
+    task: Annotated[
+        str, typer.Option(help="captions, vqa, exact, classify, statements, probe (does it look?), text.")
+    ],
     data: Annotated[
         list[str], typer.Option(help="Files, folders or datasets: all that recipes read; see `vora data`.")
     ],
@@ -206,8 +207,11 @@ def evaluate(
     of: Annotated[str | None, typer.Option(help="The probed task; by default the one that the columns fit.")] = None,
     generate: Annotated[bool, typer.Option("--generate", help="A probe also generates answers; slow.")] = False,
     against: Annotated[
-        str, typer.Option(help="Images that a probe compares with the right one; other alone is fastest.")
-    ] = "other,blank,shuffled,none",
+        str | None,
+        typer.Option(
+            help="What a probe shows besides the right image, of other,blank,shuffled,none; other is fastest."
+        ),
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(help="The LLM that --task text compares with; by default the one the model was made from."),
@@ -215,52 +219,35 @@ def evaluate(
 ) -> None:
     """Measure a model on a task, with 95 % intervals; the same command goes on after a stop."""
     from vora.checkpoint.pretrained import committed_model
-    from vora.eval.run import TASKS, check_overwrites_nothing, make_task, task_of
     from vora.eval.run import evaluate as run
-    from vora.serve.engine import load_model
 
     if wrong := [pair for pair in column or () if "=" not in pair]:
         raise ValueError(f"--column {wrong[0]} is not of the form ours=theirs, such as captions=alt_text.")
-    if of is not None and of not in TASKS:
-        raise ValueError(f"--of {of} is no task that can be probed: choose among {', '.join(TASKS)}.")
-    check_overwrites_nothing(out, *([".png"] if task == "probe" else []))
-    options = {
-        "split": split,
-        "subset": subset,
-        "image_folder": None if image_folder is None else str(image_folder),
-        "columns": dict(pair.split("=", 1) for pair in column or ()) or None,
-    }
-    paths = [*data, *(more_data or ())]
-    if task == "probe":
-        from vora.eval.probe.probe import probe
-        from vora.eval.rows import Rows
-
-        run, task = (
-            partial(probe, generate=generate, against=against.split(",")),
-            of or task_of(Rows(paths, **options)),
-        )
-    name = model or committed_model()
-    if task == "text":
-        from vora.eval.tasks.text import text_ability
-
-        given = {"base": base, "max_examples": max_examples, "seed": seed, "rows_options": options}
-        report = text_ability(*load_model(name), paths, out, console, model_name=name, **given)
-        _print_report(report, out)
-        return
-    known = None if labels is None else labels.read_text().splitlines()
-    known = known and [line.strip() for line in known if line.strip()]
-    chosen = make_task(task, prompt=prompt, labels=known, max_examples=max_examples, seed=seed)
-    loaded = load_model(name, min_image_tokens, max_image_tokens)
-    report = run(*loaded, chosen, paths, out, console, model_name=name, rows_options=options)
-    _print_report(report, out)
-
-
-def _print_report(report: dict[str, Any], out: Path) -> None:
-    from vora.eval.run import metrics_table
-
-    console.print(metrics_table(report))
-    if "verdict" in report:
-        console.print(report["verdict"], highlight=False, markup=False)
+    names = None if labels is None else [line.strip() for line in labels.read_text().splitlines() if line.strip()]
+    report = run(
+        model or committed_model(),
+        task,
+        [*data, *(more_data or ())],
+        out,
+        split=split,
+        subset=subset,
+        image_folder=image_folder,
+        columns=dict(pair.split("=", 1) for pair in column or ()) or None,
+        min_image_tokens=min_image_tokens,
+        max_image_tokens=max_image_tokens,
+        console=console,
+        of=of,
+        against=None if against is None else against.split(","),
+        generate=generate,
+        base=base,
+        prompt=prompt,
+        labels=names,
+        max_examples=max_examples,
+        seed=seed,
+    )
+    console.print(report.table())
+    if "verdict" in report.details:
+        console.print(report.details["verdict"], highlight=False, markup=False)
     console.print(f"Report: {out}")
 
 

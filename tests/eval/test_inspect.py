@@ -16,7 +16,7 @@ import vora
 from vora.build.lora import DISTILLATION_FILE
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
 from vora.distill.objective import Objective
-from vora.eval.inspect.attention_weights import watched_attention, words_of_tokens
+from vora.eval.inspect.attention_weights import attention_at, words_of_tokens
 from vora.eval.inspect.colours import aligned, colours, principal_components
 from vora.eval.inspect.inspection import inspect_image
 from vora.eval.inspect.page import write_inspection
@@ -31,7 +31,7 @@ def noise(*shape, seed=0):
 
 
 def samples_shown(model, places, **inputs):
-    with torch.no_grad(), watched_attention(model, places) as weights:
+    with torch.no_grad(), attention_at(model, places) as weights:
         model.model(**inputs, use_cache=False)
     return weights
 

@@ -3,7 +3,10 @@
 Dims: L log lines with a language loss.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,12 +36,12 @@ class Curve:
     distill_loss: float | None
 
     @property
-    def final(self):
+    def final(self) -> float:
         """The language loss at the end: the mean over the last window."""
         return float(self.smooth[-1])
 
 
-def read_curve(log_file, window):
+def read_curve(log_file: Path, window: float) -> Curve:
     """A run's curve.
 
     Args:
@@ -48,23 +51,23 @@ def read_curve(log_file, window):
         ValueError: the log has no line with a language loss.
     """
     lines = read_log(log_file)
-    with_words = [line for line in lines if "lm_loss" in line]
-    if not with_words:
+    with_text = [line for line in lines if "lm_loss" in line]
+    if not with_text:
         raise ValueError(f"{log_file} has no line with lm_loss: raise training.max_steps, or log more often.")
-    before, seconds, tokens, alone = 0, 0.0, 0.0, 0
+    before, seconds, tokens, distill_only = 0, 0.0, 0.0, 0
     for line in lines:  # speeds are of the steps since the line before, so that they give back time and tokens
         took = (line["samples_seen"] - before) / line["samples_per_second"] if line["samples_per_second"] else 0.0
         seconds, tokens, before = seconds + took, tokens + took * line["tokens_per_second"], line["samples_seen"]
-        alone = alone if "lm_loss" in line else before
+        distill_only = distill_only if "lm_loss" in line else before
     width = window * before
-    taught = [line for line in lines if "distill_loss" in line]
-    distill = smoothed(*_columns(taught, "distill_loss"), width)[-1] if taught else None
-    samples, losses = _columns(with_words, "lm_loss")
-    smooth = smoothed(samples, losses, width, alone)
-    return Curve(samples, losses, smooth, alone, before, round(tokens), seconds, None if distill is None else distill)
+    distilled = [line for line in lines if "distill_loss" in line]
+    distill_loss = float(smoothed(*_columns(distilled, "distill_loss"), width)[-1]) if distilled else None
+    samples, losses = _columns(with_text, "lm_loss")
+    smooth = smoothed(samples, losses, width, distill_only)
+    return Curve(samples, losses, smooth, distill_only, before, round(tokens), seconds, distill_loss)
 
 
-def smoothed(samples, losses, width, start=0):
+def smoothed(samples: np.ndarray, losses: np.ndarray, width: float, start: int = 0) -> np.ndarray:
     """float[L]: at each line the mean over the last `width` samples, each line weighted by its own.
 
     Args:
@@ -79,7 +82,7 @@ def smoothed(samples, losses, width, start=0):
     return np.array(means)
 
 
-def samples_until(curve, loss):
+def samples_until(curve: Curve, loss: float) -> float | None:
     """Samples seen when the smoothed language loss is first at `loss` or below, between lines on a straight line;
     None if it never is."""
     below = np.flatnonzero(curve.smooth <= loss)
@@ -92,5 +95,5 @@ def samples_until(curve, loss):
     return float(curve.samples[i - 1] + share * (curve.samples[i] - curve.samples[i - 1]))
 
 
-def _columns(lines, name):
+def _columns(lines: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([line["samples_seen"] for line in lines]), np.array([line[name] for line in lines], float)

@@ -1,30 +1,33 @@
 """The table as Markdown."""
 
+from typing import Any
 
-def markdown(found):
+from vora.report.markdown import table
+
+
+def markdown(found: dict[str, Any]) -> str:
     """The page of a grid.
 
     Args:
         found: what table.json holds.
     """
     metrics = list(dict.fromkeys(name for row in found["variants"] for name in row["metrics"]))
-    taught = any(row["distill_loss"]["mean"] is not None for row in found["variants"])
+    has_teacher = any(row["distill_loss"]["mean"] is not None for row in found["variants"])
     columns = ["variant", "seeds", "lm_loss", "against baseline", "samples to the baseline's loss"]
-    columns += ["distill_loss"] * taught
+    columns += ["distill_loss"] * has_teacher
     for name in metrics:
         columns += [name, "against baseline"]
     columns += ["samples", "images alone", "tokens", "seconds"]
-    lines = [" | ".join(columns), " | ".join(["---"] + ["---:"] * (len(columns) - 1))]
+    lines = []
     for row in found["variants"]:
         is_baseline = row["variant"] == found["baseline"]
         cells = [row["variant"] + " (baseline)" * is_baseline, str(len(row["lm_loss"]["by_seed"]))]
         cells += [_figure(row["lm_loss"]), _difference(row, "lm_loss"), _needed(row, is_baseline)]
-        cells += [_figure(row["distill_loss"])] * taught
+        cells += [_figure(row["distill_loss"])] * has_teacher
         for name in metrics:
             cells += [_figure(row["metrics"].get(name)), _difference(row, name)]
         cells += [_count(row[name]) for name in ("samples_seen", "distill_only", "tokens", "seconds")]
-        lines.append(" | ".join(cells))
-    table = "\n".join(f"| {line} |" for line in lines)
+        lines.append(cells)
     warnings = "".join(f"* **{text}**\n" for text in found["warnings"])
     failed = "".join(
         f"* {row['variant']}, seed {seed}: {cause}\n"
@@ -38,7 +41,7 @@ def markdown(found):
     trained = ", ".join(found["trained_at"]) or "unknown"
     return f"""# {found["name"]}
 
-{table}
+{table(columns, lines, "lr")}
 
 ![lm_loss against samples seen](curves.png)
 
@@ -56,20 +59,20 @@ Made by `{found["command"]}` at commit {found["commit"] or "unknown"}{changed}; 
 """
 
 
-def _figure(found):
+def _figure(found: dict[str, Any] | None) -> str:
     if found is None or found["mean"] is None:
         return "-"
     return f"{found['mean']:.4f}" + ("" if found["half"] is None else f" ± {found['half']:.4f}")
 
 
-def _difference(row, name):
+def _difference(row: dict[str, Any], name: str) -> str:
     found = row["difference"].get(name)
     if found is None or found["mean"] is None:
         return "-"
     return f"{found['mean']:+.4f}" + ("" if found["half"] is None else f" ± {found['half']:.4f}")
 
 
-def _needed(row, is_baseline):
+def _needed(row: dict[str, Any], is_baseline: bool) -> str:
     found = row["to_baseline"]
     if is_baseline:
         return _count(found["samples"])
@@ -83,5 +86,5 @@ def _needed(row, is_baseline):
     return f"{found['samples']['mean']:,.0f} ({100 * abs(share['mean']):.0f}{half} % {word})"
 
 
-def _count(found):
+def _count(found: dict[str, Any]) -> str:
     return "-" if found["mean"] is None else f"{found['mean']:,.0f}"

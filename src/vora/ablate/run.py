@@ -7,15 +7,17 @@ OUT/curves.png                  lm_loss against samples seen
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from rich.console import Console
 from rich.markup import escape
 
-from vora.ablate.curves import read_curve
+from vora.ablate.curves import Curve, read_curve
 from vora.ablate.page import markdown
 from vora.ablate.plot import draw_curves
 from vora.ablate.runs import (
-    base_of,
     check_same,
     check_unread,
     failure_of,
@@ -28,12 +30,12 @@ from vora.ablate.runs import (
     train_run,
     write_whole,
 )
-from vora.ablate.spec import load_spec, runs_of
+from vora.ablate.spec import EvaluateSection, Run, Spec, load_spec, runs_of
 from vora.ablate.table import summary
-from vora.eval.run import commit, commit_in_words, make_task
+from vora.eval.report import commit, commit_in_words
 
 
-def ablate(spec_file, out, overrides, console):
+def ablate(spec_file: str | Path, out: str | Path, overrides: Sequence[str], console: Console) -> dict[str, Any]:
     """Run what has not been run yet of a grid, and draw its table and curves.
 
     Runs run one after another in this process: two side by side would share cores and memory, so that their seconds
@@ -56,16 +58,12 @@ def ablate(spec_file, out, overrides, console):
     runs = runs_of(spec, overrides, out)
     for run in runs:
         check_same(run, spec.samples)
-    for asked in spec.evaluate:  # what cannot be measured is told before hours of training
-        if asked.task != "text":
-            make_task(asked.of or asked.task, prompt=asked.prompt)
-        for run in runs if asked.task == "text" else ():
-            base_of(run, asked)
-        check_unread(runs, asked, spec_file.parent)
+    for section in spec.evaluate:  # what cannot be measured is told before hours of training
+        check_unread(runs, section, spec_file.parent)
     command = shlex.join(["vora", "ablate", str(spec_file), *overrides, "--out", str(out)])
     out.mkdir(parents=True, exist_ok=True)
     for number, run in enumerate(runs, 1):
-        done = is_finished(run) and all(report_of(run, asked) for asked in spec.evaluate)
+        done = is_finished(run) and all(report_of(run, section) for section in spec.evaluate)
         console.print(f"\\[{number}/{len(runs)}] {run.name}{': done before' if done else ''}", highlight=False)
         forget_failure(run)
         try:
@@ -81,22 +79,26 @@ def ablate(spec_file, out, overrides, console):
     return draw(spec, runs, out, spec_file.stem, command)
 
 
-def draw(spec, runs, out, name, command):
+def draw(spec: Spec, runs: Sequence[Run], out: Path, name: str, command: str) -> dict[str, Any]:
     """Table and curves of the runs that have ended."""
-    curves, scores, failures, commits, missing = {}, {}, {}, {}, {}
+    curves: dict[tuple[str, int], Curve] = {}
+    scores: dict[tuple[str, int], dict[str, float | None]] = {}
+    failures: dict[tuple[str, int], str] = {}
+    commits: dict[str, None] = {}
+    missing: dict[str, None] = {}
+    variants, baseline = spec.variants or {}, spec.baseline or ""
     for run in runs:
-        key = (run.variant, run.seed)
         if (cause := failure_of(run)) is not None:
-            failures[key] = cause
+            failures[run.key] = cause
         if not is_finished(run):
             continue
         try:
-            curves[key] = read_curve(run.folder / "log.jsonl", spec.window)
+            curves[run.key] = read_curve(run.folder / "log.jsonl", spec.window)
         except ValueError as error:
-            failures[key] = str(error)
+            failures[run.key] = str(error)
             continue
         commits[trained_at(run)] = None
-        scores[key], unknown = scores_of(run, spec.evaluate)
+        scores[run.key], unknown = scores_of(run, spec.evaluate)
         missing |= dict.fromkeys(unknown)
     found = {
         "name": name,
@@ -108,7 +110,7 @@ def draw(spec, runs, out, name, command):
         "samples": spec.samples,
         "window": spec.window,
         "set": spec.set,
-        **summary(spec.variants, spec.baseline, curves, scores, failures),
+        **summary(variants, baseline, curves, scores, failures),
     }
     if len(commits) > 1:
         found["warnings"].append(f"Runs were trained at {len(commits)} states of the code: {', '.join(commits)}.")
@@ -116,32 +118,29 @@ def draw(spec, runs, out, name, command):
         found["warnings"].append(f"No report has what evaluate's metrics name: {', '.join(missing)}.")
     write_whole(out / "table.json", found)
     (out / "table.md").write_text(markdown(found))
-    draw_curves(curves, list(spec.variants), spec.baseline, out / "curves.png", name)
+    draw_curves(curves, list(variants), baseline, out / "curves.png", name)
     return found
 
 
-def scores_of(run, asked):
-    """{column: value} of a run's measurements, and the names of metrics that its reports do not have.
-
-    Args:
-        asked: list of `EvaluateSection`.
-    """
-    scores, unknown = {}, []
-    for one in asked:
-        metrics = (report_of(run, one) or {}).get("metrics")
+def scores_of(run: Run, sections: Sequence[EvaluateSection]) -> tuple[dict[str, float | None], list[str]]:
+    """{column: value} of a run's measurements, and the names of metrics that its reports do not have."""
+    scores: dict[str, float | None] = {}
+    unknown: list[str] = []
+    for section in sections:
+        metrics = (report_of(run, section) or {}).get("metrics")
         if metrics is None:
             continue
-        unknown += [name for name in one.metrics or () if name not in metrics]
-        shown = [name for name in one.metrics or metrics if name in metrics]
-        scores |= {f"{one.name or one.task} {name}": metrics[name]["value"] for name in shown}
+        unknown += [name for name in section.metrics or () if name not in metrics]
+        shown = [name for name in section.metrics or metrics if name in metrics]
+        scores |= {f"{section.name} {name}": metrics[name]["value"] for name in shown}
     return scores, unknown
 
 
-def trained_at(run):
+def trained_at(run: Run) -> str:
     """The commit of a run's training, in words."""
     return commit_in_words(json.loads((run.folder / "run.json").read_text()))
 
 
-def num_failed(found):
+def num_failed(found: dict[str, Any]) -> int:
     """How many runs of a table could not end."""
     return sum(len(row["failed"]) for row in found["variants"])

@@ -1,4 +1,4 @@
-"""One run of the grid: trained, measured, or taken up where it stood.
+"""One run of the grid: trained, measured, or resumed where it stood.
 
 RUN/log.jsonl, recipe.yaml, final/, ...    of `vora.train.run.train`, without its checkpoints once it has ended
 RUN/run.json                              written last: the run is whole; the commit that it was trained at
@@ -9,45 +9,44 @@ RUN/eval/NAME.json                         reports of `vora eval`, each beside i
 import gc
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import TrainerCallback
 
+from vora.ablate.spec import EvaluateSection, Run
 from vora.checkpoint.run_directory import newest_checkpoint
-from vora.eval.probe.probe import probe
-from vora.eval.rows import Rows
-from vora.eval.run import commit, evaluate, make_task
-from vora.eval.tasks.text import text_ability
-from vora.eval.tasks.text_items import open_items
+from vora.eval.evaluation import Data
+from vora.eval.report import commit
+from vora.eval.run import evaluate
 from vora.train.recipe import load_recipe
 from vora.train.run import train
 from vora.train.trained import merge_run
-
-NO_OPTIONS = {"name", "task", "metrics", "of", "against", "generate", "base", "data"}  # of an `EvaluateSection`
-TASK_OPTIONS = ("prompt", "labels", "max_examples", "seed")  # the others are of `Rows`
 
 
 class EnoughSamples(TrainerCallback):
     """Ends a run at the first log line with so many samples seen, for equal steps are not equal samples where the
     sequences of variants hold other numbers of them."""
 
-    def __init__(self, samples):
+    def __init__(self, samples: int) -> None:
         self.samples = samples
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if (logs or {}).get("samples_seen", 0) >= self.samples:
             control.should_save = control.should_training_stop = True
 
 
-def is_finished(run):
+def is_finished(run: Run) -> bool:
     """Whether a run's training has ended."""
     return (run.folder / "run.json").exists()
 
 
-def check_same(run, samples):
-    """Raise if a run's folder holds a run of another recipe than the specification's, or one that ended at others of
-    its `samples`; where a run does not say at which, as those of before, it is taken as it is.
+def check_same(run: Run, samples: int | None) -> None:
+    """Raise if a run's folder holds a run of another recipe than the specification's, or one that was ended by another
+    number of samples.
 
     Raises:
         ValueError: names the keys that differ.
@@ -58,20 +57,20 @@ def check_same(run, samples):
     there, wanted = _flat(load_recipe(file).model_dump(mode="json")), _flat(run.recipe.model_dump(mode="json"))
     differ = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
     if differ:
-        told = "; ".join(f"{key} was {there.get(key)}, is {wanted.get(key)}" for key in differ[:4])
+        changes = "; ".join(f"{key} was {there.get(key)}, is {wanted.get(key)}" for key in differ[:4])
         raise ValueError(
-            f"{run.folder} was run by another recipe ({len(differ)} keys differ: {told}): choose another --out, or "
+            f"{run.folder} was run by another recipe ({len(differ)} keys differ: {changes}): choose another --out, or "
             "delete that folder to run it anew."
         )
-    facts = json.loads((run.folder / "run.json").read_text()) if is_finished(run) else {}
-    if (ended_at := facts.get("samples", samples)) != samples:
+    ended_at = json.loads((run.folder / "run.json").read_text())["samples"] if is_finished(run) else samples
+    if ended_at != samples:
         raise ValueError(
             f"{run.folder} was ended by samples: {ended_at}, and the specification says {samples}: choose another "
             "--out, or delete that folder to run it anew."
         )
 
 
-def train_run(run, samples, console):
+def train_run(run: Run, samples: int | None, console: Console) -> None:
     """Train a run, from its newest checkpoint if it has one; nothing to do if it has ended.
 
     Raises:
@@ -89,77 +88,70 @@ def train_run(run, samples, console):
         shutil.rmtree(checkpoint)
 
 
-def measure_run(run, asked, beside, console):
+def measure_run(run: Run, sections: Sequence[EvaluateSection], beside: Path, console: Console) -> None:
     """Do those of a specification's measurements that have not been done yet.
 
     Args:
-        asked: list of `EvaluateSection`.
         beside: folder that paths of data may start from.
     """
-    todo = [one for one in asked if report_of(run, one) is None]
+    todo = [section for section in sections if report_of(run, section) is None]
     if not todo:
         return
     model, processor = merge_run(run.folder)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    for one in todo:
-        out, options = _report_file(run, one), one.model_dump(exclude=NO_OPTIONS)
-        if not _was_asked_alike(out, one):
+    for section in todo:
+        out, data = _report_file(run, section), _data_of(run, section, beside)
+        if not _is_same_request(out, section):
             for stale in out.parent.glob(f"{out.stem}.*"):
                 stale.unlink()
         out.parent.mkdir(exist_ok=True)
-        write_whole(_asked_file(out), one.model_dump(mode="json"))
-        chosen = {key: options.pop(key) for key in TASK_OPTIONS}
-        data = _data_of(run, one, beside)
-        given = {"model_name": run.folder / "final", "rows_options": options}
-        if one.task == "text":
-            given |= {"base": base_of(run, one), "max_examples": chosen["max_examples"], "seed": chosen["seed"]}
-            text_ability(model, processor, data, out, console, **given)
-        elif one.task == "probe":
-            task = make_task(one.of, **chosen)
-            given |= {"against": one.against or ["other"], "generate": bool(one.generate)}
-            probe(model, processor, task, data, out, console, **given)
-        else:
-            evaluate(model, processor, make_task(one.task, **chosen), data, out, console, **given)
+        write_whole(_request_file(out), section.model_dump(mode="json"))
+        evaluation = section.evaluation(base_of(run, section))
+        name = run.folder / "final"
+        evaluate((model, processor), evaluation, data.paths, out, model_name=name, console=console, **data.options)
 
 
-def check_unread(runs, asked, beside):
-    """Raise if data cannot be opened on which runs are to be measured yet.
+def check_unread(runs: Sequence[Run], section: EvaluateSection, beside: Path) -> None:
+    """Raise if what is to be measured yet of runs cannot be: no base for text, or data that cannot be opened.
 
     Raises:
         ValueError: names the measurement.
     """
-    todo = [run for run in runs if report_of(run, asked) is None]
-    options = asked.model_dump(exclude=NO_OPTIONS | set(TASK_OPTIONS))
-    for data in dict.fromkeys(tuple(_data_of(run, asked, beside)) for run in todo):
-        try:
-            (open_items if asked.task == "text" else Rows)(data, **options)
-        except ValueError as error:
-            raise ValueError(f"evaluate's {asked.name or asked.task}: its data cannot be read: {error}") from None
+    opened = []
+    for run in runs:
+        evaluation = section.evaluation(base_of(run, section))
+        data = _data_of(run, section, beside)
+        if report_of(run, section) is None and data not in opened:
+            try:
+                evaluation.check_data(data)
+            except ValueError as error:
+                raise ValueError(f"evaluate's {section.name}: its data cannot be read: {error}") from None
+            opened.append(data)
 
 
-def base_of(run, asked):
-    """The LLM that a run's text is held against.
+def base_of(run: Run, section: EvaluateSection) -> str | None:
+    """The LLM that a run's text is held against; None of other measurements.
 
     Raises:
         ValueError: neither the measurement nor the run's recipe names one.
     """
-    base = asked.base or run.recipe.model.llm
+    if section.task != "text":
+        return None
+    base = section.base or run.recipe.model.llm
     if base is None:
         raise ValueError(f"{run.name}: the recipe goes on from model.vora; say evaluate's base, the LLM that text is "
                          "held against.")  # fmt: skip
     return base
 
 
-def report_of(run, asked):
-    """The report of a measurement, or None if it has not been done, or by other words."""
-    file = _report_file(run, asked)
-    if not file.exists() or not _was_asked_alike(file, asked):
-        return None
-    return json.loads(file.read_text())
+def report_of(run: Run, section: EvaluateSection) -> dict[str, Any] | None:
+    """The report of a measurement; None if it has not been done, or was another of that name."""
+    file = _report_file(run, section)
+    return json.loads(file.read_text()) if file.exists() and _is_same_request(file, section) else None
 
 
-def note_failure(run, error):
+def note_failure(run: Run, error: Exception) -> str:
     """Write down why a run could not end."""
     known = isinstance(error, (ValueError, OSError, ArithmeticError))
     cause = ("" if known else f"{type(error).__name__}: ") + " ".join(str(error).split())
@@ -168,63 +160,64 @@ def note_failure(run, error):
     return cause
 
 
-def failure_of(run):
+def failure_of(run: Run) -> str | None:
     """Why a run could not end; None if it did not fail."""
     file = run.folder / "failed.json"
     return json.loads(file.read_text())["cause"] if file.exists() else None
 
 
-def forget_failure(run):
+def forget_failure(run: Run) -> None:
     (run.folder / "failed.json").unlink(missing_ok=True)
 
 
-def free_memory():
+def free_memory() -> None:
     """What a run leaves is given back before the next one, as if each had a process of its own."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def write_whole(file, values):
+def write_whole(file: Path, values: dict[str, Any]) -> None:
     """Write JSON so that whoever reads finds all of it or the file before."""
     unfinished = file.with_suffix(".part")
     unfinished.write_text(json.dumps(values, indent=1) + "\n")
     unfinished.replace(file)
 
 
-def _report_file(run, asked):
-    return run.folder / "eval" / f"{asked.name or asked.task}.json"
+def _report_file(run: Run, section: EvaluateSection) -> Path:
+    return run.folder / "eval" / f"{section.name}.json"
 
 
-def _asked_file(report):
-    return report.with_suffix(".asked.json")
+def _request_file(report: Path) -> Path:
+    return report.with_suffix(".request.json")
 
 
-def _was_asked_alike(report, asked):
-    """Whether a report answers what is asked; which of its figures are shown is no matter."""
-    file = _asked_file(report)
+def _is_same_request(report: Path, section: EvaluateSection) -> bool:
+    """Whether a report answers what a section asks for; which of its figures are shown is no matter."""
+    file = _request_file(report)
     if not file.exists():
         return False
-    before = {key: value for key, value in json.loads(file.read_text()).items() if value is not None}
+    before = {name: value for name, value in json.loads(file.read_text()).items() if value is not None}
     before.pop("metrics", None)
-    return before == asked.model_dump(mode="json", exclude_none=True, exclude={"metrics"})
+    return before == section.model_dump(mode="json", exclude_none=True, exclude={"metrics"})
 
 
-def _data_of(run, asked, beside):
-    """The paths of a measurement's data."""
-    paths = [asked.data] if isinstance(asked.data, str) else asked.data
-    return [_data_path(path, run.recipe.data.folder, beside) for path in paths]
+def _data_of(run: Run, section: EvaluateSection, beside: Path) -> Data:
+    """A measurement's data; its paths start in the recipe's folder of data, or beside the specification."""
+    paths = [section.data] if isinstance(section.data, str) else section.data
+    found = [_data_path(path, [run.recipe.data.folder, beside]) for path in paths]
+    return Data(found, section.split, section.subset, section.image_folder, section.columns)
 
 
-def _data_path(path, folder, beside):
-    for start in (folder, beside):
-        if start is not None and list(Path(start).glob(path) if not Path(path).is_absolute() else ()):
-            return str(Path(start, path))
+def _data_path(path: str, folders: Sequence[str | Path | None]) -> str:
+    for folder in folders:
+        if folder is not None and not Path(path).is_absolute() and list(Path(folder).glob(path)):
+            return str(Path(folder, path))
     return path
 
 
-def _flat(values, before=""):
-    flat = {}
+def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + str(key): value}
     return flat

@@ -2,14 +2,17 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from vora.train.recipe import Section, check_recipe, load_recipe, read_yaml, validated
+from vora.eval.evaluation import Evaluation
+from vora.eval.run import evaluation_of
+from vora.train.recipe import Recipe, Section, check_recipe, load_recipe, read_yaml, validated
 
 VARIANT = r"\w[\w=.,+-]*"  # a variant's name is also its folder's
 
@@ -17,11 +20,11 @@ VARIANT = r"\w[\w=.,+-]*"  # a variant's name is also its folder's
 class EvaluateSection(Section):
     """One measurement of each variant's merged model, with the words of `vora eval`."""
 
-    name: str | None = Field(None, pattern=r"^\w[\w=,+-]*$")  # of its columns in the table; default: the task's
-    task: Literal["captions", "vqa", "classify", "statements", "probe", "text"]
+    name: str = Field("", pattern=r"^(\w[\w=,+-]*)?$")  # of its columns in the table; default: the task's
+    task: str
     metrics: list[str] | None = Field(None, min_length=1)  # the table's columns; default: all that it reports
-    of: Literal["captions", "vqa", "classify", "statements"] | None = None  # the task that is probed
-    against: list[Literal["other", "blank", "shuffled", "none"]] | None = None  # of a probe; default: other
+    of: str | None = None  # the task that is probed
+    against: list[str] | None = None  # of a probe; default: other
     generate: bool | None = None  # of a probe: let the model speak too
     base: str | None = None  # of text: the LLM to compare with; default: the recipe's model.llm
     data: str | list[str]  # start in the recipe's data.folder, else beside the specification
@@ -35,15 +38,24 @@ class EvaluateSection(Section):
     seed: int = 0
 
     @model_validator(mode="after")
-    def probe_is_whole(self):
-        given = [name for name in ("of", "against", "generate") if getattr(self, name) is not None]
-        if given and self.task != "probe":
-            raise ValueError(f"{', '.join(given)}: only for task probe, and this is {self.task}; leave it out")
-        if self.task == "probe" and self.of is None:
-            raise ValueError("a probe needs of, the task that is probed, such as captions")
-        if self.against is not None and "other" not in self.against:
-            raise ValueError(f"against {self.against} lacks other, which a probe's verdict needs")
+    def is_possible(self) -> "EvaluateSection":
+        self.name = self.name or self.task
+        self.evaluation()
         return self
+
+    def evaluation(self, base: str | None = None) -> Evaluation:
+        """What is to be measured; `base` as of `evaluation_of`."""
+        return evaluation_of(
+            self.task,
+            of=self.of,
+            against=self.against or (["other"] if self.task == "probe" else None),
+            generate=bool(self.generate),
+            base=base or self.base,
+            prompt=self.prompt,
+            labels=self.labels,
+            max_examples=self.max_examples,
+            seed=self.seed,
+        )
 
 
 class Spec(Section):
@@ -61,7 +73,7 @@ class Spec(Section):
 
     @field_validator("set", "variants")
     @classmethod
-    def are_overrides(cls, value):
+    def are_overrides(cls, value: dict[str, list[str]] | list[str] | None) -> dict[str, list[str]] | list[str] | None:
         for override in sum(value.values(), []) if isinstance(value, dict) else value or ():
             if "=" not in override:
                 raise ValueError(f"{override!r} is no override: write key=value, such as lora.rank=16")
@@ -69,8 +81,15 @@ class Spec(Section):
                 raise ValueError(f"{override!r}: seeds stand under seeds, and all variants run as long; leave it out")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def old_names(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "arms" in values:
+            raise ValueError("arms are called variants: rename the key")
+        return values
+
     @model_validator(mode="after")
-    def sensible(self):
+    def sensible(self) -> "Spec":
         if (self.variants is None) == (self.grid is None):
             raise ValueError("give exactly one of variants ({name: [overrides]}) and grid ({key: [values]})")
         if self.grid is not None:
@@ -79,6 +98,7 @@ class Spec(Section):
                     raise ValueError(f"grid.{key} has {'a value twice' if values else 'no values'}: {values}")
             axes = [[(key, value) for value in values] for key, values in self.grid.items()]
             self.variants = dict(map(_combined, product(*axes)))
+        self.variants = self.variants or {}
         for name in self.variants:
             if not re.fullmatch(VARIANT, name):
                 raise ValueError(f"{name!r} is no name for a variant: letters, digits and = . , + - _ make a folder")
@@ -87,8 +107,8 @@ class Spec(Section):
         if self.baseline not in self.variants:
             raise ValueError(f"baseline {self.baseline!r} is no variant: choose among {', '.join(self.variants)}")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds {self.seeds} name one twice: it would count twice and teach nothing")
-        names = [asked.name or asked.task for asked in self.evaluate]
+            raise ValueError(f"seeds {self.seeds} name one twice: it would count twice")
+        names = [section.name for section in self.evaluate]
         if len(set(names)) < len(names):
             raise ValueError(f"evaluate has two entries called {max(names, key=names.count)!r}: give each a name")
         return self
@@ -100,15 +120,19 @@ class Run:
 
     variant: str
     seed: int
-    recipe: Any
+    recipe: Recipe
     folder: Path
 
     @property
-    def name(self):
+    def key(self) -> tuple[str, int]:
+        return self.variant, self.seed
+
+    @property
+    def name(self) -> str:
         return f"{self.variant}/seed-{self.seed}"
 
 
-def load_spec(path):
+def load_spec(path: str | Path) -> Spec:
     """Read and check a specification; its recipe is taken from beside it.
 
     Raises:
@@ -120,7 +144,7 @@ def load_spec(path):
     return spec
 
 
-def runs_of(spec, overrides, out):
+def runs_of(spec: Spec, overrides: Sequence[str], out: str | Path) -> list[Run]:
     """All runs of a specification with their recipes, seed by seed: a stopped grid still compares its variants.
 
     Args:
@@ -132,7 +156,7 @@ def runs_of(spec, overrides, out):
     """
     runs = []
     for seed in spec.seeds:
-        for variant, own in spec.variants.items():
+        for variant, own in (spec.variants or {}).items():
             try:
                 recipe = load_recipe(Path(spec.recipe), [*spec.set, *overrides, *own, f"training.seed={seed}"])
                 check_recipe(recipe)
@@ -147,7 +171,7 @@ def runs_of(spec, overrides, out):
     return runs
 
 
-def _combined(pairs):
+def _combined(pairs: Sequence[tuple[str, Any]]) -> tuple[str, list[str]]:
     """A variant of a grid: its name, from the last parts of the keys, and its overrides."""
     texts = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in pairs]
     return ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in texts), [f"{k}={v}" for k, v in texts]

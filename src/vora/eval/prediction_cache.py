@@ -3,31 +3,42 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]  # one prediction: `index`, `name`, and what the evaluation writes down
 
 NUM_SAMPLES, SAMPLE_BYTES = 256, 4096  # of a file, for its fingerprint
 
 
 class PredictionCache:
-    """One JSON object per line: first what was asked of whom, then one per example, flushed batch by batch.
+    """One JSON object per line: first the conditions, then one `Line` per example, flushed batch by batch.
 
     Args:
         file: where the lines are.
         conditions: {name: value} of all that predictions depend on.
         predicted_at: by which code on which device lines are added, in words; each line says so.
 
+    Attributes:
+        done: {index: line}.
+        num_found: lines that were there.
+        seconds: that lines which were there took.
+
     Raises:
         ValueError: the file was begun under other conditions; those that differ are named.
     """
 
-    def __init__(self, file, conditions, predicted_at="unknown"):
-        self.file, self.done, self.seconds, self.predicted_at = Path(file), {}, 0.0, predicted_at
-        self.others = []  # states of other ledgers of the report
+    def __init__(self, file: Path, conditions: dict[str, Any], predicted_at: str = "unknown") -> None:
+        self.file, self.predicted_at = Path(file), predicted_at
+        self.done: dict[int, Line] = {}
+        self.seconds = 0.0
+        self.other_states: list[str] = []  # of other caches of the report
         conditions = json.loads(json.dumps(conditions))
         lines = self._whole_lines()
         if not lines:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_text(json.dumps({"conditions": conditions}) + "\n")
+            self.file.write_bytes(_encoded([{"conditions": conditions}]))
         else:
             self._check_same(lines[0].get("conditions"), conditions)
         for line in lines[1:]:
@@ -36,31 +47,32 @@ class PredictionCache:
                 self.done[line["index"]] = line
         self.num_found = len(self.done)
 
-    def add(self, lines):
+    def add(self, lines: Iterable[Line]) -> None:
         """Append what a batch gave; each line has an `index`."""
         lines = [line | {"predicted_at": self.predicted_at} for line in lines]
-        with self.file.open("a") as file:
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        with self.file.open("ab") as file:
+            file.write(_encoded(lines))
         self.done |= {line["index"]: line for line in lines}
 
     @property
-    def states(self):
+    def states(self) -> list[str]:
         """By which code on which devices lines came about; those of before it was written down are of unknown ones."""
-        return list(dict.fromkeys([line.get("predicted_at", "unknown") for line in self.done.values()] + self.others))
+        states = [line.get("predicted_at", "unknown") for line in self.done.values()]
+        return list(dict.fromkeys(states + self.other_states))
 
-    def count_in(self, other):
-        """Take the seconds and the states of another ledger of the same report for one's own."""
+    def count_in(self, other: "PredictionCache") -> None:
+        """Take the seconds and the states of another cache of the same report for one's own."""
         self.seconds += other.seconds
-        self.others += other.states
+        self.other_states += other.states
 
-    def rewrite(self, lines):
+    def rewrite(self, lines: Iterable[Line]) -> None:
         """All lines anew, with their scores, in the order of the examples."""
-        header = self.file.read_text().split("\n", 1)[0]
+        header = self.file.read_bytes().split(b"\n", 1)[0]
         beside = self.file.with_name(self.file.name + ".new")
-        beside.write_text(header + "\n" + "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        beside.write_bytes(header + b"\n" + _encoded(lines))
         os.replace(beside, self.file)
 
-    def _whole_lines(self):
+    def _whole_lines(self) -> list[Line]:
         """What the file holds; half a line at its end, where a process died, is cut off."""
         if not self.file.exists():
             return []
@@ -75,32 +87,40 @@ class PredictionCache:
                 f"{self.file} is no file of predictions ({error}): delete it, or choose another -o."
             ) from None
 
-    def _check_same(self, found, wanted):
+    def _check_same(self, found: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
         if found is None:
             raise ValueError(f"{self.file} is no file of predictions: delete it, or choose another -o.")
         found, wanted = _flat(found), _flat(wanted)
         differ = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
         if differ:
-            told = "; ".join(f"{name} was {_short(found.get(name))}, is {_short(wanted.get(name))}" for name in differ)
+            changes = "; ".join(
+                f"{name} was {_short(found.get(name))}, is {_short(wanted.get(name))}" for name in differ
+            )
             raise ValueError(
-                f"{self.file} holds predictions made under other conditions: {told}. Choose another -o, or delete it."
+                f"{self.file} holds predictions made under other conditions: {changes}. Choose another -o, or delete "
+                "it."
             )
 
 
-def _flat(conditions, before=""):
+def _encoded(lines: Iterable[Line]) -> bytes:
+    """JSON lines; a lone surrogate becomes its escape, which JSON reads as the same."""
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "backslashreplace")
+
+
+def _flat(conditions: dict[str, Any], before: str = "") -> dict[str, Any]:
     """`{"settings": {"seed": 0}}` to `{"settings.seed": 0}`."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in conditions.items():
         flat |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
     return flat
 
 
-def _short(value):
+def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) < 120 else text[:117] + "..."
 
 
-def fingerprint(file):
+def fingerprint(file: str | Path) -> str:
     """Size and a hash of samples of a file, spread over it: a model of many gigabytes is told in milliseconds."""
     file = Path(file)
     size, found = file.stat().st_size, hashlib.sha256()
@@ -111,13 +131,13 @@ def fingerprint(file):
     return f"{size}-{found.hexdigest()[:16]}"
 
 
-def fingerprints(files):
+def fingerprints(files: Sequence[str | Path]) -> dict[str, str]:
     """{name: fingerprint} of files in the order in which they are read; of several, each name with its number."""
     numbers = [f"{number} " if len(files) > 1 else "" for number in range(len(files))]
     return {number + Path(file).name: fingerprint(file) for number, file in zip(numbers, files)}
 
 
-def model_fingerprint(name):
+def model_fingerprint(name: str | Path) -> str:
     """Of a folder's configuration and weights; of a hub id, its name."""
     folder = Path(name)
     if not folder.is_dir():

@@ -1,11 +1,20 @@
 """Who looked where: the attention weights of chosen places, and tokens put together into words.
 
-Dims: T tokens of the row, R chosen places.
+Dims: T tokens of the sequence, R chosen places.
 """
 
 import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from vora.model.modeling_vora import VoraForConditionalGeneration
 
 # Letters and digits, also around an apostrophe or a hyphen; characters of scripts without spaces one by one; marks.
 ALONE = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
@@ -14,22 +23,23 @@ CUT = "\ufffd"  # what a tokenizer writes for a character whose last bytes are s
 
 
 @contextmanager
-def watched_attention(model, places):
-    """Collect the attention weights of some places while a model runs on one row.
+def attention_at(model: "VoraForConditionalGeneration", places: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Collect the attention weights of some places while a model runs on one sequence.
 
     Within, the model attends eagerly: that is the implementation of which transformers has each family's own (with
     its scaling, soft caps and sinks), which makes its own mask of numbers, and which returns its weights. Each block's
     are cut down to the chosen places as soon as they are there, so that no more than one block's square is held.
 
     Args:
-        model: a `VoraForConditionalGeneration`; merged, or with its vision LoRA on.
-        places: list of R places in the row; negative ones count from its end.
+        model: merged, or with its vision LoRA on.
+        places: R places in the sequence; negative ones count from its end.
 
     Yields:
-        {block: float[R, T]}, filled by the forward pass: how each place shares its attention out over the row, mean
+        {block: float[R, T]}, filled by the forward pass: how each place shares its attention out over it all, mean
         over heads. Blocks without attention weights (linear attention) are left out.
     """
-    weights, hooks = {}, []
+    weights: dict[int, torch.Tensor] = {}
+    hooks = []
     before = model.model.language_model.config._attn_implementation
     model.set_attn_implementation("eager")
     for number, block in enumerate(model.model.blocks):
@@ -43,20 +53,19 @@ def watched_attention(model, places):
         model.set_attn_implementation(before)
 
 
-def _keep_weights(weights, block, places, module, args, output):
+def _keep_weights(
+    weights: dict[int, torch.Tensor], block: int, places: list[int], module: torch.nn.Module, args: Any, output: Any
+) -> None:
     """A hook: of all that a block is made of, its attention alone returns (output, float[1, heads, T, T])."""
     if isinstance(output, tuple) and len(output) > 1 and getattr(output[1], "ndim", 0) == 4:
         weights[block] = output[1][0, :, places].float().mean(0).cpu()
 
 
-def words_of_tokens(ids, tokenizer):
+def words_of_tokens(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, list[int]]]:
     """An answer's tokens put together into words.
 
-    Args:
-        ids: list of int.
-
     Returns:
-        list of (word, [indices of its tokens]). A token that reaches into two words belongs to both; special tokens
+        Each word with the indices of its tokens. A token that reaches into two words belongs to both; special tokens
         and blanks belong to none.
     """
     spans, start, text = [], 0, ""

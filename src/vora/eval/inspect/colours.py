@@ -10,7 +10,7 @@ import torch
 from vora.eval.metrics.cka import of_one_length
 
 
-def principal_components(states):
+def principal_components(states: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
     """The first three principal components of tokens, largest first.
 
     Each token is brought to the same length first, as every block does to what it reads: otherwise the few tokens of
@@ -35,7 +35,7 @@ def principal_components(states):
     return scores, [*shares, 0.0, 0.0][:3]
 
 
-def aligned(scores, others):
+def aligned(scores: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Components in the order and with the signs that agree best with those of another block.
 
     Args:
@@ -47,12 +47,12 @@ def aligned(scores, others):
     return scores[:, list(order)] * signs
 
 
-def _unit(scores):
+def _unit(scores: torch.Tensor) -> torch.Tensor:
     return scores / scores.norm(dim=0).clamp(min=1e-12)
 
 
-def colours(scores, outside=0.02):
-    """Components as red, green and blue, float[T, 3] in 0..1, segmented between percentiles of each; grey where one
+def colours(scores: torch.Tensor, outside: float = 0.02) -> torch.Tensor:
+    """Components as red, green and blue, float[T, 3] in 0..1, stretched between percentiles of each; grey where one
     says nothing.
 
     Args:
@@ -61,5 +61,5 @@ def colours(scores, outside=0.02):
     """
     low, high = (scores.quantile(share, dim=0) for share in (outside, 1 - outside))
     flat = high - low < 1e-6 * scores.abs().max().clamp(min=1e-12)
-    segmented = ((scores - low) / torch.where(flat, 1.0, high - low)).clamp(0, 1)
-    return torch.where(flat, 0.5, segmented)
+    stretched = ((scores - low) / torch.where(flat, 1.0, high - low)).clamp(0, 1)
+    return torch.where(flat, 0.5, stretched)

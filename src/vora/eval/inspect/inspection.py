@@ -1,23 +1,32 @@
 """`vora inspect`, the figures: what each block makes of an image, beside its teacher, and where the answer looked.
 
-Dims: I image tokens, T tokens of the row, R places, C channels, p patch side.
+Dims: I image tokens, T tokens of the sequence, R places, C channels, p patch side.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from vora.distill.blockwise import name_of
 from vora.distill.blocks import hook_on_output
-from vora.eval.inspect.attention_weights import watched_attention, words_of_tokens
+from vora.distill.blockwise import Pair, name_of
+from vora.eval.inspect.attention_weights import attention_at, words_of_tokens
 from vora.eval.inspect.colours import aligned, colours, principal_components
 from vora.eval.metrics.cka import linear_cka
 from vora.report.images import image_of_patches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from vora.distill.objective import Objective
+    from vora.model.modeling_vora import VoraForConditionalGeneration
+    from vora.model.processing_vora import VoraProcessor
 
 
 @dataclass
@@ -30,14 +39,14 @@ class Word:
     """
 
     text: str
-    attention: dict
+    attention: dict[int, torch.Tensor]
     even_share: float
 
-    def map(self):
+    def map(self) -> torch.Tensor:
         """float[I]: the mean over blocks."""
         return torch.stack(list(self.attention.values())).mean(0)
 
-    def share_by_block(self):
+    def share_by_block(self) -> dict[int, float]:
         """{block: share of its attention that falls on the image}."""
         return {block: float(weights.sum()) for block, weights in self.attention.items()}
 
@@ -60,20 +69,20 @@ class Inspection:
     """
 
     image: Image.Image
-    grid: tuple
+    grid: tuple[int, int]
     question: str
     answer: str
-    colours: dict
-    variance: dict
-    words: list
+    colours: dict[int, torch.Tensor]
+    variance: dict[int, list[float]]
+    words: list[Word]
     teacher: str | None = None
-    pairs: list = field(default_factory=list)
-    teacher_colours: dict = field(default_factory=dict)
-    teacher_variance: dict = field(default_factory=dict)
-    cka: dict = field(default_factory=dict)
-    pair_likeness: list = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    teacher_colours: dict[int | str, torch.Tensor] = field(default_factory=dict)
+    teacher_variance: dict[int | str, list[float]] = field(default_factory=dict)
+    cka: dict[str, Any] = field(default_factory=dict)
+    pair_likeness: list[dict[str, Any]] = field(default_factory=list)
 
-    def as_json(self):
+    def as_json(self) -> dict[str, Any]:
         """Every figure of the page, with lists for tensors and None for what is not a number."""
         rows, columns = self.grid
         similarity = None
@@ -104,24 +113,29 @@ class Inspection:
 
 
 @torch.no_grad()
-def inspect_image(learner, processor, image, question, answer=None, pairs=(), max_new_tokens=64):
+def inspect_image(
+    objective: "Objective",
+    processor: "VoraProcessor",
+    image: Image.Image,
+    question: str,
+    answer: str | None = None,
+    pairs: Sequence[Pair] = (),
+    max_new_tokens: int = 64,
+) -> Inspection:
     """Look into a model while it looks at an image.
 
     Args:
-        learner: a `Objective` around the model; its teacher and heads, if it has them, are compared with.
-        image: RGB PIL image.
+        objective: around the model; its teacher and heads, if it has them, are compared with.
+        image: RGB.
         answer: to follow; by default the model's own, greedy.
         pairs: (student block, teacher block) to compare one by one with a teacher, see `take_teacher`.
         max_new_tokens: of the model's own answer.
 
-    Returns:
-        An `Inspection`.
-
     Raises:
         ValueError: question and answer exceed the LLM's context.
     """
-    learner.eval()
-    vora = learner.vora
+    objective.eval()
+    vora = objective.vora
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     inputs = processor.apply_chat_template(
@@ -144,7 +158,7 @@ def inspect_image(learner, processor, image, question, answer=None, pairs=(), ma
     first = prompt.shape[1] - 1  # from where the answer's first token is chosen
     chosen_at = [first + index for index in range(len(ids))]
     blocks = range(-1, len(vora.model.blocks))
-    with watched_attention(vora, chosen_at) as attention, states_at(vora, blocks, image_places) as states:
+    with attention_at(vora, chosen_at) as attention, states_at(vora, blocks, image_places) as states:
         vora.model(**inputs, use_cache=False)
 
     images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
@@ -162,18 +176,20 @@ def inspect_image(learner, processor, image, question, answer=None, pairs=(), ma
         variance=variance,
         words=_words(ids, processor.tokenizer, attention, chosen_at, image_places.cpu()),
     )
-    if learner.teacher is not None:
+    if objective.teacher is not None:
         mirrored = processor.image_processor(ImageOps.mirror(image), return_tensors="pt").to(vora.device)
-        _compare(found, learner, states, shown, images, mirrored, list(pairs))
+        _compare(found, objective, states, shown, images, mirrored, list(pairs))
     return found
 
 
 @contextmanager
-def states_at(model, blocks, places):
-    """Collect some blocks' outputs at some places while a model runs on one row: yields {block: float[R, D]}."""
-    states = {}
+def states_at(
+    model: "VoraForConditionalGeneration", blocks: Sequence[int], places: torch.Tensor
+) -> Iterator[dict[int, torch.Tensor]]:
+    """Collect blocks' outputs at some places while a model runs on one sequence: yields {block: float[R, D]}."""
+    states: dict[int, torch.Tensor] = {}
 
-    def keep(block, hidden):
+    def keep(block: int, hidden: torch.Tensor) -> None:
         states[block] = hidden[0, places].float()
 
     hooks = [hook_on_output(model.model.blocks, block, partial(keep, block)) for block in blocks]
@@ -184,7 +200,7 @@ def states_at(model, blocks, places):
             hook.remove()
 
 
-def _check_length(vora, length, more):
+def _check_length(vora: "VoraForConditionalGeneration", length: int, more: int) -> None:
     limit = getattr(vora.config.get_text_config(), "max_position_embeddings", None)
     if limit and length + more > limit:
         raise ValueError(
@@ -193,13 +209,17 @@ def _check_length(vora, length, more):
         )
 
 
-def _coloured(states, references=None):
+def _coloured(
+    states: dict[Any, torch.Tensor], references: dict[Any, torch.Tensor] | None = None
+) -> tuple[dict[Any, torch.Tensor], dict[Any, list[float]]]:
     """Principal components of each block, in the order and with the signs of the one before it, or of a reference's.
 
     Returns:
         ({block: float[I, 3]}, {block: [3 shares of the variance]}).
     """
-    shown, variance, before = {}, {}, None
+    shown: dict[Any, torch.Tensor] = {}
+    variance: dict[Any, list[float]] = {}
+    before: torch.Tensor | None = None
     for block, tokens in states.items():
         scores, variance[block] = principal_components(tokens.cpu())
         before = before if references is None else references[block]
@@ -207,7 +227,13 @@ def _coloured(states, references=None):
     return shown, variance
 
 
-def _words(ids, tokenizer, attention, chosen_at, image_places):
+def _words(
+    ids: list[int],
+    tokenizer: "PreTrainedTokenizerBase",
+    attention: dict[int, torch.Tensor],
+    chosen_at: list[int],
+    image_places: torch.Tensor,
+) -> list[Word]:
     if not attention:  # no block attends: all are linear
         return []
     words = []
@@ -218,7 +244,15 @@ def _words(ids, tokenizer, attention, chosen_at, image_places):
     return words
 
 
-def _compare(found, learner, states, shown, images, mirrored, pairs):
+def _compare(
+    found: Inspection,
+    objective: "Objective",
+    states: dict[int, torch.Tensor],
+    shown: dict[int, torch.Tensor],
+    images: dict[str, torch.Tensor],
+    mirrored: dict[str, torch.Tensor],
+    pairs: list[Pair],
+) -> None:
     """Fill in what concerns the teacher.
 
     Args:
@@ -226,19 +260,21 @@ def _compare(found, learner, states, shown, images, mirrored, pairs):
         shown: {student block: float[I, 3]}, its components.
         mirrored: the same image, left and right exchanged, as image inputs.
     """
-    learner.teacher.to(learner.vora.device)
-    blocks = sorted({*range(learner.teacher.num_blocks), *(teacher for _, teacher in pairs)})
-    taught, taught_mirrored = (
-        {block: tokens.float() for block, tokens in learner.teach(**images, blocks=blocks).items()}
-        for images in (images, mirrored)
+    teacher_model, heads = objective.teacher, objective.distillation
+    assert teacher_model is not None
+    teacher_model.to(objective.vora.device)
+    blocks = sorted({*range(teacher_model.num_blocks), *(teacher for _, teacher in pairs)})
+    features, mirrored_features = (
+        {block: tokens.float() for block, tokens in objective.teach(**inputs, blocks=blocks).items()}
+        for inputs in (images, mirrored)
     )
     paired = {teacher: shown[student] for student, teacher in pairs}
-    components, found.teacher_variance = _coloured({block: taught[block] for block in sorted(paired)}, paired)
+    components, found.teacher_variance = _coloured({block: features[block] for block in sorted(paired)}, paired)
     found.teacher_colours = {block: colours(scores) for block, scores in components.items()}
-    found.teacher, found.pairs = learner.teacher.name, pairs
+    found.teacher, found.pairs = teacher_model.name, pairs
     values, control = (
         linear_cka([states[block].cpu() for block in states], [others[block].cpu() for block in blocks])
-        for others in (taught, taught_mirrored)
+        for others in (features, mirrored_features)
     )
     found.cka = {"blocks": list(states), "teacher_blocks": blocks, "cka": values, "cka_mirrored": control}
     rows, columns = list(states), blocks
@@ -247,21 +283,21 @@ def _compare(found, learner, states, shown, images, mirrored, pairs):
         found.pair_likeness.append(
             {"student": student, "teacher": teacher, "cka": values[place], "cka_mirrored": control[place]}
         )
-    if learner.distillation is not None:
-        heads = learner.distillation.to(learner.vora.device)
+    if heads is not None:
+        heads = heads.to(objective.vora.device)
         for likeness, pair in zip(found.pair_likeness, pairs):
             said = heads.heads[name_of(pair)](states[pair[0]]).float()
-            for mark, others in (("", taught), ("_mirrored", taught_mirrored)):
+            for mark, others in (("", features), ("_mirrored", mirrored_features)):
                 target = heads.target(pair, others[pair[1]])
                 likeness[f"cosine{mark}"] = _cosine(said, target)
                 likeness[f"centred_cosine{mark}"] = _cosine(said - said.mean(0), target - target.mean(0))
 
 
-def _cosine(said, target):
+def _cosine(said: torch.Tensor, target: torch.Tensor) -> float:
     return float(F.cosine_similarity(said, target, dim=-1).mean())
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """Nested figures as JSON can hold them, rounded."""
     if isinstance(value, torch.Tensor):
         return _plain(value.tolist())

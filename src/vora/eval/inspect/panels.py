@@ -3,23 +3,34 @@
 Dims: I image tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from vora.eval.metrics.cka import FEWEST_TOKENS, MOST_TOKENS
 from vora.report.images import with_grid
+from vora.report.plots import new_figure
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+
+    from vora.eval.inspect.inspection import Inspection
+    from vora.model.image_processing_vora import VoraImageProcessor
+
+Grid = tuple[int, int]  # rows and columns of image tokens
 
 TILE, WORD_TILE = 104, 150  # sides in pixels of a square image's tiles; other images' have the same area
 IMAGE = 640  # longer side at most, if the image is not larger by itself
 LONGEST = 16  # times as long as wide is a tile at most
 GAP = 4
 BRIGHTEST = 0.98  # quantile of the patches from which on all are as bright
-STRETCHED = "each image segmented from no attention to that of its brightest patches"
+CONTRAST = "each image stretched from no attention to that of its brightest patches"
 FEWEST_WORDS = 3  # of which a mean says what is common to them
 MOST_DOUBLINGS = 2
 NEAREST = Image.Resampling.NEAREST
@@ -32,16 +43,16 @@ class Panel:
 
     Args:
         title, caption: what it is; what it shows and what it does not.
-        tiles: list of (heading, further label, PIL image).
+        tiles: (heading, further label, image).
     """
 
     title: str
     caption: str
-    tiles: list
+    tiles: list[tuple[str, str, Image.Image]]
 
 
-def panels_of(found, image_processor):
-    """All panels of an `Inspection`, in the order of the page."""
+def panels_of(found: "Inspection", image_processor: "VoraImageProcessor") -> list[Panel]:
+    """All panels, in the order of the page."""
     panels = [_seen(found, image_processor), _components(found)]
     if found.teacher is not None:
         panels.append(_likeness(found))
@@ -50,7 +61,7 @@ def panels_of(found, image_processor):
     return panels
 
 
-def _seen(found, image_processor):
+def _seen(found: "Inspection", image_processor: "VoraImageProcessor") -> Panel:
     rows, columns = found.grid
     token_pixels = image_processor.patch_size * image_processor.patch_merge
     image = ImageOps.expand(with_grid(found.image, token_pixels, IMAGE), 1, "#d8e0e8")
@@ -62,7 +73,7 @@ def _seen(found, image_processor):
     )
 
 
-def _components(found):
+def _components(found: "Inspection") -> Panel:
     teacher_of = dict(found.pairs)
     tiles = []
     for block, colours in found.colours.items():
@@ -81,7 +92,7 @@ def _components(found):
     return Panel(
         "What differs from patch to patch, block by block",
         "One square per image token: the first three principal components of the tokens as red, green and blue, each "
-        f"segmented over this image.{beside} The percentage is how much of all differences between tokens the "
+        f"stretched over this image.{beside} The percentage is how much of all differences between tokens the "
         "three hold; the rest is not seen. Input is what enters the first block. Order and signs follow the block "
         "before. Colours have no names, and are not the same in another image. That patches differ does not say "
         "that the model understands why.",
@@ -89,7 +100,7 @@ def _components(found):
     )
 
 
-def _likeness(found):
+def _likeness(found: "Inspection") -> Panel:
     num_tokens = found.grid[0] * found.grid[1]
     learned = ""
     if "cosine" in (found.pair_likeness or [{}])[0]:
@@ -114,7 +125,7 @@ def _likeness(found):
     )
 
 
-def _words(found):
+def _words(found: "Inspection") -> Panel:
     mean = sum(word.map() for word in found.words) / len(found.words)
     most = max(share for word in found.words for share in word.share_by_block().values())
     tiles = []
@@ -138,7 +149,7 @@ def _words(found):
     return Panel(
         "Where the model looked for each word",
         "Attention to the image tokens from the place where each word was chosen, which is the one before it; mean "
-        f"over heads, blocks and the word's tokens, {STRETCHED}.{compared} The percentage is how much of all "
+        f"over heads, blocks and the word's tokens, {CONTRAST}.{compared} The percentage is how much of all "
         "attention falls on the image, beside what an even spread over everything in sight would give. The strip "
         "is that share block by block, the first at the left, the same scale for all words: dark 0 %, yellow "
         f"{_percent(most)}. Attention is not an explanation: it says what was read from, not what was used or why. "
@@ -148,7 +159,7 @@ def _words(found):
     )
 
 
-def _blocks(found):
+def _blocks(found: "Inspection") -> Panel:
     blocks = list(found.words[0].attention)
     tiles = []
     for block in blocks:
@@ -156,54 +167,54 @@ def _blocks(found):
         tiles.append((block_name(block), _percent(float(attention.sum())), _lit(found, attention, TILE)))
     return Panel(
         "Which blocks look where",
-        f"The same attention, mean over the words and heads, for each block by itself, {STRETCHED}; the percentage is "
+        f"The same attention, mean over the words and heads, for each block by itself, {CONTRAST}; the percentage is "
         "the share that falls on the image. Where that is near 0, the bright patches are nearly nothing too.",
         tiles,
     )
 
 
-def block_name(block):
+def block_name(block: int) -> str:
     """Blocks are counted from 1 for readers; -1 is what enters the first."""
     return "input" if block == -1 else f"block {block + 1}"
 
 
-def _share(shares):
+def _share(shares: Sequence[float]) -> str:
     return _percent(sum(shares))
 
 
-def _percent(share):
+def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
 
 
-def _tile_size(grid, side):
+def _tile_size(grid: Grid, side: int) -> tuple[int, int]:
     """(width, height) in pixels of a tile: the image's shape, of the area of a square with this side."""
     aspect = min(LONGEST, max(1 / LONGEST, grid[1] / grid[0]))
     return round(side * aspect**0.5), round(side / aspect**0.5)
 
 
-def _grid_of_colours(colours, grid):
+def _grid_of_colours(colours: "torch.Tensor", grid: Grid) -> Image.Image:
     pixels = (colours.view(*grid, 3).numpy() * 255).round().astype(np.uint8)
     return Image.fromarray(pixels).resize(_tile_size(grid, TILE), NEAREST)
 
 
-def _grid_of(values, grid, name, side):
+def _grid_of(values: "torch.Tensor", grid: Grid, name: str, side: int) -> Image.Image:
     """float[I] in 0..1 through a colour map, as a tile."""
     return _coloured(values.view(*grid).numpy(), name).resize(_tile_size(grid, side), NEAREST)
 
 
-def _coloured(values, name):
+def _coloured(values: np.ndarray, name: str) -> Image.Image:
     """float[rows, columns] through a colour map, whose ends stand for all below 0 and above 1; one pixel each."""
     return Image.fromarray((colormaps[name](values)[..., :3] * 255).round().astype(np.uint8))
 
 
-def _lit(found, attention, side):
+def _lit(found: "Inspection", attention: "torch.Tensor", side: int) -> Image.Image:
     """The attention to the image tokens, float[I], with the image shining through."""
     heat = _grid_of(attention / attention.quantile(BRIGHTEST).clamp(min=1e-12), found.grid, "inferno", side)
     grey = ImageOps.autocontrast(found.image.convert("L")).convert("RGB").resize(heat.size)
     return Image.blend(grey, heat, 0.75)
 
 
-def _stacked(*images):
+def _stacked(*images: Image.Image) -> Image.Image:
     """Images one above the other, with a gap."""
     height = sum(image.height for image in images) + GAP * (len(images) - 1)
     whole, top = Image.new("RGB", (max(image.width for image in images), height), "white"), 0
@@ -213,9 +224,8 @@ def _stacked(*images):
     return whole
 
 
-def _likeness_lines(found):
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
-    axes = figure.add_subplot()
+def _likeness_lines(found: "Inspection") -> Image.Image:
+    figure, axes = new_figure(5.6, 3.6)
     blocks = [likeness["student"] + 1 for likeness in found.pair_likeness]
     for colour, (name, label) in enumerate(LINES):
         if name in found.pair_likeness[0]:
@@ -233,9 +243,8 @@ def _likeness_lines(found):
     return _drawn(figure)
 
 
-def _likeness_map(found):
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
-    axes = figure.add_subplot()
+def _likeness_map(found: "Inspection") -> Image.Image:
+    figure, axes = new_figure(5.6, 3.6)
     blocks, teacher_blocks = ([block + 1 for block in found.cka[name]] for name in ("blocks", "teacher_blocks"))
     values = np.asarray(found.cka["cka"]).T
     mesh = axes.pcolormesh(blocks, teacher_blocks, values, cmap="viridis", vmin=0, vmax=1, shading="nearest")
@@ -246,7 +255,7 @@ def _likeness_map(found):
     return _drawn(figure)
 
 
-def _drawn(figure):
+def _drawn(figure: "Figure") -> Image.Image:
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=96)
     return Image.open(buffer).convert("RGB")

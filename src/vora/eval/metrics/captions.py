@@ -6,8 +6,14 @@ CIDEr-D of 0.35 is what papers print as 35: the factor of 10 is in it, no other.
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+Ngrams: TypeAlias = "Counter[tuple[str, ...]]"
+Weighted: TypeAlias = tuple[list[dict[tuple[str, ...], float]], list[float], int]
 
 LONGEST, SIGMA, SCALE = 4, 6.0, 10.0  # n-grams up to this; width of the penalty on length, in bigrams
 
@@ -26,17 +32,17 @@ PARTED = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "w
 BRACKETS = {"(": " -lrb- ", ")": " -rrb- ", "[": " -lsb- ", "]": " -rsb- ", "{": " -lcb- ", "}": " -rcb- "}
 
 
-def words_of(caption):
+def words_of(caption: str) -> list[str]:
     """A caption's words as the COCO captions are scored: Penn Treebank tokens, lower case, without punctuation."""
     text = caption.lower().replace("\u2019", "'")
     text = "".join(BRACKETS.get(letter, letter) for letter in text)
-    pieces = []
+    pieces: list[str] = []
     for word in WORDS.findall(text):
         pieces += PARTED.get(word, word).split()
     return pieces
 
 
-def ngrams_of(words):
+def ngrams_of(words: Sequence[str]) -> list[Ngrams]:
     """[Counter of 1-grams, ..., Counter of 4-grams]."""
     return [Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)) for n in range(1, LONGEST + 1)]
 
@@ -45,27 +51,23 @@ class CiderD:
     """CIDEr-D against the references of a corpus, over which is counted how much an n-gram says.
 
     Args:
-        references: list of N lists of references, one list per image; each reference a list of words.
+        references: of each of N images; each reference a list of words.
     """
 
-    def __init__(self, references):
-        seen_in, self.log_images = Counter(), math.log(max(1, len(references)))
+    def __init__(self, references: Sequence[Sequence[Sequence[str]]]) -> None:
+        seen_in: Ngrams = Counter()
+        self.log_images = math.log(max(1, len(references)))
         for row in references:
             seen_in.update({ngram for words in row for counts in ngrams_of(words) for ngram in counts})
         self.log_seen_in = {ngram: math.log(count) for ngram, count in seen_in.items()}
 
-    def scores(self, captions, references):
-        """CIDEr-D of captions of one image: float[M], 0 to 10.
-
-        Args:
-            captions: list of M lists of words.
-            references: of the image, as above.
-        """
+    def score(self, caption: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+        """CIDEr-D of one image's caption, a list of words as its references are: 0 to 10."""
         wanted = [self._weighted(ngrams_of(words)) for words in references]
-        told = [self._weighted(ngrams_of(words)) for words in captions]
-        return np.array([SCALE * np.mean([_similarity(one, other) for other in wanted]) for one in told])
+        said = self._weighted(ngrams_of(caption))
+        return float(SCALE * np.mean([_similarity(said, other) for other in wanted]))
 
-    def _weighted(self, counts):
+    def _weighted(self, counts: list[Ngrams]) -> Weighted:
         """Per n the n-grams' weights and their norm; and the number of bigrams."""
         vectors = [
             {ngram: count * (self.log_images - self.log_seen_in.get(ngram, 0.0)) for ngram, count in one.items()}
@@ -75,12 +77,12 @@ class CiderD:
         return vectors, norms, sum(counts[1].values())
 
 
-def cider_d(captions, references):
+def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
     """CIDEr-D of each caption; their mean is the corpus's.
 
     Args:
-        captions: list of N texts, one per image.
-        references: list of N lists of texts. How much an n-gram says is counted over these N images: scores of a
+        captions: N texts, one per image.
+        references: of each image. How much an n-gram says is counted over these N images: scores of a
             part of them differ, and one image alone scores 0.
 
     Returns:
@@ -88,12 +90,12 @@ def cider_d(captions, references):
     """
     wanted = [[words_of(reference) for reference in row] for row in references]
     corpus = CiderD(wanted)
-    return np.array([corpus.scores([words_of(caption)], row)[0] for caption, row in zip(captions, wanted)])
+    return np.array([corpus.score(words_of(caption), row) for caption, row in zip(captions, wanted)])
 
 
-def _similarity(told, wanted):
+def _similarity(said: Weighted, wanted: Weighted) -> float:
     """Mean over n of clipped cosines, times the penalty on the difference in length."""
-    (vectors, norms, length), (others, other_norms, other_length) = told, wanted
+    (vectors, norms, length), (others, other_norms, other_length) = said, wanted
     penalty = math.exp(-((length - other_length) ** 2) / (2 * SIGMA**2))
     cosines = [
         sum(min(weight, other[ngram]) * other[ngram] for ngram, weight in vector.items() if ngram in other)
@@ -103,36 +105,29 @@ def _similarity(told, wanted):
     return penalty * sum(cosines) / LONGEST
 
 
-def bleu_counts(caption, references):
+def bleu_counts(caption: str, references: Sequence[str]) -> list[int]:
     """What BLEU sums over a corpus.
 
     Returns:
-        list of 10: n-grams found in a reference (n = 1..4, each as often as in that which has it most), n-grams
+        10 numbers: n-grams found in a reference (n = 1..4, each as often as in that which has it most), n-grams
         (n = 1..4), words, words of the reference nearest in length.
     """
     words, rows = words_of(caption), [words_of(reference) for reference in references]
-    most = [Counter() for _ in range(LONGEST)]
+    most: list[Ngrams] = [Counter() for _ in range(LONGEST)]
     for row in rows:
         most = [counts | more for counts, more in zip(most, ngrams_of(row))]
-    told = ngrams_of(words)
-    found = [sum((counts & limit).values()) for counts, limit in zip(told, most)]
+    said = ngrams_of(words)
+    found = [sum((counts & limit).values()) for counts, limit in zip(said, most)]
     nearest = min((abs(len(row) - len(words)), len(row)) for row in rows)[1]
-    return [*found, *(sum(counts.values()) for counts in told), len(words), nearest]
+    return [*found, *(sum(counts.values()) for counts in said), len(words), nearest]
 
 
-def bleu_4(totals):
-    """BLEU-4 of sums of `bleu_counts`.
-
-    Args:
-        totals: float[..., 10].
-
-    Returns:
-        float[...]; 0 where no 4-gram was found.
-    """
+def bleu_4(totals: ArrayLike) -> np.ndarray:
+    """BLEU-4 of sums of `bleu_counts`, float[..., 10]: float[...], 0 where no 4-gram was found."""
     totals = np.asarray(totals, float)
     found, tried = totals[..., :LONGEST], totals[..., LONGEST : 2 * LONGEST]
-    told, wanted = totals[..., -2], totals[..., -1]
+    length, nearest = totals[..., -2], totals[..., -1]
     with np.errstate(divide="ignore", invalid="ignore"):
         precision = np.exp(np.log(found / tried).mean(-1))
-        brevity = np.where(told < wanted, np.exp(1 - wanted / told), 1.0)
+        brevity = np.where(length < nearest, np.exp(1 - nearest / length), 1.0)
         return np.nan_to_num(precision * brevity)

@@ -3,13 +3,15 @@
 Dims: T tokens, S and U numbers of blocks.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 MOST_TOKENS = 1024  # of which a square is made per block
 FEWEST_TOKENS = 4  # of an estimate without bias
 
 
-def linear_cka(these, those):
+def linear_cka(these: Sequence[torch.Tensor], those: Sequence[torch.Tensor]) -> torch.Tensor:
     """Centred kernel alignment (Kornblith et al. 2019, arXiv 1905.00414) of every block of one model with every block
     of another, in the unbiased estimate of Song et al. 2012 (JMLR 13).
 
@@ -20,7 +22,7 @@ def linear_cka(these, those):
     Tokens are brought to one length first, as by the norm of a distill head and of each block that reads them.
 
     Args:
-        these, those: lists of S and U float[T, any number of channels].
+        these, those: S and U float[T, any number of channels].
 
     Returns:
         float[S, U], NaN where a block is the same at all tokens, or where T < 4.
@@ -31,7 +33,7 @@ def linear_cka(these, those):
     return one @ other.T
 
 
-def _kernel(states):
+def _kernel(states: torch.Tensor) -> torch.Tensor:
     """float[T, C] to its U-centred kernel as float[T * T] of length 1: inner products of such are the estimate."""
     if len(states) > MOST_TOKENS:
         states = states[torch.linspace(0, len(states) - 1, MOST_TOKENS).round().long()]
@@ -45,7 +47,7 @@ def _kernel(states):
     return (kernel / (length if length > 1e-9 * count * states.shape[1] else float("nan"))).float()
 
 
-def of_one_length(states):
+def of_one_length(states: torch.Tensor) -> torch.Tensor:
     """float64[T, C]: tokens whose channels have a mean square of 1; those that are 0 stay so."""
     states = states.double()
     return states / states.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12)

@@ -8,6 +8,7 @@ nothing would be left, as of the answers "A" and "?", it stays in lower case; an
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 ARTICLES = {"a", "an", "the"}
 NUMBERS = {
@@ -27,7 +28,7 @@ THOUSANDS = re.compile(r"\d,\d")
 FULL_STOP = re.compile(r"\.(?!\d)")
 
 
-def normalised(answer):
+def normalised(answer: str) -> str:
     """An answer as it is compared."""
     text = " ".join(answer.replace("_", " ").split())
     stripped = text
@@ -41,13 +42,13 @@ def normalised(answer):
     return " ".join(WITH_APOSTROPHE.get(word, word) for word in words)
 
 
-def exact_accuracy(answer, references):
+def exact_accuracy(answer: str, references: Sequence[str]) -> float:
     """1.0 if an answer is the one most people gave, else 0.0. Of several items, the order does not count."""
     said, most_frequent = _items(answer), Counter(map(_items, references)).most_common(1)[0][0]
     return float(bool(said) and said == most_frequent)
 
 
-def soft_accuracy(answer, references):
+def soft_accuracy(answer: str, references: Sequence[str]) -> float:
     """The share of people who gave an answer, three being enough: min(n / 3, 1), on average over all but one of them.
 
     With fewer than three references, whether it is one of them.
@@ -60,10 +61,10 @@ def soft_accuracy(answer, references):
     return sum(min(1.0, count / 3) for count in counts) / len(counts)
 
 
-def _items(answer):
+def _items(answer: str) -> frozenset[str]:
     return frozenset(item for item in map(normalised, _apart(answer)) if item)
 
 
-def _apart(answer):
+def _apart(answer: str) -> list[str]:
     """`book, carton` in two; `1,000` stays."""
     return [answer] if THOUSANDS.search(answer) else answer.split(",")

@@ -9,14 +9,17 @@ none      no image at all
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
 
-from vora.model.image_processing_vora import on_black_square
+from vora.eval.rows import Example, SkippedRows
+from vora.model.image_processing_vora import VoraImageProcessor, on_black_square
 
 CONDITIONS = ("right", "other", "blank", "shuffled", "none")
+Images = Callable[[], list[Image.Image]]  # opens them
 SAME_IMAGE = 1_000_000  # as bad as so many shared facts
 MOST_PASSES = 10  # over the images whose stand-in shares a fact with them
 
@@ -27,72 +30,73 @@ class ImageGroup:
 
     Args:
         key: of its pixels.
-        images: opens it.
         examples: numbers of the examples about it.
         facts: (prompt, answer) of all of them.
     """
 
     key: str
-    images: object
-    examples: list = field(default_factory=list)
-    facts: set = field(default_factory=set)
+    images: Images
+    examples: list[int] = field(default_factory=list)
+    facts: set[tuple[str, str]] = field(default_factory=set)
 
 
-def image_groups_of(examples, bad):
-    """Examples by image; rows that hold the same pixels are one scene.
+def image_groups_of(examples: Sequence[Example], skipped: SkippedRows) -> tuple[list[Example], list[ImageGroup]]:
+    """Examples by image; rows that hold the same pixels are one group.
 
     Returns:
-        (the examples whose images can be read, list of `ImageGroup`s); the others are added to `bad`.
+        (the examples whose images can be read, their groups); the others are added to `skipped`.
     """
-    scenes, kept, key_of = {}, [], {}
+    groups: dict[str, ImageGroup] = {}
+    kept: list[Example] = []
+    key_of: dict[Images, str | None] = {}
     for example in examples:
         if example.images not in key_of:
             try:
                 key_of[example.images] = _key_of(example.images())
             except ValueError as error:
                 key_of[example.images] = None
-                bad.add(example.name, error)
+                skipped.add(example.name, error)
         key = key_of[example.images]
         if key is None:
             continue
-        scene = scenes.setdefault(key, ImageGroup(key, example.images))
-        scene.examples.append(len(kept))
-        scene.facts |= {(example.prompt, str(reference).strip().lower()) for reference in example.references}
+        group = groups.setdefault(key, ImageGroup(key, example.images))
+        group.examples.append(len(kept))
+        group.facts |= {(example.prompt, str(reference).strip().lower()) for reference in example.references}
         kept.append(example)
-    return kept, list(scenes.values())
+    return kept, list(groups.values())
 
 
-def _key_of(images):
+def _key_of(images: Sequence[Image.Image]) -> str:
     found = hashlib.sha256()
     for image in images:
         found.update(repr(image.size).encode() + image.tobytes())
     return found.hexdigest()[:16]
 
 
-def other_groups(scenes, seed=0):
-    """For each scene the number of another: a permutation in which none stays, drawn anew until as few as possible
+def other_groups(groups: Sequence[ImageGroup], seed: int = 0) -> list[int]:
+    """For each group the number of another: a permutation in which none stays, drawn anew until as few as possible
     share a fact (a caption, a label, the answer to a question) with what stands in for them.
 
     Raises:
         ValueError: there is but one image.
     """
-    count = len(scenes)
+    count = len(groups)
     if count < 2:
         raise ValueError(f"A probe needs at least 2 different images, and the data holds {count}: give more of it.")
     draw = np.random.default_rng(seed)
     order = draw.permutation(count)
     others = np.empty(count, int)
-    others[order] = np.roll(order, 1)  # one circle: nobody is his own neighbour
+    others[order] = np.roll(order, 1)  # one circle: no image is its own neighbour
 
-    def cost(number, other):
-        return SAME_IMAGE if number == other else len(scenes[number].facts & scenes[other].facts)
+    def cost(number: int, other: int) -> int:
+        return SAME_IMAGE if number == other else len(groups[number].facts & groups[other].facts)
 
     # pairs change places wherever that costs less
     costs = np.array([cost(number, other) for number, other in enumerate(others)])
     for _ in range(MOST_PASSES):
-        before, dear = costs.sum(), np.flatnonzero(costs)
-        for number in dear:
-            for partner in draw.permutation(count)[: max(256, 200_000 // len(dear))]:
+        before, costly = costs.sum(), np.flatnonzero(costs)
+        for number in costly:
+            for partner in draw.permutation(count)[: max(256, 200_000 // len(costly))]:
                 if not costs[number]:
                     break
                 new = cost(number, others[partner]), cost(partner, others[number])
@@ -104,33 +108,30 @@ def other_groups(scenes, seed=0):
     return [int(other) for other in others]
 
 
-def num_alike(scenes, others):
+def num_alike(groups: Sequence[ImageGroup], others: Sequence[int]) -> int:
     """Answers that are right for the other image too, as far as the data says so."""
-    return sum(len(scene.facts & scenes[other].facts) for scene, other in zip(scenes, others))
+    return sum(len(group.facts & groups[other].facts) for group, other in zip(groups, others))
 
 
-def images_under(condition, scene, other, image_processor, seed=0):
-    """What opens the images that are shown.
-
-    Args:
-        scene, other: `ImageGroup`s.
-        image_processor: of the model, for its grid.
-    """
+def images_under(
+    condition: str, group: ImageGroup, other: ImageGroup, image_processor: VoraImageProcessor, seed: int = 0
+) -> Images:
+    """What opens the images that are shown for a group; the model's image processor knows its grid."""
     if condition == "blank":
-        return lambda: [blank(image) for image in scene.images()]
+        return lambda: [blank(image) for image in group.images()]
     if condition == "shuffled":
-        number = int(scene.key, 16) ^ seed
-        return lambda: [shuffled(image, image_processor, number) for image in scene.images()]
-    return {"right": scene.images, "other": other.images, "none": list}[condition]
+        number = int(group.key, 16) ^ seed
+        return lambda: [shuffled(image, image_processor, number) for image in group.images()]
+    return {"right": group.images, "other": other.images, "none": list}[condition]
 
 
-def blank(image):
+def blank(image: Image.Image) -> Image.Image:
     """An image's mean colour, at its size."""
     colour = np.asarray(image).reshape(-1, 3).mean(0).round().astype(int)
     return Image.new("RGB", image.size, tuple(colour.tolist()))
 
 
-def shuffled(image, image_processor, seed):
+def shuffled(image: Image.Image, image_processor: VoraImageProcessor, seed: int) -> Image.Image:
     """An image at the size at which the model reads it, its image tokens (squares of the grid) in another order."""
     budget = image_processor.min_image_tokens, image_processor.max_image_tokens
     rows, columns = image_processor.patch_grid(image.height, image.width, *budget)

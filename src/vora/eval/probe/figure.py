@@ -1,10 +1,17 @@
-"""The image of a probe: what each condition costs, and how the gains are spread."""
+"""The figure of a probe: what each condition costs, and how the gains are spread."""
 
 import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vora.eval.metrics.intervals import in_words, interval_of
+from vora.eval.metrics.intervals import Estimate, in_words, interval_of
+from vora.eval.probe.scores import ProbeScores, ratio
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLOURS = {"right": "#157347", "other": "#b02a37", "blank": "#8a94a0", "shuffled": "#c77d0a", "none": "#3d5a80"}
 TITLES = {
@@ -14,43 +21,37 @@ TITLES = {
 LINEAR = 0.3  # nats; the axis of gains is about linear up to here
 
 
-def draw_probe(file, metrics, readings, verdict, title):
-    """Write a PNG.
-
-    Args:
-        metrics: of `probe_metrics`.
-        readings: the `ProbeScores` that they are of.
-    """
+def draw_probe(file: Path, metrics: dict[str, Estimate], scores: ProbeScores, verdict: str, title: str) -> None:
+    """Write a PNG of a probe's metrics, and of the scores that they are of."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = list(readings.log_probs)
+    shown = list(scores.log_probs)
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplot_mosaic([["bars", name] for name in shown[1:]], width_ratios=[1, 1.15])
-    name = next(iter(readings.scores), None)
+    name = next(iter(scores.task_scores), None)
     if name is None:
-        values = [_surprise(readings, condition) for condition in shown]
+        values = [_surprise(scores, condition) for condition in shown]
         _bars(axes["bars"], shown, values, "nats per token of the references (lower is better)")
     else:
         values = [metrics[f"{name}_with_{condition}"] for condition in shown]
         _bars(axes["bars"], shown, values, f"{name.replace('_', ' ')} (higher is better)")
     axes["bars"].set_title("with 95 % intervals", fontsize=10)
-    _spreads([axes[name] for name in shown[1:]], readings, metrics)
+    _spreads([axes[name] for name in shown[1:]], scores, metrics)
     lines = textwrap.wrap(verdict, 150)
     figure.suptitle("\n".join([f"Does it look? {title}", *lines]), fontsize=10, ha="left", x=0.01)
     figure.savefig(file, dpi=110)
 
 
-def _surprise(readings, condition):
-    sums = np.stack([-readings.log_probs[condition], readings.num_tokens], 1)
-    groups = [readings.groups[example] for example in readings.examples]
-    return interval_of(lambda drawn: drawn[..., 0] / drawn[..., 1], sums, groups)
+def _surprise(scores: ProbeScores, condition: str) -> Estimate:
+    sums = np.stack([-scores.log_probs[condition], scores.num_tokens], 1)
+    return interval_of(ratio, sums, [scores.groups[example] for example in scores.examples])
 
 
-def _bars(axes, shown, values, label):
-    heights = [one["value"] for one in values]
-    ends = [[one["value"] if end is None else end for end in one["interval"]] for one in values]
+def _bars(axes: "Axes", shown: Sequence[str], values: Sequence[Estimate], label: str) -> None:
+    heights = [one["value"] or 0.0 for one in values]
+    ends = [[height if end is None else end for end in one["interval"]] for height, one in zip(heights, values)]
     errors = [[max(0.0, height - low) for height, (low, _) in zip(heights, ends)],
               [max(0.0, high - height) for height, (_, high) in zip(heights, ends)]]  # fmt: skip
     places = range(len(shown))
@@ -64,9 +65,10 @@ def _bars(axes, shown, values, label):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _spreads(all_axes, readings, metrics):
+def _spreads(all_axes: Sequence["Axes"], scores: ProbeScores, metrics: dict[str, Estimate]) -> None:
     """One histogram below the other, on an axis that is linear around 0 and logarithmic further out."""
-    gains = {name: readings.log_probs["right"] - readings.log_probs[name] for name in list(readings.log_probs)[1:]}
+    right = scores.log_probs["right"]
+    gains = {name: right - values for name, values in scores.log_probs.items() if name != "right"}
     low, high = np.quantile(np.concatenate(list(gains.values())), [0.005, 0.995])
     low, high = min(low, -LINEAR), max(high, LINEAR)
     edges = LINEAR * np.sinh(np.linspace(np.arcsinh(low / LINEAR), np.arcsinh(high / LINEAR), 51))
@@ -85,7 +87,7 @@ def _spreads(all_axes, readings, metrics):
         against = TITLES[name].replace("\n", " ")
         interval = in_words(share["interval"], ".1f", 100)
         axes.set_title(
-            f"against {against}: the right one is better in {100 * share['value']:.1f} % ({interval})",
+            f"against {against}: the right one is better in {100 * (share['value'] or 0.0):.1f} % ({interval})",
             fontsize=9, loc="left",
         )  # fmt: skip
         axes.spines[["top", "right"]].set_visible(False)

@@ -11,12 +11,16 @@ set does (chance: one half), and at its 95 % interval:
 Blank, shuffled and missing images decide nothing: a model may do badly with one only because it never saw the like.
 """
 
-from vora.eval.metrics.intervals import in_words
+from collections.abc import Iterator, Sequence
+
+from vora.eval.metrics.intervals import Estimate, in_words, numbers
 
 CHANCE, LITTLE, FEWEST_GROUPS = 0.5, 0.6, 10
 
 
-def verdict_of(metrics, scores, num_groups, num_references):
+def verdict_of(
+    metrics: dict[str, Estimate], scores: Sequence[str], num_groups: int, num_references: int
+) -> tuple[bool | None, str]:
     """What a probe's metrics say.
 
     Args:
@@ -28,44 +32,33 @@ def verdict_of(metrics, scores, num_groups, num_references):
         (True, False or None, the verdict).
     """
     beats, gain = metrics["right_beats_other"], metrics["gain_over_other"]
-    low, high = beats["interval"]
+    value, low, high = numbers(beats)
     found = (
         f"the right image makes the right answer likelier than another image of the set does in "
-        f"{_percent(beats['value'])} of {num_references:,} cases (95 % interval {_percents(beats)}, chance 50 %), by "
-        f"{gain['value']:.3g} nats on average ({in_words(gain['interval'], '.3g')})."
+        f"{100 * value:.1f} % of {num_references:,} cases (95 % interval {in_words(beats['interval'], '.1f', 100)} %, "
+        f"chance 50 %), by {numbers(gain)[0]:.3g} nats on average ({in_words(gain['interval'], '.3g')})."
     )
     if num_groups < FEWEST_GROUPS or not (low > CHANCE or high < LITTLE):
         wanted = f"at least {FEWEST_GROUPS} are needed" if num_groups < FEWEST_GROUPS else "give more"
         return None, f"Too few examples to tell: of {num_groups:,} independent images ({wanted}), {found}"
     if low <= CHANCE:
         return False, f"It does not look: {found}"
-    opening = "It looks, but little: " if beats["value"] < LITTLE else "It looks: "
+    opening = "It looks, but little: " if value < LITTLE else "It looks: "
     return True, " ".join([opening + found, *_drops(metrics, scores), *_order(metrics)])
 
 
-def _drops(metrics, scores):
+def _drops(metrics: dict[str, Estimate], scores: Sequence[str]) -> Iterator[str]:
     for name in scores:
-        right, other, drop = (metrics[f"{name}_{which}"] for which in ("with_right", "with_other", "drop_other"))
-        low, high = drop["interval"]
+        right, other = (numbers(metrics[f"{name}_with_{which}"])[0] for which in ("right", "other"))
+        _, low, high = numbers(metrics[f"{name}_drop_other"])
         verb = "falls" if low > 0 else "rises" if high < 0 else "is not shown to change,"
         title = name.replace("_", " ").capitalize()
-        yield (
-            f"{title} {verb} from {right['value']:.3f} to {other['value']:.3f} with another image "
-            f"(drop {low:.3f} to {high:.3f})."
-        )
+        yield (f"{title} {verb} from {right:.3f} to {other:.3f} with another image (drop {low:.3f} to {high:.3f}).")
 
 
-def _order(metrics):
+def _order(metrics: dict[str, Estimate]) -> Iterator[str]:
     if "gain_over_shuffled" not in metrics:
         return
-    low, high = metrics["gain_over_shuffled"]["interval"]
+    _, low, high = numbers(metrics["gain_over_shuffled"])
     what = "matters" if low > 0 else "helps not" if high < 0 else "is not shown to matter"
     yield f"Where things are in it {what} (gain over shuffled patches {low:.3g} to {high:.3g} nats)."
-
-
-def _percent(value):
-    return f"{100 * value:.1f} %"
-
-
-def _percents(metric):
-    return f"{in_words(metric['interval'], '.1f', 100)} %"

@@ -10,12 +10,19 @@ each answer is read in a pass of its own.
 Dims: B rows, T tokens of the prompt, W nodes of the tree that are read, V vocabulary, C candidates.
 """
 
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import torch
 
 from vora.data.packing import share_prefixes
-from vora.eval.scoring.generate import check_context_length, check_log_probs, padded, sliding_window
+from vora.eval.scoring.generate import Prompt, check_context_length, check_log_probs, padded, sliding_window
 from vora.eval.scoring.teacher_forced import score_samples
+
+if TYPE_CHECKING:
+    from vora.model.modeling_vora import VoraForConditionalGeneration
+    from vora.model.processing_vora import VoraProcessor
 
 FIRST_NODES, MORE_TIMES, MOST_NODES = 16, 2, 512  # read in the first pass, growth from pass to pass
 TOKENS_PER_PASS = 16384  # of all rows
@@ -26,13 +33,20 @@ class AnswerTree:
     """Candidates' tokens as a tree. Node 0 is the prompt's end; a node stands for all tokens from there to it.
 
     Args:
-        answers: list of C lists of tokens.
+        answers: tokens of each of C answers.
+
+    Attributes:
+        paths: of each answer its nodes.
+        depth: tokens of the longest.
     """
 
-    def __init__(self, answers):
-        self.tokens, self.parents, self.children, self.paths = [-1], [0], [{}], []
+    def __init__(self, answers: Sequence[Sequence[int]]) -> None:
+        self.tokens, self.parents = [-1], [0]
+        self.children: list[dict[int, int]] = [{}]
+        self.paths: list[list[int]] = []
         for answer in answers:
-            node, path = 0, []
+            node = 0
+            path: list[int] = []
             for token in answer:
                 if token not in self.children[node]:
                     self.children[node][token] = len(self.tokens)
@@ -42,60 +56,60 @@ class AnswerTree:
                 node = self.children[node][token]
                 path.append(node)
             self.paths.append(path)
-        self.depth = max(map(len, self.paths))  # tokens of the longest
+        self.depth = max(map(len, self.paths))
 
 
 class Search:
     """What is known of one prompt's candidates.
 
     Args:
-        asked: numbers of candidates that are read even if they are not among the best.
+        always: numbers of candidates that are read even if they are not among the best.
     """
 
-    def __init__(self, tree, asked=()):
-        self.tree, self.asked = tree, set(asked)
+    def __init__(self, tree: AnswerTree, always: Sequence[int] = ()) -> None:
+        self.tree, self.always = tree, set(always)
         self.sums = np.full(len(tree.tokens), np.nan)  # of log-probabilities, from the prompt's end to each node
         self.sums[0] = 0.0
         self.bounds = np.zeros(len(tree.paths))  # no candidate is likelier than this
         self.is_exact = np.zeros(len(tree.paths), bool)
 
-    def update(self):
+    def update(self) -> None:
         for number, path in enumerate(self.tree.paths):
             known = [node for node in path if not np.isnan(self.sums[node])]
             self.bounds[number] = self.sums[known[-1]] if known else 0.0
             self.is_exact[number] = len(known) == len(path)
 
-    def open(self, top):
-        """Candidates that are asked for or may still be among the `top` best, the former first, likeliest first."""
+    def open(self, top: int) -> list[int]:
+        """Candidates that are always read or may still be among the `top` best, the former first, likeliest first."""
         exact = np.sort(self.bounds[self.is_exact])[::-1]
         least = exact[top - 1] if len(exact) >= top else -np.inf
-        order = sorted(np.argsort(-self.bounds, kind="stable"), key=lambda number: number not in self.asked)
+        order = sorted(np.argsort(-self.bounds, kind="stable"), key=lambda number: number not in self.always)
         unread = [number for number in order if not self.is_exact[number]]
-        return [number for number in unread if self.bounds[number] >= least or number in self.asked]
+        return [number for number in unread if self.bounds[number] >= least or number in self.always]
 
-    def next_nodes(self, top, most):
-        """At most so many nodes to read (but one candidate's), depth first: a list of nodes, parents before them."""
-        chosen = set()
+    def next_nodes(self, top: int, most: float) -> list[int]:
+        """At most so many nodes to read (but one candidate's), depth first: parents stand before their children."""
+        chosen: set[int] = set()
         for number in self.open(top):
-            path = set(self.tree.paths[number][:-1])  # the last token is not read, only told
+            path = set(self.tree.paths[number][:-1])  # the last token is predicted, never read
             if chosen and len(chosen | path) > most:
                 break
             chosen |= path
         return self._depth_first(0, chosen)
 
-    def _depth_first(self, node, chosen):
-        found = []
+    def _depth_first(self, node: int, chosen: set[int]) -> list[int]:
+        found: list[int] = []
         for child in self.tree.children[node].values():
             if child in chosen:
                 found += [child, *self._depth_first(child, chosen)]
         return found
 
-    def scores(self):
+    def scores(self) -> np.ndarray:
         """float[C]: log-probabilities, -inf for those that are not among the best."""
         return np.where(self.is_exact, self.bounds, -np.inf)
 
 
-def answer_ids(processor, prompt, answers):
+def answer_ids(processor: "VoraProcessor", prompt: Prompt, answers: Sequence[str]) -> list[list[int]]:
     """Tokens of each answer to a prompt, end of turn included, as training has them."""
     found = []
     for answer in answers:
@@ -106,22 +120,28 @@ def answer_ids(processor, prompt, answers):
     return found
 
 
-def _as_arrays(image_inputs):
+def _as_arrays(image_inputs: dict[str, Any]) -> dict[str, np.ndarray] | None:
     return {name: np.asarray(value) for name, value in image_inputs.items()} or None
 
 
 @torch.inference_mode()
-def candidate_scores(model, processor, prompts, trees, top=1, asked=None):
+def candidate_scores(
+    model: "VoraForConditionalGeneration",
+    processor: "VoraProcessor",
+    prompts: Sequence[Prompt],
+    trees: Sequence[AnswerTree],
+    top: int | None = 1,
+    always: Sequence[Sequence[int]] | None = None,
+) -> list[np.ndarray]:
     """Log-probabilities of candidates after one batch of prompts.
 
     Args:
-        prompts: list of B `Prompt`s.
-        trees: list of B `AnswerTree`s.
+        trees: of each prompt's candidates.
         top: so many of the best are found for certain; None: all are read.
-        asked: list of B lists of candidates' numbers that are read in any case.
+        always: of each prompt the numbers of candidates that are read in any case.
 
     Returns:
-        list of B float[C]: exact for the `top` best, `asked`, and whatever else was read; -inf for others, less likely
+        B float[C]: exact for the `top` best, for `always`, and whatever else was read; -inf for others, less likely
         ones.
 
     Raises:
@@ -142,7 +162,7 @@ def candidate_scores(model, processor, prompts, trees, top=1, asked=None):
     outputs = model.model(**inputs, position_ids=positions, use_cache=True)
     cache = outputs.past_key_values
     top = max(len(tree.paths) for tree in trees) if top is None else top
-    searches = [Search(*pair) for pair in zip(trees, asked or [()] * len(trees))]
+    searches = [Search(*pair) for pair in zip(trees, always or [()] * len(trees))]
     _learn(model, outputs.last_hidden_state[:, -1:], searches, [[0]] * len(searches))
     rows, most = list(range(len(prompts))), FIRST_NODES
     while True:
@@ -162,26 +182,34 @@ def candidate_scores(model, processor, prompts, trees, top=1, asked=None):
         most *= MORE_TIMES
 
 
-def _scores_alone(model, prompts, trees):
-    """List of B float[C], all exact: every candidate after its prompt in a pass of its own."""
+def _scores_alone(
+    model: "VoraForConditionalGeneration", prompts: Sequence[Prompt], trees: Sequence[AnswerTree]
+) -> list[np.ndarray]:
+    """B float[C], all exact: every candidate after its prompt in a pass of its own."""
 
-    def samples():
+    def samples() -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
         for row, (prompt, tree) in enumerate(zip(prompts, trees)):
-            asked = prompt.inputs["input_ids"]
+            before = prompt.inputs["input_ids"]
             for number, path in enumerate(tree.paths):
                 answer = [tree.tokens[node] for node in path]
-                ids, labels = np.append(asked, answer), np.append(np.full(len(asked), -100), answer)
+                ids, labels = np.append(before, answer), np.append(np.full(len(before), -100), answer)
                 sample = {"input_ids": ids, "labels": labels, **(_as_arrays(prompt.image_inputs) or {})}
                 yield (row, number), share_prefixes([sample])
 
     found = [np.zeros(len(tree.paths)) for tree in trees]
     for batch in score_samples(model, samples()):
-        for (row, number), told in batch.items():
-            found[row][number] = told.log_probs[0]
+        for (row, number), score in batch.items():
+            found[row][number] = score.log_probs[0]
     return found
 
 
-def _read(model, cache, mask, searches, nodes):
+def _read(
+    model: "VoraForConditionalGeneration",
+    cache: Any,
+    mask: torch.Tensor,
+    searches: Sequence[Search],
+    nodes: Sequence[Sequence[int]],
+) -> torch.Tensor:
     """Hidden states float[B, W, D] of nodes behind the cached prompts; each sees its prompt and its own beginning."""
     count, length = mask.shape
     width = max(map(len, nodes))
@@ -210,7 +238,12 @@ def _read(model, cache, mask, searches, nodes):
     return outputs.last_hidden_state
 
 
-def _learn(model, states, searches, nodes):
+def _learn(
+    model: "VoraForConditionalGeneration",
+    states: torch.Tensor,
+    searches: Sequence[Search],
+    nodes: Sequence[Sequence[int]],
+) -> None:
     """Take in what follows each node, of hidden states float[B, W, D]."""
     at = [(row, place) for row, chosen in enumerate(nodes) for place in range(len(chosen))]
     for start in range(0, len(at), ROWS_OF_LOGITS):

@@ -3,10 +3,18 @@
 Dims: B rows, T tokens, P patches, N images.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+from vora.eval.rows import Example
+
+if TYPE_CHECKING:
+    from vora.model.modeling_vora import VoraForConditionalGeneration
+    from vora.model.processing_vora import VoraProcessor
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}  # of prompts, padding included
 MOST_ROWS = {"cpu": 64, "cuda": 256}
@@ -21,18 +29,18 @@ class Prompt:
         messages: what it was made of, for `answer_ids`.
     """
 
-    inputs: dict
-    messages: list
+    inputs: dict[str, Any]
+    messages: list[dict[str, Any]]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.inputs["input_ids"])
 
     @property
-    def image_inputs(self):
+    def image_inputs(self) -> dict[str, Any]:
         return {name: value for name, value in self.inputs.items() if name != "input_ids"}
 
 
-def prompt_of(processor, example, **images_kwargs):
+def prompt_of(processor: "VoraProcessor", example: Example, **images_kwargs: Any) -> Prompt:
     """An example's `Prompt`: its images, then its text, as a user says them.
 
     Raises:
@@ -48,7 +56,7 @@ def prompt_of(processor, example, **images_kwargs):
     )
 
 
-def prompt_of_messages(processor, messages, **images_kwargs):
+def prompt_of_messages(processor: "VoraProcessor", messages: list[dict[str, Any]], **images_kwargs: Any) -> Prompt:
     """A conversation that waits for its answer as a `Prompt`."""
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **images_kwargs
@@ -58,18 +66,18 @@ def prompt_of_messages(processor, messages, **images_kwargs):
     return Prompt(kept, messages)
 
 
-def batches(lengths, device, extra=0):
+def batches(lengths: Sequence[int], device: torch.device, extra: int = 0) -> Iterator[list[int]]:
     """Indices in batches of about equal cost, the longest first, so that memory runs out at once or never.
 
     Args:
         lengths: tokens of each prompt.
         extra: tokens that each will get besides.
     """
-    device = "cuda" if device.type == "cuda" else "cpu"
-    batch, longest = [], 0
+    kind, longest = "cuda" if device.type == "cuda" else "cpu", 0
+    batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         longest = longest if batch else lengths[index] + extra
-        if batch and (longest * (len(batch) + 1) > TOKENS_PER_BATCH[device] or len(batch) == MOST_ROWS[device]):
+        if batch and (longest * (len(batch) + 1) > TOKENS_PER_BATCH[kind] or len(batch) == MOST_ROWS[kind]):
             yield batch
             batch, longest = [], lengths[index] + extra
         batch.append(index)
@@ -77,7 +85,7 @@ def batches(lengths, device, extra=0):
         yield batch
 
 
-def padded(prompts, pad_token_id, device):
+def padded(prompts: Sequence[Prompt], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Prompts as one batch, padded on the left: input_ids, attention_mask int[B, T], and the images of all."""
     longest = max(map(len, prompts))
     ids = np.full((len(prompts), longest), pad_token_id)
@@ -92,7 +100,9 @@ def padded(prompts, pad_token_id, device):
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def check_context_length(model, length, cure="lower --max-image-tokens"):
+def check_context_length(
+    model: "VoraForConditionalGeneration", length: int, cure: str = "lower --max-image-tokens"
+) -> None:
     """Raise ValueError if prompt and answer exceed what the LLM holds."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and length > limit:
@@ -101,7 +111,7 @@ def check_context_length(model, length, cure="lower --max-image-tokens"):
         )
 
 
-def check_log_probs(model, log_probs):
+def check_log_probs(model: "VoraForConditionalGeneration", log_probs: torch.Tensor) -> None:
     """Raise ValueError if log-probabilities are no numbers: all that is made of them would be wrong."""
     if count := int(torch.isnan(log_probs).sum()):
         raise ValueError(
@@ -111,20 +121,24 @@ def check_log_probs(model, log_probs):
         )
 
 
-def sliding_window(model):
+def sliding_window(model: "VoraForConditionalGeneration") -> int | None:
     """Places that the LLM's sliding blocks see at once; None if all see all."""
     return getattr(model.config.get_text_config(), "sliding_window", None)
 
 
 @torch.inference_mode()
-def free_answers(model, processor, prompts, max_new_tokens, **sampling):
-    """What a model says to one batch of prompts, each token the likeliest, up to the end of its turn.
+def free_answers(
+    model: "VoraForConditionalGeneration",
+    processor: "VoraProcessor",
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    **sampling: Any,
+) -> list[str]:
+    """What a model says to one batch of prompts, each token the likeliest, up to the end of its turn; without special
+    tokens.
 
     Args:
         sampling: of `generate`, where each token should not be the likeliest (`do_sample`, `num_beams`, ...).
-
-    Returns:
-        list of texts without special tokens.
     """
     tokenizer = processor.tokenizer
     check_context_length(model, max(map(len, prompts)) + max_new_tokens)
@@ -134,12 +148,21 @@ def free_answers(model, processor, prompts, max_new_tokens, **sampling):
     inputs = padded(prompts, pad, model.device)
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     greedy["repetition_penalty"] = 1.0
-    told = model.generate(
+    said = model.generate(
         **inputs,
         **(greedy | sampling),
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
         pad_token_id=pad,
     )
-    told = told[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(told, skip_special_tokens=True)]
+    said = said[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
+
+
+def without_thinking(answer: str) -> str:
+    """An answer without its `<think>...</think>` block, as reasoning LLMs begin with one.
+
+    A block that their chat template opens in the prompt ends here without having begun; one that the limit of tokens
+    cuts has not ended, and what follows it would have been the answer.
+    """
+    return answer.rpartition("</think>")[2].partition("<think>")[0].strip()

@@ -2,49 +2,77 @@
 
 import hashlib
 import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vora.eval.prediction_cache import Line, PredictionCache
+from vora.eval.rows import Example
 from vora.eval.scoring.candidates import AnswerTree, answer_ids, candidate_scores
-from vora.eval.scoring.generate import batches, check_context_length, free_answers, prompt_of
+from vora.eval.scoring.generate import Prompt, batches, check_context_length, free_answers, prompt_of
+
+if TYPE_CHECKING:
+    from vora.eval.tasks.tasks import Task
+    from vora.model.modeling_vora import VoraForConditionalGeneration
+    from vora.model.processing_vora import VoraProcessor
+
+Trees = dict[tuple[str, bool, tuple[str, ...]], AnswerTree]
 
 MOST_AT_ONCE, BYTES_AT_ONCE = 512, 256 << 20  # examples, and their pixels, that are sorted by length together
 
 
-def predict(model, processor, task, examples, cache, progress=None, **images_kwargs):
-    """Answer all examples that a ledger has no line of.
+def predict(
+    model: "VoraForConditionalGeneration",
+    processor: "VoraProcessor",
+    task: "Task",
+    examples: Sequence[Example],
+    cache: PredictionCache,
+    progress: Callable[[int], None] | None = None,
+    **images_kwargs: Any,
+) -> None:
+    """Answer all examples that a cache has no line of.
 
     Args:
-        task: a `Task`, which says how its answers come about.
+        task: says how its answers come about.
         progress: called with the number of examples after each batch.
         images_kwargs: for the image processor, such as `max_image_tokens`.
     """
     model.eval()
-    trees = {}  # of answers, see `_tree_of`
+    trees: Trees = {}
     for prompts in _prompts(model, processor, task, examples, cache, trees, images_kwargs):
         indices = list(prompts)
         beams, extra = (task.num_beams, task.max_new_tokens) if task.generates else (1, 0)
         for batch in batches([beams * len(prompts[index]) for index in indices], model.device, beams * extra):
             began = time.monotonic()
             chosen = [indices[place] for place in batch]
-            asked = [prompts[index] for index in chosen]
+            requests = [prompts[index] for index in chosen]
             lines = [_line(index, examples[index], prompts[index]) for index in chosen]
             if task.generates:
-                told = free_answers(model, processor, asked, task.max_new_tokens, num_beams=beams)
-                for line, text in zip(lines, told):
+                said = free_answers(model, processor, requests, task.max_new_tokens, num_beams=beams)
+                for line, text in zip(lines, said):
                     line["generated"] = text
             if task.chooses:
                 of_each = [_tree_of(processor, examples[index], prompts[index], trees) for index in chosen]
-                _choose(model, processor, task, [examples[index] for index in chosen], asked, lines, of_each)
+                _choose(model, processor, task, [examples[index] for index in chosen], requests, lines, of_each)
             seconds = (time.monotonic() - began) / len(batch)
             cache.add([line | {"seconds": round(seconds, 4)} for line in lines])
             if progress is not None:
                 progress(len(batch))
 
 
-def _prompts(model, processor, task, examples, cache, trees, images_kwargs):
-    """Yields {index: Prompt} of some examples at a time; those that cannot be asked are noted in the ledger."""
-    prompts, num_bytes = {}, 0
+def _prompts(
+    model: "VoraForConditionalGeneration",
+    processor: "VoraProcessor",
+    task: "Task",
+    examples: Sequence[Example],
+    cache: PredictionCache,
+    trees: Trees,
+    images_kwargs: dict[str, Any],
+) -> Iterator[dict[int, Prompt]]:
+    """Yields {index: prompt} of some examples at a time; those that cannot be asked are noted in the cache."""
+    prompts: dict[int, Prompt] = {}
+    num_bytes = 0
     for index, example in enumerate(examples):
         if index in cache.done:
             continue
@@ -66,7 +94,7 @@ def _prompts(model, processor, task, examples, cache, trees, images_kwargs):
         yield prompts
 
 
-def _line(index, example, prompt):
+def _line(index: int, example: Example, prompt: Prompt) -> Line:
     line = {"index": index, "name": example.name, "prompt": example.prompt, "references": example.references}
     if "pixel_values" in prompt.inputs:
         pixels = np.ascontiguousarray(prompt.inputs["pixel_values"])
@@ -74,7 +102,7 @@ def _line(index, example, prompt):
     return line | ({"kind": example.kind} if example.kind else {})
 
 
-def _tree_of(processor, example, prompt, trees):
+def _tree_of(processor: "VoraProcessor", example: Example, prompt: Prompt, trees: Trees) -> AnswerTree:
     """The `AnswerTree` of an example's candidates, made once for all that are asked alike."""
     key = (example.prompt, bool(prompt.image_inputs), example.candidates)
     if key not in trees:
@@ -82,7 +110,16 @@ def _tree_of(processor, example, prompt, trees):
     return trees[key]
 
 
-def _choose(model, processor, task, examples, prompts, lines, of_each):
+def _choose(
+    model: "VoraForConditionalGeneration",
+    processor: "VoraProcessor",
+    task: "Task",
+    examples: Sequence[Example],
+    prompts: Sequence[Prompt],
+    lines: Sequence[Line],
+    of_each: Sequence[AnswerTree],
+) -> None:
+    """Write into lines which candidate is the likeliest, and how likely the right one is."""
     right = [example.candidates.index(example.references[0]) for example in examples]
     scored = candidate_scores(model, processor, prompts, of_each, task.top, [[number] for number in right])
     for example, line, scores, tree, number in zip(examples, lines, scored, of_each, right):

@@ -7,7 +7,9 @@ Dims: W windows, Q questions, C choices.
 """
 
 import time
-from pathlib import Path
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,82 +17,94 @@ from vora.build.base_llm import load_tokenizer
 from vora.build.from_llm import from_llm
 from vora.checkpoint.card import read_card
 from vora.checkpoint.names import HUB_ID_OF_ALIAS
-from vora.eval.metrics.intervals import in_words, interval_of, mean, share
-from vora.eval.prediction_cache import fingerprints, model_fingerprint
+from vora.eval.evaluation import Data, Evaluation, Job
+from vora.eval.metrics.intervals import Estimate, in_words, interval_of, mean, numbers, share
+from vora.eval.prediction_cache import Line, fingerprints, model_fingerprint
+from vora.eval.report import Report
 from vora.eval.rows import SkippedRows
-from vora.eval.run import open_cache, progress, write_report
 from vora.eval.scoring.candidates import AnswerTree, candidate_scores
 from vora.eval.scoring.generate import Prompt, batches, check_context_length
 from vora.eval.scoring.teacher_forced import score_samples
-from vora.eval.tasks.text_items import WINDOW, read_items
+from vora.eval.tasks.text_items import WINDOW, Question, Window, open_items, read_items
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from vora.model.modeling_vora import VoraForConditionalGeneration
+    from vora.model.processing_vora import VoraProcessor
 
 FEW_DOCUMENTS = 10  # with fewer, windows are drawn instead
 MOST_LOST = 0.02  # of the perplexity; more than this is called lost
 
 
-def text_ability(
-    model, processor, paths, out, console, *, model_name, base=None, rows_options=None, max_examples=None, seed=0
-):
-    """Measure a model and its base LLM on text, write a report.
+@dataclass
+class TextAbility(Evaluation):
+    """Measure a model and its base LLM on text. Its report has a `verdict` in words.
 
     Args:
-        base: the LLM (anything `load_llm` takes); by default what the model's card names.
-        paths, out, model_name, rows_options: as for `evaluate`.
-
-    Returns:
-        What the report holds.
-
-    Raises:
-        ValueError: there is no text, the base is not known, or splits text otherwise.
+        base: the LLM (anything `load_llm` takes); None: what the model's card names.
     """
-    start, out, bad = time.monotonic(), Path(out), SkippedRows()
-    base = base or base_of(model_name)
-    windows, questions, files = read_items(
-        paths, processor, window_length(model), bad, max_examples, **(rows_options or {})
-    )
-    questions = [question for question in questions if _is_held(model, processor.tokenizer, question, bad)]
-    if not windows and not questions:
-        raise ValueError(f"{', '.join(map(str, paths))} holds no text and no question.{bad.first()}")
-    conditions = {
-        "task": "text",
-        "model": model_fingerprint(model_name),
-        "base": model_fingerprint(base),
-        "data": fingerprints(files),
-        "settings": {
-            "seed": seed,
-            "max_examples": max_examples,
-            "window": window_length(model),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            **(rows_options or {}),
-        },
-    }
-    count = len(windows) + len(questions)
-    cache = open_cache(out.with_suffix(".predictions.jsonl"), conditions, 2 * count, model, console)
-    with progress(console, "text", 2 * count, len(cache.done)) as advance:
-        for number in range(2):
-            if all(index in cache.done for index in range(number * count, (number + 1) * count)):
-                continue
-            reader = model if number == 0 else _load_base(base, model, processor)
-            for lines in _read(reader, processor, windows, questions, number * count, cache.done):
-                cache.add(lines)
-                advance(len(lines))
-    mine, its = ([cache.done[number * count + index] for index in range(count)] for number in range(2))
-    metrics = _language(windows, mine, its, seed) if windows else {}
-    metrics |= _knowledge(questions, mine[len(windows) :], its[len(windows) :], seed) if questions else {}
-    documents = {window.document for window in windows}
-    found = {
-        "num_examples": len(documents) + len(questions),
-        "num_documents": len(documents),
-        "num_questions": len(questions),
-        "base": str(base),
-        "drawn": "documents" if len(documents) >= FEW_DOCUMENTS else "windows",
-        "verdict": _verdict(metrics, max(len(documents), len(windows)), len(questions)),
-        "metrics": metrics,
-    }
-    return write_report(out, found, conditions, model, model_name, files, bad, cache, start)
+
+    base: str | None = None
+    max_examples: int | None = None
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return "text"
+
+    def check_data(self, data: Data) -> None:
+        open_items(data.paths, **data.options)
+
+    def run(self, job: Job) -> Report:
+        model, processor, skipped, seed = job.model, job.processor, job.skipped, self.seed
+        base = self.base or base_of(job.model_name)
+        length = window_length(model)
+        windows, questions, files = read_items(
+            job.data.paths, processor, length, skipped, self.max_examples, **job.data.options
+        )
+        questions = [question for question in questions if _is_held(model, processor.tokenizer, question, skipped)]
+        if not windows and not questions:
+            raise ValueError(f"{job.data} holds no text and no question.{skipped.first()}")
+        conditions = {
+            "task": self.name,
+            "model": model_fingerprint(job.model_name),
+            "base": model_fingerprint(base),
+            "data": fingerprints(files),
+            "settings": {
+                "seed": seed,
+                "max_examples": self.max_examples,
+                "window": length,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                **job.data.options,
+            },
+        }
+        count = len(windows) + len(questions)
+        cache = job.open_cache(conditions, 2 * count)
+        with job.progress("text", 2 * count, len(cache.done)) as advance:
+            for number in range(2):
+                if all(index in cache.done for index in range(number * count, (number + 1) * count)):
+                    continue
+                reader = model if number == 0 else _load_base(base, model, processor)
+                for lines in _read(reader, processor, windows, questions, number * count, cache.done):
+                    cache.add(lines)
+                    advance(len(lines))
+        lines, base_lines = ([cache.done[number * count + index] for index in range(count)] for number in range(2))
+        metrics = _language(windows, lines, base_lines, seed) if windows else {}
+        if questions:
+            metrics |= _knowledge(questions, lines[len(windows) :], base_lines[len(windows) :], seed)
+        documents = {window.document for window in windows}
+        return job.report(
+            len(documents) + len(questions), metrics, conditions, cache, files,
+            num_documents=len(documents),
+            num_questions=len(questions),
+            base=base,
+            drawn="documents" if len(documents) >= FEW_DOCUMENTS else "windows",
+            verdict=_verdict(metrics, max(len(documents), len(windows)), len(questions)),
+        )  # fmt: skip
 
 
-def base_of(model_name):
+def base_of(model_name: str) -> str:
     """The base LLM that a model's card names.
 
     Raises:
@@ -102,50 +116,59 @@ def base_of(model_name):
     return next((alias for alias, hub_id in HUB_ID_OF_ALIAS.items() if hub_id == name), name)
 
 
-def window_length(model):
+def window_length(model: "VoraForConditionalGeneration") -> int:
     """Tokens of a window: `WINDOW`, or what the LLM holds or sees at once."""
     config = model.config.get_text_config()
     limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
     return min(WINDOW, *(limit for limit in limits if limit), WINDOW)
 
 
-def _load_base(base, model, processor):
-    """The base LLM in the same dress, in which its logits are its own."""
+def _load_base(
+    base: str, model: "VoraForConditionalGeneration", processor: "VoraProcessor"
+) -> "VoraForConditionalGeneration":
+    """The base LLM wrapped as the model is, by which its logits stay its own."""
     if load_tokenizer(base).get_vocab().items() - processor.tokenizer.get_vocab().items():
         raise ValueError(f"--base {base} splits text into other tokens than the model: it is not what that came from.")
     token = model.config.image_token_id
-    dressed = from_llm(base, image_token_id=token, dtype=model.dtype)
-    return dressed.to(model.device).eval()
+    wrapped = from_llm(base, image_token_id=token, dtype=model.dtype)
+    return wrapped.to(model.device).eval()
 
 
-def _read(model, processor, windows, questions, first, done):
-    """Lines of what a model makes of each item, batch by batch."""
+def _read(
+    model: "VoraForConditionalGeneration",
+    processor: "VoraProcessor",
+    windows: Sequence[Window],
+    questions: Sequence[Question],
+    first: int,
+    done: Container[int],
+) -> Iterator[list[Line]]:
+    """A model's lines for all items that are not done, batch by batch; the first item's has the index `first`."""
     samples = ((index, window.sample) for index, window in enumerate(windows) if first + index not in done)
     began = time.monotonic()
     for batch in score_samples(model, samples):
         seconds = round((time.monotonic() - began) / len(batch), 4)
         yield [
-            {"index": first + index, "name": windows[index].name, "log_prob": round(float(told.log_probs[0]), 5),
-             "num_tokens": int(told.num_tokens[0]), "seconds": seconds}
-            for index, told in batch.items()
+            {"index": first + index, "name": windows[index].name, "log_prob": round(float(score.log_probs[0]), 5),
+             "num_tokens": int(score.num_tokens[0]), "seconds": seconds}
+            for index, score in batch.items()
         ]  # fmt: skip
         began = time.monotonic()
     first += len(windows)
-    asked = [number for number in range(len(questions)) if first + number not in done]
-    told = [_tokens(processor.tokenizer, questions[number]) for number in asked]
-    for batch in batches([len(context) for context, _ in told], model.device):
-        prompts = [Prompt({"input_ids": told[place][0]}, []) for place in batch]
-        found = candidate_scores(model, processor, prompts, [AnswerTree(told[place][1]) for place in batch], None)
-        seconds = round((time.monotonic() - began) / len(batch), 4)
+    left = [number for number in range(len(questions)) if first + number not in done]
+    tokens = [_tokens(processor.tokenizer, questions[number]) for number in left]
+    for places in batches([len(context) for context, _ in tokens], model.device):
+        prompts = [Prompt({"input_ids": tokens[place][0]}, []) for place in places]
+        found = candidate_scores(model, processor, prompts, [AnswerTree(tokens[place][1]) for place in places], None)
+        seconds = round((time.monotonic() - began) / len(places), 4)
         yield [
-            {"index": first + asked[place], "name": questions[asked[place]].name,
+            {"index": first + left[place], "name": questions[left[place]].name,
              "log_probs": scores.round(5).tolist(), "seconds": seconds}
-            for place, scores in zip(batch, found)
+            for place, scores in zip(places, found)
         ]  # fmt: skip
         began = time.monotonic()
 
 
-def _tokens(tokenizer, question):
+def _tokens(tokenizer: "PreTrainedTokenizerBase", question: Question) -> tuple[np.ndarray, list[list[int]]]:
     """(ids of the beginning int[T], lists of ids of each way to go on, a space before it)."""
     context = tokenizer(question.context)["input_ids"]
     found = []
@@ -157,23 +180,30 @@ def _tokens(tokenizer, question):
     return np.array(context), found
 
 
-def _is_held(model, tokenizer, question, bad):
-    """Whether the LLM's context holds a question with each of its choices; if not, it is added to `bad`."""
+def _is_held(
+    model: "VoraForConditionalGeneration",
+    tokenizer: "PreTrainedTokenizerBase",
+    question: Question,
+    skipped: SkippedRows,
+) -> bool:
+    """Whether the LLM's context holds a question with each of its choices; if not, it is added to `skipped`."""
     context, choices = _tokens(tokenizer, question)
     try:
         check_context_length(model, len(context) + max(map(len, choices), default=0), "leave it out")
     except ValueError as error:
-        bad.add(question.name, error)
+        skipped.add(question.name, error)
         return False
     return True
 
 
-def _language(windows, mine, its, seed):
+def _language(
+    windows: Sequence[Window], lines: Sequence[Line], base_lines: Sequence[Line], seed: int
+) -> dict[str, Estimate]:
     """Perplexity and bits per byte of both, and the ratio of the first."""
     sums = np.array(
         [
             [-line["log_prob"], -base["log_prob"], line["num_tokens"], window.num_bytes]
-            for window, line, base in zip(windows, mine, its)
+            for window, line, base in zip(windows, lines, base_lines)
         ]
     )
     documents = [window.document for window in windows]
@@ -188,15 +218,17 @@ def _language(windows, mine, its, seed):
     return {name: interval_of(value_of, sums, groups, seed) for name, value_of in values.items()}
 
 
-def _knowledge(questions, mine, its, seed):
+def _knowledge(
+    questions: Sequence[Question], lines: Sequence[Line], base_lines: Sequence[Line], seed: int
+) -> dict[str, Estimate]:
     """Accuracy of both and its difference, by the likelihood of a choice, and by that per byte of it."""
     right = np.array([question.right for question in questions])
     lengths = [np.array([len(choice.encode()) for choice in question.choices]) for question in questions]
     groups, found = list(range(len(questions))), {}
-    for ending, divisors in {"": [1] * len(questions), "_per_byte": lengths}.items():
+    for ending, divisors in {"": [np.array(1)] * len(questions), "_per_byte": lengths}.items():
         of_each = []
-        for lines in (mine, its):
-            chosen = [int(np.argmax(np.array(line["log_probs"]) / by)) for line, by in zip(lines, divisors)]
+        for read in (lines, base_lines):
+            chosen = [int(np.argmax(np.array(line["log_probs"]) / by)) for line, by in zip(read, divisors)]
             of_each.append((np.array(chosen) == right).astype(float))
         found["accuracy" + ending] = share(of_each[0], groups, seed)
         found["base_accuracy" + ending] = share(of_each[1], groups, seed)
@@ -204,27 +236,27 @@ def _knowledge(questions, mine, its, seed):
     return found
 
 
-def _verdict(metrics, num_drawn, num_questions):
+def _verdict(metrics: dict[str, Estimate], num_drawn: int, num_questions: int) -> str:
     """In words: kept, lost or unclear, by whether the interval lies on one side of the bound; an interval of fewer
     than `FEW_DOCUMENTS` draws says nothing."""
-    words = []
+    sentences = []
     if "perplexity_ratio" in metrics:
-        low, high = metrics["perplexity_ratio"]["interval"]
+        value, low, high = numbers(metrics["perplexity_ratio"])
         most = 1 + MOST_LOST
-        told = "Too little text to tell"
+        found = "Too little text to tell"
         if num_drawn >= FEW_DOCUMENTS:
-            told = "Language is kept" if high <= most else "Language is lost" if low > most else told
-        words.append(
-            f"{told}: the perplexity of held text is {metrics['perplexity_ratio']['value']:.4f} times the base's "
-            f"({in_words((low, high))}; at most {most} counts as kept)."
+            found = "Language is kept" if high <= most else "Language is lost" if low > most else found
+        sentences.append(
+            f"{found}: the perplexity of held text is {value:.4f} times the base's "
+            f"({in_words(metrics['perplexity_ratio']['interval'])}; at most {most} counts as kept)."
         )
     if "accuracy_difference" in metrics:
-        (low, high), value = metrics["accuracy_difference"]["interval"], metrics["accuracy_difference"]["value"]
-        told = "not shown to differ from"
+        value, low, high = numbers(metrics["accuracy_difference"])
+        found = "not shown to differ from"
         if num_questions >= FEW_DOCUMENTS:
-            told = "lower than" if high < 0 else "higher than" if low > 0 else told
-        words.append(
-            f"Accuracy of choices is {told} the base's: {100 * value:+.1f} points "
-            f"({in_words((low, high), '+.1f', 100)})."
+            found = "lower than" if high < 0 else "higher than" if low > 0 else found
+        sentences.append(
+            f"Accuracy of choices is {found} the base's: {100 * value:+.1f} points "
+            f"({in_words(metrics['accuracy_difference']['interval'], '+.1f', 100)})."
         )
-    return " ".join(words)
+    return " ".join(sentences)

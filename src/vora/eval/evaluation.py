@@ -1,0 +1,165 @@
+"""What every evaluation is: something with a name that measures a model on data and gives a `Report`."""
+
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vora.checkpoint.card import read_card
+from vora.eval.metrics.intervals import Estimate
+from vora.eval.prediction_cache import PredictionCache, fingerprint
+from vora.eval.report import Report, commit, commit_in_words, device_name
+from vora.eval.rows import Rows, SkippedRows
+
+if TYPE_CHECKING:
+    from vora.model.modeling_vora import VoraForConditionalGeneration
+    from vora.model.processing_vora import VoraProcessor
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where examples come from.
+
+    Args:
+        paths: files, folders or datasets, as `vora.data.readers.load_source` takes them.
+        split: of folders and datasets; None: test, else validation, else train.
+        subset: of a dataset on the Hub.
+        image_folder: where paths of images start.
+        columns: {our name: the files' name}.
+    """
+
+    paths: Sequence[str]
+    split: str | None = None
+    subset: str | None = None
+    image_folder: str | None = None
+    columns: dict[str, str] | None = None
+
+    def rows(self) -> Rows:
+        return Rows(self.paths, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All but the paths, as `Rows` takes them and reports name them."""
+        return {name: value for name, value in asdict(self).items() if name != "paths"}
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.paths))
+
+
+@dataclass
+class Job:
+    """One evaluation at work on one model.
+
+    Args:
+        model_name: folder or hub id that the model came from, for the report and to tell models apart.
+        out: JSON file of the report. The predictions go beside it as they come, to `.predictions.jsonl`; a run that
+            finds some of its own goes on after them.
+    """
+
+    model: "VoraForConditionalGeneration"
+    processor: "VoraProcessor"
+    model_name: str
+    data: Data
+    out: Path
+    console: Console
+    skipped: SkippedRows = field(default_factory=SkippedRows)
+    began: float = field(default_factory=time.monotonic)
+
+    def open_cache(
+        self, conditions: dict[str, Any], count: int, ending: str = ".predictions.jsonl"
+    ) -> PredictionCache:
+        """The predictions that there are, and the place of those to come; says where it goes on.
+
+        Args:
+            count: lines that there will be.
+
+        Raises:
+            ValueError: the file's predictions were made under other conditions.
+        """
+        state = f"{commit_in_words(commit())} on {device_name(self.model.device)}"
+        cache = PredictionCache(self.out.with_suffix(ending), conditions, state)
+        if cache.num_found:
+            self.console.print(f"Going on after {cache.num_found:,} of {count:,} examples in {cache.file}")
+        return cache
+
+    @contextmanager
+    def progress(self, name: str, total: int, completed: int = 0) -> Iterator[Callable[[int], None]]:
+        """A progress bar; yields what is called with the number of examples done."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TimeRemainingColumn())  # fmt: skip
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            shown = bar.add_task(name, total=total, completed=completed)
+            yield lambda count: bar.advance(shown, count)
+
+    def report(
+        self,
+        num_examples: int,
+        metrics: dict[str, Estimate],
+        conditions: dict[str, Any],
+        cache: PredictionCache,
+        files: Sequence[str | Path],
+        **details: Any,
+    ) -> Report:
+        """Write the `Report`.
+
+        Args:
+            conditions: of `open_cache`, with `task`, `model` (a fingerprint) and `settings`.
+            files: that were read.
+            details: see `Report`.
+        """
+        report = Report(
+            task=conditions["task"],
+            num_bad=self.skipped.count,
+            num_examples=num_examples,
+            metrics=metrics,
+            model=self.model_name,
+            **commit(),
+            predicted_at=cache.states,
+            recipe=recipes_of(self.model_name),
+            seed=conditions["settings"]["seed"],
+            settings=conditions["settings"],
+            data=[{"file": str(file), "fingerprint": fingerprint(file)} for file in files],
+            bad=self.skipped.named,
+            predictions=cache.file.name,
+            num_resumed=cache.num_found,
+            seconds=round(time.monotonic() - self.began + cache.seconds, 2),
+            vora_version=sys.modules["vora"].__version__,
+            device=device_name(self.model.device),
+            model_fingerprint=conditions["model"],
+            details=details,
+        )
+        report.write(self.out)
+        return report
+
+
+class Evaluation(ABC):
+    """Something to measure: a task, the probe, text ability. `vora.eval.run.evaluation_of` makes one by its name."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    def check_data(self, data: Data) -> None:
+        """Raise ValueError where data cannot be opened, before any work."""
+        data.rows()
+
+    @abstractmethod
+    def run(self, job: Job) -> Report:
+        """Measure.
+
+        Raises:
+            ValueError: the data holds nothing to ask, or the predictions found are not of this model and data.
+        """
+
+
+def recipes_of(model_name: str) -> list[dict[str, Any]] | None:
+    """The recipes of a model's stages, as its card has them, the last one last; None where it has none."""
+    stages = (read_card(model_name) or {}).get("stages", [])
+    return [stage["recipe"] for stage in stages if stage.get("recipe")] or None

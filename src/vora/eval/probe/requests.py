@@ -1,0 +1,112 @@
+"""All that a probe asks: each image as it is shown, with the questions that are read beside it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from vora.data.schema import Record, question_and_answer
+from vora.eval.probe.conditions import ImageGroup, images_under
+from vora.eval.rows import Example
+
+if TYPE_CHECKING:
+    from vora.model.image_processing_vora import VoraImageProcessor
+
+MOST_REQUESTS = 64  # of an image in one pass
+
+Request = tuple[int, int, str]  # number of the example and of its reference, condition
+
+
+@dataclass
+class ImageCondition:
+    """One image as it is shown, and all that is asked about it."""
+
+    name: str
+    images: Callable[[], list[Image.Image]]
+    requests: list[Request]
+
+    def parts(self) -> list["ImageCondition"]:
+        """The same in parts of at most `MOST_REQUESTS`."""
+        starts = range(0, len(self.requests), MOST_REQUESTS)
+        return [replace(self, requests=self.requests[start : start + MOST_REQUESTS]) for start in starts]
+
+
+class RequestRecords:
+    """Images under their conditions as records, each made when it is asked for.
+
+    Args:
+        answers: for each example its references.
+    """
+
+    def __init__(
+        self, shown: Sequence[ImageCondition], examples: Sequence[Example], answers: Sequence[Sequence[str]]
+    ) -> None:
+        self.shown, self.examples, self.answers = shown, examples, answers
+
+    def __len__(self) -> int:
+        return len(self.shown)
+
+    def __getitem__(self, index: int) -> Record:
+        shown = self.shown[index]
+        conversations = [
+            question_and_answer(self.examples[example].prompt, self.answers[example][reference])
+            for example, reference, _ in shown.requests
+        ]
+        row = self.examples[shown.requests[0][0]].name
+        return Record(f"{row} and what else is asked of its image", shown.images(), conversations)
+
+
+def image_conditions(
+    conditions: Sequence[str],
+    answers: Sequence[Sequence[str]],
+    groups: Sequence[ImageGroup],
+    others: Sequence[int],
+    image_processor: "VoraImageProcessor",
+    seed: int,
+) -> list[ImageCondition]:
+    """All that is to be read. An image stands once for what is asked of it rightly and, as another one, wrongly.
+
+    Args:
+        answers: for each example its references.
+        others: of `other_groups`.
+    """
+    own = [
+        [(example, reference) for example in group.examples for reference in range(len(answers[example]))]
+        for group in groups
+    ]
+    shown_for = {other: number for number, other in enumerate(others)}
+    found: list[ImageCondition] = []
+    without: list[Request] = []
+    for number, group in enumerate(groups):
+        for condition in conditions:
+            requests = [(*pair, condition) for pair in own[number]]
+            if condition == "none":
+                without += requests
+            elif condition != "other":  # which stands beside what is right for that image
+                if condition == "right":
+                    requests += [(*pair, "other") for pair in own[shown_for[number]]]
+                opens = images_under(condition, group, group, image_processor, seed)
+                found += ImageCondition(f"{group.key}, {condition}", opens, requests).parts()
+    return found + ImageCondition("no image", list, without).parts()
+
+
+def examples_under(
+    conditions: Sequence[str],
+    examples: Sequence[Example],
+    groups: Sequence[ImageGroup],
+    others: Sequence[int],
+    image_processor: "VoraImageProcessor",
+    seed: int,
+) -> list[Example]:
+    """Examples under each condition in turn: E of the first, E of the next."""
+    group_of = {example: number for number, group in enumerate(groups) for example in group.examples}
+    found = []
+    for condition in conditions:
+        opens = [
+            images_under(condition, group, groups[other], image_processor, seed)
+            for group, other in zip(groups, others)
+        ]
+        for number, example in enumerate(examples):
+            found.append(replace(example, name=f"{example.name}, {condition}", images=opens[group_of[number]]))
+    return found

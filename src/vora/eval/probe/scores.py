@@ -1,0 +1,83 @@
+"""What a model makes of references under each condition, and the metrics of that.
+
+Dims: E examples, R references (each caption of an image is one; of other tasks each example has one).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vora.eval.metrics.intervals import Estimate, interval_of, mean, share
+from vora.eval.probe.conditions import ImageGroup
+from vora.eval.rows import Example
+
+TIE = 1e-4  # nats; what a batch's padding may change
+
+
+@dataclass
+class ProbeScores:
+    """What a model makes of references under each condition.
+
+    Args:
+        examples: int[R], the example that a reference belongs to.
+        log_probs: {condition: float[R]}.
+        num_tokens: int[R].
+        task_scores: {name of a score: {condition: float[E]}}.
+        groups: of each example a name; examples of one group are drawn together.
+    """
+
+    examples: np.ndarray
+    log_probs: dict[str, np.ndarray]
+    num_tokens: np.ndarray
+    task_scores: dict[str, dict[str, np.ndarray]]
+    groups: list[int] = field(default_factory=list)
+
+
+def probe_metrics(scores: ProbeScores, seed: int = 0) -> dict[str, Estimate]:
+    """The metrics of a probe; intervals are of draws of whole groups.
+
+    `log_likelihood_with_C` nats per reference under condition C; `gain_over_C` how many more the right image brings,
+    and `gain_over_C_per_token`; `right_beats_C` the share of references that it makes likelier, ties counting half;
+    and of each of the task's scores its value `with_C` and its paired `drop` from the right image to C.
+    """
+    shown = list(scores.log_probs)
+    found, of_references = {}, [scores.groups[example] for example in scores.examples]
+    for condition in shown:
+        found[f"log_likelihood_with_{condition}"] = mean(scores.log_probs[condition], of_references, seed)
+    for condition in shown[1:]:
+        gains = scores.log_probs["right"] - scores.log_probs[condition]
+        sums = np.stack([gains, scores.num_tokens], 1)
+        found[f"gain_over_{condition}"] = mean(gains, of_references, seed)
+        found[f"gain_over_{condition}_per_token"] = interval_of(ratio, sums, of_references, seed)
+        wins = np.where(np.abs(gains) < TIE, 0.5, gains > 0)
+        value_of = mean if (wins == 0.5).all() else share  # a model that ignores images ties every time: no coins
+        found[f"right_beats_{condition}"] = value_of(wins, of_references, seed)
+    for name, values in scores.task_scores.items():
+        for condition in shown:
+            is_share = np.isin(values[condition], (0.0, 1.0)).all()
+            found[f"{name}_with_{condition}"] = (share if is_share else mean)(values[condition], scores.groups, seed)
+        for condition in shown[1:]:
+            found[f"{name}_drop_{condition}"] = mean(values["right"] - values[condition], scores.groups, seed)
+    return found
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """float[..., 2] to the first by the second."""
+    return sums[..., 0] / sums[..., 1]
+
+
+def drawn_together(examples: Sequence[Example], groups: Sequence[ImageGroup]) -> list[int]:
+    """A number for each example; those of one image have the same, and those of one group of their task."""
+    above: dict[tuple[str, object], tuple[str, object]] = {}
+
+    def top(name: tuple[str, object]) -> tuple[str, object]:
+        while above.setdefault(name, name) != name:
+            name = above[name]
+        return name
+
+    for number, group in enumerate(groups):
+        for example in group.examples:
+            above[top(("group", str(examples[example].group)))] = top(("image", number))
+    numbers: dict[tuple[str, object], int] = {}
+    return [numbers.setdefault(top(("group", str(example.group))), len(numbers)) for example in examples]

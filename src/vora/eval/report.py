@@ -1,0 +1,148 @@
+"""What an evaluation found, and all that it depends on: a JSON file, and a table for people."""
+
+import json
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from rich.table import Table
+
+from vora.eval.metrics.intervals import Estimate, in_words
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "pillow", "numpy")
+
+
+class Commit(TypedDict):
+    """The git commit that this code is of, and whether it was changed since; None where it has no history."""
+
+    commit: str | None
+    commit_is_changed: bool | None
+
+
+@dataclass
+class Report:
+    """The content of a report's JSON file.
+
+    Args:
+        task: name of the evaluation.
+        num_bad: rows and questions that were left out; `bad` names the first of them with the cause.
+        num_examples: that the metrics are of.
+        metrics: {name: value with its 95 % interval}.
+        details: further facts that only this evaluation has, such as `verdict`; the file has them at its top level.
+        predicted_at: states of code and device that the predictions come from.
+        predictions: the file of predictions beside the report.
+        num_resumed: predictions that were there already.
+        seconds: of all starts together.
+    """
+
+    task: str
+    num_bad: int
+    num_examples: int
+    metrics: dict[str, Estimate]
+    model: str
+    commit: str | None
+    commit_is_changed: bool | None
+    predicted_at: list[str]
+    recipe: list[dict[str, Any]] | None
+    seed: int
+    settings: dict[str, Any]
+    data: list[dict[str, str]]
+    bad: list[dict[str, str]]
+    predictions: str
+    num_resumed: int
+    seconds: float
+    vora_version: str
+    device: str
+    model_fingerprint: str
+    versions: dict[str, str | None] = field(default_factory=lambda: library_versions())
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the JSON file has it."""
+        values = asdict(self)
+        return (
+            {name: values.pop(name) for name in ("task", "num_bad", "num_examples")} | values.pop("details") | values
+        )
+
+    def write(self, file: Path) -> None:
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        file.write_bytes(text.encode("utf-8", "backslashreplace"))  # a lone surrogate becomes its escape
+
+    def table(self) -> Table:
+        """The metrics, for a console."""
+        table = Table(title=f"{self.task}: {self.num_examples:,} examples, {self.num_bad:,} bad")
+        for name in ("metric", "value", "95 % interval"):
+            table.add_column(name, justify="left" if name == "metric" else "right")
+        for name, found in self.metrics.items():
+            shown = "-" if found["value"] is None else f"{found['value']:.4f}"
+            table.add_row(name, shown, in_words(found["interval"]))
+        if len(states := self.predicted_at) > 1:
+            table.caption = (
+                f"Warning: predictions come from {len(states)} states of code and device: {'; '.join(states)}."
+            )
+        return table
+
+
+def check_overwrites_nothing(out: Path, endings: tuple[str, ...] = ()) -> None:
+    """Raise if what is to be written is there and holds something, and no run of ours wrote it.
+
+    Args:
+        out: JSON file of the report.
+        endings: of further files of its name, such as `.png`.
+
+    Raises:
+        ValueError: names the file.
+    """
+    if out.with_suffix(".predictions.jsonl").exists() or _is_report(out):
+        return
+    for file in (out, *map(out.with_suffix, endings)):
+        if file.exists() and file.stat().st_size:
+            raise ValueError(f"{file} is there and no report's: choose another -o, so that it is not overwritten.")
+
+
+def _is_report(file: Path) -> bool:
+    try:
+        return "vora_version" in json.loads(file.read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def commit() -> Commit:
+    """The `Commit` of this package."""
+    folder = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+        ).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # another project's history around it is not its own
+        changed = bool(git("status", "--porcelain", "--untracked-files=no", ".").strip())
+        return {"commit": git("rev-parse", "HEAD").strip(), "commit_is_changed": changed}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "commit_is_changed": None}
+
+
+def commit_in_words(facts: Commit) -> str:
+    return f"{(facts['commit'] or 'unknown')[:12]}{' with changes' if facts['commit_is_changed'] else ''}"
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def library_versions() -> dict[str, str | None]:
+    """Of Python, and of the libraries that predictions may depend on."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES}
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
