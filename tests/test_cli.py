@@ -1,7 +1,5 @@
 """The whole command line on tiny models: it works, and it fails in one line."""
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -9,37 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
 import yaml
+from command import vora
 from PIL import Image
-from rich.console import Console
 from tiny import command_line, save_tiny_vit, tiny_tokenizer
 from transformers import AutoTokenizer
-
-from vora import cli
-
-
-def vora(*arguments, cwd=".", input=""):
-    """`vora ARGUMENTS` in this process, which has long imported what every process would have to."""
-    stdout, stderr, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(sys, "argv", ["vora", *map(str, arguments)]))
-        stack.enter_context(mock.patch.object(sys, "stdin", io.StringIO(input)))
-        stack.enter_context(mock.patch.dict(os.environ))
-        stack.enter_context(mock.patch.object(cli, "console", Console(stderr=True, width=300)))
-        stack.callback(os.chdir, os.getcwd())
-        os.chdir(cwd)
-        stack.enter_context(contextlib.redirect_stdout(stdout))
-        stack.enter_context(contextlib.redirect_stderr(stderr))
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-    return SimpleNamespace(returncode=status, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
 @pytest.fixture(scope="module")

@@ -51,16 +51,11 @@ def start(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
 ) -> None:
     """Set how much is printed."""
+    level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s")
     if verbose:
-        from rich.logging import RichHandler
-
         os.environ["TRANSFORMERS_VERBOSITY"] = "info"
         warnings.simplefilter("default")
-        handler: logging.Handler = RichHandler(console=console, show_path=False)
-    else:
-        handler = logging.StreamHandler()
-    level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
     console.quiet = quiet
 
 

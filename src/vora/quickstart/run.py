@@ -131,7 +131,8 @@ def card_rows(result: dict[str, Any], minutes: float) -> list[tuple[str, str, fl
 @torch.inference_mode()
 def forward_seconds_per_token(llm: PreTrainedModel) -> float:
     """How long the bare LLM takes per token on this machine, to plan how long the questions will take."""
-    ids = torch.randint(10, 1000, (8, 128), device=llm.device)
+    most = min(1000, llm.get_input_embeddings().num_embeddings)
+    ids = torch.randint(10, most, (8, 128), device=llm.device)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
