@@ -100,7 +100,7 @@ def share_prefixes(samples):
     return whole | {"ends": ends, "num_samples": len(samples)} | images
 
 
-def distill_only(sample, image_token_id):
+def cut_after_images(sample, image_token_id):
     """A sample of `share_prefixes` cut after its last image token, with nothing to predict: enough to distill from."""
     length = int(np.flatnonzero(sample["input_ids"] == image_token_id).max()) + 1
     return _cut(sample, length) | {"num_samples": 1}

@@ -24,6 +24,7 @@ from vora.data.augment import augmented
 from vora.data.order import Mixture, SourceOrder
 from vora.data.packing import (
     collate_sequences,
+    cut_after_images,
     kept_places,
     label_weights,
     next_sequence,
@@ -95,7 +96,7 @@ class SampleMaker:
             sample = as_bad(error)
         if distill_only and isinstance(sample, dict):
             if "pixel_values" in sample:
-                sample = distill_only(sample, self.processor.image_token_id)
+                sample = cut_after_images(sample, self.processor.image_token_id)
             elif not self.text_kl_weight:
                 sample = None
         return self.sources[source].row_name(block, offset), sample

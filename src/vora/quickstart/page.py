@@ -14,7 +14,7 @@ from vora.report.images import data_url
 from vora.report.plots import figure_url, losses_figure, new_figure
 from vora.serve.chat import Chat
 from vora.serve.engine import Engine
-from vora.train.progress import read_log
+from vora.train.run_log import read_log
 
 NUM_QUESTIONS = 4  # shown of each image
 SIZE = (9, 3.4)  # of plots, in inches
