@@ -61,6 +61,7 @@ def start(
 
 @app.command()
 def quickstart(
+    overrides: Overrides = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="For result.json, report.html and the model.")] = Path(
         "vora-quickstart"
     ),
@@ -71,7 +72,7 @@ def quickstart(
     """Teach a small LLM to see in a quarter of an hour on two CPU cores: train, merge, measure, report."""
     from vora.quickstart.run import run_quickstart
 
-    run_quickstart(out, llm=llm, minutes=minutes, seed=seed, console=console)
+    run_quickstart(out, llm=llm, minutes=minutes, seed=seed, overrides=overrides or (), console=console)
 
 
 @app.command()

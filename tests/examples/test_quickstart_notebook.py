@@ -16,7 +16,7 @@ NOTEBOOK = json.loads((Path(__file__).parents[2] / "examples" / "quickstart.ipyn
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """A folder to work in, with an LLM of the recipe's 16 blocks, and seconds to train."""
+    """A folder to work in, with an LLM of the recipe's 16 blocks; and settings of a short run."""
     for split, count in (("train", 8), ("test", 4)):
         folder = tmp_path / "cache" / "easy-vqa==1.0" / "easy_vqa" / "data" / split
         (folder / "images").mkdir(parents=True)
@@ -32,9 +32,11 @@ def small(tmp_path, monkeypatch):
     LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")
     monkeypatch.setenv("VORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("vora.quickstart.run.MOST_TRAINING_MINUTES", 0.05)
     monkeypatch.chdir(tmp_path)
-    return {"LLM": "llm", "MINUTES": 3}
+    return {
+        "LLM": "llm",
+        "SETTINGS": "teacher.distill_only_steps=2 training.max_steps=4 training.warmup_steps=1 training.logging_steps=1",
+    }
 
 
 def run(cell, names):
@@ -55,7 +57,7 @@ def test_every_cell_runs(small, tmp_path, capsys):
             if "parameters" in cell["metadata"].get("tags", ()):
                 names.update(small)
     result = names["result"]
-    assert result["num_test_questions"] == 8 and result["num_steps"] > 0
+    assert result["num_test_questions"] == 8 and result["num_steps"] == 4
     assert 0 <= result["accuracy"] <= 1 and result["majority_accuracy"] == 0.5
     assert result["text_only_accuracy"] == max(result["blank_image_accuracy"], result["majority_accuracy"])
     assert set(result["accuracy_by_answer"]) == {"yes / no", "what"}

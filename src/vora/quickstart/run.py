@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,13 @@ TOKENS_PER_QUESTION = 10  # with the image's share, under the quickstart's chat 
 
 
 def run_quickstart(
-    out: str | Path, *, llm: str = "smollm2-135m", minutes: float = 13.0, seed: int = 0, console: Console
+    out: str | Path,
+    *,
+    llm: str = "smollm2-135m",
+    minutes: float = 13.0,
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+    console: Console,
 ) -> dict[str, Any]:
     """Train a model that sees, measure it, and leave both in `out` with a report.
 
@@ -39,6 +46,7 @@ def run_quickstart(
             evaluation.json.
         llm: alias, folder or hub id.
         minutes: for everything once the packages are fetched; a slow machine trains for fewer steps.
+        overrides: of the recipe, `key=value`.
 
     Returns:
         The content of result.json.
@@ -61,9 +69,10 @@ def run_quickstart(
 
     precision = precision_overrides()
     dtype = precision["model.dtype"]
-    overrides = {"model.llm": llm, "training.seed": seed, "max_minutes": training_minutes} | precision
+    settings = {"model.llm": llm, "training.seed": seed, "max_minutes": training_minutes} | precision
     with as_file(files("vora.quickstart")) as folder:
-        recipe = load_recipe(folder / "recipe.yaml", [f"{key}={value}" for key, value in overrides.items()])
+        given = [f"{key}={value}" for key, value in settings.items()]
+        recipe = load_recipe(folder / "recipe.yaml", [*given, *overrides])
         console.print(f"[2/5] Training stage 1 in {dtype}, at most {training_minutes:.1f} minutes")
         train_start = time.monotonic()
         trainer = train(recipe, out / "run", console=console)
@@ -103,7 +112,8 @@ def run_quickstart(
         "num_cpus": os.cpu_count(),
     }
     console.print("[5/5] Writing the report")
-    write_run_card(out / "model", out / "run", evaluation=card_rows(result, minutes))
+    command = " ".join([f"vora quickstart --llm {llm} --minutes {minutes:g} --seed {seed}", *overrides])
+    write_run_card(out / "model", out / "run", evaluation=card_rows(result, command))
     write_report(out, result, [test_records[i] for i in range(min(NUM_SHOWN, len(test_records)))], model, processor)
     result["total_seconds"] = time.monotonic() - start
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -116,9 +126,8 @@ def run_quickstart(
     return result
 
 
-def card_rows(result: dict[str, Any], minutes: float) -> list[tuple[str, str, float, int, str]]:
+def card_rows(result: dict[str, Any], command: str) -> list[tuple[str, str, float, int, str]]:
     """What the model card says of the test, as fields of `vora.checkpoint.card.Evaluation`."""
-    command = f"vora quickstart --llm {result['llm']} --minutes {minutes:g} --seed {result['seed']}"
     metrics = {
         "exact answers": result["accuracy"],
         "exact answers of the text-only baseline (the better of this model with blank images, and the most frequent "
