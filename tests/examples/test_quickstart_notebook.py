@@ -24,7 +24,8 @@ def small(tmp_path, monkeypatch):
         for number in range(count):
             colour = ("red", "blue")[number % 2]
             Image.new("RGB", (64, 64), colour).save(folder / "images" / f"{number}.png")
-            questions += [["what colour?", colour, number], ["is it red?", "yes" if colour == "red" else "no", number]]
+            is_red = "yes" if colour == "red" else "no"
+            questions += [["what colour?", colour, number], ["is it red?", is_red, number]]
         (folder / "questions.json").write_text(json.dumps(questions))
     tokenizer = tiny.tiny_tokenizer()
     shape = {**tiny.SHAPE, "vocab_size": len(tokenizer), "num_hidden_layers": 16}
