@@ -203,3 +203,16 @@ class InFourBits(torch.nn.Module):
 
     def forward(self, states):
         return self._computed[0](states)
+
+
+@torch.no_grad()
+def log_prob_of_answer(model, processor, example, answer):
+    """Log-probability of an answer to an `Example`, in a forward pass of its own."""
+    content = [{"type": "image", "image": one} for one in example.images()]
+    content.append({"type": "text", "text": example.prompt})
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    sample = {name: torch.as_tensor(value) for name, value in processor.training_sample(messages).items()}
+    labels = sample.pop("labels")[1:]
+    inputs = {name: value[None] if name == "input_ids" else value for name, value in sample.items()}
+    log_probs = model(**inputs).logits[0, :-1].log_softmax(-1)
+    return sum(float(log_probs[place, labels[place]]) for place in range(len(labels)) if labels[place] != -100)

@@ -197,6 +197,7 @@ def evaluate(
     ] = None,
     subset: Annotated[str | None, typer.Option(help="Of a dataset on the Hub.")] = None,
     image_folder: Annotated[Path | None, typer.Option(help="Where paths of images start.")] = None,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch images that rows name by URL.")] = False,
     max_examples: Annotated[int | None, typer.Option(min=1, help="Only the first examples.")] = None,
     min_image_tokens: MinImageTokens = None,
     max_image_tokens: MaxImageTokens = None,
@@ -229,6 +230,7 @@ def evaluate(
         split=split,
         subset=subset,
         image_folder=image_folder,
+        allow_urls=allow_urls,
         columns=dict(pair.split("=", 1) for pair in column or ()) or None,
         min_image_tokens=min_image_tokens,
         max_image_tokens=max_image_tokens,
@@ -368,14 +370,14 @@ def inspect(
     from vora.eval.inspect.inspection import inspect_image
     from vora.eval.inspect.page import write_inspection
     from vora.eval.inspect.teacher import take_teacher
-    from vora.model.image_processing_vora import read_image
+    from vora.model.fetch_image import fetch_image
 
     if out.suffix != ".html":
         raise ValueError(f"--out {out} names no page: give a name that ends in .html; a JSON goes beside it.")
     figures = out.with_suffix(".json")
     if figures.exists() and not out.exists():
         raise ValueError(f"{figures} is there and no page's: choose another --out, so that it is not overwritten.")
-    shown, name = read_image(image), model or committed_model()
+    shown, name = fetch_image(image, allow_urls=True), model or committed_model()
     learner, processor = _opened(name, teacher, min_image_tokens, max_image_tokens)
     pairs, remark = take_teacher(learner, str(trained_folder(name)), teacher)
     found = inspect_image(learner, processor, shown, question, answer, pairs, max_new_tokens)

@@ -14,15 +14,17 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from vora import Teacher, attach_vision_lora, merge_vision_lora
 from vora.baselines.llava import VoraLlavaForConditionalGeneration
 from vora.build.lora import load_vision_lora
-from vora.data.schema import Record, without_images
+from vora.data.schema import Sample, without_images
 from vora.distill.teacher import images_of_patches
 from vora.serve.chat import Chat
 from vora.serve.engine import Engine, load_model
+from vora.train.from_recipe import open_sources, packed_sequences, training_arguments
 from vora.train.plan.meta_model import meta_model
 from vora.train.plan.plan import tokens_of_budget
 from vora.train.recipe import load_recipe
-from vora.train.run import open_sources, packed_sequences, train, training_arguments
-from vora.train.stages import build_objective, build_processor, check_trainable, load_vit, trainable_counts
+from vora.train.run import train
+from vora.train.stages import build_objective, build_processor, load_vit
+from vora.train.trainable import check_trainable, trainable_counts
 from vora.train.trained import merge_run, write_run_card
 
 SIDE = PATCH * GRID
@@ -225,8 +227,8 @@ def test_it_sees_the_samples_that_a_vora_student_sees(recipe):
     ("sections", "wanted"),
     [
         ({"teacher": {"name": "vit"}}, "teacher and model.encoder exclude each other"),
-        ({"data": {"sources": [{"path": "x"}], "text_only": True}}, "model.encoder and data.blind exclude each other"),
-        ({"model": {"vora": "x", "encoder": "vit"}}, "model.vora has its own"),
+        ({"data": {"sources": [{"path": "x"}], "text_only": True}}, "model.encoder and data.text_only exclude"),
+        ({"model": {"vora": "x", "encoder": "vit"}}, "model.vora has vision already"),
         ({"model": {"llm": "x", "encoder": "vit", "image_attention": "bidirectional"}}, "leave image_attention out"),
     ],
 )
@@ -271,7 +273,7 @@ def test_a_blinded_record_keeps_every_word():
         {"type": "text", "text": "two?"},
     ]
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "two"}]
-    record = without_images(Record("r", ["a.png", "b.png"], [turns, [{"role": "text", "content": "hello"}]]))
+    record = without_images(Sample("r", ["a.png", "b.png"], [turns, [{"role": "text", "content": "hello"}]]))
     assert record.images == [] and record.open_images() == []
     assert record.conversations[0] == [{"role": "user", "content": "one or two?"}, turns[1]]
     assert record.messages([], record.conversations[0]) == record.conversations[0]

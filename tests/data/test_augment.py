@@ -8,13 +8,14 @@ import pytest
 from PIL import Image
 
 from vora.data.augment import augmented
-from vora.data.schema import Record, question_and_answer
+from vora.data.schema import Sample
+from vora.data.turns import question_and_answer
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8))
 
 
 def record(answer="a dog", images=None):
-    return Record("one", images or [IMAGE], [question_and_answer("what?", answer)])
+    return Sample("one", images or [IMAGE], [question_and_answer("what?", answer)])
 
 
 def changed(seed=0, answer="a dog", images=None, **options):

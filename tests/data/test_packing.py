@@ -11,18 +11,18 @@ from transformers import ViTConfig, ViTModel
 from vora import Teacher, VoraForConditionalGeneration, VoraImageProcessor, VoraProcessor
 from vora.data.packing import (
     collate_sequences,
+    cut_text,
     label_weights,
     next_sequence,
     next_targets,
     places,
-    sample_of_record,
     share_prefixes,
-    text_to_keep,
+    tokenize_sample,
 )
-from vora.data.schema import Record
+from vora.data.schema import Sample
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.objective import Objective
-from vora.model import label_loss, segments
+from vora.model import label_loss, segmented_sdpa
 from vora.model.segmented_sdpa import SEGMENTED_SDPA, trees
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
@@ -140,7 +140,7 @@ def test_short_answers_count_as_much_as_long_ones(most, monkeypatch):
 def test_answers_are_told_apart_by_where_they_stand():
     twice = sample(*text(3), (2, 3, 0), *text(12, 1), answer=0)
     twice["labels"][-9:-5], twice["labels"][-2:] = twice["input_ids"][-9:-5], twice["input_ids"][-2:]  # two turns
-    silent = text_to_keep(share_prefixes([sample(*text(4))]), 48)
+    silent = cut_text(share_prefixes([sample(*text(4))]), 48)
     row = [share_prefixes([twice]), share_prefixes([sample(*text(4), answer=4)])]
     batch = collate_sequences([row, [silent]], sum(len(one["input_ids"]) for one in row), pad_token_id=0)
     expected = [1 / 4] * 4 + [1 / 2] * 2 + [1 / 3] * 3  # a first token has nothing before it that could predict it
@@ -239,10 +239,10 @@ def test_conversations_whose_images_stand_elsewhere_share_nothing(llm_folder):
         return [{"role": "user", "content": parts}, {"role": "assistant", "content": "no"}]
 
     conversations = [asked(None, "is it", None), asked("is", None, "like", None), asked(None, "is it", None, "?")]
-    record = Record("r", images, conversations)
+    record = Sample("r", images, conversations)
     learner = Objective(vora, processor.image_processor)
     for chosen, num_copies in ((conversations, 3), (conversations[::2], 1)):
-        one = sample_of_record(record, processor, chosen)
+        one = tokenize_sample(record, processor, chosen)
         assert len(one["image_grid_thw"]) == 2 * num_copies and one["num_samples"] == len(chosen)
         batch = collate_sequences([[one]], len(one["input_ids"]) + 3, 0)
         samples = [processor.training_sample(record.messages(images, c)) for c in chosen]
@@ -259,7 +259,7 @@ def test_a_sample_that_predicts_nothing_is_refused():
 @FAMILIES
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_attention_by_stretch_is_attention_in_rows(family, checkpointed, monkeypatch):
-    monkeypatch.setattr(segments, "SHORT", 0)
+    monkeypatch.setattr(segmented_sdpa, "SHORT", 0)
     learner, found = objective_of(family), []
     rows = [[share_prefixes(questions(0)), share_prefixes([sample(*text(9, 3))])], [share_prefixes(questions(1, 1))]]
     batch = collate_sequences(rows, 64, pad_token_id=0)
@@ -288,7 +288,7 @@ def test_attention_by_stretch_is_attention_in_rows(family, checkpointed, monkeyp
 @FAMILIES
 def test_attention_by_stretch_in_bf16_is_as_exact_as_sdpa(family, monkeypatch):
     """Both are compared with sdpa in float32."""
-    monkeypatch.setattr(segments, "SHORT", 0)
+    monkeypatch.setattr(segmented_sdpa, "SHORT", 0)
     rows = [[share_prefixes(questions(0)), share_prefixes([sample(*text(9, 3))])], [share_prefixes(questions(1, 1))]]
     batch, found = collate_sequences(rows, 64, pad_token_id=0), {}
     for name, attention, bf16 in (("exact", "sdpa", False), ("sdpa", "sdpa", True), ("ours", SEGMENTED_SDPA, True)):

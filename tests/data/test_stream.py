@@ -15,8 +15,9 @@ from PIL import Image
 
 import vora
 from vora.data.readers import load_source
+from vora.data.samples import CHUNK_SAMPLES, Chunks
 from vora.data.stats import dataset_statistics
-from vora.data.stream import CHUNK_SAMPLES, Chunks, PackedSequences
+from vora.data.stream import PackedSequences
 
 ROW_TOKENS = 96
 
@@ -43,7 +44,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def rows(folder, processor, monkeypatch):
-    monkeypatch.setattr("vora.data.readers.ROWS_PER_BLOCK", 8)
+    monkeypatch.setattr("vora.data.source.Source.rows_per_block", 8)
     monkeypatch.setattr("vora.data.order.ROWS_PER_GROUP", 20)
 
     def make(**options):
@@ -180,7 +181,7 @@ def test_bad_samples_are_named_once_and_skipped(spoilt, tmp_path, num_workers):
     for line in (tmp_path / "bad.jsonl").read_text().splitlines():
         named |= {Path(json.loads(line)["record"]).name: json.loads(line)["cause"]}
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == len(named) == 3
-    assert "0 bytes" in named["train.jsonl:5"] and "exceed the 96 of a row" in named["train.jsonl:17"]
+    assert "0 bytes" in named["train.jsonl:5"] and "exceed the 96 of a packed sequence" in named["train.jsonl:17"]
     assert "answer is empty" in named["train.jsonl:30"]
 
 

@@ -4,19 +4,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import FAMILIES, SHAPE
+from tiny import FAMILIES, SHAPE, log_prob_of_answer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import vora
-from vora.data.schema import Record, question_and_answer
+from vora.data.schema import Sample
+from vora.data.turns import question_and_answer
 from vora.eval.prediction_cache import PredictionCache
 from vora.eval.rows import Example
 from vora.eval.scoring import candidates as likelihood
 from vora.eval.scoring.candidates import AnswerTree, answer_ids, candidate_scores
 from vora.eval.scoring.generate import batches, free_answers, prompt_of
 from vora.eval.scoring.predict import predict
-from vora.eval.scoring.teacher_forced import exact_answers, score_answers
-from vora.eval.tasks.tasks import Captions
+from vora.eval.scoring.teacher_forced import score_answers
+from vora.eval.tasks.captions import Captions
 
 ANSWERS = ["red", "red circle", "red circle two", "blue", "blue square", "yes", "no", "teal", "green", "yes yes yes"]
 
@@ -36,19 +37,6 @@ def seeing(llm_folder):
     return model, processor, [prompt_of(processor, example) for example in examples], examples, images
 
 
-@torch.no_grad()
-def brute_force(model, processor, example, answer):
-    """Log-probability of an answer in a forward pass of its own."""
-    content = [{"type": "image", "image": one} for one in example.images()]
-    content.append({"type": "text", "text": example.prompt})
-    messages = [{"role": "user", "content": content}, question_and_answer("", answer)[1]]
-    sample = {name: torch.as_tensor(value) for name, value in processor.training_sample(messages).items()}
-    labels = sample.pop("labels")[1:]
-    inputs = {name: value[None] if name == "input_ids" else value for name, value in sample.items()}
-    log_probs = model(**inputs).logits[0, :-1].log_softmax(-1)
-    return sum(float(log_probs[place, labels[place]]) for place in range(len(labels)) if labels[place] != -100)
-
-
 @pytest.mark.parametrize("top", [None, 1, 3])
 @pytest.mark.parametrize("first_nodes", [1, 16])
 def test_likelihoods_are_those_of_each_answer_alone(seeing, top, first_nodes, monkeypatch):
@@ -59,7 +47,7 @@ def test_likelihoods_are_those_of_each_answer_alone(seeing, top, first_nodes, mo
     found = candidate_scores(model, processor, prompts, trees, top)
     winners = set()
     for example, scores in zip(examples, found):
-        wanted = np.array([brute_force(model, processor, example, answer) for answer in ANSWERS])
+        wanted = np.array([log_prob_of_answer(model, processor, example, answer) for answer in ANSWERS])
         best = np.argsort(-wanted)[:top]
         assert np.array_equal(np.argsort(-scores, kind="stable")[:top], best)
         exact = np.isfinite(scores)
@@ -69,7 +57,7 @@ def test_likelihoods_are_those_of_each_answer_alone(seeing, top, first_nodes, mo
         assert not all(np.isfinite(scores).all() for scores in found)  # some were never read
 
 
-def test_what_is_asked_for_is_read_though_it_is_not_the_best(seeing, monkeypatch):
+def test_some_candidates_are_read_though_they_are_not_the_best(seeing, monkeypatch):
     model, processor, prompts, examples, _ = seeing
     monkeypatch.setattr(likelihood, "FIRST_NODES", 1)
     trees = [AnswerTree(answer_ids(processor, prompt, ANSWERS)) for prompt in prompts]
@@ -78,7 +66,7 @@ def test_what_is_asked_for_is_read_though_it_is_not_the_best(seeing, monkeypatch
         found = candidate_scores(model, processor, prompts, trees, 1, both * len(prompts))
         for example, scores in zip(examples[:2], found):
             assert np.isfinite(scores[both[0]]).all()
-            assert scores[number] == pytest.approx(brute_force(model, processor, example, answer), abs=2e-4)
+            assert scores[number] == pytest.approx(log_prob_of_answer(model, processor, example, answer), abs=2e-4)
 
 
 def test_answers_share_what_they_begin_with(seeing):
@@ -102,15 +90,15 @@ def test_captions_are_searched_with_beams_and_batched_for_them(seeing, max_new_t
     longest = max(map(len, prompts[:3])) + max_new_tokens
     monkeypatch.setattr("vora.eval.scoring.generate.TOKENS_PER_BATCH", {"cpu": 3 * 2 * longest})
     monkeypatch.setattr(Captions, "max_new_tokens", max_new_tokens)
-    asked = []
+    calls = []
 
     def spy(model, processor, prompts, max_new_tokens, **sampling):
-        asked.append((len(prompts), sampling))
+        calls.append((len(prompts), sampling))
         return [""] * len(prompts)
 
     monkeypatch.setattr("vora.eval.scoring.predict.free_answers", spy)
     predict(model, processor, Captions(), examples[:3], PredictionCache(tmp_path / "lines.jsonl", {}))
-    assert [count for count, _ in asked] == [2, 1] and all(how == {"num_beams": 3} for _, how in asked)
+    assert calls == [(2, {"num_beams": 3}), (1, {"num_beams": 3})]
 
 
 def test_answers_depend_on_the_image(seeing):
@@ -156,15 +144,15 @@ def test_likelihoods_are_those_of_each_answer_alone_where_a_window_slides(seeing
     ).eval()
     prompts = [prompt_of(processor, example) for example in examples]
     trees = [AnswerTree(answer_ids(processor, prompt, ANSWERS)) for prompt in prompts]
-    wanted = [[brute_force(model, processor, example, answer) for answer in ANSWERS] for example in examples]
+    wanted = [[log_prob_of_answer(model, processor, example, answer) for answer in ANSWERS] for example in examples]
     found = candidate_scores(model, processor, prompts, trees, None)
     np.testing.assert_allclose(np.array(found), wanted, atol=2e-4)
     records = [
-        Record(one.name, one.images(), [question_and_answer(one.prompt, answer) for answer in ANSWERS])
+        Sample(one.name, one.images(), [question_and_answer(one.prompt, answer) for answer in ANSWERS])
         for one in examples
     ]
-    told = {index: one for batch in score_answers(model, processor, records) for index, one in batch.items()}
-    np.testing.assert_allclose([told[index].log_probs for index in range(len(records))], wanted, atol=2e-4)
+    scores = {index: one for batch in score_answers(model, processor, records) for index, one in batch.items()}
+    np.testing.assert_allclose([scores[index].log_probs for index in range(len(records))], wanted, atol=2e-4)
 
 
 def test_logits_that_are_no_numbers_are_refused(seeing, monkeypatch):
@@ -174,11 +162,11 @@ def test_logits_that_are_no_numbers_are_refused(seeing, monkeypatch):
     with pytest.raises(ValueError, match="no numbers: .* not finite in float32. Save it"):
         candidate_scores(model, processor, prompts[:1], trees)
     with pytest.raises(ValueError, match="no numbers: .* not finite in float32. Save it"):
-        exact_answers(model, processor, [Record("r", [], [question_and_answer("what?", "red")])])
+        list(score_answers(model, processor, [Sample("r", [], [question_and_answer("what?", "red")])]))
 
 
 def test_an_overlong_record_is_named(seeing):
     model, processor, *_ = seeing
-    record = Record("row 7", [], [question_and_answer("what? " * 300, "red")])
+    record = Sample("row 7", [], [question_and_answer("what? " * 300, "red")])
     with pytest.raises(ValueError, match="context holds 256: lower --max-image-tokens, or leave out row 7"):
-        exact_answers(model, processor, [record])
+        list(score_answers(model, processor, [record]))

@@ -1,437 +1,219 @@
-"""Tasks: rows of the layouts to examples, predictions to scores, scores to metrics; and the command end to end."""
+"""Tasks: rows of any files to examples, predictions to scores, scores to metrics."""
 
-import io
 import json
-import os
+import math
 import re
-import sys
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
-from tiny import command_line
 
-from vora.eval.prediction_cache import PredictionCache, fingerprint, fingerprints
+import vora
+from vora.data.answers import tasks_of
+from vora.eval.prediction_cache import fingerprints
 from vora.eval.rows import Rows, SkippedRows
-from vora.eval.run import make_task
-from vora.eval.tasks.tasks import Classify
-from vora.serve.engine import load_model
-
-IMAGES = 8
+from vora.eval.tasks.evaluation import make_task
+from vora.eval.tasks.text_items import read_items
 
 
-def png(number):
-    noise = np.random.default_rng(number).integers(0, 255, (8, 12, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noise).save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": f"{number}.png"}
+def jsonl(folder, *rows):
+    """A file with an image in each row."""
+    imaged = [{"image": f"{number}.png", **row} for number, row in enumerate(rows)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in imaged))
+    return folder / "rows.jsonl"
 
 
-LAYOUTS = {
-    "captions": [{"captions": [f"a dog runs number {n}", "the dog is red"]} for n in range(IMAGES)],
-    "vqa": [{"questions": ["what?", "is it red?"], "answers": ["cup, book", "yes"]} for _ in range(IMAGES)],
-    "classify": [{"label": ("red", "blue", "green square")[n % 3]} for n in range(IMAGES)],
-    "statements": [
-        {
-            "sentence": f"there is a {('red', 'blue')[n // 4]} box",
-            "label": n % 4 < 2,
-            "identifier": f"{n // 4}-{n % 2}-0",
-        }
-        for n in range(IMAGES)
-    ],
-}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for task, rows in LAYOUTS.items():
-        table = pa.Table.from_pylist([{"image": png(n), **row} for n, row in enumerate(rows)])
-        pq.write_table(table, folder / f"{task}.parquet", row_group_size=3)
-    return folder
-
-
-def in_process(monkeypatch, *arguments):
-    from vora import cli
-
-    monkeypatch.setattr(sys, "argv", ["vora", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code or 0
-
-
-METRICS = {
-    "captions": ["cider_d", "bleu_4"],
-    "vqa": ["exact_accuracy", "vqa_accuracy"],
-    "classify": ["accuracy", "generated_accuracy"],
-    "statements": ["accuracy", "consistency", "ordering_consistency"],
-}
-
-
-@pytest.mark.parametrize("task", METRICS)
-def test_every_task_leaves_a_report(task, data, model_folder, tmp_path, monkeypatch):
-    out = tmp_path / "found" / "report.json"
-    code = in_process(
-        monkeypatch, "eval", "-m", model_folder, "--task", task, "--data", data / f"{task}.parquet", "-o", out
-    )
-    assert code == 0
-    report = json.loads(out.read_text())
-    lines = [json.loads(line) for line in (tmp_path / "found" / "report.predictions.jsonl").read_text().splitlines()]
-    expected = {"vqa": 16}.get(task, IMAGES)
-    assert report["task"] == task and report["num_bad"] == 0
-    assert report["num_examples"] == len(lines) - 1
-    assert report["num_examples"] == expected
-    for name in METRICS[task]:
-        value, (low, high) = report["metrics"][name]["value"], report["metrics"][name]["interval"]
-        if value is not None:
-            assert 0 <= low <= value <= high
-    assert report["commit"] is None or len(report["commit"]) >= 40
-    assert report["seconds"] > 0 and report["model"] == str(model_folder) and report["seed"] == 0
-    assert all("scores" in line for line in lines[1:])
-    again = in_process(
-        monkeypatch, "eval", "-m", model_folder, "--task", task, "--data", data / f"{task}.parquet", "-o", out
-    )
-    rerun = json.loads(out.read_text())
-    assert again == 0 and rerun["num_resumed"] == report["num_examples"] and rerun["metrics"] == report["metrics"]
-
-
-def test_a_killed_run_goes_on_and_loses_at_most_a_batch(data, model_folder, tmp_path, monkeypatch, capsys):
-    arguments = ["eval", "-m", model_folder, "--task", "vqa", "--data", data / "vqa.parquet", "-o"]
-    small = (
-        "import vora.eval.scoring.generate as p; p.MOST_ROWS['cpu'] = 3\n"
-        "import vora.eval.scoring.predict as q, os\n"
-        "answers, calls = q.free_answers, []\n"
-        "def counted(*a, **k):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 4: os._exit(9)\n"
-        "    return answers(*a, **k)\n"
-    )
-    main = "from vora.cli import main; main()"
-    killed = command_line(*arguments, tmp_path / "a.json", code=small + "q.free_answers = counted\n" + main)
-    assert killed.returncode == 9 and not (tmp_path / "a.json").exists()
-    cache = tmp_path / "a.predictions.jsonl"
-    assert len(cache.read_text().splitlines()) == 1 + 9
-    with cache.open("a") as file:
-        file.write('{"index": 11, "gen')  # died while writing
-    assert in_process(monkeypatch, *arguments, tmp_path / "a.json") == 0
-    assert "Going on after 9 of 16" in " ".join(capsys.readouterr().err.split())
-    assert in_process(monkeypatch, *arguments, tmp_path / "b.json") == 0
-    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
-    assert first["metrics"] == second["metrics"] and first["num_resumed"] == 9 and second["num_resumed"] == 0
-    capsys.readouterr()
-    assert in_process(monkeypatch, *arguments, tmp_path / "a.json", "--prompt", "Say: {}") == 1
-    told = " ".join(capsys.readouterr().err.split())
-    assert 'settings.prompt was "{}", is "Say: {}"' in told
-
-
-def test_a_ledger_of_other_conditions_is_refused(tmp_path):
-    PredictionCache(tmp_path / "x.jsonl", {"task": "vqa", "seed": 0}).add([{"index": 0}])
-    assert PredictionCache(tmp_path / "x.jsonl", {"task": "vqa", "seed": 0}).num_found == 1
-    with pytest.raises(ValueError, match="seed was 0, is 1"):
-        PredictionCache(tmp_path / "x.jsonl", {"task": "vqa", "seed": 1})
-    (tmp_path / "y.jsonl").write_text("no json\n")
-    with pytest.raises(ValueError, match="no file of predictions"):
-        PredictionCache(tmp_path / "y.jsonl", {})
-
-
-def test_what_was_bad_is_asked_again(tmp_path):
-    PredictionCache(tmp_path / "x.jsonl", {}).add([{"index": 0, "name": "a", "bad": "no such file"}, {"index": 1}])
-    again = PredictionCache(tmp_path / "x.jsonl", {})
-    assert list(again.done) == [1]
-    again.add([{"index": 0, "name": "a"}])
-    assert "bad" not in PredictionCache(tmp_path / "x.jsonl", {}).done[0]
-
-
-def test_files_in_another_order_are_other_data(tmp_path):
-    for folder, text in (("x", "one"), ("y", "two")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "test.jsonl").write_text(json.dumps({"caption": text, "image": "a.png"}) + "\n")
-    files = [tmp_path / folder / "test.jsonl" for folder in "xy"]
-    there, back = Rows(files).files, Rows(files[::-1]).files
-    assert len(fingerprints(there)) == 2 and fingerprints(there) != fingerprints(back)
-
-
-def test_a_row_for_each_question_is_drawn_with_its_image(model_folder, tmp_path, monkeypatch):
-    rows = [{"image": png(n // 4), "question": f"what {n}?", "answer": "red"} for n in range(8)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    arguments = ("eval", "-m", model_folder, "--task", "vqa", "--data", tmp_path / "rows.parquet")
-    groups = []
-    monkeypatch.setattr("vora.eval.tasks.tasks.share", lambda values, of, seed: groups.append(of) or {"value": 0.0,
-                        "interval": [0.0, 0.0]})  # fmt: skip
-    assert in_process(monkeypatch, *arguments, "-o", tmp_path / "r.json") == 0
-    assert len(set(groups[0])) == 2 and groups[0][:4] == groups[0][:1] * 4
+def examples(task, file, skipped=None, rows_options=None, **options):
+    rows = Rows([file], **(rows_options or {}))
+    return make_task(task, **options).examples(rows, SkippedRows() if skipped is None else skipped)
 
 
 def test_places_in_a_question_are_not_read_out(tmp_path):
-    row = {"image": png(0), "question": "<image>\nwhat is this?", "answer": "red"}
-    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
-    assert make_task("vqa").examples(Rows([tmp_path / "rows.parquet"]), SkippedRows())[0].prompt == "what is this?"
+    file = jsonl(tmp_path, {"question": "<image>\nwhat is this?", "answer": "red"})
+    assert examples("vqa", file)[0].prompt == "what is this?"
 
 
-def test_all_frames_of_a_video_are_shown(tmp_path):
+@pytest.mark.parametrize("column", ["video", "videos"])
+def test_all_frames_of_a_video_are_shown(tmp_path, column):
     frames = [Image.new("RGB", (8, 8), (0, 80 * n, 0)) for n in range(3)]
     frames[0].save(tmp_path / "v.gif", save_all=True, append_images=frames[1:])
-    (tmp_path / "v.jsonl").write_text(json.dumps({"video": "v.gif", "caption": "it turns green"}) + "\n")
-    shown = make_task("captions").examples(Rows([tmp_path / "v.jsonl"]), SkippedRows())[0].images()
-    assert len(shown) == 3
-
-
-def test_fingerprints_see_a_change_anywhere_in_small_files(tmp_path):
-    data = bytearray(os.urandom(100_000))
-    (tmp_path / "a").write_bytes(data)
-    before = fingerprint(tmp_path / "a")
-    data[77_777] ^= 1
-    (tmp_path / "a").write_bytes(data)
-    assert fingerprint(tmp_path / "a") != before
-
-
-def test_bad_rows_are_counted_named_and_skipped(data, model_folder, tmp_path, monkeypatch):
-    rows = [{"image": png(n), "captions": ["a dog", "red dog"]} for n in range(4)]
-    rows[1]["captions"] = []
-    rows[2]["image"] = {"bytes": b"no image", "path": "x.png"}
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "some.parquet")
-    out = tmp_path / "r.json"
-    code = in_process(
-        monkeypatch, "eval", "-m", model_folder, "--task", "captions", "--data", tmp_path / "some.parquet", "-o", out
-    )
-    report = json.loads(out.read_text())
-    assert code == 0 and report["num_examples"] == 2 and report["num_bad"] == 2
-    assert {one["name"] for one in report["bad"]} == {"some.parquet:1", "some.parquet:2"}
-
-
-def test_several_files_are_one_set(data, model_folder, tmp_path, monkeypatch):
-    file, out = data / "vqa.parquet", tmp_path / "r.json"
-    options = ["eval", "-m", model_folder, "--task", "vqa", "-o", out, "--max-examples", "20"]
-    assert in_process(monkeypatch, *options, "--data", file, file) == 0
-    assert json.loads(out.read_text())["num_examples"] == 20
-
-
-@pytest.mark.parametrize(
-    ("arguments", "wanted"),
-    [
-        (["--task", "dreams", "-m", "{model}", "--data", "{data}/vqa.parquet"], "choose among captions, vqa"),
-        (["--task", "vqa", "-m", "{model}", "--data", "{data}/captions.parquet"], "has no questions"),
-        (["--task", "vqa", "-m", "{model}", "--data", "nowhere.parquet"], "no such file"),
-        (["--task", "vqa", "-m", "{model}", "--data", "{data}/vqa.parquet", "--prompt", "what?"], "exactly one"),
-        (["--task", "vqa", "-m", "{model}", "--data", "{data}/vqa.parquet", "--column", "x"], "ours=theirs"),
-        (["--task", "probe", "--of", "text", "--data", "x"], "--of text is no task that can be probed"),
-    ],
-)
-def test_what_goes_wrong_is_one_line(data, model_folder, tmp_path, monkeypatch, capsys, arguments, wanted):
-    filled = [argument.format(model=model_folder, data=data) for argument in arguments]
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert in_process(monkeypatch, "eval", *filled, "-o", tmp_path / "r.json") == 1
-    told = " ".join(capsys.readouterr().err.split())
-    assert "error:" in told and wanted in told, told
-
-
-def predictions(task, examples, answer):
-    return [{"generated": answer(one), "chosen": answer(one)} for one in examples]
-
-
-@pytest.mark.parametrize("task", METRICS)
-def test_the_right_answers_score_full(task, data):
-    made = make_task(task)
-    examples = made.examples(Rows([data / f"{task}.parquet"]), SkippedRows())
-    metrics = made.metrics(examples, made.score(examples, predictions(made, examples, lambda one: one.references[0])))
-    for name in METRICS[task]:
-        value = metrics[name]["value"]
-        assert value == pytest.approx({"yes_share": 0.5}.get(name, 1.0)) or (name == "cider_d" and value > 1)
-
-
-def rows_of(tmp_path, *rows):
-    """`Rows` of a file with an image in each row."""
-    imaged = [{"image": f"{number}.png", **row} for number, row in enumerate(rows)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in imaged))
-    return Rows([tmp_path / "rows.jsonl"])
+    file = jsonl(tmp_path, {"image": "", column: ["v.gif"], "caption": "it turns green"})
+    assert len(examples("captions", file)[0].images()) == 3
 
 
 def test_one_bad_question_leaves_the_others_of_its_image(tmp_path):
-    bad = SkippedRows()
     row = {"questions": ["a", "b", "c", "d"], "answers": ["x", "", "z", ["one", {"answer": ["two"]}]]}
-    found = make_task("vqa").examples(rows_of(tmp_path, row), bad)
+    found = examples("vqa", jsonl(tmp_path, row), skipped := SkippedRows())
     assert [(one.name, one.references) for one in found] == [("rows.jsonl:0#0", ["x"]), ("rows.jsonl:0#2", ["z"])]
-    assert [one["name"] for one in bad.named] == ["rows.jsonl:0#1", "rows.jsonl:0#3"]
-    assert bad.named[1]["cause"] == "Its answer is a list, not text."
+    assert [one["name"] for one in skipped.named] == ["rows.jsonl:0#1", "rows.jsonl:0#3"]
+    assert skipped.named[1]["cause"] == "Its answer is a list, not text."
 
 
 @pytest.mark.parametrize(
-    ("task", "row", "reference"),
+    ("task", "row", "references"),
     [
-        ("vqa", {"question": "how many?", "answer": 2.0}, "2"),
-        ("vqa", {"question": "q", "answers": {"answer": ["a", "b"], "answer_id": [1, 2]}}, "a"),
-        ("vqa", {"question": "q", "choices": ["x", "y"], "answer": "y"}, "y"),
-        ("statements", {"sentence": "s", "label": 1.0}, "true"),
-        ("classify", {"label": 1.0}, "blue"),
+        ("captions", {"captions": [{"raw": "a  dog"}, None, "a cat"]}, ["a dog", "a cat"]),
+        ("vqa", {"question": "how many?", "answer": 2.0}, ["2"]),
+        ("vqa", {"question": "q", "answers": {"answer": ["a", "b"], "answer_id": [1, 2]}}, ["a", "b"]),
+        ("vqa", {"question": "q", "choices": ["x", "y"], "answer": "y"}, ["y"]),
+        # several people's numbers are what they counted
+        ("vqa", {"question": "q", "choices": ["two", "three"], "answers": ["2", "2", "two"]}, ["2", "2", "two"]),
+        ("statements", {"sentence": "s", "label": 1.0}, ["true"]),
+        ("statements", {"question": "s", "answer": "no"}, ["false"]),
+        ("classify", {"label": 1.0}, ["blue"]),
     ],
 )
-def test_numbers_and_stored_columns_are_read_as_training_reads_them(tmp_path, task, row, reference):
+def test_rows_are_read_as_training_reads_them(tmp_path, task, row, references):
     labels = ["red", "blue"] if task == "classify" else None
-    assert make_task(task, labels=labels).examples(rows_of(tmp_path, row), SkippedRows())[0].references[0] == reference
+    assert examples(task, jsonl(tmp_path, row), labels=labels)[0].references == references
 
 
 @pytest.mark.parametrize(
     ("task", "row", "cause"),
     [
+        ("captions", {"captions": [" "]}, "0 captions"),
+        ("captions", {"caption": "a \ud83d dog"}, r"'caption' holds '\\ud83d', half of a surrogate pair"),
+        ("captions", {"caption": math.nan}, "None of its columns .*'caption'.* holds text"),
+        ("captions", {"caption": "a dog", "audio": "a.wav"}, "holds sound"),
         ("vqa", {"question": ["q", "r"], "answers": ["a"]}, "question is a list, not text"),
-        (
-            "vqa",
-            {"question": "which?", "choices": ["x", "y", "z"], "answer": 2},
-            "none of its 3 choices: give the text",
-        ),
+        ("vqa", {"question": "q", "answer": math.nan}, "It has no answers"),
+        ("vqa", {"question": "q", "choices": ["x", "y"], "answer": 2}, "none of its 2 choices: give the text"),
         ("classify", {"label": ["cat"]}, "label is a list, not text"),
         ("classify", {"label": 3}, "label 3 is a number: .* --labels"),
+        ("statements", {"sentence": "s", "label": "maybe"}, "neither true nor false"),
     ],
 )
-def test_what_is_no_text_is_refused(tmp_path, task, row, cause):
-    bad = SkippedRows()
-    assert make_task(task).examples(rows_of(tmp_path, row), bad) == [] and re.search(cause, bad.named[0]["cause"])
+def test_rows_that_are_none_are_named_and_the_others_read(tmp_path, task, row, cause):
+    good = {"caption": "a cat", "question": "q", "answer": "yes", "sentence": "s", "label": "true"}
+    file = jsonl(tmp_path, row, good, good | {"label": "false"})
+    found = examples(task, file, skipped := SkippedRows())
+    assert len({one.name for one in found}) == 2 and skipped.count == 1
+    assert skipped.named[0]["name"].startswith("rows.jsonl:0") and re.search(cause, skipped.named[0]["cause"])
 
 
-def test_rows_of_one_image_are_one(tmp_path):
-    told = ["a dog runs", "a cat sits", "a bus waits", "a cow"]
-    rows = [{"image": f"{n % 3}.png", "caption": caption} for n, caption in enumerate(told)]
-    examples = make_task("captions").examples(rows_of(tmp_path, *rows), SkippedRows())
-    assert [one.references for one in examples] == [["a dog runs", "a cow"], ["a cat sits"], ["a bus waits"]]
-    first = make_task("captions", max_examples=1).examples(rows_of(tmp_path, *rows), SkippedRows())
+def test_images_at_urls_are_fetched_only_if_asked_for(tmp_path):
+    file = jsonl(tmp_path, {"image": "http://127.0.0.1:9/a.png", "caption": "a dog"})
+    with pytest.raises(ValueError, match="allow_urls"):
+        examples("captions", file)[0].images()
+    with pytest.raises(ValueError) as refused:  # no server of this machine, even so
+        examples("captions", file, rows_options={"allow_urls": True})[0].images()
+    assert "allow_urls" not in str(refused.value)
+
+
+def test_rows_of_one_image_are_one(tmp_path, png, parquet):
+    captions = ["a dog runs", "a cat sits", "a bus waits", "a cow"]
+    file = jsonl(tmp_path, *({"image": f"{n % 3}.png", "caption": caption} for n, caption in enumerate(captions)))
+    found = [one.references for one in examples("captions", file)]
+    assert found == [["a dog runs", "a cow"], ["a cat sits"], ["a bus waits"]]
+    first = examples("captions", file, max_examples=1)
     assert [one.references for one in first] == [["a dog runs"]]  # up to where another image begins
     copies = [{"image": png(0), "caption": "a"}, {"image": png(0), "caption": "b"}]
-    pq.write_table(pa.Table.from_pylist(copies), tmp_path / "copies.parquet")
-    assert len(make_task("captions").examples(Rows([tmp_path / "copies.parquet"]), SkippedRows())) == 1
-
-
-def test_what_any_model_would_get_right_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="2 examples have one class, 'cat'.*--labels"):
-        make_task("classify").examples(rows_of(tmp_path, {"label": "cat"}, {"label": "cat"}), SkippedRows())
-
-
-def test_an_empty_image_column_hides_no_other(tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    row = {"image": "", "images": ["a.png"], "caption": "x"}
-    assert len(make_task("captions").examples(rows_of(tmp_path, row), SkippedRows())[0].images()) == 1
-
-
-def test_a_named_column_goes_before_its_synonyms(tmp_path):
-    row = {"question": "q", "answers": ["many"], "best": "one", "image": "no.png", "pic": "a.png"}
-    rows_of(tmp_path, row)
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    named = {"answer": "best", "images": "pic"}
-    example = make_task("vqa").examples(Rows([tmp_path / "rows.jsonl"], columns=named), SkippedRows())[0]
-    assert example.references == ["one"] and len(example.images()) == 1
+    assert len(examples("captions", parquet("copies", copies))) == 1
 
 
 def test_one_image_has_no_cider(tmp_path):
-    made = make_task("captions")
-    examples = made.examples(rows_of(tmp_path, {"caption": "a dog"}), SkippedRows())
-    metrics = made.metrics(examples, made.score(examples, [{"generated": "a dog"}]))
+    made, found = make_task("captions"), examples("captions", jsonl(tmp_path, {"caption": "a dog"}))
+    metrics = made.metrics(found, made.score(found, [{"generated": "a dog"}]))
     assert metrics["cider_d"] == {"value": None, "interval": [None, None]}
     assert metrics["bleu_4"]["interval"] == [None, None]
 
 
-def test_a_report_names_all_states_that_its_predictions_come_from(data, model_folder, tmp_path, monkeypatch, capsys):
-    arguments = ["eval", "-m", model_folder, "--task", "classify", "--data", data / "classify.parquet", "-o"]
-    assert in_process(monkeypatch, *arguments, tmp_path / "r.json") == 0
-    report = json.loads((tmp_path / "r.json").read_text())
-    (state,) = report["predicted_at"]
-    assert state.endswith(f" on {report['device']}") and "Warning" not in capsys.readouterr().err
-    cache = tmp_path / "r.predictions.jsonl"
-    lines = cache.read_text().splitlines()
-    lines[1] = lines[1].replace(state, "0123 on a GPU")
-    cache.write_text("".join(line + "\n" for line in lines[:-1]))
-    assert in_process(monkeypatch, *arguments, tmp_path / "r.json") == 0
-    assert json.loads((tmp_path / "r.json").read_text())["predicted_at"] == ["0123 on a GPU", state]
-    assert "predictions come from 2 states" in " ".join(capsys.readouterr().err.split())
-
-
-def test_one_overlong_example_is_bad_and_the_others_are_asked(data, model_folder, tmp_path, monkeypatch):
-    rows = [{"image": png(n), "question": "what? " * (1 + 300 * n), "answer": "red"} for n in range(2)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "long.parquet")
-    arguments = ("eval", "-m", model_folder, "--task", "vqa", "--data", tmp_path / "long.parquet", "-o")
-    assert in_process(monkeypatch, *arguments, tmp_path / "r.json") == 0
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert report["num_examples"] == 1 and report["bad"][0]["name"] == "long.parquet:1#0"
-    assert "context holds 256" in report["bad"][0]["cause"]
+def predictions(found, answer):
+    return [{"generated": answer(one), "chosen": answer(one)} for one in found]
 
 
 @pytest.mark.parametrize(
-    ("verb", "taken", "out"),
+    ("task", "names"),
     [
-        (["eval", "--task", "captions", "--data", "{own}", "-o"], "own.json", "own.json"),
-        (["eval", "--task", "probe", "--data", "x.jsonl", "-o"], "own.png", "own.json"),
-        (["inspect", "x.png", "-o"], "own.json", "own.html"),
+        ("captions", ["cider_d", "bleu_4"]),
+        ("vqa", ["exact_accuracy", "vqa_accuracy"]),
+        ("classify", ["accuracy", "generated_accuracy"]),
+        ("statements", ["accuracy", "consistency", "ordering_consistency"]),
     ],
 )
-def test_what_is_the_users_own_is_not_overwritten(tmp_path, monkeypatch, capsys, verb, taken, out):
-    (tmp_path / taken).write_text("[]")
-    filled = [argument.format(own=tmp_path / taken) for argument in verb]
-    assert in_process(monkeypatch, *filled, tmp_path / out) == 1
-    told = "".join(capsys.readouterr().err.split())
-    assert "isthereandno" in told and "chooseanother" in told and (tmp_path / taken).read_text() == "[]"
+def test_the_right_answers_score_full(task, names, task_data):
+    made, found = make_task(task), examples(task, task_data / f"{task}.parquet")
+    metrics = made.metrics(found, made.score(found, predictions(found, lambda one: one.references[0])))
+    assert list(metrics) == names
+    for name in names:
+        assert metrics[name]["value"] == pytest.approx(1.0) or (name == "cider_d" and metrics[name]["value"] > 1)
 
 
-def test_consistency_wants_every_image_of_a_sentence(data):
-    made = make_task("statements")
-    examples = made.examples(Rows([data / "statements.parquet"]), SkippedRows())
-    told = predictions(made, examples, lambda one: one.references[0])
-    told[0]["chosen"] = "false"
-    metrics = {name: one["value"] for name, one in made.metrics(examples, made.score(examples, told)).items()}
+def test_consistency_wants_every_image_of_a_sentence(parquet):
+    rows = [{"sentence": f"a box {n // 4}", "label": n % 4 < 2, "identifier": f"{n // 4}-{n % 2}-0"} for n in range(8)]
+    made, found = make_task("statements"), examples("statements", parquet("s", rows))
+    given = predictions(found, lambda one: one.references[0])
+    given[0]["chosen"] = "false"
+    metrics = {name: one["value"] for name, one in made.metrics(found, made.score(found, given)).items()}
     assert metrics == {"accuracy": 7 / 8, "consistency": 1 / 2, "ordering_consistency": 3 / 4}
 
 
-def test_labels_may_be_numbers_of_named_classes(tmp_path):
-    rows = [{"image": png(n), "label": n % 3} for n in range(6)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "numbers.parquet")
-    made = make_task("classify", labels=["red", "blue", "green"])
-    examples = made.examples(Rows([tmp_path / "numbers.parquet"]), SkippedRows())
-    assert [one.references[0] for one in examples[:4]] == ["red", "blue", "green", "red"]
-    assert examples[0].candidates == ("red", "blue", "green")
-    bad = SkippedRows()
-    assert len(make_task("classify", labels=["red", "blue"]).examples(Rows([tmp_path / "numbers.parquet"]), bad)) == 4
-    assert bad.count == 2
+def test_all_classes_are_candidates_of_a_few_examples(task_data):
+    found = examples("classify", task_data / "classify.parquet", max_examples=1)
+    assert len(found) == 1 and found[0].candidates == ("blue", "green square", "red")
 
 
-def test_all_classes_are_candidates_of_a_few_examples(data):
-    examples = make_task("classify", max_examples=1).examples(Rows([data / "classify.parquet"]), SkippedRows())
-    assert len(examples) == 1 and examples[0].candidates == ("blue", "green square", "red")
+def test_what_any_model_would_get_right_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="2 examples have one class, 'cat'.*--labels"):
+        examples("classify", jsonl(tmp_path, {"label": "cat"}, {"label": "cat"}))
 
 
-def test_the_first_split_that_is_there_is_read(data, tmp_path):
+def test_labels_may_be_numbers_of_named_classes(parquet):
+    file = parquet("numbers", [{"label": n % 3} for n in range(6)])
+    found = examples("classify", file, labels=["red", "blue", "green"])
+    assert [one.references[0] for one in found[:4]] == ["red", "blue", "green", "red"]
+    assert found[0].candidates == ("red", "blue", "green")
+    assert len(examples("classify", file, skipped := SkippedRows(), labels=["red", "blue"])) == 4
+    assert skipped.count == 2
+
+
+def test_a_named_column_goes_before_its_synonyms_and_an_empty_one_hides_no_other(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    file = jsonl(tmp_path, {"question": "q", "answers": ["many"], "best": "one", "image": "no.png", "pic": "a.png"})
+    (example,) = examples("vqa", file, rows_options={"columns": {"answer": "best", "images": "pic"}})
+    assert example.references == ["one"] and len(example.images()) == 1
+    file = jsonl(tmp_path, {"image": "", "images": ["a.png"], "caption": "x"})
+    assert len(examples("captions", file)[0].images()) == 1
+
+
+def test_the_first_split_that_is_there_is_read(tmp_path, parquet):
     for name in ("train", "validation"):
-        rows = [{"image": png(0), "captions": [name]}]
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}-00000-of-00001.parquet")
-    made = make_task("captions")
-    assert made.examples(Rows([tmp_path]), SkippedRows())[0].references == ["validation"]
-    assert made.examples(Rows([tmp_path], split="train"), SkippedRows())[0].references == ["train"]
+        parquet(f"{name}-00000-of-00001", [{"captions": [name]}])
+    assert examples("captions", tmp_path)[0].references == ["validation"]
+    assert examples("captions", tmp_path, rows_options={"split": "train"})[0].references == ["train"]
     with pytest.raises(ValueError, match="dev"):
         Rows([tmp_path], split="dev")
 
 
-def test_a_image_can_be_replaced(data, model_folder):
-    from dataclasses import replace
-
-    from vora.eval.scoring.generate import prompt_of
-
-    _, processor = load_model(str(model_folder))
-    example = make_task("captions").examples(Rows([data / "captions.parquet"]), SkippedRows())[0]
-    blank = replace(example, images=lambda: [Image.new("RGB", one.size, "white") for one in example.images()])
-    none = replace(example, images=lambda: [])
-    seen, white, text_only = (prompt_of(processor, one) for one in (example, blank, none))
-    assert len(seen) == len(white) > len(text_only)
-    assert not torch.equal(seen.inputs["pixel_values"], white.inputs["pixel_values"])
+def test_files_in_another_order_are_other_data(tmp_path):
+    for folder in "xy":
+        (tmp_path / folder).mkdir()
+    files = [jsonl(tmp_path / folder, {"caption": folder}) for folder in "xy"]
+    there, back = Rows(files).files, Rows(files[::-1]).files
+    assert len(fingerprints(there)) == 2 and fingerprints(there) != fingerprints(back)
 
 
-def test_predictions_for_other_questions_are_not_taken_up(data, model_folder, tmp_path, monkeypatch, capsys):
-    arguments = ["eval", "-m", model_folder, "--task", "classify", "--data", data / "classify.parquet", "-o"]
-    assert in_process(monkeypatch, *arguments, tmp_path / "r.json") == 0
-    monkeypatch.setattr(Classify, "asked", lambda self, text="": "What else?")  # as later code might ask
-    assert in_process(monkeypatch, *arguments, tmp_path / "r.json") == 1
-    assert "settings" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("columns", "tasks"),
+    [
+        ("captions", ["captions"]), ("text", ["captions"]), ("question answer", ["vqa"]), ("label", ["classify"]),
+        ("sentence label", ["statements"]), ("questions answers caption", ["captions", "vqa"]), ("text label",
+        ["classify"]), ("id", []),
+    ],
+)  # fmt: skip
+def test_columns_say_what_task_they_are_for(columns, tasks):
+    assert tasks_of(dict.fromkeys(columns.split(), "x")) == tasks
 
 
-def test_what_several_people_counted_is_no_number_of_a_choice(tmp_path):
-    row = {"question": "how many?", "choices": ["two", "three", "four"], "answers": ["2", "2", "two"]}
-    (example,) = make_task("vqa").examples(rows_of(tmp_path, row), SkippedRows())
-    assert example.references == ["2", "2", "two"]
+def test_text_counts_what_training_would_learn(tmp_path, llm_folder):
+    processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+    answers = [{"role": "assistant", "content": "no", "weight": 0}, {"role": "assistant", "content": "yes"}]
+    said = [{"role": "user", "content": "one?"}, answers[0], {"role": "user", "content": "two?"}, answers[1]]
+    rows = [{"messages": said}, {"text": "half \udc00"}, {"messages": said[:1] + [{**answers[1], "content": None}]}]
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    windows, questions, _ = read_items([file], processor, 64, skipped := SkippedRows())
+    (window,) = windows
+    targets = window.sample["targets"]
+    assert processor.tokenizer.decode(targets[targets != -100]) == "yes<|im_end|>" and questions == []
+    assert window.num_bytes == pytest.approx(len("yes"))
+    assert [one["name"] for one in skipped.named] == ["text.jsonl:1", "text.jsonl:2"]

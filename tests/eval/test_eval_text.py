@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_probe import in_process
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vora
-from vora.eval.tasks.text_items import question_of, windows_of
+from vora.data.answers import choice_question_of
+from vora.eval.tasks.text_items import windows_of
 
 WORDS = "what colour is the shape blue red green circle square triangle yes no two one none image".split()
 
@@ -55,11 +55,10 @@ def data(tmp_path_factory):
     return folder
 
 
-def measured(monkeypatch, model, base, out, *data):
-    paths = [str(one) for one in data]
-    arguments = ["eval", "-m", model, "--task", "text", "--base", base, "-o", out, "--data", *paths]
-    assert in_process(monkeypatch, *arguments) == 0
-    return json.loads(out.read_text())
+@pytest.fixture
+def measured(report_of, merged, llm_folder):
+    """The report of a model that is so far from its base."""
+    return lambda change, *data: report_of("text", data, "--base", llm_folder, model=merged[change])
 
 
 @torch.no_grad()
@@ -72,21 +71,21 @@ def surprise(llm_folder, text):
     return float(llm(ids, labels=ids).loss) * count, count, num_bytes
 
 
-def test_a_model_that_is_its_base_has_its_figures(merged, llm_folder, data, tmp_path, monkeypatch):
+def test_a_model_that_is_its_base_has_its_figures(data, measured):
     files = data / "held.jsonl", data / "arc.parquet", data / "turns.jsonl"
-    report = measured(monkeypatch, merged[0], llm_folder, tmp_path / "r.json", *files)
+    report = measured(0, *files)
     metrics = report["metrics"]
     assert report["task"] == "text" and report["num_documents"] == 12 and report["num_questions"] == 2
     assert report["drawn"] == "documents" and report["verdict"].startswith("Language is kept")
     assert metrics["perplexity_ratio"]["value"] == pytest.approx(1, abs=1e-6)
     assert metrics["perplexity_ratio"]["interval"] == pytest.approx([1, 1], abs=1e-6)
     assert metrics["accuracy_difference"] == {"value": 0.0, "interval": [0.0, 0.0]}
-    again = measured(monkeypatch, merged[0], llm_folder, tmp_path / "r.json", *files)
+    again = measured(0, *files)
     assert again["metrics"] == metrics and again["num_resumed"] == 2 * 14
 
 
-def test_perplexity_is_that_of_transformers(merged, llm_folder, data, tmp_path, monkeypatch):
-    report = measured(monkeypatch, merged[2], llm_folder, tmp_path / "r.json", data / "held.jsonl")
+def test_perplexity_is_that_of_transformers(llm_folder, data, measured):
+    report = measured(2, data / "held.jsonl")
     nats, count, num_bytes = np.sum([surprise(llm_folder, sentence(n)) for n in range(1, 12)], axis=0)
     metrics = {name: one["value"] for name, one in report["metrics"].items()}
     assert metrics["base_perplexity"] == pytest.approx(np.exp(nats / count), rel=1e-5)
@@ -95,9 +94,9 @@ def test_perplexity_is_that_of_transformers(merged, llm_folder, data, tmp_path, 
     assert metrics["perplexity_ratio"] > 1.02 and report["verdict"].startswith("Language is lost")
 
 
-def test_a_long_text_goes_in_windows(merged, llm_folder, data, tmp_path, monkeypatch):
+def test_a_long_text_goes_in_windows(llm_folder, data, measured, tmp_path, monkeypatch):
     monkeypatch.setattr("vora.eval.tasks.text.WINDOW", 64)
-    report = measured(monkeypatch, merged[0], llm_folder, tmp_path / "r.json", data / "held.txt")
+    report = measured(0, data / "held.txt")
     assert report["drawn"] == "windows" and report["num_documents"] == 1
     lines = [json.loads(line) for line in (tmp_path / "r.predictions.jsonl").read_text().splitlines()[1:]]
     tokens = AutoTokenizer.from_pretrained(llm_folder)((data / "held.txt").read_text())["input_ids"]
@@ -133,17 +132,17 @@ def test_every_token_is_scored_once_with_half_a_window_before_it(count):
     ],
 )
 def test_questions_with_choices_in_all_their_columns(row, context, choices, right):
-    found = question_of(row)
+    found = choice_question_of(row)
     assert (found.context, found.choices, found.right) == (context, choices, right)
 
 
 def test_a_wrong_key_is_named():
     with pytest.raises(ValueError, match="'E' is none of its 2 choices"):
-        question_of({"question": "q", "choices": ["x", "y"], "answer": "E"})
+        choice_question_of({"question": "q", "choices": ["x", "y"], "answer": "E"})
 
 
-def test_choices_are_scored_as_each_alone(merged, llm_folder, data, tmp_path, monkeypatch):
-    measured(monkeypatch, merged[0], llm_folder, tmp_path / "r.json", data / "arc.parquet")
+def test_choices_are_scored_as_each_alone(llm_folder, data, measured, tmp_path):
+    measured(0, data / "arc.parquet")
     lines = [json.loads(line) for line in (tmp_path / "r.predictions.jsonl").read_text().splitlines()[1:]]
     llm, tokenizer = AutoModelForCausalLM.from_pretrained(llm_folder), AutoTokenizer.from_pretrained(llm_folder)
     found = {line["index"]: line["log_probs"] for line in lines}
@@ -158,38 +157,38 @@ def test_choices_are_scored_as_each_alone(merged, llm_folder, data, tmp_path, mo
             assert found[number + 2][place] == pytest.approx(float(log_probs.sum()), abs=1e-4)
 
 
-def test_what_is_wrong_is_said(merged, llm_folder, data, tmp_path, monkeypatch, capsys):
+def test_what_is_wrong_is_said(merged, llm_folder, data, tmp_path, command, capsys):
     arguments = ["eval", "-m", merged[0], "--task", "text", "-o", tmp_path / "r.json", "--data"]
-    assert in_process(monkeypatch, *arguments, data / "held.txt") == 1
+    assert command(*arguments, data / "held.txt") == 1
     assert "name it with --base" in " ".join(capsys.readouterr().err.split())
     other = tmp_path / "other"
     AutoModelForCausalLM.from_pretrained(llm_folder).save_pretrained(other)
     tokenizer = AutoTokenizer.from_pretrained(llm_folder)
     tokenizer.add_tokens(["triangles"])
     tokenizer.save_pretrained(other)
-    assert in_process(monkeypatch, *arguments, data / "held.txt", "--base", other) == 1
+    assert command(*arguments, data / "held.txt", "--base", other) == 1
     assert "splits text into other tokens" in " ".join(capsys.readouterr().err.split())
 
 
 def test_numbers_among_numbers_are_places():
     row = {"question": "4!?", "choices": ["8", "2", "24", "120"]}
-    assert question_of(row | {"answer": 2}).right == 2 and question_of(row | {"answer": "24"}).right == 2
-    assert question_of(row | {"answer": 2.0}).right == 2  # of a column in which some are missing
+    assert choice_question_of(row | {"answer": 2}).right == 2 and choice_question_of(row | {"answer": "24"}).right == 2
+    assert choice_question_of(row | {"answer": 2.0}).right == 2  # of a column in which some are missing
     stem = {"question_stem": "which?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
-    assert question_of(stem).right == 1 and question_of(stem).context.startswith("Question: which?")
+    assert choice_question_of(stem).right == 1 and choice_question_of(stem).context.startswith("Question: which?")
 
 
-def test_one_text_tells_too_little_and_a_broken_row_is_bad(merged, llm_folder, tmp_path, monkeypatch):
+def test_one_text_tells_too_little_and_a_broken_row_is_bad(measured, tmp_path):
     rows = [{"text": sentence(1)}, {"messages": ["hi"]}, QUESTIONS[0] | {"answerKey": "1"}]
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = measured(monkeypatch, merged[2], llm_folder, tmp_path / "r.json", tmp_path / "few.jsonl")
+    report = measured(2, tmp_path / "few.jsonl")
     assert report["num_bad"] == 1 and "not built as its layout" in report["bad"][0]["cause"]
     assert report["verdict"].startswith("Too little text to tell") and "not shown to differ" in report["verdict"]
 
 
-def test_an_overlong_question_is_bad(merged, llm_folder, tmp_path, monkeypatch):
+def test_an_overlong_question_is_bad(measured, tmp_path):
     rows = [QUESTIONS[0], QUESTIONS[0] | {"question": "what? " * 300}]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = measured(monkeypatch, merged[0], llm_folder, tmp_path / "r.json", tmp_path / "long.jsonl")
+    report = measured(0, tmp_path / "long.jsonl")
     assert report["num_questions"] == 1 and "context holds 256: leave it out" in report["bad"][0]["cause"]
     assert report["metrics"]["accuracy_difference"] == {"value": 0.0, "interval": [None, None]}

@@ -6,14 +6,16 @@ import torch
 from PIL import Image
 
 import vora
-from vora.data.schema import Record, question_and_answer
-from vora.eval.scoring.teacher_forced import (
-    accuracy,
-    accuracy_by_answer,
-    blank_image_accuracy,
-    exact_answers,
-    majority_accuracy,
-)
+from vora.data.schema import Sample
+from vora.data.turns import question_and_answer
+from vora.eval.scoring.teacher_forced import AnswerScore, score_answers
+from vora.eval.tasks.exact import majority_accuracy
+
+
+def right_answers(model, processor, records):
+    """Of each record and conversation, whether a greedy model gives that answer."""
+    scores = {index: one for batch in score_answers(model, processor, records) for index, one in batch.items()}
+    return [scores[index].right for index in range(len(records))]
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +52,12 @@ def test_exact_answers_agree_with_greedy_generation(seeing, monkeypatch):
             ids = greedy_answer(model, processor, image, question, 3)
             spoken.append((image, question, [i for i in ids if i != end][:3]))
     for image, question, ids in spoken:
-        record = Record("r", [image], [question_and_answer(question, "x")])
+        record = Sample("r", [image], [question_and_answer(question, "x")])
         full = greedy_answer(model, processor, image, question, len(ids) + 1)
         monkeypatch.setattr(processor, "training_sample", given_answer(ids))
-        assert exact_answers(model, processor, [record]) == [[full == [*ids, end]]]
+        assert right_answers(model, processor, [record]) == [[full == [*ids, end]]]
         monkeypatch.setattr(processor, "training_sample", given_answer([*ids[:-1], (ids[-1] + 1) % 50 + 10]))
-        assert exact_answers(model, processor, [record]) == [[False]]
+        assert right_answers(model, processor, [record]) == [[False]]
         monkeypatch.setattr(processor, "training_sample", original)
 
 
@@ -72,38 +74,45 @@ def test_answers_do_not_depend_on_how_records_are_batched(seeing, monkeypatch):
     monkeypatch.setattr(model, "logits", lambda states: states @ torch.eye(states.shape[-1], 400))
     questions = [("what?", "a"), ("which shape?", "b c"), ("is it?", "yes")]
     records = [
-        Record("r", [image], [question_and_answer(*q) for q in questions[: i + 1]]) for i, image in enumerate(images)
+        Sample("r", [image], [question_and_answer(*q) for q in questions[: i + 1]]) for i, image in enumerate(images)
     ]
-    together = exact_answers(model, processor, records)
-    alone = [exact_answers(model, processor, [record])[0] for record in records]
+    together = right_answers(model, processor, records)
+    alone = [right_answers(model, processor, [record])[0] for record in records]
     assert together == alone and [len(row) for row in together] == [1, 2, 3]
 
 
-def test_accuracy_counts_questions():
-    records = [Record("a", [], [question_and_answer("q", "yes"), question_and_answer("q", "red")])]
-    assert accuracy([[True, False]]) == 0.5
-    assert accuracy_by_answer([[True, False]], records) == {"yes / no": (1.0, 1), "what": (0.0, 1)}
+def test_accuracies_count_questions_and_each_is_asked_once_of_a_blank_image(parquet, png, report_of, monkeypatch):
+    asked = []
+
+    def red_is_right(model, processor, records, done=()):
+        for index in range(len(records)):
+            answers = [conversation[-1]["content"] for conversation in records[index].conversations]
+            asked.append((records[index].images[0].getcolors() == [(96, (255, 255, 255))], answers))
+            right = [answer == "red" for answer in answers]
+            yield {index: AnswerScore(np.zeros(len(answers)), np.ones(len(answers), int), right)}
+
+    monkeypatch.setattr("vora.eval.probe.probe.score_answers", red_is_right)
+    questions = [("what?", "red"), ("what?", "red"), ("what?", "blue"), ("is it?", "yes")]
+    rows = [
+        {"image": png(n // 2), "question": question, "answer": answer}
+        for n, (question, answer) in enumerate(questions)
+    ]
+    report = report_of("exact", parquet("rows", rows))
+    assert report["num_images"] == 2 and report["num_examples"] == 4
+    assert asked == [(False, ["red", "red"]), (False, ["blue", "yes"]), (True, ["red", "blue", "yes"])]
+    values = {name: metric["value"] for name, metric in report["metrics"].items()}
+    assert values == {"accuracy": 0.5, "accuracy_yes_no": 0, "accuracy_other": 2 / 3, "accuracy_with_blank": 0.5}
+
+
+def test_a_broken_image_is_left_out(parquet, png, report_of):
+    rows = [{"question": "what?", "answer": "red"} for _ in range(3)]
+    rows[1]["image"] = {"bytes": b"no image", "path": "x.png"}
+    report = report_of("exact", parquet("rows", rows))
+    assert report["num_examples"] == 2 and report["bad"][0]["name"] == "rows.parquet:1#0"
 
 
 def test_majority_guesses_by_question_and_falls_back():
-    train = [Record("a", [], [question_and_answer("q", a) for a in ("no", "no", "yes")])]
-    test = [
-        Record(
-            "b",
-            None,
-            [question_and_answer("q", "no"), question_and_answer("q", "yes"), question_and_answer("new", "no")],
-        )
-    ]
+    train = [Sample("a", [], [question_and_answer("q", a) for a in ("no", "no", "yes")])]
+    pairs = [("q", "no"), ("q", "yes"), ("new", "no")]
+    test = [Sample("b", [], [question_and_answer(*pair) for pair in pairs])]
     assert majority_accuracy(train, test) == pytest.approx(2 / 3)
-
-
-def test_blank_images_score_as_if_each_question_were_asked_alone(seeing, monkeypatch):
-    model, processor, images = seeing
-    questions = [("what?", "red"), ("what?", "red"), ("what?", "blue"), ("is it?", "yes")]
-    records = [Record("r", [images[0]], [question_and_answer(*pair)]) for pair in questions]
-    right = {"red": True, "blue": False, "yes": False}
-    monkeypatch.setattr(
-        "vora.eval.scoring.teacher_forced.exact_answers",
-        lambda model, processor, blanks: [[right[c[-1]["content"]] for c in blank.conversations] for blank in blanks],
-    )
-    assert blank_image_accuracy(model, processor, records) == 0.5

@@ -1,54 +1,29 @@
 """Does it look? A model that cannot, one that does, and what stands in for an image."""
 
-import io
-import json
-import sys
-
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tiny import log_prob_of_answer
 
 import vora
 from vora.eval.probe import probe as probing
 from vora.eval.probe.conditions import CONDITIONS, blank, image_groups_of, num_alike, other_groups, shuffled
 from vora.eval.probe.figure import draw_probe
-from vora.eval.probe.probe import ProbeScores, probe_metrics
+from vora.eval.probe.requests import examples_under
+from vora.eval.probe.scores import ProbeScores, probe_metrics
 from vora.eval.probe.verdict import verdict_of
 from vora.eval.rows import Example, Rows, SkippedRows
 from vora.eval.run import make_task, task_of
 from vora.eval.scoring.teacher_forced import AnswerScore
+from vora.serve.engine import load_model
 
 COUNT = 14
+TASKS = ["captions", "vqa", "classify", "statements"]
 
 
 def noise(number, size=(12, 8)):
     pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
-
-
-def png(number):
-    file = io.BytesIO()
-    noise(number).save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": f"{number}.png"}
-
-
-LAYOUTS = {
-    "captions": [{"captions": [f"a dog number {n}", f"the {n} is red"]} for n in range(COUNT)],
-    "vqa": [{"questions": ["what?", "is it red?"], "answers": [f"cup {n}", "yes"]} for n in range(COUNT)],
-    "classify": [{"label": ("red", "blue", "green square")[n % 3]} for n in range(COUNT)],
-    "statements": [{"sentence": f"it is {n % 12}", "label": n % 2 < 1, "identifier": f"{n}-0"} for n in range(COUNT)],
-}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for task, rows in LAYOUTS.items():
-        table = pa.Table.from_pylist([{"image": png(n), **row} for n, row in enumerate(rows)])
-        pq.write_table(table, folder / f"{task}.parquet")
-    return folder
 
 
 @pytest.fixture
@@ -59,24 +34,9 @@ def text_only(monkeypatch):
     monkeypatch.setattr(features, "get_image_features", lambda self, pixels, grid: seen(self, 0 * pixels, grid))
 
 
-def in_process(monkeypatch, *arguments):
-    from vora import cli
-
-    monkeypatch.setattr(sys, "argv", ["vora", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code or 0
-
-
-def probed(monkeypatch, model_folder, data, out, *options):
-    code = in_process(monkeypatch, "eval", "-m", model_folder, "--task", "probe", "--data", data, "-o", out, *options)
-    assert code == 0
-    return json.loads(out.read_text())
-
-
-@pytest.mark.parametrize("task", LAYOUTS)
-def test_a_model_that_ignores_images_does_not_look(task, data, model_folder, tmp_path, monkeypatch, text_only):
-    report = probed(monkeypatch, model_folder, data / f"{task}.parquet", tmp_path / "r.json")
+@pytest.mark.parametrize("task", TASKS)
+def test_a_model_that_ignores_images_does_not_look(task, task_data, report_of, tmp_path, text_only):
+    report = report_of("probe", task_data / f"{task}.parquet")
     assert report["task"] == "probe" and report["of"] == task and report["num_examples"] >= COUNT
     assert report["looks"] is False and report["verdict"].startswith("It does not look")
     metrics = report["metrics"]
@@ -89,34 +49,33 @@ def test_a_model_that_ignores_images_does_not_look(task, data, model_folder, tmp
         assert metrics["accuracy_drop_other"] == {"value": 0.0, "interval": [0.0, 0.0]}
 
 
-def test_the_same_command_goes_on(data, model_folder, tmp_path, monkeypatch):
-    for task in ("vqa", "statements"):
-        out = tmp_path / f"{task}.json"
-        first = probed(monkeypatch, model_folder, data / f"{task}.parquet", out)
-        cache = out.with_suffix(".predictions.jsonl")
-        lines = cache.read_text().splitlines(keepends=True)
-        cache.write_text("".join(lines[: len(lines) // 2]))
-        second = probed(monkeypatch, model_folder, data / f"{task}.parquet", out)
-        assert 0 < second["num_resumed"] < len(lines) - 1
-        for name, metric in first["metrics"].items():
-            assert second["metrics"][name]["value"] == pytest.approx(metric["value"], abs=1e-4)
-        assert first["metrics"]["gain_over_other"]["value"] != 0
+@pytest.mark.parametrize("task", ["vqa", "statements"])
+def test_the_same_command_goes_on(task, task_data, report_of, tmp_path):
+    first = report_of("probe", task_data / f"{task}.parquet")
+    cache = tmp_path / "r.predictions.jsonl"
+    lines = cache.read_text().splitlines(keepends=True)
+    cache.write_text("".join(lines[: len(lines) // 2]))
+    second = report_of("probe", task_data / f"{task}.parquet")
+    assert 0 < second["num_resumed"] < len(lines) - 1
+    for name, metric in first["metrics"].items():
+        assert second["metrics"][name]["value"] == pytest.approx(metric["value"], abs=1e-4)
+    assert first["metrics"]["gain_over_other"]["value"] != 0
 
 
-def test_an_oracle_looks(data, model_folder, tmp_path, monkeypatch):
+def test_an_oracle_looks(task_data, report_of, monkeypatch):
     """One that knows which captions belong to which pixels."""
-    truth = {noise(n).tobytes(): row["captions"] for n, row in enumerate(LAYOUTS["captions"])}
+    truth = {noise(n).tobytes(): [f"a dog number {n}", f"the {n} is red"] for n in range(COUNT)}
 
     def oracle(model, processor, records, done=()):
         for index in range(len(records)):
             images = records[index].images
             known = truth.get(images[0].tobytes(), []) if images else []
-            told = [conversation[-1]["content"] for conversation in records[index].conversations]
-            log_probs = np.array([-1.0 if text in known else -9.0 for text in told])
-            yield {index: AnswerScore(log_probs, np.full(len(told), 4), [False] * len(told))}
+            answers = [conversation[-1]["content"] for conversation in records[index].conversations]
+            log_probs = np.array([-1.0 if text in known else -9.0 for text in answers])
+            yield {index: AnswerScore(log_probs, np.full(len(answers), 4), [False] * len(answers))}
 
     monkeypatch.setattr(probing, "score_answers", oracle)
-    report = probed(monkeypatch, model_folder, data / "captions.parquet", tmp_path / "r.json")
+    report = report_of("probe", task_data / "captions.parquet")
     assert report["looks"] is True and report["verdict"].startswith("It looks: ")
     assert report["num_references"] == 2 * COUNT and report["num_images"] == COUNT
     for condition in CONDITIONS[1:]:
@@ -127,21 +86,17 @@ def test_an_oracle_looks(data, model_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("task", ["captions", "statements"])
-def test_what_is_read_together_is_what_is_read_alone(task, data, model_folder, tmp_path, monkeypatch):
-    """A showing shares its image among many; each is held against a pass of its own."""
-    from test_eval_predict import brute_force
-
-    from vora.serve.engine import load_model
-
-    report = probed(monkeypatch, model_folder, data / f"{task}.parquet", tmp_path / "r.json", "--max-examples", "6")
+def test_what_is_read_together_is_what_is_read_alone(task, task_data, model_folder, report_of):
+    """Many requests share an image; each is held against a pass of its own."""
+    report = report_of("probe", task_data / f"{task}.parquet", "--max-examples", 6)
     model, processor = load_model(str(model_folder))
     made = make_task(task, max_examples=6)
-    examples, scenes = image_groups_of(made.examples(Rows([data / f"{task}.parquet"]), SkippedRows()), SkippedRows())
-    others = other_groups(scenes)
-    under = probing._under_conditions(CONDITIONS, examples, scenes, others, processor, 0)
+    rows = Rows([task_data / f"{task}.parquet"])
+    examples, groups = image_groups_of(made.examples(rows, SkippedRows()), SkippedRows())
+    under = examples_under(CONDITIONS, examples, groups, other_groups(groups), processor.image_processor, 0)
     for place, condition in enumerate(CONDITIONS):
         wanted = [
-            brute_force(model, processor, one, text)
+            log_prob_of_answer(model, processor, one, text)
             for one in under[place * 6 : place * 6 + 6]
             for text in one.references
         ]
@@ -149,22 +104,17 @@ def test_what_is_read_together_is_what_is_read_alone(task, data, model_folder, t
         assert found == pytest.approx(np.mean(wanted), abs=1e-4)
 
 
-def test_a_probe_against_another_image_alone(data, model_folder, tmp_path, monkeypatch, capsys):
-    file, out = data / "captions.parquet", tmp_path / "r.json"
-    whole = probed(monkeypatch, model_folder, file, out)
-    part = probed(monkeypatch, model_folder, file, tmp_path / "p.json", "--against", "other")
+def test_a_probe_against_another_image_alone(task_data, report_of):
+    whole = report_of("probe", task_data / "captions.parquet")
+    part = report_of("probe", task_data / "captions.parquet", "--against", "other", name="p")
     kept = {name for name in whole["metrics"] if not name.endswith(("blank", "shuffled", "none", "token"))}
     assert part["metrics"].keys() == kept | {"gain_over_other_per_token"}
     value = whole["metrics"]["gain_over_other"]["value"]
     assert part["metrics"]["gain_over_other"]["value"] == pytest.approx(value, abs=1e-4)
-    arguments = ["eval", "-m", model_folder, "--task", "probe", "--data", file, "-o", out, "--against"]
-    assert in_process(monkeypatch, *arguments, "blank") == 1 and "other is needed" in capsys.readouterr().err
-    assert in_process(monkeypatch, *arguments, "other,black") == 1 and "there is no black" in capsys.readouterr().err
 
 
-def test_a_probe_may_let_the_model_speak(data, model_folder, tmp_path, monkeypatch):
-    options = "--generate", "--max-examples", "3"
-    report = probed(monkeypatch, model_folder, data / "captions.parquet", tmp_path / "r.json", *options)
+def test_a_probe_may_let_the_model_speak(task_data, report_of, tmp_path):
+    report = report_of("probe", task_data / "captions.parquet", "--generate", "--max-examples", 3)
     assert report["looks"] is None and report["verdict"].startswith("Too few examples to tell")
     assert {"cider_d_with_none", "cider_d_drop_other"} < report["metrics"].keys()
     assert (tmp_path / "r.generated.jsonl").exists()
@@ -174,31 +124,31 @@ def test_another_image_is_never_the_same_nor_known_to_be_as_right():
     labels = [n % 4 for n in range(40)]
     images = [lambda n=n: [noise(n // 2)] for n in range(40)]  # each image in two rows, with two labels
     examples = [Example(f"{n}", "what?", [str(labels[n])], images[n], n) for n in range(40)]
-    kept, scenes = image_groups_of(examples, SkippedRows())
-    assert len(kept) == 40 and len(scenes) == 20 and scenes[0].examples == [0, 1]
-    others = other_groups(scenes)
+    kept, groups = image_groups_of(examples, SkippedRows())
+    assert len(kept) == 40 and len(groups) == 20 and groups[0].examples == [0, 1]
+    others = other_groups(groups)
     assert sorted(others) == list(range(20)) and all(number != other for number, other in enumerate(others))
-    assert num_alike(scenes, others) == 0
-    assert others == other_groups(scenes) != other_groups(scenes, 1)
+    assert num_alike(groups, others) == 0
+    assert others == other_groups(groups) != other_groups(groups, 1)
 
 
 def test_where_all_are_alike_it_is_said():
     examples = [Example(f"{n}", "what?", ["x"], lambda n=n: [noise(n)], n) for n in range(5)]
-    _, scenes = image_groups_of(examples, SkippedRows())
-    others = other_groups(scenes)
-    assert num_alike(scenes, others) == 5 and all(number != other for number, other in enumerate(others))
+    _, groups = image_groups_of(examples, SkippedRows())
+    others = other_groups(groups)
+    assert num_alike(groups, others) == 5 and all(number != other for number, other in enumerate(others))
     with pytest.raises(ValueError, match="at least 2 different images"):
-        other_groups(scenes[:1])
+        other_groups(groups[:1])
 
 
 def test_examples_whose_image_is_broken_are_left_out():
     def broken():
         raise ValueError("no image")
 
-    bad = SkippedRows()
+    skipped = SkippedRows()
     examples = [Example("a", "?", ["x"], broken, 0), Example("b", "?", ["y"], lambda: [noise(1)], 1)]
-    kept, scenes = image_groups_of(examples, bad)
-    assert [one.name for one in kept] == ["b"] and bad.named[0]["name"] == "a" and scenes[0].examples == [0]
+    kept, groups = image_groups_of(examples, skipped)
+    assert [one.name for one in kept] == ["b"] and skipped.named[0]["name"] == "a" and groups[0].examples == [0]
 
 
 @pytest.mark.parametrize(("merge", "square"), [(1, False), (2, False), (1, True)])
@@ -224,7 +174,7 @@ def test_a_blank_image_has_the_mean_colour():
     assert blank(image).getcolors() == [(8, (30, 20, 30))] and blank(image).size == (4, 2)
 
 
-def readings(gains, groups):
+def scores_of(gains, groups):
     gains = np.asarray(gains, float)
     log_probs = {condition: -gains * (condition != "right") for condition in CONDITIONS}
     return ProbeScores(np.arange(len(gains)), log_probs, np.full(len(gains), 2), {}, groups)
@@ -243,37 +193,34 @@ def readings(gains, groups):
 )
 def test_the_verdict_follows_its_rule(share, count, looks, words):
     gains = np.where(np.arange(count) < round(share * count), 1.0, -1.0)
-    metrics = probe_metrics(readings(gains, list(range(count))))
+    metrics = probe_metrics(scores_of(gains, list(range(count))))
     found, verdict = verdict_of(metrics, [], count, count)
     assert found is looks and verdict.startswith(words)
 
 
 def test_captions_of_one_image_are_not_independent():
     gains = np.repeat(np.random.default_rng(0).normal(0.3, 1, 40), 5)
-    apart = probe_metrics(readings(gains, list(range(200))))["gain_over_other"]["interval"]
-    together = probe_metrics(readings(gains, [n // 5 for n in range(200)]))["gain_over_other"]["interval"]
+    apart = probe_metrics(scores_of(gains, list(range(200))))["gain_over_other"]["interval"]
+    together = probe_metrics(scores_of(gains, [n // 5 for n in range(200)]))["gain_over_other"]["interval"]
     assert together[1] - together[0] > 1.7 * (apart[1] - apart[0])
 
 
-def test_the_task_is_told_by_the_columns(data, tmp_path):
-    for task in LAYOUTS:
-        assert task_of(Rows([data / f"{task}.parquet"])) == task
-    rows = [{"image": png(0), "captions": ["a"], "label": "b"}]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "both.parquet")
+def test_the_columns_tell_the_task(task_data, parquet):
+    for task in TASKS:
+        assert task_of(Rows([task_data / f"{task}.parquet"])) == task
     with pytest.raises(ValueError, match="captions or classify: say which with --of"):
-        task_of(Rows([tmp_path / "both.parquet"]))
+        task_of(Rows([parquet("both", [{"captions": ["a"], "label": "b"}])]))
 
 
-def test_captions_in_rows_of_their_own_are_probed_by_image(model_folder, tmp_path, monkeypatch):
+def test_captions_in_rows_of_their_own_are_probed_by_image(png, parquet, report_of):
     rows = [{"image": png(n % 2), "caption": f"a dog number {n}"} for n in range(4)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    report = probed(monkeypatch, model_folder, tmp_path / "rows.parquet", tmp_path / "r.json", "--generate")
+    report = report_of("probe", parquet("rows", rows), "--generate")
     assert report["num_examples"] == report["num_images"] == 2 and report["num_references"] == 4
     assert report["looks"] is None and len(report["predicted_at"]) == 1
 
 
 def test_a_figure_is_drawn_of_one_group(tmp_path):
-    found = readings([1.0, -1.0], [0, 0])
+    found = scores_of([1.0, -1.0], [0, 0])
     metrics = probe_metrics(found)
     assert metrics["gain_over_other"]["interval"] == [None, None]
     _, verdict = verdict_of(metrics, [], 1, 2)

@@ -145,7 +145,7 @@ ROWS = TWO_IMAGES, text(9, 5), [(3, 3, 3), *text(12, 3), (4, 4, 2), *text(2)]
 
 @pytest.fixture
 def cut_small(monkeypatch):
-    """Stretches of few places, so that tiny rows have several."""
+    """Segments of few places, so that tiny sequences have several."""
     sizes = {"SHORT": 0, "WHOLE": 3, "LONGEST": 7, "LONGEST_IN_PRODUCTS": 6}
     for name, size in sizes.items():
         monkeypatch.setattr(segments, name, size)
@@ -183,7 +183,7 @@ def close(found, expected, tolerance=1e-4):
 
 
 @pytest.mark.parametrize("family", SEEN)
-def test_a_padded_batch_by_stretch_is_that_by_sdpa(family, cut_small):
+def test_a_padded_batch_by_segment_is_that_by_sdpa(family, cut_small):
     plain, ours = twins(family)
     batch = prompt(*ROWS)
     real = batch["attention_mask"].bool()
@@ -198,7 +198,7 @@ def test_a_padded_batch_by_stretch_is_that_by_sdpa(family, cut_small):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt_neox"])
-def test_a_second_turn_and_packed_rows_by_stretch_are_those_by_sdpa(family, cut_small):
+def test_a_second_turn_and_packed_rows_by_segment_are_those_by_sdpa(family, cut_small):
     plain, ours = twins(family)
     whole = prompt(TWO_IMAGES)
     first = {"input_ids": whole["input_ids"][:, :12], "pixel_values": whole["pixel_values"][:8]}
@@ -212,12 +212,14 @@ def test_a_second_turn_and_packed_rows_by_stretch_are_those_by_sdpa(family, cut_
             cache = model(**first, use_cache=True).past_key_values
             answers.append([model(**later, past_key_values=cache).logits, logits_of(model, **packed)])
         assert (cuts.count > 0) == (model is ours)
+        with pytest.raises(ValueError, match="With past_key_values give only the images that are not in them"):
+            model(**later | {name: whole[name] for name in ("pixel_values", "image_grid_thw")}, past_key_values=cache)
     for found, expected in zip(*answers):
         close(found, expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "phi", "cohere"])
-def test_bf16_by_stretch_is_as_exact_as_sdpa(family, cut_small):
+def test_bf16_by_segment_is_as_exact_as_sdpa(family, cut_small):
     batch = prompt(*ROWS)
     real = batch["attention_mask"].bool()
     plain, ours = twins(family, torch.bfloat16)
@@ -231,7 +233,7 @@ def test_bf16_by_stretch_is_as_exact_as_sdpa(family, cut_small):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", SEEN)
-def test_text_by_stretch_is_the_bare_llms_to_the_last_bit(family, dtype, cut_small):
+def test_text_by_segment_is_the_bare_llms_to_the_last_bit(family, dtype, cut_small):
     _, ours = twins(family, dtype)
     llm, inputs = tiny_llm(family).to(dtype), prompt(text(9), text(12, 1))
     for given in ({"input_ids": inputs["input_ids"]}, inputs):
@@ -239,7 +241,7 @@ def test_text_by_stretch_is_the_bare_llms_to_the_last_bit(family, dtype, cut_sma
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_stretches_of_a_row(dtype):
+def test_the_segments_of_a_sequence(dtype):
     """Their real sizes: short rows are left alone, images without a mask, long text in parts that see no further."""
 
     def cut(*lengths):  # text, image, text
@@ -267,7 +269,7 @@ def test_padding_sees_no_image_and_spoils_nothing(cut_small):
     close(logits_of(ours, **batch)[0, 30:], logits_of(plain, **prompt(row))[0])
 
 
-def test_who_is_switched_to_stretches(llm_folder, tmp_path):
+def test_who_is_switched_to_segments(llm_folder, tmp_path):
     eager = tiny_vora("gemma2")
     use_segmented_sdpa_on_cpu(eager, torch.device("cpu"))
     assert eager.config._attn_implementation == "eager"
@@ -288,7 +290,7 @@ def test_who_is_switched_to_stretches(llm_folder, tmp_path):
         assert loaded.model.language_model.config._attn_implementation == SEGMENTED_SDPA
 
 
-def test_in_training_long_stretches_keep_no_softmax(monkeypatch):
+def test_in_training_long_segments_keep_no_softmax(monkeypatch):
     torch.manual_seed(0)
     states = [torch.randn(1, heads, 200, 8).bfloat16().requires_grad_() for heads in (4, 2, 2)]
     mask = torch.ones(1, 1, 200, 200, dtype=torch.bool).tril()

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from vora.model.image_processing_vora import is_animated, read_image
+from vora.model.fetch_image import fetch_image, is_animated
 from vora.serve import terminal
 from vora.serve.chat import Chat
 from vora.serve.engine import Engine, load_model
@@ -41,7 +41,7 @@ def test_the_command_takes_animations_whole_and_addresses_of_files(tmp_path):
     frames[0].save(tmp_path / "a.png")
     assert len(open_image(str(tmp_path / "a.gif")).frames) == 3
     assert open_image(str(tmp_path / "a.png")).size == (8, 8)
-    assert read_image(f"file://{tmp_path}/a.png").getpixel((0, 0)) == (255, 0, 0)
+    assert fetch_image(f"file://{tmp_path}/a.png").getpixel((0, 0)) == (255, 0, 0)
     with pytest.raises(ValueError, match="there is no such file"):
         open_image(str(tmp_path / "none.png"))
 

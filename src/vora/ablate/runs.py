@@ -206,7 +206,7 @@ def _data_of(run: Run, section: EvaluateSection, beside: Path) -> Data:
     """A measurement's data; its paths start in the recipe's folder of data, or beside the specification."""
     paths = [section.data] if isinstance(section.data, str) else section.data
     found = [_data_path(path, [run.recipe.data.folder, beside]) for path in paths]
-    return Data(found, section.split, section.subset, section.image_folder, section.columns)
+    return Data(found, section.split, section.subset, section.image_folder, section.columns, section.allow_urls)
 
 
 def _data_path(path: str, folders: Sequence[str | Path | None]) -> str:

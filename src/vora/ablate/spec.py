@@ -35,6 +35,7 @@ class EvaluateSection(Section):
     split: str | None = None
     subset: str | None = None
     image_folder: str | None = None
+    allow_urls: bool = False
     max_examples: int | None = Field(None, ge=1)
     seed: int = 0
 

@@ -1,13 +1,14 @@
 """Which files a path means, and which of them belong to a split."""
 
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 SPLITS = ("train", "validation", "valid", "val", "test", "dev", "eval")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 
 
-def files_of(path, split, kinds):
+def files_of(path: str, split: str, kinds: Sequence[str]) -> list[Path] | None:
     """The files that a path means, or None if it is a dataset's folder or id.
 
     Args:
@@ -32,7 +33,7 @@ def files_of(path, split, kinds):
         return files
     if not place.is_dir() or (place / "state.json").exists() or (place / "dataset_dict.json").exists():
         return None
-    every = []
+    every: list[Path] = []
     own = [
         folder for folder in sorted(place.iterdir()) if folder.is_dir() and re.fullmatch(_named_as(split), folder.name)
     ]
@@ -55,25 +56,25 @@ def files_of(path, split, kinds):
     )
 
 
-def _readable(files, kinds):
+def _readable(files: Iterable[Path], kinds: Sequence[str]) -> list[Path]:
     """Those that are read, without hidden ones: macOS puts ._x beside x."""
     return [file for file in files if file.suffix.lower() in kinds and not file.name.startswith(".")]
 
 
-def _check_not_compressed(found, chosen, kinds):
+def _check_not_compressed(found: Iterable[Path], chosen: Sequence[Path], kinds: Sequence[str]) -> None:
     """Raise ValueError for compressed files that belong to the chosen ones, and would be missed."""
-    kinds, names = {file.suffix.lower() for file in chosen} or {*kinds} - {".tar"}, {file.name for file in chosen}
+    wanted, names = {file.suffix.lower() for file in chosen} or {*kinds} - {".tar"}, {file.name for file in chosen}
     packed = [file for file in found if file.suffix.lower() in COMPRESSED and file.stem not in names]
-    packed = [file for file in packed if Path(file.stem).suffix.lower() in kinds]
+    packed = [file for file in packed if Path(file.stem).suffix.lower() in wanted]
     if packed:
         raise ValueError(f"{len(packed)} compressed files, such as {packed[0]}, are not read: unpack them first.")
 
 
-def _named_as(split):
+def _named_as(split: str) -> str:
     """A pattern of a split's name: train, Train or training."""
     return rf"(?i:{re.escape(split)}(ing)?)"
 
 
-def _is_named(file, split):
+def _is_named(file: Path, split: str) -> bool:
     """Whether a split's name stands in a file's, between what are no letters."""
     return re.search(rf"(?<![a-zA-Z]){_named_as(split)}(?![a-zA-Z])", file.stem) is not None

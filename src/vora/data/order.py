@@ -1,6 +1,8 @@
 """Which row comes when: a seeded, endless order over rows of any number, of which nothing is stored but a position."""
 
 from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,12 +21,13 @@ class SourceOrder:
         seed: a sequence of ints; orders of different seeds are independent.
     """
 
-    def __init__(self, block_sizes, seed):
+    def __init__(self, block_sizes: Sequence[int] | np.ndarray, seed: Iterable[int]) -> None:
         self.block_sizes, self.seed = np.asarray(block_sizes), tuple(seed)
         self.num_rows = int(self.block_sizes.sum())
-        self._epoch, self._group = (None, None, None), (None, None, None)  # the last ones used, with their keys
+        self._epoch: tuple[Any, ...] = (None,)  # the last one used, with its number
+        self._group: tuple[Any, ...] = (None,)
 
-    def draw(self, number):
+    def draw(self, number: int) -> tuple[int, int, int, int]:
         """(epoch, group, block, offset in block) of the row that is drawn as the `number`-th."""
         epoch, place = divmod(number, self.num_rows)
         if self._epoch[0] != epoch:
@@ -36,11 +39,13 @@ class SourceOrder:
         _, blocks, offsets = self._group
         return epoch, group, int(blocks[place - starts[group]]), int(offsets[place - starts[group]])
 
-    def _groups(self, epoch):
+    def _groups(self, epoch: int) -> tuple[list[int], list[np.ndarray]]:
         """(rows before each group, blocks of each group) of an epoch."""
         shuffled = np.random.default_rng([*self.seed, epoch]).permutation(len(self.block_sizes))
         ends = self.block_sizes[shuffled].cumsum()
-        starts, groups, first = [], [], 0
+        first = 0
+        starts: list[int] = []
+        groups: list[np.ndarray] = []
         while first < len(shuffled):
             before = int(ends[first - 1]) if first else 0
             last = min(int(np.searchsorted(ends, before + ROWS_PER_GROUP)), len(shuffled) - 1)
@@ -49,7 +54,7 @@ class SourceOrder:
             first = last + 1
         return starts, groups
 
-    def _rows(self, epoch, group, blocks):
+    def _rows(self, epoch: int, group: int, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(block, offset) of each row of a group, in order."""
         sizes = self.block_sizes[blocks]
         shuffled = np.random.default_rng([*self.seed, epoch, group]).permutation(int(sizes.sum()))
@@ -60,24 +65,24 @@ class SourceOrder:
 class Mixture:
     """Which source each sample comes from: shares as the weights say, spread as evenly as can be.
 
-    Points of a golden-ratio sequence fall into intervals as long as the weights, so that any segment of samples has
+    Points of a golden-ratio sequence fall into intervals as long as the weights, so that any run of samples has
     nearly the shares of the whole.
 
     Args:
         weights: one per source, positive; they need not add up to one.
     """
 
-    def __init__(self, weights, seed):
+    def __init__(self, weights: Sequence[float], seed: int) -> None:
         shares = np.asarray(weights, float) / sum(weights)
         self.borders, self.num_sources = shares.cumsum()[:-1], len(shares)
         self.offset = np.random.default_rng(seed).random()
 
-    def sources(self, first, count):
+    def sources(self, first: int, count: int) -> np.ndarray:
         """int[count]: the sources of samples `first`, `first` + 1, ..."""
         points = (self.offset + GOLDEN * np.arange(first, first + count)) % 1
         return np.searchsorted(self.borders, points, side="right")
 
-    def counts(self, number):
+    def counts(self, number: int) -> np.ndarray:
         """int[S]: how many of the first `number` samples come from each source."""
         counts, step = np.zeros(self.num_sources, int), 1 << 20
         for first in range(0, number, step):

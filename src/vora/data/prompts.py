@@ -16,11 +16,11 @@ class Prompts:
         ValueError: a list is empty, or a prompt for statements has no place for one.
     """
 
-    caption: tuple = ("Describe the image.",)
-    label: tuple = ("What is this?",)
-    statement: tuple = ("True or false? {}",)
+    caption: tuple[str, ...] = ("Describe the image.",)
+    label: tuple[str, ...] = ("What is this?",)
+    statement: tuple[str, ...] = ("True or false? {}",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("caption", "label", "statement"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if not getattr(self, name):
@@ -30,10 +30,4 @@ class Prompts:
 
 
 DEFAULT_PROMPTS = Prompts()
-PRESENCE_PROMPT = "Is there {} in the image?"  # with its article: a dog, an apple; asked by evaluation alone
-TRUE_FALSE, YES_NO = ("true", "false"), ("yes", "no")
-
-
-def with_article(noun):
-    """`a dog`, `an apple`."""
-    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
+TRUE_FALSE = ("true", "false")

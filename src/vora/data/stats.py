@@ -1,33 +1,38 @@
-"""A mixture read before any training: what is in it, what is bad, how well it packs."""
+"""Statistics of a dataset, read before any training: what is in it, what is bad, how well it packs."""
 
 import json
 import random
 import time
 from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vora.data.order import SourceOrder
 from vora.data.packing import next_sequence
-from vora.data.schema import Record
-from vora.data.stream import WAITING, as_bad, as_it_is
+from vora.data.samples import SampleMaker, as_bad
+from vora.data.stream import WAITING, PackedSequences, as_it_is
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
-PACKED_AT_MOST = 20_000  # samples of the mixture that are packed to see how full rows get
+PACKED_AT_MOST = 20_000  # samples of the mixture that are packed to see how full sequences get
+PER_SAMPLE = ("mean_labels", "mean_images", "mean_image_tokens")
 
 
 class Blocks(IterableDataset):
-    """Every record of every source, made into a sample and measured, block by block; a worker takes its share.
+    """Every row of every source, made into a sample and measured, block by block; a worker takes its share.
 
     Yields (source, first row of the block, list of dicts of measures, or of `name` and `cause` of a bad one).
     """
 
-    def __init__(self, maker):
+    def __init__(self, maker: SampleMaker) -> None:
         self.maker = maker
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
         worker = get_worker_info()
         mine, of = (0, 1) if worker is None else (worker.id, worker.num_workers)
         blocks = ((s, b) for s, source in enumerate(self.maker.sources) for b in range(len(source.block_sizes)))
@@ -37,53 +42,51 @@ class Blocks(IterableDataset):
             first = int(source.starts[block])
             yield number, first, [self._measured(number, block, i, rows) for i in range(source.block_sizes[block])]
 
-    def _measured(self, number, block, offset, rows):
-        source = self.maker.sources[number]
+    def _measured(self, number: int, block: int, offset: int, rows: Any) -> dict[str, Any]:
+        source, maker = self.maker.sources[number], self.maker
         try:
-            record = source.record(block, offset, rows)
-            opened = record.open_images()
-            rng = random.Random(f"{self.maker.seed}/{number}/{source.starts[block] + offset}")
+            sample = source.item(block, offset, rows)
+            opened = sample.open_images()
+            rng = random.Random(f"{maker.seed}/{number}/{source.starts[block] + offset}")
             # the images are open already, so they are not read again
-            sample = self.maker.sample_of(
-                Record(record.name, opened, record.conversations), rng, self.maker.questions_per_image
-            )
+            found = maker.tokenized(replace(sample, images=opened), rng, maker.questions_per_image)
         except Exception as error:
             return {"name": source.row_name(block, offset), "cause": str(as_bad(error))}
-        tokens = [
-            int(grid.prod()) // self.maker.processor.image_processor.patch_merge**2
-            for grid in sample.get("image_grid_thw", ())
-        ]
+        merged = maker.processor.image_processor.patch_merge**2
         first_frames = [image[0] if isinstance(image, list) else image for image in opened]
         return {
-            "num_tokens": len(sample["input_ids"]),
-            "num_labels": int((sample["targets"] != -100).sum()),
-            "num_conversations": sample["num_samples"],
+            "num_tokens": len(found["input_ids"]),
+            "num_labels": int((found["targets"] != -100).sum()),
+            "num_conversations": found["num_samples"],
             "image_sizes": [image.size for image in first_frames],
-            "image_tokens": tokens,
+            "image_tokens": [int(grid.prod()) // merged for grid in found.get("image_grid_thw", ())],
         }
 
 
-PER_SAMPLE = ("mean_labels", "mean_images", "mean_image_tokens")
-
-
-def dataset_statistics(rows, names, num_workers=0, progress=None):
-    """Read every record of a mixture once.
+def dataset_statistics(
+    sequences: PackedSequences,
+    names: Sequence[str],
+    num_workers: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Read every row of a mixture once.
 
     Args:
-        rows: the `PackedSequences` of the training to come; its position stays.
+        sequences: of the training to come; their position stays.
         names: of the sources.
         num_workers: processes that read.
-        progress: called with the number of records done.
+        progress: called with the number of rows done.
 
     Returns:
-        (summary: dict for JSON, bad: list of {record, cause}). The summary's `shares_by_source` are of the samples of
-        the mixture, `packing_efficiency` is the share of the positions of its rows that hold a sample.
+        A summary for JSON, and for each bad sample its `record`, which is its name, and `cause`. `shares_by_source`
+        are of the samples of the mixture, `packing_efficiency` is the share of the places in packed sequences that
+        hold a token.
     """
-    start, maker = time.monotonic(), rows.maker
+    start, maker = time.monotonic(), sequences.maker
     lengths = [np.zeros(len(source), np.int32) for source in maker.sources]  # 0: bad
     measures = {name: array("i") for name in ("num_labels", "num_conversations", "image_tokens", "width", "height")}
     totals = np.zeros((len(maker.sources), 3))  # labels, images and image tokens of each source
-    bad = [[] for _ in maker.sources]
+    bad: list[list[dict[str, str]]] = [[] for _ in maker.sources]
     loader = DataLoader(Blocks(maker), batch_size=None, num_workers=num_workers, collate_fn=as_it_is)
     for source, first, block in loader:
         for row, found in enumerate(block, first):
@@ -101,17 +104,17 @@ def dataset_statistics(rows, names, num_workers=0, progress=None):
             progress(len(block))
     good = np.concatenate([one[one > 0] for one in lengths])
     seconds = time.monotonic() - start
-    drawn, efficiency = packed_mixture(rows, lengths)
+    drawn, efficiency = packed_mixture(sequences, lengths)
     tokens = np.array([drawn[s].sum() for s in range(len(lengths))], float)
     counts = np.array([len(drawn[s]) for s in range(len(lengths))], float)
-    edges = np.histogram_bin_edges(good, bins=min(24, max(1, len(set(good.tolist()))))) if len(good) else []
+    edges: Any = np.histogram_bin_edges(good, bins=min(24, max(1, len(set(good.tolist()))))) if len(good) else []
     summary = {
         "num_samples": len(good),
         "num_bad": sum(map(len, bad)),
         "num_conversations": int(sum(measures["num_conversations"])),
         "num_images": len(measures["width"]),
         "packing_efficiency": efficiency,
-        "sequence_length": rows.sequence_length,
+        "sequence_length": sequences.sequence_length,
         "tokens_per_sample": percentiles(good),
         "label_tokens_per_sample": percentiles(measures["num_labels"]),
         "image_tokens_per_image": percentiles(measures["image_tokens"]),
@@ -141,39 +144,39 @@ def dataset_statistics(rows, names, num_workers=0, progress=None):
     return summary, [one for its_bad in bad for one in its_bad]
 
 
-def packed_mixture(rows, lengths):
-    """({source: tokens of its samples}, share of filled positions) of the first rows of a mixture.
+def packed_mixture(sequences: PackedSequences, lengths: Sequence[np.ndarray]) -> tuple[dict[int, np.ndarray], float]:
+    """({source: tokens of its samples}, share of filled places) of the first packed sequences of a mixture.
 
     Args:
         lengths: per source int[rows], tokens of each sample, 0 where it is bad.
     """
     num_drawn = min(PACKED_AT_MOST, max(sum(map(len, lengths)), 200))
-    orders = [
-        SourceOrder(source.block_sizes, order.seed) for source, order in zip(rows.maker.sources, rows.maker.orders)
-    ]
-    starts = [source.starts for source in rows.maker.sources]
-    drawn, numbers, waiting = {s: [] for s in range(len(lengths))}, [0] * len(lengths), []
-    num_rows = num_tokens = 0
-    for source in rows.mixture.sources(0, num_drawn).tolist():
+    maker, length = sequences.maker, sequences.sequence_length
+    orders = [SourceOrder(source.block_sizes, order.seed) for source, order in zip(maker.sources, maker.orders)]
+    drawn: dict[int, list[int]] = {source: [] for source in range(len(lengths))}
+    numbers = [0] * len(lengths)
+    waiting: list[int] = []
+    num_sequences = num_tokens = 0
+    for source in sequences.mixture.sources(0, num_drawn).tolist():
         _, _, block, offset = orders[source].draw(numbers[source])
         numbers[source] += 1
-        length = int(lengths[source][starts[source][block] + offset])
-        if not length:
+        size = int(lengths[source][maker.sources[source].starts[block] + offset])
+        if not size:
             continue
-        drawn[source].append(length)
-        waiting.append(length)
+        drawn[source].append(size)
+        waiting.append(size)
         if len(waiting) == WAITING:
-            row = set(next_sequence(waiting, rows.sequence_length))
-            num_rows, num_tokens = num_rows + 1, num_tokens + sum(waiting[i] for i in row)
-            waiting = [one for i, one in enumerate(waiting) if i not in row]
-    if not num_rows and waiting:  # fewer samples than wait for a row: training would draw them again and again
-        row = next_sequence((waiting * WAITING)[:WAITING], rows.sequence_length)
-        num_rows, num_tokens = 1, sum((waiting * WAITING)[i] for i in row)
-    efficiency = num_tokens / (num_rows * rows.sequence_length) if num_rows else 0.0
+            chosen = {*next_sequence(waiting, length)}
+            num_sequences, num_tokens = num_sequences + 1, num_tokens + sum(waiting[i] for i in chosen)
+            waiting = [one for i, one in enumerate(waiting) if i not in chosen]
+    if not num_sequences and waiting:  # fewer samples than wait: training would draw them again and again
+        again = (waiting * WAITING)[:WAITING]
+        num_sequences, num_tokens = 1, sum(again[i] for i in next_sequence(again, length))
+    efficiency = num_tokens / (num_sequences * length) if num_sequences else 0.0
     return {source: np.array(tokens) for source, tokens in drawn.items()}, efficiency
 
 
-def percentiles(values):
+def percentiles(values: "Sequence[int] | np.ndarray | array[int]") -> dict[str, float]:
     """{mean, min, p5, ..., max} of some numbers; empty of none."""
     if len(values) == 0:
         return {}
@@ -181,7 +184,7 @@ def percentiles(values):
     return {"mean": float(np.mean(values))} | dict(zip(names, np.percentile(values, PERCENTILES).tolist()))
 
 
-def write_summary(summary, bad, folder):
+def write_summary(summary: Mapping[str, Any], bad: Sequence[Mapping[str, str]], folder: Path) -> None:
     """Leave summary.json and, if any are, bad_samples.jsonl in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

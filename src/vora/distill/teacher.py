@@ -79,6 +79,10 @@ class Teacher(nn.Module):
     """
 
     name: str | None = None
+    vit: Any
+    hidden_size: int
+    num_blocks: int
+    patch_size: int
 
     def __init__(
         self,
@@ -178,7 +182,7 @@ class Teacher(nn.Module):
             self.vit(**inputs)
         num_patches = own_grid[0] * own_grid[1]  # CLS and register tokens come first
         features: dict[int | str, torch.Tensor] = {
-            block: resample_features(outputs[block][:, -num_patches:], own_grid, grid)
+            block: resample_features(outputs[int(block)][:, -num_patches:], own_grid, grid)
             for block in blocks
             if block != SUMMARY
         }

@@ -3,15 +3,20 @@
 lmms-eval --model vora --model_args pretrained=MODEL --tasks mme --batch_size 8
 """
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
 from accelerate import Accelerator
-from lmms_eval.api.instance import GenerationResult, TokenCounts
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
+from PIL import Image
 from tqdm import tqdm
 
 from vora.checkpoint.pretrained import committed_model
-from vora.data.schema import Record
-from vora.eval.scoring.generate import batches, free_answers, prompt_of_messages
+from vora.data.schema import Sample
+from vora.eval.scoring.generate import batches, free_answers, prompt_of_messages, without_thinking
 from vora.eval.scoring.teacher_forced import score_answers
 from vora.serve.engine import load_model
 
@@ -23,7 +28,7 @@ class VoraForTasks(lmms):
     """Answers tasks that give a context and its images, freely (`generate_until`) or by likelihood.
 
     Args:
-        pretrained: a VoRA model, folder or hub id; by default the one that comes with the package.
+        pretrained: a VoRA model, folder or hub id; by default the package's own.
         batch_size: prompts at most in a batch; batches are also bounded by their tokens.
         device: cpu or cuda; by default the process's own.
         min_image_tokens, max_image_tokens: budget per image, if not the model's own.
@@ -37,14 +42,14 @@ class VoraForTasks(lmms):
 
     def __init__(
         self,
-        pretrained=None,
-        batch_size=8,
-        device=None,
-        min_image_tokens=None,
-        max_image_tokens=None,
-        max_new_tokens=64,
-        **unknown,
-    ):
+        pretrained: str | None = None,
+        batch_size: int | str = 8,
+        device: str | None = None,
+        min_image_tokens: int | None = None,
+        max_image_tokens: int | None = None,
+        max_new_tokens: int | str = 64,
+        **unknown: Any,
+    ) -> None:
         super().__init__()
         if unknown := {name: value for name, value in unknown.items() if name != "max_batch_size"}:
             raise ValueError(f"--model_args {', '.join(unknown)} are unknown: there are pretrained, device, "
@@ -56,12 +61,12 @@ class VoraForTasks(lmms):
         self.batch_size, self.max_new_tokens = int(batch_size), int(max_new_tokens)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.model.device
 
-    def generate_until(self, requests):
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """One answer per request, greedy unless the task's generation arguments say otherwise."""
-        answers = [None] * len(requests)
+        answers: list[Any] = [None] * len(requests)
         kwargs = [self.generation_kwargs(request) for request in requests]
         shown = tqdm(total=len(requests), desc="Answers", disable=self.rank != 0)
         holds = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
@@ -74,7 +79,7 @@ class VoraForTasks(lmms):
                 said = free_answers(self.model, self.processor, [prompts[i] for i in batch], limit, **sampling)
                 for place, text in zip(batch, said):
                     index = alike[place]
-                    text = _cut(text, kwargs[index].get("until"))
+                    text = _cut(without_thinking(text), kwargs[index].get("until"))
                     count = len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
                     answers[index] = GenerationResult(text, TokenCounts(len(prompts[place]), count))
                     self.cache_hook.add_partial("generate_until", (requests[index].args[0], kwargs[index]), text)
@@ -82,47 +87,47 @@ class VoraForTasks(lmms):
         shown.close()
         return answers
 
-    def loglikelihood(self, requests):
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """(negative log-likelihood of the continuation with the end of its turn, whether a greedy model says exactly
         that) per request. The sign is lmms-eval's, whose multiple choice takes the smallest; and so is the wrapping:
         version 0.7.3 turns bare pairs into text, for any model."""
-        found = [None] * len(requests)
+        found: list[Any] = [None] * len(requests)
         shown = tqdm(total=len(requests), desc="Likelihoods", disable=self.rank != 0)
         for start in range(0, len(requests), AT_ONCE):
-            records = [self._told(request) for request in requests[start : start + AT_ONCE]]
-            for batch in score_answers(self.model, self.processor, records):
-                for index, told in batch.items():
-                    found[start + index] = GenerationResult((-float(told.log_probs[0]), told.right[0]))
+            samples = [self._sample(request) for request in requests[start : start + AT_ONCE]]
+            for batch in score_answers(self.model, self.processor, samples):
+                for index, score in batch.items():
+                    found[start + index] = GenerationResult((-float(score.log_probs[0]), score.right[0]))
                 shown.update(len(batch))
         shown.close()
         return found
 
-    def generate_until_multi_round(self, requests):
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[GenerationResult]:
         raise NotImplementedError("Tasks of several rounds are not supported: choose tasks of one.")
 
-    def generation_kwargs(self, request):
+    def generation_kwargs(self, request: Instance) -> dict[str, Any]:
         """A request's own generation arguments."""
         return dict(request.args[1])
 
-    def messages(self, request):
+    def messages(self, request: Instance) -> list[dict[str, Any]]:
         """A request's conversation up to the answer, its images first."""
         context, _, doc_to_visual, doc_id, task, split = request.args
         images = _images(doc_to_visual(self.task_dict[task][split][doc_id]), request)
         content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": context}]
         return [{"role": "user", "content": content}]
 
-    def _told(self, request):
-        """A request's images, context and continuation as a record."""
+    def _sample(self, request: Instance) -> Sample:
+        """A request's images, context and continuation."""
         context, continuation, doc_to_visual, doc_id, task, split = request.args
         document = self.task_dict[task][split][doc_id]
-        told = continuation(document) if callable(continuation) else continuation
+        answer = continuation(document) if callable(continuation) else continuation
         conversation = [
             {"role": "user", "content": context},
-            {"role": "assistant", "content": told.strip()},
+            {"role": "assistant", "content": answer.strip()},
         ]
-        return Record(f"{task} {doc_id}", _images(doc_to_visual(document), request), [conversation])
+        return Sample(f"{task} {doc_id}", _images(doc_to_visual(document), request), [conversation])
 
-    def _batches(self, lengths, extra):
+    def _batches(self, lengths: Sequence[int], extra: int) -> Iterator[list[int]]:
         for batch in batches(lengths, self.device, extra):
             for start in range(0, len(batch), self.batch_size):
                 yield batch[start : start + self.batch_size]
@@ -133,10 +138,10 @@ class VoraForMessages(VoraForTasks):
 
     is_simple = False
 
-    def generation_kwargs(self, request):
+    def generation_kwargs(self, request: Instance) -> dict[str, Any]:
         return dict(request.args[2])
 
-    def messages(self, request):
+    def messages(self, request: Instance) -> list[dict[str, Any]]:
         _, doc_to_messages, _, doc_id, task, split = request.args
         found = []
         for message in doc_to_messages(self.task_dict[task][split][doc_id]):
@@ -148,7 +153,7 @@ class VoraForMessages(VoraForTasks):
         return found
 
 
-def _images(visuals, request):
+def _images(visuals: Sequence[Any] | None, request: Instance) -> list[Image.Image]:
     for visual in visuals or []:
         if not hasattr(visual, "convert"):
             raise ValueError(
@@ -158,15 +163,15 @@ def _images(visuals, request):
     return list(visuals or [])
 
 
-def _alike(kwargs):
+def _alike(kwargs: Sequence[dict[str, Any]]) -> list[list[int]]:
     """Indices of requests with equal generation arguments, at most `AT_ONCE` together."""
-    groups = {}
+    groups: dict[str, list[int]] = {}
     for index, one in enumerate(kwargs):
         groups.setdefault(repr(sorted(one.items(), key=str)), []).append(index)
     return [group[start : start + AT_ONCE] for group in groups.values() for start in range(0, len(group), AT_ONCE)]
 
 
-def _sampling(kwargs):
+def _sampling(kwargs: dict[str, Any]) -> dict[str, Any]:
     """A task's generation arguments as `generate` takes them; a temperature of 0 is greedy."""
     sampling = {name: kwargs[name] for name in SAMPLING if kwargs.get(name) is not None}
     if not sampling.get("temperature"):
@@ -176,7 +181,7 @@ def _sampling(kwargs):
     return sampling
 
 
-def _cut(text, until):
+def _cut(text: str, until: str | Sequence[str] | None) -> str:
     """A text up to the first of the stop strings."""
     for stop in [until] if isinstance(until, str) else until or []:
         text = text.split(stop)[0] if stop else text

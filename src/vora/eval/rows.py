@@ -1,39 +1,32 @@
 """Rows of any files that `vora.data.readers` reads, as evaluation needs them: texts at once, images when asked."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vora.data.columns import COLUMNS, IMAGE_COLUMNS, TEXT_COLUMNS, RowOptions, usable
+from vora.data.columns import Row as Values
+from vora.data.images import ImageSource, images_of_row, open_source
 from vora.data.readers import EASY_VQA, KINDS, load_source
-from vora.data.schema import IMAGE_COLUMNS, VideoBytes, VideoPath, images_of_row, without_empty
-from vora.model.image_processing_vora import Video, read_image
+from vora.data.source import Source
 
-SPLITS = (
-    "test",
-    "validation",
-    "valid",
-    "val",
-    "dev",
-    "eval",
-    "train",
-)  # the first that a folder or dataset has is read
-COLUMNS = (
-    "captions", "caption", "text", "questions", "question", "answers", "answer", "label", "sentence",
-    "statement", "identifier", "choices", "options",
-)  # fmt: skip
+if TYPE_CHECKING:
+    from PIL import Image
+
+SPLITS = ("test", "validation", "valid", "val", "dev", "eval", "train")  # the first that a folder has is read
 NUM_NAMED = 20  # bad rows that a report names
 
 
 @dataclass
 class Example:
-    """One thing that a model is asked.
+    """One request to a model.
 
     Args:
         name: file, row and number of the question, for people.
-        prompt: what is asked.
+        prompt: the question.
         references: what is right, as the task understands it.
         images: opens the images, a list of RGB images; to ask about others, or none, replace it.
         group: examples of one group (an image) are not independent of each other.
@@ -43,10 +36,10 @@ class Example:
 
     name: str
     prompt: str
-    references: Any
-    images: Callable[[], list]
-    group: Any
-    candidates: tuple = ()
+    references: list[str]
+    images: "Callable[[], list[Image.Image]]"
+    group: Hashable
+    candidates: tuple[str, ...] = ()
     kind: str = ""
 
 
@@ -56,8 +49,8 @@ class Row:
 
     name: str
     number: int
-    values: dict
-    images: Callable[[], list]
+    values: Values
+    images: "Callable[[], list[Image.Image]]"
     image_key: Callable[[], str]
 
 
@@ -66,14 +59,14 @@ class SkippedRows:
     """What was left out, and why."""
 
     count: int = 0
-    named: list = field(default_factory=list)
+    named: list[dict[str, str]] = field(default_factory=list)
 
-    def add(self, name, cause):
+    def add(self, name: str, cause: object) -> None:
         self.count += 1
         if len(self.named) < NUM_NAMED:
             self.named.append({"name": name, "cause": " ".join(str(cause).split())[:300]})
 
-    def first(self):
+    def first(self) -> str:
         """A sentence about the first of them, for the message of an error."""
         if not self.count:
             return ""
@@ -86,63 +79,74 @@ class Rows:
     Args:
         paths: what `load_source` takes, each.
         split: of folders and datasets; None: the first of `SPLITS` that is there.
+        subset: of a dataset on the Hub.
         columns: {our name: the files' name}.
-        wanted: the columns that are read, where a file allows to leave out others.
+        allow_urls: fetch images from URLs; otherwise a row that names one is bad.
 
     Raises:
         ValueError: a path cannot be read.
     """
 
-    def __init__(self, paths, split=None, subset=None, image_folder=None, columns=None, wanted=COLUMNS):
-        options = {"subset": subset, "image_folder": image_folder, "columns": columns}
-        self.paths, self.texts, self.images = list(map(str, paths)), [], []
-        for path in map(str, paths):
-            self.texts.append(_opened(path, split, {**options, "read_row": _values_of, "wanted": wanted}))
-            images = {**options, "read_row": _images_of, "wanted": (*IMAGE_COLUMNS, "file_name"), "is_checked": False}
-            self.images.append(cache(partial(_opened, path, split, images)))  # when the first is asked for
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        split: str | None = None,
+        subset: str | None = None,
+        image_folder: str | Path | None = None,
+        columns: Mapping[str, str] | None = None,
+        allow_urls: bool = False,
+    ) -> None:
+        options = RowOptions(columns=columns or {}, allow_urls=allow_urls)
+        given = {"subset": subset, "image_folder": image_folder, "options": options}
+        texts = {**given, "read_row": _text_of_row, "wanted": TEXT_COLUMNS}
+        images = {**given, "read_row": _images_of_row, "wanted": (*IMAGE_COLUMNS, "file_name"), "is_checked": False}
+        self.paths, self.allow_urls = list(map(str, paths)), allow_urls
+        self.texts = [_opened(path, split, texts) for path in self.paths]
+        self.images = [cache(partial(_opened, path, split, images)) for path in self.paths]  # opened when first asked
         self.files = list(dict.fromkeys(file for source in self.texts for file in source.files))  # as rows come
 
-    def __len__(self):
+    def __len__(self) -> int:
         return sum(map(len, self.texts))
 
-    def __str__(self):
+    def __str__(self) -> str:
         return ", ".join(self.paths)
 
-    def read(self, bad):
-        """Yields each `Row`; those that cannot be read are added to `bad`."""
+    def read(self, skipped: SkippedRows) -> Iterator[Row]:
+        """Each `Row`; those that cannot be read are added to `skipped`."""
         number = 0
         for texts, images in zip(self.texts, self.images):
             for block, size in enumerate(texts.block_sizes):
                 rows = texts.read_block(block)
                 for offset in range(size):
-                    name = _short(texts.row_name(block, offset))
+                    name = Path(texts.row_name(block, offset)).name
                     index = int(texts.starts[block]) + offset
                     try:
-                        values = texts.record(block, offset, rows)
-                        yield Row(name, number, values, _opener(images, index), partial(_key_of, images, index))
+                        values = texts.item(block, offset, rows)
+                        opens, key = partial(_open, images, index, self.allow_urls), partial(_key_of, images, index)
+                        yield Row(name, number, values, opens, key)
                     except ValueError as error:
-                        bad.add(name, error)
+                        skipped.add(name, error)
                     number += 1
 
 
-def _opened(path, split, options):
+def _opened(path: str, split: str | None, given: dict[str, Any]) -> Source:
     """A source by the split that is named, or by the first of `SPLITS` that it has."""
     is_pattern = any(mark in path for mark in "*?[")
     if not Path(path).exists() and Path(path).suffix.lower() in KINDS and not is_pattern:
         raise ValueError(f"{path}: there is no such file.")
     if split or not Path(path).is_dir():
-        return load_source(path, split or _split_on_hub(path, options["subset"]), **options)
+        return load_source(path, split or _split_on_hub(path, given["subset"]), **given)
     for name in SPLITS:
         try:
-            return load_source(path, name, **options)
+            return load_source(path, name, **given)
         except ValueError as error:
             cause = error
-            if all(word not in str(error) for word in ("no files of the split", repr(name))):
+            if all(mark not in str(error) for mark in ("no files of the split", repr(name))):
                 break
     raise cause
 
 
-def _split_on_hub(path, subset):
+def _split_on_hub(path: str, subset: str | None) -> str:
     """The first of `SPLITS` of a dataset on the Hub; of a file, any."""
     if Path(path).exists() or path == EASY_VQA or any(mark in path for mark in "*?["):
         return SPLITS[0]
@@ -155,36 +159,29 @@ def _split_on_hub(path, subset):
     return next((name for name in SPLITS if name in names), names[0])
 
 
-def _values_of(row, name, image_folder, prompts):
-    values = {key: value for key, value in row.items() if value is not None and key not in IMAGE_COLUMNS}
-    if not values:
-        raise ValueError(f"It has none of the columns {', '.join(COLUMNS)}: name its own with --column ours=theirs.")
-    return values
+def _text_of_row(row: Values, name: str, image_folder: str, options: RowOptions) -> Values:
+    found = {key: value for key, value in usable(row, options.columns).items() if key not in IMAGE_COLUMNS}
+    if not any(column in COLUMNS for column in found):
+        raise ValueError(f"None of its columns {sorted(map(str, row))} holds text that is known: name them.")
+    return found
 
 
-def _images_of(row, name, image_folder, prompts):
-    images = images_of_row(without_empty(row), image_folder)
+def _images_of_row(row: Values, name: str, image_folder: str, options: RowOptions) -> list[ImageSource]:
+    images = images_of_row(usable(row, options.columns), image_folder)
     if not images:
         raise ValueError(f"It has no image in {', '.join(IMAGE_COLUMNS)}.")
     return images
 
 
-def _opener(source, index):
-    return lambda: [frame for image in source()[index] for frame in _frames_of(image)]
+def _open(source: Callable[[], Source], index: int, allow_urls: bool) -> "list[Image.Image]":
+    """A row's images; of a video the frames one by one."""
+    opened = [open_source(image, allow_urls) for image in source()[index]]
+    return [frame for image in opened for frame in (image if isinstance(image, list) else [image])]
 
 
-def _key_of(source, index):
+def _key_of(source: Callable[[], Source], index: int) -> str:
     """A hash of a row's files of images, or of the paths to them: nothing is decoded."""
     found = hashlib.sha256()
     for image in source()[index]:
         found.update(image if isinstance(image, bytes) else repr(image).encode())
     return found.hexdigest()[:16]
-
-
-def _frames_of(image):
-    """An image, or a video's frames one by one, as training reads them."""
-    return Video(image).frames if isinstance(image, (list, VideoPath, VideoBytes)) else [read_image(image)]
-
-
-def _short(name):
-    return Path(name).name

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -12,20 +12,17 @@ from vora.eval.probe.probe import Probe
 from vora.eval.report import Report, check_overwrites_nothing
 from vora.eval.tasks.evaluation import TASKS, TaskEvaluation, make_task, task_of
 from vora.eval.tasks.exact import ExactAnswers
-from vora.eval.tasks.tasks import Vqa
 from vora.eval.tasks.text import TextAbility
+from vora.eval.tasks.vqa import Vqa
+from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.processing_vora import VoraProcessor
 from vora.serve.engine import load_model
-
-if TYPE_CHECKING:
-    from vora.model.modeling_vora import VoraForConditionalGeneration
-    from vora.model.processing_vora import VoraProcessor
-
 
 OTHERS = ("exact", "probe", "text")  # evaluations beside the tasks
 
 
 def evaluate(
-    model: "str | Path | tuple[VoraForConditionalGeneration, VoraProcessor]",
+    model: str | Path | tuple[VoraForConditionalGeneration, VoraProcessor],
     task: str | Evaluation,
     data: str | Path | Sequence[str | Path],
     out: str | Path,
@@ -35,6 +32,7 @@ def evaluate(
     subset: str | None = None,
     image_folder: str | Path | None = None,
     columns: dict[str, str] | None = None,
+    allow_urls: bool = False,
     min_image_tokens: int | None = None,
     max_image_tokens: int | None = None,
     console: Console | None = None,
@@ -51,7 +49,7 @@ def evaluate(
         data: files, folders or datasets.
         out: JSON file of the report; predictions go beside it as they come.
         model_name: of a loaded model: where it came from; by default what transformers noted when it was loaded.
-        split, subset, image_folder, columns: see `Data`.
+        split, subset, image_folder, columns, allow_urls: see `Data`.
         min_image_tokens, max_image_tokens: budget per image, if not the model's own.
         console: for progress; by default all is quiet.
         options: of `evaluation_of`. A probe's `of` may be left out where the data's columns tell the task.
@@ -61,7 +59,7 @@ def evaluate(
             else, or the predictions found there are not of this model, data and task.
     """
     paths = [str(path) for path in ([data] if isinstance(data, str | Path) else data)]
-    source = Data(paths, split, subset, None if image_folder is None else str(image_folder), columns)
+    source = Data(paths, split, subset, None if image_folder is None else str(image_folder), columns, allow_urls)
     out = Path(out)
     check_overwrites_nothing(out, (".png",) if task == "probe" or isinstance(task, Probe) else ())
     if isinstance(task, Evaluation):
@@ -124,7 +122,12 @@ def evaluation_of(
             raise ValueError(f"--{name} is for the task {', '.join(where)}, and this is {task}: leave it out.")
     if task == "text":
         return TextAbility(base, max_examples, seed)
-    options = {"prompt": prompt, "labels": labels and list(labels), "max_examples": max_examples, "seed": seed}
+    options: dict[str, Any] = {
+        "prompt": prompt,
+        "labels": labels and list(labels),
+        "max_examples": max_examples,
+        "seed": seed,
+    }
     if task == "exact":
         return ExactAnswers(Vqa(**options))
     if task != "probe":

@@ -1,16 +1,20 @@
 """The rule of attention, in one place.
 
-Dims: B rows, Q new tokens, K all tokens so far, N images.
+Dims: B sequences, Q new tokens, K all tokens so far, N images.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate
 
 from .segmented_sdpa import SEGMENTED_SDPA, cut
 
 
-def image_blocks(is_image, image_grid_thw, patch_merge=1):
+def image_blocks(is_image: Tensor, image_grid_thw: Tensor, patch_merge: int = 1) -> Tensor:
     """Number the image tokens by the frame they belong to.
 
     Numbering follows the grids, not runs of neighbouring image tokens, so two images that touch stay apart.
@@ -32,13 +36,16 @@ def image_blocks(is_image, image_grid_thw, patch_merge=1):
         raise ValueError(
             f"The prompt has {num_placed} image tokens but the {image_grid_thw.shape[0]} images given have "
             f"{num_given * patch_merge**2} patches, which make {num_given} at patch_merge {patch_merge}. "
-            "Was the prompt cut, or an image left out?"
+            "Was the prompt cut, or an image left out? With past_key_values give only the images that are not in them."
         )
     numbers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes, dtype=torch.long)).to(is_image.device)
     return torch.full(is_image.shape, -1, device=is_image.device).masked_scatter_(is_image, numbers)
 
 
-def attention_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids, blocks, seen_until=None):
+def attention_masks(
+    config: PreTrainedConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None,
+    position_ids: Tensor | None, blocks: Tensor | None, seen_until: Tensor | None = None,
+) -> Any:  # fmt: skip
     """Who sees whom. Text is causal; an image token sees its whole image and all before it (section 3.3 of the paper).
 
                   keys:  t  A  A  B  B  t        x = sees
@@ -49,23 +56,23 @@ def attention_masks(config, inputs_embeds, attention_mask, past_key_values, posi
                   B      x  x  x  x  x  .
                   t      x  x  x  x  x  x
 
-    Documents packed into one row never see each other: with `attention_mask=None`, either `position_ids` restart at
-    each, or `seen_until` says how far to the right each token is seen. The latter also lets several questions share
+    Documents packed into one sequence never see each other: with `attention_mask=None`, either `position_ids` restart
+    at each, or `seen_until` says how far to the right each token is seen. The latter also lets several questions share
     the image before them: a token of one is seen until this one ends, the image until the last one does.
 
     Args:
         config: the LLM's configuration; its sliding windows and chunks are kept.
         attention_mask: bool or int[B, K], False at padding, or None.
         blocks: int[B, Q] from `image_blocks`.
-        seen_until: int[B, K], the last place of the row that may see each token, or None: all after it. All of an
-            image may see it; there is no cache.
+        seen_until: int[B, K], the last place that may see each token, or None: all after it. All of an image may see
+            it; there is no cache.
 
     Returns:
         What the LLM takes as `attention_mask`: a mask in the form of its attention implementation (for sdpa
         bool[B, 1, Q, K], True = sees; for `segmented_sdpa` with its segments), or a dict of them by layer type.
 
     Raises:
-        ValueError: `seen_until` in a row longer than the LLM's sliding window, which counts places, not positions.
+        ValueError: `seen_until` in a sequence longer than the LLM's sliding window, which counts places.
     """
     is_flex = config._attn_implementation == "flex_attention"
     still_seen, all_blocks = None, blocks
@@ -73,8 +80,8 @@ def attention_masks(config, inputs_embeds, attention_mask, past_key_values, posi
         window = getattr(config, "sliding_window", None)
         if window and seen_until.shape[1] > window:
             raise ValueError(
-                f"A row of {seen_until.shape[1]} tokens in which several questions may share an image exceeds the "
-                f"sliding window of {window} tokens: use rows of at most {window}."
+                f"A packed sequence of {seen_until.shape[1]} tokens in which several questions may share an image "
+                f"exceeds the sliding window of {window} tokens: use sequences of at most {window}."
             )
         position_ids = None  # borders are given, so restarts of positions must not be read as such
         if is_flex:
@@ -83,15 +90,8 @@ def attention_masks(config, inputs_embeds, attention_mask, past_key_values, posi
             all_blocks = torch.full_like(seen_until, -1)  # without any, sdpa is told "causal" and given no mask
     elif past_key_values is not None:  # masks count from the cache's first token
         all_blocks = nn.functional.pad(blocks, (int(past_key_values.get_seq_length()), 0), value=-1)
-    masks = create_masks_for_generate(
-        config=config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        past_key_values=past_key_values,
-        position_ids=position_ids,
-        and_mask_function=still_seen,
-        block_sequence_ids=all_blocks,
-    )
+    given = config, inputs_embeds, attention_mask, past_key_values, position_ids
+    masks = create_masks_for_generate(*given, and_mask_function=still_seen, block_sequence_ids=all_blocks)
     if is_flex:
         return masks
     by_type = masks if isinstance(masks, dict) else {None: masks}
@@ -105,7 +105,7 @@ def attention_masks(config, inputs_embeds, attention_mask, past_key_values, posi
     return masks if isinstance(masks, dict) else by_type[None]
 
 
-def _still_seen(seen_until):
+def _still_seen(seen_until: Tensor) -> Callable:
     """`seen_until` as a function of one query and one key. In the library's dense masks it would have to be evaluated
     under vmap, which costs 5 ms and more per mask."""
 
@@ -115,7 +115,7 @@ def _still_seen(seen_until):
     return sees
 
 
-def _only_while_seen(mask, seen_until):
+def _only_while_seen(mask: Tensor, seen_until: Tensor) -> Tensor:
     """A dense mask, of truth values or to be added to scores, less what `seen_until` forbids."""
     places = torch.arange(seen_until.shape[1], device=seen_until.device)[-mask.shape[2] :]  # after what is cached
     still = places[:, None] <= seen_until[:, None, None, :]

@@ -1,6 +1,7 @@
-"""The configuration of a VoRA model: the language model's own, plus a few flat fields for its eyes."""
+"""The configuration of a VoRA model: the language model's own, plus a few flat fields for images."""
 
 import os
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -43,22 +44,12 @@ class VoraConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
 
     def __init__(
-        self,
-        text_config=None,
-        image_token_id=0,
-        patch_size=14,
-        patch_merge=1,
-        image_size=448,
-        num_channels=3,
-        vision_hidden_size=768,
-        patch_norm=True,
-        patch_norm_eps=1e-5,
-        image_attention="bidirectional",
-        lm_head_bias=False,
-        initializer_range=0.02,
-        tie_word_embeddings=None,
-        **kwargs,
-    ):
+        self, text_config: PreTrainedConfig | dict | None = None, image_token_id: int = 0, patch_size: int = 14,
+        patch_merge: int = 1, image_size: int = 448, num_channels: int = 3, vision_hidden_size: int = 768,
+        patch_norm: bool = True, patch_norm_eps: float = 1e-5, image_attention: str = "bidirectional",
+        lm_head_bias: bool = False, initializer_range: float = 0.02, tie_word_embeddings: bool | None = None,
+        **kwargs: Any,
+    ):  # fmt: skip
         if isinstance(text_config, dict):
             text_config = dict(text_config)
             text_config = AutoConfig.for_model(text_config.pop("model_type", "llama"), **text_config)
@@ -75,16 +66,11 @@ class VoraConfig(PreTrainedConfig):
             )
         if image_attention not in ("bidirectional", "causal"):
             raise ValueError(f"image_attention {image_attention!r} is unknown: give bidirectional or causal.")
-        self.image_token_id = image_token_id
-        self.patch_size = patch_size
-        self.patch_merge = patch_merge
-        self.image_size = image_size
-        self.num_channels = num_channels
-        self.vision_hidden_size = vision_hidden_size
-        self.patch_norm = patch_norm
-        self.patch_norm_eps = patch_norm_eps
-        self.image_attention = image_attention
-        self.lm_head_bias = lm_head_bias
+        self.image_token_id, self.image_attention = image_token_id, image_attention
+        self.patch_size, self.patch_merge = patch_size, patch_merge
+        self.image_size, self.num_channels = image_size, num_channels
+        self.vision_hidden_size, self.lm_head_bias = vision_hidden_size, lm_head_bias
+        self.patch_norm, self.patch_norm_eps = patch_norm, patch_norm_eps
         self.initializer_range = initializer_range
         # vLLM reads it: the tokens of one image attend to each other in both directions
         self.is_mm_prefix_lm = image_attention == "bidirectional"
@@ -95,7 +81,7 @@ class VoraConfig(PreTrainedConfig):
             kwargs.setdefault(token, getattr(self.text_config, token, None))
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         if self._auto_class:  # not of a subclass, whose code does not ship
             self.auto_map = dict(AUTO_MAP)
         for name in self.sub_configs:
@@ -104,6 +90,6 @@ class VoraConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, **kwargs)
 
     @property
-    def grid_size(self):
+    def grid_size(self) -> int:
         """Side of the grid of learned positions, in patches."""
         return self.image_size // self.patch_size

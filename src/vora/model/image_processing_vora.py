@@ -1,136 +1,22 @@
-"""PIL images to normalised patches and grids, each image at its own size."""
+"""PIL images to normalised patches and grids, each image at its own size.
 
-import base64
-import io
+Dims: P patches of all images, C channels, p patch side, N images.
+"""
+
 import math
 import os
-import re
-import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
-from transformers import image_utils
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
-SECONDS_TO_WAIT = 30  # for a server that has gone silent; a run would wait for it forever
-BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
-LONGEST_PATH = 260
-ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # a TIFF's pages and a camera's previews are no frames
+from .fetch_image import fetch_frames, fetch_image
 
-
-def read_image(source):
-    """An RGB image from whatever people have.
-
-    EXIF rotation is applied, transparency laid on white, 16-bit grey scaled to 8 bits, CMYK converted, and of an
-    animation the first frame taken.
-
-    Args:
-        source: PIL image, array, encoded bytes, path, URL or base64 string.
-
-    Raises:
-        ValueError: the file is missing, empty, truncated or no image; the message names it.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's remarks on palettes and EXIF are handled here
-            return _to_rgb(_opened(source))
-    except UnidentifiedImageError:
-        cause = "it is not an image that PIL can read"
-    except FileNotFoundError:
-        cause = "there is no such file"
-    except Exception as error:  # PIL's decoders and the network raise many kinds
-        cause = " ".join(str(error).split())[:200] or type(error).__name__
-    raise ValueError(f"Cannot read image {_name_of(source)}: {cause}. Give a readable image, or leave it out.")
-
-
-def is_animated(source):
-    """Whether a path is that of an animation; a URL, or what cannot be read, is none."""
-    try:
-        with Image.open(os.fspath(source).removeprefix("file://")) as image:
-            return image.format in ANIMATED and getattr(image, "n_frames", 1) > 1
-    except Exception:  # PIL's decoders raise many kinds
-        return False
-
-
-def is_base64(text):
-    """Whether a text is base64 and no path: it is longer than paths are, or holds what PIL knows as an image."""
-    if not BASE64.fullmatch(text) or os.path.isfile(text):
-        return False
-    if len(text) > LONGEST_PATH:
-        return True
-    try:
-        Image.open(io.BytesIO(base64.b64decode(text))).close()
-        return True
-    except Exception:  # PIL's decoders raise many kinds
-        return False
-
-
-def _name_of(source):
-    given = isinstance(source, (str, os.PathLike))
-    return str(source if given else getattr(source, "filename", "") or type(source).__name__)[:200]
-
-
-def _opened(source):
-    if isinstance(source, Image.Image):
-        return source
-    if not isinstance(source, (str, os.PathLike, bytes)):
-        return _from_array(np.asarray(source))
-    with Image.open(_file_of(source)) as image:
-        image.load()  # also tells whether it is whole
-        return image
-
-
-def _file_of(source):
-    """What PIL can open: the path of a file, or a stream of the bytes that are given, in base64 or at a URL."""
-    if not isinstance(source, bytes):
-        name = os.fspath(source).removeprefix("file://")
-        if name.startswith(("http://", "https://")):
-            source = _fetched(name)
-        elif name.startswith("data:") or is_base64(name):
-            source = base64.b64decode(name.rpartition(",")[2])
-        elif os.path.isfile(name) and os.path.getsize(name) == 0:
-            raise ValueError("the file is empty (0 bytes)")
-        else:
-            return name
-    if not source:
-        raise ValueError("it has 0 bytes")
-    return io.BytesIO(source)
-
-
-def _fetched(url):
-    """The bytes at a URL, by the client that transformers itself uses."""
-    answer = image_utils.httpx.get(url, timeout=SECONDS_TO_WAIT, follow_redirects=True)
-    if answer.is_error:
-        raise ValueError(f"the server answers {answer.status_code} {answer.reason_phrase}")
-    return answer.content
-
-
-def _from_array(array):
-    """uint8 or float (0..1 or 0..255) array [H, W], [H, W, C] or [C, H, W]."""
-    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    if array.dtype.kind == "f":
-        array = _to_8_bits(array, 1 if array.max(initial=0) <= 1 else 255)
-    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
-
-
-def _to_rgb(image):
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # 16-bit, 32-bit and float grey: convert() would clip instead of scaling
-        grey = np.asarray(image, dtype=np.float32)
-        peaks = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535) if image.mode == "F" else (255, 65535)
-        peak = next((peak for peak in peaks if grey.max(initial=0) <= peak), 65535)
-        return Image.fromarray(_to_8_bits(grey, peak)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _to_8_bits(array, peak):
-    return (array.clip(0, peak) * (255 / peak)).round().astype(np.uint8)
+ALWAYS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")  # what other image processors can leave out
 
 
 class Video:
@@ -139,8 +25,9 @@ class Video:
     Known by `is_video`, not by its class: remote code is loaded file by file, and each file has a class of its own.
 
     Args:
-        source: list of frames (anything `read_image` takes), array [T, H, W, 3], or an animated image: PIL image,
+        source: list of frames (anything `fetch_image` takes), array [T, H, W, 3], or an animated image: PIL image,
             path, URL, base64 string or bytes.
+        allow_urls: see `fetch_image`.
 
     Raises:
         ValueError: there are no frames, or one cannot be read.
@@ -148,38 +35,19 @@ class Video:
 
     is_video = True
 
-    def __init__(self, source):
+    def __init__(self, source: Any, allow_urls: bool = False):
         if isinstance(source, (str, os.PathLike, bytes, Image.Image)):
-            name = f"of {len(source)} bytes" if isinstance(source, bytes) else _name_of(source)
-            try:
-                source = _frames_of(source)
-            except Exception as error:  # PIL's decoders and the network raise many kinds
-                raise ValueError(
-                    f"Cannot read video {name}: {error}. Give its frames as a list of images, or an animated GIF, "
-                    "WebP or PNG."
-                ) from None
-        self.frames = [read_image(frame) for frame in source]
+            self.frames = fetch_frames(source, allow_urls=allow_urls)
+        else:
+            self.frames = [fetch_image(frame, allow_urls=allow_urls) for frame in source]
         if not self.frames:
             raise ValueError("The video has 0 frames: give at least one.")
 
-    @property
-    def height(self):
-        return self.frames[0].height
-
-    @property
-    def width(self):
-        return self.frames[0].width
+    height = property(lambda self: self.frames[0].height)
+    width = property(lambda self: self.frames[0].width)
 
 
-def _frames_of(animation):
-    """The frames of an animated image, open or to be opened, in a list."""
-    if isinstance(animation, Image.Image):
-        return [frame.copy() for frame in ImageSequence.Iterator(animation)]
-    with Image.open(_file_of(animation)) as opened:
-        return _frames_of(opened)
-
-
-def on_black_square(image):
+def on_black_square(image: Image.Image) -> Image.Image:
     """An RGB image in the middle of the smallest black square that holds it."""
     side = max(image.size)
     if image.size == (side, side):
@@ -189,7 +57,9 @@ def on_black_square(image):
     return square
 
 
-def fit_grid(height, width, token_size, min_image_tokens, max_image_tokens):
+def fit_grid(
+    height: int, width: int, token_size: int, min_image_tokens: int, max_image_tokens: int
+) -> tuple[int, int]:
     """The grid of whole image tokens near an image's size and aspect ratio within a budget.
 
     Args:
@@ -210,7 +80,7 @@ def fit_grid(height, width, token_size, min_image_tokens, max_image_tokens):
     grids = _grids_near(rows * scale, columns * scale, min_image_tokens, max_image_tokens)
     grids |= {(r, c) for c, r in _grids_near(columns * scale, rows * scale, min_image_tokens, max_image_tokens)}
 
-    def distance(grid):
+    def distance(grid: tuple[int, int]) -> tuple:
         aspect, area = grid[0] / grid[1], grid[0] * grid[1]
         too_few = max(0, min_image_tokens - area)
         return too_few, abs(math.log(aspect * columns / rows)) + 0.5 * abs(math.log(area / bound)), grid
@@ -218,7 +88,7 @@ def fit_grid(height, width, token_size, min_image_tokens, max_image_tokens):
     return min(grids, key=distance)
 
 
-def _grids_near(first, second, fewest, most):
+def _grids_near(first: float, second: float, fewest: int, most: int) -> set[tuple[int, int]]:
     """Grids with about `first` tokens along one side, and along the other what aspect ratio and budget ask for."""
     near = range(max(1, min(most, math.floor(first) - 2)), min(most, math.ceil(first) + 2) + 1)
     return {
@@ -228,23 +98,34 @@ def _grids_near(first, second, fewest, most):
     }
 
 
-def is_video(image):
+def is_video(image: Any) -> TypeGuard[Video]:
     """Whether it is a `Video`."""
     return getattr(image, "is_video", False)
 
 
-def are_several(images):
+def are_several(images: Any) -> bool:
     """Whether it is a list of images, or an array [N, H, W, C] of them."""
     return isinstance(images, (list, tuple)) or getattr(images, "ndim", None) == 4
 
 
-def flat_images(images):
+def flat_images(images: Any) -> Iterator[Any]:
     """The images of a nested list or of an array of several."""
     if are_several(images):
         for image in images:
             yield from flat_images(image)
     else:
         yield images
+
+
+def _check_steps(kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for arguments of other image processors that would change nothing here."""
+    ignored = [name for name, value in kwargs.items() if value is not None and not (name in ALWAYS and value)]
+    if ignored:
+        raise ValueError(
+            f"{', '.join(f'{name}={kwargs[name]!r}' for name in ignored)}: not supported. Images are always resized, "
+            "scaled to 0..1 (arrays may be so already) and normalised: set image_mean, image_std, resample or the "
+            "budget of tokens on the image processor instead."
+        )
 
 
 class VoraImagesKwargs(ImagesKwargs, total=False):
@@ -265,43 +146,44 @@ class VoraImageProcessor(BaseImageProcessor):
             that; otherwise bars are wasted tokens.
         image_mean, image_std: per channel, of values in 0..1; a teacher's own, if there is one.
         resample: PIL resampling filter.
+
+    Attributes:
+        allow_urls: whether images at http(s) URLs are fetched; not, unless set here, and never saved.
     """
 
+    allow_urls = False
     _auto_class = "AutoImageProcessor"
     valid_kwargs = VoraImagesKwargs
     model_input_names = ["pixel_values", "image_grid_thw"]
 
     def __init__(
-        self,
-        patch_size=14,
-        patch_merge=1,
-        min_image_tokens=4,
-        max_image_tokens=1024,
-        pad_to_square=False,
-        image_mean=(0.5, 0.5, 0.5),
-        image_std=(0.5, 0.5, 0.5),
-        resample=Image.Resampling.BICUBIC,
-        **kwargs,
-    ):
+        self, patch_size: int = 14, patch_merge: int = 1, min_image_tokens: int = 4, max_image_tokens: int = 1024,
+        pad_to_square: bool = False, image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5), resample: int = Image.Resampling.BICUBIC, **kwargs: Any,
+    ):  # fmt: skip
+        kwargs.pop("allow_urls", None)  # a configuration that came with a checkpoint does not decide that
+        _check_steps({name: value for name, value in kwargs.items() if name in ALWAYS})
         super().__init__(**kwargs)
-        if not 1 <= min_image_tokens <= max_image_tokens:
-            raise ValueError(f"min_image_tokens {min_image_tokens} must be in 1..max_image_tokens {max_image_tokens}.")
-        self.patch_size = patch_size
-        self.patch_merge = patch_merge
-        self.min_image_tokens = min_image_tokens
-        self.max_image_tokens = max_image_tokens
-        self.pad_to_square = pad_to_square
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
+        self.patch_size, self.patch_merge, self.pad_to_square = patch_size, patch_merge, pad_to_square
+        self.min_image_tokens, self.max_image_tokens = self._budget(min_image_tokens, max_image_tokens)
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.resample = int(resample)
 
-    def fetch_images(self, image_url_or_urls):
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "allow_urls"}
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Paths, URLs, images and `Video`s, nested as they come, to RGB images."""
         if are_several(image_url_or_urls):
             return [self.fetch_images(source) for source in image_url_or_urls]
-        return image_url_or_urls if is_video(image_url_or_urls) else read_image(image_url_or_urls)
+        if is_video(image_url_or_urls):
+            return image_url_or_urls
+        return fetch_image(image_url_or_urls, allow_urls=self.allow_urls)
 
-    def preprocess(self, images, min_image_tokens=None, max_image_tokens=None, return_tensors=None, **kwargs):
+    def preprocess(
+        self, images: Any, min_image_tokens: int | None = None, max_image_tokens: int | None = None,
+        return_tensors: str | None = None, **kwargs: Any,
+    ) -> BatchFeature:  # fmt: skip
         """Patches of one image or `Video`, or of a (nested) list or an array [N, H, W, C] of them.
 
         Args:
@@ -313,8 +195,9 @@ class VoraImageProcessor(BaseImageProcessor):
             image_grid_thw int[N, 3]: frames (1 of an image), patch rows, patch columns of each image.
 
         Raises:
-            ValueError: an image cannot be read, or the budget is empty.
+            ValueError: an image cannot be read, the budget is empty, or a step is to be left out or done otherwise.
         """
+        _check_steps(kwargs)
         budget = self._budget(min_image_tokens, max_image_tokens)
         images = list(flat_images(self.fetch_images(images)))
         grids = [self.patch_grid(image.height, image.width, *budget) for image in images]
@@ -326,18 +209,18 @@ class VoraImageProcessor(BaseImageProcessor):
         }
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def set_budget(self, min_image_tokens=None, max_image_tokens=None):
+    def set_budget(self, min_image_tokens: int | None = None, max_image_tokens: int | None = None) -> None:
         """Change the budget of all images to come; what is None stays, as far as it fits the other."""
         self.min_image_tokens, self.max_image_tokens = self._budget(min_image_tokens, max_image_tokens)
 
-    def _budget(self, min_image_tokens, max_image_tokens):
+    def _budget(self, min_image_tokens: int | None, max_image_tokens: int | None) -> tuple[int, int]:
         most = self.max_image_tokens if max_image_tokens is None else max_image_tokens
         least = min(self.min_image_tokens, most) if min_image_tokens is None else min_image_tokens
         if not 1 <= least <= most:
             raise ValueError(f"min_image_tokens {least} must be in 1..max_image_tokens {most}.")
         return least, most
 
-    def patch_grid(self, height, width, min_image_tokens, max_image_tokens):
+    def patch_grid(self, height: int, width: int, min_image_tokens: int, max_image_tokens: int) -> tuple[int, int]:
         """(patch rows, patch columns) of an image of so many pixels, multiples of patch_merge."""
         token_size = self.patch_size * self.patch_merge
         if self.pad_to_square:
@@ -345,7 +228,7 @@ class VoraImageProcessor(BaseImageProcessor):
         rows, columns = fit_grid(height, width, token_size, min_image_tokens, max_image_tokens)
         return rows * self.patch_merge, columns * self.patch_merge
 
-    def patchify(self, image, rows, columns):
+    def patchify(self, image: Image.Image, rows: int, columns: int) -> np.ndarray:
         """An RGB image to float[rows * columns, C*p*p], normalised."""
         size = (columns * self.patch_size, rows * self.patch_size)
         if self.pad_to_square:
@@ -357,8 +240,7 @@ class VoraImageProcessor(BaseImageProcessor):
         pixels = pixels.reshape(rows, self.patch_size, columns, self.patch_size, 3)
         return pixels.transpose(0, 2, 4, 1, 3).reshape(rows * columns, -1)
 
-    def get_number_of_image_patches(self, height, width, images_kwargs=None):
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Patches of an image of this size in pixels; runtimes such as vLLM plan with it."""
-        given = [(images_kwargs or {}).get(name) for name in ("min_image_tokens", "max_image_tokens")]
-        budget = self._budget(*given)
+        budget = self._budget(*((images_kwargs or {}).get(name) for name in ("min_image_tokens", "max_image_tokens")))
         return math.prod(self.patch_grid(height, width, *budget))

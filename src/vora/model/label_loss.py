@@ -3,20 +3,24 @@
 Dims: L labels, D = LLM width, V = vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 MOST_LOGITS = 2**26  # in memory at once: some 1 GB with gradients, and products that still fill a GPU
 
 
-def labels_at_once(num_labels, vocab_size):
+def labels_at_once(num_labels: int, vocab_size: int) -> int:
     """How many labels get their logits at a time: all, or as many as make equal parts of at most `MOST_LOGITS`."""
     num_parts = min(num_labels, -(-num_labels * vocab_size // MOST_LOGITS))
     return -(-num_labels // num_parts)
 
 
-def losses_of_labels(logits_of, states, targets, vocab_size):
+def losses_of_labels(
+    logits_of: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, vocab_size: int
+) -> Tensor:
     """Cross-entropy of each label, in float32: float[L].
 
     Where all logits would be more than `MOST_LOGITS` they are made part by part, and each part again when gradients
@@ -36,5 +40,5 @@ def losses_of_labels(logits_of, states, targets, vocab_size):
     return torch.cat(found)
 
 
-def _losses(logits_of, states, targets):
+def _losses(logits_of: Callable, states: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits_of(states).float(), targets, reduction="none")

@@ -4,10 +4,11 @@ Dims: B rows, T tokens, P patches, N images, D = LLM width, V = vocabulary, L = 
 """
 
 import os
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -30,7 +31,7 @@ class VoraPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, PatchEmbedding):
             nn.init.normal_(module.position, std=self.config.initializer_range)
         elif isinstance(module, nn.Linear):
@@ -40,31 +41,18 @@ class VoraPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """As any model's; one that was opened with an adapter is saved whole, the adapter beside it.
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As any model's.
 
         Raises:
-            ValueError: a model without adapter would be saved beside an old one, which `from_pretrained` would add.
+            ValueError: it would lie beside another model's adapter, which `from_pretrained` would add to it.
         """
-        has_adapter = getattr(self, "_hf_peft_config_loaded", False)
-        if not has_adapter and os.path.exists(os.path.join(save_directory, "adapter_config.json")):
+        if os.path.exists(os.path.join(save_directory, "adapter_config.json")):
             raise ValueError(
                 f"{save_directory} holds an adapter, which would be added to this model whenever it is loaded: save "
                 "to another folder, or delete adapter_config.json first."
             )
         super().save_pretrained(save_directory, **kwargs)
-        if not has_adapter:
-            return
-        state = {}
-        for name, tensor in self.state_dict().items():
-            if "lora_" not in name and ".original_module." not in name:
-                name = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
-                state[name] = tensor
-        self._hf_peft_config_loaded = False
-        try:  # in this format, for the other one has the adapter's prefixes
-            super().save_pretrained(save_directory, **{**kwargs, "state_dict": state, "save_original_format": False})
-        finally:
-            self._hf_peft_config_loaded = True
 
 
 class VoraModel(VoraPreTrainedModel):
@@ -73,31 +61,31 @@ class VoraModel(VoraPreTrainedModel):
     _auto_class = "AutoModel"
     patch_embedding_class = PatchEmbedding
 
-    def __init__(self, config):
+    def __init__(self, config: VoraConfig):
         super().__init__(config)
         self.patch_embedding = self.patch_embedding_class(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self._no_split_modules = self.language_model._no_split_modules
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
-    def set_input_embeddings(self, embeddings):
+    def set_input_embeddings(self, embeddings: nn.Module) -> None:
         self.language_model.set_input_embeddings(embeddings)
 
     @property
-    def blocks(self):
-        """The LLM's transformer blocks: an `nn.ModuleList`, whatever its family calls it."""
+    def blocks(self) -> nn.ModuleList:
+        """The LLM's transformer blocks, whatever its family calls them."""
         depth = self.config.get_text_config().num_hidden_layers
         lists = [m for m in self.language_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
         return lists[0]
 
-    def get_image_features(self, pixel_values, image_grid_thw):
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """float[P, C*p*p] patches of N images to float[P / m^2, D] image tokens, raster order (m: patch_merge)."""
         return self.patch_embedding(pixel_values, image_grid_thw)
 
-    def image_token_mask(self, input_ids, inputs_embeds):
+    def image_token_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """bool[B, T], True where the prompt holds an image token."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
@@ -106,23 +94,16 @@ class VoraModel(VoraPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        pixel_values=None,
-        image_grid_thw=None,
-        image_numbers=None,
-        seen_until=None,
-        **kwargs,
-    ):
-        """Hidden states of a batch of rows that mix text and images.
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None, image_numbers: Tensor | None = None,
+        seen_until: Tensor | None = None, **kwargs: Any,
+    ) -> BaseModelOutputWithPast:  # fmt: skip
+        """Hidden states of a batch of token sequences that mix text and images.
 
         Args:
             input_ids: int[B, T], `config.image_token_id` once per (merged) patch; or `inputs_embeds` float[B, T, D].
-            attention_mask: int[B, T], 0 at padding; None for packed rows, whose `position_ids` restart.
+            attention_mask: int[B, T], 0 at padding; None for packed sequences, whose `position_ids` restart.
             position_ids: int[B, T].
             pixel_values: float[P, C*p*p], normalised patches of all images, raster order, each flattened (C, p, p).
             image_grid_thw: int[N, 3], frames, patch rows, patch columns of each image.
@@ -137,50 +118,33 @@ class VoraModel(VoraPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if (pixel_values is None) != (image_grid_thw is None):
             raise ValueError("Give pixel_values and image_grid_thw together, as the processor returns them.")
+        config = self.config.get_text_config()
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         blocks = None
         if pixel_values is not None:
             is_image = self.image_token_mask(input_ids, inputs_embeds)
-            blocks = image_numbers
-            if blocks is None:
-                blocks = image_blocks(is_image, image_grid_thw, self.config.patch_merge)
-            image_tokens = self.get_image_features(pixel_values, image_grid_thw)
-            inputs_embeds = put_tokens(inputs_embeds, is_image, image_tokens)
-            if self.config.image_attention == "causal":
-                blocks = None
+            if image_numbers is None:
+                image_numbers = image_blocks(is_image, image_grid_thw, self.config.patch_merge)
+            inputs_embeds = put_tokens(inputs_embeds, is_image, self.get_image_features(pixel_values, image_grid_thw))
+            if self.config.image_attention == "bidirectional":
+                blocks = image_numbers
         elif past_key_values is None and input_ids is not None:
             self._check_no_image_tokens(input_ids)
 
+        # Text alone takes the LLM's own road, mask included, so its logits stay the LLM's to the last bit.
         if blocks is not None or seen_until is not None:
             attention_mask = attention_masks(
-                self.config.get_text_config(),
-                inputs_embeds,
-                attention_mask,
-                past_key_values,
-                position_ids,
-                blocks,
-                seen_until,
+                config, inputs_embeds, attention_mask, past_key_values, position_ids, blocks, seen_until
             )
-        # Text alone takes the LLM's own road, mask included, so its logits stay the LLM's to the last bit.
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        return BaseModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        kwargs.update(attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values)
+        outputs = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
+        kept = outputs.past_key_values, outputs.hidden_states, outputs.attentions
+        return BaseModelOutputWithPast(outputs.last_hidden_state, *kept)
 
-    def _check_no_image_tokens(self, input_ids):
-        num_orphans = int((input_ids == self.config.image_token_id).sum())
-        if num_orphans:
+    def _check_no_image_tokens(self, input_ids: Tensor) -> None:
+        if num_orphans := int((input_ids == self.config.image_token_id).sum()):
             raise ValueError(
                 f"The prompt has {num_orphans} image tokens (id {self.config.image_token_id}) but 0 images were "
                 "given: pass pixel_values and image_grid_thw from the processor."
@@ -193,7 +157,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
     _auto_class = "AutoModelForImageTextToText"
     model_class = VoraModel
 
-    def __init__(self, config):
+    def __init__(self, config: VoraConfig):
         super().__init__(config)
         self.model = self.model_class(config)
         text_config = config.get_text_config()
@@ -204,65 +168,38 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, embeddings):
-        self.model.set_input_embeddings(embeddings)
-
-    def get_image_features(self, pixel_values, image_grid_thw):
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         return self.model.get_image_features(pixel_values, image_grid_thw)
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        pixel_values=None,
-        image_grid_thw=None,
-        labels=None,
-        logits_to_keep=0,
-        **kwargs,
-    ):
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None, labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0, num_items_in_batch: int | Tensor | None = None, **kwargs: Any,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
         """`VoraModel.forward`, then logits float[B, T, V].
 
         Args:
             labels: int[B, T], the token at each place, -100 where none is to be predicted.
             logits_to_keep: int, only the logits of that many last tokens (0: all), or int[K] indices into T.
+            num_items_in_batch: see `lm_loss`.
 
         Raises:
             ValueError: image tokens and images do not match, or every label is masked.
         """
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            image_grid_thw=image_grid_thw,
-            return_dict=True,
-            **kwargs,
-        )
+        inputs = input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, pixel_values, image_grid_thw
+        outputs = self.model(*inputs, return_dict=True, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.logits(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
             loss = self.lm_loss(outputs.last_hidden_state, targets, num_items_in_batch)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        kept = outputs.past_key_values, outputs.hidden_states, outputs.attentions
+        return CausalLMOutputWithPast(loss, logits, *kept)
 
-    def logits(self, hidden_states):
+    def logits(self, hidden_states: Tensor) -> Tensor:
         """float[..., D] final hidden states to float[..., V] logits, scaled and capped as the LLM's own."""
         config = self.config.get_text_config()
         logits = self.lm_head(hidden_states)
@@ -274,20 +211,18 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             logits = torch.tanh(logits / cap) * cap
         return logits
 
-    def lm_loss(self, hidden_states, targets, num_items_in_batch=None):
-        """Next-token cross-entropy, a mean over labels.
+    def lm_loss(
+        self, hidden_states: Tensor, targets: Tensor, num_items_in_batch: float | Tensor | None = None
+    ) -> Tensor:
+        """The mean of `label_losses`.
 
         Args:
-            hidden_states, targets: see `label_losses`.
             num_items_in_batch: label tokens to divide by (all micro-batches of a step); None: those present.
-
-        Raises:
-            ValueError: every target is masked, so nothing could be learned.
         """
         losses = self.label_losses(hidden_states, targets)
         return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
 
-    def label_losses(self, hidden_states, targets, places=None):
+    def label_losses(self, hidden_states: Tensor, targets: Tensor, places: Tensor | None = None) -> Tensor:
         """Next-token cross-entropy of each label, float[L]; logits are made only there, see `losses_of_labels`.
 
         Args:
@@ -303,17 +238,13 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         if not len(places):
             raise ValueError(
                 f"All {targets.numel()} labels are masked (-100): there is nothing to predict. "
-                "Check that the chat template marks assistant turns and that rows are not truncated before them."
+                "Check that the chat template marks assistant turns and that sequences are not truncated before them."
             )
         states, vocab_size = hidden_states.flatten(0, 1)[places], self.lm_head.out_features
         return losses_of_labels(self.logits, states, targets.flatten()[places], vocab_size)
 
-    def generate(self, inputs=None, *args, **kwargs):
-        """As transformers' `generate`; the image token is not generated, also where `suppress_tokens` are given.
-
-        Raises:
-            ValueError: the prompt has image tokens, but no images are given.
-        """
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `generate`; the image token is not generated, also where `suppress_tokens` are given."""
         ids = kwargs.get("input_ids", inputs)
         if ids is not None and kwargs.get("pixel_values") is None and kwargs.get("past_key_values") is None:
             self.model._check_no_image_tokens(ids)
@@ -322,7 +253,9 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             kwargs["suppress_tokens"] = [*([] if given is None else given), self.config.image_token_id]
         return super().generate(inputs, *args, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask=None, inputs_embeds=None, **kwargs: Any
+    ) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -332,24 +265,21 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             inputs.pop("image_grid_thw", None)  # generate drops the pixels after the first step, but not the grids
         return inputs
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeat whole images, not patches, for beams and several returned sequences."""
         pixel_values, grids = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_grid_thw", None)
         if pixel_values is not None and expand_size > 1:
             embeds = model_kwargs.get("inputs_embeds")
             is_image = self.model.image_token_mask(input_ids if embeds is None else None, embeds)
             image_blocks(is_image, grids, self.config.patch_merge)  # raises where tokens and images do not match
-            num_patches = (is_image.sum(-1) * self.config.patch_merge**2).tolist()
-            patches_of_row = pixel_values.split(num_patches)
-            pixel_values = torch.cat([patches for patches in patches_of_row for _ in range(expand_size)])
-            rows, sizes = [], grids.prod(-1).tolist()
-            for budget in num_patches:
-                row = []
-                while budget > 0:
-                    row.append(len(row) + sum(map(len, rows)))
-                    budget -= sizes[row[-1]]
-                rows.append(row)
-            grids = torch.cat([grids[row] for row in rows if row for _ in range(expand_size)])
+            num_patches = is_image.sum(-1) * self.config.patch_merge**2
+            row_of_image = torch.searchsorted(num_patches.cumsum(0), grids.prod(-1).cumsum(0).to(num_patches.device))
+            pixels_of_rows = pixel_values.split(num_patches.tolist())
+            grids_of_rows = grids.split(row_of_image.bincount(minlength=len(num_patches)).tolist())
+            pixel_values = torch.cat([one for one in pixels_of_rows for _ in range(expand_size)])
+            grids = torch.cat([one for one in grids_of_rows for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )

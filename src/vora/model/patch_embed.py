@@ -1,12 +1,18 @@
 """Patches to image tokens: linear, norm, two-dimensional positions resampled to any grid, merge, projection.
 
 Dims: P patches of all images of the batch, C channels, p patch side, m = patch_merge, D_v = vision_hidden_size,
-D = LLM width, G = side of the learned grid, N images, B rows, T tokens of a row.
+D = LLM width, G = side of the learned grid, N images, B sequences, T tokens of each.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+from .configuration_vora import VoraConfig
+
+Grid = tuple[int, int, int] | list[int]  # frames, patch rows, patch columns
 
 
 class PatchEmbedding(nn.Module):
@@ -17,7 +23,7 @@ class PatchEmbedding(nn.Module):
     square go through the projection together and become one token.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: VoraConfig):
         super().__init__()
         self.grid_size = config.grid_size
         width = config.vision_hidden_size
@@ -27,7 +33,7 @@ class PatchEmbedding(nn.Module):
         self.patch_merge = config.patch_merge
         self.projection = nn.Linear(config.patch_merge**2 * width, config.text_config.hidden_size, bias=False)
 
-    def forward(self, pixel_values, image_grid_thw):
+    def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """float[P, C*p*p] patches and int[N, 3] grids to float[P / m^2, D] image tokens.
 
         Raises:
@@ -46,12 +52,12 @@ class PatchEmbedding(nn.Module):
         tokens = self.norm(self.patch(pixel_values.to(dtype)).to(dtype))
         return self.projection(merge_neighbours(tokens + self.positions(grids), grids, self.patch_merge).flatten(1))
 
-    def positions(self, grids):
-        """Learned positions of every patch: list of (frames, rows, columns) to float[P, D_v]."""
+    def positions(self, grids: Sequence[Grid]) -> Tensor:
+        """Learned positions of every patch, float[P, D_v]."""
         resampled = {(h, w): self.positions_of_grid(h, w) for _, h, w in grids}
         return torch.cat([resampled[h, w].repeat(t, 1) for t, h, w in grids])
 
-    def positions_of_grid(self, num_rows, num_columns):
+    def positions_of_grid(self, num_rows: int, num_columns: int) -> Tensor:
         """The learned table resampled (bicubic, antialiased) to float[num_rows * num_columns, D_v]."""
         if (num_rows, num_columns) == (self.grid_size, self.grid_size):
             return self.position
@@ -60,25 +66,21 @@ class PatchEmbedding(nn.Module):
         return table[0].flatten(1).T.to(self.position.dtype)
 
 
-def put_tokens(inputs_embeds, is_image, image_tokens):
-    """Image tokens in the places that wait for them.
+def put_tokens(inputs_embeds: Tensor, is_image: Tensor, image_tokens: Tensor) -> Tensor:
+    """Image tokens in the places that wait for them: float[B, T, D].
 
     What `masked_scatter` does, whose gradient makes the host wait for a GPU to count the places.
 
     Args:
-        inputs_embeds: float[B, T, D].
         is_image: bool[B, T], with as many True as there are image tokens.
         image_tokens: float[P / m^2, D], in order.
-
-    Returns:
-        float[B, T, D].
     """
     order = is_image.flatten().cumsum(0).sub(1).clamp(min=0)  # at text any token, which is not taken
     tokens = image_tokens.to(inputs_embeds).index_select(0, order).view_as(inputs_embeds)
     return torch.where(is_image[..., None], tokens, inputs_embeds)
 
 
-def resized(table, grid, mode):
+def resized(table: Tensor, grid: tuple[int, int], mode: str) -> Tensor:
     """float[n, D, rows, columns] on another grid, antialiased.
 
     One column is made as one row: torch 2.13 gives all rows of a single column the value of the first.
@@ -89,12 +91,8 @@ def resized(table, grid, mode):
     return F.interpolate(table, grid, **how)
 
 
-def merge_neighbours(features, grids, patch_merge):
-    """Features of patches grouped by the image token that they become.
-
-    Args:
-        features: float[P, D], raster order.
-        grids: list of (frames, rows, columns).
+def merge_neighbours(features: Tensor, grids: Sequence[Grid], patch_merge: int) -> Tensor:
+    """Features float[P, D] of patches, raster order, grouped by the image token that they become.
 
     Returns:
         float[P / m^2, m^2, D]: tokens in raster order, the patches of each in raster order too.

@@ -2,11 +2,15 @@
 
 import copy
 import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .image_processing_vora import Video, VoraImagesKwargs, flat_images, is_video
+from .image_processing_vora import Video, VoraImageProcessor, VoraImagesKwargs, flat_images, is_video
 
 # Put before an LLM's own template, this lets it take content that is a list of images and texts.
 FLATTEN_CONTENT = """\
@@ -30,6 +34,10 @@ FLATTEN_CONTENT = """\
 """
 
 
+TEXT_PARTS = ("text", "input_text", "output_text")  # the latter two of OpenAI's newer schema
+SPELT = "\ufdd0"  # no text's character: stands within a control token that a person spelt, where tokenizing is parted
+
+
 class VoraProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: VoraImagesKwargs
     # templates write the special tokens themselves
@@ -40,7 +48,8 @@ class VoraProcessor(ProcessorMixin):
     """Image processor and tokenizer in one; `apply_chat_template` makes model inputs from messages.
 
     Content is text, or a list of texts, images and videos: `{"type": "video", "video": frames}` with all that `Video`
-    takes. A video is an image of several frames; no second processor is needed for it.
+    takes. A video is an image of several frames; no second processor is needed for it. Control tokens that a message
+    spells (the image token, and those with which the template marks roles and ends) are plain text.
 
     Args:
         image_processor: a `VoraImageProcessor`.
@@ -55,32 +64,51 @@ class VoraProcessor(ProcessorMixin):
     tokenizer_class = "AutoTokenizer"
     valid_processor_kwargs = VoraProcessorKwargs
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, image_token="<image>", **kwargs):
+    def __init__(
+        self, image_processor: VoraImageProcessor | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None, image_token: str = "<image>", **kwargs: Any,
+    ):  # fmt: skip
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         # left, so that generation continues right after every prompt of a batch; calls and saving read init_kwargs
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-        self._ends = None, []  # of which template, see `end_ids`
+        self._ends, self._control = (None, []), (None, "")  # each of a template, see `end_ids`, `_control_tokens`
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def set_template(self, template):
-        """Write turns by this Jinja template from now on; content may be a list of images and texts.
-
-        Returns:
-            This processor.
-        """
+    def set_template(self, template: str) -> "VoraProcessor":
+        """Write turns by this Jinja template from now on; content may be a list of images and texts. Gives itself."""
         self.chat_template = FLATTEN_CONTENT.replace("IMAGE_TOKEN", self.image_token) + template
         return self
 
-    def apply_chat_template(self, conversation, *args, **kwargs):
-        return super().apply_chat_template(_videos_as_images(conversation), *args, **kwargs)
+    def apply_chat_template(self, conversation: Sequence, *args: Any, **kwargs: Any) -> Any:
+        """As the library's, of messages or a batch of them.
 
-    def prepare_inputs_layout(self, images=None, **kwargs):
+        Raises:
+            ValueError: a part of the content is neither text nor image nor video, so that it would be left out.
+        """
+        return super().apply_chat_template(self._normalised(conversation), *args, **kwargs)
+
+    def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
+        """As the library's: images alone, texts alone, or texts whose image tokens stand for the images in order."""
+        if not any(SPELT in one for one in ([text] if isinstance(text, str) else text or [])):
+            return super().__call__(images=images, text=text, **kwargs)
+        images, texts, *_ = self.prepare_inputs_layout(images=images, text=text)
+        self.validate_inputs(images=images, text=texts)
+        kwargs = self._merge_kwargs(self.valid_processor_kwargs, self.tokenizer.init_kwargs, **kwargs)
+        inputs, lengths = self._process_images(images, **kwargs["images_kwargs"]) if images is not None else ({}, [])
+        texts, _ = self.get_text_with_replacements(texts, lengths)
+        options = {name: kwargs["text_kwargs"].get(name) for name in ("padding", "return_tensors")}
+        inputs.update(self.tokenizer.pad({"input_ids": [self._ids(one) for one in texts]}, **options))
+        return BatchFeature(inputs, tensor_type=options["return_tensors"])
+
+    def prepare_inputs_layout(self, images: Any = None, **kwargs: Any) -> tuple:
         """As the library's, but an empty list is no images."""
         images = None if images is None or not list(flat_images(images)) else images
         return super().prepare_inputs_layout(images=images, **kwargs)
 
-    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+    def validate_inputs(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> None:
         """Images and their places must match; the library's own check knows no `Video`.
 
         Raises:
@@ -89,34 +117,46 @@ class VoraProcessor(ProcessorMixin):
         if videos is not None or audio is not None:
             raise ValueError("Videos go into messages as {'type': 'video', 'video': frames}; audio is not understood.")
         super().validate_inputs(text=None if text is None and images is None else [""], **kwargs)
-        num_places = sum(one.count(self.image_token) for one in text or [])
-        num_images = 0 if images is None else sum(1 for _ in flat_images(images))
-        if text is not None and num_places != num_images:
-            raise ValueError(
-                f"The text has {num_places} places for images ({self.image_token}), but {num_images} images are given."
-            )
+        given = [] if images is None else images
+        if text is None:
+            return
+        if isinstance(given, list) and given and all(isinstance(row, list) for row in given):
+            if len(given) != len(text):
+                raise ValueError(f"{len(text)} texts are given, but lists of images for {len(given)}.")
+            rows = zip(text, given)
+        else:  # in one list: they follow each other through all texts
+            rows = [("".join(text), given)]
+        for number, (one, row) in enumerate(rows):
+            num_places, num_images = one.count(self.image_token), sum(1 for _ in flat_images(row))
+            if num_places != num_images:
+                raise ValueError(
+                    f"Row {number}: the text has {num_places} places for images ({self.image_token}), but "
+                    f"{num_images} images are given."
+                )
 
-    def _process_images(self, images, **kwargs):
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         inputs = self.image_processor(images, **kwargs)
         return inputs, [self.replace_image_token(inputs, index) for index in range(len(inputs["image_grid_thw"]))]
 
-    def replace_image_token(self, image_inputs, image_idx, **kwargs):
+    def replace_image_token(self, image_inputs: Mapping, image_idx: int, **kwargs: Any) -> str:
         """One placeholder to as many image tokens as the image makes."""
         num_patches = math.prod(image_inputs["image_grid_thw"][image_idx].tolist())
         return self.image_token * (num_patches // self.image_processor.patch_merge**2)
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+    def _get_num_multimodal_tokens(self, image_sizes: Iterable | None = None, **kwargs: Any) -> MultiModalData:
         """Image tokens for images of (height, width) pixels, without reading them."""
         patches = [self.image_processor.get_number_of_image_patches(*size, kwargs) for size in image_sizes or []]
         tokens = [count // self.image_processor.patch_merge**2 for count in patches]
         return MultiModalData(num_image_tokens=tokens, num_image_patches=patches)
 
-    def training_sample(self, messages, image_inputs=None, **images_kwargs):
+    def training_sample(
+        self, messages: Sequence[dict], image_inputs: Mapping | None = None, **images_kwargs: Any
+    ) -> dict[str, np.ndarray]:
         """One conversation as unpadded model inputs with labels on the assistant's tokens.
 
         The conversation is rendered up to each assistant turn and past it, so that labels are exact for any template
         that renders a conversation's beginning as the beginning of the whole, and so that each turn is learned after
-        the very tokens that `apply_chat_template` makes of its prompt.
+        the very tokens that `apply_chat_template` makes of its prompt. A message with `learn: False` is not learned.
 
         Args:
             image_inputs: what the image processor made of the same images before, to spare it the work.
@@ -129,7 +169,7 @@ class VoraProcessor(ProcessorMixin):
             ValueError: the template does not render turns one after the other, no assistant speaks, or placeholders
                 and images do not match.
         """
-        messages, ids, labels, done, ends = _videos_as_images(messages), [], [], "", self.end_ids
+        messages, ids, labels, done = self._normalised(messages), [], [], ""
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -142,19 +182,21 @@ class VoraProcessor(ProcessorMixin):
                     f"The chat template rewrites earlier text when turn {turn} is added, so the assistant's tokens "
                     "cannot be told apart: give from_llm a chat_template that only appends."
                 )
-            asked = self._ids_after(ids, done, prompt)
-            spoken = self._ids_after(ids + asked, prompt, whole)
-            ids += asked + spoken
-            labels += [-100] * len(asked) + self._labels_of(spoken, ends)
+            request = self._ids_after(ids, done, prompt)
+            answer = self._ids_after(ids + request, prompt, whole)
+            ids += request + answer
+            learned = self._labels_of(answer, self.end_ids) if message.get("learn", True) else [-100] * len(answer)
+            labels += [-100] * len(request) + learned
             done = whole
         if not ids:
             raise ValueError("The conversation has no assistant turn, so there is nothing to learn from it.")
 
-        images, counts = [source for message in messages for source in self._images_of(message)], []
-        sample = {}
+        contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+        parts = [part for content in contents for part in content if part["type"] == "image"]
+        images = [part[key] for part in parts for key in ("image", "url", "path", "base64") if key in part]
+        counts, sample = [], {}
         if images:
             sample = image_inputs or self.image_processor(images, return_tensors="np", **images_kwargs)
-        if images:
             counts = sample["image_grid_thw"].prod(-1) // self.image_processor.patch_merge**2
         ids, labels = np.array(ids), np.array(labels)
         places = ids == self.image_token_id
@@ -168,29 +210,79 @@ class VoraProcessor(ProcessorMixin):
         labels[places] = -100
         return {**sample, "input_ids": ids.repeat(repeats), "labels": labels.repeat(repeats)}
 
-    def text_sample(self, text):
+    def text_sample(self, text: str) -> dict[str, np.ndarray]:
         """Plain text as `training_sample`, every token of it to be learned.
 
         Raises:
             ValueError: it has fewer than two tokens.
         """
-        tokenizer = self.tokenizer
-        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-        if ids[-2:-1] == [tokenizer.eos_token_id]:
+        end = self.tokenizer.eos_token_id
+        ids = [*self.tokenizer(text)["input_ids"], end]
+        if ids[-2:-1] == [end]:
             ids.pop()  # the tokenizer ends texts by itself
         if len(ids) < 2 or self.image_token_id in ids:
             raise ValueError(f"Its text {text[:50]!r} is empty, or holds the image token {self.image_token}.")
         return {"input_ids": np.array(ids), "labels": np.array(ids)}
 
-    def _ids_after(self, ids, beginning, text):
+    def _ids_after(self, ids: list[int], beginning: str, text: str) -> list[int]:
         """Ids of the rest of a text whose beginning has become `ids`."""
-        whole = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        whole = self._ids(text)
         if whole[: len(ids)] == ids:
             return whole[len(ids) :]
-        # a token would reach across the border, where generation starts anew
-        return self.tokenizer(text[len(beginning) :], add_special_tokens=False)["input_ids"]
+        return self._ids(text[len(beginning) :])  # a token would reach across the border, where generation starts anew
 
-    def text_tokenizer(self):
+    def _ids(self, text: str) -> list[int]:
+        """Ids of a text that a template made; what is `SPELT` in it is parted and so no control token."""
+        parts = text.split(SPELT)
+        return [id for part in parts for id in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
+
+    def _spelt(self, text: str, role: str | None) -> str:
+        """The text of a message, the control tokens in it marked as letters; of an answer the image token alone."""
+        tokens = re.escape(self.image_token) if role == "assistant" else self._control_tokens()
+        return re.sub(tokens, lambda found: found[0][:1] + SPELT + found[0][1:], text.replace(SPELT, ""))
+
+    def _control_tokens(self) -> str:
+        """A pattern of the image token and of those with which the chat template marks roles and ends."""
+        if self._control[0] != self.chat_template:
+            special = (str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+            known = {self.image_token, self.tokenizer.bos_token, self.tokenizer.eos_token} - {None}
+            known.update(token for token in special if token in (self.chat_template or ""))
+            self._control = self.chat_template, "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+        return self._control[1]
+
+    def _normalised(self, conversation: Sequence) -> list:
+        """Messages, or a batch of them, as the template and the library take them."""
+        if conversation and isinstance(conversation[0], (list, tuple)):
+            return [self._normalised(one) for one in conversation]
+        messages = [dict(message) for message in conversation]
+        for number, message in enumerate(messages):
+            content, role = message.get("content"), message.get("role")
+            if isinstance(content, str):
+                message["content"] = self._spelt(content, role)
+            elif isinstance(content, (list, tuple)):
+                message["content"] = [self._part(part, role, number) for part in content]
+        return messages
+
+    def _part(self, part: Any, role: str | None, number: int) -> dict[str, Any]:
+        """A part of a message's content as text or image: a video is an image of several frames."""
+        part = part if isinstance(part, Mapping) else {"type": type(part).__name__}
+        kind = part.get("type")
+        if kind in TEXT_PARTS and isinstance(part.get("text"), str):
+            return {"type": "text", "text": self._spelt(part["text"], role)}
+        if kind == "image":
+            return dict(part)
+        if kind == "image_url" and (url := part.get("image_url")):
+            return {"type": "image", "url": url["url"] if isinstance(url, Mapping) else url}
+        video = next((part[key] for key in ("video", "path", "url") if part.get(key) is not None), None)
+        if kind == "video" and video is not None:
+            video = video if is_video(video) else Video(video, self.image_processor.allow_urls)
+            return {"type": "image", "image": video}
+        raise ValueError(
+            f"Message {number} holds a part of type {kind!r} (with {', '.join(map(repr, part))}) that would be left "
+            "out: give parts of type text, image, image_url or video, each with what it is."
+        )
+
+    def text_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer as it goes with the language model alone: its chat template knows no images."""
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer.init_kwargs.pop("processor_class", None)
@@ -200,28 +292,28 @@ class VoraProcessor(ProcessorMixin):
         return tokenizer
 
     @property
-    def end_ids(self):
+    def end_ids(self) -> list[int]:
         """Tokens that end an assistant's turn, a sorted list: the tokenizer's own, and the special token that the chat
         template writes after an answer, which is another one in base models such as Qwen2.5's."""
         if self._ends[0] != self.chat_template:
             self._ends = self.chat_template, self._ends_of_template()
         return self._ends[1]
 
-    def _ends_of_template(self):
+    def _ends_of_template(self) -> list[int]:
         tokenizer, answer = self.tokenizer, "yes"
         ends = {tokenizer.eos_token_id} - {None}
         messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": answer}]
         try:
-            told = self.apply_chat_template(messages)
+            text = self.apply_chat_template(messages)
         except Exception:  # a template may raise what it likes, and still render what has no answer yet
             return sorted(ends)
-        if answer in told:
-            after = tokenizer(told.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+        if answer in text:
+            after = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
             known = tokenizer.added_tokens_decoder
             ends |= set([id for id in after if id in known and known[id].special][:1])
         return sorted(ends)
 
-    def end_turns_of(self, model):
+    def end_turns_of(self, model: PreTrainedModel) -> None:
         """Let the answers of a model end where this chat template ends a turn."""
         known = model.generation_config.eos_token_id
         known = known if isinstance(known, list) else [known]
@@ -229,35 +321,7 @@ class VoraProcessor(ProcessorMixin):
         model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
 
     @staticmethod
-    def _labels_of(ids, ends):
-        """An assistant's turn up to its end-of-turn token; what the template puts after it is not spoken."""
+    def _labels_of(ids: list[int], ends: list[int]) -> list[int]:
+        """An assistant's turn up to its end-of-turn token; what the template puts after it is not learned."""
         last = max((place for place, id in enumerate(ids) if id in ends), default=len(ids) - 1)
         return ids[: last + 1] + [-100] * (len(ids) - last - 1)
-
-    @staticmethod
-    def _images_of(message):
-        if not isinstance(message["content"], (list, tuple)):
-            return []
-        keys = ("image", "url", "path", "base64")
-        parts = [part for part in message["content"] if part["type"] == "image"]
-        return [part[key] for part in parts for key in keys if key in part]
-
-
-def _videos_as_images(conversation):
-    """Messages, or a batch of them, in which each video is an image of several frames."""
-
-    def part_of(part):
-        key = next((key for key in ("video", "path", "url") if part.get(key) is not None), None)
-        if part["type"] != "video" or key is None:
-            return part
-        given = part[key]
-        return {"type": "image", "image": given if is_video(given) else Video(given)}
-
-    if conversation and isinstance(conversation[0], (list, tuple)):
-        return [_videos_as_images(one) for one in conversation]
-    return [
-        message
-        if not isinstance(message.get("content"), (list, tuple))
-        else {**message, "content": [part_of(part) for part in message["content"]]}
-        for message in conversation
-    ]

@@ -1,32 +1,34 @@
 """Attention on a processor, segment by segment: the same numbers as `sdpa`, sooner.
 
-A processor computes what a mask forbids, too. So each row is cut into segments of neighbouring queries, and each of
-these attends to the keys that it sees, with a mask only where not all of it sees all of them.
+A processor computes what a mask forbids, too. So each sequence is cut into segments of neighbouring queries, and each
+of these attends to the keys that it sees, with a mask only where not all of it sees all of them.
 
-Dims: B rows, Q new tokens, K all tokens so far, L queries of a segment, S keys of a segment, H heads, G heads of keys
-and values, W width of a head.
+Dims: B sequences, Q new tokens, K all tokens so far, L queries and S keys of a segment, H heads, G heads of keys and
+values, W width of a head.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 SEGMENTED_SDPA = "segmented_sdpa"  # an attention implementation: see `segmented_sdpa`
 CHANGES_SCORES = ("softcap", "position_bias")  # what some LLMs ask of attention, and the segments do not do
-# Measured (docs/LOG.md). Longer segments compute more that nobody sees, shorter ones read their keys more often.
+# Measured (dev/LOG.md). Longer segments compute more that nobody sees, shorter ones read their keys more often.
 LONGEST, LONGEST_IN_PRODUCTS = 256, 320
 WHOLE = 128  # what is not longer is not cut at the borders of images
 MOST_KEPT = 1024  # keys: of longer segments the softmax of the products would fill the memory until the backward pass
-SHORT = 64  # rows that are not longer are soonest all together, by `sdpa`
+SHORT = 64  # sequences that are not longer are soonest all together, by `sdpa`
 
 
-def use_segmented_sdpa_on_cpu(model, device):
+def use_segmented_sdpa_on_cpu(model: PreTrainedModel, device: torch.device) -> None:
     """Have a model that is to run on a processor, and attends by `sdpa`, attend segment by segment.
 
     Args:
@@ -39,21 +41,21 @@ def use_segmented_sdpa_on_cpu(model, device):
 
 @dataclass
 class Segment:
-    """Neighbouring queries of a row.
+    """Neighbouring queries of a sequence.
 
     Attributes:
-        queries: which; the segments of a row cover all of them, in order.
+        queries: which; the segments of a sequence cover all of them, in order.
         keys: from the first to the last that any of them sees.
         added: float[1, L, S] to add to scores; None where all see all.
     """
 
     queries: slice
     keys: slice
-    added: torch.Tensor | None
+    added: Tensor | None
 
 
-def cut(mask, blocks, seen_until, states):
-    """Leave its segments with a mask, in an attribute `segments`: list of B lists of `Segment`. Short rows get none.
+def cut(mask: Tensor, blocks: Tensor | None, seen_until: Tensor | None, states: Tensor) -> None:
+    """Leave its segments with a mask, in an attribute `segments`: B lists of `Segment`. Short sequences get none.
 
     Args:
         mask: bool[B, 1, Q, K], True = sees.
@@ -73,8 +75,8 @@ def cut(mask, blocks, seen_until, states):
         mask.segments.append([_segment(sees, start, end, dtype, mask.device) for start, end in cuts])
 
 
-def trees(seen_until):
-    """The parts of packed rows that see nothing of each other: list of B lists of (start, end).
+def trees(seen_until: Tensor) -> list[list[tuple[int, int]]]:
+    """The parts of packed sequences that see nothing of each other: B lists of (start, end).
 
     Places that only see themselves (padding) are gathered into one part.
     """
@@ -91,13 +93,13 @@ def trees(seen_until):
     return found
 
 
-def _changes(row):
-    """Where an image begins or ends: list of places."""
-    return (np.flatnonzero(row[1:] != row[:-1]) + 1).tolist()
+def _changes(numbers: np.ndarray) -> list[int]:
+    """The places where an image begins or ends."""
+    return (np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist()
 
 
-def _cut_long(start, end, borders, dtype):
-    """Pairs (start, end) that cover a part of a row."""
+def _cut_long(start: int, end: int, borders: list[int], dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """Pairs (start, end) that cover a part of a sequence."""
     longest = LONGEST_IN_PRODUCTS if _by_products(dtype) else LONGEST
     if _by_products(dtype) or end - start <= WHOLE:  # to products, a segment without mask is worth little
         borders = []
@@ -106,8 +108,8 @@ def _cut_long(start, end, borders, dtype):
         yield from pairwise([first + i * (last - first) // count for i in range(count + 1)])
 
 
-def _segment(sees, start, end, dtype, device):
-    """Of a row, bool[Q, K] for NumPy, a `Segment`."""
+def _segment(sees: np.ndarray, start: int, end: int, dtype: torch.dtype, device: torch.device) -> Segment:
+    """The segment of the queries from start to end of a sequence, of which `sees` is bool[Q, K]."""
     sees = sees[start:end]
     columns = sees.any(0)
     first, last = int(columns.argmax()), len(columns) - int(columns[::-1].argmax())
@@ -118,8 +120,10 @@ def _segment(sees, start, end, dtype, device):
     return Segment(slice(start, end), slice(first, last), added)
 
 
-def segmented_sdpa(module, query, key, value, attention_mask, **kwargs):
-    """`sdpa` on each segment of each row by itself. Without segments it is `sdpa`.
+def segmented_sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """`sdpa` on each segment of each sequence by itself. Without segments it is `sdpa`.
 
     Args:
         query: float[B, H, Q, W].
@@ -149,7 +153,7 @@ def segmented_sdpa(module, query, key, value, attention_mask, **kwargs):
     return torch.cat([output.transpose(0, 1) for output in outputs]).unflatten(0, (len(rows), -1)), None
 
 
-def _sdpa(query, key, value, added, scale, dropout):
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, scale: float, dropout: float) -> Tensor:
     """float[H, L, W]"""
     added = None if added is None else added[None].to(query.dtype)
     states = (state[None] for state in (query, key, value))
@@ -158,7 +162,7 @@ def _sdpa(query, key, value, added, scale, dropout):
     )[0]
 
 
-def _products(query, key, value, added, scale):
+def _products(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, scale: float) -> Tensor:
     """float[H, L, W] by plain products, which take a third to a half of the time of torch's bf16 kernel."""
     heads, length, groups = len(query), query.shape[1], len(key)
     query, key = query.reshape(groups, -1, query.shape[-1]), key.transpose(1, 2)
@@ -169,11 +173,11 @@ def _products(query, key, value, added, scale):
     return torch.bmm(scores.softmax(-1), value).view(heads, length, -1)
 
 
-def _by_products(dtype):
+def _by_products(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16
 
 
-def _dtype(states):
+def _dtype(states: Tensor) -> torch.dtype:
     """What attention is computed in."""
     device = states.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from vora.data.schema import Record
+from vora.data.schema import Sample
 from vora.model.processing_vora import VoraProcessor
 from vora.report.html import facts, page
 from vora.report.images import data_url
@@ -27,7 +27,7 @@ STYLE = """
 
 
 def write_report(
-    out: Path, result: Mapping[str, Any], shown: Sequence[Record], model: PreTrainedModel, processor: VoraProcessor
+    out: Path, result: Mapping[str, Any], shown: Sequence[Sample], model: PreTrainedModel, processor: VoraProcessor
 ) -> None:
     """Write `out`/report.html.
 
@@ -69,7 +69,7 @@ or a hub id. A larger teacher: <code>teacher.name</code> takes any plain ViT.</p
     (out / "report.html").write_text(page("An LLM that learned to see", body, STYLE), encoding="utf-8")
 
 
-def card(sample: Record, engine: Engine) -> str:
+def card(sample: Sample, engine: Engine) -> str:
     """An image with its first questions, the answers of the model, and those expected where they differ."""
     image = sample.open_images()[0]
     rows = []

@@ -38,7 +38,8 @@ def image_of_patches(patches: np.ndarray, rows: int, columns: int, image_process
     """
     p = image_processor.patch_size
     pixels = patches.reshape(rows, columns, 3, p, p).transpose(0, 3, 1, 4, 2).reshape(rows * p, columns * p, 3)
-    pixels = pixels * np.float32(image_processor.image_std) + np.float32(image_processor.image_mean)
+    pixels = pixels * np.asarray(image_processor.image_std, np.float32)
+    pixels = pixels + np.asarray(image_processor.image_mean, np.float32)
     return Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8))
 
 

@@ -5,7 +5,8 @@ from contextlib import closing
 
 from PIL import Image
 
-from vora.model.image_processing_vora import Video, is_video, read_image
+from vora.model.fetch_image import fetch_image
+from vora.model.image_processing_vora import Video, is_video
 from vora.serve.engine import Engine, Message
 
 
@@ -25,13 +26,13 @@ class Chat:
         """Stream the answer to a question, piece by piece.
 
         Args:
-            images: paths, URLs, PIL images or videos; they come before the text of this turn.
+            images: paths, PIL images or videos, which come before the text of this turn; fetch those at URLs first.
 
         Raises:
             ValueError: an image cannot be read, or the conversation exceeds the LLM's context.
         """
         content: list[Message] = [
-            {"type": "video", "video": image} if is_video(image) else {"type": "image", "image": read_image(image)}
+            {"type": "video", "video": image} if is_video(image) else {"type": "image", "image": fetch_image(image)}
             for image in images
         ]
         turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}

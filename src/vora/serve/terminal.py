@@ -7,13 +7,14 @@ from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
-from vora.model.image_processing_vora import Video, is_animated, read_image
+from vora.model.fetch_image import fetch_image, is_animated
+from vora.model.image_processing_vora import Video
 from vora.serve.chat import Chat
 
 
 def open_image(source: str) -> Image.Image | Video:
     """The image at a path or URL; an animated file with all its frames, an animation at a URL with its first."""
-    return Video(source) if is_animated(source) else read_image(source)
+    return Video(source) if is_animated(source) else fetch_image(source, allow_urls=True)
 
 
 def print_answer(chat: Chat, question: str, images: Sequence[Image.Image | Video]) -> None:

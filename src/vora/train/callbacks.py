@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vora.checkpoint.run_directory import newest_checkpoint
 from vora.distill.objective import LOSSES
-from vora.model.image_processing_vora import read_image
+from vora.model.fetch_image import fetch_image
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe_sections import SampleGenerationSection
@@ -116,7 +116,8 @@ class ProgressCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.bar is None or "samples_per_second" not in (logs or {}):
+        logs = logs or {}
+        if self.bar is None or "samples_per_second" not in logs:
             return
         with self.log_file.open("a") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
@@ -148,7 +149,7 @@ class SampleGenerationCallback(TrainerCallback):
         log_file: str | Path,
         console: Console,
     ) -> None:
-        self.samples = [(read_image(sample.image), sample) for sample in samples]
+        self.samples = [(fetch_image(sample.image), sample) for sample in samples]
         self.processor, self.log_file, self.console = processor, Path(log_file), console
 
     def on_save(

@@ -1,19 +1,22 @@
 """What the sections of a recipe become before training: arguments, sources, packed sequences."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerState, TrainingArguments
 
+from vora.data.columns import RowOptions
 from vora.data.readers import load_source
+from vora.data.source import Source
 from vora.data.stream import PackedSequences
 from vora.distill.objective import Objective
 from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe_sections import CHECKPOINTING, DataSection, Recipe
 from vora.train.throughput import steps_that_fit
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
     "learning_rate": 2e-4,
     "lr_scheduler_type": "constant_with_warmup",
@@ -50,7 +53,7 @@ def training_arguments(recipe: Recipe, directory: str | Path) -> TrainingArgumen
     return arguments
 
 
-def open_sources(data: DataSection) -> list:
+def open_sources(data: DataSection) -> list[Source]:
     """The sources of a recipe's data section.
 
     Raises:
@@ -60,11 +63,10 @@ def open_sources(data: DataSection) -> list:
         load_source(
             source.path,
             source.split,
-            data.prompts,
-            source.max_samples,
+            RowOptions(data.prompts, source.columns or {}, data.allow_urls),
             subset=source.subset,
             image_folder=source.image_folder,
-            columns=source.columns,
+            max_samples=source.max_samples,
         )
         for source in data.sources
     ]
@@ -72,7 +74,7 @@ def open_sources(data: DataSection) -> list:
 
 def packed_sequences(
     recipe: Recipe,
-    sources: list,
+    sources: list[Source],
     processor: VoraProcessor,
     arguments: TrainingArguments,
     bad_samples: Path | None = None,
@@ -115,13 +117,14 @@ def with_planned_steps(
         checkpoint: that the run goes on from. Its steps were planned when it began: another number would be another
             schedule.
     """
-    if recipe.max_minutes is None:
+    minutes = recipe.max_minutes
+    if minutes is None:
         return recipe
     recipe = recipe.model_copy(deep=True)
     if checkpoint is not None:
         arguments.max_steps = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).max_steps
     else:
-        steps = steps_that_fit(objective, sequences, arguments, recipe.max_minutes, recipe.distill_only_steps)
+        steps = steps_that_fit(objective, sequences, arguments, minutes, recipe.distill_only_steps)
         arguments.max_steps = fewest_of_processes(steps, arguments)
     recipe.training["max_steps"], recipe.max_minutes = arguments.max_steps, None
     return recipe

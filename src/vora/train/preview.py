@@ -2,17 +2,22 @@
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vora.data.page import write_page
 from vora.data.stats import dataset_statistics, write_summary
-from vora.train.run import open_sources, packed_sequences, training_arguments
+from vora.train.from_recipe import open_sources, packed_sequences, training_arguments
+from vora.train.recipe_sections import DataSection, Recipe
 from vora.train.stages import build_processor, load_vit
 
 
-def preview(recipe, out, num_shown, max_samples, num_workers, console):
+def preview(
+    recipe: Recipe, out: Path, num_shown: int, max_samples: int | None, num_workers: int, console: Console
+) -> dict[str, Any]:
     """Leave summary.json, samples.html and bad_samples.jsonl in a folder.
 
     Args:
@@ -32,15 +37,15 @@ def preview(recipe, out, num_shown, max_samples, num_workers, console):
     sources = open_sources(recipe.data)
     processor = build_processor(recipe, load_vit(recipe))
     recipe.training = {"max_steps": 1, "use_cpu": True, "seed": recipe.training.get("seed", 42)}
-    rows = packed_sequences(recipe, sources, processor, training_arguments(recipe, out))
+    sequences = packed_sequences(recipe, sources, processor, training_arguments(recipe, out))
     columns = (TextColumn("reading"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=sum(map(len, sources)))
         summary, bad = dataset_statistics(
-            rows, source_names(recipe.data), num_workers, lambda count: bar.advance(task, count)
+            sequences, source_names(recipe.data), num_workers, lambda count: bar.advance(task, count)
         )
     write_summary(summary, bad, out)
-    shown = list(islice(rows.named_samples(), min(num_shown, summary["num_samples"])))
+    shown = list(islice(sequences.named_samples(), min(num_shown, summary["num_samples"])))
     write_page(out / "samples.html", summary, bad, shown, processor)
     console.print(table_of(summary))
     if summary["num_bad"] > recipe.data.max_bad_share * (summary["num_samples"] + summary["num_bad"]):
@@ -49,7 +54,7 @@ def preview(recipe, out, num_shown, max_samples, num_workers, console):
     return summary
 
 
-def source_names(data):
+def source_names(data: DataSection) -> list[str]:
     """A name for each source: its path, and its split or number where paths alone are the same."""
     names = [source.path for source in data.sources]
     if len(set(names)) < len(names):
@@ -59,7 +64,7 @@ def source_names(data):
     return names
 
 
-def table_of(summary):
+def table_of(summary: dict[str, Any]) -> Table:
     """The summary as a table for the terminal."""
     table = Table(title=f"{summary['num_samples']:,} samples, {summary['num_bad']:,} bad")
     for name in ("source", "rows", "bad", "share of samples", "share of tokens", "tokens per sample"):
@@ -73,6 +78,7 @@ def table_of(summary):
             *shares,
             f"{one['mean_tokens'] or 0:,.0f}",
         )
-    efficiency = f"rows of {summary['sequence_length']:,} tokens are {100 * summary['packing_efficiency']:.1f} % full"
-    table.caption = f"{efficiency}; {summary['samples_per_second']:,.0f} samples read per second"
+    length, share = summary["sequence_length"], 100 * summary["packing_efficiency"]
+    speed = f"{summary['samples_per_second']:,.0f} samples read per second"
+    table.caption = f"packed sequences of {length:,} tokens are {share:.1f} % full; {speed}"
     return table

@@ -120,7 +120,7 @@ def _section_of(section: type[Section], part: str | int) -> type[Section]:
 def _resolve_paths(recipe: Recipe, folder: Path) -> None:
     """Paths that exist beside the recipe are taken from there."""
 
-    def beside(text: str | None) -> str | None:
+    def beside(text: Any) -> Any:
         if text in (*ALIASES, EASY_VQA):  # recipes/smollm2-135m is no LLM
             return text
         return str((folder / text).resolve()) if text and len(text) < 200 and (folder / text).exists() else text
@@ -141,8 +141,8 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> None:
         is_pattern = any(mark in entry.path for mark in "*?[")
         entry.path = pattern_beside(entry.path) if is_pattern else beside(entry.path)
         entry.image_folder = beside(entry.image_folder)
-    for entry in recipe.sample_generations:
-        entry.image = beside(entry.image)
+    for sample in recipe.sample_generations:
+        sample.image = beside(sample.image)
     template = recipe.model.chat_template
     if template and "\n" not in template and "{" not in template:
         recipe.model.chat_template = _read_template(folder / template)

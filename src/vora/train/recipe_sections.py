@@ -181,6 +181,7 @@ class DataSection(Section):
     statement_prompts: list[str] = Field(
         list(DEFAULT_PROMPTS.statement), description="One is drawn as that of a statement."
     )
+    allow_urls: bool = Field(False, description="Fetch images that rows name by URL; otherwise such rows are bad.")
     text_only: bool = Field(False, description="Leave every image out: the baseline that learns from text alone.")
     image_tokens: tuple[int, int] | None = Field(
         None, description="[fewest, most]: the most tokens of each image are drawn between these."
@@ -200,7 +201,7 @@ class DataSection(Section):
     @property
     def prompts(self) -> Prompts:
         """The three lists as `Prompts`."""
-        return Prompts(self.caption_prompts, self.label_prompts, self.statement_prompts)
+        return Prompts(tuple(self.caption_prompts), tuple(self.label_prompts), tuple(self.statement_prompts))
 
 
 class SampleGenerationSection(Section):
@@ -217,10 +218,10 @@ class Recipe(Section):
         "pretrain", description="pretrain: vision LoRA in a frozen LLM. finetune: all of a merged model."
     )
     model: ModelSection = Field(description="What learns.")
-    lora: LoraSection = Field(LoraSection(), description="Its vision LoRA.")
+    lora: LoraSection = Field(LoraSection.model_validate({}), description="Its vision LoRA.")
     teacher: TeacherSection | None = Field(None, description="Who teaches it block by block; default: nobody.")
     data: DataSection = Field(description="What it learns from.")
-    learning_rates: LearningRates = Field(LearningRates(), description="Learning rates of parts.")
+    learning_rates: LearningRates = Field(LearningRates.model_validate({}), description="Learning rates of parts.")
     sample_generations: list[SampleGenerationSection] = Field([], description="What is answered at every checkpoint.")
     max_minutes: float | None = Field(
         None, gt=0, description="Plan fewer steps than training.max_steps if they would take longer here."
@@ -230,6 +231,10 @@ class Recipe(Section):
     @property
     def distill_only_steps(self) -> int:
         return 0 if self.teacher is None else self.teacher.distill_only_steps
+
+    @property
+    def init_from_teacher(self) -> bool:
+        return self.teacher is not None and self.teacher.init_from_teacher
 
     @property
     def recomputed_blocks(self) -> bool | int:

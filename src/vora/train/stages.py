@@ -18,7 +18,7 @@ from vora.distill.teacher import Teacher
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe import load_recipe
-from vora.train.recipe_sections import ModelSection, Recipe
+from vora.train.recipe_sections import ModelSection, Recipe, TeacherSection
 from vora.train.trainable import check_trainable
 from vora.train.trainer import load_student
 
@@ -41,7 +41,9 @@ def load_vit(recipe: Recipe) -> Teacher | None:
     """The ViT that a recipe names, as teacher or as encoder; None where it names none."""
     if recipe.model.encoder:
         return Teacher.from_pretrained(recipe.model.encoder, getattr(torch, recipe.model.dtype))
-    return recipe.teacher and Teacher.from_pretrained(recipe.teacher.name, teacher_dtype(recipe))
+    if recipe.teacher is None:
+        return None
+    return Teacher.from_pretrained(recipe.teacher.name, teacher_dtype(recipe))
 
 
 def objective_around(
@@ -68,24 +70,22 @@ def objective_around(
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # updates of 1e-4 vanish in bf16
-    weight, distillation = 0.0, None
-    if recipe.teacher is not None and recipe.teacher.weight == 0:
-        teacher = None  # it only gave the patch embedding its start
-    if teacher is not None:
-        weight, width = recipe.teacher.weight, student.config.get_text_config().hidden_size
-        distillation = BlockwiseDistillation(
-            pairs_of(recipe, num_blocks, teacher), width, teacher.hidden_size, recipe.teacher.center,
-            recipe.teacher.standardize,
-        )  # fmt: skip
+    wanted = recipe.teacher
+    if wanted is None or teacher is None or wanted.weight == 0:  # then it only gave the patch embedding its start
+        objective = Objective(peft_model, image_processor, text_kl_weight=recipe.lora.text_kl_weight)
+    else:
+        width, pairs = student.config.get_text_config().hidden_size, pairs_of(wanted, num_blocks, teacher)
+        distillation = BlockwiseDistillation(pairs, width, teacher.hidden_size, wanted.center, wanted.standardize)
         take_heads(distillation, recipe)
-    objective = Objective(peft_model, image_processor, teacher, distillation, weight, recipe.lora.text_kl_weight)
+        objective = Objective(
+            peft_model, image_processor, teacher, distillation, wanted.weight, recipe.lora.text_kl_weight
+        )
     check_trainable(objective, recipe.stage)
     return objective
 
 
-def pairs_of(recipe: Recipe, num_blocks: int, teacher: Teacher) -> list[Pair]:
+def pairs_of(wanted: TeacherSection, num_blocks: int, teacher: Teacher) -> list[Pair]:
     """The block pairs that a recipe distills, of a student with LoRA in so many blocks."""
-    wanted = recipe.teacher
     depth = num_blocks if wanted.pairing == "outputs" else teacher.num_blocks
     pairs = block_pairs(depth, teacher.num_blocks, wanted.spread, wanted.pairing)
     if wanted.pairs == "last":
@@ -125,7 +125,7 @@ def build_student(recipe: Recipe, vit: Teacher | None = None) -> tuple[Any, Vora
             "Stage finetune trains a merged VoRA model, but the recipe names a bare LLM: run stage pretrain and "
             "`vora merge` first, and give the merged folder as model.vora."
         )
-    options = {
+    options: dict[str, Any] = {
         "patch_size": wanted.patch_size,
         "image_size": wanted.image_size,
         "patch_merge": wanted.patch_merge,
@@ -135,7 +135,7 @@ def build_student(recipe: Recipe, vit: Teacher | None = None) -> tuple[Any, Vora
     if wanted.encoder is not None:
         model = VoraLlavaForConditionalGeneration.from_llm(wanted.llm, encoder=vit, **options)
     else:
-        start = vit if recipe.teacher is not None and recipe.teacher.init_from_teacher else None
+        start = vit if recipe.init_from_teacher else None
         model = from_llm(wanted.llm, teacher=start, image_attention=wanted.image_attention, **options)
     return model, build_processor(recipe, vit)
 
@@ -246,8 +246,8 @@ def build_processor(recipe: Recipe, vit: Teacher | None = None) -> VoraProcessor
         if wanted.chat_template is not None:
             known.set_template(wanted.chat_template)
         return _with_image_sizes(known, wanted)
-    options = {}
-    if vit is not None and (wanted.encoder is not None or recipe.teacher.init_from_teacher):
+    options: dict[str, Any] = {}
+    if vit is not None and (wanted.encoder is not None or recipe.init_from_teacher):
         options["teacher"] = vit
     elif vit is not None:  # its normalisation, also where the patch embedding starts afresh
         options |= {"image_mean": vit.image_mean, "image_std": vit.image_std}
@@ -281,7 +281,7 @@ def lora_depth(recipe: Recipe, student: Any, teacher: Teacher | None) -> int:
     num_blocks = recipe.lora.num_blocks
     if has_lora and num_blocks is None:
         num_blocks = len(student.peft_config["default"].layers_to_transform)
-    if teacher is None:
+    if teacher is None or recipe.teacher is None:
         return num_blocks or depth
     limit = num_blocks or depth
     if recipe.teacher.pairing != "outputs":

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerState
 
 from vora.build.lora import DISTILLATION_FILE
 from vora.checkpoint.adapter import digest_of
+from vora.data.packing import Batch
 from vora.data.stream import PackedBatches
 from vora.distill.objective import LOSSES
 
@@ -58,13 +59,15 @@ class VoraTrainer(Trainer):
     def get_train_dataloader(self) -> PackedBatches:
         return PackedBatches(self.train_dataset, self.args.per_device_train_batch_size)
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Any]:
         start = time.monotonic()
         batches = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._waited += time.monotonic() - start
         return batches
 
-    def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def _prepare_inputs(self, inputs: Batch) -> dict[str, Any]:
         """To the device, but for what only the host reads; a GPU is fed without being waited for."""
         kept = {name: inputs[name] for name in ON_HOST if name in inputs}
         moved = {name: tensor for name, tensor in inputs.items() if name not in kept}
@@ -75,7 +78,7 @@ class VoraTrainer(Trainer):
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, torch.Tensor],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | float | None = None,
     ) -> Any:
@@ -90,7 +93,7 @@ class VoraTrainer(Trainer):
             self._note(losses, inputs)
         return (losses["loss"], losses) if return_outputs else losses["loss"]
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | float | None:
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor | float | None:
         if not batch_samples:
             return None
         count = sum(_num_items(batch) for batch in batch_samples)  # still on the host
@@ -98,7 +101,7 @@ class VoraTrainer(Trainer):
             return count
         return self.accelerator.gather(torch.full((1,), count, device=device)).sum()
 
-    def _note(self, losses: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]) -> None:
+    def _note(self, losses: dict[str, torch.Tensor], inputs: Batch) -> None:
         """Add a micro-batch to what the next log line reports; stays on the device."""
         learned = "answer_loss" if "answer_loss" in losses else "lm_loss"  # divided by what the step has together
         for name in (*LOSSES, "pair_losses"):
@@ -183,7 +186,7 @@ class VoraTrainer(Trainer):
         if not first and self.vision_lr_scale == 1.0:
             return scheduler
         warmup = max(1, self.args.get_warmup_steps(num_training_steps - first))
-        schedules = []
+        schedules: list[Callable[[int], float]] = []
         for group, rest, rate in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs):
             _, is_vision = group["part"]
             group["lr"] = rate
@@ -227,7 +230,7 @@ class VoraTrainer(Trainer):
         load_student(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
 
 
-def _num_items(batch: dict[str, torch.Tensor]) -> float:
+def _num_items(batch: Batch) -> float:
     """By what a batch's language loss is divided: its label tokens, or their weights where they have some."""
     if "label_weights" in batch:
         return float(batch["label_weights"].sum())

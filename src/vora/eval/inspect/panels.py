@@ -9,19 +9,20 @@ from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from matplotlib import colormaps
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
 
 from vora.eval.metrics.cka import FEWEST_TOKENS, MOST_TOKENS
+from vora.model.image_processing_vora import VoraImageProcessor
 from vora.report.images import with_grid
 from vora.report.plots import new_figure
 
 if TYPE_CHECKING:
-    import torch
     from matplotlib.figure import Figure
 
     from vora.eval.inspect.inspection import Inspection
-    from vora.model.image_processing_vora import VoraImageProcessor
 
 Grid = tuple[int, int]  # rows and columns of image tokens
 
@@ -51,7 +52,7 @@ class Panel:
     tiles: list[tuple[str, str, Image.Image]]
 
 
-def panels_of(found: "Inspection", image_processor: "VoraImageProcessor") -> list[Panel]:
+def panels_of(found: "Inspection", image_processor: VoraImageProcessor) -> list[Panel]:
     """All panels, in the order of the page."""
     panels = [_seen(found, image_processor), _components(found)]
     if found.teacher is not None:
@@ -61,7 +62,7 @@ def panels_of(found: "Inspection", image_processor: "VoraImageProcessor") -> lis
     return panels
 
 
-def _seen(found: "Inspection", image_processor: "VoraImageProcessor") -> Panel:
+def _seen(found: "Inspection", image_processor: VoraImageProcessor) -> Panel:
     rows, columns = found.grid
     token_pixels = image_processor.patch_size * image_processor.patch_merge
     image = ImageOps.expand(with_grid(found.image, token_pixels, IMAGE), 1, "#d8e0e8")
@@ -81,7 +82,7 @@ def _components(found: "Inspection") -> Panel:
         if block in teacher_of:
             other = teacher_of[block]
             image = _stacked(image, _grid_of_colours(found.teacher_colours[other], found.grid))
-            label += f"\nteacher {other + 1}: {_share(found.teacher_variance[other])}"
+            label += f"\nteacher {int(other) + 1}: {_share(found.teacher_variance[other])}"
         tiles.append((block_name(block), label, image))
     beside = ""
     if found.teacher is not None:
@@ -126,7 +127,7 @@ def _likeness(found: "Inspection") -> Panel:
 
 
 def _words(found: "Inspection") -> Panel:
-    mean = sum(word.map() for word in found.words) / len(found.words)
+    mean = torch.stack([word.map() for word in found.words]).mean(0)
     most = max(share for word in found.words for share in word.share_by_block().values())
     tiles = []
     for word in found.words:
@@ -163,7 +164,7 @@ def _blocks(found: "Inspection") -> Panel:
     blocks = list(found.words[0].attention)
     tiles = []
     for block in blocks:
-        attention = sum(word.attention[block] for word in found.words) / len(found.words)
+        attention = torch.stack([word.attention[block] for word in found.words]).mean(0)
         tiles.append((block_name(block), _percent(float(attention.sum())), _lit(found, attention, TILE)))
     return Panel(
         "Which blocks look where",
@@ -192,12 +193,12 @@ def _tile_size(grid: Grid, side: int) -> tuple[int, int]:
     return round(side * aspect**0.5), round(side / aspect**0.5)
 
 
-def _grid_of_colours(colours: "torch.Tensor", grid: Grid) -> Image.Image:
+def _grid_of_colours(colours: torch.Tensor, grid: Grid) -> Image.Image:
     pixels = (colours.view(*grid, 3).numpy() * 255).round().astype(np.uint8)
     return Image.fromarray(pixels).resize(_tile_size(grid, TILE), NEAREST)
 
 
-def _grid_of(values: "torch.Tensor", grid: Grid, name: str, side: int) -> Image.Image:
+def _grid_of(values: torch.Tensor, grid: Grid, name: str, side: int) -> Image.Image:
     """float[I] in 0..1 through a colour map, as a tile."""
     return _coloured(values.view(*grid).numpy(), name).resize(_tile_size(grid, side), NEAREST)
 
@@ -207,7 +208,7 @@ def _coloured(values: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray((colormaps[name](values)[..., :3] * 255).round().astype(np.uint8))
 
 
-def _lit(found: "Inspection", attention: "torch.Tensor", side: int) -> Image.Image:
+def _lit(found: "Inspection", attention: torch.Tensor, side: int) -> Image.Image:
     """The attention to the image tokens, float[I], with the image shining through."""
     heat = _grid_of(attention / attention.quantile(BRIGHTEST).clamp(min=1e-12), found.grid, "inferno", side)
     grey = ImageOps.autocontrast(found.image.convert("L")).convert("RGB").resize(heat.size)
@@ -237,7 +238,7 @@ def _likeness_lines(found: "Inspection") -> Image.Image:
     axes.axhline(0, color="#5b6b7b", linewidth=0.8)
     axes.set(xlabel="block of the model (0: what enters the first)", ylabel="likeness to the teacher's block")
     axes.set_ylim(top=1.02)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     return _drawn(figure)
@@ -250,7 +251,7 @@ def _likeness_map(found: "Inspection") -> Image.Image:
     mesh = axes.pcolormesh(blocks, teacher_blocks, values, cmap="viridis", vmin=0, vmax=1, shading="nearest")
     axes.plot(*([block + 1 for block in side] for side in zip(*found.pairs)), "o", color="white", mec="black", ms=4)
     axes.set(xlabel="block of the model (0: what enters the first)", ylabel="block of the teacher")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
     figure.colorbar(mesh, label="CKA")
     return _drawn(figure)
 

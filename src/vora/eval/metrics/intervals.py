@@ -44,12 +44,13 @@ def interval_of(
     _, number = np.unique([str(group) for group in groups], return_inverse=True)
     by_group = np.zeros((number.max() + 1, sums.shape[1]))
     np.add.at(by_group, number, sums)
-    draw, count, drawn = np.random.default_rng(seed), len(by_group), []
+    draw, count = np.random.default_rng(seed), len(by_group)
+    values: list[np.ndarray] = []
     equal = np.full(count, 1 / count)
     for start in range(0, NUM_DRAWS, max(1, AT_ONCE // count)):
         size = min(max(1, AT_ONCE // count), NUM_DRAWS - start)
-        drawn.append(value_of(draw.multinomial(count, equal, size=size) @ by_group))
-    drawn = np.concatenate(drawn)
+        values.append(value_of(draw.multinomial(count, equal, size=size) @ by_group))
+    drawn = np.concatenate(values)
     low, high = np.quantile(drawn[np.isfinite(drawn)], [0.025, 0.975]) if np.isfinite(drawn).any() else (np.nan,) * 2
     low, high = (low, high) if count > 1 else (np.nan, np.nan)
     value = float(value_of(sums.sum(0)))

@@ -99,7 +99,7 @@ def other_groups(groups: Sequence[ImageGroup], seed: int = 0) -> list[int]:
             for partner in draw.permutation(count)[: max(256, 200_000 // len(costly))]:
                 if not costs[number]:
                     break
-                new = cost(number, others[partner]), cost(partner, others[number])
+                new = cost(int(number), others[partner]), cost(int(partner), others[number])
                 if sum(new) < costs[number] + costs[partner]:
                     others[[number, partner]] = others[[partner, number]]
                     costs[[number, partner]] = new

@@ -29,7 +29,7 @@ def draw_probe(file: Path, metrics: dict[str, Estimate], scores: ProbeScores, ve
     shown = list(scores.log_probs)
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplot_mosaic([["bars", name] for name in shown[1:]], width_ratios=[1, 1.15])
+    axes: dict[str, Axes] = figure.subplot_mosaic([["bars", name] for name in shown[1:]], width_ratios=[1, 1.15])
     name = next(iter(scores.task_scores), None)
     if name is None:
         values = [_surprise(scores, condition) for condition in shown]
@@ -76,7 +76,7 @@ def _spreads(all_axes: Sequence["Axes"], scores: ProbeScores, metrics: dict[str,
     for axes, (name, values) in zip(all_axes, gains.items()):
         share = metrics[f"right_beats_{name}"]
         weights = np.full(len(values), 100 / len(values))
-        axes.hist(values.clip(low, high), edges, weights=weights, color=COLOURS[name])
+        axes.hist(values.clip(low, high), edges.tolist(), weights=weights, color=COLOURS[name])
         axes.axvline(0, color="#1c2733", linewidth=1)
         axes.set_xscale("asinh", linear_width=LINEAR)
         axes.set_xlim(low, high)

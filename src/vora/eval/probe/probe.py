@@ -26,7 +26,7 @@ from vora.eval.rows import Example
 from vora.eval.scoring.predict import predict
 from vora.eval.scoring.teacher_forced import score_answers
 from vora.eval.tasks.evaluation import conditions_of, examples_of, scores_of
-from vora.eval.tasks.tasks import Task
+from vora.eval.tasks.task import Task
 
 SPOKEN_SCORES = {
     "captions": ["cider_d"],
@@ -137,7 +137,7 @@ def read_requests(job: Job, records: RequestRecords, cache: PredictionCache) -> 
 def _read(job: Job, records: RequestRecords, shown: Sequence[str], cache: PredictionCache) -> ProbeScores:
     """Scores of references that are read, not chosen among; the task's is whether a greedy model says them."""
     read_requests(job, records, cache)
-    place = {}
+    place: dict[tuple[int, int], int] = {}
     for example, texts in enumerate(records.answers):
         for reference in range(len(texts)):
             place[example, reference] = len(place)

@@ -2,16 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from vora.data.schema import Record, question_and_answer
+from vora.data.schema import Sample
+from vora.data.turns import question_and_answer
 from vora.eval.probe.conditions import ImageGroup, images_under
 from vora.eval.rows import Example
-
-if TYPE_CHECKING:
-    from vora.model.image_processing_vora import VoraImageProcessor
+from vora.model.image_processing_vora import VoraImageProcessor
 
 MOST_REQUESTS = 64  # of an image in one pass
 
@@ -47,14 +45,14 @@ class RequestRecords:
     def __len__(self) -> int:
         return len(self.shown)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Sample:
         shown = self.shown[index]
         conversations = [
             question_and_answer(self.examples[example].prompt, self.answers[example][reference])
             for example, reference, _ in shown.requests
         ]
         row = self.examples[shown.requests[0][0]].name
-        return Record(f"{row} and what else is asked of its image", shown.images(), conversations)
+        return Sample(f"{row} and what else is asked of its image", shown.images(), conversations)
 
 
 def image_conditions(
@@ -62,7 +60,7 @@ def image_conditions(
     answers: Sequence[Sequence[str]],
     groups: Sequence[ImageGroup],
     others: Sequence[int],
-    image_processor: "VoraImageProcessor",
+    image_processor: VoraImageProcessor,
     seed: int,
 ) -> list[ImageCondition]:
     """All that is to be read. An image stands once for what is asked of it rightly and, as another one, wrongly.
@@ -96,7 +94,7 @@ def examples_under(
     examples: Sequence[Example],
     groups: Sequence[ImageGroup],
     others: Sequence[int],
-    image_processor: "VoraImageProcessor",
+    image_processor: VoraImageProcessor,
     seed: int,
 ) -> list[Example]:
     """Examples under each condition in turn: E of the first, E of the next."""

@@ -8,21 +8,18 @@ Dims: A answers about one image.
 
 from collections.abc import Container, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from vora.data.packing import collate_sequences, sample_of_record
-from vora.data.schema import Record
+from vora.data.packing import TokenSample, collate_sequences, tokenize_sample
+from vora.data.schema import Sample
 from vora.eval.scoring.generate import check_context_length, check_log_probs, sliding_window
-
-if TYPE_CHECKING:
-    from vora.model.modeling_vora import VoraForConditionalGeneration
-    from vora.model.processing_vora import VoraProcessor
+from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.processing_vora import VoraProcessor
 
 Index = TypeVar("Index", bound=Hashable)
-Packed: TypeAlias = dict[str, Any]  # a sample of `share_prefixes`
 
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
 ROWS_OF_LOGITS = 512  # made at once
@@ -34,7 +31,7 @@ class Records(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Record: ...
+    def __getitem__(self, index: int, /) -> Sample: ...
 
 
 @dataclass
@@ -53,8 +50,8 @@ class AnswerScore:
 
 
 def score_answers(
-    model: "VoraForConditionalGeneration",
-    processor: "VoraProcessor",
+    model: VoraForConditionalGeneration,
+    processor: VoraProcessor,
     records: Records,
     done: Container[int] = (),
     **images_kwargs: Any,
@@ -75,7 +72,7 @@ def score_answers(
     window = sliding_window(model)
     waiting: dict[int, list[AnswerScore | None]] = {}  # what is known of each part of a record
 
-    def samples() -> Iterator[tuple[tuple[int, int], Packed]]:
+    def samples() -> Iterator[tuple[tuple[int, int], TokenSample]]:
         for index in range(len(records)):
             if index not in done:
                 record = records[index]
@@ -95,13 +92,13 @@ def score_answers(
 
 def _samples_within(
     window: int | None,
-    record: Record,
-    processor: "VoraProcessor",
+    record: Sample,
+    processor: VoraProcessor,
     conversations: list[Any],
     **images_kwargs: Any,
-) -> list[Packed]:
+) -> list[TokenSample]:
     """A record's conversations as samples of at most `window` tokens each; one that exceeds it alone stands alone."""
-    sample = sample_of_record(record, processor, conversations, **images_kwargs)
+    sample = tokenize_sample(record, processor, conversations, **images_kwargs)
     if window is None or len(sample["input_ids"]) <= window or len(conversations) == 1:
         return [sample]
     half = len(conversations) // 2
@@ -121,7 +118,7 @@ def _joined(parts: Iterable[AnswerScore | None]) -> AnswerScore:
 
 @torch.inference_mode()
 def score_samples(
-    model: "VoraForConditionalGeneration", samples: Iterable[tuple[Index, Packed]]
+    model: VoraForConditionalGeneration, samples: Iterable[tuple[Index, TokenSample]]
 ) -> Iterator[dict[Index, AnswerScore]]:
     """The scores of all that is to be predicted in samples, batch by batch.
 
@@ -138,18 +135,20 @@ def score_samples(
     model.eval()
     window = sliding_window(model)
     for batch in _batches(samples, model.device, window):
-        rows = collate_sequences([[sample] for _, sample in batch], len(batch[-1][1]["input_ids"]), 0)
+        rows: dict[str, Any] = {
+            **collate_sequences([[sample] for _, sample in batch], len(batch[-1][1]["input_ids"]), 0)
+        }
         rows.pop("num_samples")
         if window and rows["input_ids"].shape[1] > window:
             rows.pop("seen_until")  # nothing is shared, and such borders may not exceed the window
         targets = rows.pop("targets").to(model.device)
         inputs = {name: tensor.to(model.device) for name, tensor in rows.items()}
         states = model.model(**inputs, use_cache=False).last_hidden_state
-        wanted = targets != -100
+        is_target = targets != -100
         found = torch.zeros(2, *targets.shape, dtype=torch.float64, device=model.device)
-        found[:, wanted] = _at_targets(model, states[wanted], targets[wanted])
+        found[:, is_target] = _at_targets(model, states[is_target], targets[is_target])
         log_probs, chosen = found.cpu().numpy()
-        wanted = wanted.cpu().numpy()
+        wanted = is_target.cpu().numpy()
         scores: dict[Index, AnswerScore] = {}
         for row, (index, sample) in enumerate(batch):
             places = np.arange(len(sample["input_ids"]))
@@ -164,7 +163,7 @@ def score_samples(
         yield scores
 
 
-def _at_targets(model: "VoraForConditionalGeneration", states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _at_targets(model: VoraForConditionalGeneration, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """float[2, places]: log-probability of each target, and 1 where it is the model's first choice."""
     found = torch.zeros(2, len(targets), dtype=torch.float64, device=targets.device)
     for part in torch.arange(len(targets), device=targets.device).split(ROWS_OF_LOGITS):
@@ -176,13 +175,13 @@ def _at_targets(model: "VoraForConditionalGeneration", states: torch.Tensor, tar
 
 
 def _batches(
-    samples: Iterable[tuple[Index, Packed]], device: torch.device, window: int | None = None
-) -> Iterator[list[tuple[Index, Packed]]]:
+    samples: Iterable[tuple[Index, TokenSample]], device: torch.device, window: int | None = None
+) -> Iterator[list[tuple[Index, TokenSample]]]:
     """Samples, of many at a time the shortest first, in batches of about equal cost: lists of (index, sample). Those
     that exceed a window are apart."""
     most = TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"]
     for part in _parts(samples):
-        batch: list[tuple[Index, Packed]] = []
+        batch: list[tuple[Index, TokenSample]] = []
         for index, sample in sorted(part, key=lambda pair: len(pair[1]["input_ids"])):
             length = len(sample["input_ids"])
             exceeds = window is not None and batch and len(batch[-1][1]["input_ids"]) <= window < length
@@ -193,9 +192,9 @@ def _batches(
         yield batch
 
 
-def _parts(samples: Iterable[tuple[Index, Packed]]) -> Iterator[list[tuple[Index, Packed]]]:
+def _parts(samples: Iterable[tuple[Index, TokenSample]]) -> Iterator[list[tuple[Index, TokenSample]]]:
     """Lists of samples whose pixels are bounded."""
-    part: list[tuple[Index, Packed]] = []
+    part: list[tuple[Index, TokenSample]] = []
     num_bytes = 0
     for index, sample in samples:
         part.append((index, sample))

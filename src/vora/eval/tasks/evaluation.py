@@ -6,13 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vora.data.answers import tasks_of
 from vora.eval.evaluation import Evaluation, Job
 from vora.eval.prediction_cache import Line, PredictionCache, fingerprints, model_fingerprint
 from vora.eval.report import Report
 from vora.eval.rows import Example, Rows, SkippedRows
 from vora.eval.scoring.generate import without_thinking
 from vora.eval.scoring.predict import predict
-from vora.eval.tasks.tasks import Captions, Classify, Statements, Task, Vqa
+from vora.eval.tasks.captions import Captions
+from vora.eval.tasks.classify import Classify
+from vora.eval.tasks.statements import Statements
+from vora.eval.tasks.task import Task
+from vora.eval.tasks.vqa import Vqa
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Captions, Vqa, Classify, Statements)}
 
@@ -62,14 +67,7 @@ def task_of(rows: Rows) -> str:
         ValueError: it is for several, or for none.
     """
     for row in rows.read(SkippedRows()):
-        has = row.values.keys().__contains__
-        fits = {
-            "captions": has("captions") or has("caption") or (has("text") and not has("label")),
-            "vqa": (has("questions") or has("question")) and (has("answers") or has("answer")),
-            "statements": (has("sentence") or has("statement")) and (has("label") or has("answer")),
-            "classify": has("label") and not (has("sentence") or has("statement")),
-        }
-        found = [name for name, fit in fits.items() if fit]
+        found = tasks_of(row.values)
         if len(found) == 1:
             return found[0]
         what = f"may be of {' or '.join(found)}" if found else "fit no task"

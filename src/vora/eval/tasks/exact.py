@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from vora.data.schema import Record
+from vora.data.schema import Sample
 from vora.eval.evaluation import Evaluation, Job
 from vora.eval.metrics.intervals import interval_of, share
 from vora.eval.probe.conditions import image_groups_of
@@ -16,7 +16,7 @@ from vora.eval.probe.requests import ImageCondition, RequestRecords
 from vora.eval.probe.scores import drawn_together, ratio
 from vora.eval.report import Report
 from vora.eval.tasks.evaluation import conditions_of, examples_of
-from vora.eval.tasks.tasks import Vqa
+from vora.eval.tasks.vqa import Vqa
 
 BLANK = "blank"
 
@@ -41,7 +41,9 @@ class ExactAnswers(Evaluation):
             raise ValueError(f"No image of {rows} can be read.{job.skipped.first()}")
         answers = [[most_common(example.references)] for example in examples]
         pairs = [(example.prompt, wanted) for example, (wanted,) in zip(examples, answers)]
-        first = {pair: number for number, pair in reversed(list(enumerate(pairs)))}
+        first: dict[tuple[str, str], int] = {}
+        for number, pair in enumerate(pairs):
+            first.setdefault(pair, number)
         size = examples[0].images()[0].size
         shown = [
             ImageCondition(group.key, group.images, [(number, 0, "right") for number in group.examples])
@@ -74,7 +76,7 @@ class ExactAnswers(Evaluation):
         return job.report(len(examples), metrics, conditions, cache, rows.files, num_images=len(groups))
 
 
-def majority_accuracy(train_records: Sequence[Record], test_records: Sequence[Record]) -> float:
+def majority_accuracy(train_records: Sequence[Sample], test_records: Sequence[Sample]) -> float:
     """What guessing the most frequent training answer to the same question scores."""
     seen: dict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()

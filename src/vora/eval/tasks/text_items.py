@@ -1,37 +1,25 @@
 """What text ability is measured on: documents in windows, and questions with choices.
 
-Questions come in the columns of the usual sets:
-
-    question, choices {text, label}, answerKey   ARC, CommonsenseQA; with question_stem OpenBookQA
-    question, choices [...], answer              MMLU; the answer is a number from 0, a letter, or one of the choices
-    ctx (or ctx_a and ctx_b), endings, label     HellaSwag
-    goal, sol1, sol2, label                      PIQA
-
-All else is held text: `.txt` files, and rows as training reads them: `text`, of which every token counts that has
-something before it; `messages` and the like, of which what the assistant says counts.
+Questions come in the columns of the usual sets, see `vora.data.answers.choice_question_of`. All else is held text:
+`.txt` files, and rows as training reads them: `text`, of which every token counts that has something before it;
+`messages` and the like, of which what the assistant says counts.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from vora.data.prompts import DEFAULT_PROMPTS
-from vora.data.schema import TEXT_COLUMNS, as_text, record_of_row
-from vora.eval.rows import Rows
+from vora.data.answers import ChoiceQuestion, choice_question_of
+from vora.data.columns import Row
+from vora.data.packing import TokenSample
+from vora.data.schema import to_sample
+from vora.data.turns import text_in
+from vora.eval.rows import Rows, SkippedRows
+from vora.model.processing_vora import VoraProcessor
 
-QUESTION_COLUMNS = (
-    "choices",
-    "answerKey",
-    "ctx",
-    "ctx_a",
-    "ctx_b",
-    "endings",
-    "goal",
-    "sol1",
-    "sol2",
-    "question_stem",
-)
 WINDOW = 1024  # tokens that are read at once; each is scored with at least half of them before it, where there are
 
 
@@ -40,58 +28,54 @@ class Window:
     """A part of a document: all of it is read, and of its tokens those not scored before are scored.
 
     Args:
-        sample: as of `share_prefixes`.
         document: its number.
         num_bytes: of what is scored.
     """
 
     name: str
-    sample: dict
+    sample: TokenSample
     document: int
     num_bytes: float
 
 
-@dataclass
-class Question:
-    """A beginning, the ways to go on, and the number of the right one."""
-
-    name: str
-    context: str
-    choices: list
-    right: int
-
-
-def read_items(paths, processor, length, bad, max_examples=None, **rows_options):
-    """All windows and questions of some files.
+def read_items(
+    paths: Sequence[str | Path],
+    processor: VoraProcessor,
+    length: int,
+    skipped: SkippedRows,
+    max_examples: int | None = None,
+    **rows_options: Any,
+) -> tuple[list[Window], list[ChoiceQuestion], list[str]]:
+    """All windows and questions of some files, and the files.
 
     Args:
         length: tokens of a window.
-        bad: gets the rows that are neither.
+        skipped: gets the rows that are neither.
         max_examples: the first so many documents and questions together.
-
-    Returns:
-        (list of `Window`s, list of `Question`s, the files).
+        rows_options: for `Rows`.
     """
     texts, rows = open_items(paths, **rows_options)
-    windows, questions, number = [], [], 0
-    for name, values in [*((file.name, {"text": _text_of(file)}) for file in texts), *_named(rows, bad)]:
+    windows: list[Window] = []
+    questions: list[ChoiceQuestion] = []
+    number = 0
+    for name, values in _named(texts, rows, skipped):
         if max_examples is not None and number == max_examples:
             break
         try:
-            if question := question_of(values, name):
+            if question := choice_question_of(values, name):
                 questions.append(question)
             else:
-                windows += [one for text in _documents(values, name, processor)
-                            for one in windows_of(*text, length, name, number)]  # fmt: skip
+                documents = list(_documents(values, name, processor))
+                windows += [one for text in documents for one in windows_of(*text, length, name, number)]
             number += 1
         except ValueError as error:
-            bad.add(name, error)
+            skipped.add(name, error)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
-            bad.add(name, f"It is not built as its layout is: {type(error).__name__}: {error}")
+            skipped.add(name, f"It is not built as its layout is: {type(error).__name__}: {error}")
     return windows, questions, [*map(str, texts), *rows.files]
 
 
-def open_items(paths, **rows_options):
+def open_items(paths: Sequence[str | Path], **rows_options: Any) -> tuple[list[Path], Rows]:
     """(files of text, `Rows` of all others).
 
     Raises:
@@ -100,87 +84,21 @@ def open_items(paths, **rows_options):
     texts = [Path(path) for path in paths if str(path).lower().endswith(".txt")]
     if missing := [file for file in texts if not file.exists()]:
         raise ValueError(f"{missing[0]}: there is no such file.")
-    others = [path for path in paths if Path(path) not in texts]
-    return texts, Rows(others, wanted=TEXT_COLUMNS + QUESTION_COLUMNS, **rows_options)
+    return texts, Rows([path for path in paths if Path(path) not in texts], **rows_options)
 
 
-def _text_of(file):
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Cannot read {file}: {error}") from None
-
-
-def _named(rows, bad):
-    for row in rows.read(bad):
-        yield row.name, row.values
-
-
-def question_of(values, name=""):
-    """A row's `Question`, or None where it is no question with choices.
-
-    Raises:
-        ValueError: its right answer is none of its choices.
-    """
-    if "endings" in values:
-        context = values.get("ctx") or f"{values.get('ctx_a', '')} {values.get('ctx_b', '')}".strip()
-        choices, answer, labels = list(values["endings"]), values.get("label"), None
-    elif "sol1" in values:
-        context, choices = f"Question: {values['goal']}\nAnswer:", [values["sol1"], values["sol2"]]
-        answer, labels = values.get("label"), None
-    elif "choices" in values:
-        given = values["choices"]
-        choices, labels = (given["text"], given.get("label")) if isinstance(given, dict) else (given, None)
-        asked = values["question"] if "question" in values else values["question_stem"]
-        context, choices = f"Question: {asked}\nAnswer:", list(choices)
-        answer = values.get("answerKey", values.get("answer"))
-    else:
-        return None
-    told = [str(as_text(choice)) for choice in choices]
-    return Question(name, context, told, _right(answer, choices, labels))
-
-
-def _right(answer, choices, labels):
-    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
-    if isinstance(answer, float) and any(isinstance(choice, float) for choice in choices):
-        is_number = False  # one of the choices, no place
-    answer = as_text(answer)
-    if labels is None and is_number and answer in map(str, range(len(choices))):
-        return int(answer)  # also where the choices are numbers
-    letters = [chr(ord("A") + number) for number in range(len(choices))]
-    numbers = [str(number) for number in range(len(choices))]
-    for names in (labels, choices, letters, numbers):
-        told = [str(as_text(name)) for name in names or ()]
-        if str(answer) in told:
-            return told.index(str(answer))
-    raise ValueError(f"Its answer {answer!r} is none of its {len(choices)} choices.")
-
-
-def _documents(values, name, processor):
-    """(tokens int[T], which of them are scored bool[T], bytes of these) of each conversation of a row."""
-    for conversation in record_of_row(values, name, ".", DEFAULT_PROMPTS).conversations:
-        if conversation[0]["role"] == "text":
-            yield _plain(conversation[0]["content"], processor)
-            continue
-        sample = processor.training_sample(conversation)
-        spoken = "".join(message["content"] for message in conversation if message["role"] == "assistant")
-        yield sample["input_ids"], sample["labels"] != -100, len(spoken.encode())
-
-
-def _plain(text, processor):
-    ids = np.array(processor.tokenizer(text)["input_ids"])
-    if len(ids) < 2 or processor.image_token_id in ids:
-        raise ValueError(f"Its text {text[:50]!r} is too short, or holds the image token {processor.image_token}.")
-    scored = np.arange(len(ids)) > 0
-    first = processor.tokenizer.decode(ids[:1], skip_special_tokens=True)
-    return ids, scored, len(text.encode()) - len(first.encode())
-
-
-def windows_of(ids, scored, num_bytes, length, name="", document=0):
+def windows_of(
+    ids: np.ndarray, scored: np.ndarray, num_bytes: float, length: int, name: str = "", document: int = 0
+) -> list[Window]:
     """A document in windows, of which each goes on half its length after the one before: every token that counts is
-    scored once."""
-    found, done = [], 1
-    per_token = num_bytes / max(1, scored[1:].sum())
+    scored once.
+
+    Args:
+        ids, scored: int[T] and bool[T], the tokens and which of them count.
+        num_bytes: of those that count.
+    """
+    found: list[Window] = []
+    done, per_token = 1, num_bytes / max(1, scored[1:].sum())
     while done < len(ids):
         end = min(len(ids), length if not found else done + length // 2)
         start = max(0, end - length)
@@ -188,7 +106,7 @@ def windows_of(ids, scored, num_bytes, length, name="", document=0):
         targets[: done - start - 1] = -100
         if count := int((targets != -100).sum()):
             last = end - start - 2
-            sample = {
+            sample: TokenSample = {
                 "input_ids": ids[start : end - 1],
                 "targets": targets,
                 "position_ids": np.arange(last + 1),
@@ -199,3 +117,33 @@ def windows_of(ids, scored, num_bytes, length, name="", document=0):
             found.append(Window(name, sample, document, per_token * count))
         done = end
     return found
+
+
+def _named(texts: Sequence[Path], rows: Rows, skipped: SkippedRows) -> Iterator[tuple[str, Row]]:
+    for file in texts:
+        try:
+            yield file.name, {"text": file.read_text(encoding="utf-8")}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"Cannot read {file}: {error}") from None
+    for row in rows.read(skipped):
+        yield row.name, row.values
+
+
+def _documents(values: Row, name: str, processor: VoraProcessor) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """(tokens int[T], which of them are scored bool[T], bytes of these) of each conversation of a row."""
+    for conversation in to_sample(values, name).conversations:
+        if conversation[0]["role"] == "text":
+            yield _plain(conversation[0]["content"], processor)
+            continue
+        sample = processor.training_sample(conversation)
+        answers = [one for one in conversation if one["role"] == "assistant" and one.get("learn", True)]
+        yield sample["input_ids"], sample["labels"] != -100, len("".join(map(text_in, answers)).encode())
+
+
+def _plain(text: str, processor: VoraProcessor) -> tuple[np.ndarray, np.ndarray, int]:
+    ids = np.array(processor.tokenizer(text)["input_ids"])
+    if len(ids) < 2 or processor.image_token_id in ids:
+        raise ValueError(f"Its text {text[:50]!r} is too short, or holds the image token {processor.image_token}.")
+    scored = np.arange(len(ids)) > 0
+    first = processor.tokenizer.decode(ids[:1], skip_special_tokens=True)
+    return ids, scored, len(text.encode()) - len(first.encode())

@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from vora.distill.blocks import only_first_blocks
+from vora.distill.blockwise import name_of
 from vora.distill.objective import Objective
 from vora.model.attention import attention_masks
 from vora.model.label_loss import labels_at_once
@@ -72,11 +73,11 @@ def step_memory(
         "teacher": 0 if objective.teacher is None else sum(bytes_of(p) for p in objective.teacher.parameters()),
     }
     early = gradients if accumulates else 0  # gradients that are there before the backward pass
-    at_loss = {"gradients": early, "activations": found.activations, "loss": found.loss}
-    at_recomputation = {"gradients": early, "activations": found.recomputing, "loss": 0}
-    at_update = {"gradients": gradients, "activations": found.one_block, "loss": 0}
-    parts |= max(at_loss, at_recomputation, at_update, key=lambda moment: sum(moment.values()))
-    return parts | {"total": sum(parts.values())}
+    at_loss: dict[str, float] = {"gradients": early, "activations": found.activations, "loss": found.loss}
+    at_recomputation: dict[str, float] = {"gradients": early, "activations": found.recomputing, "loss": 0}
+    at_update: dict[str, float] = {"gradients": gradients, "activations": found.one_block, "loss": 0}
+    peak = max([at_loss, at_recomputation, at_update], key=lambda moment: sum(moment.values()))
+    return parts | peak | {"total": sum(parts.values()) + sum(peak.values())}
 
 
 def optimizer_bytes(objective: nn.Module, optim: str) -> float:
@@ -237,7 +238,7 @@ def masks_with_segments(config: Any, row: Row, num_rows: int, bf16: bool) -> Any
             )
 
     def without_values(mask: Any) -> Any:
-        fake = torch.empty(num_rows, *mask.shape[1:], dtype=mask.dtype)
+        fake: Any = torch.empty(num_rows, *mask.shape[1:], dtype=mask.dtype)
         if not hasattr(mask, "segments"):  # short rows are not cut
             return fake
         fake.segments = [
@@ -283,16 +284,16 @@ def held_by_losses(objective: Objective, row: Row, num_rows: int, bf16: bool) ->
             held += num_labels * config.hidden_size * states.element_size()
     if objective.distillation is not None and num_images:
         heads, pairs = objective.distillation, objective.distillation.pairs
-        width = next(iter(heads.heads.values()))[1].out_features
-        states = {s: torch.empty(num_images, config.hidden_size, dtype=dtype, requires_grad=True) for s, _ in pairs}
+        width = heads.heads[name_of(pairs[0])][1].out_features
+        of_pairs = {s: torch.empty(num_images, config.hidden_size, dtype=dtype, requires_grad=True) for s, _ in pairs}
         features = {t: torch.empty(num_images, width) for _, t in pairs}
         with Saved(heads) as found, computing_in(bf16):
-            heads(states, features)
+            heads(of_pairs, features)
         held += found.num_bytes
         if heads.recomputes:  # one of them, once the others are done
             student, teacher = pair = pairs[-1]
             with Saved(heads) as found, computing_in(bf16):
-                heads.loss_of_pair(pair, states[student], features[teacher])
+                heads.loss_of_pair(pair, of_pairs[student], features[teacher])
             held += found.num_bytes
     return held
 

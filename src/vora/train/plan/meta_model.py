@@ -48,7 +48,7 @@ def meta_model(recipe: Recipe, beside: str | Path | None = None) -> tuple[Object
         with torch.device("meta"):
             vit = AutoModel.from_config(getattr(vit_config, "vision_config", vit_config), dtype=teacher_dtype(recipe))
             teacher = Teacher(vit)
-    folder = model.vora and trained_folder(model.vora)  # of a run, what it saved
+    folder = None if model.vora is None else trained_folder(model.vora)  # of a run, what it saved
     if folder is None:
         student = fresh_student(recipe, teacher)
     elif (folder / "config.json").exists():
@@ -94,11 +94,13 @@ def fresh_student(recipe: Recipe, teacher: Teacher | None) -> VoraForConditional
     wanted = recipe.model
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(
-            config_of(wanted.llm), dtype=getattr(torch, wanted.dtype), attn_implementation=wanted.attn_implementation
+            config_of(str(wanted.llm)),
+            dtype=getattr(torch, wanted.dtype),
+            attn_implementation=wanted.attn_implementation,
         )
         return from_llm(
             llm,
-            teacher=teacher if teacher is not None and recipe.teacher.init_from_teacher else None,
+            teacher=teacher if recipe.init_from_teacher else None,
             patch_size=wanted.patch_size,
             image_size=wanted.image_size,
             patch_merge=wanted.patch_merge,

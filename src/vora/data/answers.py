@@ -1,0 +1,243 @@
+"""What a row says is right: captions, answers to questions, a class, the truth of a statement, one of some choices."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vora.data.columns import CHOICE_COLUMNS, Row, first_of, has_any
+
+
+@dataclass
+class Question:
+    """A question and what people answered, empty answers left out."""
+
+    text: str
+    answers: list[str]
+
+    @property
+    def most_frequent(self) -> str:
+        return Counter(self.answers).most_common(1)[0][0]
+
+
+@dataclass
+class Statement:
+    """A sentence and whether it is true; `image` names the image of several rows, as NLVR's identifier."""
+
+    sentence: str
+    truth: bool
+    image: str | None
+
+
+@dataclass
+class ChoiceQuestion:
+    """A beginning, the ways to go on, and the number of the right one."""
+
+    name: str
+    context: str
+    choices: list[str]
+    right: int
+
+
+def captions_of(row: Row) -> list[str]:
+    """The captions of a row's image that say something, as they are.
+
+    Raises:
+        ValueError: there is none.
+    """
+    given = as_list(first_of(row, "captions", "caption", "text"))
+    captions = [caption for caption in (text_of(one, "caption") for one in given) if caption.strip()]
+    if not captions:
+        raise ValueError("It has 0 captions.")
+    return captions
+
+
+def has_questions(row: Row) -> bool:
+    """Whether a row holds questions and answers."""
+    return has_any(row, "question", "questions") and has_any(row, "answer", "answers")
+
+
+def questions_of(row: Row) -> list[Question | ValueError]:
+    """The questions of a row; of one that is none the error, so that the others can be asked.
+
+    Raises:
+        ValueError: the row has no questions, or not as many answers.
+    """
+    if "questions" in row or "answers" not in row:
+        questions, answers = as_list(first_of(row, "questions", "question")), first_of(row, "answers", "answer")
+        answers = as_list(answers)
+        if len(questions) != len(answers):
+            raise ValueError(f"It has {len(questions)} questions, but {len(answers)} answers.")
+    else:  # several people's answers to one question
+        questions, answers = [first_of(row, "question")], [row["answers"]]
+    found: list[Question | ValueError] = []
+    for question, given in zip(questions, answers):
+        try:
+            if question is None:
+                raise ValueError("Its question is null.")
+            said = [answer for answer in map(_said, as_list(given)) if answer is not None]
+            texts = [text for text in (text_of(answer, "answer") for answer in said) if text.strip()]
+            if len(texts) == 1:  # several people's numbers are what they counted
+                _check_names_no_choice(row, said)
+            found.append(Question(text_of(question, "question"), texts))
+        except ValueError as error:
+            found.append(error)
+    return found
+
+
+def class_of(row: Row, classes: Sequence[str] | None) -> str:
+    """The name of a row's class, which it gives by name or by number.
+
+    Args:
+        classes: names of all classes in the order of their numbers, if they are known.
+
+    Raises:
+        ValueError: there is no label, or its number has no name.
+    """
+    label = first_of(row, "label")
+    name = " ".join(text_of(label, "label").split())
+    if not name:
+        raise ValueError("It has no label.")
+    if isinstance(label, (bool, str)):
+        return name
+    if not classes:
+        raise ValueError(
+            f"Its label {name} is a number: give the name of the class, or `vora eval` all names, in the order of the "
+            "numbers, with --labels."
+        )
+    if not (name.isdecimal() and int(name) < len(classes)):
+        raise ValueError(f"Its label {name} is none of the {len(classes)} classes.")
+    return classes[int(name)]
+
+
+def has_statement(row: Row) -> bool:
+    """Whether a row holds a statement that is true or false."""
+    return has_any(row, "sentence", "statement") and has_any(row, "label", "answer")
+
+
+def statement_of(row: Row) -> Statement:
+    """The statement of a row.
+
+    Raises:
+        ValueError: there is none, or it is neither true nor false.
+    """
+    sentence = text_of(first_of(row, "sentence", "statement", "question", "text"), "sentence")
+    truth = text_of(first_of(row, "label", "answer"), "label").strip().lower()
+    if truth not in ("true", "false", "1", "0", "yes", "no"):
+        raise ValueError(f"Its sentence has the label {truth!r}, which is neither true nor false.")
+    image = None if row.get("identifier") is None else str(row["identifier"]).rsplit("-", 1)[0]
+    return Statement(sentence, truth in ("true", "1", "yes"), image)
+
+
+def tasks_of(row: Row) -> list[str]:
+    """The evaluation tasks that a row's columns are for."""
+    states = has_any(row, "sentence", "statement")
+    fits = {
+        "captions": has_any(row, "captions", "caption") or ("text" in row and "label" not in row),
+        "vqa": has_questions(row),
+        "statements": has_statement(row),
+        "classify": "label" in row and not states,
+    }
+    return [name for name, fit in fits.items() if fit]
+
+
+def choice_question_of(row: Row, name: str = "") -> ChoiceQuestion | None:
+    """The question of a row whose choices are scored by likelihood, or None if it is no such row.
+
+        question, choices {text, label}, answerKey   ARC, CommonsenseQA; with question_stem OpenBookQA
+        question, choices [...], answer              MMLU; the answer is a number from 0, a letter, or one of them
+        ctx (or ctx_a and ctx_b), endings, label     HellaSwag
+        goal, sol1, sol2, label                      PIQA
+
+    Raises:
+        ValueError: its right answer is none of its choices.
+    """
+    labels = None
+    if "endings" in row:
+        context, choices = row.get("ctx") or f"{row.get('ctx_a', '')} {row.get('ctx_b', '')}".strip(), row["endings"]
+        answer = row.get("label")
+    elif "sol1" in row:
+        context, choices, answer = f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row.get("label")
+    elif "choices" in row:
+        given = row["choices"]
+        choices, labels = (given["text"], given.get("label")) if isinstance(given, dict) else (given, None)
+        context = f"Question: {first_of(row, 'question', 'question_stem')}\nAnswer:"
+        answer = row.get("answerKey", row.get("answer"))
+    else:
+        return None
+    texts = [str(as_text(choice)) for choice in choices]
+    return ChoiceQuestion(name, context, texts, _number_of(answer, list(choices), labels))
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list; of one thing, a list of it; of a list of dicts that is stored by columns, the dicts."""
+    if isinstance(value, dict) and value and all(isinstance(column, (list, tuple)) for column in value.values()):
+        return [dict(zip(value, values)) for values in zip(*value.values())]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def as_text(value: Any) -> Any:
+    """Text, a number or a truth value as text; anything else stays."""
+    if isinstance(value, float) and value.is_integer():  # a column of whole numbers of which some are missing
+        value = int(value)
+    return str(value) if isinstance(value, (bool, int, float)) else value
+
+
+def text_of(value: Any, what: str) -> str:
+    """Text of a text, a number, or of one person's caption or answer as COCO and VQA have them; of nothing, none.
+
+    Args:
+        what: it is, for the message.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = _said(value)
+    text = "" if value is None else as_text(value)
+    if not isinstance(text, str):
+        raise ValueError(f"Its {what} is a {type(value).__name__}, not text.")
+    return text
+
+
+def _said(value):
+    """What one person said, whose name or number stands beside it."""
+    known = [value[name] for name in ("answer", "raw") if name in value] if isinstance(value, dict) else []
+    return known[0] if known else value
+
+
+def _check_names_no_choice(row, answers):
+    """Raise ValueError where an answer is the number or the letter of a choice, and the choices are not shown."""
+    choices = next((row[column] for column in CHOICE_COLUMNS if column in row), None)
+    choices = choices.get("text") if isinstance(choices, dict) else choices
+    choices = [_plain(choice) for choice in choices] if isinstance(choices, (list, tuple)) else []
+    shown = _plain(" ".join(str(question) for question in as_list(row.get("question", row.get("questions", "")))))
+    if all(choice in shown for choice in choices):
+        return
+    for answer in answers:
+        is_number = isinstance(answer, (int, float)) or (isinstance(answer, str) and len(answer.strip(" ().")) == 1)
+        if is_number and _plain(answer) not in choices:
+            raise ValueError(
+                f"Its answer {answer!r} is none of its {len(choices)} choices: give the text of the right one, and "
+                "put the choices into the question if they are to be chosen from."
+            )
+
+
+def _plain(value):
+    return str(as_text(value)).strip().casefold()
+
+
+def _number_of(answer, choices, labels):
+    """The number of the choice that an answer means: by number, label, text or letter."""
+    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
+    if isinstance(answer, float) and any(isinstance(choice, float) for choice in choices):
+        is_number = False  # one of the choices, no place
+    answer = as_text(answer)
+    numbers = [str(number) for number in range(len(choices))]
+    if labels is None and is_number and answer in numbers:
+        return int(answer)  # also where the choices are numbers
+    letters = [chr(ord("A") + number) for number in range(len(choices))]
+    for names in (labels, choices, letters, numbers):
+        texts = [str(as_text(name)) for name in names or ()]
+        if str(answer) in texts:
+            return texts.index(str(answer))
+    raise ValueError(f"Its answer {answer!r} is none of its {len(choices)} choices.")

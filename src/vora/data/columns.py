@@ -1,0 +1,104 @@
+"""The names of columns, and rows with these names and without what says nothing."""
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+from vora.data.prompts import DEFAULT_PROMPTS, Prompts
+
+Row = dict[str, Any]
+
+IMAGE_COLUMNS = ("image", "images", "frames", "video", "videos")
+SOUND_COLUMNS = ("audio", "audios")
+TURN_COLUMNS = ("messages", "conversations")
+CHOICE_COLUMNS = ("choices", "options")
+TEXT_COLUMNS = (
+    *TURN_COLUMNS, "system", "history", "tools", "texts", "question", "answer", "questions", "answers", "caption",
+    "captions", "sentence", "statement", "label", "identifier", "instruction", "input", "output", "text", "id",
+    *CHOICE_COLUMNS, "answerKey", "ctx", "ctx_a", "ctx_b", "endings", "goal", "sol1", "sol2", "question_stem",
+    *SOUND_COLUMNS,
+)  # fmt: skip
+COLUMNS = (*IMAGE_COLUMNS, *TEXT_COLUMNS, "file_name")
+LAYOUTS: tuple[Set[str], ...] = (  # the first that a row has is read
+    {*TURN_COLUMNS}, {"texts"}, {"question", "questions", "answer", "answers"}, {"caption", "captions"},
+    {"sentence", "statement", "label"}, {"instruction", "output", "input"}, {"text"},
+)  # fmt: skip
+SYNONYMS: tuple[Set[str], ...] = (  # of these one is read
+    {*IMAGE_COLUMNS}, {*TURN_COLUMNS}, {"questions", "question"}, {"answers", "answer"},
+    {"captions", "caption", "text"}, {"sentence", "statement"},
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How rows are read.
+
+    Args:
+        prompts: one is drawn for each row that comes without a question, always the same.
+        columns: {our name: the file's}; what is named so goes before its `SYNONYMS`.
+        allow_urls: fetch images from URLs; otherwise a row that names one is bad.
+    """
+
+    prompts: Prompts = DEFAULT_PROMPTS
+    columns: Mapping[str, str] = field(default_factory=dict)
+    allow_urls: bool = False
+
+
+def usable(row: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
+    """A row under our names, without columns that hold nothing: null, NaN, empty lists, as merged schemas have them.
+
+    Raises:
+        ValueError: a text is none, or sound belongs to it.
+    """
+    given = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    overruled: set[str] = set().union(*(alike for alike in SYNONYMS if alike & given.keys())) | {*columns.values()}
+    row = {name: value for name, value in row.items() if name not in overruled} | given
+    found = {name: _without_nan(value, name) for name, value in row.items()}
+    found = {name: value for name, value in found.items() if value is not None and not _is_empty(name, value)}
+    if sounds := [name for name in SOUND_COLUMNS if name in found]:
+        raise ValueError(f"Its column {sounds[0]!r} holds sound, which is not understood: leave the row out.")
+    return found
+
+
+def without_layouts_before(row: Row, named: Set[str]) -> Row:
+    """A row without the layouts that would be read before the first one with a column that the user has named."""
+    first = next((number for number, layout in enumerate(LAYOUTS) if layout & named), 0)
+    before: set[str] = set().union(*LAYOUTS[:first])
+    return {name: value for name, value in row.items() if name not in before}
+
+
+def first_of(row: Mapping[str, Any], *names: str) -> Any:
+    """What stands in the first of these columns that a row has.
+
+    Raises:
+        ValueError: it has none of them.
+    """
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise ValueError(f"It has no {' or '.join(names)}, only {', '.join(sorted(map(str, row)))}.")
+
+
+def has_any(row: Mapping[str, Any], *names: str) -> bool:
+    return any(name in row for name in names)
+
+
+def _is_empty(name, value):
+    return not value and (name in IMAGE_COLUMNS or isinstance(value, (list, tuple, dict)))
+
+
+def _without_nan(value, column):
+    """A value in which NaN, which is how tables and JSON of Python write null, is None."""
+    if isinstance(value, dict):
+        return {key: _without_nan(one, column) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(one, column) for one in value]
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"Its column {column!r} holds {value[error.start]!a}, half of a surrogate pair, at place {error.start}: "
+                "that is no text, repair the file."
+            ) from None
+    return None if isinstance(value, float) and value != value else value

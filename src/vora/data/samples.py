@@ -1,0 +1,180 @@
+"""Rows of sources to samples of tokens, in chunks that workers take in turns."""
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from vora.data.augment import augmented
+from vora.data.order import Mixture, SourceOrder
+from vora.data.packing import TokenSample, cut_after_images, cut_text, tokenize_sample
+from vora.data.schema import Sample, without_images
+from vora.data.source import Source
+from vora.model.processing_vora import VoraProcessor
+
+CHUNK_SAMPLES = 32
+
+# a sample's name, and the sample, None where there is nothing to distill from, or why it is bad
+Drawn: TypeAlias = tuple[str, TokenSample | ValueError | None]
+Chunk: TypeAlias = tuple[list[Drawn], torch.Tensor | None]
+
+
+class SampleMaker:
+    """Rows of sources to samples for packing.
+
+    Args:
+        sequence_length: T; longer samples are bad.
+        questions_per_image: conversations drawn per row and epoch; None for all.
+        image_tokens: (fewest, most); each row's budget is drawn anew between them in each epoch, its logarithm
+            evenly, so that one model serves many resolutions. None: the processor's own budget.
+        augment: per source None or the arguments of `vora.data.augment.augmented`; drawn anew in each epoch.
+        text_only: leave the images out of each sample.
+        text_kl_weight: of text without images nothing is to be predicted: it is there to be kept as it was
+            (`vora.distill.text_kl`), cut where a packed sequence ends.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        processor: VoraProcessor,
+        sequence_length: int,
+        questions_per_image: int | None = None,
+        image_tokens: tuple[int, int] | None = None,
+        augment: Sequence[Mapping[str, Any] | None] | None = None,
+        text_only: bool = False,
+        text_kl_weight: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.sources, self.processor, self.sequence_length = sources, processor, sequence_length
+        self.questions_per_image, self.image_tokens, self.seed = questions_per_image, image_tokens, seed
+        self.augment, self.text_only = augment or [None] * len(sources), text_only
+        self.text_kl_weight = text_kl_weight
+        self.orders = [SourceOrder(source.block_sizes, (seed, number)) for number, source in enumerate(sources)]
+        self._open: list[tuple[Any, dict[int, Any]]] = [(None, {}) for _ in sources]
+
+    def draw(self, source: int, number: int, distill_only: bool = False) -> Drawn:
+        """The sample that is drawn from a source as the `number`-th.
+
+        Args:
+            distill_only: cut after the images, with nothing to predict; None where there are none, but text to keep.
+        """
+        epoch, group, block, offset = self.orders[source].draw(number)
+        rows = self._rows(source, (epoch, group), block)
+        rng = random.Random(f"{self.seed}/{source}/{number}")
+        most = 1 if distill_only else self.questions_per_image
+        found: TokenSample | ValueError | None
+        try:
+            sample, changes = self.sources[source].item(block, offset, rows), self.augment[source]
+            if changes and not self.text_only:
+                sample = augmented(sample, rng, **changes)
+            found = self.tokenized(sample, rng, most)
+        except Exception as error:
+            found = as_bad(error)
+        if distill_only and isinstance(found, dict):
+            if "pixel_values" in found:
+                found = cut_after_images(found, self.processor.image_token_id)
+            elif not self.text_kl_weight:
+                found = None
+        return self.sources[source].row_name(block, offset), found
+
+    def _rows(self, source: int, group: tuple[int, int], block: int) -> Any:
+        """A block's rows; those of the group at hand stay in memory."""
+        if self._open[source][0] != group:
+            self._open[source] = (group, {})
+        blocks = self._open[source][1]
+        if block not in blocks:
+            blocks[block] = self.sources[source].read_block(block)
+        return blocks[block]
+
+    def tokenized(self, sample: Sample, rng: random.Random, max_conversations: int | None) -> TokenSample:
+        """A sample as tokens for packing, with some of its conversations (None: all).
+
+        Raises:
+            ValueError: an image cannot be read, it teaches nothing, or it is longer than a packed sequence.
+        """
+        if self.text_only:
+            sample = without_images(sample)
+        conversations = sample.conversations
+        if max_conversations is not None and len(conversations) > max_conversations:
+            conversations = rng.sample(conversations, max_conversations)
+        found = tokenize_sample(sample, self.processor, conversations, **self.draw_budget(rng))
+        if self.text_kl_weight and "pixel_values" not in found:
+            return cut_text(found, self.sequence_length)
+        if len(found["input_ids"]) > self.sequence_length:
+            raise ValueError(
+                f"Its {len(found['input_ids'])} tokens exceed the {self.sequence_length} of a packed sequence: raise "
+                "data.sequence_length, or lower data.questions_per_image or model.max_image_tokens."
+            )
+        return found
+
+    def draw_budget(self, rng: random.Random) -> dict[str, int]:
+        """The image processor's arguments for one sample: at most n tokens an image, at least half as many."""
+        if self.image_tokens is None:
+            return {}
+        least, most = self.image_tokens
+        drawn = round(math.exp(rng.uniform(math.log(least), math.log(most))))
+        return {"min_image_tokens": max(1, drawn // 2), "max_image_tokens": drawn}
+
+
+def as_bad(error: Exception) -> ValueError:
+    """What says that a sample is bad. Data brings errors of any kind, from chat templates and tokenizers too; only
+    what says something of the machine ends a run."""
+    if isinstance(error, MemoryError):
+        raise error
+    return error if type(error) is ValueError else ValueError(f"{type(error).__name__}: {error}")
+
+
+class Chunks(IterableDataset):
+    """The samples of one rank in chunks, from a position on; in a worker, its share of the chunks.
+
+    Yields (chunk number of the rank, the chunk). Chunk k of rank r is chunk k R + r of all R ranks. All patches of a
+    chunk are in one tensor: between processes it goes through shared memory. `unpacked` gives them back.
+    """
+
+    def __init__(
+        self, maker: SampleMaker, mixture: Mixture, first_chunk: int, distill_only: bool, rank: int, num_ranks: int
+    ) -> None:
+        self.maker, self.mixture, self.first_chunk = maker, mixture, first_chunk
+        self.distill_only, self.rank, self.num_ranks = distill_only, rank, num_ranks
+
+    def __iter__(self) -> Iterator[tuple[int, Chunk]]:
+        worker = get_worker_info()
+        start, step = (self.first_chunk, 1) if worker is None else (self.first_chunk + worker.id, worker.num_workers)
+        place = (start * self.num_ranks + self.rank) * CHUNK_SAMPLES
+        counts = self.mixture.counts(place)
+        for number in count(start, step):
+            sources = self.mixture.sources(place, CHUNK_SAMPLES)
+            yield number, _for_travel(self._samples(sources, counts.copy()))
+            for first in range(place, place + step * self.num_ranks * CHUNK_SAMPLES, CHUNK_SAMPLES):
+                counts += np.bincount(self.mixture.sources(first, CHUNK_SAMPLES), minlength=len(counts))
+            place += step * self.num_ranks * CHUNK_SAMPLES
+
+    def _samples(self, sources: np.ndarray, counts: np.ndarray) -> list[Drawn]:
+        samples = []
+        for source in sources.tolist():
+            samples.append(self.maker.draw(source, int(counts[source]), self.distill_only))
+            counts[source] += 1
+        return samples
+
+
+def _for_travel(samples: list[Drawn]) -> Chunk:
+    patches = [
+        sample.pop("pixel_values") for _, sample in samples if isinstance(sample, dict) and "pixel_values" in sample
+    ]
+    return samples, torch.from_numpy(np.concatenate(patches)) if patches else None
+
+
+def unpacked(chunk: Chunk) -> list[Drawn]:
+    """The samples of a chunk, each with its own patches."""
+    samples, patches = chunk
+    first = 0
+    for _, sample in samples:
+        if isinstance(sample, dict) and "image_grid_thw" in sample and patches is not None:
+            last = first + int(sample["image_grid_thw"].prod(-1).sum())
+            sample["pixel_values"], first = patches[first:last].numpy(), last
+    return samples

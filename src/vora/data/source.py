@@ -1,0 +1,154 @@
+"""Files as rows in blocks, of which only those in use are in memory.
+
+A block is what is read at once: a row group of Parquet, some lines of JSON, some samples of a tar file. A source knows
+how many rows each of its blocks holds, and nothing else of what is in them.
+"""
+
+import tarfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+
+from vora.data.columns import COLUMNS, Row, RowOptions
+from vora.data.schema import to_sample
+
+ReadRow: TypeAlias = Callable[[Row, str, str, RowOptions], Any]  # row, its name, folder of its images
+FIRST_ROWS = 512  # of which one must be of use
+
+
+class Source:
+    """Rows in blocks; `source[i]` is what `read_row` makes of a row, by default a `Sample`.
+
+    Args:
+        name: of the source, for messages.
+        image_folder: where paths of images start; by default the folder of the file that names them.
+        options: how rows are read.
+        max_samples: the first so many rows only.
+        read_row: what makes an item of a row, see `to_sample`.
+        wanted: the columns that it looks at; files that allow it are read no further.
+        is_checked: whether one of the first rows must be of use.
+
+    Raises:
+        ValueError: no row is there, a file cannot be read, or none of the first rows has a layout.
+    """
+
+    rows_per_block = 128  # where the file itself has no blocks
+
+    def __init__(
+        self,
+        name: str,
+        files: Iterable[str | Path],
+        image_folder: str | Path | None = None,
+        options: RowOptions = RowOptions(),
+        max_samples: int | None = None,
+        read_row: ReadRow = to_sample,
+        wanted: Collection[str] = COLUMNS,
+        is_checked: bool = True,
+    ) -> None:
+        self.name, self.files = name, [str(file) for file in files]
+        self.image_folder = None if image_folder is None else str(image_folder)
+        self.options, self.read_row, self.wanted = options, read_row, wanted
+        blocks = [(f, *place, count) for f, file in enumerate(self.files) for *place, count in self._scanned(file)]
+        sizes = np.array([block[-1] for block in blocks], np.int64)
+        self.blocks = np.array([block[:-1] for block in blocks], np.int64)
+        if max_samples is not None:
+            sizes = np.diff(np.minimum(sizes.cumsum(), max_samples), prepend=0)
+        self.blocks, self.block_sizes = self.blocks[sizes > 0], sizes[sizes > 0]
+        self.starts = self.block_sizes.cumsum() - self.block_sizes
+        self._cached: tuple[int | None, Any] = (None, None)
+        if len(self) == 0:
+            raise ValueError(f"{name} holds 0 rows: an empty dataset cannot be trained on.")
+        if is_checked:
+            self._check_layout()
+
+    def __len__(self) -> int:
+        return int(self.block_sizes.sum())
+
+    def __getitem__(self, index: int) -> Any:
+        """Neighbours are fast: a block stays in memory until another is asked for."""
+        index = range(len(self))[index]
+        block = int(np.searchsorted(self.starts, index, side="right")) - 1
+        if self._cached[0] != block:
+            self._cached = (block, self.read_block(block))
+        return self.item(block, index - int(self.starts[block]), self._cached[1])
+
+    def row_name(self, block: int, offset: int) -> str:
+        """Where a row stands: file and number in it."""
+        file = self.blocks[block, 0]
+        first = np.searchsorted(self.blocks[:, 0], file)
+        return f"{self.files[file]}:{self.starts[block] - self.starts[first] + offset}"
+
+    def item(self, block: int, offset: int, rows: Any) -> Any:
+        """What a row of a block that `read_block` has read becomes.
+
+        Raises:
+            ValueError: the row is not what a layout says.
+        """
+        row = rows[offset] if isinstance(rows, list) else self.row(rows, offset)
+        if isinstance(row, ValueError):
+            raise row
+        folder = self.image_folder or str(Path(self.files[self.blocks[block, 0]]).parent)
+        try:
+            return self.read_row(row, self.row_name(block, offset), folder, self.options)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"It is not built as its layout is: {type(error).__name__}: {error}") from None
+
+    def read_block(self, number: int) -> Any:
+        """The rows of a block: a list of dicts, and of ValueErrors for broken ones; or what `row` takes.
+
+        A block that cannot be read is a block of bad rows: a long run goes on.
+        """
+        try:
+            return self._read(self.files[self.blocks[number, 0]], *self.blocks[number, 1:].tolist())
+        except (OSError, ValueError, RecursionError, pa.ArrowException, tarfile.TarError) as error:
+            cause = ValueError(f"Its part of the file cannot be read: {' '.join(str(error).split())[:200]}")
+            return [cause] * int(self.block_sizes[number])
+
+    def row(self, rows: Any, offset: int) -> Row:
+        """A row of a block, where that is no list."""
+        raise NotImplementedError
+
+    def _scanned(self, file: str) -> Iterator[Sequence[int]]:
+        """(places..., number of rows) of each block of a file."""
+        raise NotImplementedError
+
+    def _read(self, file: str, *place: int) -> Any:
+        raise NotImplementedError
+
+    def _check_layout(self) -> None:
+        """Raise ValueError unless one of the first rows can be used, and the names in `columns` are not misspelt."""
+        columns, count, is_used = self.options.columns, 0, False
+        cause: ValueError | None = None
+        known: set[str] = set()
+        for block, size in enumerate(self.block_sizes):
+            rows = self.read_block(block)
+            known |= _columns_of(rows)
+            for offset in range(size if not is_used else 0):
+                try:
+                    self.item(block, offset, rows)
+                    is_used = True
+                    break
+                except ValueError as error:
+                    cause = cause or error
+            count += int(size)
+            if count >= FIRST_ROWS or (is_used and known.issuperset(columns.values())):
+                break
+        for ours, theirs in columns.items():
+            # rows to come may have it, unless it stands beside ours, which would be read instead
+            if ours in self.wanted and theirs not in known and (count == len(self) or ours in known):
+                raise ValueError(
+                    f"columns: {ours} is to be read from {theirs!r}, but none of {count} rows of {self.name} has it; "
+                    f"they have {', '.join(sorted(map(str, known)))}."
+                )
+        if not is_used:
+            raise ValueError(f"None of the first {count} rows of {self.name} can be used. The first: {cause}")
+
+
+def _columns_of(rows: Any) -> set[str]:
+    """The names of columns in what `read_block` gives."""
+    if not isinstance(rows, list):
+        return set(rows.column_names)
+    return {name for row in rows if isinstance(row, dict) for name in row}

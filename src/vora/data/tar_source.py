@@ -1,0 +1,110 @@
+"""WebDataset: tar shards in which files with one name are one sample."""
+
+import io
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from vora.data.columns import IMAGE_COLUMNS, TURN_COLUMNS, Row
+from vora.data.images import IMAGE_ENDINGS, UNREAD_ENDINGS
+from vora.data.json_source import json_row
+from vora.data.source import Source
+
+
+class WebDataset(Source):
+    """Tar shards; files with the same name up to its first dot are one sample.
+
+    An image's ending (jpg, png, ...) makes it an image, `txt` its caption; the keys of `json` are columns.
+    """
+
+    def _scanned(self, file: str) -> Iterator[Sequence[int]]:
+        start = end = count = 0
+        last: str | None = None
+        first_keys: set[str] = set()
+        try:
+            with tarfile.open(file, "r:") as tar:
+                for member in tar:
+                    setattr(tar, "members", [])  # it would remember all
+                    key = _split_key(member.name)[0]
+                    if _belongs_to_a_sample(member) and key != last:
+                        if key in first_keys:
+                            raise ValueError(
+                                f"The files of sample {key} do not follow each other in {file}: pack it again with "
+                                "tar --sort=name."
+                            )
+                        if len(first_keys) < 1000:
+                            first_keys.add(key)
+                        if count == self.rows_per_block:
+                            yield start, end, count
+                            start, count = end, 0
+                        count, last = count + 1, key
+                    end = member.offset_data + (member.size + 511) // 512 * 512
+        except tarfile.TarError as error:
+            raise ValueError(f"{file} is no whole tar file (compressed ones are to be unpacked): {error}") from None
+        with open(file, "rb") as shard:
+            shard.seek(end)
+            rest = shard.read(512)
+        if end > Path(file).stat().st_size or rest not in (b"", bytes(512)):
+            raise ValueError(f"{file} is cut off in or after its last sample {last}: fetch or write it again.")
+        yield start, end, count
+
+    def _read(self, file: str, *place: int) -> list[Row | ValueError]:
+        start, end = place
+        with open(file, "rb") as shard:
+            shard.seek(start)
+            data = shard.read(end - start)
+        samples: list[tuple[str, dict[str, bytes]]] = []
+        with tarfile.open(fileobj=io.BytesIO(data + bytes(1024)), mode="r:") as tar:
+            for member in filter(_belongs_to_a_sample, tar):
+                key, ending = _split_key(member.name)
+                if not samples or samples[-1][0] != key:
+                    samples.append((key, {}))
+                content = tar.extractfile(member)
+                samples[-1][1][ending] = content.read() if content else b""
+        return [row_of_files(key, files) for key, files in samples]
+
+
+def row_of_files(key: str, files: Mapping[str, bytes]) -> Row | ValueError:
+    """The row that {ending: content} of one sample make, images in the order in which people count."""
+    row: Row = {"id": key}
+    images, unread = [], []
+    for ending, data in sorted(files.items(), key=_as_people_count):
+        last = ending.rpartition(".")[2]
+        if last in IMAGE_ENDINGS:
+            images.append(data)
+        elif last == "txt":
+            try:
+                row["text"] = data.decode().strip()  # beside an image, a caption
+            except UnicodeDecodeError as error:
+                return ValueError(f"Its {ending} is not in UTF-8: byte {error.start} is 0x{data[error.start]:02x}.")
+        elif last == "json":
+            values = json_row(data)
+            if isinstance(values, ValueError):
+                return values
+            row |= values
+        elif last in UNREAD_ENDINGS:
+            unread.append(ending)
+    if unread and not images and row.keys().isdisjoint({*IMAGE_COLUMNS, *TURN_COLUMNS}):
+        return ValueError(
+            f"It has no image, and its files {', '.join(unread)} are not read: known are txt, json and "
+            f"{', '.join(IMAGE_ENDINGS)}."
+        )
+    if images:
+        row = {name: value for name, value in row.items() if name not in IMAGE_COLUMNS} | {"images": images}
+    return row
+
+
+def _belongs_to_a_sample(member: tarfile.TarInfo) -> bool:
+    return member.isfile() and not Path(member.name).name.startswith("._")  # macOS packs such beside each file
+
+
+def _split_key(path: str) -> tuple[str, str]:
+    folder, slash, name = path.rpartition("/")
+    stem, _, ending = name.partition(".")
+    return folder + slash + stem, ending.lower()
+
+
+def _as_people_count(named: tuple[str, bytes]) -> list[int | str]:
+    """2.png before 10.png."""
+    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", named[0])]

@@ -1,0 +1,213 @@
+"""Conversations: turns of any usual form to messages, and the places in them where images go.
+
+A message has a `role`, and as `content` text, or parts: `{"type": "text", "text": ...}` and places
+`{"type": "image"}`, which the images of a sample fill in order. An assistant's message with `learn: False` is read but
+not learned.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from vora.data.answers import as_list, text_of
+from vora.data.columns import Row
+from vora.data.images import VideoPath
+
+Message = dict[str, Any]
+Conversation = list[Message]
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+TEXT_PARTS = ("text", "input_text", "output_text")
+IMAGE_PARTS, VIDEO_PARTS = ("image", "image_url", "input_image"), ("video", "video_url")
+PART_KEYS = ("image", "video", "image_url", "video_url", "path", "url", "base64")
+LEARN_KEYS = ("weight", "loss", "loss_mask", "loss_scale", "train")  # as OpenAI, ms-swift, verl and axolotl call it
+CALLS = ("tool_calls", "function_call")
+PLACE = re.compile(r"\n?<(?:image|video)>\n?")
+UNFILLED = re.compile(r"^\s*<(video|audio)>", re.MULTILINE)  # within a sentence it is text about a tag
+NOTHING_TO_LEARN = "Its answer is empty: there is nothing to learn."
+
+
+def question_and_answer(question: Any, answer: Any) -> Conversation:
+    """Two messages.
+
+    Raises:
+        ValueError: one is no text, or the answer is empty.
+    """
+    if question is None:
+        raise ValueError("Its question is null.")
+    answer = text_of(answer, "answer")
+    if not answer.strip():
+        raise ValueError(NOTHING_TO_LEARN)
+    return [{"role": "user", "content": text_of(question, "question")}, {"role": "assistant", "content": answer}]
+
+
+def conversation_of(turns: Any) -> tuple[Conversation, list[Any]]:
+    """Turns in the form of OpenAI (`role`, `content`) or ShareGPT (`from`, `value`), also as JSON or by columns.
+
+    Returns:
+        The conversation, and the images that stand in it.
+
+    Raises:
+        ValueError: a turn is not understood, or an assistant says nothing.
+    """
+    messages, images = [], []
+    for turn in as_list(json.loads(turns) if isinstance(turns, str) else turns):
+        role = ROLES.get(turn.get("role") or turn.get("from"))
+        if role is None:
+            raise ValueError(f"Who is {turn.get('role') or turn.get('from')!r}? Known are {', '.join(ROLES)}.")
+        if any(turn.get(key) for key in CALLS):
+            raise ValueError(f"Its {role} calls tools, which is not understood: leave the row out.")
+        content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+        if not isinstance(content, str):
+            content, given = _parts_and_images(content or [], role)
+            images += given
+        messages.append({"role": role, "content": content} | _mark(turn, role))
+    first = next((i for i, message in enumerate(messages) if message["role"] != "assistant"), len(messages))
+    messages = messages[first:]  # an answer to nothing, as in ShareGPT, is left out, as LLaVA does
+    answers = [text_in(message) for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise ValueError("It has no answer of an assistant: there is nothing to learn.")
+    if not all(answer.strip() for answer in answers):
+        raise ValueError(NOTHING_TO_LEARN)
+    return messages, images
+
+
+def lead_of(row: Row) -> Conversation:
+    """What stands before a row's conversations: its columns `system`, and `history` of earlier questions and answers.
+
+    Raises:
+        ValueError: they hold something else.
+    """
+    lead = [{"role": "system", "content": text_of(row["system"], "system")}] if row.get("system") else []
+    for turn in row.get("history", []):
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+            raise ValueError("Its history is no list of pairs of a question and an answer.")
+        lead += question_and_answer(*turn)
+    return lead
+
+
+def with_lead(lead: Conversation, conversation: Conversation) -> Conversation:
+    """A conversation that goes on after what leads to it.
+
+    Raises:
+        ValueError: a system speaks in both, and not alike.
+    """
+    if lead and conversation[0]["role"] == "system":
+        if lead[0]["role"] == "system" and lead[0] != conversation[0]:
+            raise ValueError("It has a system's text in its messages and another in a column of its own.")
+        return [conversation[0], *(message for message in lead if message["role"] != "system"), *conversation[1:]]
+    return [*lead, *conversation]
+
+
+def with_places(conversation: Conversation, has_images: bool) -> Conversation:
+    """A conversation whose users' `<image>` (and, beside images, `<video>`) have become places.
+
+    Raises:
+        ValueError: without images, there is a place for a video or for sound.
+    """
+    found = []
+    for message in conversation:
+        parts = message["content"]
+        if message["role"] == "user":
+            tag = UNFILLED.search(text_in(message))
+            if tag and (tag[1] == "audio" or not has_images):
+                raise ValueError(f"It has a place for {tag[1]}, <{tag[1]}>, but none to stand there.")
+            parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+            if has_images or any("<image>" in part.get("text", "") for part in parts):
+                parts = [one for p in parts for one in (_split_at_places(p["text"]) if p["type"] == "text" else [p])]
+        if not isinstance(parts, str) and all(part["type"] == "text" for part in parts):
+            parts = "".join(part["text"] for part in parts)
+        found.append({**message, "content": parts})
+    return found
+
+
+def with_places_first(conversation: Conversation, count: int) -> Conversation:
+    """A conversation with so many places before the first user's text.
+
+    Raises:
+        ValueError: there is no user.
+    """
+    first = next((i for i, message in enumerate(conversation) if message["role"] == "user"), None)
+    if first is None:
+        raise ValueError("It has images, but no message of a user to stand in.")
+    content = conversation[first]["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    message = {**conversation[first], "content": [{"type": "image"}] * count + parts}
+    return [*conversation[:first], message, *conversation[first + 1 :]]
+
+
+def num_places(conversation: Conversation) -> int:
+    """How many images go into a conversation."""
+    return sum(part["type"] == "image" for message in conversation for part in _parts(message))
+
+
+def filled(conversation: Conversation, images: Sequence[Any]) -> Conversation:
+    """A conversation with opened images in its places; a list of frames becomes a video."""
+    left = iter(images)
+    return [
+        message if isinstance(message["content"], str) else {**message, "content": [*_filled(message, left)]}
+        for message in conversation
+    ]
+
+
+def text_in(message: Message) -> str:
+    """The text of a message, without its images."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _filled(message: Message, images: Iterator[Any]) -> Iterator[dict[str, Any]]:
+    for part in message["content"]:
+        if part["type"] == "image":
+            image = next(images)
+            kind = "video" if isinstance(image, list) else "image"
+            part = {"type": kind, kind: image}
+        yield part
+
+
+def _parts(message):
+    return [] if isinstance(message["content"], str) else message["content"]
+
+
+def _mark(turn, role):
+    """What says whether an assistant's turn is learned."""
+    marks = {key: turn[key] for key in LEARN_KEYS if turn.get(key) is not None}
+    if role != "assistant" or not marks:
+        return {}
+    if wrong := [f"{key} {value!r}" for key, value in marks.items() if value not in (0, 1)]:
+        raise ValueError(f"Its turns are weighed by {wrong[0]}: a turn counts (1) or does not (0).")
+    return {} if all(marks.values()) else {"learn": False}
+
+
+def _parts_and_images(content, role):
+    """Parts with places for images, and the images that stand in them."""
+    parts, images = [], []
+    for part in content:
+        kind = part["type"]
+        if kind in TEXT_PARTS:
+            parts.append({"type": "text", "text": text_of(part["text"], "text")})
+            continue
+        if kind not in IMAGE_PARTS + VIDEO_PARTS or role == "assistant":
+            raise ValueError(
+                f"Its {role} says a part of type {kind!r}, which is not understood: an assistant's are text, others' "
+                "text, image, image_url or video."
+            )
+        parts.append({"type": "image"})
+        key = next((key for key in PART_KEYS if part.get(key) is not None), None)
+        if key is not None:
+            image = base64.b64decode(part[key]) if key == "base64" else part[key]
+            if kind in VIDEO_PARTS and isinstance(image, dict):
+                image = image.get("url")
+            images.append(VideoPath(image) if kind in VIDEO_PARTS and isinstance(image, str) else image)
+    return parts, images
+
+
+def _split_at_places(text):
+    """Text to parts; a line break beside a place belongs to it, as people ask without one."""
+    parts = []
+    for number, piece in enumerate(PLACE.split(text)):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts

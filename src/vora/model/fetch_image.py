@@ -1,0 +1,322 @@
+"""The one policy for images from outside: which sources, formats and sizes are opened, and nothing else.
+
+A processor opens images wherever it runs, so this file ships with every checkpoint. It starts no program, and reaches
+nothing of the network but public hosts over http(s), and those only where the caller allows URLs.
+"""
+
+import base64
+import http.client
+import io
+import ipaddress
+import os
+import re
+import socket
+import ssl
+import stat
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
+
+import numpy as np
+from PIL import Image, ImageFile, ImageSequence, UnidentifiedImageError
+
+from .to_rgb import from_array, to_rgb
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # PIL reads these by itself, no program helps
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # a TIFF's pages and a camera's previews are no frames
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
+LONGEST_PATH = 260
+ENCODED = (str, os.PathLike, bytes, bytearray, memoryview, Mapping)  # or what has a method `read`
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a segment: neither an escaped FF nor a restart
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+URLS_ARE_OFF = (
+    "it is a URL, and URLs are opened only where you ask for it (in a recipe data.allow_urls: true, of a processor "
+    "processor.image_processor.allow_urls = True)"
+)
+
+
+@dataclass(frozen=True)
+class ImagePolicy:
+    """The limits. `allow_private` is for servers of one's own, such as a test's; no file or prompt can set it."""
+
+    max_bytes: int = 100_000_000  # of a file as it is stored or sent
+    max_pixels: int = 120_000_000  # above the largest cameras; PIL's own limit holds besides
+    max_frames: int = 1024
+    max_video_pixels: int = 500_000_000  # of all frames: 1.5 GB as RGB
+    max_jpeg_scans: int = 100  # cameras and web pages write about ten; each is a pass over all pixels
+    max_seconds: float = 30.0  # of a whole download, redirects included
+    max_redirects: int = 4
+    allow_private: bool = False
+
+
+POLICY = ImagePolicy()
+
+
+def fetch_image(source: Any, *, allow_urls: bool = False, policy: ImagePolicy = POLICY) -> Image.Image:
+    """An RGB image from whatever people have.
+
+    EXIF rotation is applied, transparency laid on white, 16-bit grey scaled to 8 bits, CMYK converted, and of an
+    animation the first frame taken.
+
+    Args:
+        source: PIL image, array [H, W], [H, W, C] or [C, H, W] of 0..255 or 0..1, encoded bytes, binary file object,
+            path, `file://` address, base64 string, data URL, http(s) URL, or a dict of `datasets` (bytes, path).
+        allow_urls: whether http(s) URLs are opened: only where a person asked for it, not since a file holds one.
+        policy: the limits.
+
+    Raises:
+        ValueError: the image is missing, damaged, or outside the policy; the message names it and the cause.
+    """
+    with _named(source, "image", "Give a readable image, or leave it out."):
+        if not (isinstance(source, ENCODED + (Image.Image,)) or hasattr(source, "read")):
+            return to_rgb(from_array(np.asarray(source)))
+        with _opened(source, allow_urls, policy) as image:
+            image.load()  # also tells whether it is whole
+            return to_rgb(image)
+
+
+def fetch_frames(source: Any, *, allow_urls: bool = False, policy: ImagePolicy = POLICY) -> list[Image.Image]:
+    """All frames of an animated image as RGB images, of another that one; see `fetch_image`.
+
+    Raises:
+        ValueError: as `fetch_image`, and for too many frames or pixels in all.
+    """
+    cure = "Give its frames as a list of images, or an animated GIF, WebP or PNG."
+    with _named(source, "video", cure), _opened(source, allow_urls, policy) as animation:
+        frames = []
+        for frame in ImageSequence.Iterator(animation):
+            if len(frames) == policy.max_frames or frame.width * frame.height * len(frames) > policy.max_video_pixels:
+                raise ValueError(
+                    f"it has more than {len(frames)} frames of {frame.width} x {frame.height} pixels; the limits are "
+                    f"{policy.max_frames} frames and {policy.max_video_pixels} pixels in all"
+                )
+            frames.append(to_rgb(frame.copy()))
+        return frames
+
+
+def is_animated(path: str | os.PathLike) -> bool:
+    """Whether a path is that of an animation; a URL, or what cannot be read, is none."""
+    try:
+        with _opened(_local_path(os.fspath(path)), False, POLICY) as image:
+            return image.format in ANIMATED and getattr(image, "n_frames", 1) > 1
+    except Exception:  # PIL's decoders raise many kinds
+        return False
+
+
+def is_base64(text: str) -> bool:
+    """Whether a text is base64 and no path: it is longer than paths are, or holds what PIL knows as an image."""
+    if not BASE64.fullmatch(text) or os.path.isfile(text):
+        return False
+    if len(text) > LONGEST_PATH:
+        return True
+    try:
+        _decoder(base64.b64decode(text), POLICY).close()
+        return True
+    except Exception:  # PIL's decoders raise many kinds
+        return False
+
+
+@contextmanager
+def _named(source: Any, kind: str, cure: str) -> Iterator[None]:
+    """Turns whatever goes wrong within into a ValueError of one line that names the source."""
+    try:
+        with warnings.catch_warnings():
+            # PIL's remarks on palettes and EXIF are handled here, and `_opened` refuses where it would warn
+            warnings.simplefilter("ignore")
+            yield
+        return
+    except UnidentifiedImageError:
+        cause = f"it is not an image of a known format ({', '.join(FORMATS)})"
+    except FileNotFoundError:
+        cause = "there is no such file"
+    except Exception as error:  # PIL's decoders and the network raise many kinds
+        cause = " ".join(str(error).split())[:400] or type(error).__name__
+    raise ValueError(f"Cannot read {kind} {_name_of(source)}: {cause}. {cure}") from None
+
+
+def _name_of(source: Any) -> str:
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"of {len(source)} bytes"
+    if isinstance(source, Mapping):
+        source = source.get("path") or source.get("url") or source
+    given = isinstance(source, (str, os.PathLike))
+    return str(source if given else getattr(source, "filename", "") or type(source).__name__)[:200]
+
+
+@contextmanager
+def _opened(source: Any, allow_urls: bool, policy: ImagePolicy) -> Iterator[Image.Image]:
+    """A source as PIL opens it, its pixels not decoded yet. A PIL image that is given stays open."""
+    given = isinstance(source, Image.Image)
+    image = source if given else _decoder(_content_of(source, allow_urls, policy), policy)
+    if isinstance(image, ImageFile.ImageFile) and image.format not in (*FORMATS, "MPO"):
+        raise ValueError(f"it is a file of the format {image.format}: decode it first, image.convert('RGB')")
+    if image.width * image.height > policy.max_pixels:  # a file of a few kB can claim gigabytes
+        raise ValueError(f"it has {image.width} x {image.height} pixels, more than the limit of {policy.max_pixels}")
+    with nullcontext(image) if given else image:
+        yield image
+
+
+def _decoder(content: bytes, policy: ImagePolicy) -> Image.Image:
+    if not content:
+        raise ValueError("it is empty (0 bytes)")
+    if content.startswith(b"\xff\xd8"):
+        _check_scans(content, policy)
+    Image.init()
+    return Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def _check_scans(content: bytes, policy: ImagePolicy) -> None:
+    """Of a progressive JPEG each scan passes over all pixels: thousands in a small file take minutes."""
+    place, scans = 2, 0
+    for _ in range(10_000):  # segments
+        found = JPEG_MARKER.search(content, place)
+        if found is None or found[0] == b"\xff\xd9":  # the end of the image
+            return
+        scans += found[0] == b"\xff\xda"
+        if scans > policy.max_jpeg_scans:
+            break
+        place = found.end() + int.from_bytes(content[found.end() : found.end() + 2], "big")
+    raise ValueError(f"it is a JPEG of more than {policy.max_jpeg_scans} scans, or of 10,000 segments")
+
+
+def _content_of(source: Any, allow_urls: bool, policy: ImagePolicy) -> bytes:
+    """The encoded bytes of an image that is none in memory yet."""
+    if isinstance(source, Mapping):
+        source = source.get("bytes") or source.get("path") or source.get("url") or b""
+    if isinstance(source, (str, os.PathLike)):
+        content = _content_at(os.fspath(source), allow_urls, policy)
+    elif hasattr(source, "read"):
+        content = source.read(policy.max_bytes + 1)
+    else:
+        content = bytes(source)
+    if isinstance(content, str):
+        raise ValueError("the file is open as text: open it with 'rb'")
+    if len(content) > policy.max_bytes:
+        raise ValueError(f"it is larger than the limit of {policy.max_bytes} bytes")
+    return content
+
+
+def _content_at(name: str, allow_urls: bool, policy: ImagePolicy) -> bytes:
+    scheme = name.partition(":")[0].lower()
+    if scheme in ("http", "https"):
+        if not allow_urls:
+            raise ValueError(URLS_ARE_OFF)
+        return _downloaded(name, policy)
+    if scheme == "data":
+        head, _, encoded = name.partition(",")
+        if not head.endswith(";base64"):
+            raise ValueError("of data URLs only those in base64 are read")
+        return base64.b64decode(encoded)
+    path = _local_path(name)
+    if path == name and is_base64(name):
+        return base64.b64decode(name)
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe or a device may already wait, or do something
+        raise ValueError("it is no regular file")
+    with open(path, "rb") as file:
+        return file.read(policy.max_bytes + 1)
+
+
+def _local_path(name: str) -> str:
+    if "://" not in name:
+        return name
+    parts = urlsplit(name)
+    if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
+        raise ValueError("addresses other than file:///path, and http(s) where it is allowed, are not opened")
+    return unquote(name[len("file://") + len(parts.netloc) :])
+
+
+def _downloaded(url: str, policy: ImagePolicy) -> bytes:
+    """The bytes at a URL. Redirects are followed by hand, for each may lead to a host of the own network."""
+    deadline = time.monotonic() + policy.max_seconds
+    for _ in range(policy.max_redirects + 1):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"it leads to {url[:100]}, which is no http(s) URL")
+        try:
+            redirect, content = _answer(parts, parts.hostname, deadline, policy)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if time.monotonic() < deadline:
+                given, cause = isinstance(error, ValueError), str(error) or type(error).__name__
+                raise ValueError(cause if given else f"the server cannot be reached ({cause})") from None
+        if time.monotonic() >= deadline:  # the connection was cut then, and what came may be a part
+            raise ValueError(f"the server took longer than {policy.max_seconds:g} seconds")
+        if redirect is None:
+            return content
+        url = urljoin(url, redirect)
+    raise ValueError(f"it redirects more than {policy.max_redirects} times")
+
+
+def _answer(parts: SplitResult, host: str, deadline: float, policy: ImagePolicy) -> tuple[str | None, bytes]:
+    """(where a URL redirects to, its content), one of them."""
+    is_https = parts.scheme == "https"
+    standard_port = 443 if is_https else 80
+    port = parts.port or standard_port
+    channel = _connected(host, port, deadline, policy)
+    if is_https:
+        context = ssl.create_default_context()
+        channel = context.wrap_socket(channel, server_hostname=host, do_handshake_on_connect=False)
+    connection = http.client.HTTPConnection(host, port)
+    connection.sock, connection.default_port = channel, standard_port  # the port for the header Host
+    # a timeout of the socket would begin anew with each byte that a slow server sends
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), _hang_up, [channel])
+    timer.daemon = True
+    timer.start()
+    try:
+        if is_https:
+            channel.do_handshake()
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        headers = {"User-Agent": "vora", "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
+        connection.request("GET", quote(target, safe="/%:=&+!$,;'@()*~?[]|"), headers=headers)
+        with connection.getresponse() as response:
+            redirect = response.headers.get("Location") if response.status in (301, 302, 303, 307, 308) else None
+            if redirect is None and response.status != 200:
+                raise ValueError(f"the server answers {response.status} {response.reason}")
+            if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+                raise ValueError("the server compresses it, though it was asked not to")  # to unpack gigabytes, say
+            content = b"" if redirect else response.read(policy.max_bytes + 1)
+            if not redirect and response.length and len(content) <= policy.max_bytes:  # more was announced
+                raise ValueError("the server hung up in the middle")
+            return redirect, content
+    finally:
+        timer.cancel()
+        connection.close()
+
+
+def _connected(host: str, port: int, deadline: float, policy: ImagePolicy) -> socket.socket:
+    """A connection to a host, all of whose addresses must be public ones.
+
+    It goes to the address that was checked, so that no second look-up of the name can lead elsewhere; the proxies that
+    the environment names are not used for the same reason. Forms such as 0x7f000001 are what they resolve to.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    if not policy.allow_private and (private := [one for one in addresses if not is_public(one)]):
+        raise ValueError(f"{host} is at {private[0]}, an address of a private, local or reserved network")
+    for address in addresses:
+        try:
+            return socket.create_connection((address, port), timeout=max(0.01, deadline - time.monotonic()))
+        except OSError as error:
+            cause = error
+    raise cause
+
+
+def _hang_up(channel: socket.socket) -> None:
+    with suppress(OSError):  # it is closed already
+        socket.socket.shutdown(channel, socket.SHUT_RDWR)  # of TLS, too, without a farewell that could wait
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the internet, and not to this machine, its network, or to nobody."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(found, ipaddress.IPv6Address):
+        if found.teredo or found.is_site_local:
+            return False
+        inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF) if found in NAT64 else None
+        if (inner := inner or found.ipv4_mapped or found.sixtofour) is not None:
+            return is_public(str(inner))
+    return found.is_global and not (found.is_multicast or found.is_reserved)

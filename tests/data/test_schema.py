@@ -1,0 +1,264 @@
+"""Rows of any layout become the same samples, and broken ones say what is wrong."""
+
+import base64
+import io
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import vora
+from vora.data.columns import RowOptions
+from vora.data.packing import tokenize_sample
+from vora.data.prompts import Prompts
+from vora.data.schema import to_sample
+
+LAYOUTS = Path(__file__).parent / "layouts"
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+RED_PNG = (LAYOUTS / "images" / "red.png").read_bytes()
+RED_URL = "data:image/png;base64," + base64.b64encode(RED_PNG).decode()
+TELL = Prompts(["Tell."], ["Which?"], ["So: {}"])
+
+
+def content_of(sample):
+    """A sample as its images' colours (a list for a video) and its conversations as `role: text`, | for an image."""
+
+    def colour(image):
+        return [colour(frame) for frame in image] if isinstance(image, list) else image.getpixel((0, 0))
+
+    def text(content):
+        return content if isinstance(content, str) else "".join(part.get("text", "|") for part in content)
+
+    opened = sample.open_images()
+    conversations = [one if one[0]["role"] == "text" else sample.messages(opened, one) for one in sample.conversations]
+    said = [[f"{message['role']}: {text(message['content'])}" for message in one] for one in conversations]
+    return [colour(image) for image in opened], said
+
+
+def read(row, folder=LAYOUTS / "images", **options):
+    """The content of a row's sample."""
+    return content_of(to_sample(row, "f:0", folder, RowOptions(TELL, **options)))
+
+
+def turns(*said):
+    """Messages of a user and an assistant in turn."""
+    return [{"role": "assistant" if place % 2 else "user", "content": text} for place, text in enumerate(said)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two images and an animation of both."""
+    for colour in ("red", "blue"):
+        shutil.copy(LAYOUTS / "images" / f"{colour}.png", tmp_path)
+    frames = [Image.open(tmp_path / f"{colour}.png") for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "film.png", save_all=True, append_images=frames[1:])
+    return tmp_path
+
+
+GOOD = {"question": "what?", "answer": "x"}
+GIVEN = ["user: |what?", "assistant: x"]
+FILM = [[RED, BLUE]]
+
+
+@pytest.mark.parametrize(
+    ("row", "images", "conversation"),
+    [
+        ({"image": "red.png", "question": "<image>\nwhat?", "answer": 3}, [RED], ["user: |what?", "assistant: 3"]),
+        ({"image": "red.png", "question": "what?", "answers": ["a", "x", "x"]}, [RED], GIVEN),
+        ({"question": "what?", "answers": [{"answer": "b"}, {"answer": "b"}, {"answer": "a"}]}, [],
+         ["user: what?", "assistant: b"]),
+        ({"question": "q", "answers": {"answer": ["red", "red", "blue"], "answer_id": [1, 2, 3]}}, [],
+         ["user: q", "assistant: red"]),
+        ({"image": "", "conversations": [{"from": "gpt", "value": "Hi!"}, {"from": "human", "value": "a <video> tag?"},
+                                         {"from": "gpt", "value": "<video>"}]}, [],
+         ["user: a <video> tag?", "assistant: <video>"]),
+        ({"conversations": {"from": ["human", "gpt"], "value": ["what?", "x"]}}, [], ["user: what?", "assistant: x"]),
+        ({"conversations": json.dumps([{"from": "human", "value": "what?"}, {"from": "gpt", "value": "x"}])}, [],
+         ["user: what?", "assistant: x"]),
+        ({"messages": turns([{"type": "image_url", "image_url": {"url": RED_URL}},
+                             {"type": "text", "text": "what?", "image": None}], "x")}, [RED], GIVEN),
+        ({"messages": turns([{"type": "image", "base64": base64.b64encode(RED_PNG).decode()},
+                             {"type": "input_text", "text": "what?"}], [{"type": "output_text", "text": "x"}])},
+         [RED], GIVEN),
+        ({"messages": turns([{"type": "image", "image": "red.png"}, {"type": "text", "text": "what?"}], "x"),
+          "image_path": "red.png", "file_name": "red.png"}, [RED], GIVEN),  # images in messages need no column
+        ({"video": ["red.png", "blue.png"], **GOOD}, FILM, GIVEN),
+        ({"messages": turns([{"type": "video", "video": ["red.png", "blue.png"]}, {"type": "text", "text": "what?"}],
+                            "x")}, FILM, GIVEN),
+        ({"video": "film.png", "question": "<video>what?", "answer": "x"}, FILM, GIVEN),
+        ({"videos": ["film.png", ["red.png"]], "question": "<video><video>what?", "answer": "x"},
+         [[RED, BLUE], [RED]], ["user: ||what?", "assistant: x"]),
+        ({"system": "Be brief.", "history": [["a?", "b"]], "instruction": "what?", "input": "now", "output": "x"}, [],
+         ["system: Be brief.", "user: a?", "assistant: b", "user: what?\nnow", "assistant: x"]),
+        ({"system": "Be brief.", "messages": turns("what?", "x")}, [],
+         ["system: Be brief.", "user: what?", "assistant: x"]),
+        ({"questions": ["a?", "b?"], "answers": ["", "yes"], "captions": []}, [], ["user: b?", "assistant: yes"]),
+        ({"image": "red.png", "captions": ["good", None, " "], "messages": [], "label": math.nan}, [RED],
+         ["user: |Tell.", "assistant: good"]),
+        ({"question": "how many?", "answer": 3.0, "audio": None, "videos": []}, [],
+         ["user: how many?", "assistant: 3"]),
+        ({"image": "red.png", "label": "tabby cat"}, [RED], ["user: |Which?", "assistant: tabby cat"]),
+        ({"image": "red.png", "sentence": "It is {r}.", "label": True}, [RED],
+         ["user: |So: It is {r}.", "assistant: true"]),
+        ({"image": "red.png", "statement": "No.", "label": 0}, [RED], ["user: |So: No.", "assistant: false"]),
+        ({"file_name": "blue.png", "text": "a sky"}, [BLUE], ["user: |Tell.", "assistant: a sky"]),
+        ({"text": "a", "image_id": 3, "file_name": "a.py", "url": "http://x.org/a.png", "video": None}, [],
+         ["text: a"]),
+        ({"text": "a", "file_name": "scan1.png", "video_url": "https://x.org/v/1", "image_license": "https://x.org"},
+         [], ["text: a"]),  # names what is not there
+    ],
+)  # fmt: skip
+def test_rows_as_people_have_them(folder, row, images, conversation):
+    found, conversations = read(row, folder)
+    assert (found, conversations[0]) == (images, conversation)
+
+
+NOTHING, UNREAD = "answer is empty", "which is not understood"
+
+
+@pytest.mark.parametrize(
+    ("row", "cause"),
+    [
+        ({"image": "red.png", "question": "what?", "answer": " "}, NOTHING),
+        ({"questions": ["what?"], "answers": [None]}, NOTHING),
+        ({"question": "what?", "answer": math.nan}, "fit none of the layouts"),
+        ({"question": math.nan, "answer": "x"}, "fit none of the layouts"),
+        ({"questions": ["what?", math.nan], "answers": ["a", "b"]}, "question is null"),
+        ({"question": "what?", "answers": ["a", "b"], "questions": ["what?"]}, "1 questions, but 2 answers"),
+        ({"question": "is it \ud83d?", "answer": "x"}, r"holds '\\ud83d', half of a surrogate pair, at place 6"),
+        ({"messages": turns("what?", "\udc00")}, "column 'messages' holds .* half of a surrogate pair"),
+        ({"conversations": [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "x"}]}, "1 places"),
+        ({"image": ["red.png"] * 3, "messages": turns("<image><image>", "x")}, "2 places .* 3 images"),
+        ({"image": "no.png", **GOOD}, "no.png.*no such file"),
+        ({"image": "x" * 240 + ".png", **GOOD}, "no such file"),
+        ({"image": {"bytes": None, "path": None}, "caption": "x"}, "images is empty"),
+        ({"image": "https://example.org/a.png", **GOOD}, "URLs? .*data.allow_urls"),
+        ({"caption": "a dog", "image": None}, "a caption, but no image"),
+        ({"image": "red.png", "label": 3}, "label 3 is a number"),
+        ({"image": "red.png", "sentence": "a", "label": "maybe"}, "neither true nor false"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "Who is 'robot'"),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, "no answer"),
+        ({"messages": turns("x")}, "no answer"),
+        # an assistant that says nothing
+        ({"messages": turns("x", "")}, NOTHING),
+        ({"messages": turns("x", "y", "z", " ")}, NOTHING),
+        ({"messages": turns("x", [{"type": "text", "text": ""}])}, NOTHING),
+        ({"messages": turns("x", None)}, NOTHING),
+        ({"messages": [*turns("x"), {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]}, UNREAD),
+        ({"messages": turns("x", "y"), "tools": "[{}]"}, UNREAD),
+        # parts of other kinds
+        ({"messages": turns([{"type": "text", "text": "x"}, {"type": "audio", "audio": "a.wav"}], "y")},
+         f"user says a part of type 'audio', {UNREAD}"),
+        ({"image": "red.png", "messages": turns("x", [{"type": "tool_use", "id": 1}])}, f"'tool_use', {UNREAD}"),
+        ({"messages": turns("x", [{"type": "image", "image": "red.png"}])}, f"assistant says .* 'image', {UNREAD}"),
+        # videos and sound
+        ({"videos": ["clip.mp4"], "messages": turns("<video>what?", "x")}, "Cannot read video .*clip.mp4"),
+        ({"messages": turns("<video>\nwhat?", "x")}, "a place for video, <video>, but none"),
+        ({"image": "red.png", "messages": turns("Listen.\n<audio>", "x")}, "a place for audio"),
+        ({"audios": ["a.wav"], "messages": turns("<audio>what?", "x")}, "column 'audios' holds sound"),
+        ({"audio": {"bytes": b"RIFF", "path": None}, **GOOD}, "column 'audio' holds sound"),
+        ({"image": "red.png", "video": "film.png", **GOOD}, "images in 'image' and a video in 'video'"),
+        ({"video_path": "clip.mp4", **GOOD}, "column 'video_path' seems to hold"),
+        # what stands before
+        ({"history": ["a", "b"], "instruction": "what?", "output": "x"}, "history is no list of pairs"),
+        ({"history": [["a", ""]], "instruction": "what?", "output": "x"}, NOTHING),
+        ({"system": "a", "messages": [{"role": "system", "content": "b"}, *turns("x", "y")]}, "system's text"),
+        ({"messages": [*turns("x"), {"role": "assistant", "content": "y", "weight": 0.5}]}, "weighed by weight 0.5"),
+    ],
+)  # fmt: skip
+def test_bad_rows_say_why(folder, row, cause):
+    with pytest.raises(ValueError, match=cause):
+        read(row, folder)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"loss": False}, {"loss_mask": 0}, {"train": False, "weight": None}])
+def test_marked_turns_are_read_but_not_learned(llm_folder, mark):
+    processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+    said = turns("one?", "no", "two?", "yes")
+    said[1] |= mark
+    said[3] |= dict.fromkeys(mark, 1)
+    sample = to_sample({"messages": said})
+    found = tokenize_sample(sample, processor, sample.conversations)
+    assert processor.tokenizer.decode(found["targets"][found["targets"] != -100]) == "yes<|im_end|>"
+    assert "no<|im_end|>" in processor.tokenizer.decode(found["input_ids"])
+    said[3] |= mark
+    sample = to_sample({"messages": said})
+    with pytest.raises(ValueError, match="All labels of 1 of its 1 conversations are masked"):
+        tokenize_sample(sample, processor, sample.conversations)
+
+
+def test_urls_are_fetched_only_if_asked_for():
+    row = {"image": "http://127.0.0.1:9/a.png", **GOOD}
+    with pytest.raises(ValueError, match="data.allow_urls"):
+        read(row)
+    with pytest.raises(ValueError) as refused:  # no server of this machine, even so
+        read(row, allow_urls=True)
+    assert "allow_urls" not in str(refused.value) and "127.0.0.1" in str(refused.value)
+
+
+@pytest.mark.parametrize("given", [lambda data: data, lambda data: {"bytes": data, "path": None}, lambda data: [data]])
+def test_an_animation_as_bytes_is_a_video(given):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, BLUE)]
+    data = io.BytesIO()
+    frames[0].save(data, "webp", save_all=True, append_images=frames[1:], lossless=True)
+    assert read({"video": given(data.getvalue()), "caption": "x"})[0] == FILM
+
+
+def test_addresses_of_files_and_short_base64_are_images(folder):
+    assert len(small := base64.b64encode(RED_PNG).decode()) < 250
+    for row, images in (
+        ({"image": f"file://{folder}/red.png"}, [RED]),
+        ({"image": small}, [RED]),
+        ({"video": f"file://{folder}/film.png"}, FILM),
+    ):
+        assert read(row | GOOD, folder / "elsewhere")[0] == images
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Q? A. cat B. dog", "choices": ["cat", "dog"], "answer": "A"},
+        {"question": "how much?", "choices": [1.0, 2.0], "answer": 2.0},
+        {"question": "which?", "choices": {"text": ["cat", "dog"], "label": ["A", "B"]}, "answer": "cat"},
+        {"question": "which?", "options": "[]", "answer": "42 km"},
+        {"question": "is it?", "choices": ["yes", "no"], "answer": "Yes"},
+        {"question": "which?", "choices": ["cat", "dog"], "answers": ["cat", None, "cat"]},
+    ],
+)
+def test_answers_beside_choices_are_read(row):
+    assert len(to_sample(row).conversations) == 1
+
+
+@pytest.mark.parametrize("answer", [1, "B"])
+def test_the_number_of_a_choice_is_no_answer(answer):
+    with pytest.raises(ValueError, match=f"answer {answer!r} is none of its 2 choices"):
+        to_sample({"question": "which?", "choices": ["this", "that"], "answer": answer})
+
+
+def test_named_columns_go_before_layouts_and_synonyms():
+    row = {"image": "red.png", "messages": turns("q", "a"), "recap": "a red one", "caption": "raw"}
+    assert read(row, columns={"caption": "recap"})[1] == [["user: |Tell.", "assistant: a red one"]]
+    swapped = {"question": "answer", "answer": "question"}
+    assert read({"question": "x", "answer": "what?"}, columns=swapped)[1] == [["user: what?", "assistant: x"]]
+    row = {"question": "what?", "answers": [{"answer": "many"}], "best": "x", "captions": ["no"]}
+    assert read(row, columns={"answer": "best"})[1] == [["user: what?", "assistant: x"]]
+    assert read({**GOOD, "opts": ["x", "y"]}, columns={"choices": "opts"})[1] == [["user: what?", "assistant: x"]]
+
+
+def test_all_captions_of_an_image_share_one_prompt_and_images_differ():
+    options = RowOptions(Prompts(["Tell.", "Say.", "Look."]))
+    row = {"image": RED_PNG, "captions": ["A.", "B.", "C.", "D."]}
+    samples = [to_sample(row, f"f:{number}", options=options) for number in range(20)]
+    prompts = [{conversation[0]["content"] for conversation in sample.conversations} for sample in samples]
+    assert all(len(one) == 1 for one in prompts) and set.union(*prompts) == {"Tell.", "Say.", "Look."}
+
+
+@pytest.mark.parametrize(
+    ("lists", "cause"), [(dict(caption=[]), "0 caption"), (dict(statement=["True?"]), "needs one")]
+)
+def test_prompts_are_checked(lists, cause):
+    with pytest.raises(ValueError, match=cause):
+        Prompts(**lists)

@@ -1,0 +1,318 @@
+"""Images as people have them, and as people who mean harm have them."""
+
+import base64
+import io
+import os
+import re
+import struct
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vora import VoraProcessor
+from vora.model import fetch_image as module
+from vora.model.fetch_image import ImagePolicy, fetch_frames, fetch_image, is_public
+from vora.model.image_processing_vora import Video
+
+
+def coloured(colour, size=(12, 12), mode="RGB"):
+    return Image.new(mode, size, colour)
+
+
+def noise(size=(64, 48)):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def saved(image, kind, **kwargs):
+    stream = io.BytesIO()
+    image.save(stream, kind, **kwargs)
+    return stream.getvalue()
+
+
+def refused(source, **kwargs):
+    """The message of the ValueError; one line."""
+    with pytest.raises(ValueError) as caught:
+        fetch_image(source, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Files and bytes
+
+BAD = {
+    "missing.png": (None, "no such file"),
+    "empty.png": (b"", "empty (0 bytes)"),
+    "truncated.jpg": (saved(noise(), "JPEG")[:900], "truncated"),
+    "truncated.png": (saved(noise(), "PNG")[:900], ""),
+    "header_only.gif": (b"GIF89a", ""),
+    "text.png": (b"hello, this is no image", "not an image of a known format"),
+    "script.png": (saved(coloured("red"), "EPS"), "not an image of a known format"),  # PIL would start Ghostscript
+    "icon.png": (saved(coloured("red", (16, 16)), "ICO"), "not an image of a known format"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_named_with_cause_and_cure(llm_folder, tmp_path, name):
+    content, cause = BAD[name]
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    processor = VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+    learnable = [
+        {"role": "user", "content": [{"type": "image", "path": str(path)}]},
+        {"role": "assistant", "content": "red"},
+    ]
+    for use in (lambda: fetch_image(path), lambda: processor.image_processor(str(path))):
+        with pytest.raises(ValueError) as caught:
+            use()
+        message = str(caught.value)
+        assert name in message and cause in message and "Give a readable image" in message and "\n" not in message
+    with pytest.raises(ValueError, match=re.escape(name)):
+        processor.training_sample(learnable)
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path, tmp_path / "pipe.png", "/dev/zero", f"file://{tmp_path}/pipe.png"):
+        assert "no regular file" in refused(path)
+    coloured("red").save(tmp_path / "a b.png")
+    for address in (
+        f"file://{tmp_path}/a b.png",
+        f"file://{tmp_path}/a%20b.png",
+        f"file://localhost{tmp_path}/a b.png",
+    ):
+        assert fetch_image(address).getpixel((0, 0)) == (255, 0, 0)
+    for address in (f"file://elsewhere{tmp_path}/a b.png", "ftp://x.org/a.png", "data:image/png,abc"):
+        assert "not opened" in refused(address) or "base64" in refused(address)
+
+
+def test_every_source_of_bytes_is_read_alike(tmp_path):
+    image = noise((20, 10))
+    content, path = saved(image, "PNG"), tmp_path / "a.png"
+    path.write_bytes(content)
+    encoded = base64.b64encode(content).decode()
+    sources = [
+        content, bytearray(content), memoryview(content), io.BytesIO(content), path, str(path), image, encoded,
+        f"data:image/png;base64,{encoded}", {"bytes": content, "path": None}, {"bytes": None, "path": str(path)},
+    ]  # fmt: skip
+    for source in sources:
+        assert fetch_image(source).tobytes() == image.tobytes()
+    with open(path, "rb") as file:
+        assert fetch_image(file).tobytes() == image.tobytes()
+    with open(path, encoding="latin-1") as file:
+        assert "'rb'" in refused(file)
+    assert "0 bytes" in refused({"bytes": None, "path": None})
+
+
+def test_short_base64_is_an_image_unless_it_is_a_file(tmp_path, monkeypatch):
+    encoded = base64.b64encode(saved(coloured("red", (4, 4)), "BMP")).decode()
+    assert len(encoded) < 200
+    assert fetch_image(encoded).getpixel((0, 0)) == (255, 0, 0)
+    monkeypatch.chdir(tmp_path)
+    coloured("blue").save(encoded[:20], "PNG")
+    assert fetch_image(encoded[:20]).getpixel((0, 0)) == (0, 0, 255)
+    assert "abcd: there is no such file" in refused("abcd")
+
+
+def test_limits_hold_before_pixels_are_decoded(tmp_path, monkeypatch):
+    """Of bytes, pixels, frames and all frames together; what lies at the limit is read."""
+    image = noise((30, 20))
+    content, path = saved(image, "PNG"), tmp_path / "a.png"
+    path.write_bytes(content)
+    fetch_image(content, policy=ImagePolicy(max_bytes=len(content), max_pixels=600))
+    for source in (content, path, io.BytesIO(content), base64.b64encode(content).decode()):
+        assert f"limit of {len(content) - 1} bytes" in refused(source, policy=ImagePolicy(max_bytes=len(content) - 1))
+    monkeypatch.setattr(Image.Image, "load", None)  # decoding would fail otherwise
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    assert "30 x 20 pixels, more than the limit of 599" in refused(content, policy=ImagePolicy(max_pixels=599))
+
+
+def test_frames_of_an_animation_are_limited():
+    first, *rest = (noise((8, 8 + n)).resize((8, 8)) for n in range(4))
+    film = saved(first, "GIF", save_all=True, append_images=rest)
+    assert (
+        len(fetch_frames(film, policy=ImagePolicy(max_frames=4, max_video_pixels=256))) == len(Video(film).frames) == 4
+    )
+    for policy in (ImagePolicy(max_frames=3), ImagePolicy(max_video_pixels=100)):
+        with pytest.raises(
+            ValueError, match="Cannot read video of .* bytes: it has more than . frames of 8 x 8 pixels"
+        ):
+            fetch_frames(film, policy=policy)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_at_once():
+    content = saved(noise(), "JPEG", progressive=True)
+    start, end = content.index(b"\xff\xda"), content.rindex(b"\xff\xd9")
+    thumbnails = content[:2] + b"\xff\xe1\x00\xca" + b"\xff\xda" * 100 + content[2:]  # in a segment, no scans
+    assert fetch_image(thumbnails).tobytes() == fetch_image(content).tobytes()
+    trailing = content + b"\xff\xda" * 200  # a camera's film after the image
+    assert fetch_image(trailing).tobytes() == fetch_image(content).tobytes()
+    scans = content[start:end]
+    bomb = content[:start] + scans * (101 // scans.count(b"\xff\xda") + 1) + content[end:]
+    assert "more than 100 scans" in refused(bomb)
+    assert "segments" in refused(content[:2] + b"\xff\xfe\x00\x02" * 10_001 + content[2:])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_damaged_exif_leaves_the_image_readable(kind):
+    tag = struct.pack("<HHII", 0x0112, 3, 1, 6)
+    damaged = {
+        b"Exif\0\0garbage here": (6, 4),
+        b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01": (6, 4),
+        b"Exif\0\0II*\0\xff\xff\xff\x7f": (6, 4),
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHI4s", 0x0112, 2, 4, b"abc\0") + bytes(4): (6, 4),
+        # one entry points nowhere, but the orientation can be read
+        b"Exif\0\0II*\0\x08\0\0\0\x02\0" + tag + struct.pack("<HHII", 0x8769, 4, 1, 2**31 - 1) + bytes(4): (4, 6),
+    }
+    for exif, size in damaged.items():
+        assert fetch_image(saved(noise((6, 4)), kind, exif=exif)).size == size
+
+
+def test_open_images_are_judged_as_files_are():
+    assert "truncated" in refused(Image.open(io.BytesIO(saved(noise(), "JPEG")[:900])))  # PIL notices at the pixels
+    script = Image.open(io.BytesIO(saved(coloured("red"), "EPS")))
+    assert "format EPS" in refused(script)
+
+
+# URLs
+
+TRANSPARENT = saved(coloured((0, 0, 0, 0), (8, 8), "RGBA"), "PNG")
+DARK = saved(Image.fromarray(np.full((40, 40), 32768, dtype=np.uint16)), "PNG")
+
+
+class Images(BaseHTTPRequestHandler):
+    """Two images, addresses that have moved, and servers that do what they should not."""
+
+    def do_GET(self):
+        name = self.path.strip("/")
+        content = {"transparent.png": TRANSPARENT, "dark%20one.png?size=4": DARK}.get(name)
+        moved = {"moved": "/dark one.png?size=4", "loop": "/loop", "file": "file:///etc/passwd"}.get(name)
+        if name.startswith("to="):
+            moved = name.removeprefix("to=")
+        self.send_response(302 if moved else 404 if name == "none" else 200)
+        headers = {"Location": moved, "Content-Encoding": "gzip" if name == "zipped" else None}
+        headers["Content-Length"] = {"long": "999999999", "cut": "5000"}.get(name)
+        for key, value in headers.items():
+            if value:
+                self.send_header(key, value)
+        self.end_headers()
+        if name in ("slow", "endless"):
+            try:
+                for _ in range(10_000):
+                    self.wfile.write(b"." * (1 if name == "slow" else 1000))
+                    time.sleep(0.02 if name == "slow" else 0)
+            except OSError:  # nobody listens any more
+                return
+        self.wfile.write(content or DARK[:50])
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Images)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+HERE = {"allow_urls": True, "policy": ImagePolicy(allow_private=True, max_bytes=10_000, max_seconds=0.5)}
+
+
+def test_images_at_urls_are_what_they_are_in_files(address):
+    for name, content in {"transparent.png": TRANSPARENT, "dark one.png?size=4": DARK, "moved": DARK}.items():
+        assert fetch_image(f"{address}/{name}", **HERE).tobytes() == fetch_image(content).tobytes()
+
+
+def test_urls_are_off_unless_asked_for(address, llm_folder):
+    url = f"{address}/transparent.png"
+    processor = VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+    parts = [
+        {"type": "image", "url": url},
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "video", "url": url},
+    ]
+    for part in parts:
+        with pytest.raises(
+            ValueError, match=r"it is a URL.*data\.allow_urls: true.*image_processor\.allow_urls = True"
+        ):
+            processor.apply_chat_template([{"role": "user", "content": [part]}], tokenize=True)
+    processor.image_processor.allow_urls = True
+    for part in parts:
+        with pytest.raises(ValueError, match="127.0.0.1, an address of a private, local or reserved network"):
+            processor.apply_chat_template([{"role": "user", "content": [part]}], tokenize=True)
+    assert "it is a URL" in refused(url, policy=HERE["policy"])
+
+
+@pytest.mark.parametrize(
+    "path, cause",
+    [
+        ("none", "the server answers 404 Not Found"),
+        ("loop", "redirects more than 4 times"),
+        ("file", "leads to file:///etc/passwd"),
+        ("zipped", "compresses it"),
+        ("long", "hung up in the middle"),
+        ("cut", "hung up in the middle"),
+        ("slow", "longer than 0.5 seconds"),
+        ("endless", "larger than the limit of 10000 bytes"),
+    ],
+)
+def test_servers_that_cannot_be_trusted_are_left(address, path, cause):
+    started = time.monotonic()
+    assert cause in refused(f"{address}/{path}", **HERE)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "127.1", "0x7f000001", "2130706433", "[::1]", "[::ffff:127.0.0.1]", "0", "169.254.169.254"]
+)
+def test_hosts_of_the_own_network_are_refused(host):
+    assert "private, local or reserved network" in refused(f"http://{host}:9/a.png", allow_urls=True)
+
+
+def test_each_redirect_is_checked_and_the_checked_address_is_the_one_connected_to(address, monkeypatch):
+    """A name that is public when asked for first and this machine's afterwards does not get through."""
+    asked = []
+
+    def resolve(host, port, **kwargs):
+        asked.append(host)
+        found = {"public.test": "93.184.216.34", "inside.test": "10.0.0.7"}.get(host, host)
+        return [(2, 1, 6, "", (found, port))]
+
+    connected = []
+
+    def connect(place, timeout):
+        connected.append(place[0])
+        return real_connect(("127.0.0.1", int(address.rpartition(":")[2])), timeout)
+
+    real_connect = module.socket.create_connection
+    fake = SimpleNamespace(**{**vars(module.socket), "getaddrinfo": resolve, "create_connection": connect})
+    monkeypatch.setattr(module, "socket", fake)
+    assert fetch_image("http://public.test/transparent.png", allow_urls=True).size == (8, 8)
+    assert asked == ["public.test"] and connected == ["93.184.216.34"]
+    for there in ("http://inside.test/a.png", "//127.0.0.1/a.png"):
+        assert "an address of a private" in refused(f"http://public.test/to={there}", allow_urls=True)
+    assert connected == ["93.184.216.34"] * 3
+
+
+@pytest.mark.parametrize(
+    "public, addresses",
+    [
+        (True, "8.8.8.8 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808"),
+        (False, "127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.1.1 100.64.0.1 0.0.0.0 224.0.0.1 240.0.0.1"),
+        (False, "::1 :: ::127.0.0.1 ::ffff:10.0.0.1 64:ff9b::7f00:1 2002:7f00:1:: 2001:0:1:: fe80::1%eth0 fc00::1"),
+        (False, "fec0::1 ff02::1 192.0.2.1 255.255.255.255"),
+    ],
+)
+def test_which_addresses_are_public(public, addresses):
+    assert {address: is_public(address) for address in addresses.split()} == dict.fromkeys(addresses.split(), public)

@@ -1,0 +1,120 @@
+"""Sizes within the budget, patches in their order, and steps that cannot be left out."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vora import VoraImageProcessor
+from vora.model.image_processing_vora import fit_grid
+
+sides = st.integers(1, 5000)
+
+
+@given(sides, sides, st.integers(1, 32), st.integers(1, 64), st.integers(2, 20))
+@settings(deadline=None, max_examples=300)
+def test_grids_keep_to_the_budget(height, width, patch_size, min_tokens, factor):
+    rows, columns = fit_grid(height, width, patch_size, min_tokens, min_tokens * factor)
+    assert rows >= 1 and columns >= 1
+    assert min_tokens <= rows * columns <= min_tokens * factor
+
+
+@given(sides, sides, st.integers(1, 32))
+@settings(deadline=None, max_examples=200)
+def test_grids_within_the_budget_are_the_nearest_whole_patches(height, width, patch_size):
+    rows, columns = fit_grid(height, width, patch_size, 1, 10**9)
+    assert abs(rows - height / patch_size) <= 0.5 or (rows == 1 and height < patch_size)
+    assert abs(columns - width / patch_size) <= 0.5 or (columns == 1 and width < patch_size)
+
+
+@given(st.integers(200, 3000), st.floats(0.25, 4))
+@settings(deadline=None, max_examples=200)
+def test_shrinking_keeps_the_aspect_ratio(height, ratio):
+    width = round(height * ratio)
+    rows, columns = fit_grid(height, width, 4, 4, 256)
+    assert rows * columns >= 256 / 2
+    assert math.isclose(columns / rows, width / height, rel_tol=0.3)
+
+
+@given(st.integers(1, 2000), st.integers(1, 2000), st.sampled_from([(4, 16), (4, 64), (16, 16), (64, 256), (9, 9)]))
+@settings(deadline=None, max_examples=200)
+def test_no_grid_of_as_many_tokens_is_clearly_nearer_in_aspect_ratio(height, width, budget):
+    rows, columns = fit_grid(height, width, 14, *budget)
+    own = max(1, round(height / 14)) * max(1, round(width / 14))
+    assert rows * columns <= budget[1]
+    if budget[0] <= own <= budget[1]:
+        return
+    error = abs(math.log(rows / columns * width / height))
+    for r in range(1, budget[1] + 1):
+        for c in range(-(-budget[0] // r), budget[1] // r + 1):
+            as_many = r * c >= rows * columns if own > budget[1] else r * c <= max(rows * columns, budget[0])
+            if as_many:
+                assert abs(math.log(r / c * width / height)) > error - 0.25, (r, c)
+
+
+@pytest.mark.parametrize(
+    "size, grid",
+    [
+        ((1, 1), (2, 2)),
+        ((1, 4000), (1, 256)),
+        ((4000, 1), (256, 1)),
+        ((224, 224), (16, 16)),
+        ((225, 223), (16, 16)),
+        ((448, 448), (16, 16)),
+        ((28, 28), (2, 2)),
+        ((14, 14), (2, 2)),
+        ((140, 70), (10, 5)),
+    ],
+)
+def test_grids_of_some_sizes(size, grid):
+    assert fit_grid(*size, 14, 4, 256) == grid
+    image_processor = VoraImageProcessor(patch_size=14, max_image_tokens=256)
+    inputs = image_processor(Image.new("RGB", size[::-1], "red"), return_tensors="np")
+    assert inputs["image_grid_thw"].tolist() == [[1, *grid]]
+    assert inputs["pixel_values"].shape == (math.prod(grid), 3 * 14**2)
+    assert image_processor.get_number_of_image_patches(*size) == math.prod(grid)
+
+
+def test_patches_are_in_raster_order_channel_first():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    image_processor = VoraImageProcessor(patch_size=4, image_mean=mean, image_std=std)
+    patches = image_processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"]
+    for row in range(2):
+        for column in range(3):
+            patch = pixels[row * 4 : row * 4 + 4, column * 4 : column * 4 + 4].transpose(2, 0, 1) / 255
+            expected = (patch - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
+            np.testing.assert_allclose(patches[row * 3 + column], expected.reshape(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_an_impossible_budget_is_refused():
+    with pytest.raises(ValueError, match="min_image_tokens 9"):
+        VoraImageProcessor(min_image_tokens=9, max_image_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "steps", [{"do_rescale": False}, {"do_normalize": False}, {"do_resize": False}, {"size": 9}, {"image_mean": [0]}]
+)
+def test_steps_that_cannot_be_left_out_or_changed_are_refused(steps):
+    """None is silently ignored, neither in a call nor in a configuration."""
+    image_processor, image = VoraImageProcessor(patch_size=4), Image.new("RGB", (8, 8))
+    with pytest.raises(ValueError, match=f"{next(iter(steps))}=.* not supported"):
+        image_processor(image, **steps)
+    if False in steps.values():
+        with pytest.raises(ValueError, match="not supported"):
+            VoraImageProcessor(patch_size=4, **steps)
+    done = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+    found, expected = image_processor(image, **done), image_processor(image)
+    assert np.array_equal(found["pixel_values"], expected["pixel_values"])
+
+
+def test_no_configuration_allows_urls(tmp_path):
+    allowed = VoraImageProcessor(patch_size=4)
+    allowed.allow_urls = True
+    allowed.save_pretrained(tmp_path)
+    assert "allow_urls" not in (tmp_path / "preprocessor_config.json").read_text()
+    assert VoraImageProcessor.from_pretrained(tmp_path).allow_urls is False
+    assert VoraImageProcessor(**{"allow_urls": True}).allow_urls is False

@@ -1,0 +1,113 @@
+"""Modes, transparency, rotation and arrays become the RGB image that people see."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vora.model.fetch_image import fetch_image, is_animated
+
+
+def coloured(colour, size=(12, 12), mode="RGB"):
+    return Image.new(mode, size, colour)
+
+
+def noise(size):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def read_back(image, kind, tmp_path, **kwargs):
+    path = tmp_path / f"image.{kind.lower()}"
+    image.save(path, kind, **kwargs)
+    found = fetch_image(path)
+    assert found.mode == "RGB"
+    return found
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "GIF", "WEBP", "JPEG", "AVIF", "MPO"])
+def test_formats_of_the_list_are_read(tmp_path, kind):
+    found = read_back(coloured("white"), kind, tmp_path)
+    assert found.size == (12, 12) and min(found.getpixel((5, 5))) > 250
+
+
+def test_cmyk(tmp_path):
+    found = read_back(coloured((0, 255, 255, 0), (16, 16), "CMYK"), "JPEG", tmp_path).getpixel((8, 8))
+    assert found[0] > 200 and found[1] < 60 and found[2] < 60
+
+
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
+    for values in ([0, 256, 32768, 65535], [0, 100, 200, 255]):  # the second image is dark, not of 8 bits
+        grey = np.array([values] * 4, dtype=np.uint16)
+        found = np.asarray(read_back(Image.fromarray(grey), "PNG", tmp_path))
+        assert np.abs(found[0, :, 0] - np.array(values) / 257).max() <= 0.5
+
+
+def test_32_bit_and_float_grey(tmp_path):
+    for dtype, values in ((np.int32, [0, 128, 255]), (np.float32, [0, 0.5, 1]), (np.float32, [0, 128, 255])):
+        grey = np.array([values] * 3, dtype=dtype)
+        found = np.asarray(read_back(Image.fromarray(grey), "TIFF", tmp_path))
+        assert found[0, :, 1].tolist() == [0, 128, 255]
+
+
+def test_palette_with_transparency_lies_on_white(tmp_path):
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.putpixel((1, 1), 1)
+    found = read_back(image, "PNG", tmp_path, transparency=0)
+    assert found.getpixel((0, 0)) == (255, 255, 255) and found.getpixel((1, 1)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "mode, colour, expected",
+    [
+        ("RGBA", (0, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+        ("RGBA", (0, 0, 0, 51), (204, 204, 204)),
+        ("LA", (0, 0), (255, 255, 255)),
+        ("LA", (100, 255), (100, 100, 100)),
+        ("L", 7, (7, 7, 7)),
+        ("1", 1, (255, 255, 255)),
+    ],
+)
+def test_transparency_lies_on_white(tmp_path, mode, colour, expected):
+    assert read_back(coloured(colour, (4, 4), mode), "PNG", tmp_path).getpixel((2, 2)) == expected
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image, exif = noise((6, 4)), Image.Exif()
+    exif[0x0112] = 6  # shown rotated by 90 degrees clockwise
+    found = read_back(image, "PNG", tmp_path, exif=exif)
+    assert np.array_equal(np.asarray(found), np.rot90(np.asarray(image), -1))
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path):
+    frames = [coloured(colour, (8, 8)) for colour in ("red", "blue", "lime")]
+    found = read_back(frames[0], "GIF", tmp_path, save_all=True, append_images=frames[1:])
+    assert found.getpixel((3, 3)) == (255, 0, 0)
+    assert is_animated(tmp_path / "image.gif") and not is_animated("http://x.org/image.gif")
+
+
+def test_arrays():
+    pixels = np.asarray(noise((20, 10)))
+    for array in (pixels, pixels.transpose(2, 0, 1), torch.from_numpy(pixels.copy()), pixels / 255):
+        assert np.array_equal(np.asarray(fetch_image(array)), pixels)
+    assert fetch_image(pixels[..., 0]).size == fetch_image(pixels[..., :1]).size == (20, 10)
+    assert fetch_image(pixels[:, :1, 0]).size == (1, 10)
+
+
+@pytest.mark.parametrize(
+    "array, cause",
+    [
+        (np.full((4, 4, 3), np.nan), "NaN"),
+        (np.array([[[0.1, 0.2, -0.3]]]), "values from -0.3 to 0.2"),
+        (np.array([[[0, 9, 256.0]]]), "values from 0 to 256"),
+        (np.array([[5, -1]], np.int32), "values from -1 to 5"),
+        (np.zeros((0, 4, 3)), "shape"),
+        (np.zeros((5, 5, 2), np.uint8), "shape"),
+        (np.zeros(4, np.uint8), "shape"),
+        (None, "shape"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused(array, cause):
+    with pytest.raises(ValueError, match=f"Cannot read image .*{cause}"):
+        fetch_image(array)
