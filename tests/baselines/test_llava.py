@@ -16,7 +16,8 @@ from vora.baselines.llava import VoraLlavaForConditionalGeneration
 from vora.build.lora import load_vision_lora
 from vora.data.schema import Sample, without_images
 from vora.distill.teacher import images_of_patches
-from vora.serve.engine import Chat, load_model
+from vora.serve.chat import Chat
+from vora.serve.engine import Engine, load_model
 from vora.train.from_recipe import open_sources, packed_sequences, training_arguments
 from vora.train.plan.meta_model import meta_model
 from vora.train.plan.plan import tokens_of_budget
@@ -177,7 +178,7 @@ def saved(run_directory, folder):
 
 
 def answer(folder, image=None):
-    chat = Chat(*load_model(str(folder)), max_new_tokens=8)
+    chat = Chat(Engine(*load_model(str(folder))), max_new_tokens=8)
     return "".join(chat.ask("which?", [] if image is None else [image])).strip()
 
 
