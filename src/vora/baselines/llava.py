@@ -167,7 +167,7 @@ class VoraLlavaForConditionalGeneration(VoraForConditionalGeneration):
             **sizes,
         )
         model = cls.wrap(vora, config, encoder)
-        embedding = model.model.patch_embedding
+        embedding: Any = model.model.patch_embedding
         side = max(1, config.grid_size // patch_merge) * patch_merge
         pixels = torch.randn(side**2, config.num_channels * config.patch_size**2, device=model.device)
         with torch.no_grad():
@@ -183,7 +183,7 @@ class VoraLlavaForConditionalGeneration(VoraForConditionalGeneration):
         with torch.device("meta"):
             model = cls(config)
         model.model.language_model, model.lm_head = vora.model.language_model, vora.lm_head
-        embedding = model.model.patch_embedding
+        embedding: Any = model.model.patch_embedding
         embedding.encoder = encoder.to(vora.device, vora.dtype)
         embedding.projector.to_empty(device=vora.device).to(vora.dtype).apply(model._init_weights)
         model.set_attn_implementation(vora.config._attn_implementation)
@@ -204,7 +204,7 @@ class VoraLlavaForConditionalGeneration(VoraForConditionalGeneration):
         Raises:
             ValueError: patches are merged, or the ViT or the LLM is of a kind that class has no place for.
         """
-        embedding = self.model.patch_embedding
+        embedding: Any = self.model.patch_embedding
         num_patches = (embedding.encoder.embedding.image_size // embedding.encoder.patch_size) ** 2
         tables = [p for name, p in embedding.encoder.vit.embeddings.named_parameters() if "position_embedding" in name]
         num_extra = tables[0].numel() // embedding.encoder.hidden_size - num_patches if tables else None

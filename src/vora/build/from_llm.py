@@ -63,7 +63,7 @@ def from_llm(
     if image_token_id is None:
         image_token_id = grow_for_image_token(llm, tokenizer)
     head = llm.get_output_embeddings()
-    sizes = {"patch_size": patch_size or 14, "image_size": image_size or 448}
+    sizes: dict[str, Any] = {"patch_size": patch_size or 14, "image_size": image_size or 448}
     embedding = None if teacher is None else vit_embedding(teacher)
     if embedding is not None:
         sizes = embedding.config_fields(patch_size, image_size)

@@ -57,8 +57,9 @@ class VitEmbedding:
     def copy_to(self, embedding: PatchEmbedding) -> None:
         """Copy into a patch embedding; positions are resampled where its grid differs."""
         embedding.patch.weight.copy_(self.weight)
-        embedding.patch.bias.zero_() if self.bias is None else embedding.patch.bias.copy_(self.bias)
-        if self.norm is not None:
+        bias = embedding.patch.bias
+        bias.zero_() if self.bias is None else bias.copy_(self.bias)
+        if isinstance(embedding.norm, nn.RMSNorm) and self.norm is not None:
             embedding.norm.weight.copy_(self.norm)
         if self.position is None:
             return

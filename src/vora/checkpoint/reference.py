@@ -88,7 +88,8 @@ class Reference:
             self.model, rank=self.rank, num_blocks=self.num_blocks, target_modules=self.target_modules
         )
         keep_trained_in_fp32(peft_model)
-        state = self.model.model.patch_embedding.modules_to_save["default"].state_dict()
+        trained: Any = self.model.model.patch_embedding.modules_to_save
+        state = trained["default"].state_dict()
         state = {f"base_model.model.model.{PATCH_EMBEDDING}.{name}": tensor for name, tensor in state.items()}
         loaded = set_peft_model_state_dict(peft_model, self.lora | state)
         if loaded.unexpected_keys:
@@ -321,7 +322,7 @@ def describe(reference: Reference, llm: Path | str, folder: Path, has_processor:
 def processor_of(config: VoraConfig, llm: Path | str, checkpoint: Path | str) -> VoraProcessor | VoraImageProcessor:
     """The processor of the released code: black squares, ChatML; where there is no tokenizer, its image part."""
     tokens = (config.image_size // config.patch_size) ** 2
-    looks = {
+    looks: dict[str, Any] = {
         "patch_size": config.patch_size,
         "min_image_tokens": tokens,
         "max_image_tokens": tokens,

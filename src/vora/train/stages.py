@@ -142,7 +142,7 @@ def student_to_go_on_with(recipe: Recipe) -> Any:
     Raises:
         ValueError: it has LoRA of another rank or depth than the recipe's, or should train without it.
     """
-    info, wanted = read_info(recipe.model.vora), recipe.lora
+    info, wanted = read_info(str(recipe.model.vora)), recipe.lora
     has = info.adapter
     if has is None:
         return _as_wanted(load_trainable(info, recipe.model.dtype), recipe.model)

@@ -72,7 +72,9 @@ def _choose(objective: Objective, info: CheckpointInfo, name: str | None, named:
         return f"{cause}, so nothing is compared: name its folder with --teacher."
     if has is None and _is_same(name or named, named):
         heads = distillation_of(info)
-        sizes = {head[1].out_features for head in heads.heads.values()} if heads is not None else set()
+        sizes = (
+            {p.shape[0] for name, p in heads.heads.named_parameters() if name.endswith("1.weight")} if heads else set()
+        )
         objective.distillation = heads if sizes == {objective.teacher.hidden_size} else None
     elif has is not None or info.has_heads:
         return f"The heads were trained with {has or named}, not with {name}, and are left aside."

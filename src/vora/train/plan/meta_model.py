@@ -78,8 +78,8 @@ def check_no_encoder(recipe: Recipe) -> None:
     Raises:
         ValueError: says what can be planned instead.
     """
-    is_saved = recipe.model.vora is not None and Path(recipe.model.vora).exists()
-    has_encoder = is_saved and read_info(recipe.model.vora).is_llava
+    vora = recipe.model.vora
+    has_encoder = vora is not None and Path(vora).exists() and read_info(vora).is_llava
     if recipe.model.encoder is not None or has_encoder:
         raise ValueError(
             f"{recipe.model.encoder or recipe.model.vora} is an encoder that stays on (LLaVA's way), and `vora plan` "
