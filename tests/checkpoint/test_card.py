@@ -19,7 +19,7 @@ from vora.checkpoint.card import CardFacts, Evaluation, write_card, write_run_ca
 from vora.checkpoint.lineage import KNOWN_LICENCES, NOT_STATED, lineage, read_card
 from vora.checkpoint.names import published
 from vora.cli import app
-from vora.quickstart.run import evaluation_rows
+from vora.quickstart.run import card_rows
 from vora.train.recipe import load_recipe, save_recipe
 from vora.train.run import train
 
@@ -233,14 +233,9 @@ def test_the_quickstarts_parts_are_all_known(tmp_path):
     (tmp_path / "model" / "config.json").write_text('{"model_type": "vora"}')
     with as_file(files("vora.quickstart")) as folder:
         save_recipe(load_recipe(folder / "recipe.yaml"), tmp_path / "run" / "recipe.yaml")
-    figures = {
-        "llm": "smollm2-135m",
-        "seed": 0,
-        "accuracy": 0.975,
-        "text_only_accuracy": 0.67,
-        "num_test_questions": 9673,
-    }
-    write_run_card(tmp_path / "model", tmp_path / "run", evaluation=evaluation_rows(figures, 13.0))
+    figures = {"accuracy": 0.975, "text_only_accuracy": 0.67, "num_test_questions": 9673}
+    command = "vora quickstart --llm smollm2-135m --minutes 13 --seed 0"
+    write_run_card(tmp_path / "model", tmp_path / "run", evaluation=card_rows(figures, command))
     text = (tmp_path / "model" / "README.md").read_text()
     front = ModelCard(text).data.to_dict()
     assert front["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and front["license"] == "apache-2.0"
@@ -270,10 +265,8 @@ def test_measured_figures_are_shown_with_their_commands(saved):
     rows = [
         Evaluation("VQAv2", "accuracy", 0.51234, 5000, "vora eval --model=/home/me/runs/x -d ~/data/vqa | tee log")
     ]
-    rows += evaluation_rows(
-        {"llm": "/home/me/llm", "seed": 0, "accuracy": 0.975, "text_only_accuracy": 0.67, "num_test_questions": 9673},
-        13.0,
-    )
+    figures = {"accuracy": 0.975, "text_only_accuracy": 0.67, "num_test_questions": 9673}
+    rows += card_rows(figures, "vora quickstart --llm /home/me/llm --minutes 13 --seed 0")
     text = write_card(saved, CardFacts(made="merged", stage="pretrain", evaluation=rows)).read_text()
     assert "| VQAv2 | accuracy | 0.5123 | 5,000 | `vora eval --model=x -d vqa \\| tee log` |" in text
     assert "| 0.975 | 9,673 | `vora quickstart --llm llm --minutes 13 --seed 0` |" in text and "| 0.67 |" in text

@@ -6,7 +6,7 @@ from vora.checkpoint.layout import CheckpointInfo, read_info
 from vora.checkpoint.lineage import read_card
 from vora.checkpoint.load import distillation_of
 from vora.checkpoint.names import is_hub_id
-from vora.distill.blockwise import SUMMARY, Pair, block_pairs
+from vora.distill.blockwise import SUMMARY, Pair, block_pairs, name_of
 from vora.distill.objective import Objective
 from vora.distill.teacher import Teacher
 
@@ -72,10 +72,8 @@ def _choose(objective: Objective, info: CheckpointInfo, name: str | None, named:
         return f"{cause}, so nothing is compared: name its folder with --teacher."
     if has is None and _is_same(name or named, named):
         heads = distillation_of(info)
-        sizes = (
-            {p.shape[0] for name, p in heads.heads.named_parameters() if name.endswith("1.weight")} if heads else set()
-        )
-        objective.distillation = heads if sizes == {objective.teacher.hidden_size} else None
+        teacher_size = None if heads is None else heads.state_dict()[f"mean_{name_of(heads.pairs[0])}"].numel()
+        objective.distillation = heads if teacher_size == objective.teacher.hidden_size else None
     elif has is not None or info.has_heads:
         return f"The heads were trained with {has or named}, not with {name}, and are left aside."
     return None
