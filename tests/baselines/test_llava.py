@@ -1,4 +1,4 @@
-"""LLaVA's way is transformers' LLaVA in the form of a VoRA student; the blind LLM sees only the words."""
+"""LLaVA's way is transformers' LLaVA in the form of a VoRA student; the text-only baseline sees only text."""
 
 import copy
 import json
@@ -68,24 +68,24 @@ def test_it_is_transformers_llava(kind):
 def test_merged_patches_are_one_token_each():
     model = tiny_llava(patch_merge=2)
     grid, pixels = torch.tensor([[1, 2, 4]]), image(2, 4)
-    eyes = model.model.patch_embedding
-    found = eyes(pixels, grid)
+    embedding = model.model.patch_embedding
+    found = embedding(pixels, grid)
     assert found.shape == (2, model.config.text_config.hidden_size)
     images = images_of_patches(pixels, [(2, 4)], PATCH, MEAN, STD)
-    features = eyes.encoder(images, [(2, 4)], [2])[2]  # of 4 blocks the last but one
+    features = embedding.encoder(images, [(2, 4)], [2])[2]  # of 4 blocks the last but one
     right = torch.cat([features[index] for index in (2, 3, 6, 7)])
-    torch.testing.assert_close(found[1], eyes.projector(right))
+    torch.testing.assert_close(found[1], embedding.projector(right))
     with pytest.raises(ValueError, match="patch_merge 2"):
         model.to_llava()
     with pytest.raises(ValueError, match="holds 8 patches but image_grid_thw describes 4"):
-        eyes(pixels, torch.tensor([[1, 2, 2]]))
+        embedding(pixels, torch.tensor([[1, 2, 2]]))
 
 
 def test_weights_stored_in_integers_make_no_integers_of_the_features():
-    eyes, pixels, grid = tiny_llava().model.patch_embedding, image(2, 3), torch.tensor([[1, 2, 3]])
-    expected = eyes(pixels, grid)
-    eyes.projector.linear_1 = InFourBits(eyes.projector.linear_1)
-    assert torch.equal(eyes(pixels, grid), expected)
+    embedding, pixels, grid = tiny_llava().model.patch_embedding, image(2, 3), torch.tensor([[1, 2, 3]])
+    expected = embedding(pixels, grid)
+    embedding.projector.linear_1 = InFourBits(embedding.projector.linear_1)
+    assert torch.equal(embedding(pixels, grid), expected)
 
 
 @pytest.mark.parametrize("kind", TOWERS)
@@ -228,7 +228,7 @@ def test_it_sees_the_samples_that_a_vora_student_sees(recipe):
     [
         ({"teacher": {"name": "vit"}}, "teacher and model.encoder exclude each other"),
         ({"data": {"sources": [{"path": "x"}], "text_only": True}}, "model.encoder and data.text_only exclude"),
-        ({"model": {"vora": "x", "encoder": "vit"}}, "model.vora has vision already"),
+        ({"model": {"vora": "x", "encoder": "vit"}}, "model.vora has vision: leave"),
         ({"model": {"llm": "x", "encoder": "vit", "image_attention": "bidirectional"}}, "leave image_attention out"),
     ],
 )
@@ -243,29 +243,29 @@ def test_the_plan_says_that_it_knows_no_encoder(recipe):
         meta_model(recipe())
 
 
-def test_a_blind_llm_learns_from_the_words_alone(recipe, tmp_path):
+def test_a_text_only_baseline_learns_from_text_alone(recipe, tmp_path):
     data = recipe().data.model_dump() | {"text_only": True}
     text_only = recipe(data=data, model={"llm": recipe().model.llm})
-    learner, processor = build_objective(text_only)
+    objective, processor = build_objective(text_only)
     rows = packed_sequences(text_only, open_sources(text_only.data), processor, training_arguments(text_only, "."))
     batch = rows.collate([next(iter(rows))])
     assert "pixel_values" not in batch and not (batch["input_ids"] == processor.image_token_id).any()
-    out = learner(**batch)
+    out = objective(**batch)
     assert set(out) == {"loss", "lm_loss"} and out["loss"].isfinite()
     out["loss"].backward()
-    assert all(p.grad is None for p in learner.vora.model.patch_embedding.parameters())
+    assert all(p.grad is None for p in objective.vora.model.patch_embedding.parameters())
     run(text_only, tmp_path / "run")
     assert len(losses(tmp_path / "run")) == 2
     saved(tmp_path / "run", tmp_path / "merged")
     answer(tmp_path / "merged")  # asked without an image
-    found = tokens_of_budget(text_only, learner.config, 30, 10, [])
+    found = tokens_of_budget(text_only, objective.config, 30, 10, [])
     assert found["num_images"] == 0 and found["per_sample"] == 30
-    with pytest.raises(ValueError, match="blind was True and is None"):
+    with pytest.raises(ValueError, match="text_only was True and is None"):
         seeing = packed_sequences(recipe(), open_sources(recipe().data), processor, training_arguments(recipe(), "."))
         seeing.load_state_dict(json.loads(json.dumps(rows.state_dict())))
 
 
-def test_a_blinded_record_keeps_every_word():
+def test_a_sample_without_images_keeps_its_text():
     content = [
         {"type": "image"},
         {"type": "text", "text": "one or "},

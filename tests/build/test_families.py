@@ -163,14 +163,14 @@ def test_a_left_padded_batch_equals_its_rows_alone(vora):
 
 def test_fresh_lora_is_the_identity_and_trains_exactly_itself_and_the_patch_embedding(family, vora):
     inputs = prompt(TWO_IMAGES)
-    learner = attach_vision_lora(tiny_vora(family), rank=4, num_blocks=2)
-    assert torch.equal(logits_of(learner, **inputs), logits_of(vora, **inputs))
+    peft_model = attach_vision_lora(tiny_vora(family), rank=4, num_blocks=2)
+    assert torch.equal(logits_of(peft_model, **inputs), logits_of(vora, **inputs))
 
-    names = {name for name, parameter in learner.named_parameters() if parameter.requires_grad}
+    names = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
     pairs = {name for name in names if "lora_" in name}
-    eyes = {name for name in names if ".patch_embedding." in name}
-    assert names == pairs | eyes
-    assert len(eyes) == len(list(vora.model.patch_embedding.parameters()))
+    embedding = {name for name in names if ".patch_embedding." in name}
+    assert names == pairs | embedding
+    assert len(embedding) == len(list(vora.model.patch_embedding.parameters()))
     num_layers = sum(module.weight.dim() == 2 for module in linear_layers(vora.model.blocks[0]))
     assert len(pairs) == 2 * 2 * num_layers
     assert all(".0." in name or ".1." in name for name in pairs)
@@ -183,15 +183,15 @@ def linear_layers(block):
 def test_merged_equals_unmerged_and_is_the_llm_again(family, tmp_path):
     base = tiny_llm(family)
     shapes = {name: tensor.shape for name, tensor in base.state_dict().items()}
-    learner = attach_vision_lora(tiny_vora(copy.deepcopy(base)), rank=4)
+    peft_model = attach_vision_lora(tiny_vora(copy.deepcopy(base)), rank=4)
     with pytest.raises(ValueError, match="merge_vision_lora"):
-        learner.get_base_model().to_llm()
-    train_a_little(learner)
+        peft_model.get_base_model().to_llm()
+    train_a_little(peft_model)
     see, read = prompt(TWO_IMAGES), prompt(text(9))
-    expected, read_expected = logits_of(learner, **see), logits_of(learner, **read)
+    expected, read_expected = logits_of(peft_model, **see), logits_of(peft_model, **read)
     assert (read_expected - logits_of(base, **read)).abs().max() > 0.01
 
-    merged = merge_vision_lora(learner)
+    merged = merge_vision_lora(peft_model)
     assert isinstance(merged, VoraForConditionalGeneration)
     assert all(p.requires_grad is False or "patch_embedding" in n for n, p in merged.named_parameters())
     close(logits_of(merged, **see), expected)

@@ -78,8 +78,8 @@ def test_an_adapter_on_the_hub_is_put_over_its_llm(adapter, tmp_path):
         "try:\n    load_model('me/none')\nexcept ValueError as error:\n    print(error)"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert told.stdout.startswith("VoraForConditionalGeneration\nme/none is no folder here, and the hub"), told.stderr
+    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert ran.stdout.startswith("VoraForConditionalGeneration\nme/none is no folder here, and the hub"), ran.stderr
 
 
 def test_goes_on_training(adapter):

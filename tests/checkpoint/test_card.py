@@ -132,10 +132,10 @@ def test_a_merged_model_loads_as_its_card_says(work, monkeypatch):
     exec(code.replace("THIS_FOLDER", str(work / "merged")), found)
     assert isinstance(found["answer"], str) and found["model"].config.model_type == "vora"
     command = re.search(r"`vora (chat .*?)`", text).group(1).replace("THIS_FOLDER", str(work / "merged"))
-    asked = CliRunner().invoke(
+    result = CliRunner().invoke(
         app, [word.strip('"') for word in re.findall(r'".*?"|\S+', f"{command} --max-new-tokens 4")]
     )
-    assert asked.exit_code == 0, asked.output
+    assert result.exit_code == 0, result.output
 
 
 def test_the_language_part_loads_as_its_card_says(work):

@@ -78,7 +78,7 @@ def test_all_that_is_saved_is_described_and_names_no_folder(work, folder):
 def test_what_was_saved_without_a_description_says_the_same(work, tmp_path, folder):
     written = read_info(shutil.copytree(work / folder, tmp_path / "it"))
     (tmp_path / "it" / "vora.json").unlink()
-    # these are in no other file: a digest was in config.json then, and pairs are told by heads alone
+    # these are in no other file: a digest was in config.json then, and pairs follow from heads alone
     without = {} if written.has_heads else {"block_pairs": ()}
     assert read_info(tmp_path / "it") == replace(written, llm_digest=None, **without)
 

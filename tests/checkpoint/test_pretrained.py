@@ -46,5 +46,5 @@ def test_its_card_says_what_it_is_and_what_it_scores():
 def test_it_answers_where_no_model_is_named(tmp_path):
     """`vora chat IMAGE` without a model named; needs the LLM, from the cache or from the Python package index."""
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
-    told = command_line("chat", tmp_path / "red.png", "-q", "What is this?", "--max-new-tokens", 8)
-    assert told.returncode == 0 and told.stdout.strip(), told.stderr
+    ran = command_line("chat", tmp_path / "red.png", "-q", "What is this?", "--max-new-tokens", 8)
+    assert ran.returncode == 0 and ran.stdout.strip(), ran.stderr

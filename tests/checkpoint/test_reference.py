@@ -93,11 +93,11 @@ def test_losses_of_every_level_are_the_released_codes():
     pairs = block_pairs(teacher.num_blocks, teacher.num_blocks, pairing="hidden_states")
     distillation = BlockwiseDistillation(pairs, 64, teacher.hidden_size, center=False)
     distillation.load_state_dict(reference.heads)
-    looks = vora.VoraImageProcessor(image_mean=teacher.image_mean, image_std=teacher.image_std)
-    learner = Objective(reference.with_lora(), looks, teacher, distillation).eval()
-    inputs = our_inputs(learner.config.image_token_id)
+    images = vora.VoraImageProcessor(image_mean=teacher.image_mean, image_std=teacher.image_std)
+    objective = Objective(reference.with_lora(), images, teacher, distillation).eval()
+    inputs = our_inputs(objective.config.image_token_id)
     labels = inputs.pop("labels")
-    losses = learner(targets=torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100), **inputs)
+    losses = objective(targets=torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100), **inputs)
     wanted = [figures[f"loss_aux_layer_{level}"] for level in range(4)]
     assert (losses["pair_losses"] - torch.tensor(wanted)).abs().max() < 1e-5
     assert abs(losses["loss"].item() - figures["total_loss"]) < 1e-5
@@ -221,11 +221,11 @@ def test_training_goes_on_where_the_released_code_stopped(imported, tmp_path):
 
     folder = tmp_path / "with-words"
     shutil.copytree(imported / "pretrain", folder)
-    looks = vora.VoraImageProcessor.from_pretrained(folder)
+    images = vora.VoraImageProcessor.from_pretrained(folder)
     (folder / "preprocessor_config.json").unlink()
     import tiny
 
-    vora.VoraProcessor.from_llm(tiny.tiny_tokenizer(), **{k: v for k, v in looks.to_dict().items() if k in (
+    vora.VoraProcessor.from_llm(tiny.tiny_tokenizer(), **{k: v for k, v in images.to_dict().items() if k in (
         "patch_size", "min_image_tokens", "max_image_tokens", "pad_to_square")}).save_pretrained(folder)  # fmt: skip
     values = {
         "model": {"vora": str(folder)},
@@ -233,12 +233,12 @@ def test_training_goes_on_where_the_released_code_stopped(imported, tmp_path):
         "teacher": {"name": str(SHARED / "teacher"), "pairing": "hidden_states", "center": False},
         "data": {"sources": [{"path": "none"}]},
     }
-    learner, processor = build_objective(load_recipe(values))
+    objective, processor = build_objective(load_recipe(values))
     assert processor.image_processor.pad_to_square
-    assert_same(learner.student.eval(), "pretrain")
+    assert_same(objective.student.eval(), "pretrain")
     heads = load_file(SHARED / "pretrain" / "model.safetensors")
-    assert torch.equal(learner.distillation.heads["-1"][1].weight, heads["aux_vision.aux_layer_0.1.weight"])
-    trained = {name for name, p in learner.named_parameters() if p.requires_grad}
+    assert torch.equal(objective.distillation.heads["-1"][1].weight, heads["aux_vision.aux_layer_0.1.weight"])
+    trained = {name for name, p in objective.named_parameters() if p.requires_grad}
     assert any("lora_A" in name for name in trained) and any("patch_embedding" in name for name in trained)
     with pytest.raises(ValueError, match="rank 8 in 4 blocks"):
         build_objective(load_recipe(values | {"lora": {"rank": 4}}))

@@ -64,7 +64,7 @@ def inputs_of(original, image_token_id):
     grid = side // p
     rows = [[image_token_id] * grid**2 if i == IMAGE else [i] for row in ids.tolist() for i in row]
     ours = [sum(rows[:7], []), sum(rows[7:], [])]
-    told = [
+    our_labels = [
         sum(([-100] * grid**2 if i == IMAGE else [t] for i, t in zip(row, wanted)), [])
         for row, wanted in zip(ids.tolist(), labels.tolist())
     ]
@@ -74,7 +74,7 @@ def inputs_of(original, image_token_id):
     return theirs, {
         "input_ids": torch.tensor(ours),
         "attention_mask": torch.tensor(mask),
-        "labels": torch.tensor(told),
+        "labels": torch.tensor(our_labels),
         "pixel_values": patches,
         "image_grid_thw": torch.tensor([[1, grid, grid]] * 2),
     }
@@ -108,10 +108,10 @@ def test_stage_1_and_merged(case, tmp_path):
     distillation.load_state_dict(reference.heads)
     processor = VoraImageProcessor(patch_size=original.patch_size)
     peft_model = load_reference(tmp_path / "pretrain", tmp_path / "llm").with_lora().float()
-    learner = Objective(peft_model, processor, teacher.float(), distillation).eval()
-    _, ours = inputs_of(original, learner.config.image_token_id)
+    objective = Objective(peft_model, processor, teacher.float(), distillation).eval()
+    _, ours = inputs_of(original, objective.config.image_token_id)
     labels = ours.pop("labels")
-    losses = learner(targets=torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100), **ours)
+    losses = objective(targets=torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100), **ours)
     wanted = torch.tensor([metrics[f"loss_aux_layer_{level}"] for level in range(teacher.num_blocks)])
     assert (losses["pair_losses"] - wanted).abs().max() < 1e-5
     assert abs(losses["loss"].item() - metrics["total_loss"]) < 2e-5
@@ -235,10 +235,10 @@ def test_the_checkpoints_mask_is_kept_and_no_answer_holds_a_image(tmp_path):
 @pytest.mark.parametrize("size", [(30, 17), (17, 30), (8, 8), (200, 3)])
 def test_black_squares_are_the_originals(size):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    looks = {"patch_size": 4, "min_image_tokens": 9, "max_image_tokens": 9}
-    found = VoraImageProcessor(pad_to_square=True, **looks)(Image.fromarray(pixels), return_tensors="pt")
+    images = {"patch_size": 4, "min_image_tokens": 9, "max_image_tokens": 9}
+    found = VoraImageProcessor(pad_to_square=True, **images)(Image.fromarray(pixels), return_tensors="pt")
     frame = square_frame(Image.fromarray(pixels), 12)
     patches = frame.view(3, 3, 4, 3, 4).permute(1, 3, 0, 2, 4).reshape(9, -1)
     assert found["image_grid_thw"].tolist() == [[1, 3, 3]]
     assert (found["pixel_values"] - patches).abs().max() < 1e-5
-    assert VoraImageProcessor(pad_to_square=True, **looks).get_number_of_image_patches(*size) == 9
+    assert VoraImageProcessor(pad_to_square=True, **images).get_number_of_image_patches(*size) == 9

@@ -136,9 +136,9 @@ def test_outputs_are_tuples_for_those_who_ask():
     vora, inputs = tiny_vora("llama"), prompt([*text(3), (2, 3, 0), *text(2)])
     with torch.no_grad():
         expected, states = vora(**inputs), vora.model(**inputs)
-        asked = [vora(**inputs, return_dict=False), vora.model(**inputs, return_dict=False)]
+        plain = [vora(**inputs, return_dict=False), vora.model(**inputs, return_dict=False)]
         vora.config.return_dict = False
         configured = [vora(**inputs), vora.model(**inputs)]
-    for whole, inner in (asked, configured):
+    for whole, inner in (plain, configured):
         assert type(whole) is type(inner) is tuple
         assert torch.equal(whole[0], expected.logits) and torch.equal(inner[0], states.last_hidden_state)

@@ -1,4 +1,4 @@
-"""LLaVA's way, the yardstick: a frozen ViT looks at the image, and an MLP brings its features to the LLM's width.
+"""LLaVA's way, the baseline: a frozen ViT reads the image, and an MLP brings its features to the LLM's width.
 
 Only what embeds images differs from a VoRA student: tokens, packing, labels, trainer and evaluation are the same.
 Source: arXiv 2304.08485, with the MLP of 2310.03744; tower and projector are those of transformers' LLaVA.

@@ -322,7 +322,7 @@ def describe(reference: Reference, llm: Path | str, folder: Path, has_processor:
 def processor_of(config: VoraConfig, llm: Path | str, checkpoint: Path | str) -> VoraProcessor | VoraImageProcessor:
     """The processor of the released code: black squares, ChatML; where there is no tokenizer, its image part."""
     tokens = (config.image_size // config.patch_size) ** 2
-    looks: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "patch_size": config.patch_size,
         "min_image_tokens": tokens,
         "max_image_tokens": tokens,
@@ -332,6 +332,6 @@ def processor_of(config: VoraConfig, llm: Path | str, checkpoint: Path | str) ->
     }
     tokenizer = tokenizer_of(llm) or tokenizer_of(checkpoint)
     if tokenizer is None:
-        return VoraImageProcessor(**looks)
+        return VoraImageProcessor(**settings)
     template = CHAT_TEMPLATE if "<|im_start|>" in tokenizer.get_vocab() else None
-    return processor_from_llm(tokenizer, chat_template=template, **looks)
+    return processor_from_llm(tokenizer, chat_template=template, **settings)

@@ -117,7 +117,7 @@ def merge(
     adapter_out: Path | None = None,
     llm: str | None = None,
 ) -> None:
-    """`vora merge`: write a merged model, all of what is asked for or nothing.
+    """`vora merge`: write a merged model, all of it or nothing.
 
     Args:
         path: run, adapter or unmerged model.
@@ -131,8 +131,8 @@ def merge(
     info = read_info(path)
     if adapter_out is not None:
         _check_adapter_apart(info)
-    asked = {"--out": out, "--llm-out": llm_out, "--adapter-out": adapter_out}
-    places = {name: Path(place) for name, place in asked.items() if place is not None}
+    given = {"--out": out, "--llm-out": llm_out, "--adapter-out": adapter_out}
+    places = {name: Path(place) for name, place in given.items() if place is not None}
     if len({place.resolve() for place in places.values()}) < len(places):
         raise ValueError(f"{', '.join(places)} name one folder twice: each needs its own.")
     with ExitStack() as stack:
