@@ -29,18 +29,18 @@ def test_scores_are_those_of_pycocoevalcap():
     words = np.array("a the dog cat man runs sits on in red small park street with two".split())
     sentence = lambda: " ".join(draw.choice(words, draw.integers(3, 12)))  # noqa: E731
     wanted = [[sentence() for _ in range(draw.integers(1, 6))] for _ in range(60)]
-    told = [" ".join(draw.permutation(row[0].split())) if draw.random() < 0.3 else row[0][4:] for row in wanted]
-    theirs = {n: row for n, row in enumerate(wanted)}, {n: [one] for n, one in enumerate(told)}
+    said = [" ".join(draw.permutation(row[0].split())) if draw.random() < 0.3 else row[0][4:] for row in wanted]
+    theirs = {n: row for n, row in enumerate(wanted)}, {n: [one] for n, one in enumerate(said)}
     value, each = cider.compute_score(*theirs)
-    np.testing.assert_allclose(cider_d(told, wanted), each, atol=1e-9)
-    assert cider_d(told, wanted).mean() == pytest.approx(value)
-    ours = bleu_4(np.sum([bleu_counts(*pair) for pair in zip(told, wanted)], 0))
+    np.testing.assert_allclose(cider_d(said, wanted), each, atol=1e-9)
+    assert cider_d(said, wanted).mean() == pytest.approx(value)
+    ours = bleu_4(np.sum([bleu_counts(*pair) for pair in zip(said, wanted)], 0))
     assert ours == pytest.approx(bleu.compute_score(*theirs, verbose=0)[0][3], abs=1e-6) and 0 < ours < 1
 
 
 def test_bleu_by_hand():
-    told, wanted = "a b c d e", ["a b c d f", "a b c d e f g h"]
-    assert bleu_counts(told, wanted) == [5, 4, 3, 2, 5, 4, 3, 2, 5, 5]
+    said, wanted = "a b c d e", ["a b c d f", "a b c d e f g h"]
+    assert bleu_counts(said, wanted) == [5, 4, 3, 2, 5, 4, 3, 2, 5, 5]
     assert bleu_counts("the the the", ["the cat"])[:1] == [1]
     assert bleu_4(bleu_counts("a b c d", ["a b c d e f"])) == pytest.approx(math.exp(1 - 6 / 4))
     assert bleu_4(bleu_counts("", ["a b"])) == 0 == bleu_4(bleu_counts("a b", ["a b"]))

@@ -87,12 +87,12 @@ def evaluate(folder, task, *arguments):
 
 def prompts_of(folder):
     model, processor = load_model(str(folder / "model"))
-    asked = []
+    prompts = []
     for colour in COLOURS:
         image = {"type": "image", "image": Image.new("RGB", (12, 12), colour)}
         content = [image, {"type": "text", "text": "what colour is the shape?"}]
-        asked.append(prompt_of_messages(processor, [{"role": "user", "content": content}]))
-    return model, processor, asked
+        prompts.append(prompt_of_messages(processor, [{"role": "user", "content": content}]))
+    return model, processor, prompts
 
 
 @pytest.mark.parametrize("arguments", [(), ("--force_simple",)], ids=["messages", "simple"])
@@ -134,9 +134,9 @@ def test_transparent_images_lie_on_white(folder):
 
     adapter = VoraForTasks(str(folder / "model"), device="cpu")
     adapter.task_dict = {"clear": {"test": [{}]}}
-    asked = []
+    pixels = []
     for image in (Image.new("RGBA", (12, 12), (0, 0, 0, 0)), Image.new("RGB", (12, 12), "white")):
         arguments = ("what?", {}, lambda document, image=image: [image], 0, "clear", "test")
         request = Instance("generate_until", arguments, 0, {"task": "clear", "doc_id": 0, "repeats": 1})
-        asked.append(prompt_of_messages(adapter.processor, adapter.messages(request)).inputs["pixel_values"])
-    assert torch.equal(*asked)
+        pixels.append(prompt_of_messages(adapter.processor, adapter.messages(request)).inputs["pixel_values"])
+    assert torch.equal(*pixels)

@@ -58,7 +58,7 @@ def ablate(spec_file: str | Path, out: str | Path, overrides: Sequence[str], con
     runs = runs_of(spec, overrides, out)
     for run in runs:
         check_same(run, spec.samples)
-    for section in spec.evaluate:  # what cannot be measured is told before hours of training
+    for section in spec.evaluate:  # what cannot be measured is said before hours of training
         check_unread(runs, section, spec_file.parent)
     command = shlex.join(["vora", "ablate", str(spec_file), *overrides, "--out", str(out)])
     out.mkdir(parents=True, exist_ok=True)

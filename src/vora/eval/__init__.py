@@ -1,1 +1,1 @@
-"""How well a model sees: exact answers, and what a blind one would score."""
+"""How well a model sees: tasks, a probe of whether it looks, text ability, and a page of what it sees."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,10 +17,8 @@ from vora.eval.metrics.intervals import Estimate
 from vora.eval.prediction_cache import PredictionCache, fingerprint
 from vora.eval.report import Report, commit, commit_in_words, device_name
 from vora.eval.rows import Rows, SkippedRows
-
-if TYPE_CHECKING:
-    from vora.model.modeling_vora import VoraForConditionalGeneration
-    from vora.model.processing_vora import VoraProcessor
+from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.processing_vora import VoraProcessor
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,8 @@ class Job:
             finds some of its own goes on after them.
     """
 
-    model: "VoraForConditionalGeneration"
-    processor: "VoraProcessor"
+    model: VoraForConditionalGeneration
+    processor: VoraProcessor
     model_name: str
     data: Data
     out: Path

@@ -43,7 +43,7 @@ class PredictionCache:
             self._check_same(lines[0].get("conditions"), conditions)
         for line in lines[1:]:
             self.seconds += line.get("seconds", 0.0)
-            if "bad" not in line:  # those are asked again: an image may be readable now
+            if "bad" not in line:  # those are tried again: an image may be readable now
                 self.done[line["index"]] = line
         self.num_found = len(self.done)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -14,18 +14,15 @@ from vora.eval.tasks.evaluation import TASKS, TaskEvaluation, make_task, task_of
 from vora.eval.tasks.exact import ExactAnswers
 from vora.eval.tasks.text import TextAbility
 from vora.eval.tasks.vqa import Vqa
+from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.processing_vora import VoraProcessor
 from vora.serve.engine import load_model
-
-if TYPE_CHECKING:
-    from vora.model.modeling_vora import VoraForConditionalGeneration
-    from vora.model.processing_vora import VoraProcessor
-
 
 OTHERS = ("exact", "probe", "text")  # evaluations beside the tasks
 
 
 def evaluate(
-    model: "str | Path | tuple[VoraForConditionalGeneration, VoraProcessor]",
+    model: str | Path | tuple[VoraForConditionalGeneration, VoraProcessor],
     task: str | Evaluation,
     data: str | Path | Sequence[str | Path],
     out: str | Path,

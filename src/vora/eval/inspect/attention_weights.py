@@ -7,14 +7,12 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.modeling_vora import VoraForConditionalGeneration
 
 # Letters and digits, also around an apostrophe or a hyphen; characters of scripts without spaces one by one; marks.
 ALONE = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
@@ -23,7 +21,7 @@ CUT = "\ufffd"  # what a tokenizer writes for a character whose last bytes are s
 
 
 @contextmanager
-def attention_at(model: "VoraForConditionalGeneration", places: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+def attention_at(model: VoraForConditionalGeneration, places: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
     """Collect the attention weights of some places while a model runs on one sequence.
 
     Within, the model attends eagerly: that is the implementation of which transformers has each family's own (with
@@ -61,7 +59,7 @@ def _keep_weights(
         weights[block] = output[1][0, :, places].float().mean(0).cpu()
 
 
-def words_of_tokens(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, list[int]]]:
+def words_of_tokens(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
     """An answer's tokens put together into words.
 
     Returns:

@@ -8,25 +8,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from transformers import PreTrainedTokenizerBase
 
 from vora.distill.blocks import hook_on_output
 from vora.distill.blockwise import Pair, name_of
+from vora.distill.objective import Objective
 from vora.eval.inspect.attention_weights import attention_at, words_of_tokens
 from vora.eval.inspect.colours import aligned, colours, principal_components
 from vora.eval.metrics.cka import linear_cka
+from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.processing_vora import VoraProcessor
 from vora.report.images import image_of_patches
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from vora.distill.objective import Objective
-    from vora.model.modeling_vora import VoraForConditionalGeneration
-    from vora.model.processing_vora import VoraProcessor
 
 
 @dataclass
@@ -114,8 +111,8 @@ class Inspection:
 
 @torch.no_grad()
 def inspect_image(
-    objective: "Objective",
-    processor: "VoraProcessor",
+    objective: Objective,
+    processor: VoraProcessor,
     image: Image.Image,
     question: str,
     answer: str | None = None,
@@ -184,7 +181,7 @@ def inspect_image(
 
 @contextmanager
 def states_at(
-    model: "VoraForConditionalGeneration", blocks: Sequence[int], places: torch.Tensor
+    model: VoraForConditionalGeneration, blocks: Sequence[int], places: torch.Tensor
 ) -> Iterator[dict[int, torch.Tensor]]:
     """Collect blocks' outputs at some places while a model runs on one sequence: yields {block: float[R, D]}."""
     states: dict[int, torch.Tensor] = {}
@@ -200,7 +197,7 @@ def states_at(
             hook.remove()
 
 
-def _check_length(vora: "VoraForConditionalGeneration", length: int, more: int) -> None:
+def _check_length(vora: VoraForConditionalGeneration, length: int, more: int) -> None:
     limit = getattr(vora.config.get_text_config(), "max_position_embeddings", None)
     if limit and length + more > limit:
         raise ValueError(
@@ -229,7 +226,7 @@ def _coloured(
 
 def _words(
     ids: list[int],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     attention: dict[int, torch.Tensor],
     chosen_at: list[int],
     image_places: torch.Tensor,
@@ -246,7 +243,7 @@ def _words(
 
 def _compare(
     found: Inspection,
-    objective: "Objective",
+    objective: Objective,
     states: dict[int, torch.Tensor],
     shown: dict[int, torch.Tensor],
     images: dict[str, torch.Tensor],

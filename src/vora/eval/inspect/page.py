@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from vora.eval.inspect.panels import panels_of
+from vora.model.image_processing_vora import VoraImageProcessor
 from vora.report.html import page
 from vora.report.images import data_url
 
 if TYPE_CHECKING:
     from vora.eval.inspect.inspection import Inspection
-    from vora.model.image_processing_vora import VoraImageProcessor
 
 STYLE = """\
 h2{margin:2.2rem 0 .2rem}.caption{color:#5b6b7b;font-size:.88rem;margin:.2rem 0 .9rem}
@@ -30,7 +30,7 @@ NARROWEST = 84  # label, in pixels
 def write_inspection(
     path: str | Path,
     found: "Inspection",
-    image_processor: "VoraImageProcessor",
+    image_processor: VoraImageProcessor,
     image: str,
     model: str,
     remarks: Sequence[str] = (),
@@ -44,7 +44,7 @@ def write_inspection(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = {"asked": found.question, "answered": found.answer or "(nothing)", "model": model}
+    known = {"question": found.question, "answer": found.answer or "(nothing)", "model": model}
     if found.teacher is not None:
         known["teacher"] = found.teacher
     body = "".join(f'<p class="remark">{escape(remark)}</p>' for remark in remarks)

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
 
 from vora.eval.metrics.cka import FEWEST_TOKENS, MOST_TOKENS
+from vora.model.image_processing_vora import VoraImageProcessor
 from vora.report.images import with_grid
 from vora.report.plots import new_figure
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from vora.eval.inspect.inspection import Inspection
-    from vora.model.image_processing_vora import VoraImageProcessor
 
 Grid = tuple[int, int]  # rows and columns of image tokens
 
@@ -52,7 +52,7 @@ class Panel:
     tiles: list[tuple[str, str, Image.Image]]
 
 
-def panels_of(found: "Inspection", image_processor: "VoraImageProcessor") -> list[Panel]:
+def panels_of(found: "Inspection", image_processor: VoraImageProcessor) -> list[Panel]:
     """All panels, in the order of the page."""
     panels = [_seen(found, image_processor), _components(found)]
     if found.teacher is not None:
@@ -62,7 +62,7 @@ def panels_of(found: "Inspection", image_processor: "VoraImageProcessor") -> lis
     return panels
 
 
-def _seen(found: "Inspection", image_processor: "VoraImageProcessor") -> Panel:
+def _seen(found: "Inspection", image_processor: VoraImageProcessor) -> Panel:
     rows, columns = found.grid
     token_pixels = image_processor.patch_size * image_processor.patch_merge
     image = ImageOps.expand(with_grid(found.image, token_pixels, IMAGE), 1, "#d8e0e8")

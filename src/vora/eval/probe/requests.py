@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -10,9 +9,7 @@ from vora.data.schema import Sample
 from vora.data.turns import question_and_answer
 from vora.eval.probe.conditions import ImageGroup, images_under
 from vora.eval.rows import Example
-
-if TYPE_CHECKING:
-    from vora.model.image_processing_vora import VoraImageProcessor
+from vora.model.image_processing_vora import VoraImageProcessor
 
 MOST_REQUESTS = 64  # of an image in one pass
 
@@ -63,7 +60,7 @@ def image_conditions(
     answers: Sequence[Sequence[str]],
     groups: Sequence[ImageGroup],
     others: Sequence[int],
-    image_processor: "VoraImageProcessor",
+    image_processor: VoraImageProcessor,
     seed: int,
 ) -> list[ImageCondition]:
     """All that is to be read. An image stands once for what is asked of it rightly and, as another one, wrongly.
@@ -97,7 +94,7 @@ def examples_under(
     examples: Sequence[Example],
     groups: Sequence[ImageGroup],
     others: Sequence[int],
-    image_processor: "VoraImageProcessor",
+    image_processor: VoraImageProcessor,
     seed: int,
 ) -> list[Example]:
     """Examples under each condition in turn: E of the first, E of the next."""

@@ -11,7 +11,7 @@ Dims: B rows, T tokens of the prompt, W nodes of the tree that are read, V vocab
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +19,8 @@ import torch
 from vora.data.packing import TokenSample, share_prefixes
 from vora.eval.scoring.generate import Prompt, check_context_length, check_log_probs, padded, sliding_window
 from vora.eval.scoring.teacher_forced import score_samples
-
-if TYPE_CHECKING:
-    from vora.model.modeling_vora import VoraForConditionalGeneration
-    from vora.model.processing_vora import VoraProcessor
+from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.processing_vora import VoraProcessor
 
 FIRST_NODES, MORE_TIMES, MOST_NODES = 16, 2, 512  # read in the first pass, growth from pass to pass
 TOKENS_PER_PASS = 16384  # of all rows
@@ -109,7 +107,7 @@ class Search:
         return np.where(self.is_exact, self.bounds, -np.inf)
 
 
-def answer_ids(processor: "VoraProcessor", prompt: Prompt, answers: Sequence[str]) -> list[list[int]]:
+def answer_ids(processor: VoraProcessor, prompt: Prompt, answers: Sequence[str]) -> list[list[int]]:
     """Tokens of each answer to a prompt, end of turn included, as training has them."""
     found = []
     for answer in answers:
@@ -126,8 +124,8 @@ def _as_arrays(image_inputs: dict[str, Any]) -> dict[str, np.ndarray] | None:
 
 @torch.inference_mode()
 def candidate_scores(
-    model: "VoraForConditionalGeneration",
-    processor: "VoraProcessor",
+    model: VoraForConditionalGeneration,
+    processor: VoraProcessor,
     prompts: Sequence[Prompt],
     trees: Sequence[AnswerTree],
     top: int | None = 1,
@@ -183,7 +181,7 @@ def candidate_scores(
 
 
 def _scores_alone(
-    model: "VoraForConditionalGeneration", prompts: Sequence[Prompt], trees: Sequence[AnswerTree]
+    model: VoraForConditionalGeneration, prompts: Sequence[Prompt], trees: Sequence[AnswerTree]
 ) -> list[np.ndarray]:
     """B float[C], all exact: every candidate after its prompt in a pass of its own."""
 
@@ -204,7 +202,7 @@ def _scores_alone(
 
 
 def _read(
-    model: "VoraForConditionalGeneration",
+    model: VoraForConditionalGeneration,
     cache: Any,
     mask: torch.Tensor,
     searches: Sequence[Search],
@@ -239,7 +237,7 @@ def _read(
 
 
 def _learn(
-    model: "VoraForConditionalGeneration",
+    model: VoraForConditionalGeneration,
     states: torch.Tensor,
     searches: Sequence[Search],
     nodes: Sequence[Sequence[int]],

@@ -5,16 +5,14 @@ Dims: B rows, T tokens, P patches, N images.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from vora.eval.rows import Example
-
-if TYPE_CHECKING:
-    from vora.model.modeling_vora import VoraForConditionalGeneration
-    from vora.model.processing_vora import VoraProcessor
+from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.processing_vora import VoraProcessor
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}  # of prompts, padding included
 MOST_ROWS = {"cpu": 64, "cuda": 256}
@@ -40,7 +38,7 @@ class Prompt:
         return {name: value for name, value in self.inputs.items() if name != "input_ids"}
 
 
-def prompt_of(processor: "VoraProcessor", example: Example, **images_kwargs: Any) -> Prompt:
+def prompt_of(processor: VoraProcessor, example: Example, **images_kwargs: Any) -> Prompt:
     """An example's `Prompt`: its images, then its text, as a user says them.
 
     Raises:
@@ -56,7 +54,7 @@ def prompt_of(processor: "VoraProcessor", example: Example, **images_kwargs: Any
     )
 
 
-def prompt_of_messages(processor: "VoraProcessor", messages: list[dict[str, Any]], **images_kwargs: Any) -> Prompt:
+def prompt_of_messages(processor: VoraProcessor, messages: list[dict[str, Any]], **images_kwargs: Any) -> Prompt:
     """A conversation that waits for its answer as a `Prompt`."""
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **images_kwargs
@@ -101,7 +99,7 @@ def padded(prompts: Sequence[Prompt], pad_token_id: int, device: torch.device) -
 
 
 def check_context_length(
-    model: "VoraForConditionalGeneration", length: int, cure: str = "lower --max-image-tokens"
+    model: VoraForConditionalGeneration, length: int, cure: str = "lower --max-image-tokens"
 ) -> None:
     """Raise ValueError if prompt and answer exceed what the LLM holds."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -111,7 +109,7 @@ def check_context_length(
         )
 
 
-def check_log_probs(model: "VoraForConditionalGeneration", log_probs: torch.Tensor) -> None:
+def check_log_probs(model: VoraForConditionalGeneration, log_probs: torch.Tensor) -> None:
     """Raise ValueError if log-probabilities are no numbers: all that is made of them would be wrong."""
     if count := int(torch.isnan(log_probs).sum()):
         raise ValueError(
@@ -121,15 +119,15 @@ def check_log_probs(model: "VoraForConditionalGeneration", log_probs: torch.Tens
         )
 
 
-def sliding_window(model: "VoraForConditionalGeneration") -> int | None:
+def sliding_window(model: VoraForConditionalGeneration) -> int | None:
     """Places that the LLM's sliding blocks see at once; None if all see all."""
     return getattr(model.config.get_text_config(), "sliding_window", None)
 
 
 @torch.inference_mode()
 def free_answers(
-    model: "VoraForConditionalGeneration",
-    processor: "VoraProcessor",
+    model: VoraForConditionalGeneration,
+    processor: VoraProcessor,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     **sampling: Any,

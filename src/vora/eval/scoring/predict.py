@@ -11,11 +11,11 @@ from vora.eval.prediction_cache import Line, PredictionCache
 from vora.eval.rows import Example
 from vora.eval.scoring.candidates import AnswerTree, answer_ids, candidate_scores
 from vora.eval.scoring.generate import Prompt, batches, check_context_length, free_answers, prompt_of
+from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.processing_vora import VoraProcessor
 
 if TYPE_CHECKING:
     from vora.eval.tasks.task import Task
-    from vora.model.modeling_vora import VoraForConditionalGeneration
-    from vora.model.processing_vora import VoraProcessor
 
 Trees = dict[tuple[str, bool, tuple[str, ...]], AnswerTree]
 
@@ -23,8 +23,8 @@ MOST_AT_ONCE, BYTES_AT_ONCE = 512, 256 << 20  # examples, and their pixels, that
 
 
 def predict(
-    model: "VoraForConditionalGeneration",
-    processor: "VoraProcessor",
+    model: VoraForConditionalGeneration,
+    processor: VoraProcessor,
     task: "Task",
     examples: Sequence[Example],
     cache: PredictionCache,
@@ -62,8 +62,8 @@ def predict(
 
 
 def _prompts(
-    model: "VoraForConditionalGeneration",
-    processor: "VoraProcessor",
+    model: VoraForConditionalGeneration,
+    processor: VoraProcessor,
     task: "Task",
     examples: Sequence[Example],
     cache: PredictionCache,
@@ -102,7 +102,7 @@ def _line(index: int, example: Example, prompt: Prompt) -> Line:
     return line | ({"kind": example.kind} if example.kind else {})
 
 
-def _tree_of(processor: "VoraProcessor", example: Example, prompt: Prompt, trees: Trees) -> AnswerTree:
+def _tree_of(processor: VoraProcessor, example: Example, prompt: Prompt, trees: Trees) -> AnswerTree:
     """The `AnswerTree` of an example's candidates, made once for all that are asked alike."""
     key = (example.prompt, bool(prompt.image_inputs), example.candidates)
     if key not in trees:
@@ -111,8 +111,8 @@ def _tree_of(processor: "VoraProcessor", example: Example, prompt: Prompt, trees
 
 
 def _choose(
-    model: "VoraForConditionalGeneration",
-    processor: "VoraProcessor",
+    model: VoraForConditionalGeneration,
+    processor: VoraProcessor,
     task: "Task",
     examples: Sequence[Example],
     prompts: Sequence[Prompt],

@@ -8,7 +8,7 @@ Dims: A answers about one image.
 
 from collections.abc import Container, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,10 +16,8 @@ import torch
 from vora.data.packing import TokenSample, collate_sequences, tokenize_sample
 from vora.data.schema import Sample
 from vora.eval.scoring.generate import check_context_length, check_log_probs, sliding_window
-
-if TYPE_CHECKING:
-    from vora.model.modeling_vora import VoraForConditionalGeneration
-    from vora.model.processing_vora import VoraProcessor
+from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.processing_vora import VoraProcessor
 
 Index = TypeVar("Index", bound=Hashable)
 
@@ -52,8 +50,8 @@ class AnswerScore:
 
 
 def score_answers(
-    model: "VoraForConditionalGeneration",
-    processor: "VoraProcessor",
+    model: VoraForConditionalGeneration,
+    processor: VoraProcessor,
     records: Records,
     done: Container[int] = (),
     **images_kwargs: Any,
@@ -95,7 +93,7 @@ def score_answers(
 def _samples_within(
     window: int | None,
     record: Sample,
-    processor: "VoraProcessor",
+    processor: VoraProcessor,
     conversations: list[Any],
     **images_kwargs: Any,
 ) -> list[TokenSample]:
@@ -120,7 +118,7 @@ def _joined(parts: Iterable[AnswerScore | None]) -> AnswerScore:
 
 @torch.inference_mode()
 def score_samples(
-    model: "VoraForConditionalGeneration", samples: Iterable[tuple[Index, TokenSample]]
+    model: VoraForConditionalGeneration, samples: Iterable[tuple[Index, TokenSample]]
 ) -> Iterator[dict[Index, AnswerScore]]:
     """The scores of all that is to be predicted in samples, batch by batch.
 
@@ -165,7 +163,7 @@ def score_samples(
         yield scores
 
 
-def _at_targets(model: "VoraForConditionalGeneration", states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _at_targets(model: VoraForConditionalGeneration, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """float[2, places]: log-probability of each target, and 1 where it is the model's first choice."""
     found = torch.zeros(2, len(targets), dtype=torch.float64, device=targets.device)
     for part in torch.arange(len(targets), device=targets.device).split(ROWS_OF_LOGITS):

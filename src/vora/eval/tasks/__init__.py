@@ -1,1 +1,1 @@
-"""What is asked, what is right, and what is counted."""
+"""Tasks, a file each: requests, what is right, and what is counted."""

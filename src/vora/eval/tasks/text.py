@@ -9,9 +9,9 @@ Dims: W windows, Q questions, C choices.
 import time
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from vora.build.base_llm import load_tokenizer
 from vora.build.from_llm import from_llm
@@ -27,12 +27,8 @@ from vora.eval.scoring.candidates import AnswerTree, candidate_scores
 from vora.eval.scoring.generate import Prompt, batches, check_context_length
 from vora.eval.scoring.teacher_forced import score_samples
 from vora.eval.tasks.text_items import WINDOW, Window, open_items, read_items
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from vora.model.modeling_vora import VoraForConditionalGeneration
-    from vora.model.processing_vora import VoraProcessor
+from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.processing_vora import VoraProcessor
 
 FEW_DOCUMENTS = 10  # with fewer, windows are drawn instead
 MOST_LOST = 0.02  # of the perplexity; more than this is called lost
@@ -117,7 +113,7 @@ def base_of(model_name: str) -> str:
     return next((alias for alias, hub_id in HUB_ID_OF_ALIAS.items() if hub_id == name), name)
 
 
-def window_length(model: "VoraForConditionalGeneration") -> int:
+def window_length(model: VoraForConditionalGeneration) -> int:
     """Tokens of a window: `WINDOW`, or what the LLM holds or sees at once."""
     config = model.config.get_text_config()
     limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
@@ -125,8 +121,8 @@ def window_length(model: "VoraForConditionalGeneration") -> int:
 
 
 def _load_base(
-    base: str, model: "VoraForConditionalGeneration", processor: "VoraProcessor"
-) -> "VoraForConditionalGeneration":
+    base: str, model: VoraForConditionalGeneration, processor: VoraProcessor
+) -> VoraForConditionalGeneration:
     """The base LLM wrapped as the model is, by which its logits stay its own."""
     if load_tokenizer(base).get_vocab().items() - processor.tokenizer.get_vocab().items():
         raise ValueError(f"--base {base} splits text into other tokens than the model: it is not what that came from.")
@@ -136,8 +132,8 @@ def _load_base(
 
 
 def _read(
-    model: "VoraForConditionalGeneration",
-    processor: "VoraProcessor",
+    model: VoraForConditionalGeneration,
+    processor: VoraProcessor,
     windows: Sequence[Window],
     questions: Sequence[ChoiceQuestion],
     first: int,
@@ -169,7 +165,7 @@ def _read(
         began = time.monotonic()
 
 
-def _tokens(tokenizer: "PreTrainedTokenizerBase", question: ChoiceQuestion) -> tuple[np.ndarray, list[list[int]]]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, question: ChoiceQuestion) -> tuple[np.ndarray, list[list[int]]]:
     """(ids of the beginning int[T], lists of ids of each way to go on, a space before it)."""
     context = tokenizer(question.context)["input_ids"]
     found = []
@@ -182,8 +178,8 @@ def _tokens(tokenizer: "PreTrainedTokenizerBase", question: ChoiceQuestion) -> t
 
 
 def _is_held(
-    model: "VoraForConditionalGeneration",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: VoraForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
     question: ChoiceQuestion,
     skipped: SkippedRows,
 ) -> bool:
