@@ -114,8 +114,9 @@ def plan(
     """What a run will need, before it starts: parameters, FLOPs, memory, disk, hours, and what bounds it."""
     import json
 
-    from vora.train.plan.plan import GPUS, device_at_hand, tables
+    from vora.train.plan.device import GPUS, device_at_hand
     from vora.train.plan.plan import plan as run
+    from vora.train.plan.tables import tables
     from vora.train.recipe import load_recipe
 
     if gpu is not None and gpu.lower() not in GPUS:

@@ -217,7 +217,7 @@ def test_biases_without_a_home_are_refused():
 
 def test_training_goes_on_where_the_released_code_stopped(imported, tmp_path):
     from vora.train.recipe import load_recipe
-    from vora.train.stages import build_learner
+    from vora.train.stages import build_objective
 
     folder = tmp_path / "with-words"
     shutil.copytree(imported / "pretrain", folder)
@@ -233,7 +233,7 @@ def test_training_goes_on_where_the_released_code_stopped(imported, tmp_path):
         "teacher": {"name": str(SHARED / "teacher"), "pairing": "hidden_states", "center": False},
         "data": {"sources": [{"path": "none"}]},
     }
-    learner, processor = build_learner(load_recipe(values))
+    learner, processor = build_objective(load_recipe(values))
     assert processor.image_processor.pad_to_square
     assert_same(learner.student.eval(), "pretrain")
     heads = load_file(SHARED / "pretrain" / "model.safetensors")
@@ -241,8 +241,8 @@ def test_training_goes_on_where_the_released_code_stopped(imported, tmp_path):
     trained = {name for name, p in learner.named_parameters() if p.requires_grad}
     assert any("lora_A" in name for name in trained) and any("patch_embedding" in name for name in trained)
     with pytest.raises(ValueError, match="rank 8 in 4 blocks"):
-        build_learner(load_recipe(values | {"lora": {"rank": 4}}))
+        build_objective(load_recipe(values | {"lora": {"rank": 4}}))
     with pytest.raises(ValueError, match="teacher.pairing"):
-        build_learner(load_recipe(values | {"teacher": {"name": str(SHARED / "teacher")}}))
+        build_objective(load_recipe(values | {"teacher": {"name": str(SHARED / "teacher")}}))
     with pytest.raises(ValueError, match="merged model"):
-        build_learner(load_recipe({**values, "stage": "finetune", "teacher": None}))
+        build_objective(load_recipe({**values, "stage": "finetune", "teacher": None}))

@@ -6,7 +6,7 @@ from io import BytesIO
 
 from vora.report.images import data_url
 from vora.serve.engine import Chat
-from vora.train.progress import read_log
+from vora.train.run_log import read_log
 
 NUM_QUESTIONS = 4
 

@@ -13,9 +13,9 @@ from vora.checkpoint.run_directory import is_run, last_step, trained_folder
 from vora.distill.objective import LOSSES
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.processing_vora import VoraProcessor
-from vora.train.progress import read_log
 from vora.train.recipe import load_recipe
-from vora.train.stages import build_learner
+from vora.train.run_log import read_log
+from vora.train.stages import build_objective
 from vora.train.trainer import load_student
 
 
@@ -91,7 +91,7 @@ def open_run(run_directory, teacher=None):
     recipe = load_recipe(directory / "recipe.yaml", ["model.dtype=float32"])
     if teacher is not None and recipe.teacher is not None and Path(teacher).name == Path(recipe.teacher.name).name:
         recipe.teacher.name = teacher
-    learner, processor = build_learner(recipe)
+    learner, processor = build_objective(recipe)
     load_student(learner, folder)
     return learner.eval(), processor
 
