@@ -78,7 +78,7 @@ def test_a_refused_question_or_image_does_not_end_the_chat(model_folder, tmp_pat
     Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
     Image.new("RGB", (99, 99)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    too_long = "what? " * 9999
+    too_long = " ".join(["what?"] * 9999)
     lines = ["what is <reponame>?", f"+ {tmp_path}/bomb.png", f"+ {tmp_path}/red.png", too_long, "what?", ""]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     asked, print_answer = [], terminal.print_answer
