@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole way on one GPU: eyes, words, the merged model, its figures, and its yardsticks on the same data.
+# The whole way on one GPU: distillation, language, the merged model, its figures, and its yardsticks on the same data.
 #   bash recipes/smollm2-135m/on_a_gpu.sh FOLDER VIT OUT [--toy]
-# FOLDER and VIT: see eyes.yaml; OUT: a new folder. The same command goes on where it was stopped. Images have 49
+# FOLDER and VIT: see distill.yaml; OUT: a new folder. The same command goes on where it was stopped. Images have 49
 # tokens here, not the 16 of the recipes, which two cores can afford, and steps hold eight times as many. Nobody has run
 # it on a GPU; --toy takes two steps of each part on a processor, to see that it works.
 set -euo pipefail
@@ -10,17 +10,17 @@ here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$out"
 vora=(python3 -m vora.cli)
 llm=smollm2-135m
-look=(model.patch_merge=2 model.min_image_tokens=49 model.max_image_tokens=49)
+image_size=(model.patch_merge=2 model.min_image_tokens=49 model.max_image_tokens=49)
 machine=(training.use_cpu=false training.dataloader_num_workers=12 training.save_steps=200)
-eyes=(training.max_steps=5000 teacher.distill_only_steps=5000 training.per_device_train_batch_size=64) # 1.3 M images
-words=(training.max_steps=800 training.per_device_train_batch_size=64)                               # 0.4 M samples
+distill=(training.max_steps=5000 teacher.distill_only_steps=5000 training.per_device_train_batch_size=64) # 1.3 M images
+language=(training.max_steps=800 training.per_device_train_batch_size=64)                               # 0.4 M samples
 text_only=(training.max_steps=300 training.per_device_train_batch_size=8)
 texts=2000 examples=()
 if [ "$toy" = --toy ]; then
     machine=(training.use_cpu=true training.save_steps=200)
-    eyes=(training.max_steps=2 teacher.distill_only_steps=2 training.per_device_train_batch_size=1)
-    words=(training.max_steps=2 training.per_device_train_batch_size=1)
-    text_only=("${words[@]}")
+    distill=(training.max_steps=2 teacher.distill_only_steps=2 training.per_device_train_batch_size=1)
+    language=(training.max_steps=2 training.per_device_train_batch_size=1)
+    text_only=("${language[@]}")
     texts=2 examples=(--max-examples 12) # of DAQUAR two images
 fi
 
@@ -51,17 +51,17 @@ python3 "$scripts/text_from_llm.py" $llm --num "$texts" --out "$folder/text.json
 python3 "$scripts/text_from_llm.py" $llm --num "$texts" --kind document --answer-tokens 200 --out "$folder/documents.jsonl"
 [ -e "$folder/prose.jsonl" ] || python3 "$scripts/text_from_docstrings.py" --out "$folder/prose.jsonl"
 
-run "$out/eyes" eyes.yaml teacher.name="$vit" "${look[@]}" data.sequence_length=212 "${machine[@]}" "${eyes[@]}"
-run "$out/words" words.yaml teacher.name="$vit" model.vora="$out/eyes" model.min_image_tokens=49 \
-    model.max_image_tokens=49 data.sequence_length=260 "${machine[@]}" "${words[@]}"
-merged "$out/words" "$out/model" --adapter-out "$out/eyes-to-send"
+run "$out/distill" distill.yaml teacher.name="$vit" "${image_size[@]}" data.sequence_length=212 "${machine[@]}" "${distill[@]}"
+run "$out/language" language.yaml teacher.name="$vit" model.vora="$out/distill" model.min_image_tokens=49 \
+    model.max_image_tokens=49 data.sequence_length=260 "${machine[@]}" "${language[@]}"
+merged "$out/language" "$out/model" --adapter-out "$out/adapter"
 measured "$out/model"
 
-run "$out/llava" llava.yaml model.encoder="$vit" "${look[@]}" data.sequence_length=260 "${machine[@]}" "${words[@]}"
+run "$out/llava" llava.yaml model.encoder="$vit" "${image_size[@]}" data.sequence_length=260 "${machine[@]}" "${language[@]}"
 merged "$out/llava" "$out/llava-model"
 measured "$out/llava-model"
 
-run "$out/blind" blind.yaml "${machine[@]}" "${blind[@]}"
-merged "$out/blind" "$out/blind-model"
-[ -e "$out/blind-model-probe.json" ] || "${vora[@]}" eval -m "$out/blind-model" --task probe --of vqa --generate \
-    --against other,none --data "$folder"/daquar/validation-*.parquet "${examples[@]}" -o "$out/blind-model-probe.json"
+run "$out/text_only" text_only.yaml "${machine[@]}" "${text_only[@]}"
+merged "$out/text_only" "$out/text_only-model"
+[ -e "$out/text_only-model-probe.json" ] || "${vora[@]}" eval -m "$out/text_only-model" --task probe --of vqa --generate \
+    --against other,none --data "$folder"/daquar/validation-*.parquet "${examples[@]}" -o "$out/text_only-model-probe.json"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen2Config
 
 import vora
-from vora.build.lora import load_vision_lora
+from vora.checkpoint import load_adapter
 from vora.checkpoint.reference import import_reference, load_reference, text_config_with_biases
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.objective import Objective
@@ -128,7 +128,7 @@ def test_saves_reloads_merges_and_generates(imported, tmp_path, kind):
 def test_merging_at_import_is_merging_later(imported, tmp_path):
     import_reference(SHARED / "pretrain", SHARED / "llm", tmp_path / "now", merge=True)
     now = AutoModelForImageTextToText.from_pretrained(tmp_path / "now").state_dict()
-    later = vora.merge_vision_lora(load_vision_lora(imported / "pretrain")).state_dict()
+    later = vora.merge_vision_lora(load_adapter(imported / "pretrain")).state_dict()
     assert now.keys() == later.keys() and all(torch.equal(now[name], later[name]) for name in now)
 
 
@@ -217,7 +217,7 @@ def test_biases_without_a_home_are_refused():
 
 def test_training_goes_on_where_the_released_code_stopped(imported, tmp_path):
     from vora.train.recipe import load_recipe
-    from vora.train.stages import build_learner
+    from vora.train.stages import build_objective
 
     folder = tmp_path / "with-words"
     shutil.copytree(imported / "pretrain", folder)
@@ -233,7 +233,7 @@ def test_training_goes_on_where_the_released_code_stopped(imported, tmp_path):
         "teacher": {"name": str(SHARED / "teacher"), "pairing": "hidden_states", "center": False},
         "data": {"sources": [{"path": "none"}]},
     }
-    learner, processor = build_learner(load_recipe(values))
+    learner, processor = build_objective(load_recipe(values))
     assert processor.image_processor.pad_to_square
     assert_same(learner.student.eval(), "pretrain")
     heads = load_file(SHARED / "pretrain" / "model.safetensors")
@@ -241,8 +241,8 @@ def test_training_goes_on_where_the_released_code_stopped(imported, tmp_path):
     trained = {name for name, p in learner.named_parameters() if p.requires_grad}
     assert any("lora_A" in name for name in trained) and any("patch_embedding" in name for name in trained)
     with pytest.raises(ValueError, match="rank 8 in 4 blocks"):
-        build_learner(load_recipe(values | {"lora": {"rank": 4}}))
+        build_objective(load_recipe(values | {"lora": {"rank": 4}}))
     with pytest.raises(ValueError, match="teacher.pairing"):
-        build_learner(load_recipe(values | {"teacher": {"name": str(SHARED / "teacher")}}))
+        build_objective(load_recipe(values | {"teacher": {"name": str(SHARED / "teacher")}}))
     with pytest.raises(ValueError, match="merged model"):
-        build_learner(load_recipe({**values, "stage": "finetune", "teacher": None}))
+        build_objective(load_recipe({**values, "stage": "finetune", "teacher": None}))

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from packed import Waits, objective_of, questions, sample
 from PIL import Image
-from tiny import GRID, IMAGE, PATCH, prompt, states_of_blocks, text, tiny_llm, tiny_vora
-from torch.utils._python_dispatch import TorchDispatchMode
+from tiny import GRID, IMAGE, PATCH, states_of_blocks, text, tiny_vora
 from transformers import ViTConfig, ViTModel
 
 from vora import Teacher, VoraForConditionalGeneration, VoraImageProcessor, VoraProcessor
@@ -26,31 +26,6 @@ from vora.model import label_loss, segmented_sdpa
 from vora.model.segmented_sdpa import SEGMENTED_SDPA, trees
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
-
-
-def sample(*parts, answer=3):
-    """A sample as of `VoraProcessor.training_sample`, whose last `answer` tokens are the assistant's."""
-    inputs = {name: tensor.numpy() for name, tensor in prompt(parts).items()}
-    ids = inputs.pop("input_ids")[0]
-    inputs.pop("attention_mask")
-    labels = np.where(np.arange(len(ids)) < len(ids) - answer, -100, ids)
-    return {"input_ids": ids, "labels": labels, **inputs}
-
-
-def questions(seed=0, count=3):
-    """Conversations about one image that begin alike."""
-    beginning = [*text(2), (2, 3, seed), *text(2, 1)]
-    return [sample(*beginning, *text(4 + i, 10 * seed + i), answer=2 + i) for i in range(count)]
-
-
-def learner_of(family):
-    llm = tiny_llm(family)
-    if family == "gemma3_text":  # every row fits its window, as it must where questions share an image
-        llm.config.sliding_window = 64
-        for layer in llm.model.layers:
-            layer.self_attn.sliding_window = 64 if layer.self_attn.sliding_window else None
-    vora = tiny_vora(llm)
-    return Objective(vora, image_processor=None)
 
 
 def losses_of_samples(learner, samples):
@@ -85,7 +60,7 @@ def path_to(end, seen_until):
 
 @FAMILIES
 def test_questions_that_share_an_image_learn_as_they_would_alone(family):
-    learner, samples = learner_of(family), questions()
+    learner, samples = objective_of(family), questions()
     shared = share_prefixes(samples)
     assert (shared["input_ids"] == IMAGE).sum() == 6  # the image stands once
     batch = collate_sequences([[shared]], len(shared["input_ids"]) + 3, pad_token_id=0)
@@ -101,7 +76,7 @@ def test_questions_that_share_an_image_learn_as_they_would_alone(family):
 
 @FAMILIES
 def test_packed_sequences_learn_as_their_samples_would_alone(family):
-    learner = learner_of(family)
+    learner = objective_of(family)
     groups = [
         questions(0),
         [sample(*text(9, 3))],  # text only
@@ -141,7 +116,7 @@ def test_packed_sequences_learn_as_their_samples_would_alone(family):
 
 @pytest.mark.parametrize("most", [None, 128])
 def test_short_answers_count_as_much_as_long_ones(most, monkeypatch):
-    learner = learner_of("llama")
+    learner = objective_of("llama")
     groups = [questions(0, count=4), [sample(*text(9, 3), answer=6)], [sample((2, 2, 7), *text(5, 6), answer=1)]]
     shared = [share_prefixes(group) for group in groups]
     samples, length = sum(groups, []), max(len(one["input_ids"]) for one in shared) + 8
@@ -176,7 +151,7 @@ def test_answers_are_told_apart_by_where_they_stand():
 
 @FAMILIES
 def test_nothing_leaks_between_branches_and_documents(family):
-    learner = learner_of(family)
+    learner = objective_of(family)
     batch = collate_sequences(
         [[share_prefixes(questions(0)), share_prefixes(questions(1, count=2))]], 64, pad_token_id=0
     )
@@ -222,7 +197,7 @@ def test_text_that_questions_begin_with_alike_stand_once():
 
 
 def test_same_question_twice_counts_twice():
-    learner, samples = learner_of("llama"), questions(count=1) * 2
+    learner, samples = objective_of("llama"), questions(count=1) * 2
     batch = collate_sequences([[share_prefixes(samples)]], 40, pad_token_id=0)
     together = learner(**batch, num_items_in_batch=1)["loss"]
     torch.testing.assert_close(together, losses_of_samples(learner, samples).sum(), rtol=1e-5, atol=0)
@@ -289,7 +264,7 @@ def test_a_sample_that_predicts_nothing_is_refused():
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_attention_by_segment_is_attention_in_rows(family, checkpointed, monkeypatch):
     monkeypatch.setattr(segmented_sdpa, "SHORT", 0)
-    learner, found = learner_of(family), []
+    learner, found = objective_of(family), []
     rows = [[share_prefixes(questions(0)), share_prefixes([sample(*text(9, 3))])], [share_prefixes(questions(1, 1))]]
     batch = collate_sequences(rows, 64, pad_token_id=0)
     calls = []
@@ -321,7 +296,7 @@ def test_attention_by_segment_in_bf16_is_as_exact_as_sdpa(family, monkeypatch):
     rows = [[share_prefixes(questions(0)), share_prefixes([sample(*text(9, 3))])], [share_prefixes(questions(1, 1))]]
     batch, found = collate_sequences(rows, 64, pad_token_id=0), {}
     for name, attention, bf16 in (("exact", "sdpa", False), ("sdpa", "sdpa", True), ("ours", SEGMENTED_SDPA, True)):
-        learner = learner_of(family)
+        learner = objective_of(family)
         learner.vora.set_attn_implementation(attention)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = learner(**batch, num_items_in_batch=1)["loss"]
@@ -339,29 +314,9 @@ def test_trees_of_a_row():
     assert trees(seen_until) == [[(0, 4), (4, 6), (6, 9)], [(0, 9)]]
 
 
-class Waits(TorchDispatchMode):
-    """Counts the operations that make the host wait for a GPU: reading a number, or finding where a mask is true."""
-
-    NAMES = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.is_nonzero")
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name() if hasattr(function, "name") else str(function)
-        name = name.replace("::", ".").rsplit(".", 1)[0] if name.count(".") else name.replace("::", ".")
-        masked = name in ("aten.index", "aten.index_put", "aten.index_put_") and any(
-            isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in args[1]
-        )
-        if name in self.NAMES or masked:
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_a_step_never_waits_for_the_device(family):
-    learner = learner_of(family)
+    learner = objective_of(family)
     config = ViTConfig(
         hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3, patch_size=PATCH
     )

@@ -1,4 +1,4 @@
-"""Text alone: the LLM without LoRA teaches it, so that eyes do not cost language."""
+"""Text alone: the LLM without LoRA teaches it, so that seeing does not cost language."""
 
 import copy
 import json
@@ -25,8 +25,8 @@ from vora.train.run import train
 T = 24  # tokens of a row
 
 
-def learner(disturbed=0.1, pairs=2):
-    """(learner whose LoRA and distillation reach the first `pairs` blocks, the LLM as it was)."""
+def objective_of(disturbed=0.1, pairs=2):
+    """(objective whose LoRA and distillation reach the first `pairs` blocks, the LLM as it was)."""
     vora = tiny_vora("llama")
     llm = copy.deepcopy(vora)
     student = attach_vision_lora(vora, rank=4, num_blocks=pairs)
@@ -35,7 +35,7 @@ def learner(disturbed=0.1, pairs=2):
         if "lora_B" in name:
             parameter.data += disturbed * torch.randn_like(parameter)
     distillation = BlockwiseDistillation(block_pairs(pairs, pairs), 32, 24)
-    return Objective(student, None, None, distillation, text_weight=2.0), llm
+    return Objective(student, None, None, distillation, text_kl_weight=2.0), llm
 
 
 def batch(distill_only, lengths=(20, 13)):
@@ -56,19 +56,19 @@ def batch(distill_only, lengths=(20, 13)):
 
 @pytest.mark.parametrize("distill_only", [True, False])
 def test_untrained_lora_has_changed_nothing(distill_only):
-    losses = learner(disturbed=0.0)[0](**batch(distill_only))
+    losses = objective_of(disturbed=0.0)[0](**batch(distill_only))
     assert losses["text_loss"].item() == pytest.approx(0, abs=1e-6)
     assert losses.keys() == {"loss", "text_loss"}
 
 
 def test_it_is_the_divergence_from_the_bare_llm():
-    taught, llm = learner()
-    losses = taught(**batch(distill_only=False))
+    objective, llm = objective_of()
+    losses = objective(**batch(distill_only=False))
     found = []
     for seed, length in enumerate((20, 13)):
         ids = torch.tensor([text(length, seed)])
-        wanted, said = (logits_of(model, input_ids=ids).log_softmax(-1)[0] for model in (llm, taught.vora))
-        found.append((wanted.exp() * (wanted - said)).sum(-1))
+        wanted, found_logits = (logits_of(model, input_ids=ids).log_softmax(-1)[0] for model in (llm, objective.vora))
+        found.append((wanted.exp() * (wanted - found_logits)).sum(-1))
     expected = torch.cat(found).mean()
     assert expected > 1e-3
     torch.testing.assert_close(losses["text_loss"], expected)
@@ -80,12 +80,12 @@ def test_divergence_in_parts_is_that_at_once(most, longest, monkeypatch):
     found = []
     for limit in (label_loss.MOST_LOGITS, most):
         monkeypatch.setattr(label_loss, "MOST_LOGITS", limit)
-        taught, _ = learner()
+        objective, _ = objective_of()
         made = []
-        taught.vora.lm_head.register_forward_hook(lambda module, args, logits: made.append(len(logits)))
-        loss = taught(**batch(distill_only=False))["text_loss"]
+        objective.vora.lm_head.register_forward_hook(lambda module, args, logits: made.append(len(logits)))
+        loss = objective(**batch(distill_only=False))["text_loss"]
         loss.backward()
-        found.append((loss, {name: p.grad for name, p in taught.named_parameters() if p.grad is not None}, made))
+        found.append((loss, {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}, made))
     (loss, gradients, at_once), (same, equal, in_parts) = found
     assert at_once == [33, 33] and max(in_parts) == longest and sum(in_parts) == 4 * 33  # again for gradients
     torch.testing.assert_close(same, loss, rtol=1e-5, atol=0)
@@ -94,15 +94,15 @@ def test_divergence_in_parts_is_that_at_once(most, longest, monkeypatch):
         torch.testing.assert_close(equal[name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_with_images_alone_it_is_the_last_taught_block():
-    taught, _ = learner()
+def test_with_images_alone_it_is_the_last_objective_block():
+    objective, _ = objective_of()
     ran = []
-    for number, block in enumerate(taught.vora.model.blocks):
+    for number, block in enumerate(objective.vora.model.blocks):
         block.register_forward_hook(lambda *_, number=number: ran.append(number))
-    loss = taught(**batch(distill_only=True))["text_loss"]
+    loss = objective(**batch(distill_only=True))["text_loss"]
     assert set(ran) == {0, 1} and loss > 1e-3
     loss.backward()
-    grown = {name for name, p in taught.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    grown = {name for name, p in objective.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert grown and all("lora" in name for name in grown)
 
 
@@ -115,21 +115,21 @@ def test_rare_large_channels_do_not_stand_for_the_others():
 
 
 def test_lora_is_back_even_after_an_error():
-    taught, llm = learner()
+    objective, llm = objective_of()
     ids = torch.tensor([text(9)])
-    with_lora = logits_of(taught.vora, input_ids=ids)
-    with pytest.raises(KeyError), lora_off(taught.vora):
-        torch.testing.assert_close(logits_of(taught.vora, input_ids=ids), logits_of(llm, input_ids=ids))
+    with_lora = logits_of(objective.vora, input_ids=ids)
+    with pytest.raises(KeyError), lora_off(objective.vora):
+        torch.testing.assert_close(logits_of(objective.vora, input_ids=ids), logits_of(llm, input_ids=ids))
         raise KeyError
-    torch.testing.assert_close(logits_of(taught.vora, input_ids=ids), with_lora)
+    torch.testing.assert_close(logits_of(objective.vora, input_ids=ids), with_lora)
 
 
 def test_it_brings_the_language_back():
-    taught, _ = learner(disturbed=0.3)
-    optimizer = torch.optim.AdamW([p for p in taught.parameters() if p.requires_grad], lr=2e-2)
+    objective, _ = objective_of(disturbed=0.3)
+    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=2e-2)
     losses = []
     for _ in range(60):
-        loss = taught(**batch(distill_only=False))["loss"]
+        loss = objective(**batch(distill_only=False))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -162,15 +162,15 @@ def test_text_to_keep_alone_teaches_nothing_and_is_refused(sources, llm_folder):
     rows = PackedSequences([load_source(sources[1])], processor, 64, text_kl_weight=True)
     with pytest.raises(ValueError, match="holds an image, and with lora.text_kl_weight text alone teaches nothing"):
         list(islice(iter(rows), 30))
-    with pytest.raises(ValueError, match="data.blind leaves text alone"):
+    with pytest.raises(ValueError, match="data.text_only leaves text alone"):
         data = {"sources": [{"path": "x"}], "text_only": True}
         load_recipe({"model": {"llm": "x"}, "lora": {"text_kl_weight": 1}, "data": data})
 
 
 def test_rows_of_words_may_be_measured_before_those_of_images():
-    """As planning by the clock does: a batch with words never ends at the teacher's depth."""
-    taught, _ = learner()
-    found = taught(**batch(distill_only=True) | {"targets": torch.full((2, T), 7)})
+    """As planning by the clock does: a batch with labels never ends at the teacher's depth."""
+    objective, _ = objective_of()
+    found = objective(**batch(distill_only=True) | {"targets": torch.full((2, T), 7)})
     assert "lm_loss" in found and "text_loss" in found
 
 

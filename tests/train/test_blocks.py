@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import losses, run
 from safetensors import safe_open
-from test_train import data_file, losses, recipe, run  # noqa: F401
 from tiny import PATCH, SHAPE, prompt, text, tiny_vora
 from torch._dynamo.utils import counters
 from transformers import ViTConfig, ViTModel
@@ -26,7 +26,7 @@ def fresh_compiler():
 
 
 @pytest.fixture
-def learner():
+def objective():
     """LoRA in two of three blocks, and a teacher of two; LoRA does something."""
     torch.manual_seed(0)
     vit = ViTConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3, patch_size=PATCH)
@@ -59,20 +59,20 @@ NUM_KINDS = 3  # of blocks: with LoRA, without, the teacher's
         pytest.param("inductor", 2, True, marks=pytest.mark.slow),
     ],
 )
-def test_compiled_blocks_learn_the_same_and_are_compiled_once(learner, backend, recomputed, bf16):
+def test_compiled_blocks_learn_the_same_and_are_compiled_once(objective, backend, recomputed, bf16):
     if recomputed:
-        learner.gradient_checkpointing_enable(num_blocks=recomputed)
+        objective.gradient_checkpointing_enable(num_blocks=recomputed)
 
     def step(number):
-        learner.zero_grad()
-        learner.distillation.num_updates.zero_()
+        objective.zero_grad()
+        objective.distillation.num_updates.zero_()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = learner(**batch_of(*STEPS[number][:1], number, STEPS[number][1]))["loss"]
+            loss = objective(**batch_of(*STEPS[number][:1], number, STEPS[number][1]))["loss"]
         loss.backward()
-        return loss.item(), {name: p.grad.clone() for name, p in learner.named_parameters() if p.grad is not None}
+        return loss.item(), {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
 
-    plain, names = [step(number) for number in range(len(STEPS))], list(learner.state_dict())
-    compile_blocks(learner, SimpleNamespace(torch_compile_backend=backend, torch_compile_mode=None))
+    plain, names = [step(number) for number in range(len(STEPS))], list(objective.state_dict())
+    compile_blocks(objective, SimpleNamespace(torch_compile_backend=backend, torch_compile_mode=None))
     num_graphs = []
     for number, (loss, gradients) in enumerate(plain):
         found, same = step(number)
@@ -86,7 +86,7 @@ def test_compiled_blocks_learn_the_same_and_are_compiled_once(learner, backend, 
     assert num_graphs[1] == num_graphs[0]  # images alone
     assert num_graphs[2] <= num_graphs[1] + 2 and num_graphs[3:] == [num_graphs[2]] * 3  # any length after the second
     assert not counters["graph_break"]
-    assert list(learner.state_dict()) == names
+    assert list(objective.state_dict()) == names
 
 
 def close(folder, other):
@@ -95,7 +95,7 @@ def close(folder, other):
     return found.keys() == expected.keys() and all(found[s] == pytest.approx(expected[s], abs=1e-4) for s in found)
 
 
-def test_a_compiled_run_answers_saves_and_resumes_as_a_plain_one(recipe, data_file, tmp_path):  # noqa: F811
+def test_a_compiled_run_answers_saves_and_resumes_as_a_plain_one(recipe, data_file, tmp_path):
     def wanted(**training):
         made = recipe(max_steps=4, save_steps=2, **training)
         image = data_file.replace("train.jsonl", "red.png")
@@ -105,7 +105,7 @@ def test_a_compiled_run_answers_saves_and_resumes_as_a_plain_one(recipe, data_fi
     trainer = run(wanted(torch_compile_backend="eager", torch_compile=True), tmp_path / "compiled")
     assert trainer.model_wrapped is trainer.model  # not compiled again as a whole
     num_graphs = counters["stats"]["unique_graphs"]
-    assert 0 < num_graphs <= NUM_KINDS + 1 and not counters["graph_break"]  # words of answers compile nothing
+    assert 0 < num_graphs <= NUM_KINDS + 1 and not counters["graph_break"]  # growing answers compile nothing
     assert close(tmp_path / "compiled", tmp_path / "plain")
     names = []
     for folder in (tmp_path / "plain", tmp_path / "compiled"):

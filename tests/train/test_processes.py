@@ -1,45 +1,40 @@
 """Two processes under torchrun: each reads its own part of the data, and a resumed run is the uninterrupted one, with
-all that a step may follow: answers that count alike, text kept and text spared."""
+all that a step may follow: answers that count alike, and text kept."""
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch.distributed as dist
-from test_kill import recipe  # noqa: F401  (a fixture: two sources, two workers, drawn budgets)
+from runs import finish, losses, start
 from torch.multiprocessing import spawn
 from transformers import TrainerControl, TrainingArguments
 
-from vora.train.run import StopOnSignal, fewest_of_processes
+from vora.train.callbacks import StopOnSignal
+from vora.train.from_recipe import fewest_of_processes
+from vora.train.run_log import read_log
 
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="processes on a CPU talk through gloo")
 
 
-def train(path, folder, *overrides):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    command += ["--rdzv_endpoint", "localhost:0", "-m", "vora.cli", "train", str(path), "--out", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint",
+            "localhost:0", "-m")  # fmt: skip
+NAMES = ("lm_loss", "answer_loss", "distill_loss", "text_loss", "samples_seen")
 
 
-def losses(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    keys = ("lm_loss", "answer_loss", "distill_loss", "text_loss", "samples_seen")
-    return {line["step"]: [line.get(key) for key in keys] for line in lines}
+def train(path, folder, *arguments):
+    finish(start(path, folder, *arguments, launcher=TORCHRUN))
 
 
 @needs_gloo
-def test_two_processes_resume_as_one_run(recipe, tmp_path):  # noqa: F811
+def test_two_processes_resume_as_one_run(two_sources, tmp_path):
     few = ["training.dataloader_num_workers=1", "training.save_steps=6"]
     few += ["data.answer_balance=1", "lora.text_kl_weight=0.5"]
-    train(recipe, tmp_path / "whole", "training.max_steps=18", *few)
-    train(recipe, tmp_path / "cut", "training.max_steps=12", *few)
-    train(recipe, tmp_path / "cut", "training.max_steps=18", *few, "--resume")
-    found = losses(tmp_path / "cut")
-    assert sorted(found) == list(range(1, 19)) and found == losses(tmp_path / "whole")
+    train(two_sources, tmp_path / "whole", "training.max_steps=18", *few)
+    train(two_sources, tmp_path / "cut", "training.max_steps=12", *few)
+    train(two_sources, tmp_path / "cut", "training.max_steps=18", *few, "--resume")
+    found = losses(tmp_path / "cut", NAMES)
+    assert sorted(found) == list(range(1, 19)) and found == losses(tmp_path / "whole", NAMES)
     places = [json.loads((tmp_path / "cut" / "checkpoint-18" / f"data_position_{r}.json").read_text()) for r in (0, 1)]
     report = (tmp_path / "cut" / "report.md").read_text()
     assert f"| samples seen | {found[18][-1]} |" in report  # of both
@@ -49,10 +44,9 @@ def test_two_processes_resume_as_one_run(recipe, tmp_path):  # noqa: F811
 
 
 @needs_gloo
-def test_logged_losses_are_those_of_both_processes(recipe, tmp_path):  # noqa: F811
-    train(recipe, tmp_path / "run", "training.max_steps=6", "training.save_steps=6", "teacher=null")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "lm_loss" in line]
+def test_logged_losses_are_those_of_both_processes(two_sources, tmp_path):
+    train(two_sources, tmp_path / "run", "training.max_steps=6", "training.save_steps=6", "teacher=null")
+    lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if "lm_loss" in line]
     assert len(lines) == 6 and all(line["lm_loss"] == pytest.approx(line["loss"], rel=1e-4) for line in lines)
 
 
@@ -66,7 +60,9 @@ def agree(rank, folder):
     for step in range(3):
         if rank == 0 and step == 1:
             stop._catch(2, None)
-        found.append(stop.on_step_end(arguments, None, TrainerControl()).should_training_stop)
+        control = TrainerControl()
+        stop.on_step_end(arguments, None, control)
+        found.append(control.should_training_stop)
     stop.release()
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump([*found, stop.caught], file)

@@ -6,15 +6,15 @@ sent to it can be counted.
 
 import pytest
 import torch
-from test_distill import TEACHERS
-from test_packing import Waits, learner_of, questions
-from test_train import data_file, recipe, run  # noqa: F401
+from packed import Waits, objective_of, questions
+from runs import run
 from tiny import IMAGE, PATCH, SHAPE, tiny_vora
+from tiny_teachers import TEACHERS, tiny_vit
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModel, TrainerCallback
+from transformers import TrainerCallback
 
 from vora import Teacher, VoraImageProcessor, attach_vision_lora
-from vora.data.packing import collate_sequences, label_weights, places, share_prefixes
+from vora.data.packing import collate_sequences, cut_after_images, label_weights, places, share_prefixes
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
 from vora.distill.objective import Objective
 from vora.model.patch_embed import put_tokens
@@ -41,22 +41,17 @@ class Sent(TorchDispatchMode):
         return result
 
 
-def teacher_of(kind):
-    shape, _ = TEACHERS[kind]
-    return Teacher(AutoModel.from_config(AutoConfig.for_model(kind, **shape)))
-
-
-def learner_with(teacher, vora):
+def objective_with(teacher, vora):
     distillation = BlockwiseDistillation(block_pairs(3, 2), SHAPE["hidden_size"], 24)
     student = attach_vision_lora(vora, rank=2)
     return Objective(student, VoraImageProcessor(patch_size=PATCH), teacher, distillation).train()
 
 
-def told(distill_only=False):
+def batch_of(distill_only=False):
     """A batch as the trainer hands it on, on the device but for what only the host reads."""
     samples = [share_prefixes(questions(0)), share_prefixes(questions(1, 1))]
     if distill_only:
-        samples = [distill_only(one, IMAGE) for one in samples]
+        samples = [cut_after_images(one, IMAGE) for one in samples]
     batch = collate_sequences([[one] for one in samples], 64, pad_token_id=0)
     batch |= places(batch, IMAGE) | {"label_weights": label_weights(batch, 1.0)}
     return {name: value if name in ON_HOST else value.to("meta") for name, value in batch.items()}
@@ -64,13 +59,13 @@ def told(distill_only=False):
 
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_no_teacher_is_waited_for(kind):
-    teacher = teacher_of(kind)
-    learner, batch = learner_with(teacher, tiny_vora("llama")).to("meta"), told()
+    teacher = Teacher(tiny_vit(kind))
+    objective, batch = objective_with(teacher, tiny_vora("llama")).to("meta"), batch_of()
     assert teacher.device.type == "cpu"
-    learner(**batch)  # the first step brings the teacher, and numbers that stay
+    objective(**batch)  # the first step brings the teacher, and numbers that stay
     assert teacher.device.type == "meta"
     with Sent() as sent:
-        losses = learner(**batch)
+        losses = objective(**batch)
         losses["loss"].backward()
     assert {"lm_loss", "distill_loss"} < set(losses)
     assert sent.found == []
@@ -79,20 +74,20 @@ def test_no_teacher_is_waited_for(kind):
 @pytest.mark.parametrize("how", ["as it is", "recomputed", "in parts", "images alone", "bf16", "all targets"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
 def test_no_student_is_waited_for(family, how, monkeypatch):
-    learner = learner_with(teacher_of("vit"), learner_of(family).vora).to("meta")
+    objective = objective_with(Teacher(tiny_vit("vit")), objective_of(family).vora).to("meta")
     if how == "recomputed":
-        learner.gradient_checkpointing_enable(num_blocks=2)
+        objective.gradient_checkpointing_enable(num_blocks=2)
     if how == "all targets":
         pairs = [(0, 0), (2, 1), (2, SUMMARY)]
-        learner.distillation = BlockwiseDistillation(pairs, SHAPE["hidden_size"], 24, standardize=True).to("meta")
+        objective.distillation = BlockwiseDistillation(pairs, SHAPE["hidden_size"], 24, standardize=True).to("meta")
     if how == "in parts":
         monkeypatch.setattr("vora.model.label_loss.MOST_LOGITS", 2 * SHAPE["vocab_size"])
-    batch = told(how == "images alone")
-    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    batch = batch_of(how == "images alone")
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     for _ in range(2):
         with Sent() as sent:
             with torch.autocast("cpu", torch.bfloat16, enabled=how == "bf16"):
-                loss = learner(**batch)["loss"]
+                loss = objective(**batch)["loss"]
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
     assert sent.found == []
@@ -137,7 +132,7 @@ class Steps(TrainerCallback):
         self.counts.append(self.waits.found)
 
 
-def test_the_trainer_reads_two_numbers_a_step_on_a_processor(recipe, tmp_path):  # noqa: F811
+def test_the_trainer_reads_two_numbers_a_step_on_a_processor(recipe, tmp_path):
     """The loss, whether it is one, and how many samples there were, which lies on the host anyway; the optimizer and
     the clipping of gradients read none."""
     steps, wanted = Steps(), recipe(logging_steps=3, max_steps=5)
@@ -162,14 +157,12 @@ class BetweenLogs(TrainerCallback):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: it alone knows what makes the host wait")
-def test_the_trainer_never_waits_for_a_gpu(recipe, tmp_path):  # noqa: F811
-    wanted, sample_generations = (
-        recipe(use_cpu=False, bf16=True, logging_steps=5, max_steps=9, save_steps=100),
-        BetweenLogs(),
-    )
+def test_the_trainer_never_waits_for_a_gpu(recipe, tmp_path):
+    wanted = recipe(use_cpu=False, bf16=True, logging_steps=5, max_steps=9, save_steps=100)
+    between = BetweenLogs()
     wanted.model.dtype = "bfloat16"
     try:
-        run(wanted, tmp_path / "run", callbacks=[sample_generations])
+        run(wanted, tmp_path / "run", callbacks=[between])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert sample_generations.num_steps == 5
+    assert between.num_steps == 5

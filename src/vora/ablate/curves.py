@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vora.train.progress import read_log
+from vora.train.run_log import read_log
 
 
 @dataclass

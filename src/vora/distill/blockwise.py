@@ -78,6 +78,8 @@ class BlockwiseDistillation(nn.Module):
         ValueError: deviations are asked for without means.
     """
 
+    num_updates: torch.Tensor
+
     def __init__(
         self,
         pairs: Iterable[Pair],

@@ -5,7 +5,7 @@ m = patch_merge.
 """
 
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -47,12 +47,12 @@ class MicroBatch:
     label_places: torch.Tensor
     image_places: torch.Tensor
     label_weights: torch.Tensor | None = None
-    text_rows: torch.Tensor | None = None
-    text_places: torch.Tensor | None = None
+    text_rows: Any = None
+    text_places: Any = None
     num_items_in_batch: torch.Tensor | float | None = None
     num_micro_batches: int = 1
     only_paired_blocks: bool = False
-    hidden_states: torch.Tensor | None = None
+    hidden_states: Any = None
     block_states: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
@@ -96,13 +96,13 @@ class TextKL(Term):
 
     def __call__(self, objective: "Objective", batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         vora, rows, inputs = objective.vora, batch.text_rows, batch.inputs
-        of_rows = {name: inputs[name][rows] for name in ("position_ids", "seen_until") if name in inputs}
+        of_rows = {name: tensor[rows] for name, tensor in inputs.items() if name in ("position_ids", "seen_until")}
         # embeddings, for with tokens alone a GPU would be waited for, to see whether images are missing
         of_rows["inputs_embeds"] = vora.get_input_embeddings()(inputs["input_ids"][rows])
         early = batch.only_paired_blocks
         with torch.no_grad(), lora_off(vora):
             own_hidden, own_states = objective.run_student(of_rows, early, early)
-        own = own_states[max(own_states)] if early else own_hidden
+        own: Any = own_states[max(own_states)] if early else own_hidden
         reached = batch.block_states[max(batch.block_states)] if early else batch.hidden_states
         reached, own = (states.flatten(0, 1)[batch.text_places] for states in (reached[rows], own))
         if early:
@@ -138,7 +138,7 @@ class Objective(nn.Module):
         text_kl_weight: of what keeps text as the LLM has it.
     """
 
-    distillation: BlockwiseDistillation | None
+    distillation: Any  # BlockwiseDistillation or None
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
-        self.image_processor = image_processor
+        self.image_processor: Any = image_processor
         self.distillation = distillation
         self.terms: list[Term] = [LanguageModeling(), TextKL(text_kl_weight), Distillation(distill_weight)]
         self._teacher = [teacher]  # in a list, so that it is neither trained nor saved nor wrapped with the student
@@ -198,9 +198,10 @@ class Objective(nn.Module):
             kwargs: as for a model of transformers.
 
         Raises:
-            ValueError: the LLM has fewer blocks, or they cannot be told one by one.
+            ValueError: the LLM has fewer blocks, or they are recomputed all or none.
         """
-        blocks, how = self.vora.model.blocks, {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        blocks: Any = self.vora.model.blocks
+        how = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
         if num_blocks is not None and not 1 <= num_blocks <= len(blocks):
             raise ValueError(f"{num_blocks} blocks are to be computed again, but the LLM has {len(blocks)}.")
         self.vora.model.language_model.gradient_checkpointing_enable(how, **kwargs)
@@ -281,7 +282,9 @@ class Objective(nn.Module):
             label_places = (targets != -100).flatten().nonzero()[:, 0]
         if image_places is None:
             image_places = (inputs["input_ids"] == self.config.image_token_id).flatten().nonzero()[:, 0]
-        images = {} if pixel_values is None else {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        images: dict[str, Any] = {}
+        if pixel_values is not None:
+            images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
         batch = MicroBatch(
             inputs, images, targets, label_places, image_places, label_weights, text_rows, text_places,
             num_items_in_batch, num_micro_batches,
@@ -310,10 +313,10 @@ class Objective(nn.Module):
             only_paired_blocks: run no block above the last paired one.
         """
         model, wanted = self.vora.model, self.paired_blocks if collects else []
-        holds = nullcontext()
+        held: AbstractContextManager[None] = nullcontext()
         if only_paired_blocks:
-            holds = only_first_blocks(model.language_model, model.blocks, max(1, wanted[-1] + 1))
-        with block_outputs(model.blocks, wanted) as states, holds:
+            held = only_first_blocks(model.language_model, model.blocks, max(1, wanted[-1] + 1))
+        with block_outputs(model.blocks, wanted) as states, held:
             hidden_states = model(**inputs, use_cache=False).last_hidden_state
         return (None if only_paired_blocks else hidden_states), states
 

@@ -22,7 +22,7 @@ from vora.distill.blockwise import SUMMARY
 from vora.model.patch_embed import resized
 
 Grid = tuple[int, int]  # rows, columns of patches
-PROBE_GRID = (3, 4)
+PROBE_GRID = (3, 4, 12)  # rows, columns, how many of its places are tried
 
 
 class TeacherProtocol(Protocol):
@@ -79,6 +79,10 @@ class Teacher(nn.Module):
     """
 
     name: str | None = None
+    vit: Any
+    hidden_size: int
+    num_blocks: int
+    patch_size: int
 
     def __init__(
         self,
@@ -178,7 +182,7 @@ class Teacher(nn.Module):
             self.vit(**inputs)
         num_patches = own_grid[0] * own_grid[1]  # CLS and register tokens come first
         features: dict[int | str, torch.Tensor] = {
-            block: resample_features(outputs[block][:, -num_patches:], own_grid, grid)
+            block: resample_features(outputs[int(block)][:, -num_patches:], own_grid, grid)
             for block in blocks
             if block != SUMMARY
         }
@@ -216,18 +220,18 @@ def check_features(teacher: Teacher) -> None:
     parameter = next(teacher.vit.parameters())
     if parameter.device.type == "meta":  # only shapes are wanted of it
         return
-    grid = PROBE_GRID
-    if not teacher.takes_any_grid:
-        grid = (round(len(teacher.embedding.position) ** 0.5),) * 2  # its own, which nothing resamples
-    rows, columns = grid
-    places = torch.arange(rows * columns)[:: max(1, rows * columns // 12)]
+    rows, columns, count = PROBE_GRID
+    if not teacher.takes_any_grid:  # its own, which nothing resamples; large, so fewer of its places
+        rows = columns = round(len(teacher.embedding.position) ** 0.5)
+        count = 2
+    places = torch.arange(rows * columns)[:: max(1, rows * columns // count)]
     side = teacher.patch_size
     pixels = torch.zeros(1 + len(places), teacher.embedding.num_channels, rows * side, columns * side)
     for number, place in enumerate(places.tolist()):
         top, left = side * (place // columns), side * (place % columns)
         pixels[1 + number, :, top : top + side, left : left + side] = 1
     try:
-        inputs, _ = teacher.inputs_on_grid(pixels, grid)
+        inputs, _ = teacher.inputs_on_grid(pixels, (rows, columns))
         blocks = teacher.blocks
         with torch.inference_mode(), block_outputs(blocks, [-1]) as outputs, only_first_blocks(teacher.vit, blocks, 1):
             teacher.vit(**inputs)

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from vora.data.page import write_page
 from vora.data.stats import dataset_statistics, write_summary
-from vora.train.recipe import DataSection, Recipe
-from vora.train.run import open_sources, packed_sequences, training_arguments
+from vora.train.from_recipe import open_sources, packed_sequences, training_arguments
+from vora.train.recipe_sections import DataSection, Recipe
 from vora.train.stages import build_processor, load_vit
 
 

@@ -1,15 +1,21 @@
 """How fast this machine is: which precision suits it, and how many steps fit a time budget."""
 
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
+
+from vora.data.stream import PackedSequences
+from vora.distill.objective import Objective
 
 NUM_WARMING, NUM_TIMED = 2, 4
 MARGIN = 1.1  # logging, and the ups and downs of a shared machine
 
 
-def precision_overrides():
+def precision_overrides() -> dict[str, Any]:
     """The recipe's values for the precision that suits this machine: {dotted key: value}."""
     if torch.cuda.is_available():
         return {"model.dtype": "bfloat16", "training.bf16": True}
@@ -18,7 +24,7 @@ def precision_overrides():
     return {"model.dtype": dtype, "training.bf16": dtype == "bfloat16", "training.use_cpu": dtype == "bfloat16"}
 
 
-def cpu_dtype():
+def cpu_dtype() -> str:
     """bfloat16 where this processor multiplies it clearly faster than float32, else float32."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -31,64 +37,74 @@ def cpu_dtype():
     return "bfloat16" if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else "float32"
 
 
-def seconds_per_step(learner, rows, iterator, arguments):
+def seconds_per_step(
+    objective: Objective, sequences: PackedSequences, iterator: Iterator, arguments: TrainingArguments
+) -> float:
     """Mean time of an optimizer step from reading to updating; neither weights nor running means change.
 
     Args:
-        rows: the `PackedSequences` that collates.
-        iterator: yields its rows.
+        sequences: that collate.
+        iterator: yields them.
     """
     device = arguments.device
-    learner.to(device).train()  # models come in eval mode, in which no block is recomputed or compiled
-    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    objective.to(device).train()  # models come in eval mode, in which no block is recomputed or compiled
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)  # all the work, to no effect
-    if learner.distillation is not None:
-        learner.distillation.eval()  # its means stay; all else trains, for only then are blocks recomputed or compiled
+    if objective.distillation is not None:
+        objective.distillation.eval()  # its means stay; the rest trains, or no block would be recomputed or compiled
     for step in range(NUM_WARMING + NUM_TIMED):
         if step == NUM_WARMING:
             _wait_for(device)
             start = time.perf_counter()
         for _ in range(arguments.gradient_accumulation_steps):
-            batch = rows.collate([next(iterator) for _ in range(arguments.per_device_train_batch_size)])
+            batch: dict[str, Any] = dict(
+                sequences.collate([next(iterator) for _ in range(arguments.per_device_train_batch_size)])
+            )
             batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
-                loss = learner(**batch)["loss"]
+                loss = objective(**batch)["loss"]
             loss.backward()
         nn.utils.clip_grad_norm_(trained, arguments.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
     _wait_for(device)
     seconds = (time.perf_counter() - start) / NUM_TIMED
-    learner.train()
+    objective.train()
     return seconds
 
 
-def _wait_for(device):
+def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def steps_that_fit(learner, rows, arguments, minutes, num_image_only_steps):
+def steps_that_fit(
+    objective: Objective,
+    sequences: PackedSequences,
+    arguments: TrainingArguments,
+    minutes: float,
+    num_distill_only_steps: int,
+) -> int:
     """How many optimizer steps of a recipe fit a time budget on this machine, at most `max_steps`.
 
     Args:
-        rows: a `PackedSequences`; steps of each kind are tried on fresh iterators, so its order is untouched.
+        sequences: steps of each kind are tried on fresh iterators, so that their order is untouched.
         minutes: for everything from here to the last step, these measurements included.
 
     Raises:
         ValueError: not even twenty steps fit after those that only distill.
     """
     start = time.perf_counter()
-    whole = MARGIN * seconds_per_step(learner, rows, rows.training_sequences(), arguments)
+    whole = MARGIN * seconds_per_step(objective, sequences, sequences.training_sequences(), arguments)
     distill_only = 0.0
-    if num_image_only_steps:
-        distill_only = MARGIN * seconds_per_step(learner, rows, rows.distill_sequences(), arguments)
-    left = 60 * minutes - (time.perf_counter() - start) - num_image_only_steps * distill_only
+    if num_distill_only_steps:
+        distill_only = MARGIN * seconds_per_step(objective, sequences, sequences.distill_sequences(), arguments)
+    left = 60 * minutes - (time.perf_counter() - start) - num_distill_only_steps * distill_only
     steps = int(left / whole)
     if steps < 20:
         raise ValueError(
             f"Only {max(steps, 0)} steps of {whole:.1f} s fit {minutes:g} minutes on this machine, after "
-            f"{num_image_only_steps} of {distill_only:.1f} s that only distill: raise max_minutes, or lower "
+            f"{num_distill_only_steps} of {distill_only:.1f} s that only distill: raise max_minutes, or lower "
             "data.sequence_length or teacher.distill_only_steps."
         )
-    return min(arguments.max_steps, num_image_only_steps + steps)
+    return min(arguments.max_steps, num_distill_only_steps + steps)

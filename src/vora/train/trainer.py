@@ -2,18 +2,18 @@
 
 import json
 import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
-from peft.utils import load_peft_weights
-from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
 
-from vora.build.lora import DISTILLATION_FILE
-from vora.checkpoint.adapter import digest_of
+from vora.checkpoint.load import restore
+from vora.checkpoint.save import save_training
+from vora.data.packing import Batch
 from vora.data.stream import PackedBatches
 from vora.distill.objective import LOSSES
 
@@ -26,6 +26,7 @@ class VoraTrainer(Trainer):
     """Trains a `Objective`; saves the adapter (stage 1) or the whole model (stage 2), never the teacher.
 
     Args:
+        args, kwargs: of transformers' Trainer.
         learning_rates: {part: rate} where it is not the recipe's one rate; see `PART_MARKS`.
         distill_only_steps: the first steps, whose batches hold images alone.
         vision_lr_scale: of the rates of what learns in these steps, from then on; from the start without them.
@@ -37,38 +38,47 @@ class VoraTrainer(Trainer):
 
     def __init__(
         self,
-        *args,
-        learning_rates=None,
-        distill_only_steps=0,
-        vision_lr_scale=1.0,
-        **kwargs,
-    ):
+        *args: Any,
+        learning_rates: Mapping[str, float] | None = None,
+        distill_only_steps: int = 0,
+        vision_lr_scale: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.learning_rates = learning_rates or {}
         self.distill_only_steps, self.vision_lr_scale = distill_only_steps, vision_lr_scale
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the label tokens of all micro-batches
         self.num_samples_seen = 0
-        self._terms, self._clock, self._tokens, self._waited = {}, time.monotonic(), 0, 0.0
+        self._terms: dict[str, tuple[torch.Tensor, set[int]]] = {}
+        self._clock, self._tokens, self._waited = time.monotonic(), 0, 0.0
         self._samples_logged = 0
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> PackedBatches:
         return PackedBatches(self.train_dataset, self.args.per_device_train_batch_size)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Any]:
         start = time.monotonic()
         batches = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._waited += time.monotonic() - start
         return batches
 
-    def _prepare_inputs(self, inputs):
+    def _prepare_inputs(self, inputs: Batch) -> dict[str, Any]:
         """To the device, but for what only the host reads; a GPU is fed without being waited for."""
-        kept = {name: inputs[name] for name in ON_HOST if name in inputs}
-        moved = {name: tensor for name, tensor in inputs.items() if name not in kept}
+        kept = {name: tensor for name, tensor in inputs.items() if name in ON_HOST}
+        moved: dict[str, Any] = {name: tensor for name, tensor in inputs.items() if name not in ON_HOST}
         if self.args.device.type == "cuda":
             moved = {name: t.pin_memory().to(self.args.device, non_blocking=True) for name, t in moved.items()}
         return super()._prepare_inputs(moved) | kept
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | float | None = None,
+    ) -> Any:
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch / self.accelerator.num_processes  # gradients are averaged
         losses = model(
@@ -80,7 +90,7 @@ class VoraTrainer(Trainer):
             self._note(losses, inputs)
         return (losses["loss"], losses) if return_outputs else losses["loss"]
 
-    def _get_num_items_in_batch(self, batch_samples, device):
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor | float | None:
         if not batch_samples:
             return None
         count = sum(_num_items(batch) for batch in batch_samples)  # still on the host
@@ -88,7 +98,7 @@ class VoraTrainer(Trainer):
             return count
         return self.accelerator.gather(torch.full((1,), count, device=device)).sum()
 
-    def _note(self, losses, inputs):
+    def _note(self, losses: dict[str, torch.Tensor], inputs: Batch) -> None:
         """Add a micro-batch to what the next log line reports; stays on the device."""
         learned = "answer_loss" if "answer_loss" in losses else "lm_loss"  # divided by what the step has together
         for name in (*LOSSES, "pair_losses"):
@@ -105,7 +115,7 @@ class VoraTrainer(Trainer):
         if inputs["input_ids"].device.type == "cpu":  # elsewhere it would wait for the device: see log
             check_finite(losses["loss"].item(), self.state.global_step)
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the named losses, as means since the last line, and the speed."""
         if "loss" in logs and self._terms:
             for name, value in self._means().items():
@@ -118,7 +128,7 @@ class VoraTrainer(Trainer):
             logs |= self._speed()
         super().log(logs, start_time)
 
-    def _means(self):
+    def _means(self) -> dict[str, torch.Tensor]:
         """{name: float[1], or float[P] of P pairs}: means of what was noted since the last line, over all processes,
         of which some may have seen no text, or no image."""
         distillation = self.accelerator.unwrap_model(self.model).distillation
@@ -129,7 +139,7 @@ class VoraTrainer(Trainer):
         rows = self.accelerator.reduce(rows, "sum")
         return {name: row[:-1] / row[-1] for name, row in rows.items() if row[-1] > 0}
 
-    def _speed(self):
+    def _speed(self) -> dict[str, float]:
         """Samples seen, and speeds since the last line, of all processes together."""
         now, device = time.monotonic(), self.args.device
         counts = [self.num_samples_seen, self.num_samples_seen - self._samples_logged, self._tokens]
@@ -144,13 +154,13 @@ class VoraTrainer(Trainer):
             "data_wait_share": waited / seconds,
         }
 
-    def create_optimizer(self, *args, **kwargs):
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer, its groups split by the part that a parameter belongs to, see `part_of`."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if "part" in optimizer.param_groups[0]:
             return optimizer  # asked for a second time
-        eyes = {id(p) for p in self.accelerator.unwrap_model(self.model).eyes()}
-        parts = {id(p): (part_of(name), id(p) in eyes) for name, p in self.model.named_parameters()}
+        vision = {id(p) for p in self.accelerator.unwrap_model(self.model).vision_parameters()}
+        parts = {id(p): (part_of(name), id(p) in vision) for name, p in self.model.named_parameters()}
         groups, optimizer.param_groups = optimizer.param_groups, []
         for group in groups:
             for part in dict.fromkeys(parts[id(p)] for p in group["params"]):
@@ -159,19 +169,21 @@ class VoraTrainer(Trainer):
                 optimizer.add_param_group({**group, "params": members, "lr": rate, "part": part})
         return optimizer
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        """The recipe's schedule; steps that distill images alone have one of their own before it, down to zero.
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The recipe's schedule; steps that only distill have one of their own before it, down to zero.
 
-        Both were measured (dev/LOG.md): the eyes learn shapes only once their learning rate falls, and the first
-        gradients of the language loss are so large that they would undo it: so the warm-up starts anew with them,
-        and the eyes go on at `vision_lr_scale` of their rates.
+        Both were measured (dev/LOG.md): vision learns shapes only once its learning rate falls, and the first
+        gradients of the language loss are so large that they would undo it. So the warm-up starts anew with them,
+        and vision goes on at `vision_lr_scale` of its rates.
         """
         first = self.distill_only_steps
         scheduler = super().create_scheduler(num_training_steps - first, optimizer)
         if not first and self.vision_lr_scale == 1.0:
             return scheduler
         warmup = max(1, self.args.get_warmup_steps(num_training_steps - first))
-        schedules = []
+        schedules: list[Callable[[int], float]] = []
         for group, rest, rate in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs):
             _, is_vision = group["part"]
             group["lr"] = rate
@@ -181,26 +193,28 @@ class VoraTrainer(Trainer):
         self.lr_scheduler = LambdaLR(scheduler.optimizer, schedules)
         return self.lr_scheduler
 
-    def _save_rng_state(self, output_dir):
+    def _save_rng_state(self, output_dir: str) -> None:
         """Also where this process stands in the data: before trainer_state.json, which says that all is there."""
         super()._save_rng_state(output_dir)
         state = self.train_dataset.state_dict() | {"num_samples_seen": self.num_samples_seen}
         Path(output_dir, DATA_FILE.format(self.args.process_index)).write_text(json.dumps(state))
 
-    def _save(self, output_dir=None, state_dict=None):
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        save_student(self.accelerator.unwrap_model(self.model), self.processing_class, folder, state_dict)
+        objective = self.accelerator.unwrap_model(self.model)
+        heads = objective.distillation
+        save_training(objective.student, self.processing_class, folder, distillation=heads, state_dict=state_dict)
         if folder.name.startswith("checkpoint-"):
             torch.save(self.args, folder / "training_args.bin")
 
-    def restore(self, checkpoint):
+    def restore(self, checkpoint: str | Path) -> None:
         """Stand where a checkpoint was saved, without a step."""
         self.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
         self._load_from_checkpoint(checkpoint)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+    def _load_from_checkpoint(self, resume_from_checkpoint: str | Path, model: Any = None) -> None:
         """Weights, and this process's place in the data.
 
         Raises:
@@ -212,31 +226,34 @@ class VoraTrainer(Trainer):
         state = json.loads(file.read_text())
         self.num_samples_seen = self._samples_logged = state.pop("num_samples_seen")
         self.train_dataset.load_state_dict(state)
-        load_student(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+        objective = self.accelerator.unwrap_model(model or self.model)
+        restore(objective.student, Path(resume_from_checkpoint), objective.distillation)
 
 
-def _num_items(batch):
+def _num_items(batch: Batch) -> float:
     """By what a batch's language loss is divided: its label tokens, or their weights where they have some."""
     if "label_weights" in batch:
         return float(batch["label_weights"].sum())
     return int((batch["targets"] != -100).sum())
 
 
-def part_of(name):
-    """Which part of a learner a parameter belongs to, by its name: a key of `learning_rates`, or `rest`."""
+def part_of(name: str) -> str:
+    """Which part of an `Objective` a parameter belongs to, by its name: a key of `learning_rates`, or `rest`."""
     for part, mark in PART_MARKS.items():
         if mark in name:
             return part
     return "rest"
 
 
-def _distill_only_schedule(rest, num_first, num_warmup, scale, step):
+def _distill_only_schedule(
+    rest: Callable[[int], float], num_first: int, num_warmup: int, scale: float, step: int
+) -> float:
     if step >= num_first:
         return scale * rest(step - num_first)
     return min((step + 1) / num_warmup, (num_first - step) / num_first)
 
 
-def check_finite(loss, step):
+def check_finite(loss: float, step: int) -> None:
     """Raise at the first loss that is no number.
 
     Raises:
@@ -247,52 +264,3 @@ def check_finite(loss, step):
             f"The loss is {loss} at step {step}: training diverged. Lower training.learning_rate, lengthen "
             "training.warmup_steps, or train in bfloat16 or float32; earlier checkpoints are intact."
         )
-
-
-def save_student(learner, processor, folder, state_dict=None):
-    """Write what was trained: the adapter and the distillation heads (stage 1), or the whole model (stage 2).
-
-    Args:
-        state_dict: of the learner, gathered, where FSDP has spread it over processes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {} if state_dict is None else {"state_dict": part_of_state(state_dict, "student.")}
-    learner.student.save_pretrained(folder, **state)
-    if isinstance(learner.student, PeftModel):
-        if state_dict is None:
-            learner.config.llm_digest = digest_of(learner.vora)
-        learner.config.save_pretrained(folder)
-    if learner.distillation is not None:
-        heads = learner.distillation.state_dict()
-        if state_dict is not None:
-            heads = part_of_state(state_dict, "distillation.")
-        save_file({name: tensor.contiguous() for name, tensor in heads.items()}, folder / DISTILLATION_FILE)
-    processor.save_pretrained(folder)
-
-
-def part_of_state(state_dict, prefix):
-    """The tensors of a state dict whose names begin so, without that beginning."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-
-
-def load_student(learner, folder):
-    """Read back what `save_student` wrote, into a learner of the same recipe.
-
-    Raises:
-        ValueError: the folder holds another kind of checkpoint, or tensors are missing from it.
-    """
-    if isinstance(learner.student, PeftModel):
-        if not (folder / "adapter_model.safetensors").exists():
-            raise ValueError(f"{folder} holds no adapter_model.safetensors: it is no checkpoint of stage pretrain.")
-        loaded = set_peft_model_state_dict(learner.student, load_peft_weights(folder, device="cpu"))
-        trained = {name for name, parameter in learner.student.named_parameters() if parameter.requires_grad}
-        if misfits := loaded.unexpected_keys + sorted(trained & set(loaded.missing_keys)):
-            raise ValueError(
-                f"{len(misfits)} tensors of {folder} do not fit this model or are missing there, such as "
-                f"{misfits[0]}: was the recipe's LLM or rank changed?"
-            )
-    else:
-        trained = type(learner.vora).from_pretrained(folder, dtype=learner.vora.dtype)
-        learner.student.load_state_dict(trained.state_dict())
-    if learner.distillation is not None:
-        learner.distillation.load_state_dict(load_file(folder / DISTILLATION_FILE))

@@ -1,4 +1,4 @@
-"""What a training step computes, counted from the learner's own layers; agrees with PyTorch's FlopCounterMode.
+"""What a training step computes, counted from the objective's own layers; agrees with PyTorch's FlopCounterMode.
 
 A multiply-add counts as two. Norms, activations and embeddings are left out, as that counter leaves them out.
 Attention counts every pair of places of a row (or segment), seen or masked, as dense kernels compute it.
@@ -7,11 +7,14 @@ Dims: T places of a row, I image tokens, D LLM width.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from vora.distill.objective import Objective
+from vora.distill.teacher import Teacher
 from vora.model.label_loss import labels_at_once
 
 SPECIAL_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")  # beside a ViT's patches
@@ -35,15 +38,15 @@ class Row:
     num_segments: float = 1
 
     @property
-    def num_image_tokens(self):
+    def num_image_tokens(self) -> float:
         return self.num_images * self.tokens_per_image
 
 
-def sequence_flops(learner, row, num_recomputed=0, num_rows=1):
+def sequence_flops(objective: Objective, row: Row, num_recomputed: int = 0, num_rows: int = 1) -> dict[str, float]:
     """FLOPs of one row, forward and backward.
 
     Args:
-        learner: a `Objective`, on whatever device (meta will do).
+        objective: on whatever device (meta will do).
         num_recomputed: of the first so many blocks, which are computed again in the backward pass, and the heads.
         num_rows: rows of a batch, whose logits are computed again too if they are made in parts (`losses_of_labels`).
 
@@ -51,13 +54,11 @@ def sequence_flops(learner, row, num_recomputed=0, num_rows=1):
         {part: FLOPs}: `student_forward` and `student_backward` (LLM, output layer, patch embedding), `lora`,
         `teacher`, `heads`, `recomputation`, and their sum `total`.
     """
-    config, pairs = (
-        learner.config.get_text_config(),
-        [] if learner.distillation is None else learner.distillation.pairs,
-    )
-    blocks = list(learner.vora.model.blocks)
-    if not row.num_labels and pairs:
-        blocks = blocks[: max(student for student, _ in pairs) + 1]
+    config, paired = objective.config.get_text_config(), objective.paired_blocks
+    num_pairs = 0 if objective.distillation is None else len(objective.distillation.pairs)
+    blocks = list(objective.vora.model.blocks)
+    if not row.num_labels and paired:
+        blocks = blocks[: paired[-1] + 1]
     parts = dict.fromkeys(("student_forward", "student_backward", "lora", "teacher", "heads", "recomputation"), 0.0)
     attention = 4 * row.num_tokens**2 / row.num_segments * attention_width(config)
     for index, block in enumerate(blocks):
@@ -67,27 +68,27 @@ def sequence_flops(learner, row, num_recomputed=0, num_rows=1):
         parts["lora"] += 6 * lora * row.num_tokens
         if index < num_recomputed:
             parts["recomputation"] += 2 * (base + lora) * row.num_tokens + attention
-    head = learner.vora.lm_head.weight
+    head = objective.vora.lm_head.weight
     parts["student_forward"] += 2 * head.numel() * row.num_labels
     parts["student_backward"] += 2 * head.numel() * row.num_labels * (2 if head.requires_grad else 1)
     num_labels = round(num_rows * row.num_labels)
     if num_labels and labels_at_once(num_labels, len(head)) < num_labels:
         parts["recomputation"] += 2 * head.numel() * row.num_labels
-    eyes = learner.vora.model.patch_embedding
-    eyes = getattr(eyes, "modules_to_save", {"default": eyes})["default"]
-    patches = row.num_image_tokens * learner.config.patch_merge**2
-    projection = 2 * eyes.projection.weight.numel() * row.num_image_tokens
-    parts["student_forward"] += 2 * eyes.patch.weight.numel() * patches + projection
-    parts["student_backward"] += 2 * eyes.patch.weight.numel() * patches + 2 * projection
-    if learner.teacher is not None:
-        parts["teacher"] = row.num_images * teacher_flops(learner.teacher, patches / max(row.num_images, 1e-9))
-        heads = 2 * len(pairs) * config.hidden_size * learner.teacher.hidden_size * row.num_image_tokens
+    embedding = objective.vora.model.patch_embedding
+    embedding = getattr(embedding, "modules_to_save", {"default": embedding})["default"]
+    patches = row.num_image_tokens * objective.config.patch_merge**2
+    projection = 2 * embedding.projection.weight.numel() * row.num_image_tokens
+    parts["student_forward"] += 2 * embedding.patch.weight.numel() * patches + projection
+    parts["student_backward"] += 2 * embedding.patch.weight.numel() * patches + 2 * projection
+    if objective.teacher is not None:
+        parts["teacher"] = row.num_images * teacher_flops(objective.teacher, patches / max(row.num_images, 1e-9))
+        heads = 2 * num_pairs * config.hidden_size * objective.teacher.hidden_size * row.num_image_tokens
         parts["heads"] = 3 * heads
         parts["recomputation"] += heads if num_recomputed else 0
     return parts | {"total": sum(parts.values())}
 
 
-def layer_sizes(block):
+def layer_sizes(block: nn.Module) -> tuple[int, int, int]:
     """(weights of linear layers, those of them that train, weights of LoRA) of a transformer block."""
     base = trained = lora = 0
     for name, module in block.named_modules():
@@ -102,13 +103,13 @@ def layer_sizes(block):
     return base, trained, lora
 
 
-def attention_width(config):
+def attention_width(config: Any) -> int:
     """Heads times width of a head."""
     heads = config.num_attention_heads
     return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
-def teacher_flops(teacher, num_patches):
+def teacher_flops(teacher: Teacher, num_patches: float) -> float:
     """FLOPs of a teacher on one image of so many patches; one that cannot resample its positions sees its own grid."""
     if not teacher.takes_any_grid:
         num_patches = len(teacher.embedding.position)

@@ -1,35 +1,54 @@
 """How much memory a training step needs on each device, part by part.
 
-Weights, gradients and optimizer are counted. Activations are traced: the learner's own forward runs on tensors without
-storage (torch's FakeTensorMode), and what autograd saves is summed up, each storage once.
+Weights, gradients and optimizer are counted. Activations are traced: the objective's own forward runs on
+tensors without storage (torch's FakeTensorMode), and what autograd saves is summed up, each storage once.
 
 Dims: B rows, T places of a row, I image tokens, L labels, D LLM width.
 """
 
 import copy
+import platform
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+from vora.distill.blocks import only_first_blocks
+from vora.distill.blockwise import name_of
+from vora.distill.objective import Objective
 from vora.model.attention import attention_masks
 from vora.model.label_loss import labels_at_once
 from vora.model.segmented_sdpa import SEGMENTED_SDPA
+from vora.train.plan.flops import Row
 
 STATES_OF_OPTIMIZER = {"adafactor": 0, "ademamix": 3, "adam": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1, "lion": 1}
+# Share of what a step makes and frees that glibc's heap keeps: none, and all blocks computed again (dev/LOG.md)
+HEAP_KEEPS = (0.35, 1.5)
 BYTES_OF_STATE = {"4bit": 0.5, "8bit": 1, "32bit": 4}  # by the optimizer's name; else those of the parameter
 
 
-def step_memory(learner, row, num_rows, *, bf16=False, num_recomputed=0, accumulates=False, optim="adamw_torch",
-                num_shards=1, num_processes=1):  # fmt: skip
+def step_memory(
+    objective: Objective,
+    row: Row,
+    num_rows: int,
+    *,
+    bf16: bool = False,
+    num_recomputed: int = 0,
+    accumulates: bool = False,
+    optim: str = "adamw_torch",
+    num_shards: int = 1,
+    num_processes: int = 1,
+) -> dict[str, float]:
     """Bytes on one device at the moment of a step when most are in use.
 
     Args:
-        learner: from `vora.train.plan.meta_model.meta_model`.
-        row: a `vora.train.plan.flops.Row`; the batch has `num_rows` of them.
+        objective: from `vora.train.plan.meta_model.meta_model`.
+        row: the batch has `num_rows` of them.
         bf16: whether autocast to bf16 is on.
         num_recomputed: of the first so many blocks, which are computed again in the backward pass.
         accumulates: whether gradients of earlier micro-batches are held during the forward pass.
@@ -41,27 +60,27 @@ def step_memory(learner, row, num_rows, *, bf16=False, num_recomputed=0, accumul
         {part: bytes}, in which `total` is the sum of the others. `activations` and `loss` are zero when the
         optimizer's update is the peak, `gradients` when they do not exist yet at the peak.
     """
-    frozen, trained = weight_bytes(learner)
-    found = traced(learner, row, num_rows, bf16, num_recomputed)
+    frozen, trained = weight_bytes(objective)
+    found = traced(objective, row, num_rows, bf16, num_recomputed)
     gradients = trained / num_shards
     buckets = gradients if num_processes > 1 and num_shards == 1 else 0
     parts = {
         "frozen weights": frozen / num_shards,
         "trained weights": trained / num_shards,
-        "optimizer": optimizer_bytes(learner, optim) / num_shards,
+        "optimizer": optimizer_bytes(objective, optim) / num_shards,
         "gradient buckets": buckets,
-        "gathered blocks": 0 if num_shards == 1 else 2 * largest_block(learner),
-        "teacher": 0 if learner.teacher is None else sum(bytes_of(p) for p in learner.teacher.parameters()),
+        "gathered blocks": 0 if num_shards == 1 else 2 * largest_block(objective),
+        "teacher": 0 if objective.teacher is None else sum(bytes_of(p) for p in objective.teacher.parameters()),
     }
     early = gradients if accumulates else 0  # gradients that are there before the backward pass
-    at_loss = {"gradients": early, "activations": found.activations, "loss": found.loss}
-    at_recomputation = {"gradients": early, "activations": found.recomputing, "loss": 0}
-    at_update = {"gradients": gradients, "activations": found.one_block, "loss": 0}
-    parts |= max(at_loss, at_recomputation, at_update, key=lambda moment: sum(moment.values()))
-    return parts | {"total": sum(parts.values())}
+    at_loss: dict[str, float] = {"gradients": early, "activations": found.activations, "loss": found.loss}
+    at_recomputation: dict[str, float] = {"gradients": early, "activations": found.recomputing, "loss": 0}
+    at_update: dict[str, float] = {"gradients": gradients, "activations": found.one_block, "loss": 0}
+    peak = max([at_loss, at_recomputation, at_update], key=lambda moment: sum(moment.values()))
+    return parts | peak | {"total": sum(parts.values()) + sum(peak.values())}
 
 
-def optimizer_bytes(learner, optim):
+def optimizer_bytes(objective: nn.Module, optim: str) -> float:
     """What an optimizer keeps of all trained parameters; adafactor's rows and columns count as nothing.
 
     Args:
@@ -69,7 +88,7 @@ def optimizer_bytes(learner, optim):
     """
     states = next((count for name, count in STATES_OF_OPTIMIZER.items() if name in optim), 2)
     size = next((size for mark, size in BYTES_OF_STATE.items() if mark in optim), None)
-    trained = [p for p in learner.parameters() if p.requires_grad]
+    trained = [p for p in objective.parameters() if p.requires_grad]
     return states * sum(p.numel() * (size or p.element_size()) for p in trained)
 
 
@@ -90,42 +109,42 @@ class Traced:
     loss: int
 
 
-def traced(learner, row, num_rows, bf16, num_recomputed):
+def traced(objective: Objective, row: Row, num_rows: int, bf16: bool, num_recomputed: int) -> Traced:
     """What a step saves, found on tensors without storage: a `Traced`."""
-    fake = copy.deepcopy(learner)
+    fake = copy.deepcopy(objective)
     with FakeTensorMode():
-        own = learner.vora.model.language_model.config._attn_implementation
+        own = objective.vora.model.language_model.config._attn_implementation
         take_storage(fake, SEGMENTED_SDPA if row.num_segments > 1 else own)
         found = saved_by_blocks(fake, row, num_rows, bf16, num_recomputed)
-        eyes = saved_by_eyes(fake, row, num_rows, bf16)
-        found.activations += eyes
-        found.recomputing += eyes if num_recomputed else 0
+        embedding = saved_by_patch_embedding(fake, row, num_rows, bf16)
+        found.activations += embedding
+        found.recomputing += embedding if num_recomputed else 0
         found.loss = held_by_losses(fake, row, num_rows, bf16)
         return found
 
 
-def bytes_of(tensor):
+def bytes_of(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def weight_bytes(learner):
+def weight_bytes(objective: nn.Module) -> tuple[int, int]:
     """(bytes of frozen weights, bytes of trained ones); PEFT's frozen copy of the patch embedding counts."""
-    frozen = sum(bytes_of(p) for p in learner.parameters() if not p.requires_grad)
-    return frozen, sum(bytes_of(p) for p in learner.parameters() if p.requires_grad)
+    frozen = sum(bytes_of(p) for p in objective.parameters() if not p.requires_grad)
+    return frozen, sum(bytes_of(p) for p in objective.parameters() if p.requires_grad)
 
 
-def largest_block(learner):
-    return max(sum(bytes_of(p) for p in block.parameters()) for block in learner.vora.model.blocks)
+def largest_block(objective: Objective) -> int:
+    return max(sum(bytes_of(p) for p in block.parameters()) for block in objective.vora.model.blocks)
 
 
-def take_storage(learner, attention):
-    """Have an outlined learner's tensors claim to be on the processor; to be called within a FakeTensorMode.
+def take_storage(objective: Objective, attention: str) -> None:
+    """Have tensors on the meta device claim to be on the processor; to be called within a FakeTensorMode.
 
     Args:
         attention: the implementation that is traced.
     """
-    learner.set_teacher(None)
-    for module in learner.modules():
+    objective.set_teacher(None)
+    for module in objective.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 fake = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -133,55 +152,51 @@ def take_storage(learner, attention):
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    learner.vora.set_attn_implementation(attention)
-    learner.train()
+    objective.vora.set_attn_implementation(attention)
+    objective.train()
 
 
 class Saved:
     """Within it, what autograd saves for the backward pass is summed up, each storage once, parameters aside."""
 
-    def __init__(self, module):
+    def __init__(self, module: nn.Module) -> None:
         self._parameters = {p.untyped_storage()._cdata for p in module.parameters()}
-        self._storages = {}
+        self._storages: dict[int, Any] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
-    def _pack(self, tensor):
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._parameters:
             self._storages[storage._cdata] = storage
         return tensor
 
     @property
-    def num_bytes(self):
+    def num_bytes(self) -> int:
         return sum(storage.nbytes() for storage in self._storages.values())
 
-    def __enter__(self):
+    def __enter__(self) -> "Saved":
         self._hooks.__enter__()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)
 
 
-def computing_in(bf16):
+def computing_in(bf16: bool) -> Any:
     return torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
 
 
-def saved_by_blocks(learner, row, num_rows, bf16, num_recomputed):
+def saved_by_blocks(objective: Objective, row: Row, num_rows: int, bf16: bool, num_recomputed: int) -> Traced:
     """The `Traced` of the blocks alone."""
-    lm, blocks = learner.vora.model.language_model, learner.vora.model.blocks
-    length, width = round(row.num_tokens), learner.config.get_text_config().hidden_size
-    dtype = learner.vora.dtype
+    lm, blocks = objective.vora.model.language_model, objective.vora.model.blocks
+    length, width = round(row.num_tokens), objective.config.get_text_config().hidden_size
+    dtype = objective.vora.dtype
 
-    def saved(num_blocks, num_recomputed):
+    def saved(num_blocks: int, num_recomputed: int) -> int:
         if num_recomputed:
-            learner.gradient_checkpointing_enable(num_blocks=num_recomputed)
+            objective.gradient_checkpointing_enable(num_blocks=num_recomputed)
         else:
             lm.gradient_checkpointing_disable()
-        kept = blocks[:num_blocks]
-        parent = next(m for m in lm.modules() if any(child is blocks for child in m.children()))
-        name = next(name for name, child in parent.named_children() if child is blocks)
-        setattr(parent, name, kept)
         embeds = torch.empty(num_rows, length, width, dtype=dtype, requires_grad=True)
         mask = torch.empty(num_rows, 1, length, length, dtype=torch.bool)
         kinds = set(getattr(lm.config, "layer_types", None) or ())
@@ -189,26 +204,20 @@ def saved_by_blocks(learner, row, num_rows, bf16, num_recomputed):
         if row.num_segments > 1:
             masks = masks_with_segments(lm.config, row, num_rows, bf16)
         positions = torch.empty(num_rows, length, dtype=torch.long)
-        with Saved(lm) as found, computing_in(bf16):
-            lm(
-                inputs_embeds=embeds,
-                attention_mask=masks,
-                position_ids=positions,
-                use_cache=False,
-            )
-        setattr(parent, name, blocks)
+        with only_first_blocks(lm, blocks, num_blocks), Saved(lm) as found, computing_in(bf16):
+            lm(inputs_embeds=embeds, attention_mask=masks, position_ids=positions, use_cache=False)
         return found.num_bytes
 
     depth = len(blocks)
-    if not row.num_labels and learner.distillation is not None:
-        depth = max(student for student, _ in learner.distillation.pairs) + 1
+    if not row.num_labels and objective.distillation is not None:
+        depth = max(student for student, _ in objective.distillation.pairs) + 1
     one_block, recomputing = saved(2, 0) - saved(1, 0), 0
     if num_recomputed:  # those above have been through their backward pass then, and their memory is free
         recomputing = saved(min(num_recomputed, depth), num_recomputed) + one_block
     return Traced(saved(depth, num_recomputed), recomputing, one_block, 0)
 
 
-def masks_with_segments(config, row, num_rows, bf16):
+def masks_with_segments(config: Any, row: Row, num_rows: int, bf16: bool) -> Any:
     """`attention_masks` without storage, of rows of equal samples, each with its images first."""
     length = round(row.num_tokens)
     tree = length / row.num_segments
@@ -228,8 +237,8 @@ def masks_with_segments(config, row, num_rows, bf16):
                 ends.clamp(max=length - 1),
             )
 
-    def without_values(mask):
-        fake = torch.empty(num_rows, *mask.shape[1:], dtype=mask.dtype)
+    def without_values(mask: Any) -> Any:
+        fake: Any = torch.empty(num_rows, *mask.shape[1:], dtype=mask.dtype)
         if not hasattr(mask, "segments"):  # short rows are not cut
             return fake
         fake.segments = [
@@ -244,46 +253,70 @@ def masks_with_segments(config, row, num_rows, bf16):
     return {layer_type: without_values(mask) for layer_type, mask in masks.items()}
 
 
-def saved_by_eyes(learner, row, num_rows, bf16):
+def saved_by_patch_embedding(objective: Objective, row: Row, num_rows: int, bf16: bool) -> int:
     """Bytes that the patch embedding saves."""
-    eyes, config = learner.vora.model.patch_embedding, learner.config
+    embedding, config = objective.vora.model.patch_embedding, objective.config
     side = max(1, round(row.tokens_per_image**0.5))
     grid = (config.patch_merge * side, config.patch_merge * max(1, round(row.tokens_per_image / side)))
     grids = [(1, *grid)] * round(num_rows * row.num_images)
     if not grids:
         return 0
     pixels = torch.empty(len(grids) * grid[0] * grid[1], config.num_channels * config.patch_size**2)
-    with Saved(eyes) as found, computing_in(bf16):
-        eyes(pixels, SimpleNamespace(tolist=lambda: grids))  # sizes only: a tensor without storage has no values
+    with Saved(embedding) as found, computing_in(bf16):
+        embedding(pixels, SimpleNamespace(tolist=lambda: grids))  # sizes only: a tensor without storage has no values
     return found.num_bytes
 
 
-def held_by_losses(learner, row, num_rows, bf16):
+def held_by_losses(objective: Objective, row: Row, num_rows: int, bf16: bool) -> int:
     """Bytes of output layer, heads and losses at their largest: saved ones, and the gradient of the logits, of which
     there is one part at a time (`losses_of_labels`)."""
-    config, dtype = learner.config.get_text_config(), learner.vora.dtype
+    config, dtype = objective.config.get_text_config(), objective.vora.dtype
     num_labels, num_images = round(num_rows * row.num_labels), round(num_rows * row.num_image_tokens)
     held = 0
     if num_labels:
         size = labels_at_once(num_labels, config.vocab_size)
         states = torch.empty(size, config.hidden_size, dtype=dtype, requires_grad=True)
-        with Saved(learner.vora.lm_head) as found, computing_in(bf16):
-            logits = learner.vora.logits(states)
+        with Saved(objective.vora.lm_head) as found, computing_in(bf16):
+            logits = objective.vora.logits(states)
             nn.functional.cross_entropy(logits.float(), torch.empty(size, dtype=torch.long), reduction="sum")
         held += found.num_bytes + size * config.vocab_size * (4 + logits.element_size())
         if size < num_labels:  # what enters each part is kept for the second time
             held += num_labels * config.hidden_size * states.element_size()
-    if learner.distillation is not None and num_images:
-        heads, pairs = learner.distillation, learner.distillation.pairs
-        width = next(iter(heads.heads.values()))[1].out_features
-        states = {s: torch.empty(num_images, config.hidden_size, dtype=dtype, requires_grad=True) for s, _ in pairs}
+    if objective.distillation is not None and num_images:
+        heads, pairs = objective.distillation, objective.distillation.pairs
+        width = heads.heads[name_of(pairs[0])][1].out_features
+        of_pairs = {s: torch.empty(num_images, config.hidden_size, dtype=dtype, requires_grad=True) for s, _ in pairs}
         features = {t: torch.empty(num_images, width) for _, t in pairs}
         with Saved(heads) as found, computing_in(bf16):
-            heads(states, features)
+            heads(of_pairs, features)
         held += found.num_bytes
         if heads.recomputes:  # one of them, once the others are done
             student, teacher = pair = pairs[-1]
             with Saved(heads) as found, computing_in(bf16):
-                heads.loss_of_pair(pair, states[student], features[teacher])
+                heads.loss_of_pair(pair, of_pairs[student], features[teacher])
             held += found.num_bytes
     return held
+
+
+def held_by_process(memory: dict[str, float], recomputed: float) -> dict[str, float]:
+    """What a process holds beside its tensors: libraries, and what glibc's heap keeps of freed ones; the new total.
+
+    Args:
+        recomputed: the share of the blocks that are computed again.
+    """
+    moving = memory["activations"] + memory["loss"] + memory["gradients"]
+    kept = HEAP_KEEPS[0] + recomputed * (HEAP_KEEPS[1] - HEAP_KEEPS[0])
+    parts = {
+        "Python and its libraries": resident_bytes(),
+        "kept by the heap": kept * moving if platform.system() == "Linux" else 0,
+    }
+    return parts | {"total": memory["total"] + sum(parts.values())}
+
+
+def resident_bytes() -> float:
+    """What this process holds in memory: Python and the libraries that a training process has too."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 5e8
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    return 1024 * int(line.split()[1])

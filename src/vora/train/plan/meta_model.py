@@ -1,4 +1,4 @@
-"""A recipe's learner without weights, on the meta device: all shapes, at no cost and without fetching anything.
+"""A recipe's objective without weights, on the meta device: all shapes, at no cost and without fetching anything.
 
 `shapes/` holds the configurations of the models that recipes/ names, in the hub's layout, so that a run can be planned
 without a network, or before a gated LLM is one's own.
@@ -8,49 +8,50 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from vora.build.base_llm import ALIASES, resolve_llm
 from vora.build.from_llm import from_llm
-from vora.checkpoint.run_directory import trained_folder
+from vora.checkpoint.layout import read_info
+from vora.distill.objective import Objective
 from vora.distill.teacher import Teacher
 from vora.model.configuration_vora import VoraConfig
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.train.recipe import load_recipe
-from vora.train.stages import teacher_dtype, vision_is_frozen, with_scaffolding
+from vora.train.recipe_sections import Recipe
+from vora.train.stages import objective_around, teacher_dtype, vision_is_frozen
 
 SHAPES = files("vora.train.plan") / "shapes"
 SHAPE_OF_ALIAS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
-def meta_model(recipe, beside=None):
-    """The learner of a recipe on the meta device.
+def meta_model(recipe: Recipe, beside: str | Path | None = None) -> tuple[Objective, list[str]]:
+    """The objective of a recipe on the meta device.
 
     Args:
-        beside: the recipe's folder. A stage-2 recipe whose model is not there yet is outlined with what
+        beside: the recipe's folder. A stage-2 recipe whose model is not there yet is planned as what
             pretrain.yaml in that folder will make.
 
     Returns:
-        (`Objective`, list of remarks on what was assumed).
+        (objective, remarks on what was assumed).
 
     Raises:
         ValueError: a model's configuration cannot be found, the parts do not fit each other, or the recipe goes
             LLaVA's way.
     """
     check_no_encoder(recipe)
-    remarks = []
+    remarks: list[str] = []
     model, teacher = recipe.model, None
     if recipe.teacher is not None:
         vit_config = config_of(recipe.teacher.name)
         with torch.device("meta"):
             vit = AutoModel.from_config(getattr(vit_config, "vision_config", vit_config), dtype=teacher_dtype(recipe))
             teacher = Teacher(vit)
-    folder = model.vora and trained_folder(model.vora)  # of a run, what it saved
-    if folder is None:
+    if model.vora is None:
         student = fresh_student(recipe, teacher)
-    elif (folder / "config.json").exists():
-        config = VoraConfig.from_pretrained(folder)
+    elif Path(model.vora).exists():
+        config = VoraConfig.from_pretrained(read_info(model.vora).path)
         with torch.device("meta"):
             student = VoraForConditionalGeneration(config).to(getattr(torch, model.dtype))
     else:
@@ -64,22 +65,21 @@ def meta_model(recipe, beside=None):
         student = made.student.unload()
     image_processor = VoraImageProcessor(patch_size=student.config.patch_size, patch_merge=student.config.patch_merge)
     with torch.device("meta"):
-        learner = with_scaffolding(recipe, student.train(), image_processor, teacher)
+        objective = objective_around(recipe, student.train(), image_processor, teacher)
     if vision_is_frozen(recipe):
-        learner.freeze_vision()
-        remarks.append("the eyes rest: counted as if they learned, so less is needed")
-    return learner, remarks
+        objective.freeze_vision()
+        remarks.append("vision is frozen: counted as if it learned, so less is needed")
+    return objective, remarks
 
 
-def check_no_encoder(recipe):
-    """Raise for what is not outlined: an encoder that stays on.
+def check_no_encoder(recipe: Recipe) -> None:
+    """Raise for what is not planned: an encoder that stays on.
 
     Raises:
         ValueError: says what can be planned instead.
     """
-    folder = recipe.model.vora and trained_folder(recipe.model.vora)
-    is_saved = folder is not None and Path(folder, "config.json").is_file()
-    has_encoder = is_saved and AutoConfig.from_pretrained(folder).model_type == "vora_llava"
+    is_saved = recipe.model.vora is not None and Path(recipe.model.vora).exists()
+    has_encoder = is_saved and read_info(recipe.model.vora).is_llava
     if recipe.model.encoder is not None or has_encoder:
         raise ValueError(
             f"{recipe.model.encoder or recipe.model.vora} is an encoder that stays on (LLaVA's way), and `vora plan` "
@@ -87,16 +87,18 @@ def check_no_encoder(recipe):
         )
 
 
-def fresh_student(recipe, teacher):
+def fresh_student(recipe: Recipe, teacher: Teacher | None) -> VoraForConditionalGeneration:
     """A `VoraForConditionalGeneration` for a recipe's LLM, without weights."""
     wanted = recipe.model
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(
-            config_of(wanted.llm), dtype=getattr(torch, wanted.dtype), attn_implementation=wanted.attn_implementation
+            config_of(str(wanted.llm)),
+            dtype=getattr(torch, wanted.dtype),
+            attn_implementation=wanted.attn_implementation,
         )
         return from_llm(
             llm,
-            teacher=teacher if teacher is not None and recipe.teacher.init_from_teacher else None,
+            teacher=teacher if recipe.init_from_teacher else None,
             patch_size=wanted.patch_size,
             image_size=wanted.image_size,
             patch_merge=wanted.patch_merge,
@@ -104,7 +106,7 @@ def fresh_student(recipe, teacher):
         )
 
 
-def config_of(name):
+def config_of(name: str) -> PretrainedConfig:
     """Configuration of a model by folder, alias or hub id; of the models that recipes/ names, the one shipped here.
 
     Raises:

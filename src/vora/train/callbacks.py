@@ -1,0 +1,190 @@
+"""What a run does beside its steps: stops on a signal, shows its progress, writes cards, answers sample questions."""
+
+import json
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from vora.checkpoint.card import write_run_card
+from vora.checkpoint.run_directory import newest_checkpoint
+from vora.distill.objective import LOSSES
+from vora.model.fetch_image import fetch_image
+from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.processing_vora import VoraProcessor
+from vora.train.recipe_sections import SampleGenerationSection
+from vora.train.run_log import read_log
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGINT or SIGTERM: save at the end of the step, stop, and let the run say how to go on. A signal that reached
+    one of several processes, or some of them a step later, stops all after the same step: else they would wait for
+    each other."""
+
+    def __init__(self) -> None:
+        self.caught: str | None = None
+        self._previous: dict[int, Any] = {}
+        self._all: dist.ProcessGroup | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._catch)
+        if args.world_size > 1:
+            self._all = dist.new_group(backend="gloo")  # on the host: no device is waited for
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        if self.caught:
+            raise KeyboardInterrupt  # a second signal does not wait for the step
+        self.caught = signal.Signals(number).name
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._all is not None:
+            caught = torch.tensor(int(self.caught is not None))
+            dist.all_reduce(caught, dist.ReduceOp.MAX, group=self._all)
+            if caught:
+                self.caught = self.caught or "A signal to another process"
+        if self.caught:
+            control.should_save = control.should_training_stop = True
+
+    def release(self) -> None:
+        """Give the signals back to whoever handled them before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class CardCallback(TrainerCallback):
+    """A card in each checkpoint, since another run may go on from it, or it may be sent, whatever ends this one."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            folder = newest_checkpoint(self.directory)
+            write_run_card(folder, self.directory, state.global_step)
+            shutil.rmtree(Path(self.directory, "final"), ignore_errors=True)  # of a shorter run: older now
+
+
+class ProgressCallback(TrainerCallback):
+    """A bar with the losses, speeds and the share of time spent waiting for data; log lines also go to a file."""
+
+    def __init__(self, console: Console, log_file: str | Path) -> None:
+        self.console, self.log_file = console, Path(log_file)
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        if self.log_file.exists():  # lines after the checkpoint that the run resumes from are repeated: drop them
+            kept = [line for line in read_log(self.log_file) if line["step"] <= state.global_step]
+            self.log_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}")]
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, redirect_stdout=False)
+        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+        self.bar.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True  # also of a run that is shorter than the distance between two lines
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if self.bar is None or "samples_per_second" not in logs:
+            return
+        with self.log_file.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        losses = [f"{name} {logs[name]:.3f}" for name in LOSSES if name in logs]
+        speed = f"{logs['samples_per_second']:.1f} samples/s  {logs['tokens_per_second']:.0f} tokens/s"
+        text = "  ".join([*losses, speed, f"{logs['data_wait_share']:.0%} waiting for data"])
+        self.bar.update(self.task, description=text)
+        if not self.console.is_terminal:  # a bar needs a terminal; a file gets lines
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}", soft_wrap=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+class SampleGenerationCallback(TrainerCallback):
+    """Answers the recipe's sample questions at each checkpoint, so that a person can watch the model learn.
+
+    Raises:
+        ValueError: an image cannot be read; at once, before training.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[SampleGenerationSection],
+        processor: VoraProcessor,
+        log_file: str | Path,
+        console: Console,
+    ) -> None:
+        self.samples = [(fetch_image(sample.image), sample) for sample in samples]
+        self.processor, self.log_file, self.console = processor, Path(log_file), console
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self.samples or not state.is_world_process_zero:
+            return
+        objective = model.module if hasattr(model, "module") else model
+        answers = [self.answer(objective.vora, image, sample.question) for image, sample in self.samples]
+        objective.train()
+        with self.log_file.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, "answers": answers}) + "\n")
+        for (_, sample), answer in zip(self.samples, answers):
+            question = escape(f"{Path(sample.image).name}: {sample.question}")  # a model may say [/INST]
+            self.console.print(f"  {question} [bold]{escape(answer)}[/bold]")
+
+    @torch.inference_mode()
+    def answer(
+        self, model: VoraForConditionalGeneration, image: Image.Image, question: str, max_new_tokens: int = 24
+    ) -> str:
+        """A greedy answer to a question about an image."""
+        model.eval()
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(model.device)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new = output[0, inputs["input_ids"].shape[1] :]
+        return self.processor.tokenizer.decode(new, skip_special_tokens=True).strip()

@@ -1,0 +1,107 @@
+"""What a run must not ask for, said before any work."""
+
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from transformers import TrainingArguments
+
+from vora.train.recipe_sections import Recipe
+
+if TYPE_CHECKING:
+    from vora.distill.objective import Objective
+
+NO_EVALUATION = "has no samples to evaluate on: `vora eval` measures a checkpoint, sample_generations shows answers"
+NOT_SUPPORTED = {  # fields of TrainingArguments
+    "data_seed": "would change nothing: the order of the data follows training.seed",
+    "label_smoothing_factor": "would change nothing: losses are those of vora.distill.Objective, not the Trainer's",
+    "auto_find_batch_size": (
+        "would change nothing, for sequences are packed before a batch is tried: ask `vora plan`, and set "
+        "training.per_device_train_batch_size"
+    ),
+    "save_only_model": "would leave checkpoints without their place in the data, from which nothing can resume",
+    "use_liger_kernel": (
+        "would change nothing: the Trainer gives Liger's kernels to bare models of families that Liger knows. What "
+        "its fused loss saves is saved already, for logits are made at labels alone and in parts of bounded size "
+        "(model/label_loss.py)"
+    ),
+    "neftune_noise_alpha": (
+        "is not supported: its noise would reach the text tokens alone, and the KL divergence would be taken from an "
+        "LLM with noise"
+    ),
+    "eval_strategy": NO_EVALUATION,
+    "eval_on_start": NO_EVALUATION,
+    "load_best_model_at_end": NO_EVALUATION,
+}
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """What a run that is to begin must not ask for, since nothing would come of it; recipes of runs that were trained
+    before may, and are read.
+
+    Raises:
+        ValueError: names the key and why.
+    """
+    if recipe.stage == "finetune" and recipe.teacher is not None:
+        raise ValueError("stage finetune has no teacher, so its section would change nothing: set teacher=null")
+    if recipe.teacher is not None and recipe.teacher.weight == 0 and recipe.distill_only_steps:
+        raise ValueError(
+            "with teacher.weight 0 nothing is distilled, but distill_only_steps is "
+            f"{recipe.distill_only_steps}: set it to 0"
+        )
+    defaults = {field.name: field.default for field in fields(TrainingArguments)}
+    for key, why in NOT_SUPPORTED.items():
+        if recipe.training.get(key, defaults[key]) != defaults[key]:
+            raise ValueError(f"training.{key} {why}: leave it out")
+
+
+def check_one_gpu_per_process(arguments: TrainingArguments) -> None:
+    """Packed batches cannot be cut for `torch.nn.DataParallel`, which transformers' Trainer would take.
+
+    Raises:
+        ValueError: one process sees several GPUs.
+    """
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {arguments.n_gpu} GPUs: start one for each with `torchrun --nproc_per_node "
+            f"{arguments.n_gpu} -m vora.cli train ...`, or show it one with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def check_fsdp(recipe: Recipe, are_spread: bool, resumes: bool = False) -> None:
+    """FSDP spreads weights over processes, which then have to compute in step.
+
+    Args:
+        are_spread: whether FSDP does so, by the recipe or by an accelerate configuration.
+        resumes: whether the run goes on from a checkpoint.
+
+    Raises:
+        ValueError: the recipe asks for what one process does alone, or for whole weights.
+    """
+    if not are_spread:
+        return
+    needs = {
+        "lora.text_kl_weight runs the LLM once more only where a batch has text": (
+            recipe.lora.text_kl_weight > 0 and recipe.stage == "pretrain"
+        ),
+        "sample_generations are made in one process alone": bool(recipe.sample_generations),
+        "--resume reads whole weights back": resumes,
+    }
+    if wrong := [what for what, is_so in needs.items() if is_so]:
+        raise ValueError(
+            f"{'; '.join(wrong)}: with weights that FSDP spreads that fails, or waits for ever. Train with DDP "
+            "(torchrun alone, without training.fsdp), or leave it out."
+        )
+
+
+def check_sequence_length(recipe: Recipe, objective: "Objective") -> None:
+    """Raise if a packed sequence would exceed the LLM's context.
+
+    Raises:
+        ValueError: names both lengths.
+    """
+    limit = getattr(objective.config.get_text_config(), "max_position_embeddings", None)
+    if limit and recipe.data.sequence_length > limit:
+        raise ValueError(
+            f"data.sequence_length is {recipe.data.sequence_length}, but the LLM's context holds {limit} tokens: "
+            "lower it."
+        )

@@ -1,0 +1,66 @@
+"""Recipes on tiny models, and the data that they read."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from runs import COLOURS, write_lines
+from tiny import save_tiny_vit
+
+from vora.train.recipe import Recipe, load_recipe
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A JSON Lines file of plain coloured images: the answer is only in the image."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (16, 16), colour).save(folder / f"{name}.png")
+    lines = [{"image": f"{c}.png", "questions": ["what colour?", "which?"], "answers": [c, c]} for c in COLOURS]
+    return write_lines(folder / "train.jsonl", lines)
+
+
+@pytest.fixture
+def recipe(llm_folder: str, data_file: str, teacher_folder: str) -> Callable[..., Recipe]:
+    """Of a run of six steps, the first two of which only distill; takes fields of `training`."""
+    return lambda **training: load_recipe(
+        {
+            "model": {"llm": llm_folder},
+            "teacher": {"name": teacher_folder, "distill_only_steps": 2},
+            "lora": {"rank": 8},
+            "data": {"sources": [{"path": data_file}], "sequence_length": 128},
+            "training": {
+                "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 5e-3, "logging_steps": 1,
+                "use_cpu": True, "warmup_steps": 1, **training,
+            },
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def two_sources(tmp_path_factory: pytest.TempPathFactory, llm_folder: str) -> Path:
+    """A recipe's file: two sources, two workers, drawn budgets, steps that only distill, a checkpoint every third."""
+    folder, rng = tmp_path_factory.mktemp("two"), np.random.default_rng(0)
+    for number in range(40):
+        Image.fromarray(rng.integers(0, 255, (16, 24, 3), np.uint8)).save(folder / f"{number}.png")
+    images = [{"image": f"{n}.png", "question": "what?", "answer": f"it is {n}"} for n in range(40)]
+    write_lines(folder / "images.jsonl", images)
+    write_lines(folder / "texts.jsonl", [{"question": f"say {n}", "answer": f"{n}"} for n in range(50)])
+    save_tiny_vit(folder / "vit")
+    values = {
+        "model": {"llm": llm_folder},
+        "teacher": {"name": "vit", "distill_only_steps": 8},
+        "data": {
+            "sources": [{"path": "images.jsonl", "weight": 2}, {"path": "texts.jsonl", "weight": 1}],
+            "sequence_length": 128, "image_tokens": [2, 9],
+        },
+        "training": {
+            "max_steps": 60, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1,
+            "save_steps": 3, "dataloader_num_workers": 2, "use_cpu": True, "learning_rate": 1e-3,
+        },
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return folder / "recipe.yaml"

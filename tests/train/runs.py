@@ -1,0 +1,51 @@
+"""Short runs for the tests: started here or as processes of their own, and what they logged."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from vora.train.recipe import Recipe
+from vora.train.run import train
+from vora.train.run_log import read_log
+from vora.train.trainer import VoraTrainer
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "black": (0, 0, 0)}
+NAMED = ("lm_loss", "distill_loss")
+
+
+def run(recipe: Recipe, folder: Path, **kwargs: object) -> VoraTrainer:
+    return train(recipe, folder, console=Console(quiet=True), **kwargs)
+
+
+def losses(folder: Path, names: tuple[str, ...] = NAMED) -> dict[int, list[float | None]]:
+    """{step: what was logged under these names}; none of them depends on the clock."""
+    return {line["step"]: [line.get(name) for name in names] for line in read_log(folder / "log.jsonl")}
+
+
+def start(recipe: Path, folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    """`vora train` in a process of its own, perhaps under a launcher such as torchrun."""
+    command = [sys.executable, *(launcher or ("-m",)), "vora.cli", "train", str(recipe), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [*command, "--out", str(folder)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    """Wait for a process, which has to end well."""
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.decode()[-3000:]
+
+
+def write_lines(path: Path, lines: list[dict]) -> str:
+    """A JSON Lines file."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
