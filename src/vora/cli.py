@@ -15,7 +15,7 @@ from vora import __version__
 from vora.cpu_threads import configure_cpu_threads
 
 if TYPE_CHECKING:
-    from vora.distill.learner import VisionLearner
+    from vora.distill.objective import Objective
     from vora.model.processing_vora import VoraProcessor
 
 app = typer.Typer(
@@ -389,7 +389,7 @@ def inspect(
 
 def _opened(
     name: str, teacher: str | None, min_image_tokens: int | None, max_image_tokens: int | None
-) -> "tuple[VisionLearner, VoraProcessor]":
+) -> "tuple[Objective, VoraProcessor]":
     """The learner around a model, or of a run, and its processor."""
     import torch
 
