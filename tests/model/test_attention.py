@@ -10,10 +10,10 @@ from transformers import DynamicCache, LlamaConfig, StaticCache, masking_utils
 from transformers.masking_utils import create_masks_for_generate
 
 from vora import VoraForConditionalGeneration, VoraProcessor
+from vora.checkpoint import load_model
 from vora.model import segmented_sdpa as segments
 from vora.model.attention import attention_masks
 from vora.model.segmented_sdpa import SEGMENTED_SDPA, cut, segmented_sdpa, use_segmented_sdpa_on_cpu
-from vora.serve.engine import load_model
 
 LENGTH = 40
 KINDS = {  # of masks: full, sliding, both by layer type, chunked

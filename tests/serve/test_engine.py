@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from vora.checkpoint import load_model
 from vora.model.fetch_image import fetch_image, is_animated
 from vora.serve import terminal
 from vora.serve.chat import Chat
-from vora.serve.engine import Engine, load_model
+from vora.serve.engine import Engine
 from vora.serve.terminal import open_image
 
 
