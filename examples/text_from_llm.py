@@ -1,28 +1,31 @@
-"""Text sampled from an LLM itself, to keep its language while it learns to see (`lora.text_kl_weight`).
+"""Text sampled from an LLM itself, for `lora.text_kl_weight`.
 
     python examples/text_from_llm.py smollm2-135m --num 500 --out text.jsonl
     python examples/text_from_llm.py smollm2-135m --num 500 --kind document --out documents.jsonl
 
-A conversation: the LLM is given the beginning of a user's turn and goes on, first the question, then the answer
-(Magpie, arXiv 2406.08464); turns are written and end as in training (`VoraProcessor`). A document: it is given what
-separates documents, and goes on. A file that is there is gone on with. Needs no data and no network but the LLM.
+A conversation: the LLM is given the beginning of a user's turn and writes the question, then the answer (Magpie,
+arXiv 2406.08464); turns are written and end as in training (`VoraProcessor`). A document: it is given what separates
+documents. A file that exists is continued. Needs no data.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from vora import VoraProcessor
 from vora.build.base_llm import load_llm
-from vora.model.processing_vora import VoraProcessor
 
 MARK = "\u2042"  # stands where a turn's text goes
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<s>", "<bos>")  # of documents, in pre-training
-PATIENCE = 20  # rounds that bring nothing, until it gives up
+MAX_EMPTY_ROUNDS = 20  # in a row, before it gives up
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("llm", help="alias, folder or hub id of an LLM")
     parser.add_argument("--kind", choices=["conversation", "document"], default="conversation")
@@ -37,30 +40,34 @@ def main():
     llm = llm.to("cuda" if torch.cuda.is_available() else "cpu")
     processor = VoraProcessor.from_llm(options.llm)
     processor.end_turns_of(llm)
-    seen = {line for line in options.out.read_text().splitlines()} if options.out.exists() else set()
-    sampled = conversations if options.kind == "conversation" else documents
-    in_vain = 0
+    seen = set(options.out.read_text().splitlines()) if options.out.exists() else set()
+    sample = conversations if options.kind == "conversation" else documents
+    empty_rounds = 0
     while len(seen) < options.num:
-        torch.manual_seed(options.seed + len(seen) + in_vain)
+        torch.manual_seed(options.seed + len(seen) + empty_rounds)
         before = len(seen)
         with options.out.open("a") as file:
-            for line in map(json.dumps, sampled(llm, processor, options)):
+            for line in map(json.dumps, sample(llm, processor, options)):
                 if line not in seen and len(seen) < options.num:
                     seen.add(line)
                     file.write(line + "\n")
         print(f"{len(seen)} of {options.num} {options.kind}s", flush=True)
-        in_vain = in_vain + 1 if len(seen) == before else 0
-        if in_vain == PATIENCE:
+        empty_rounds = empty_rounds + 1 if len(seen) == before else 0
+        if empty_rounds == MAX_EMPTY_ROUNDS:
             cure = "" if options.kind == "document" else ": raise --question-tokens, or take --kind document"
-            told = f"{PATIENCE} rounds of {options.batch} brought no new {options.kind}{cure}"
-            raise SystemExit(f"{told}. {options.out} has {before}.")
+            raise SystemExit(
+                f"{empty_rounds} rounds of {options.batch} brought no new {options.kind}{cure}. "
+                f"{options.out} has {before}."
+            )
 
 
-def conversations(llm, processor, options):
+def conversations(
+    llm: PreTrainedModel, processor: VoraProcessor, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     """Yields rows with one question and its answer."""
     begun = processor.apply_chat_template([{"role": "user", "content": MARK}]).partition(MARK)[0]
-    asked = continued(llm, processor, [begun] * options.batch, options.question_tokens)
-    questions = dict.fromkeys(text for text, ended in asked if ended and len(text.split()) >= 3)
+    found = continued(llm, processor, [begun] * options.batch, options.question_tokens)
+    questions = dict.fromkeys(text for text, ended in found if ended and len(text.split()) >= 3)
     turns = [[{"role": "user", "content": question}] for question in questions]
     if not turns:
         return
@@ -71,7 +78,7 @@ def conversations(llm, processor, options):
             yield {"messages": [*turn, {"role": "assistant", "content": answer}]}
 
 
-def documents(llm, processor, options):
+def documents(llm: PreTrainedModel, processor: VoraProcessor, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yields rows of plain text, as the LLM's pre-training had it."""
     tokenizer = processor.tokenizer
     known = tokenizer.get_vocab()
@@ -82,7 +89,9 @@ def documents(llm, processor, options):
 
 
 @torch.inference_mode()
-def continued(llm, processor, prompts, max_new_tokens):
+def continued(
+    llm: PreTrainedModel, processor: VoraProcessor, prompts: list[str], max_new_tokens: int
+) -> list[tuple[str, bool]]:
     """How each prompt goes on, sampled, to the end of the turn: list of (text, whether it ended by itself)."""
     tokenizer, ends = processor.tokenizer, llm.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
@@ -101,7 +110,7 @@ def continued(llm, processor, prompts, max_new_tokens):
     ]
 
 
-def whole_sentences(text):
+def whole_sentences(text: str) -> str:
     """A text up to its last full stop; empty if it has none."""
     return text[: max(text.rfind(mark) for mark in ".!?") + 1]
 

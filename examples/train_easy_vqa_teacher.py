@@ -6,8 +6,8 @@ The teacher is a plain `transformers.ViTModel` (5 blocks, width 96, 16 patches o
   (not from CLS): a student that imitates any token then has the answer, and shape is a large part of the features;
 * redraw, from every final patch token, a 4x4 thumbnail of that token's own patch. This light auxiliary
   keeps the tokens of different patches and different images distinct, which distillation needs;
-* outline, from every patch token after block 2, the part of its patch that the figure covers: later blocks
-  then have colour-free outlines to compare.
+* draw, from every patch token after block 2, the part of its patch that the figure covers: later blocks then have
+  shapes without colour to compare.
 
 Labels come from the training questions and answers only; the test images are used for reporting.
 
@@ -36,7 +36,7 @@ FACTORS = {
 }
 UNKNOWN = -100  # the label that cross_entropy ignores
 PATCH, BATCH = 16, 50  # patch side in pixels; images per step
-THUMB, COVER, COVER_BLOCK = 4, 8, 2  # thumbnail and outline sides in cells; block whose tokens are outlined
+THUMB, COVER, COVER_BLOCK = 4, 8, 2  # sides of thumbnail and coverage map in cells; block whose tokens are used
 DEFAULT_OUT = Path(__file__).resolve().parents[1] / "src" / "vora" / "quickstart" / "teacher"
 
 CARD = """\
@@ -51,17 +51,17 @@ A tiny plain ViT (`transformers.ViTModel`, {params:,} parameters in fp16, no poo
 
 * **Training**: from scratch on the easy-VQA *training* images only, to name colour and shape from the final
   patch tokens, each by itself and in the mean. Two light auxiliaries: every final patch token redraws a 4x4 thumbnail
-  of its patch, and every patch token after block 2 outlines the figure in its patch. Labels come from the training
-  questions ({colour_n} of {n} images have a known colour, {shape_n} a known shape; the rest are left out).
+  of its patch, and every patch token after block 2 draws which part of its patch the figure covers. Labels come from
+  the training questions ({colour_n} of {n} images have a known colour, {shape_n} a known shape; others are left out).
 * **Test accuracy** (stored fp16 weights, read back as fp32): colour {colour:.2%} of {colour_t} labelled test
   images, shape {shape:.2%} of {shape_t}. `heads.safetensors` keeps the two linear heads to check this.
-  The recipe was settled over a few trial runs whose test figures were in view.
+  The recipe was chosen over a few trial runs whose test figures were in view.
 * **Made by**: `{command}` ({minutes:.1f} minutes on 1 CPU thread).
 * **Licences**: data easy-VQA by Victor Zhou (wheel `easy-vqa==1.0`), MIT; these weights, Apache-2.0.
 """
 
 
-def derive_labels(questions: list) -> dict[int, dict[str, int]]:
+def derive_labels(questions: list[list]) -> dict[int, dict[str, int]]:
     """Work out each image's colour and shape from what its questions presuppose and its answers say.
 
     Every row narrows a set of candidates: the answer to a "what ..." question and the values it names are true, and
@@ -124,7 +124,9 @@ def build_model() -> tuple[ViTModel, nn.ModuleDict]:
 
 
 @torch.no_grad()
-def accuracy(model: ViTModel, heads, images: torch.Tensor, labels: dict[str, torch.Tensor]) -> dict[str, float]:
+def accuracy(
+    model: ViTModel, heads: nn.ModuleDict, images: torch.Tensor, labels: dict[str, torch.Tensor]
+) -> dict[str, float]:
     """Share of the labelled images whose colour / shape is named correctly."""
     model.eval()
     pooled = torch.cat([model(pixel_values=x).last_hidden_state[:, 1:].mean(1) for x in images.split(250)])
@@ -178,8 +180,8 @@ def main() -> None:
             tokens = seen.last_hidden_state[:, 1:]
             middle = F.layer_norm(seen.hidden_states[COVER_BLOCK][:, 1:], (tokens.shape[-1],))
             figure = ((x - x[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.2).float()  # the background is flat
-            meta_model = F.binary_cross_entropy_with_logits(heads["coverage"](middle), run_means(figure, COVER))
-            loss = 0.3 * F.mse_loss(heads["thumbnail"](tokens), run_means(x, THUMB)) + 3 * meta_model
+            coverage = F.binary_cross_entropy_with_logits(heads["coverage"](middle), run_means(figure, COVER))
+            loss = 0.3 * F.mse_loss(heads["thumbnail"](tokens), run_means(x, THUMB)) + 3 * coverage
             for name, y in y_train.items():
                 of_tokens = y[batch].repeat_interleave(tokens.shape[1])
                 loss = loss + F.cross_entropy(heads[name](tokens.mean(1)), y[batch])

@@ -1,46 +1,81 @@
-"""Vision as LoRA: sight for language models without a vision encoder."""
+"""Vision as LoRA: sight for language models without a vision encoder.
 
-from vora.cpu_threads import configure_cpu_threads
+The public names are loaded when they are first used: `import vora` itself imports neither torch nor transformers.
+"""
 
-configure_cpu_threads()
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from vora.registration import register_when_needed
 
-from vora.baselines.llava import VoraLlavaConfig, VoraLlavaForConditionalGeneration, VoraLlavaModel
-from vora.build.from_llm import from_llm, processor_from_llm, to_llm
-from vora.build.lora import attach_vision_lora, merge_vision_lora
-from vora.distill.teacher import Teacher
-from vora.model.configuration_vora import VoraConfig
-from vora.model.image_processing_vora import VoraImageProcessor
-from vora.model.modeling_vora import VoraForConditionalGeneration, VoraModel
-from vora.model.processing_vora import VoraProcessor
+if TYPE_CHECKING:
+    from vora.build.from_llm import from_llm
+    from vora.build.lora import attach_vision_lora, merge_vision_lora
+    from vora.checkpoint.load import load_model
+    from vora.checkpoint.reference import import_reference
+    from vora.distill.blockwise import BlockwiseDistillation
+    from vora.distill.objective import Objective
+    from vora.distill.teacher import Teacher
+    from vora.eval.run import evaluate
+    from vora.model.configuration_vora import VoraConfig
+    from vora.model.image_processing_vora import VoraImageProcessor
+    from vora.model.modeling_vora import VoraForConditionalGeneration, VoraModel
+    from vora.model.processing_vora import VoraProcessor
+    from vora.train.recipe import load_recipe
+    from vora.train.run import train
 
 __version__ = "0.1.0"
 __all__ = [
+    "BlockwiseDistillation",
+    "Objective",
     "Teacher",
     "VoraConfig",
     "VoraForConditionalGeneration",
     "VoraImageProcessor",
     "VoraModel",
     "VoraProcessor",
+    "__version__",
     "attach_vision_lora",
+    "evaluate",
     "from_llm",
+    "import_reference",
+    "load_model",
+    "load_recipe",
     "merge_vision_lora",
+    "train",
 ]
 
-AutoConfig.register("vora", VoraConfig, exist_ok=True)
-AutoModel.register(VoraConfig, VoraModel, exist_ok=True)
-AutoModelForImageTextToText.register(VoraConfig, VoraForConditionalGeneration, exist_ok=True)
-AutoImageProcessor.register(VoraConfig, image_processor_classes={"pil": VoraImageProcessor}, exist_ok=True)
-AutoProcessor.register(VoraConfig, VoraProcessor, exist_ok=True)
+_MODULES = {
+    "BlockwiseDistillation": "vora.distill.blockwise",
+    "Objective": "vora.distill.objective",
+    "Teacher": "vora.distill.teacher",
+    "VoraConfig": "vora.model.configuration_vora",
+    "VoraForConditionalGeneration": "vora.model.modeling_vora",
+    "VoraImageProcessor": "vora.model.image_processing_vora",
+    "VoraModel": "vora.model.modeling_vora",
+    "VoraProcessor": "vora.model.processing_vora",
+    "attach_vision_lora": "vora.build.lora",
+    "evaluate": "vora.eval.run",
+    "from_llm": "vora.build.from_llm",
+    "import_reference": "vora.checkpoint.reference",
+    "load_model": "vora.checkpoint.load",
+    "load_recipe": "vora.train.recipe",
+    "merge_vision_lora": "vora.build.lora",
+}
 
-AutoConfig.register("vora_llava", VoraLlavaConfig, exist_ok=True)
-AutoModel.register(VoraLlavaConfig, VoraLlavaModel, exist_ok=True)
-AutoModelForImageTextToText.register(VoraLlavaConfig, VoraLlavaForConditionalGeneration, exist_ok=True)
-AutoImageProcessor.register(VoraLlavaConfig, image_processor_classes={"pil": VoraImageProcessor}, exist_ok=True)
-AutoProcessor.register(VoraLlavaConfig, VoraProcessor, exist_ok=True)
 
-# construction is not part of what ships; these names of before are set here
-VoraForConditionalGeneration.from_llm = staticmethod(from_llm)
-VoraForConditionalGeneration.to_llm = to_llm
-VoraProcessor.from_llm = staticmethod(processor_from_llm)
+def __getattr__(name: str) -> Any:
+    if name == "train":  # the function and the package of this name are one: see there
+        return import_module("vora.train")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'vora' has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_when_needed()

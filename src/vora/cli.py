@@ -1,56 +1,91 @@
 """The command line: one verb, one function. Heavy imports wait until a verb needs them."""
 
+import logging
 import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from vora import __version__
+from vora.cpu_threads import configure_cpu_threads
+
+if TYPE_CHECKING:
+    pass
+
 app = typer.Typer(
     name="vora",
-    help="Sight for language models without a vision encoder (Vision as LoRA).",
+    help="Vision as LoRA: language models learn to see without a vision encoder.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 console = Console(stderr=True)
+log = logging.getLogger("vora")
 
+RecipeArgument = Annotated[Path, typer.Argument(help="YAML file; see recipes/.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as training.max_steps=100.")]
 ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="Folder or hub id of a VoRA model.")]
+MinImageTokens = Annotated[int | None, typer.Option(help="Fewest tokens of an image; the model's own by default.")]
+MaxImageTokens = Annotated[int | None, typer.Option(help="Most tokens of an image; the model's own by default.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"vora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also messages of libraries, and tracebacks.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+) -> None:
+    """Set how much is printed."""
+    level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s")
+    if verbose:
+        os.environ["TRANSFORMERS_VERBOSITY"] = "info"
+        warnings.simplefilter("default")
+    console.quiet = quiet
 
 
 @app.command()
 def quickstart(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where result.json, report.html and model go.")] = Path(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="For result.json, report.html and the model.")] = Path(
         "vora-quickstart"
     ),
-    llm: Annotated[str, typer.Option(help="LLM that learns to see: alias, folder or hub id.")] = "smollm2-135m",
-    minutes: Annotated[float, typer.Option(help="For the whole job; training is planned to fit.")] = 13.0,
+    llm: Annotated[str, typer.Option(help="LLM to train: alias, folder or hub id.")] = "smollm2-135m",
+    minutes: Annotated[float, typer.Option(help="For everything; training is planned to fit.")] = 13.0,
     seed: Annotated[int, typer.Option(help="Seed of data order and fresh weights.")] = 0,
-):
-    """Give a small LLM eyes in a quarter of an hour on two CPU cores: train, merge, measure, report."""
+) -> None:
+    """Teach a small LLM to see in a quarter of an hour on two CPU cores: train, merge, measure, report."""
     from vora.quickstart.run import run_quickstart
 
-    run_quickstart(out, llm=llm, minutes=minutes, seed=seed, console=console)
+    run_quickstart(out, llm=llm, minutes=minutes, seed=seed, overrides=overrides or (), console=console)
 
 
 @app.command()
 def data(
-    recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value, such as data.sequence_length=2048.")
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Gets summary.json, samples.html, bad_samples.jsonl.")
+        Path, typer.Option("--out", "-o", help="For summary.json, samples.html, bad_samples.jsonl.")
     ] = Path("vora-data"),
     show: Annotated[int, typer.Option(help="Samples on the page.")] = 20,
-    max_samples: Annotated[int | None, typer.Option(help="Read the first so many rows of each source only.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes that read; 0 reads in this one.")] = 2,
-):
-    """Read a recipe's data before any training: what is in it, what is bad, how it packs, and how it looks."""
+    max_samples: Annotated[int | None, typer.Option(help="Only the first rows of each source.")] = None,
+    workers: Annotated[int, typer.Option(help="Worker processes; 0 reads in this one.")] = 2,
+) -> None:
+    """Read a recipe's data before training: what is in it, what is bad, how it packs, and how it looks."""
     from vora.train.preview import preview
     from vora.train.recipe import load_recipe
 
@@ -61,11 +96,11 @@ def data(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as training.max_steps=100.")] = None,
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; runs/RECIPE by default.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
-):
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
+) -> None:
     """Train by a recipe: stage pretrain (vision LoRA) or finetune (everything)."""
     from vora.train.recipe import load_recipe
     from vora.train.run import train as run
@@ -84,7 +119,7 @@ def ablate(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="For runs, table and curves; runs/SPEC by default.")
     ] = None,
-):
+) -> None:
     """Train a grid of variants and seeds and draw table and curves; the same command goes on after a stop."""
     from vora.ablate.run import ablate as run
     from vora.ablate.run import num_failed
@@ -100,18 +135,18 @@ def ablate(
 
 @app.command()
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as lora.rank=512.")] = None,
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
     gpu: Annotated[str | None, typer.Option(help="Such as h200 or l4; by default this machine.")] = None,
     num_gpus: Annotated[int, typer.Option(min=1, help="How many, in machines of 8.")] = 1,
     utilization: Annotated[float, typer.Option(min=0.01, max=1, help="Assumed share of the peak FLOP/s.")] = 0.4,
     num_text_tokens: Annotated[
         int, typer.Option(min=2, help="Text tokens of a sample, if the data is not here.")
     ] = 150,
-    num_labels: Annotated[int, typer.Option(min=1, help="Of these, those that are learned.")] = 100,
+    num_labels: Annotated[int, typer.Option(min=1, help="Those of them with a label.")] = 100,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-):
-    """What a run will need, before it starts: parameters, FLOPs, memory, disk, hours, and what bounds it."""
+) -> None:
+    """What a run will need: parameters, FLOPs, memory, disk, hours, and what bounds it."""
     import json
 
     from vora.train.plan.device import GPUS, device_at_hand
@@ -162,20 +197,23 @@ def evaluate(
     subset: Annotated[str | None, typer.Option(help="Of a dataset on the Hub.")] = None,
     image_folder: Annotated[Path | None, typer.Option(help="Where paths of images start.")] = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch images that rows name by URL.")] = False,
-    max_examples: Annotated[int | None, typer.Option(min=1, help="Ask the first so many only.")] = None,
-    min_image_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of an image; the model's own.")] = None,
-    max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image; the model's own.")] = None,
+    max_examples: Annotated[int | None, typer.Option(min=1, help="Only the first examples.")] = None,
+    min_image_tokens: MinImageTokens = None,
+    max_image_tokens: MaxImageTokens = None,
     seed: Annotated[int, typer.Option(help="Of intervals and of what a probe shows.")] = 0,
-    of: Annotated[str | None, typer.Option(help="The task that a probe is of; told by the data's columns.")] = None,
-    generate: Annotated[bool, typer.Option("--generate", help="A probe also lets the model speak; slow.")] = False,
+    of: Annotated[str | None, typer.Option(help="The probed task; by default the one that the columns fit.")] = None,
+    generate: Annotated[bool, typer.Option("--generate", help="A probe also generates answers; slow.")] = False,
     against: Annotated[
         str | None,
-        typer.Option(help="What a probe shows besides the right image: other,blank,shuffled,none; other is fastest."),
+        typer.Option(
+            help="What a probe shows besides the right image, of other,blank,shuffled,none; other is fastest."
+        ),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="The LLM that --task text holds the model against; what its card names.")
+        str | None,
+        typer.Option(help="The LLM that --task text compares with; by default the one the model was made from."),
     ] = None,
-):
+) -> None:
     """Measure a model on a task, with 95 % intervals; the same command goes on after a stop."""
     from vora.checkpoint.pretrained import committed_model
     from vora.eval.run import evaluate as run
@@ -213,39 +251,16 @@ def evaluate(
 
 @app.command()
 def merge(
-    run: Annotated[Path, typer.Argument(help="Run directory of `vora train`, or an unmerged model.")],
+    path: Annotated[str, typer.Argument(metavar="RUN", help="Run directory of `vora train`, or an unmerged model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
-    llm_out: Annotated[Path | None, typer.Option(help="Also write the language part alone, as its stock LLM.")] = None,
-    adapter_out: Annotated[
-        Path | None, typer.Option(help="Also write what a run added to its LLM, without it.")
-    ] = None,
-    llm: Annotated[str | None, typer.Option(help="The LLM of eyes that come without one and do not name it.")] = None,
-):
+    llm_out: Annotated[Path | None, typer.Option(help="Also write the LLM alone, in its own format.")] = None,
+    adapter_out: Annotated[Path | None, typer.Option(help="Also write the vision adapter alone.")] = None,
+    llm: Annotated[str | None, typer.Option(help="Base LLM of an adapter that does not name it.")] = None,
+) -> None:
     """Fold vision LoRA into the LLM's weights and save an ordinary model."""
-    from vora.train.trained import check_has_adapter, merge_run, write_adapter, write_run_card
+    from vora.checkpoint.save import merge as run
 
-    if adapter_out is not None:
-        check_has_adapter(run)
-    places = {
-        name: path for name, path in (("--out", out), ("--llm-out", llm_out), ("--adapter-out", adapter_out)) if path
-    }
-    for name, path in places.items():
-        if path.exists() and any(path.iterdir()):
-            raise ValueError(f"{path} is not empty: choose another {name}, so that nothing is overwritten.")
-    if len({path.resolve() for path in places.values()}) < len(places):
-        raise ValueError(f"{', '.join(places)} name one folder twice: each needs its own.")
-    model, processor = merge_run(run, llm)
-    model.save_pretrained(out)
-    if processor is not None:
-        processor.save_pretrained(out)
-    write_run_card(out, run)
-    if llm_out is not None:
-        model.to_llm().save_pretrained(llm_out)
-        if hasattr(processor, "tokenizer"):
-            processor.text_tokenizer().save_pretrained(llm_out)
-        write_run_card(llm_out, run)
-    if adapter_out is not None:
-        write_adapter(adapter_out, run)
+    run(path, out, llm_out=llm_out, adapter_out=adapter_out, llm=llm)
     console.print(f"Saved {out}. Ask it: vora chat IMAGE -m {out}")
 
 
@@ -255,23 +270,13 @@ def import_reference(
     llm: Annotated[str, typer.Option(help="The LLM it was made from: folder (config.json is enough) or hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model.")],
     merge: Annotated[bool, typer.Option("--merge", help="Fold a stage-1 checkpoint's LoRA into the weights.")] = False,
-):
-    """Bring a checkpoint of the paper's released code here, stage 1 or merged; it gives the same numbers."""
+) -> None:
+    """Convert a checkpoint of the paper's released code, stage 1 or merged; its outputs stay the same."""
     from rich.table import Table
 
-    from vora.checkpoint.card import CardFacts, write_card
     from vora.checkpoint.reference import import_reference as run
 
     reference = run(checkpoint, llm, out, merge)
-    facts = CardFacts(
-        made="imported",
-        stage="pretrain" if reference.rank or merge else "not stated",
-        base_llm=llm,
-        teacher=reference.teacher or None,
-        source=checkpoint,
-        merge_command="vora merge THIS_FOLDER -o my-vora",
-    )
-    write_card(out, facts)
     table = Table(title="Where its tensors went")
     for name in ("part", "tensors", "parameters"):
         table.add_column(name, justify="left" if name == "part" else "right")
@@ -291,40 +296,24 @@ def chat(
     question: Annotated[str | None, typer.Option("--question", "-q", help="Ask once instead of chatting.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 answers greedily.")] = 0.0,
-    min_image_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of an image; the model's own.")] = None,
-    max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image; the model's own.")] = None,
-):
+    min_image_tokens: MinImageTokens = None,
+    max_image_tokens: MaxImageTokens = None,
+) -> None:
     """Ask a model about images; without -q, interactively (a line `+ IMAGE` adds an image, empty ends)."""
+    from vora.checkpoint.load import load_model
     from vora.checkpoint.pretrained import committed_model
-    from vora.serve.engine import Chat, load_model
+    from vora.serve.chat import Chat
+    from vora.serve.engine import Engine
+    from vora.serve.terminal import converse, open_image, print_answer
 
-    pending = [_image_or_animation(image) for image in images or []]
-    loaded = load_model(model or committed_model(), min_image_tokens, max_image_tokens)
-    conversation = Chat(*loaded, max_new_tokens, temperature)
-    if question is not None:
-        _print_answer(conversation, question, pending)
-        return
-    console.print(f"{len(pending)} images given. Ask away; `+ IMAGE` adds an image, an empty line ends.")
-    while text := _read_line():
-        try:
-            if text.startswith("+"):
-                pending.append(_image_or_animation(text[1:].strip()))
-                continue
-            _print_answer(conversation, text, pending)
-        except ValueError as error:
-            console.print(f"[red]{escape(str(error))}[/red]")
-            if text.startswith("+") or not pending:
-                continue
-            console.print(f"{len(pending)} images were left out with that question: add them again with `+ IMAGE`.")
-        pending = []
-
-
-def _image_or_animation(source):
-    """What a path or URL holds: an animation with all its frames if it is a file, of a URL the first one."""
-    from vora.model.fetch_image import fetch_image, is_animated
-    from vora.model.image_processing_vora import Video
-
-    return Video(source) if is_animated(source) else fetch_image(source, allow_urls=True)
+    opened = [open_image(image) for image in images or []]
+    budget = {"min_image_tokens": min_image_tokens, "max_image_tokens": max_image_tokens}
+    engine = Engine(*load_model(model or committed_model(), **budget))
+    conversation = Chat(engine, max_new_tokens, temperature)
+    if question is None:
+        converse(conversation, opened, console)
+    else:
+        print_answer(conversation, question, opened)
 
 
 @app.command()
@@ -338,14 +327,18 @@ def inspect(
     teacher: Annotated[
         str | None, typer.Option(help="ViT to compare with: folder or hub id; by default the run's own.")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Page; a JSON goes beside it.")] = Path("inspect.html"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML page; its figures go beside it as JSON.")] = Path(
+        "inspect.html"
+    ),
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
-    min_image_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of an image; the model's own.")] = None,
-    max_image_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image; the model's own.")] = None,
-):
-    """Images of how a model sees one: its blocks beside the teacher's, and where each word of the answer looked."""
+    min_image_tokens: MinImageTokens = None,
+    max_image_tokens: MaxImageTokens = None,
+) -> None:
+    """Draw how a model sees an image: its blocks beside the teacher's, and where each word of the answer looks."""
+    from vora.checkpoint.layout import read_info
+    from vora.checkpoint.load import load_model
     from vora.checkpoint.pretrained import committed_model
-    from vora.checkpoint.run_directory import trained_folder
+    from vora.distill.objective import Objective
     from vora.eval.inspect.inspection import inspect_image
     from vora.eval.inspect.page import write_inspection
     from vora.eval.inspect.teacher import take_teacher
@@ -357,78 +350,43 @@ def inspect(
     if figures.exists() and not out.exists():
         raise ValueError(f"{figures} is there and no page's: choose another --out, so that it is not overwritten.")
     shown, name = fetch_image(image, allow_urls=True), model or committed_model()
-    learner, processor = _opened(name, teacher, min_image_tokens, max_image_tokens)
-    pairs, remark = take_teacher(learner, str(trained_folder(name)), teacher)
-    found = inspect_image(learner, processor, shown, question, answer, pairs, max_new_tokens)
+    dtype = "float32" if read_info(name).run else None  # a run's trained parts are in float32
+    budget = {"min_image_tokens": min_image_tokens, "max_image_tokens": max_image_tokens}
+    vora, processor = load_model(name, dtype=dtype, **budget)
+    objective = Objective(vora, processor.image_processor)
+    pairs, remark = take_teacher(objective, name, teacher)
+    found = inspect_image(objective, processor, shown, question, answer, pairs, max_new_tokens)
     write_inspection(out, found, processor.image_processor, image, name, [remark] if remark else [])
     if remark:
         console.print(remark, highlight=False, markup=False)
     console.print(f"{found.answer}\nPage: {out}", highlight=False, markup=False)
 
 
-def _opened(name, teacher, min_image_tokens, max_image_tokens):
-    """The learner around a model, or of a run, and its processor."""
-    import torch
-
-    from vora.checkpoint.run_directory import is_run
-    from vora.distill.objective import Objective
-    from vora.serve.engine import load_model
-    from vora.train.trained import open_run
-
-    if is_run(name):
-        learner, processor = open_run(name, teacher)
-        processor.image_processor.set_budget(min_image_tokens, max_image_tokens)
-        return learner.to("cuda" if torch.cuda.is_available() else "cpu"), processor
-    model, processor = load_model(name, min_image_tokens, max_image_tokens)
-    return Objective(model, processor.image_processor), processor
-
-
-def _print_answer(conversation, question, images):
-    for piece in conversation.ask(question, images):
-        print(piece, end="", flush=True)
-    print(flush=True)
-
-
-def _read_line():
-    try:
-        return input("> ").strip() if sys.stdin.isatty() else sys.stdin.readline().strip()
-    except EOFError:
-        return ""
-
-
-def _quiet():
-    """transformers has been imported by now, and has read its variables: what it says of deprecations, of heads that a
-    teacher does not need, and of weights as they load is not for those who use a command."""
-    import transformers
-
-    level = os.environ["TRANSFORMERS_VERBOSITY"].upper()
-    transformers.logging.set_verbosity(getattr(transformers.logging, level, transformers.logging.ERROR))
-    transformers.logging.disable_progress_bar()
-
-
-def main():
-    """Run the command line; whatever goes wrong is one line with cause and cure (VORA_TRACEBACK=1 shows the rest)."""
+def main() -> None:
+    """Run the command line; whatever goes wrong is one line with cause and cure."""
+    configure_cpu_threads()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _quiet()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries, about names that users never wrote
     try:
         app()
     except InterruptedError as stop:
-        console.print(str(stop), highlight=False, markup=False)
-        sys.exit(130)
+        _print_error(escape(str(stop)), 130)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if os.environ.get("VORA_TRACEBACK"):
-            raise
+        log.info("Traceback of the error:", exc_info=True)
         known = isinstance(error, (ValueError, OSError, ArithmeticError))
-        name = "" if known else f"{type(error).__name__}: "
-        tail = "" if known else " (VORA_TRACEBACK=1 shows where)"
-        told = escape(f"{name}{' '.join(str(error).split())}{tail}")
-        console.print(f"[bold red]error:[/bold red] {told}", highlight=False)
-        sys.exit(1)
+        message = " ".join(str(error).split())
+        shown = message if known else f"{type(error).__name__}: {message} (vora --verbose shows where)"
+        _print_error(f"[bold red]error:[/bold red] {escape(shown)}", 1)
+
+
+def _print_error(message: str, status: int) -> NoReturn:
+    console.quiet = False
+    console.print(message, highlight=False)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from tiny import command_line
 
+from vora.checkpoint import load_model
 from vora.eval.rows import Rows, SkippedRows
 from vora.eval.run import evaluate, evaluation_of, make_task
 from vora.eval.scoring.generate import prompt_of, without_thinking
 from vora.eval.tasks.classify import Classify
-from vora.serve.engine import load_model
 
 METRICS = {
     "captions": ["cider_d", "bleu_4"],

@@ -1,9 +1,10 @@
 """The example that samples text from an LLM: turns end as its chat template ends them, nor does it try for ever."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -29,8 +30,11 @@ def folder_of_llm(folder, template):
 
 
 def sampled(folder, out, *options):
-    command = [sys.executable, SCRIPT, folder, "--out", out, "--num", "3", "--batch", "32", *options]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    """The rows that the script wrote."""
+    words = [SCRIPT, folder, "--out", out, "--num", "3", "--batch", "32", *options]
+    with mock.patch.object(sys, "argv", [str(word) for word in words]):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return [json.loads(line) for line in out.read_text().splitlines()]
 
 
 def test_turns_end_with_the_templates_own_token(tmp_path):
@@ -39,9 +43,7 @@ def test_turns_end_with_the_templates_own_token(tmp_path):
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     folder = folder_of_llm(tmp_path / "llm", template)
-    result = sampled(folder, tmp_path / "text.jsonl", "--answer-tokens", "300")
-    assert result.returncode == 0, result.stderr
-    rows = [json.loads(line) for line in (tmp_path / "text.jsonl").read_text().splitlines()]
+    rows = sampled(folder, tmp_path / "text.jsonl", "--answer-tokens", "300")
     assert len(rows) == 3 and all([turn["role"] for turn in row["messages"]] == ["user", "assistant"] for row in rows)
     assert not any("end_of_turn" in turn["content"] for row in rows for turn in row["messages"])
 
@@ -49,11 +51,10 @@ def test_turns_end_with_the_templates_own_token(tmp_path):
 @pytest.mark.parametrize("kind", ["conversation", "document"])
 def test_an_llm_without_a_chat_template_is_sampled_as_it_is_trained(tmp_path, kind):
     folder = folder_of_llm(tmp_path / "llm", None)
-    result = sampled(folder, tmp_path / "text.jsonl", "--kind", kind, "--question-tokens", "300")
-    assert result.returncode == 0, result.stderr
-    assert len((tmp_path / "text.jsonl").read_text().splitlines()) == 3
+    rows = sampled(folder, tmp_path / "text.jsonl", "--kind", kind, "--question-tokens", "300")
+    assert len(rows) == 3 and all(row.keys() == {"messages" if kind == "conversation" else "text"} for row in rows)
 
 
 def test_it_gives_up_where_nothing_comes(tmp_path):
-    result = sampled(folder_of_llm(tmp_path / "llm", None), tmp_path / "text.jsonl", "--question-tokens", "1")
-    assert result.returncode == 1 and "20 rounds of 32 brought no new conversation" in result.stderr
+    with pytest.raises(SystemExit, match="20 rounds of 32 brought no new conversation"):
+        sampled(folder_of_llm(tmp_path / "llm", None), tmp_path / "text.jsonl", "--question-tokens", "1")

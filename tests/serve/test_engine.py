@@ -1,15 +1,19 @@
 """A conversation: who stops listening stops the model, and images are what they are."""
 
+import io
 import threading
 import time
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
-from vora import cli
-from vora.cli import _image_or_animation
+from vora.checkpoint import load_model
 from vora.model.fetch_image import fetch_image, is_animated
-from vora.serve.engine import Chat, load_model
+from vora.serve import terminal
+from vora.serve.chat import Chat
+from vora.serve.engine import Engine
+from vora.serve.terminal import open_image
 
 
 @pytest.mark.parametrize("leave", ["close", "raise"])
@@ -18,7 +22,7 @@ def test_a_model_that_nobody_listens_to_stops(model_folder, leave):
     model.generation_config.eos_token_id = None
     steps = []
     model.model.register_forward_hook(lambda *_: (steps.append(1), time.sleep(0.01)) and None)
-    conversation = Chat(model, processor, max_new_tokens=100)
+    conversation = Chat(Engine(model, processor), max_new_tokens=100)
     others, answer = threading.active_count(), conversation.ask("what colour?")
     next(answer)
     if leave == "close":
@@ -36,11 +40,11 @@ def test_the_command_takes_animations_whole_and_addresses_of_files(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     frames[0].save(tmp_path / "a.png")
-    assert len(_image_or_animation(str(tmp_path / "a.gif")).frames) == 3
-    assert _image_or_animation(str(tmp_path / "a.png")).size == (8, 8)
+    assert len(open_image(str(tmp_path / "a.gif")).frames) == 3
+    assert open_image(str(tmp_path / "a.png")).size == (8, 8)
     assert fetch_image(f"file://{tmp_path}/a.png").getpixel((0, 0)) == (255, 0, 0)
     with pytest.raises(ValueError, match="there is no such file"):
-        _image_or_animation(str(tmp_path / "none.png"))
+        open_image(str(tmp_path / "none.png"))
 
 
 def noise(count):
@@ -53,7 +57,7 @@ def test_pages_and_previews_are_no_animation(tmp_path):
         first.save(tmp_path / name, save_all=True, append_images=rest)
     (tmp_path / "photo.mpo").rename(tmp_path / "photo.jpg")
     for name in ("photo.jpg", "scan.tif"):
-        assert _image_or_animation(str(tmp_path / name)).size == (32, 32)
+        assert open_image(str(tmp_path / name)).size == (32, 32)
     for name in ("a.gif", "a.webp", "a.png"):
         assert is_animated(tmp_path / name) and is_animated(f"file://{tmp_path / name}")
 
@@ -67,24 +71,26 @@ def test_what_cannot_be_read_is_no_animation(tmp_path, monkeypatch):
         assert is_animated(tmp_path / "cut.gif") in (True, False)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="Cannot read image .*a.gif: Image size .* decompression bomb"):
-        _image_or_animation(str(tmp_path / "a.gif"))
+        open_image(str(tmp_path / "a.gif"))
 
 
 def test_a_refused_question_or_image_does_not_end_the_chat(model_folder, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
     Image.new("RGB", (99, 99)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    lines = iter(["hello", f"+ {tmp_path}/bomb.png", f"+ {tmp_path}/red.png", "what is <reponame>?", "what?", ""])
-    asked, print_answer = [], cli._print_answer
+    too_long = "what? " * 9999
+    lines = ["what is <reponame>?", f"+ {tmp_path}/bomb.png", f"+ {tmp_path}/red.png", too_long, "what?", ""]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    asked, print_answer = [], terminal.print_answer
 
-    def spy(conversation, question, images):
-        asked.append((question, len(images), len(conversation.messages)))
-        print_answer(conversation, question, images)
+    def spy(chat, question, images):
+        asked.append((question, len(images), len(chat.messages)))
+        print_answer(chat, question, images)
 
-    monkeypatch.setattr(cli, "_read_line", lambda: next(lines))
-    monkeypatch.setattr(cli, "_print_answer", spy)
-    cli.chat(model=str(model_folder), max_new_tokens=2)
-    assert asked == [("hello", 0, 0), ("what is <reponame>?", 1, 2), ("what?", 0, 2)]
-    told = " ".join(capsys.readouterr().err.split())
-    assert "1 images were left out with that question" in told
-    assert "decompression bomb" in told and "2 places for images (<reponame>), but 1 images" in told
+    monkeypatch.setattr(terminal, "print_answer", spy)
+    chat = Chat(Engine(*load_model(str(model_folder))), max_new_tokens=2)
+    terminal.converse(chat, [], Console(stderr=True))
+    assert asked == [("what is <reponame>?", 0, 0), (too_long, 1, 2), ("what?", 0, 2)]
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "1 images were left out with that question" in shown
+    assert "decompression bomb" in shown and "start a new chat" in shown

@@ -5,40 +5,50 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.progress import Progress
+from rich.console import Console
+from transformers import PreTrainedModel
 
 from vora.build.base_llm import load_llm, load_tokenizer
+from vora.checkpoint.card import write_run_card
+from vora.checkpoint.load import merge_run
+from vora.checkpoint.save import save_merged
 from vora.data.readers import load_source
-from vora.eval.scoring.teacher_forced import (
-    accuracy,
-    accuracy_by_answer,
-    blank_image_accuracy,
-    exact_answers,
-    majority_accuracy,
-)
+from vora.eval.run import evaluate
+from vora.eval.tasks.exact import majority_accuracy
 from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
-from vora.quickstart.page import write_html
+from vora.quickstart.page import write_report
 from vora.train.recipe import load_recipe
 from vora.train.run import train
 from vora.train.throughput import precision_overrides
-from vora.train.trained import merge_run, write_run_card
 
 NUM_SHOWN = 12
 MOST_TRAINING_MINUTES = 9.0
 TOKENS_PER_QUESTION = 10  # with the image's share, under the quickstart's chat template
 
 
-def run_quickstart(out, *, llm, minutes, seed, console):
-    """Leave a model that sees in `out`, with figures and a report.
+def run_quickstart(
+    out: str | Path,
+    *,
+    llm: str = "smollm2-135m",
+    minutes: float = 13.0,
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+    console: Console,
+) -> dict[str, Any]:
+    """Train a model that sees, measure it, and leave both in `out` with a report.
 
     Args:
-        out: gets result.json, report.html, model/ and the run directory of the training, run/.
+        out: gets result.json, report.html, model/, the run directory of the training, run/, and what was measured,
+            evaluation.json.
         llm: alias, folder or hub id.
         minutes: for everything once the packages are fetched; a slow machine trains for fewer steps.
+        overrides: of the recipe, `key=value`.
 
     Returns:
         The content of result.json.
@@ -61,9 +71,10 @@ def run_quickstart(out, *, llm, minutes, seed, console):
 
     precision = precision_overrides()
     dtype = precision["model.dtype"]
-    overrides = {"model.llm": llm, "training.seed": seed, "max_minutes": training_minutes} | precision
+    settings = {"model.llm": llm, "training.seed": seed, "max_minutes": training_minutes} | precision
     with as_file(files("vora.quickstart")) as folder:
-        recipe = load_recipe(folder / "recipe.yaml", [f"{key}={value}" for key, value in overrides.items()])
+        given = [f"{key}={value}" for key, value in settings.items()]
+        recipe = load_recipe(folder / "recipe.yaml", [*given, *overrides])
         console.print(f"[2/5] Training stage 1 in {dtype}, at most {training_minutes:.1f} minutes")
         train_start = time.monotonic()
         trainer = train(recipe, out / "run", console=console)
@@ -72,23 +83,23 @@ def run_quickstart(out, *, llm, minutes, seed, console):
         model, processor = merge_run(out / "run")
         model = model.to(getattr(torch, dtype))
         use_segmented_sdpa_on_cpu(model, model.device)
-    model.save_pretrained(out / "model")
-    processor.save_pretrained(out / "model")
-    write_run_card(out / "model", out / "run")
+    save_merged(model, processor, out / "model", out / "run")
 
     console.print(f"[4/5] Asking the merged model all {num_questions:,} test questions")
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("questions", total=num_questions)
-        right = exact_answers(model, processor, test_records, lambda done: bar.advance(task, done))
-    blank = blank_image_accuracy(model, processor, test_records)
+    measured = evaluate(
+        (model, processor), "exact", "easy-vqa", out / "evaluation.json",
+        split="test", model_name=out / "model", console=console,
+    ).metrics  # fmt: skip
+    blank = measured["accuracy_with_blank"]["value"]
     majority = majority_accuracy(train_records, test_records)
+    kinds = {"yes / no": "accuracy_yes_no", "what": "accuracy_other"}
 
     result = {
-        "accuracy": accuracy(right),
+        "accuracy": measured["accuracy"]["value"],
         "text_only_accuracy": max(blank, majority),
         "blank_image_accuracy": blank,
         "majority_accuracy": majority,
-        "accuracy_by_answer": {k: share for k, (share, _) in accuracy_by_answer(right, test_records).items()},
+        "accuracy_by_answer": {kind: measured[name]["value"] for kind, name in kinds.items() if name in measured},
         "num_test_questions": num_questions,
         "train_seconds": train_seconds,
         "total_seconds": None,
@@ -101,38 +112,36 @@ def run_quickstart(out, *, llm, minutes, seed, console):
         "num_cpus": os.cpu_count(),
     }
     console.print("[5/5] Writing the report")
-    write_run_card(out / "model", out / "run", evaluation=evaluation_rows(result, minutes))
-    shown = [(test_records[i], right[i]) for i in range(NUM_SHOWN)]
-    result["total_seconds"] = time.monotonic() - start
-    write_html(out, result, shown, model, processor)
+    command = " ".join([f"vora quickstart --llm {llm} --minutes {minutes:g} --seed {seed}", *overrides])
+    write_run_card(out / "model", out / "run", evaluation=card_rows(result, command))
+    write_report(out, result, [test_records[i] for i in range(min(NUM_SHOWN, len(test_records)))], model, processor)
     result["total_seconds"] = time.monotonic() - start
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     console.print(
-        f"[bold]{100 * result['accuracy']:.1f} %[/bold] of {num_questions:,} test questions answered exactly; a blind "
-        f"model gets {100 * result['text_only_accuracy']:.1f} %. Trained {train_seconds / 60:.1f} minutes, "
-        f"{result['total_seconds'] / 60:.1f} in all.\nReport: {out / 'report.html'}\n"
+        f"[bold]{100 * result['accuracy']:.1f} %[/bold] of {num_questions:,} test questions answered exactly; the "
+        f"text-only baseline gets {100 * result['text_only_accuracy']:.1f} %. Trained {train_seconds / 60:.1f} "
+        f"minutes, {result['total_seconds'] / 60:.1f} in all.\nReport: {out / 'report.html'}\n"
         f'Ask it: vora chat {test_records[0].images[0]} -m {out / "model"} -q "what color is the shape?"'
     )
     return result
 
 
-def evaluation_rows(result, minutes):
+def card_rows(result: dict[str, Any], command: str) -> list[tuple[str, str, float, int, str]]:
     """What the model card says of the test, as fields of `vora.checkpoint.card.Evaluation`."""
-    command = f"vora quickstart --llm {result['llm']} --minutes {minutes:g} --seed {result['seed']}"
     metrics = {
         "exact answers": result["accuracy"],
-        "exact answers of a blind model (the better of this one with blank images, and the most frequent answer)": (
-            result["text_only_accuracy"]
-        ),
+        "exact answers of the text-only baseline (the better of this model with blank images, and the most frequent "
+        "answer)": result["text_only_accuracy"],
     }
     num_questions = result["num_test_questions"]
     return [("easy-VQA, test questions", metric, share, num_questions, command) for metric, share in metrics.items()]
 
 
 @torch.inference_mode()
-def forward_seconds_per_token(llm):
+def forward_seconds_per_token(llm: PreTrainedModel) -> float:
     """How long the bare LLM takes per token on this machine, to plan how long the questions will take."""
-    ids = torch.randint(10, 1000, (8, 128), device=llm.device)
+    most = min(1000, llm.get_input_embeddings().num_embeddings)
+    ids = torch.randint(10, most, (8, 128), device=llm.device)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
@@ -141,7 +150,7 @@ def forward_seconds_per_token(llm):
     return min(seconds) / ids.numel()
 
 
-def peak_rss_bytes():
+def peak_rss_bytes() -> int:
     """Most memory this process held at once."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,45 @@
+"""A conversation about images: turns are kept, so that a question can refer to what was said."""
+
+from collections.abc import Generator, Sequence
+from contextlib import closing
+
+from PIL import Image
+
+from vora.model.fetch_image import fetch_image
+from vora.model.image_processing_vora import Video, is_video
+from vora.serve.engine import Engine, Message
+
+
+class Chat:
+    """The turns of one conversation; an answer that breaks off leaves them as they were.
+
+    Args:
+        max_new_tokens: at most so many per answer.
+        temperature: 0 for greedy answers.
+    """
+
+    def __init__(self, engine: Engine, max_new_tokens: int = 256, temperature: float = 0.0) -> None:
+        self.engine, self.max_new_tokens, self.temperature = engine, max_new_tokens, temperature
+        self.messages: list[Message] = []
+
+    def ask(self, text: str, images: Sequence[str | Image.Image | Video] = ()) -> Generator[str, None, None]:
+        """Stream the answer to a question, piece by piece.
+
+        Args:
+            images: paths, PIL images or videos, which come before the text of this turn; fetch those at URLs first.
+
+        Raises:
+            ValueError: an image cannot be read, or the conversation exceeds the LLM's context.
+        """
+        content: list[Message] = [
+            {"type": "video", "video": image} if is_video(image) else {"type": "image", "image": fetch_image(image)}
+            for image in images
+        ]
+        turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+        messages, pieces = [*self.messages, turn], []
+        options = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
+        with closing(self.engine.submit(messages, **options)) as answer:
+            for piece in answer:
+                pieces.append(piece)
+                yield piece
+        self.messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]

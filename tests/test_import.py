@@ -1,0 +1,94 @@
+"""`import vora` is light, changes nothing, and yet the auto classes know VoRA, whichever was imported first."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tiny import command_line
+
+import vora
+
+
+def run(code, *arguments):
+    result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_is_light_and_leaves_the_environment():
+    code = """
+import json, os, sys, time
+before, start = dict(os.environ), time.process_time()
+import vora
+seconds = time.process_time() - start
+assert set(vora.__all__) <= set(dir(vora))
+print(json.dumps([seconds, dict(os.environ) == before, [name for name in sys.modules if "." not in name]]))
+"""
+    seconds, same, loaded = json.loads(run(code))
+    assert seconds < 0.3 and same and not {"torch", "transformers", "numpy", "typer", "rich"} & set(loaded)
+
+
+def test_help_of_every_verb_loads_nothing_heavy():
+    code = """
+import sys
+from typer.testing import CliRunner
+from vora.cli import app
+verbs = [command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands]
+for arguments in ([], *([verb] for verb in verbs)):
+    shown = CliRunner().invoke(app, [*arguments, "--help"])
+    assert shown.exit_code == 0 and "Usage" in shown.output, arguments
+print(len(verbs), [name for name in ("torch", "transformers", "numpy") if name in sys.modules])
+"""
+    assert run(code) == "10 []\n"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import vora",
+        "from transformers import AutoModelForImageTextToText; import vora",
+        "import vora; from transformers import PreTrainedModel",  # imports the auto classes when it is half done
+        "import vora.baselines.llava",  # imports transformers when it is half done
+        "import vora, peft",  # so does peft
+    ],
+)
+def test_auto_classes_know_vora(first, model_folder):
+    code = f"""
+import pickle, sys
+{first}
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+assert type(model) is vora.VoraForConditionalGeneration and type(processor) is vora.VoraProcessor
+assert type(pickle.loads(pickle.dumps(model))) is type(model)
+assert pickle.loads(pickle.dumps(AutoConfig.for_model("vora_llava"))).model_type == "vora_llava"
+assert callable(vora.VoraForConditionalGeneration.from_llm) and callable(vora.VoraProcessor.from_llm)
+assert not [finder for finder in sys.meta_path if "vora" in type(finder).__module__]
+"""
+    run(code, model_folder)
+
+
+def test_public_names_are_there():
+    for name in vora.__all__:
+        assert getattr(vora, name) is not None, name
+    assert callable(vora.train) and vora.train.recipe.load_recipe is vora.load_recipe
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        vora.no_such_name
+
+
+def test_version_and_how_much_is_printed():
+    fail = """
+import logging
+from vora import cli
+@cli.app.command()
+def fail():
+    cli.console.print("working")
+    logging.getLogger("a.library").warning("careful")
+    raise ValueError("no [such] thing")
+cli.main()
+"""
+    assert command_line("--version").stdout == f"vora {vora.__version__}\n"
+    usual, quiet, verbose = (command_line(*options, "fail", code=fail).stderr for options in ([], ["-q"], ["-v"]))
+    assert quiet == "error: no [such] thing\n" and usual == f"working\ncareful\n{quiet}"
+    assert "careful" in verbose and "Traceback" in verbose and verbose.endswith(quiet)
