@@ -149,6 +149,14 @@ def states_of_blocks(vora, **inputs):
     return states
 
 
+def train_a_little(peft_model):
+    """Move what trains, as training would."""
+    torch.manual_seed(2)
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+
+
 @torch.no_grad()
 def logits_of(model, **inputs):
     return model(**inputs, use_cache=False).logits

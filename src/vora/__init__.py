@@ -11,6 +11,7 @@ from vora.registration import register_when_needed
 if TYPE_CHECKING:
     from vora.build.from_llm import from_llm
     from vora.build.lora import attach_vision_lora, merge_vision_lora
+    from vora.checkpoint.load import load_model
     from vora.checkpoint.reference import import_reference
     from vora.distill.blockwise import BlockwiseDistillation
     from vora.distill.objective import Objective
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from vora.model.image_processing_vora import VoraImageProcessor
     from vora.model.modeling_vora import VoraForConditionalGeneration, VoraModel
     from vora.model.processing_vora import VoraProcessor
-    from vora.serve.engine import load_model
     from vora.train.recipe import load_recipe
     from vora.train.run import train
 
@@ -58,7 +58,7 @@ _MODULES = {
     "evaluate": "vora.eval.run",
     "from_llm": "vora.build.from_llm",
     "import_reference": "vora.checkpoint.reference",
-    "load_model": "vora.serve.engine",
+    "load_model": "vora.checkpoint.load",
     "load_recipe": "vora.train.recipe",
     "merge_vision_lora": "vora.build.lora",
 }

@@ -15,8 +15,7 @@ from vora import __version__
 from vora.cpu_threads import configure_cpu_threads
 
 if TYPE_CHECKING:
-    from vora.distill.learner import VisionLearner
-    from vora.model.processing_vora import VoraProcessor
+    pass
 
 app = typer.Typer(
     name="vora",
@@ -252,37 +251,16 @@ def evaluate(
 
 @app.command()
 def merge(
-    run: Annotated[Path, typer.Argument(help="Run directory of `vora train`, or an unmerged model.")],
+    path: Annotated[str, typer.Argument(metavar="RUN", help="Run directory of `vora train`, or an unmerged model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
     llm_out: Annotated[Path | None, typer.Option(help="Also write the LLM alone, in its own format.")] = None,
     adapter_out: Annotated[Path | None, typer.Option(help="Also write the vision adapter alone.")] = None,
     llm: Annotated[str | None, typer.Option(help="Base LLM of an adapter that does not name it.")] = None,
 ) -> None:
     """Fold vision LoRA into the LLM's weights and save an ordinary model."""
-    from vora.train.trained import check_has_adapter, merge_run, write_adapter, write_run_card
+    from vora.checkpoint.save import merge as run
 
-    if adapter_out is not None:
-        check_has_adapter(run)
-    places = {
-        name: path for name, path in (("--out", out), ("--llm-out", llm_out), ("--adapter-out", adapter_out)) if path
-    }
-    for name, path in places.items():
-        if path.exists() and any(path.iterdir()):
-            raise ValueError(f"{path} is not empty: choose another {name}, so that nothing is overwritten.")
-    if len({path.resolve() for path in places.values()}) < len(places):
-        raise ValueError(f"{', '.join(places)} name one folder twice: each needs its own.")
-    model, processor = merge_run(run, llm)
-    model.save_pretrained(out)
-    if processor is not None:
-        processor.save_pretrained(out)
-    write_run_card(out, run)
-    if llm_out is not None:
-        model.to_llm().save_pretrained(llm_out)
-        if hasattr(processor, "tokenizer"):
-            processor.text_tokenizer().save_pretrained(llm_out)
-        write_run_card(llm_out, run)
-    if adapter_out is not None:
-        write_adapter(adapter_out, run)
+    run(path, out, llm_out=llm_out, adapter_out=adapter_out, llm=llm)
     console.print(f"Saved {out}. Ask it: vora chat IMAGE -m {out}")
 
 
@@ -296,19 +274,9 @@ def import_reference(
     """Convert a checkpoint of the paper's released code, stage 1 or merged; its outputs stay the same."""
     from rich.table import Table
 
-    from vora.checkpoint.card import CardFacts, write_card
     from vora.checkpoint.reference import import_reference as run
 
     reference = run(checkpoint, llm, out, merge)
-    facts = CardFacts(
-        made="imported",
-        stage="pretrain" if reference.rank or merge else "not stated",
-        base_llm=llm,
-        teacher=reference.teacher or None,
-        source=checkpoint,
-        merge_command="vora merge THIS_FOLDER -o my-vora",
-    )
-    write_card(out, facts)
     table = Table(title="Where its tensors went")
     for name in ("part", "tensors", "parameters"):
         table.add_column(name, justify="left" if name == "part" else "right")
@@ -332,13 +300,15 @@ def chat(
     max_image_tokens: MaxImageTokens = None,
 ) -> None:
     """Ask a model about images; without -q, interactively (a line `+ IMAGE` adds an image, empty ends)."""
+    from vora.checkpoint.load import load_model
     from vora.checkpoint.pretrained import committed_model
     from vora.serve.chat import Chat
-    from vora.serve.engine import Engine, load_model
+    from vora.serve.engine import Engine
     from vora.serve.terminal import converse, open_image, print_answer
 
     opened = [open_image(image) for image in images or []]
-    engine = Engine(*load_model(model or committed_model(), min_image_tokens, max_image_tokens))
+    budget = {"min_image_tokens": min_image_tokens, "max_image_tokens": max_image_tokens}
+    engine = Engine(*load_model(model or committed_model(), **budget))
     conversation = Chat(engine, max_new_tokens, temperature)
     if question is None:
         converse(conversation, opened, console)
@@ -365,8 +335,10 @@ def inspect(
     max_image_tokens: MaxImageTokens = None,
 ) -> None:
     """Draw how a model sees an image: its blocks beside the teacher's, and where each word of the answer looks."""
+    from vora.checkpoint.layout import read_info
+    from vora.checkpoint.load import load_model
     from vora.checkpoint.pretrained import committed_model
-    from vora.checkpoint.run_directory import trained_folder
+    from vora.distill.objective import Objective
     from vora.eval.inspect.inspection import inspect_image
     from vora.eval.inspect.page import write_inspection
     from vora.eval.inspect.teacher import take_teacher
@@ -378,32 +350,16 @@ def inspect(
     if figures.exists() and not out.exists():
         raise ValueError(f"{figures} is there and no page's: choose another --out, so that it is not overwritten.")
     shown, name = fetch_image(image, allow_urls=True), model or committed_model()
-    learner, processor = _opened(name, teacher, min_image_tokens, max_image_tokens)
-    pairs, remark = take_teacher(learner, str(trained_folder(name)), teacher)
-    found = inspect_image(learner, processor, shown, question, answer, pairs, max_new_tokens)
+    dtype = "float32" if read_info(name).run else None  # a run's trained parts are in float32
+    budget = {"min_image_tokens": min_image_tokens, "max_image_tokens": max_image_tokens}
+    vora, processor = load_model(name, dtype=dtype, **budget)
+    objective = Objective(vora, processor.image_processor)
+    pairs, remark = take_teacher(objective, name, teacher)
+    found = inspect_image(objective, processor, shown, question, answer, pairs, max_new_tokens)
     write_inspection(out, found, processor.image_processor, image, name, [remark] if remark else [])
     if remark:
         console.print(remark, highlight=False, markup=False)
     console.print(f"{found.answer}\nPage: {out}", highlight=False, markup=False)
-
-
-def _opened(
-    name: str, teacher: str | None, min_image_tokens: int | None, max_image_tokens: int | None
-) -> "tuple[VisionLearner, VoraProcessor]":
-    """The learner around a model, or of a run, and its processor."""
-    import torch
-
-    from vora.checkpoint.run_directory import is_run
-    from vora.distill.objective import Objective
-    from vora.serve.engine import load_model
-    from vora.train.trained import open_run
-
-    if is_run(name):
-        learner, processor = open_run(name, teacher)
-        processor.image_processor.set_budget(min_image_tokens, max_image_tokens)
-        return learner.to("cuda" if torch.cuda.is_available() else "cpu"), processor
-    model, processor = load_model(name, min_image_tokens, max_image_tokens)
-    return Objective(model, processor.image_processor), processor
 
 
 def main() -> None:

@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from vora import Teacher, attach_vision_lora, merge_vision_lora
 from vora.baselines.llava import VoraLlavaForConditionalGeneration
-from vora.build.lora import load_vision_lora
+from vora.checkpoint import load_adapter, load_model, merge_run
+from vora.checkpoint.card import write_run_card
 from vora.data.schema import Sample, without_images
 from vora.distill.teacher import images_of_patches
 from vora.serve.chat import Chat
-from vora.serve.engine import Engine, load_model
+from vora.serve.engine import Engine
 from vora.train.from_recipe import open_sources, packed_sequences, training_arguments
 from vora.train.plan.meta_model import meta_model
 from vora.train.plan.plan import tokens_of_budget
@@ -25,7 +26,6 @@ from vora.train.recipe import load_recipe
 from vora.train.run import train
 from vora.train.stages import build_objective, build_processor, load_vit
 from vora.train.trainable import check_trainable, trainable_counts
-from vora.train.trained import merge_run, write_run_card
 
 SIDE = PATCH * GRID
 SHAPE = {
@@ -127,7 +127,7 @@ def test_lora_and_projector_train_and_the_tower_is_in_no_adapter(kind, tmp_path)
     inputs = prompt([*text(3), (GRID, GRID, 0), *text(4, 1)])
     expected = logits_of(peft_model.eval(), **inputs)
     assert (expected - logits_of(before, **inputs)).abs().max() > 1e-3
-    assert torch.equal(logits_of(load_vision_lora(tmp_path / "both"), **inputs), expected)
+    assert torch.equal(logits_of(load_adapter(tmp_path / "both"), **inputs), expected)
     merged = merge_vision_lora(peft_model)
     assert type(merged) is VoraLlavaForConditionalGeneration
     torch.testing.assert_close(logits_of(merged, **inputs), expected, atol=1e-4, rtol=1e-4)

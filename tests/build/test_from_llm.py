@@ -6,11 +6,12 @@ import pytest
 import tiny
 import torch
 from tiny import IMAGE, prompt, text, tiny_vora
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ViTMAEConfig, ViTMAEModel
 
 from vora import VoraForConditionalGeneration, VoraProcessor
-from vora.build.base_llm import _as_the_mean_word, resolve_llm
+from vora.build.base_llm import _as_the_mean_token, resolve_llm
 from vora.build.fetch import wheel_files
+from vora.build.vit_init import vit_embedding
 
 WIDTH, HEADS, INNER, BLOCKS = 32, 4, 64, 2
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<reponame>", *"abcdefghijklmnopqrstuvwxyzĠĊ", "ab"]
@@ -111,7 +112,7 @@ def test_a_vocabulary_that_grew_says_no_image(family):
         head.weight.add_(0.5)
     before = {id(t): t.weight.detach().clone() for t in (llm.get_input_embeddings(), head)}
     llm.resize_token_embeddings(size + 1, mean_resizing=False)
-    _as_the_mean_word(llm, size)
+    _as_the_mean_token(llm, size)
     for table, old in zip((llm.get_input_embeddings(), llm.get_output_embeddings()), before.values()):
         torch.testing.assert_close(table.weight[:size], old)
         torch.testing.assert_close(table.weight[size], old.mean(0))
@@ -159,3 +160,21 @@ def test_an_environment_without_pip_is_told_so(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConnectionError, match="fetched by pip, which .* lacks: run `python -m ensurepip` or `uv pip"):
         wheel_files("easy-vqa==1.0")
+
+
+def test_a_resized_vocabulary_needs_its_tokenizer(llm_folder):
+    """Then model and processor choose one image token; without it they would choose two."""
+    llm, tokenizer = AutoModelForCausalLM.from_pretrained(llm_folder), tiny.tiny_tokenizer()
+    tokenizer.add_tokens(["<new>", "<image>"])
+    llm.resize_token_embeddings(len(tokenizer))
+    with pytest.raises(ValueError, match="its vocabulary was resized.* tokenizer=TOKENIZER"):
+        VoraForConditionalGeneration.from_llm(llm, patch_size=4, image_size=8)
+    model = VoraForConditionalGeneration.from_llm(llm, tokenizer=tokenizer, patch_size=4, image_size=8)
+    processor = VoraProcessor.from_llm(tokenizer, patch_size=4, image_size=8)
+    assert model.config.image_token_id == processor.image_token_id < model.config.text_config.vocab_size
+
+
+def test_a_vit_that_hides_patches_from_itself_is_refused():
+    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    with pytest.raises(ValueError, match="ViTMAEModel hides 75% of the patches.* only plain ViTs"):
+        vit_embedding(ViTMAEModel(ViTMAEConfig(**shape, image_size=16, patch_size=8)))

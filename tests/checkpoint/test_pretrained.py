@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors import safe_open
 from tiny import command_line
 
-from vora.checkpoint.adapter import is_adapter
+from vora.checkpoint import read_info
 from vora.checkpoint.pretrained import committed_model
 
 SOURCE = Path(committed_model()).parent
@@ -22,7 +22,11 @@ def test_weights_that_ship_stay_small():
 def test_it_is_eyes_alone_over_a_named_llm():
     folder = Path(committed_model())
     names = {file.name for file in folder.iterdir()}
-    assert is_adapter(folder) and "tokenizer.json" not in names and not any(name.endswith(".py") for name in names)
+    assert (
+        read_info(folder).kind == "adapter"
+        and "tokenizer.json" not in names
+        and not any(name.endswith(".py") for name in names)
+    )
     config = json.loads((folder / "config.json").read_text())
     assert config["text_config"]["_name_or_path"] == "smollm2-135m" and len(config["llm_digest"]) == 16
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen2Config
 
 import vora
-from vora.build.lora import load_vision_lora
+from vora.checkpoint import load_adapter
 from vora.checkpoint.reference import import_reference, load_reference, text_config_with_biases
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.objective import Objective
@@ -128,7 +128,7 @@ def test_saves_reloads_merges_and_generates(imported, tmp_path, kind):
 def test_merging_at_import_is_merging_later(imported, tmp_path):
     import_reference(SHARED / "pretrain", SHARED / "llm", tmp_path / "now", merge=True)
     now = AutoModelForImageTextToText.from_pretrained(tmp_path / "now").state_dict()
-    later = vora.merge_vision_lora(load_vision_lora(imported / "pretrain")).state_dict()
+    later = vora.merge_vision_lora(load_adapter(imported / "pretrain")).state_dict()
     assert now.keys() == later.keys() and all(torch.equal(now[name], later[name]) for name in now)
 
 

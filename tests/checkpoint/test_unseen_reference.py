@@ -12,12 +12,12 @@ from tiny import tiny_llm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from vora import VoraImageProcessor
-from vora.build.lora import load_vision_lora, merge_vision_lora
+from vora.build.lora import merge_vision_lora
+from vora.checkpoint import load_adapter, merge_run
 from vora.checkpoint.reference import CLIP_MEAN, CLIP_STD, import_reference, load_reference
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.objective import Objective
 from vora.distill.teacher import Teacher
-from vora.train.trained import merge_run
 
 CASES = {
     "deeper qwen2": {"family": "qwen2", "depth": 6, "num_blocks": 4, "teacher_depth": 4},
@@ -198,7 +198,7 @@ def test_a_merged_model_has_one_precision(tmp_path):
     save_original(original_of("qwen2", dtype=torch.bfloat16), tmp_path / "pretrain")
     import_reference(tmp_path / "pretrain", tmp_path / "llm", tmp_path / "now", merge=True)
     import_reference(tmp_path / "pretrain", tmp_path / "llm", tmp_path / "unmerged")
-    merge_vision_lora(load_vision_lora(tmp_path / "unmerged")).save_pretrained(tmp_path / "later")
+    merge_vision_lora(load_adapter(tmp_path / "unmerged")).save_pretrained(tmp_path / "later")
     for folder in ("now", "later"):
         model = AutoModelForImageTextToText.from_pretrained(tmp_path / folder)
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -226,7 +226,7 @@ def test_the_checkpoints_mask_is_kept_and_no_answer_holds_a_image(tmp_path):
     for mask in ("causal", "bidirectional"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"vision_attention_mask": mask}))
         import_reference(tmp_path / "pretrain", tmp_path / "llm", tmp_path / mask)
-        opened = [AutoModelForImageTextToText.from_pretrained(tmp_path / mask), load_vision_lora(tmp_path / mask)]
+        opened = [AutoModelForImageTextToText.from_pretrained(tmp_path / mask), load_adapter(tmp_path / mask)]
         for model in opened:
             assert model.config.image_attention == mask
             assert model.generation_config.suppress_tokens == [model.config.image_token_id]

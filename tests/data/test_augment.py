@@ -14,12 +14,12 @@ from vora.data.turns import question_and_answer
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8))
 
 
-def record(answer="a dog", images=None):
+def sample(answer="a dog", images=None):
     return Sample("one", images or [IMAGE], [question_and_answer("what?", answer)])
 
 
 def changed(seed=0, answer="a dog", images=None, **options):
-    return augmented(record(answer, images), random.Random(seed), **options).open_images()
+    return augmented(sample(answer, images), random.Random(seed), **options).open_images()
 
 
 def test_without_wishes_nothing_changes():

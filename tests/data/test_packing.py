@@ -1,4 +1,4 @@
-"""What is packed into a row, or shares an image's tokens, computes what it computes alone."""
+"""What is packed into a sequence, or shares an image's tokens, computes what it computes alone."""
 
 import numpy as np
 import pytest
@@ -59,7 +59,7 @@ def path_to(end, seen_until):
 
 
 @FAMILIES
-def test_questions_that_share_a_image_learn_as_they_would_alone(family):
+def test_questions_that_share_an_image_learn_as_they_would_alone(family):
     learner, samples = objective_of(family), questions()
     shared = share_prefixes(samples)
     assert (shared["input_ids"] == IMAGE).sum() == 6  # the image stands once
@@ -75,7 +75,7 @@ def test_questions_that_share_a_image_learn_as_they_would_alone(family):
 
 
 @FAMILIES
-def test_packed_rows_learn_as_their_samples_would_alone(family):
+def test_packed_sequences_learn_as_their_samples_would_alone(family):
     learner = objective_of(family)
     groups = [
         questions(0),
@@ -186,8 +186,8 @@ def test_one_question_alone_is_all_trunk_up_to_its_first_prediction():
     assert set(shared["seen_until"].tolist()) == {len(shared["input_ids"]) - 1}
 
 
-def test_words_that_questions_begin_with_alike_stand_once():
-    samples = [sample(*words, answer=1) for words in ([9, 8, 7, 40], [9, 8, 6, 41], [9, 5, 42], [9, 8, 7, 43])]
+def test_text_that_questions_begin_with_alike_stand_once():
+    samples = [sample(*ids, answer=1) for ids in ([9, 8, 7, 40], [9, 8, 6, 41], [9, 5, 42], [9, 8, 7, 43])]
     shared = share_prefixes(samples)
     assert shared["input_ids"].tolist() == [9, 5, 8, 6, 7, 7]
     assert shared["position_ids"].tolist() == [0, 1, 1, 2, 2, 2]
@@ -234,18 +234,22 @@ def test_conversations_whose_images_stand_elsewhere_share_nothing(llm_folder):
     vora = VoraForConditionalGeneration.from_llm(llm_folder, patch_size=PATCH, image_size=PATCH * GRID)
     place, images = {"type": "image"}, [Image.new("RGB", (12, 12), colour) for colour in ("red", "blue")]
 
-    def asked(*words):
-        parts = [place if word is None else {"type": "text", "text": word} for word in words]
+    def request(*parts):
+        parts = [place if part is None else {"type": "text", "text": part} for part in parts]
         return [{"role": "user", "content": parts}, {"role": "assistant", "content": "no"}]
 
-    conversations = [asked(None, "is it", None), asked("is", None, "like", None), asked(None, "is it", None, "?")]
-    record = Sample("r", images, conversations)
+    conversations = [
+        request(None, "is it", None),
+        request("is", None, "like", None),
+        request(None, "is it", None, "?"),
+    ]
+    whole = Sample("r", images, conversations)
     learner = Objective(vora, processor.image_processor)
     for chosen, num_copies in ((conversations, 3), (conversations[::2], 1)):
-        one = tokenize_sample(record, processor, chosen)
+        one = tokenize_sample(whole, processor, chosen)
         assert len(one["image_grid_thw"]) == 2 * num_copies and one["num_samples"] == len(chosen)
         batch = collate_sequences([[one]], len(one["input_ids"]) + 3, 0)
-        samples = [processor.training_sample(record.messages(images, c)) for c in chosen]
+        samples = [processor.training_sample(whole.messages(images, c)) for c in chosen]
         alone = losses_of_samples(learner, samples)
         torch.testing.assert_close(learner(**batch, num_items_in_batch=1)["loss"], alone.sum(), rtol=1e-5, atol=0)
 
@@ -258,7 +262,7 @@ def test_a_sample_that_predicts_nothing_is_refused():
 
 @FAMILIES
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_attention_by_stretch_is_attention_in_rows(family, checkpointed, monkeypatch):
+def test_attention_by_segment_is_attention_in_rows(family, checkpointed, monkeypatch):
     monkeypatch.setattr(segmented_sdpa, "SHORT", 0)
     learner, found = objective_of(family), []
     rows = [[share_prefixes(questions(0)), share_prefixes([sample(*text(9, 3))])], [share_prefixes(questions(1, 1))]]
@@ -286,7 +290,7 @@ def test_attention_by_stretch_is_attention_in_rows(family, checkpointed, monkeyp
 
 
 @FAMILIES
-def test_attention_by_stretch_in_bf16_is_as_exact_as_sdpa(family, monkeypatch):
+def test_attention_by_segment_in_bf16_is_as_exact_as_sdpa(family, monkeypatch):
     """Both are compared with sdpa in float32."""
     monkeypatch.setattr(segmented_sdpa, "SHORT", 0)
     rows = [[share_prefixes(questions(0)), share_prefixes([sample(*text(9, 3))])], [share_prefixes(questions(1, 1))]]
@@ -320,11 +324,11 @@ def test_a_step_never_waits_for_the_device(family):
     learner.image_processor = VoraImageProcessor(patch_size=PATCH)
     learner.distillation = BlockwiseDistillation(block_pairs(3, 2), 32, 24)
     batch = collate_sequences([[share_prefixes(questions(0))], [share_prefixes(questions(1, 1))]], 64, pad_token_id=0)
-    told = batch | places(batch, IMAGE)
+    located = batch | places(batch, IMAGE)
     learner.train()
     without = learner(**batch)["loss"]
     with Waits() as waits:
-        losses = learner(**told)
+        losses = learner(**located)
         losses["loss"].backward()
     assert losses["loss"].item() == pytest.approx(without.item(), rel=1e-3) and {"lm_loss", "distill_loss"} < set(
         losses

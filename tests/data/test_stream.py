@@ -1,4 +1,4 @@
-"""The stream of packed rows: the same for any number of workers, resumed exactly, nothing lost, nothing twice."""
+"""The stream of packed sequences: the same for any number of workers, resumed exactly, nothing lost, nothing twice."""
 
 import json
 import pickle
@@ -19,7 +19,7 @@ from vora.data.samples import CHUNK_SAMPLES, Chunks
 from vora.data.stats import dataset_statistics
 from vora.data.stream import PackedSequences
 
-ROW_TOKENS = 96
+LENGTH = 96
 
 
 @pytest.fixture(scope="module")
@@ -43,84 +43,84 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def rows(folder, processor, monkeypatch):
+def stream(folder, processor, monkeypatch):
     monkeypatch.setattr("vora.data.source.Source.rows_per_block", 8)
     monkeypatch.setattr("vora.data.order.ROWS_PER_GROUP", 20)
 
     def make(**options):
         sources = [load_source(str(folder / name)) for name in ("images.jsonl", "texts.jsonl")]
-        return PackedSequences(sources, processor, ROW_TOKENS, **{"seed": 3, "image_tokens": (2, 9), **options})
+        return PackedSequences(sources, processor, LENGTH, **{"seed": 3, "image_tokens": (2, 9), **options})
 
     return make
 
 
-def content(row):
-    """What a row holds, in a form that compares."""
+def content(sequence):
+    """What a packed sequence holds, in a form that compares."""
     return [
         (sample["input_ids"].tolist(), float(sample["pixel_values"].sum()) if "pixel_values" in sample else None)
-        for sample in row
+        for sample in sequence
     ]
 
 
-def answers(processor, row):
+def answers(processor, sequence):
     tokenizer = processor.tokenizer
-    return [tokenizer.decode(one["targets"][one["targets"] != -100], skip_special_tokens=True) for one in row]
+    return [tokenizer.decode(one["targets"][one["targets"] != -100], skip_special_tokens=True) for one in sequence]
 
 
-def first(stream, count):
-    return [content(row) for row in islice(stream, count)]
+def first(packed, count):
+    return [content(sequence) for sequence in islice(packed, count)]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
-def test_rows_do_not_depend_on_the_number_of_workers(rows, num_workers):
-    assert first(rows(num_workers=num_workers), 40) == first(rows(), 40)
+def test_sequences_do_not_depend_on_the_number_of_workers(stream, num_workers):
+    assert first(stream(num_workers=num_workers), 40) == first(stream(), 40)
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 0), (0, 2), (1, 3)])
-def test_a_resumed_stream_goes_on_where_it_was(rows, before, after):
+def test_a_resumed_stream_goes_on_where_it_was(stream, before, after):
     options = {"distill_only_sequences": 7, "weights": [3, 1]}
-    stream = rows(**options)
-    whole = first(stream, 40)
+    packed = stream(**options)
+    whole = first(packed, 40)
     for stop in (1, 6, 7, 8, 13, 25) if before or after else range(1, 40):
-        begun = rows(num_workers=before, **options)
+        begun = stream(num_workers=before, **options)
         assert first(begun, stop) == whole[:stop]
         state = json.loads(json.dumps(begun.state_dict()))
-        resumed = rows(num_workers=after, **options)
+        resumed = stream(num_workers=after, **options)
         resumed.load_state_dict(state)
         assert first(resumed, 40 - stop) == whole[stop:]
-        assert resumed.state_dict() == stream.state_dict()
+        assert resumed.state_dict() == packed.state_dict()
 
 
-def test_reading_draws_no_random_numbers_that_a_resumed_run_would_miss(rows):
+def test_reading_draws_no_random_numbers_that_a_resumed_run_would_miss(stream):
     before = torch.get_rng_state()
-    first(rows(num_workers=1), 2)
+    first(stream(num_workers=1), 2)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_images_alone_come_first_and_predict_nothing(rows, processor):
-    found = list(islice(rows(distill_only_sequences=5), 12))
-    for row in found[:5]:
-        assert all((sample["targets"] == -100).all() and "pixel_values" in sample for sample in row)
-        assert sum(len(sample["input_ids"]) for sample in row) > 0.8 * ROW_TOKENS
-    assert all((sample["targets"] != -100).any() for row in found[5:] for sample in row)
+def test_images_alone_come_first_and_predict_nothing(stream, processor):
+    found = list(islice(stream(distill_only_sequences=5), 12))
+    for sequence in found[:5]:
+        assert all((sample["targets"] == -100).all() and "pixel_values" in sample for sample in sequence)
+        assert sum(len(sample["input_ids"]) for sample in sequence) > 0.8 * LENGTH
+    assert all((sample["targets"] != -100).any() for sequence in found[5:] for sample in sequence)
 
 
-def test_nothing_is_lost_and_nothing_comes_twice(rows, processor):
+def test_nothing_is_lost_and_nothing_comes_twice(stream, processor):
     found = Counter()
-    for row in rows(weights=[50, 30]):
-        found.update(answers(processor, row))
+    for sequence in stream(weights=[50, 30]):
+        found.update(answers(processor, sequence))
         if sum(found.values()) > 10 * 80:
             break
     # ten epochs, less those that wait for a row, more those of the next epoch that have been read ahead
     assert len(found) == 80 and set(found.values()) <= {9, 10, 11, 12}, found
 
 
-def test_ranks_share_the_samples(rows, processor):
+def test_ranks_share_the_samples(stream, processor):
     """What two processes read together is what one reads alone."""
 
     def samples(rank, num_ranks, num_chunks):
-        stream = rows(rank=rank, num_ranks=num_ranks)
-        return [name for name, _ in islice(stream.named_samples(), num_chunks * CHUNK_SAMPLES)]
+        packed = stream(rank=rank, num_ranks=num_ranks)
+        return [name for name, _ in islice(packed.named_samples(), num_chunks * CHUNK_SAMPLES)]
 
     alone = samples(0, 1, 8)
     shared = [samples(rank, 2, 4) for rank in (0, 1)]
@@ -128,33 +128,34 @@ def test_ranks_share_the_samples(rows, processor):
     assert sum(chunks, []) == alone
 
 
-def test_weights_are_shares_of_samples(rows, processor):
+def test_weights_are_shares_of_samples(stream, processor):
     found = Counter()
-    for row in islice(rows(weights=[1, 3]), 150):
-        found.update(answer[0] for answer in answers(processor, row))
+    for sequence in islice(stream(weights=[1, 3]), 150):
+        found.update(answer[0] for answer in answers(processor, sequence))
     assert found["b"] / found.total() == pytest.approx(0.75, abs=0.03)
 
 
-def test_each_image_draws_its_budget(rows):
-    drawn = {len(s["pixel_values"]) for row in islice(rows(), 60) for s in row if "pixel_values" in s}
+def test_each_image_draws_its_budget(stream):
+    def sizes(**options):
+        found = islice(stream(**options), 60)
+        return {len(one["pixel_values"]) for sequence in found for one in sequence if "pixel_values" in one}
+
+    drawn, fixed = sizes(), sizes(image_tokens=(4, 4))
     assert min(drawn) <= 2 and max(drawn) >= 8 and len(drawn) >= 5
-    fixed = {
-        len(s["pixel_values"]) for row in islice(rows(image_tokens=(4, 4)), 60) for s in row if "pixel_values" in s
-    }
     assert max(fixed) == 4 and min(fixed) >= 2
 
 
-def test_a_checkpoint_of_other_data_is_refused(rows):
-    state = rows().state_dict()
+def test_a_checkpoint_of_other_data_is_refused(stream):
+    state = stream().state_dict()
     with pytest.raises(ValueError, match="seed was 3 and is 4 now"):
-        rows(seed=4).load_state_dict(state)
+        stream(seed=4).load_state_dict(state)
     with pytest.raises(ValueError, match="weights was"):
-        rows(weights=[1, 1]).load_state_dict(state)
+        stream(weights=[1, 1]).load_state_dict(state)
 
 
-def test_as_many_weights_as_sources_are_needed(rows):
+def test_as_many_weights_as_sources_are_needed(stream):
     with pytest.raises(ValueError, match="1 weights for 2 sources"):
-        rows(weights=[1])
+        stream(weights=[1])
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def spoilt(tmp_path, processor):
 
     def make(**options):
         source = load_source(str(tmp_path / "train.jsonl"))
-        return PackedSequences([source], processor, ROW_TOKENS, bad_samples=tmp_path / "bad.jsonl", **options)
+        return PackedSequences([source], processor, LENGTH, bad_samples=tmp_path / "bad.jsonl", **options)
 
     return make
 
@@ -199,7 +200,7 @@ def test_no_row_ends_a_run(tmp_path, processor, odd):
     row = json.dumps(ODD[odd]).replace("\\\\ud83d", "\\ud83d")
     (tmp_path / "train.jsonl").write_text("\n".join([*good[:30], row, *good[30:]]))
     source = load_source(str(tmp_path / "train.jsonl"))
-    stream = PackedSequences([source], processor, ROW_TOKENS, bad_samples=tmp_path / "bad.jsonl")
+    stream = PackedSequences([source], processor, LENGTH, bad_samples=tmp_path / "bad.jsonl")
     list(islice(stream, 40))
     (named,) = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert named["record"].endswith("train.jsonl:30")
@@ -218,8 +219,8 @@ def test_a_broken_part_of_a_file_is_a_block_of_bad_rows(tmp_path, processor):
     data = bytearray((tmp_path / "train.parquet").read_bytes())
     data[place : place + 40] = bytes(40)
     (tmp_path / "train.parquet").write_bytes(data)
-    stream = PackedSequences([source], processor, ROW_TOKENS, bad_samples=tmp_path / "bad.jsonl", max_bad_share=0.3)
-    seen = Counter(answer for row in islice(stream, 300) for answer in answers(processor, row))
+    stream = PackedSequences([source], processor, LENGTH, bad_samples=tmp_path / "bad.jsonl", max_bad_share=0.3)
+    seen = Counter(answer for sequence in islice(stream, 300) for answer in answers(processor, sequence))
     assert set(seen) == {str(i) for i in range(400) if not 280 <= i < 320}
     named = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert len(named) == 40 and all("cannot be read" in one["cause"] for one in named)
@@ -241,16 +242,16 @@ def test_bad_samples_count_alike_after_a_restart(spoilt, tmp_path):
     assert len(names) == len(set(names)) == 3
 
 
-def test_a_source_that_is_all_bad_stops_the_run_however_small(rows, folder, processor, tmp_path):
+def test_a_source_that_is_all_bad_stops_the_run_however_small(stream, folder, processor, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"image": "no.png", "question": "what?", "answer": "red"}\n' * 5)
     sources = [load_source(str(tmp_path / "train.jsonl")), load_source(str(folder / "texts.jsonl"))]
     with pytest.raises(ValueError, match="samples read are bad"):
-        list(islice(PackedSequences(sources, processor, ROW_TOKENS, weights=[1, 4]), 500))
+        list(islice(PackedSequences(sources, processor, LENGTH, weights=[1, 4]), 500))
 
 
 def test_rare_images_are_waited_for(folder, processor):
     sources = [load_source(str(folder / name), max_samples=10) for name in ("images.jsonl", "texts.jsonl")]
-    stream = PackedSequences(sources, processor, ROW_TOKENS, weights=[1, 99], distill_only_sequences=2)
+    stream = PackedSequences(sources, processor, LENGTH, weights=[1, 99], distill_only_sequences=2)
     assert len(list(islice(stream, 3))) == 3
 
 
@@ -269,34 +270,32 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, processor):
         next(iter(PackedSequences([lonely], processor, 64, max_bad_share=1.0)))
 
 
-def test_text_alone_cannot_be_distilled_from(rows, folder, processor):
-    texts = PackedSequences(
-        [load_source(str(folder / "texts.jsonl"))], processor, ROW_TOKENS, distill_only_sequences=1
-    )
+def test_text_alone_cannot_be_distilled_from(folder, processor):
+    texts = PackedSequences([load_source(str(folder / "texts.jsonl"))], processor, LENGTH, distill_only_sequences=1)
     with pytest.raises(ValueError, match="holds an image.*distill_only_steps=0"):
         next(iter(texts))
 
 
-def test_workers_that_are_not_forked_get_all_they_need(rows):
+def test_workers_that_are_not_forked_get_all_they_need(stream):
     """Where processes are spawned, what they work with travels by pickle."""
-    stream = rows()
-    chunks = Chunks(stream.maker, stream.mixture, 0, False, 0, 1)
+    packed = stream()
+    chunks = Chunks(packed.maker, packed.mixture, 0, False, 0, 1)
     next(iter(chunks))
     again = pickle.loads(pickle.dumps(chunks))
     (number, (samples, _)), (_, (expected, _)) = next(iter(again)), next(iter(chunks))
     assert number == 0 and [name for name, _ in samples] == [name for name, _ in expected]
 
 
-def test_a_survey_counts_what_training_will_read(spoilt):
-    rows = spoilt()
-    summary, bad = dataset_statistics(rows, ["it"])
+def test_statistics_count_what_training_will_read(spoilt):
+    stream = spoilt()
+    summary, bad = dataset_statistics(stream, ["it"])
     assert (summary["num_samples"], summary["num_bad"], len(bad)) == (37, 3, 3)
-    lengths = [len(s["input_ids"]) for _, s in islice(rows.named_samples(), 37)]
+    lengths = [len(s["input_ids"]) for _, s in islice(stream.named_samples(), 37)]
     assert summary["tokens_per_sample"]["max"] == max(lengths)
     assert summary["tokens_per_sample"]["mean"] == pytest.approx(np.mean(lengths))
-    packed = [sum(len(s["input_ids"]) for s in row) / ROW_TOKENS for row in islice(rows, 30)]
+    packed = [sum(len(s["input_ids"]) for s in sequence) / LENGTH for sequence in islice(stream, 30)]
     assert summary["packing_efficiency"] == pytest.approx(np.mean(packed), abs=0.05)
-    parallel, _ = dataset_statistics(rows, ["it"], num_workers=2)
+    parallel, _ = dataset_statistics(stream, ["it"], num_workers=2)
     assert {k: v for k, v in parallel.items() if "second" not in k} == {
         k: v for k, v in summary.items() if "second" not in k
     }

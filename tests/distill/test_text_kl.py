@@ -168,7 +168,7 @@ def test_text_to_keep_alone_teaches_nothing_and_is_refused(sources, llm_folder):
 
 
 def test_rows_of_words_may_be_measured_before_those_of_images():
-    """As planning by the clock does: a batch with words never ends at the teacher's depth."""
+    """As planning by the clock does: a batch with labels never ends at the teacher's depth."""
     objective, _ = objective_of()
     found = objective(**batch(distill_only=True) | {"targets": torch.full((2, T), 7)})
     assert "lm_loss" in found and "text_loss" in found

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from tiny import command_line
 
+from vora.checkpoint import load_model
 from vora.eval.rows import Rows, SkippedRows
 from vora.eval.run import evaluate, evaluation_of, make_task
 from vora.eval.scoring.generate import prompt_of, without_thinking
 from vora.eval.tasks.classify import Classify
-from vora.serve.engine import load_model
 
 METRICS = {
     "captions": ["cider_d", "bleu_4"],
@@ -127,7 +127,7 @@ def test_a_lone_surrogate_is_a_bad_row(task, rows, ending, report_of, tmp_path):
     (tmp_path / f"rows.{ending}").write_text(text)
     report = report_of(task, tmp_path / f"rows.{ending}")
     assert report["num_examples"] == 2 and report["num_bad"] == 1
-    assert report["bad"][0]["name"] == f"rows.{ending}:1" and "half a character" in report["bad"][0]["cause"]
+    assert report["bad"][0]["name"] == f"rows.{ending}:1" and "half of a surrogate pair" in report["bad"][0]["cause"]
 
 
 def test_a_lone_surrogate_in_text_is_a_bad_row(llm_folder, report_of, tmp_path):

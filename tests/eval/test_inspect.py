@@ -13,7 +13,7 @@ from tiny import FAMILIES, IMAGE, PATCH, logits_of, prompt, save_tiny_vit, text,
 from transformers import ViTConfig, ViTModel
 
 import vora
-from vora.build.lora import DISTILLATION_FILE
+from vora.checkpoint.layout import HEADS_FILE
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
 from vora.distill.objective import Objective
 from vora.eval.inspect.attention_weights import attention_at, words_of_tokens
@@ -366,7 +366,7 @@ def test_heads_beside_a_model_are_used_with_their_teacher_alone(seeing, tmp_path
     pairs = block_pairs(2, 2, pairing=pairing)
     width = seeing[0].config.text_config.hidden_size
     heads = BlockwiseDistillation(pairs, width, 24)
-    save_file(heads.state_dict(), tmp_path / "model" / DISTILLATION_FILE)
+    save_file(heads.state_dict(), tmp_path / "model" / HEADS_FILE)
     learner = fresh(seeing)
     assert take_teacher(learner, model, teacher_folder)[0] == pairs
     for name, tensor in learner.distillation.state_dict().items():

@@ -12,10 +12,10 @@ from PIL import Image
 from tiny import GRID, PATCH
 
 from vora import VoraForConditionalGeneration
+from vora.checkpoint import load_model
 from vora.eval.scoring.candidates import AnswerTree, answer_ids, candidate_scores
 from vora.eval.scoring.generate import free_answers, prompt_of_messages
 from vora.model.processing_vora import VoraProcessor
-from vora.serve.engine import load_model
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install vora-vlm[lmms]")
 

@@ -6,6 +6,7 @@ from PIL import Image
 from tiny import log_prob_of_answer
 
 import vora
+from vora.checkpoint import load_model
 from vora.eval.probe import probe as probing
 from vora.eval.probe.conditions import CONDITIONS, blank, image_groups_of, num_alike, other_groups, shuffled
 from vora.eval.probe.figure import draw_probe
@@ -15,7 +16,6 @@ from vora.eval.probe.verdict import verdict_of
 from vora.eval.rows import Example, Rows, SkippedRows
 from vora.eval.run import make_task, task_of
 from vora.eval.scoring.teacher_forced import AnswerScore
-from vora.serve.engine import load_model
 
 COUNT = 14
 TASKS = ["captions", "vqa", "classify", "statements"]

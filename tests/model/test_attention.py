@@ -10,10 +10,10 @@ from transformers import DynamicCache, LlamaConfig, StaticCache, masking_utils
 from transformers.masking_utils import create_masks_for_generate
 
 from vora import VoraForConditionalGeneration, VoraProcessor
+from vora.checkpoint import load_model
 from vora.model import segmented_sdpa as segments
 from vora.model.attention import attention_masks
 from vora.model.segmented_sdpa import SEGMENTED_SDPA, cut, segmented_sdpa, use_segmented_sdpa_on_cpu
-from vora.serve.engine import load_model
 
 LENGTH = 40
 KINDS = {  # of masks: full, sliding, both by layer type, chunked
@@ -279,11 +279,11 @@ def test_who_is_switched_to_segments(llm_folder, tmp_path):
     vora.to_llm().set_attn_implementation("eager")  # which is the LLM's own affair
     assert vora.model.language_model.config._attn_implementation == "sdpa"
 
-    eyes = {"patch_size": 4, "image_size": 12}
-    vora = VoraForConditionalGeneration.from_llm(llm_folder, **eyes)
+    sizes = {"patch_size": 4, "image_size": 12}
+    vora = VoraForConditionalGeneration.from_llm(llm_folder, **sizes)
     use_segmented_sdpa_on_cpu(vora, torch.device("cpu"))
     vora.save_pretrained(tmp_path)
-    VoraProcessor.from_llm(llm_folder, **eyes).save_pretrained(tmp_path)
+    VoraProcessor.from_llm(llm_folder, **sizes).save_pretrained(tmp_path)
     assert VoraForConditionalGeneration.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
     if not torch.cuda.is_available():
         loaded, _ = load_model(str(tmp_path))

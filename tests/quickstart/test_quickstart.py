@@ -5,8 +5,9 @@ import json
 import pytest
 from rich.console import Console
 
+from vora.checkpoint import load_model
 from vora.quickstart.run import run_quickstart
-from vora.serve.engine import Chat, load_model
+from vora.serve.engine import Chat
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path):

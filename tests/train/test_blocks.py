@@ -105,7 +105,7 @@ def test_a_compiled_run_answers_saves_and_resumes_as_a_plain_one(recipe, data_fi
     trainer = run(wanted(torch_compile_backend="eager", torch_compile=True), tmp_path / "compiled")
     assert trainer.model_wrapped is trainer.model  # not compiled again as a whole
     num_graphs = counters["stats"]["unique_graphs"]
-    assert 0 < num_graphs <= NUM_KINDS + 1 and not counters["graph_break"]  # words of answers compile nothing
+    assert 0 < num_graphs <= NUM_KINDS + 1 and not counters["graph_break"]  # growing answers compile nothing
     assert close(tmp_path / "compiled", tmp_path / "plain")
     names = []
     for folder in (tmp_path / "plain", tmp_path / "compiled"):

@@ -8,8 +8,8 @@ import pytest
 from runs import losses, run
 from transformers import TrainerCallback
 
-from vora.checkpoint.card import read_card
-from vora.checkpoint.run_directory import trained_folder
+from vora.checkpoint.layout import read_info
+from vora.checkpoint.lineage import read_card
 from vora.train.recipe import load_recipe
 
 
@@ -32,7 +32,7 @@ def test_resumed_losses_are_those_of_an_uninterrupted_run(recipe, tmp_path, accu
     with pytest.raises(InterruptedError, match="--resume"):
         run(recipe(**values), tmp_path / "cut", callbacks=[StopAt(5)])
     assert (tmp_path / "cut" / "checkpoint-5").exists() or (tmp_path / "cut" / "checkpoint-6").exists()
-    of_cut, of_whole = read_card(trained_folder(tmp_path / "cut")), read_card(tmp_path / "whole" / "final")
+    of_cut, of_whole = read_card(read_info(tmp_path / "cut").path), read_card(tmp_path / "whole" / "final")
     assert of_cut["base_llm"] == of_whole["base_llm"] != "not stated" and of_cut["stages"][0]["steps"] in (5, 6)
     run(load_recipe(tmp_path / "cut" / "recipe.yaml"), tmp_path / "cut", resume=True)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -53,7 +53,7 @@ def test_a_longer_run_hides_its_first_end_and_keeps_the_planned_steps(recipe, tm
 
     with pytest.raises(InterruptedError):
         run(recipe(max_steps=9, save_steps=2), tmp_path / "run", resume=True, callbacks=[StopAt(6)])
-    assert trained_folder(tmp_path / "run").name in ("checkpoint-6", "checkpoint-7")
+    assert read_info(tmp_path / "run").path.name in ("checkpoint-6", "checkpoint-7")
     planned = recipe(save_steps=2)  # max_steps 6, which the checkpoint knows better
     planned.max_minutes = 10.0
     assert run(planned, tmp_path / "run", resume=True).state.global_step == 9

@@ -7,7 +7,7 @@ from runs import run
 from safetensors.torch import load_file
 from transformers import TrainerCallback, ViTConfig, ViTModel
 
-from vora.build.lora import DISTILLATION_FILE
+from vora.checkpoint.layout import HEADS_FILE
 from vora.train.plan.meta_model import meta_model
 from vora.train.recipe import load_recipe
 from vora.train.run_log import read_log
@@ -100,7 +100,7 @@ def test_vision_that_was_trained_before_slows_down_from_the_start(recipe, tmp_pa
     before = load_file(tmp_path / "vision" / "final" / "adapter_model.safetensors")
     after = load_file(tmp_path / "still" / "final" / "adapter_model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    heads = load_file(tmp_path / "vision" / "final" / DISTILLATION_FILE)
+    heads = load_file(tmp_path / "vision" / "final" / HEADS_FILE)
     assert torch.equal(begun.distillation.heads["0"][1].weight, heads["heads.0.1.weight"])
 
 
@@ -157,7 +157,7 @@ def test_frozen_vision_stays_as_it_is_and_asks_no_teacher(recipe, tmp_path):
     )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if ".layers.2." in name}  # above the teacher's two
-    heads = [load_file(tmp_path / name / "final" / DISTILLATION_FILE) for name in ("vision", "language")]
+    heads = [load_file(tmp_path / name / "final" / HEADS_FILE) for name in ("vision", "language")]
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
     assert not meta_model(second)[0].vision_parameters() and meta_model(first)[0].vision_parameters()
     second.training["max_steps"] = 4

@@ -12,16 +12,15 @@ from safetensors.torch import load_file, safe_open
 from transformers import AutoModelForCausalLM
 
 from vora import VoraProcessor
-from vora.checkpoint.card import read_card
+from vora.checkpoint import load_model, merge_run
+from vora.checkpoint.lineage import read_card
 from vora.data.readers import load_source
 from vora.data.stream import PackedSequences
-from vora.serve.engine import load_model
 from vora.train.from_recipe import training_arguments
 from vora.train.recipe import load_recipe
 from vora.train.run_log import read_log
 from vora.train.stages import build_objective
 from vora.train.throughput import precision_overrides, steps_that_fit
-from vora.train.trained import merge_run
 
 
 def test_it_learns_what_only_the_images_tell(recipe, tmp_path):

@@ -18,13 +18,13 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from vora.ablate.spec import EvaluateSection, Run
+from vora.checkpoint.load import merge_run
 from vora.checkpoint.run_directory import newest_checkpoint
 from vora.eval.evaluation import Data
 from vora.eval.report import commit
 from vora.eval.run import evaluate
 from vora.train.recipe import load_recipe
 from vora.train.run import train
-from vora.train.trained import merge_run
 
 
 class EnoughSamples(TrainerCallback):

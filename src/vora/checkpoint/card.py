@@ -1,34 +1,32 @@
-"""The model card: README.md of a folder in which a model was saved.
+"""The model card: README.md of a folder in which a model was saved, filled into `card.md.j2`.
 
-What a later model must know of this one (base LLM, teacher, licences, stages) stands in the card's front matter under
-`vora`, and each stage's recipe in the text: a model that is trained on from this one keeps its ancestry, and there is
-no further file. Folders of this machine are never named, only the last part of their paths.
+Folders of this machine are never named, only the last part of their paths.
 """
 
 import json
 import logging
-import os
 import re
-import time
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import wraps
+from importlib.resources import files
 from pathlib import Path
-from threading import Thread
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
-from huggingface_hub import DatasetCard, ModelCard, get_session, hf_hub_url, is_offline_mode
-from huggingface_hub.utils import build_hf_headers
+from jinja2 import Environment, StrictUndefined
 
-from vora.build.lora import is_unmerged
-from vora.checkpoint.card_text import NOT_STATED, card_text
-from vora.checkpoint.names import is_hub_id, published, without_folders
+from vora.checkpoint.layout import Kind, read_info
+from vora.checkpoint.lineage import NOT_STATED, lineage, read_card
+from vora.checkpoint.names import command_without_folders, is_hub_id
+from vora.checkpoint.run_directory import last_step, newest_weights, read_recipe, run_of
 
-KNOWN_LICENCES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0", "easy-vqa": "mit"}
-SECONDS_FOR_THE_HUB = 5.0  # for all its pages together: saving does not wait longer for a licence
-
-RECIPE = re.compile(r"^### Recipe (\d+): [^\n]*\n\n(`{3,})yaml\n(.*?)^\2$", flags=re.M | re.S)
+MADE = {
+    "trained": "`vora train`",
+    "merged": "`vora train`, then its vision LoRA was merged",
+    "imported": "imported",
+    "folded": "no training: `vora merge` alone",
+}
 
 
 class Evaluation(NamedTuple):
@@ -51,12 +49,9 @@ class CardFacts:
         base_llm, teacher, encoder: alias, hub id or folder; by default those of `source`'s card.
         source: folder or hub id of the model that this one went on from, or was imported from.
         data: (name, weight) of each source; the weight is None where rows count alike.
-        recipe: as a dict.
         losses: {name: last value}.
         logged_step: the step at which `samples_seen` and `losses` were noted.
-        evaluation: `Evaluation`s, or tuples of their fields.
-        licences: {name of base LLM, teacher or data: licence} where known; the others are looked up.
-        asks_hub: whether they are looked up on the hub too.
+        licences: {name of base LLM, teacher or data: licence} where known.
         merge_command: how a folder with unmerged vision LoRA is merged into one called my-vora.
     """
 
@@ -66,156 +61,154 @@ class CardFacts:
     teacher: str | None = None
     encoder: str | None = None
     source: str | None = None
-    data: list = field(default_factory=list)
-    recipe: dict | None = None
+    data: Sequence[tuple[str, float | None]] = ()
+    recipe: dict[str, Any] | None = None
     steps: int | None = None
     samples_seen: int | None = None
-    losses: dict = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
     logged_step: int | None = None
-    evaluation: list = field(default_factory=list)
-    licences: dict = field(default_factory=dict)
+    evaluation: Sequence[Evaluation | tuple] = ()
+    licences: dict[str, str] = field(default_factory=dict)
     merge_command: str = "vora merge RUN -o my-vora"
-    asks_hub: bool = True
 
 
-def harmless(write):
+def harmless(write: Callable[..., Path | None]) -> Callable[..., Path | None]:
     """A card that cannot be written costs a warning, never the model that has just been saved."""
 
     @wraps(write)
-    def guarded(*args, **kwargs):
+    def guarded(*args: Any, **kwargs: Any) -> Path | None:
         try:
             return write(*args, **kwargs)
         except Exception as error:  # whatever it is, the weights matter more
             logging.getLogger(__name__).warning(
                 "The model is saved, but without a card: %s: %s", type(error).__name__, error
             )
+            return None
 
     return guarded
 
 
 @harmless
-def write_card(folder, facts):
+def write_card(folder: Path | str, facts: CardFacts) -> Path | None:
     """Write README.md into a folder in which a model has just been saved.
-
-    Args:
-        folder: of a whole VoRA model, of unmerged vision LoRA, or of a language part alone; its files say which.
-        facts: `CardFacts`.
 
     Returns:
         Path of the card, or None if it could not be written.
     """
-    folder = Path(folder)
-    record = lineage(facts)
-    kind = _kind_of(folder)
-    (folder / "README.md").write_text(card_text(record, kind, facts), encoding="utf-8")
-    return folder / "README.md"
+    card = Path(folder) / "README.md"
+    card.write_text(card_text(lineage(facts), read_info(folder).kind, facts), encoding="utf-8")
+    return card
 
 
-def lineage(facts):
-    """What is known of a model and of those it came from, in names that may be published.
-
-    Returns:
-        {"base_llm", "teacher", and where there is one "encoder": names; "licences": {name: licence}; "stages": [first,
-        ..., this one]}.
-    """
-    before = (read_card(facts.source) if facts.source else None) or {}
-    no_teacher = "none" if facts.recipe is not None and facts.source is None else "not stated"
-    stage = {
-        "stage": facts.stage,
-        "made": facts.made,
-        "source": published(facts.source) if facts.source else None,
-        "data": [{"name": published(name), "weight": weight} for name, weight in facts.data],
-        "steps": facts.steps,
-        "samples_seen": facts.samples_seen,
-        "losses": {name: float(f"{value:.6g}") for name, value in facts.losses.items()},
-        "logged_step": facts.logged_step,
-        "recipe": without_folders(facts.recipe),
-    }
-    kinds = {name: DatasetCard for name, _ in facts.data}
-    kinds |= {name: ModelCard for name in (facts.base_llm, facts.teacher, facts.encoder) if name}
-    inherited = before.get("licences", {})
-    known = {name: licence for name, licence in inherited.items() if is_hub_id(name)}  # a folder may be another one
-    known |= {published(name): licence for name, licence in facts.licences.items()}
-    unknown = {name: kind for name, kind in kinds.items() if published(name) not in known}
-    if not facts.asks_hub:
-        unknown = {n: k for n, k in unknown.items() if not is_hub_id(n) or published(n) in KNOWN_LICENCES}
-    found = _looked_up(unknown)
-    encoder = published(facts.encoder) if facts.encoder else before.get("encoder")
-    return {
-        "base_llm": published(facts.base_llm) if facts.base_llm else before.get("base_llm", "not stated"),
-        "teacher": published(facts.teacher) if facts.teacher else before.get("teacher", no_teacher),
-        **({"encoder": encoder} if encoder else {}),
-        "licences": inherited | known | found,
-        "stages": [*before.get("stages", []), {key: value for key, value in stage.items() if value is not None}],
-    }
-
-
-def read_card(model):
-    """What a model's card says of its lineage (see `lineage`), or None where there is no card of ours.
+@harmless
+def write_run_card(
+    folder: Path | str,
+    source: Path | str,
+    steps: int | None = None,
+    evaluation: Sequence[Evaluation | tuple] = (),
+    merge_command: str = CardFacts.merge_command,
+) -> Path | None:
+    """Write the card of a model that comes from a run.
 
     Args:
-        model: folder or hub id.
+        folder: where the model has just been saved: RUN/final or a checkpoint, the merged model, or its language part.
+        source: the run directory, or an unmerged model or adapter.
+        steps: how many it took, if it has only just ended; otherwise what it saved says so.
     """
-    card = _cards({str(model): ModelCard}).get(str(model))
-    record = card.data.to_dict().get("vora") if card else None
-    if not isinstance(record, dict) or not record.get("stages"):
-        return None
-    for number, _, recipe in RECIPE.findall(card.text):
-        record["stages"][int(number) - 1]["recipe"] = yaml.safe_load(recipe)
-    return record
+    run = run_of(Path(source))
+    if run is None:  # imported or received, and merged now: what is known stands on its own card
+        return write_card(folder, CardFacts(made="folded", stage="pretrain", source=str(source)))
+    recipe, saved = read_recipe(run), newest_weights(run)
+    model, teacher = recipe["model"], recipe.get("teacher") or {}
+    # what was noted when the run ended, where its data lay
+    before = (read_card(saved) if steps is None else None) or {}
+    noted = before.get("stages", [{}])[-1]
+    if steps is None:
+        steps = noted.get("steps") or (last_step(saved) if saved.name != "final" else recipe["training"]["max_steps"])
+    data = noted.get("data") or [{"name": s["path"], "weight": s.get("weight")} for s in recipe["data"]["sources"]]
+    log = run / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    logged: dict[str, Any] = next((line for line in reversed(lines) if line["step"] <= steps), {})
+    is_merged = recipe["stage"] == "pretrain" and not (Path(folder) / "adapter_config.json").exists()
+    facts = CardFacts(
+        made="merged" if is_merged else "trained",
+        stage=recipe["stage"],
+        base_llm=_first_llm(model),
+        teacher=teacher.get("name"),
+        encoder=model.get("encoder"),
+        source=model.get("vora") and str(read_info(model["vora"]).path),
+        data=[(one["name"], one["weight"]) for one in data],
+        recipe=noted.get("recipe") or recipe,
+        steps=steps,
+        samples_seen=logged.get("samples_seen"),
+        losses={name: value for name, value in logged.items() if name.endswith("_loss")},
+        logged_step=logged.get("step"),
+        evaluation=evaluation,
+        merge_command=merge_command,
+        licences={name: known for name, known in before.get("licences", {}).items() if known != NOT_STATED},
+    )
+    return write_card(folder, facts)
 
 
-def _looked_up(kinds):
-    """{published name: licence} of models and datasets, from their cards."""
-    cards = _cards({name: kind for name, kind in kinds.items() if published(name) not in KNOWN_LICENCES})
-    found = {name: _licence(cards[name]) if name in cards else None for name in kinds}
-    return {published(name): KNOWN_LICENCES.get(published(name)) or found[name] or NOT_STATED for name in kinds}
+def card_text(record: dict[str, Any], kind: Kind, facts: CardFacts) -> str:
+    """A whole README.md.
+
+    Args:
+        record: from `lineage`.
+    """
+    stages, encoder = record["stages"], record.get("encoder")
+    recipes = [stage.get("recipe") for stage in stages]
+    data = [("data", name) for name in dict.fromkeys(source["name"] for s in stages for source in s["data"])]
+    texts = [None if recipe is None else _yaml(recipe) for recipe in recipes]
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["without_folders"] = command_without_folders
+    environment.filters["quoted"] = lambda name: name if name in ("none", "not stated") else f"`{name}`"
+    template = environment.from_string((files("vora.checkpoint") / "card.md.j2").read_text(encoding="utf-8"))
+    return template.render(
+        front=_yaml(_front_matter(record, kind)),
+        kind=kind,
+        facts=facts,
+        base_llm=record["base_llm"],
+        teacher=record["teacher"],
+        encoder=encoder,
+        stages=stages,
+        made=MADE,
+        licences=record["licences"],
+        not_stated=NOT_STATED,
+        parts=[("base LLM", record["base_llm"]), ("teacher", record["teacher"]), ("encoder", encoder), *data],
+        starts_as_teacher=any(
+            (r.get("teacher") or {}).get("init_from_teacher") and r["model"]["llm"] for r in recipes if r
+        ),
+        recipes=texts,
+        # longer than any fence within; `read_card` finds them again
+        fences=["`" * max(3, 1 + max(map(len, re.findall("`+", text or "")), default=0)) for text in texts],
+    )
 
 
-def _licence(card):
-    """The licence in a card's front matter, or None; `other (NAME)` where it is one of its own."""
-    licence = card.data.to_dict().get("license")
-    if isinstance(licence, list):
-        return ", ".join(map(str, licence)) or None
-    name = card.data.to_dict().get("license_name")
-    return f"other ({name})" if licence == "other" and name else licence and str(licence)
+def _first_llm(model: dict[str, Any]) -> str | None:
+    """The LLM that a chain of runs began with, or None if that is not known here."""
+    while model.get("llm") is None and (run := run_of(Path(model["vora"]))) is not None:
+        model = read_recipe(run)["model"]
+    return model.get("llm")
 
 
-def _cards(kinds):
-    """{name: card} of those that have one here or, unless offline, on the hub; all at once, within a few seconds."""
-    cards = {}
-
-    def read(name, kind, text_of):
-        with suppress(Exception):  # no such page, no network, no valid front matter
-            cards[name] = kind(text_of(), ignore_metadata_errors=True)
-
-    readers = []
-    for name, kind in kinds.items():
-        if os.path.isdir(name):
-            read(name, kind, partial(Path(name, "README.md").read_text, encoding="utf-8-sig"))
-        elif is_hub_id(name) and not is_offline_mode():
-            page = partial(_hub_page, name, kind.repo_type)
-            readers.append(Thread(target=read, args=(name, kind, page), daemon=True))
-    for reader in readers:
-        reader.start()
-    deadline = time.monotonic() + SECONDS_FOR_THE_HUB
-    for reader in readers:
-        reader.join(max(0.0, deadline - time.monotonic()))
-    return dict(cards)
+def _front_matter(record: dict[str, Any], kind: Kind) -> dict[str, Any]:
+    licence = record["licences"].get(record["base_llm"], NOT_STATED)
+    front: dict[str, Any] = {"license": licence if re.fullmatch(r"[\w.-]+", licence) else "other"}
+    if own := re.fullmatch(r"other \((.+)\)", licence):
+        front["license_name"] = own.group(1)
+    if is_hub_id(record["base_llm"]):
+        front["base_model"] = record["base_llm"]
+    front["pipeline_tag"] = "text-generation" if kind == "llm" else "image-text-to-text"
+    front["library_name"] = "transformers"
+    front["tags"] = ["vora", "llava" if "encoder" in record else "vision-as-lora"]
+    front["tags"] += ["lora"] if kind in ("adapter", "unmerged") else []
+    datasets = [source["name"] for stage in record["stages"] for source in stage["data"]]
+    if found := [name for name in dict.fromkeys(datasets) if is_hub_id(name)]:
+        front["datasets"] = found
+    stages = [{key: value for key, value in stage.items() if key != "recipe"} for stage in record["stages"]]
+    return front | {"vora": record | {"stages": stages}}
 
 
-def _hub_page(name, repo_type):
-    """Text of a card on the hub, asked for once: `ModelCard.load` would go on asking, and say so, for a minute."""
-    url = hf_hub_url(name, "README.md", repo_type=repo_type)
-    answer = get_session().get(url, headers=build_hf_headers(), timeout=SECONDS_FOR_THE_HUB, follow_redirects=True)
-    answer.raise_for_status()
-    return answer.text
-
-
-def _kind_of(folder):
-    """By a folder's files: `adapter` (vision LoRA alone), `unmerged` (with the model beside it), `model` (all of it,
-    merged) or `llm` (the language part)."""
-    if (folder / "adapter_config.json").exists():
-        return "unmerged" if is_unmerged(folder) else "adapter"
-    is_whole = json.loads((folder / "config.json").read_text())["model_type"].startswith("vora")
-    return "model" if is_whole else "llm"
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)

@@ -3,6 +3,6 @@
 from importlib.resources import files
 
 
-def committed_model():
-    """Folder of the eyes that are used where no model is named, over an LLM that is fetched; see `over_llm.py`."""
+def committed_model() -> str:
+    """Folder of the vision adapter that is used where no model is named; its LLM is fetched."""
     return str(files("vora") / "pretrained")

@@ -1,28 +1,37 @@
-"""Checkpoints of the paper's released code (github.com/Hon-Wong/VoRA, commit f138756), made into ours.
+"""Checkpoints of the paper's released code, made into ours; see `reference_tensors` for what they are.
 
-Two layouts: stage 1 (`lora_A`, `lora_B` and `aux_vision` beside the LLM) and merged (the released weights). In both,
-the adapted projections have biases, also where the LLM has none: they were trained, so they are kept, exactly.
-
-Dims: D LLM width, D_v width of the patch embedding, p patch side, G side of the position grid, r rank.
+In both of their layouts the adapted projections have biases, also where the LLM has none: they were trained, so they
+are kept, exactly.
 """
 
-import json
-import re
 from dataclasses import dataclass, field
-from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from peft import set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
-from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, LlamaConfig
+from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from vora.build.base_llm import choose_image_token, load_tokenizer
 from vora.build.from_llm import processor_from_llm
-from vora.build.lora import DISTILLATION_FILE, PATCH_EMBEDDING, attach_vision_lora, merge_vision_lora
+from vora.build.lora import PATCH_EMBEDDING, attach_vision_lora, keep_trained_in_fp32, merge_vision_lora
+from vora.checkpoint.card import CardFacts, write_card
+from vora.checkpoint.layout import HEADS_FILE, AdapterInfo, CheckpointInfo, write_info
+from vora.checkpoint.names import loadable
+from vora.checkpoint.reference_tensors import (
+    Tensors,
+    checkpoint_folder,
+    heads_of,
+    lora_of,
+    places_of,
+    read_json,
+    read_tensors,
+    sort_tensors,
+    widest_dtype,
+)
+from vora.checkpoint.save import whole_folder, write_adapter_files
 from vora.model.configuration_vora import VoraConfig
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.modeling_vora import VoraForConditionalGeneration
@@ -43,17 +52,6 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 
-EYES = {
-    "vision_embedding.patchifier.proj.weight": "patch.weight",
-    "vision_embedding.patchifier.proj.bias": "patch.bias",
-    "vision_embedding.patchifier.norm.weight": "norm.weight",
-    "vision_embedding.pos_embed": "position",
-    "vision_embedding.out_proj.weight": "projection.weight",
-}
-LORA = re.compile(r"llm\.model\.layers\.(\d+)\.(.+)\.lora_([AB])\.weight")
-HEAD = re.compile(r"aux_vision\.aux_layer_(\d+)\.([01])\.weight")
-BIAS = re.compile(r"llm\.model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.bias")
-
 
 @dataclass
 class Reference:
@@ -66,19 +64,19 @@ class Reference:
         heads: state dict of a `BlockwiseDistillation` with the pairs of `block_pairs(..., pairing="hidden_states")`
             for teachers of transformers, or "inputs" for AIMv2's own code; empty in a merged checkpoint.
         teacher: what its configuration names.
-        places: {where tensors went: [how many, how many parameters]}.
+        places: {where tensors went: (how many, how many parameters)}.
     """
 
     model: VoraForConditionalGeneration
     rank: int = 0
     num_blocks: int = 0
-    target_modules: list = field(default_factory=list)
-    lora: dict = field(default_factory=dict)
-    heads: dict = field(default_factory=dict)
+    target_modules: list[str] = field(default_factory=list)
+    lora: Tensors = field(default_factory=dict)
+    heads: Tensors = field(default_factory=dict)
     teacher: str = ""
-    places: dict = field(default_factory=dict)
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def with_lora(self):
+    def with_lora(self) -> PeftModel:
         """The model with its LoRA on, as `attach_vision_lora` returns it; it goes into `model` itself, so only once.
 
         Raises:
@@ -89,18 +87,16 @@ class Reference:
         peft_model = attach_vision_lora(
             self.model, rank=self.rank, num_blocks=self.num_blocks, target_modules=self.target_modules
         )
-        for parameter in peft_model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        eyes = self.model.model.patch_embedding.modules_to_save["default"].state_dict()
-        eyes = {f"base_model.model.model.{PATCH_EMBEDDING}.{name}": tensor for name, tensor in eyes.items()}
-        loaded = set_peft_model_state_dict(peft_model, self.lora | eyes)
+        keep_trained_in_fp32(peft_model)
+        state = self.model.model.patch_embedding.modules_to_save["default"].state_dict()
+        state = {f"base_model.model.model.{PATCH_EMBEDDING}.{name}": tensor for name, tensor in state.items()}
+        loaded = set_peft_model_state_dict(peft_model, self.lora | state)
         if loaded.unexpected_keys:
             raise ValueError(f"{len(loaded.unexpected_keys)} LoRA tensors fit no layer: {loaded.unexpected_keys[0]}.")
         return peft_model.eval()
 
 
-def load_reference(checkpoint, llm):
+def load_reference(checkpoint: Path | str, llm: Path | str) -> Reference:
     """Read a checkpoint of the released code, whichever of its layouts it has.
 
     Args:
@@ -121,8 +117,8 @@ def load_reference(checkpoint, llm):
     llm_config = AutoConfig.from_pretrained(llm).get_text_config()
     parts = sort_tensors(tensors, folder)
     dtype = widest_dtype(parts)
-    text_config = text_config_with_biases(llm_config, {BIAS.fullmatch(name)[1] for name in parts["biases"]})
-    position, patch = (parts["eyes"][name] for name in ("position", "patch.weight"))
+    text_config = text_config_with_biases(llm_config, {name.split(".")[4] for name in parts["biases"]})
+    position, patch = (parts["patch_embedding"][name] for name in ("position", "patch.weight"))
     grid = round(position.shape[-2] ** 0.5)
     if grid**2 != position.shape[-2]:
         raise ValueError(f"{folder} has {position.shape[-2]} positions, which make no square grid.")
@@ -142,102 +138,14 @@ def load_reference(checkpoint, llm):
     model = build_model(vora_config, parts, needed, folder)
     reference = Reference(model, teacher=config.get("aux_vision") or "", places=places_of(parts))
     if parts["lora"]:
-        take_lora(reference, parts["lora"])
+        found = lora_of(parts["lora"])
+        reference.lora, reference.rank, reference.num_blocks, reference.target_modules = found
     if parts["heads"]:
         reference.heads = heads_of(parts["heads"])
     return reference
 
 
-def checkpoint_folder(checkpoint):
-    """A local folder, or the snapshot of a hub id.
-
-    Raises:
-        ValueError: there is neither.
-    """
-    if Path(checkpoint).is_dir():
-        return Path(checkpoint)
-    try:
-        return Path(snapshot_download(str(checkpoint), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub's client raises many kinds
-        cause = str(error).splitlines()[0]
-        raise ValueError(f"{checkpoint} is no folder, and the hub does not give it: {cause}") from None
-
-
-def read_json(path):
-    """A JSON file as a dict; ValueError where there is none."""
-    try:
-        return json.loads(path.read_text())
-    except OSError:
-        raise ValueError(f"{path.parent} holds no {path.name}: it is no checkpoint.") from None
-
-
-def read_tensors(folder):
-    """{name: tensor} of all safetensors files of a folder, mapped into memory rather than read.
-
-    Raises:
-        ValueError: there are none, a shard that the index names is missing, or a file is broken.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    if missing := [file.name for file in files if not file.exists()]:
-        raise ValueError(f"{folder} lacks {len(missing)} of {len(files)} shards, such as {missing[0]}: fetch them.")
-    if not files:
-        raise ValueError(f"{folder} holds no safetensors files: convert its weights to them first.")
-    tensors = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as handle:
-                tensors |= {name: handle.get_tensor(name) for name in handle.keys()}
-        except Exception as error:  # safetensors has an error of its own
-            raise ValueError(f"Cannot read {file}: {error}.") from None
-    return tensors
-
-
-def sort_tensors(tensors, folder):
-    """{part: {name: tensor}}; the LLM's and the eyes' under our names, the others under the checkpoint's.
-
-    Raises:
-        ValueError: the layout is another, or tensors have no place here.
-    """
-    parts = {part: {} for part in ("llm", "biases", "eyes", "lora", "heads", "teacher")}
-    unknown = []
-    for name, tensor in tensors.items():
-        if name in EYES:
-            parts["eyes"][EYES[name]] = tensor
-        elif LORA.fullmatch(name):
-            parts["lora"][name] = tensor
-        elif HEAD.fullmatch(name):
-            parts["heads"][name] = tensor
-        elif name.startswith("aux_vision.aux_model."):
-            parts["teacher"][name] = tensor
-        elif BIAS.fullmatch(name):
-            parts["biases"][name] = tensor
-        elif name.startswith("llm."):
-            parts["llm"][name.removeprefix("llm.")] = tensor
-        else:
-            unknown.append(name)
-    if missing := sorted(set(EYES) - set(tensors)):
-        raise ValueError(
-            f"{folder} lacks {missing[0]} and {len(missing) - 1} more of {len(EYES)} tensors of a patch embedding: it "
-            "is no checkpoint of the released code with AIMv2Embedding."
-        )
-    if unknown:
-        raise ValueError(
-            f"{folder} has {len(unknown)} tensors that no part of the released code has, such as {unknown[0]}: "
-            "nothing was imported."
-        )
-    return parts
-
-
-def widest_dtype(parts):
-    """The precision that holds every weight of the model exactly: trained parts may be wider than frozen ones."""
-    dtypes = [tensor.dtype for part in ("llm", "biases", "eyes") for tensor in parts[part].values()]
-    return reduce(torch.promote_types, dtypes)
-
-
-def text_config_with_biases(llm_config, kinds):
+def text_config_with_biases(llm_config: PreTrainedConfig, kinds: set[str]) -> PreTrainedConfig:
     """The configuration of a stock LLM that computes what the given one does and has the biases besides.
 
     Args:
@@ -264,7 +172,7 @@ def text_config_with_biases(llm_config, kinds):
     return LlamaConfig(**{**shared, "attention_bias": "self_attn" in kinds, "mlp_bias": "mlp" in kinds})
 
 
-def image_token_of(llm, checkpoint, vocab_size):
+def image_token_of(llm: Path | str, checkpoint: Path | str, vocab_size: int) -> int:
     """Id of the image token: that of the LLM's tokenizer, or else the checkpoint's, its own or a spare one; without
     any, the last row of the vocabulary, which padded vocabularies leave unused."""
     tokenizer = tokenizer_of(llm) or tokenizer_of(checkpoint)
@@ -273,7 +181,7 @@ def image_token_of(llm, checkpoint, vocab_size):
     return min(choose_image_token(tokenizer)[1], vocab_size - 1)
 
 
-def tokenizer_of(llm):
+def tokenizer_of(llm: Path | str) -> PreTrainedTokenizerBase | None:
     """The LLM's tokenizer, or None where its folder has no vocabulary (transformers would make up an empty one)."""
     vocabularies = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.gguf")
     if Path(llm).is_dir() and not any(any(Path(llm).glob(name)) for name in vocabularies):
@@ -284,7 +192,7 @@ def tokenizer_of(llm):
         return None
 
 
-def needed_biases(llm_config, lora):
+def needed_biases(llm_config: PreTrainedConfig, lora: dict[str, Any]) -> set[str]:
     """Our names of the biases that a whole checkpoint has: the LLM's own, and those of the adapted projections.
 
     Args:
@@ -299,7 +207,9 @@ def needed_biases(llm_config, lora):
     return {f"model.language_model.{name}" for name in names}
 
 
-def build_model(config, parts, needed, folder):
+def build_model(
+    config: VoraConfig, parts: dict[str, Tensors], needed: set[str], folder: Path
+) -> VoraForConditionalGeneration:
     """A `VoraForConditionalGeneration` of exactly the checkpoint's tensors; biases that it need not have are zero.
 
     Raises:
@@ -311,19 +221,20 @@ def build_model(config, parts, needed, folder):
     for name, tensor in parts["llm"].items():
         ours = name if name.startswith("lm_head.") else f"model.language_model.{name.removeprefix('model.')}"
         state[ours] = tensor
-    for name, tensor in parts["eyes"].items():
+    for name, tensor in parts["patch_embedding"].items():
         if name == "patch.weight":  # a convolution's
             tensor = tensor.flatten(1)
         state[f"model.patch_embedding.{name}"] = tensor[0] if name == "position" else tensor
-    words = "model.language_model.embed_tokens.weight"
+    embeddings = "model.language_model.embed_tokens.weight"
     if config.tie_word_embeddings:  # files hold one of the two names
-        tied = state.get("lm_head.weight", state.get(words))
-        if words in state and not torch.equal(tied, state[words]):
+        own = state.get(embeddings)
+        tied = state.get("lm_head.weight", own)
+        if tied is not None and own is not None and not torch.equal(tied, own):
             raise ValueError(
                 f"{folder} has an output layer that differs from its embeddings, but the LLM given ties the two: set "
                 "tie_word_embeddings to false in its config.json, so that both are kept."
             )
-        state |= {} if tied is None else {"lm_head.weight": tied, words: tied}
+        state |= {} if tied is None else {"lm_head.weight": tied, embeddings: tied}
     dtype = config.dtype
     for name, tensor in wanted.items():
         if name.endswith("_proj.bias") and name not in state and name not in needed:  # of a layer that was not adapted
@@ -344,72 +255,13 @@ def build_model(config, parts, needed, folder):
     return model.eval()
 
 
-def take_lora(reference, tensors):
-    """Note rank, depth and targets of a checkpoint's pairs, and bring them under PEFT's names.
-
-    Raises:
-        ValueError: the blocks do not have the same pairs, or the ranks differ.
-    """
-    found = {}
-    for name, tensor in tensors.items():
-        block, layer, side = LORA.fullmatch(name).groups()
-        found.setdefault(layer, {}).setdefault(int(block), {})[side] = tensor
-    depths = {len(blocks) for blocks in found.values()}
-    ranks = {pair["A"].shape[0] for blocks in found.values() for pair in blocks.values() if len(pair) == 2}
-    whole = all(len(pair) == 2 and block < len(blocks) for blocks in found.values() for block, pair in blocks.items())
-    if len(depths) != 1 or len(ranks) != 1 or not whole:
-        raise ValueError(
-            f"The checkpoint's {len(tensors)} LoRA tensors are no pairs of one rank in its first blocks: depths "
-            f"{sorted(depths)}, ranks {sorted(ranks)}. Is a shard missing?"
-        )
-    reference.rank, reference.num_blocks = ranks.pop(), depths.pop()
-    reference.target_modules = sorted(layer.rpartition(".")[2] for layer in found)
-    prefix = "base_model.model.model.language_model.layers"
-    reference.lora = {
-        f"{prefix}.{block}.{layer}.lora_{side}.weight": tensor.float()
-        for layer, blocks in found.items()
-        for block, pair in blocks.items()
-        for side, tensor in pair.items()
-    }
-
-
-def heads_of(tensors):
-    """The released code's heads under the names of a `BlockwiseDistillation`, whose biases and means are zero then."""
-    state = {"num_updates": torch.zeros((), dtype=torch.long)}
-    for name, tensor in tensors.items():
-        level, part = HEAD.fullmatch(name).groups()
-        student = int(level) - 1  # level i looks at what enters block i
-        state[f"heads.{student}.{part}.weight"] = tensor.float().contiguous()
-        if part == "1":
-            state[f"heads.{student}.1.bias"] = torch.zeros(len(tensor))
-            state[f"mean_{student}"] = torch.zeros(len(tensor))
-    return state
-
-
-def places_of(parts):
-    """{where tensors went: (how many, how many parameters)}, empty parts left out."""
-    where = {
-        "llm": "LLM",
-        "biases": "biases of the adapted projections (and the LLM's own)",
-        "eyes": "patch embedding",
-        "lora": "vision LoRA",
-        "heads": "distill heads",
-        "teacher": "left behind: the frozen teacher, which trains nothing and is fetched by its name",
-    }
-    return {
-        place: (len(parts[part]), sum(tensor.numel() for tensor in parts[part].values()))
-        for part, place in where.items()
-        if parts[part]
-    }
-
-
-def import_reference(checkpoint, llm, out, merge=False):
+def import_reference(checkpoint: Path | str, llm: Path | str, out: Path | str, merge: bool = False) -> Reference:
     """Write a checkpoint of the released code as one of ours.
 
     Args:
         checkpoint, llm: as for `load_reference`.
-        out: new folder. It gets the model; its processor, where the LLM (or the checkpoint) has a tokenizer; and of
-            a stage-1 checkpoint, unless merged, the adapter and the distill heads. `from_pretrained` opens either.
+        out: new folder. It gets the model with its card; its processor, where the LLM (or the checkpoint) has a
+            tokenizer; and of a stage-1 checkpoint, unless merged, the adapter and the distill heads.
         merge: fold LoRA into the weights, in fp32.
 
     Returns:
@@ -418,25 +270,55 @@ def import_reference(checkpoint, llm, out, merge=False):
     Raises:
         ValueError: as `load_reference`, or `out` is not empty.
     """
-    out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: choose another --out, so that nothing is overwritten.")
-    reference = load_reference(checkpoint, llm)
-    if reference.rank and merge:
-        reference.model = merge_vision_lora(reference.with_lora())
-        reference.rank = 0
-    processor = processor_of(reference.model.config, llm, checkpoint)
-    if isinstance(processor, VoraProcessor):
-        processor.end_turns_of(reference.model)
-    reference.model.save_pretrained(out)
-    if reference.rank:
-        reference.with_lora().save_pretrained(out)
-        save_file(reference.heads, out / DISTILLATION_FILE)
-    processor.save_pretrained(out)
+    with whole_folder(out) as folder:
+        reference = load_reference(checkpoint, llm)
+        if reference.rank and merge:
+            reference.model, reference.rank = merge_vision_lora(reference.with_lora()), 0
+        processor = processor_of(reference.model.config, llm, checkpoint)
+        if isinstance(processor, VoraProcessor):
+            processor.end_turns_of(reference.model)
+        info = describe(reference, llm, folder, isinstance(processor, VoraProcessor))
+        reference.model.save_pretrained(folder)
+        if info.adapter is not None:
+            peft_model = reference.with_lora()
+            write_adapter_files(peft_model, folder, get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+            if reference.heads:
+                save_file(reference.heads, folder / HEADS_FILE)
+        processor.save_pretrained(folder)
+        write_info(info, folder)
+        facts = CardFacts(
+            made="imported",
+            stage=info.stage or "not stated",
+            base_llm=str(llm),
+            teacher=reference.teacher or None,
+            source=str(checkpoint),
+            merge_command="vora merge THIS_FOLDER -o my-vora",
+        )
+        write_card(folder, facts)
     return reference
 
 
-def processor_of(config, llm, checkpoint):
+def describe(reference: Reference, llm: Path | str, folder: Path, has_processor: bool) -> CheckpointInfo:
+    """What is known of an imported model."""
+    levels = sorted(int(name.split(".")[1]) for name in reference.heads if name.endswith(".1.weight"))
+    shift = 1 if "aimv2" in reference.teacher.lower() else 0  # see `block_pairs`: "inputs", or "hidden_states"
+    adapter = AdapterInfo(reference.rank, reference.num_blocks, tuple(reference.target_modules))
+    return CheckpointInfo(
+        kind="unmerged" if reference.rank else "merged",
+        path=folder,
+        model_type=reference.model.config.model_type,
+        dtype=str(reference.model.dtype).removeprefix("torch."),
+        stage="pretrain" if reference.lora else None,
+        base_llm=loadable(str(llm)),
+        adapter=adapter if reference.rank else None,
+        teacher=reference.teacher or None,
+        block_pairs=tuple((level, level + shift) for level in levels),
+        has_heads=bool(reference.rank and reference.heads),
+        has_processor=has_processor,
+    )
+
+
+def processor_of(config: VoraConfig, llm: Path | str, checkpoint: Path | str) -> VoraProcessor | VoraImageProcessor:
     """The processor of the released code: black squares, ChatML; where there is no tokenizer, its image part."""
     tokens = (config.image_size // config.patch_size) ** 2
     looks = {

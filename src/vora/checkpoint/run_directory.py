@@ -1,36 +1,39 @@
-"""Where a run keeps what it has trained.
-
-RUN/recipe.yaml, RUN/checkpoint-N/, RUN/final/; see `vora.train.run`.
-"""
+"""Where a run keeps what it has trained: RUN/recipe.yaml, RUN/checkpoint-N/, RUN/final/; see `vora.train.run`."""
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import yaml
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
-def is_run(folder):
-    """Whether a folder is the directory of a run of `vora train`."""
-    return (Path(folder) / "recipe.yaml").exists()
+def run_of(folder: Path) -> Path | None:
+    """The run directory that a folder is, or that it is the `final` or a checkpoint of; None for any other."""
+    is_saved = folder.name == "final" or folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+    places = [folder, folder.absolute().parent] if is_saved else [folder]
+    return next((place for place in places if (place / "recipe.yaml").exists()), None)
 
 
-def trained_folder(directory):
-    """Where a run has its newest trained weights; a folder that is no run is its own.
+def read_recipe(run: Path) -> dict[str, Any]:
+    """The recipe of a run, defaults included, as plain YAML."""
+    return yaml.safe_load((run / "recipe.yaml").read_text())
+
+
+def newest_weights(run: Path) -> Path:
+    """`final`, or else the newest checkpoint of a run.
 
     Raises:
         ValueError: the run has saved nothing yet.
     """
-    if not is_run(directory):
-        return Path(directory)
-    final = Path(directory) / "final"
-    folder = final if final.exists() else newest_checkpoint(directory)
-    if folder is None:
-        raise ValueError(f"{directory} holds neither final/ nor a checkpoint: the run has not saved anything yet.")
-    return Path(folder)
+    found = run / "final" if (run / "final").exists() else newest_checkpoint(run)
+    if found is None:
+        raise ValueError(f"{run} holds neither final/ nor a checkpoint: the run has not saved anything yet.")
+    return Path(found)
 
 
-def find_checkpoint(directory, resume):
+def find_checkpoint(directory: Path, resume: bool) -> str | None:
     """The newest checkpoint to resume from, or None for a fresh run; one that a killed run was writing is removed.
 
     Raises:
@@ -47,17 +50,17 @@ def find_checkpoint(directory, resume):
     return newest
 
 
-def newest_checkpoint(directory):
-    """The newest whole checkpoint of a run as a path, or None."""
+def newest_checkpoint(directory: Path | str) -> str | None:
+    """The newest whole checkpoint of a run."""
     return next((str(folder) for folder in reversed(_checkpoints(directory)) if _is_whole(folder)), None)
 
 
-def last_step(checkpoint):
+def last_step(checkpoint: Path | str) -> int:
     """How many steps had been done when a checkpoint was saved."""
     return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
 
 
-def _checkpoints(directory):
+def _checkpoints(directory: Path | str) -> list[Path]:
     """All checkpoints of a run, oldest first."""
     folders = [
         folder
@@ -67,7 +70,7 @@ def _checkpoints(directory):
     return sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))
 
 
-def _is_whole(checkpoint):
+def _is_whole(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())  # written last
         return True

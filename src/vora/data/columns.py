@@ -97,8 +97,9 @@ def _without_nan(value, column):
         try:
             value.encode()
         except UnicodeEncodeError as error:
+            half, place = value[error.start], error.start
             raise ValueError(
-                f"Its column {column!r} holds {value[error.start]!a}, half of a surrogate pair, at place {error.start}: "
-                "that is no text, repair the file."
+                f"Its column {column!r} holds {half!a}, half of a surrogate pair, at place {place}: that is no text, "
+                "repair the file."
             ) from None
     return None if isinstance(value, float) and value != value else value

@@ -1,1 +1,1 @@
-"""Scaffolding 2: a frozen ViT teaches the LLM's first blocks, block by block."""
+"""A frozen ViT teaches the LLM's first blocks, block by block; none of it stays in the model."""

@@ -198,9 +198,10 @@ class Objective(nn.Module):
             kwargs: as for a model of transformers.
 
         Raises:
-            ValueError: the LLM has fewer blocks, or they cannot be told one by one.
+            ValueError: the LLM has fewer blocks, or they are recomputed all or none.
         """
-        blocks, how = self.vora.model.blocks, {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        blocks: Any = self.vora.model.blocks
+        how = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
         if num_blocks is not None and not 1 <= num_blocks <= len(blocks):
             raise ValueError(f"{num_blocks} blocks are to be computed again, but the LLM has {len(blocks)}.")
         self.vora.model.language_model.gradient_checkpointing_enable(how, **kwargs)

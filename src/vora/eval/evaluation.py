@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vora.checkpoint.card import read_card
+from vora.checkpoint.lineage import read_card
 from vora.eval.metrics.intervals import Estimate
 from vora.eval.prediction_cache import PredictionCache, fingerprint
 from vora.eval.report import Report, commit, commit_in_words, device_name

@@ -14,11 +14,11 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
+from vora.checkpoint.load import load_model
 from vora.checkpoint.pretrained import committed_model
 from vora.data.schema import Sample
 from vora.eval.scoring.generate import batches, free_answers, prompt_of_messages, without_thinking
 from vora.eval.scoring.teacher_forced import score_answers
-from vora.serve.engine import load_model
 
 AT_ONCE = 512  # requests whose images are in memory together
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")  # of a task's arguments
@@ -56,7 +56,9 @@ class VoraForTasks(lmms):
                              "min_image_tokens, max_image_tokens and max_new_tokens.")  # fmt: skip
         self.accelerator = Accelerator(cpu=device == "cpu")
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        model, self.processor = load_model(pretrained or committed_model(), min_image_tokens, max_image_tokens)
+        model, self.processor = load_model(
+            pretrained or committed_model(), min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens
+        )
         self.model = model.to(self.accelerator.device)
         self.batch_size, self.max_new_tokens = int(batch_size), int(max_new_tokens)
 

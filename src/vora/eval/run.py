@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.console import Console
 
+from vora.checkpoint.layout import read_info
+from vora.checkpoint.load import load_model
 from vora.eval.evaluation import Data, Evaluation, Job
 from vora.eval.probe.conditions import CONDITIONS
 from vora.eval.probe.probe import Probe
@@ -16,7 +18,6 @@ from vora.eval.tasks.text import TextAbility
 from vora.eval.tasks.vqa import Vqa
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
-from vora.serve.engine import load_model
 
 OTHERS = ("exact", "probe", "text")  # evaluations beside the tasks
 
@@ -71,8 +72,10 @@ def evaluate(
             options["of"] = task_of(source.rows())
         evaluation = evaluation_of(task, **options)
     if isinstance(model, str | Path):
-        model_name = model
-        loaded, processor = load_model(str(model), min_image_tokens, max_image_tokens)
+        info = read_info(model)
+        model_name = info.path if Path(model).is_dir() else model  # of a run, what it saved
+        budget = {"min_image_tokens": min_image_tokens, "max_image_tokens": max_image_tokens}
+        loaded, processor = load_model(info, **budget)
     else:
         loaded, processor = model
         model_name = model_name or loaded.config._name_or_path

@@ -3,7 +3,6 @@
 Dims: B sequences, Q new tokens, K all tokens so far, N images.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,11 +83,11 @@ def attention_masks(
                 f"exceeds the sliding window of {window} tokens: use sequences of at most {window}."
             )
         position_ids = None  # borders are given, so restarts of positions must not be read as such
-        if is_flex:
-            still_seen = _still_seen(seen_until)
+        if is_flex:  # dense masks would be evaluated under vmap, which costs 5 ms and more: see `_only_while_seen`
+            still_seen = lambda batch, head, query, key: query <= seen_until[batch, key]  # noqa: E731
         elif blocks is None:
             all_blocks = torch.full_like(seen_until, -1)  # without any, sdpa is told "causal" and given no mask
-    elif past_key_values is not None:  # masks count from the cache's first token
+    elif past_key_values is not None and blocks is not None:  # masks count from the cache's first token
         all_blocks = nn.functional.pad(blocks, (int(past_key_values.get_seq_length()), 0), value=-1)
     given = config, inputs_embeds, attention_mask, past_key_values, position_ids
     masks = create_masks_for_generate(*given, and_mask_function=still_seen, block_sequence_ids=all_blocks)
@@ -103,16 +102,6 @@ def attention_masks(
         if config._attn_implementation == SEGMENTED_SDPA:
             cut(mask, blocks, seen_until, inputs_embeds)
     return masks if isinstance(masks, dict) else by_type[None]
-
-
-def _still_seen(seen_until: Tensor) -> Callable:
-    """`seen_until` as a function of one query and one key. In the library's dense masks it would have to be evaluated
-    under vmap, which costs 5 ms and more per mask."""
-
-    def sees(batch, head, query, key):
-        return query <= seen_until[batch, key]
-
-    return sees
 
 
 def _only_while_seen(mask: Tensor, seen_until: Tensor) -> Tensor:

@@ -44,16 +44,15 @@ class VoraConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
 
     def __init__(
-        self, text_config: PreTrainedConfig | dict | None = None, image_token_id: int = 0, patch_size: int = 14,
+        self, text_config: Any = None, image_token_id: int = 0, patch_size: int = 14,
         patch_merge: int = 1, image_size: int = 448, num_channels: int = 3, vision_hidden_size: int = 768,
         patch_norm: bool = True, patch_norm_eps: float = 1e-5, image_attention: str = "bidirectional",
         lm_head_bias: bool = False, initializer_range: float = 0.02, tie_word_embeddings: bool | None = None,
         **kwargs: Any,
     ):  # fmt: skip
-        if isinstance(text_config, dict):
-            text_config = dict(text_config)
-            text_config = AutoConfig.for_model(text_config.pop("model_type", "llama"), **text_config)
-        self.text_config = AutoConfig.for_model("llama") if text_config is None else text_config
+        if text_config is None or isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**{"model_type": "llama", **(text_config or {})})
+        self.text_config = text_config
         if image_size < patch_size:
             raise ValueError(
                 f"image_size {image_size} holds no patch of {patch_size} x {patch_size} pixels: "

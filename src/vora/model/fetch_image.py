@@ -88,7 +88,7 @@ def fetch_frames(source: Any, *, allow_urls: bool = False, policy: ImagePolicy =
     """
     cure = "Give its frames as a list of images, or an animated GIF, WebP or PNG."
     with _named(source, "video", cure), _opened(source, allow_urls, policy) as animation:
-        frames = []
+        frames: list[Image.Image] = []
         for frame in ImageSequence.Iterator(animation):
             if len(frames) == policy.max_frames or frame.width * frame.height * len(frames) > policy.max_video_pixels:
                 raise ValueError(
@@ -256,7 +256,7 @@ def _answer(parts: SplitResult, host: str, deadline: float, policy: ImagePolicy)
     is_https = parts.scheme == "https"
     standard_port = 443 if is_https else 80
     port = parts.port or standard_port
-    channel = _connected(host, port, deadline, policy)
+    channel: Any = _connected(host, port, deadline, policy)
     if is_https:
         context = ssl.create_default_context()
         channel = context.wrap_socket(channel, server_hostname=host, do_handshake_on_connect=False)

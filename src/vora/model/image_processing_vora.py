@@ -128,7 +128,7 @@ def _check_steps(kwargs: dict[str, Any]) -> None:
         )
 
 
-class VoraImagesKwargs(ImagesKwargs, total=False):
+class VoraImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """What one call may set otherwise than the image processor does."""
 
     min_image_tokens: int
@@ -235,7 +235,7 @@ class VoraImageProcessor(BaseImageProcessor):
             image = on_black_square(image)
         if image.size != size:
             image = image.resize(size, self.resample)
-        mean, std = np.float32(self.image_mean) * 255, np.float32(self.image_std) * 255
+        mean, std = (np.array(one, np.float32) * 255 for one in (self.image_mean, self.image_std))
         pixels = (np.asarray(image, dtype=np.float32) - mean) / std
         pixels = pixels.reshape(rows, self.patch_size, columns, self.patch_size, 3)
         return pixels.transpose(0, 2, 4, 1, 3).reshape(rows * columns, -1)

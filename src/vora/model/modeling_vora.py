@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -52,7 +52,16 @@ class VoraPreTrainedModel(PreTrainedModel):
                 f"{save_directory} holds an adapter, which would be added to this model whenever it is loaded: save "
                 "to another folder, or delete adapter_config.json first."
             )
-        super().save_pretrained(save_directory, **kwargs)
+        generation_config = getattr(self, "generation_config", None)
+        if generation_config is None:
+            return super().save_pretrained(save_directory, **kwargs)
+        # saved as it came with the LLM; transformers refuses some of these, such as a temperature without sampling
+        self.generation_config = GenerationConfig()
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.generation_config = generation_config
+        generation_config.to_json_file(os.path.join(save_directory, "generation_config.json"), use_diff=True)
 
 
 class VoraModel(VoraPreTrainedModel):
@@ -85,7 +94,7 @@ class VoraModel(VoraPreTrainedModel):
         """float[P, C*p*p] patches of N images to float[P / m^2, D] image tokens, raster order (m: patch_merge)."""
         return self.patch_embedding(pixel_values, image_grid_thw)
 
-    def image_token_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def image_token_mask(self, input_ids: Tensor | None, inputs_embeds: Any) -> Tensor:
         """bool[B, T], True where the prompt holds an image token."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
@@ -123,7 +132,7 @@ class VoraModel(VoraPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         blocks = None
-        if pixel_values is not None:
+        if pixel_values is not None and image_grid_thw is not None:
             is_image = self.image_token_mask(input_ids, inputs_embeds)
             if image_numbers is None:
                 image_numbers = image_blocks(is_image, image_grid_thw, self.config.patch_merge)
@@ -265,9 +274,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             inputs.pop("image_grid_thw", None)  # generate drops the pixels after the first step, but not the grids
         return inputs
 
-    def _expand_inputs_for_generation(
-        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs: Any
-    ) -> tuple[Tensor | None, dict[str, Any]]:
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Repeat whole images, not patches, for beams and several returned sequences."""
         pixel_values, grids = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_grid_thw", None)
         if pixel_values is not None and expand_size > 1:
@@ -281,7 +288,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             pixel_values = torch.cat([one for one in pixels_of_rows for _ in range(expand_size)])
             grids = torch.cat([one for one in grids_of_rows for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         if pixel_values is not None:
             model_kwargs.update(pixel_values=pixel_values, image_grid_thw=grids)

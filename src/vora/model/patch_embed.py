@@ -31,7 +31,7 @@ class PatchEmbedding(nn.Module):
         self.norm = nn.RMSNorm(width, eps=config.patch_norm_eps) if config.patch_norm else nn.Identity()
         self.position = nn.Parameter(torch.zeros(self.grid_size**2, width))
         self.patch_merge = config.patch_merge
-        self.projection = nn.Linear(config.patch_merge**2 * width, config.text_config.hidden_size, bias=False)
+        self.projection = nn.Linear(config.patch_merge**2 * width, config.get_text_config().hidden_size, bias=False)
 
     def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """float[P, C*p*p] patches and int[N, 3] grids to float[P / m^2, D] image tokens.
@@ -85,10 +85,10 @@ def resized(table: Tensor, grid: tuple[int, int], mode: str) -> Tensor:
 
     One column is made as one row: torch 2.13 gives all rows of a single column the value of the first.
     """
-    how = {"mode": mode, "align_corners": False, "antialias": True}
-    if grid[1] == 1:
-        return F.interpolate(table.transpose(2, 3), (1, grid[0]), **how).transpose(2, 3)
-    return F.interpolate(table, grid, **how)
+    is_column = grid[1] == 1
+    turned = table.transpose(2, 3) if is_column else table
+    found = F.interpolate(turned, grid[::-1] if is_column else grid, mode=mode, align_corners=False, antialias=True)
+    return found.transpose(2, 3) if is_column else found
 
 
 def merge_neighbours(features: Tensor, grids: Sequence[Grid], patch_merge: int) -> Tensor:

@@ -38,7 +38,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")  # the latter two of OpenAI's
 SPELT = "\ufdd0"  # no text's character: stands within a control token that a person spelt, where tokenizing is parted
 
 
-class VoraProcessorKwargs(ProcessingKwargs, total=False):
+class VoraProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     images_kwargs: VoraImagesKwargs
     # templates write the special tokens themselves
     _defaults = {"text_kwargs": {"padding": True, "add_special_tokens": False}, "images_kwargs": {}}
@@ -65,14 +65,15 @@ class VoraProcessor(ProcessorMixin):
     valid_processor_kwargs = VoraProcessorKwargs
 
     def __init__(
-        self, image_processor: VoraImageProcessor | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
+        self, image_processor: VoraImageProcessor | None = None, tokenizer: Any = None,
         chat_template: str | None = None, image_token: str = "<image>", **kwargs: Any,
     ):  # fmt: skip
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         # left, so that generation continues right after every prompt of a batch; calls and saving read init_kwargs
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-        self._ends, self._control = (None, []), (None, "")  # each of a template, see `end_ids`, `_control_tokens`
+        self._ends: tuple[str | None, list[int]] = None, []
+        self._control: tuple[str | None, str] = None, ""  # each of a template, see `end_ids`, `_control_tokens`
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def set_template(self, template: str) -> "VoraProcessor":
@@ -123,7 +124,7 @@ class VoraProcessor(ProcessorMixin):
         if isinstance(given, list) and given and all(isinstance(row, list) for row in given):
             if len(given) != len(text):
                 raise ValueError(f"{len(text)} texts are given, but lists of images for {len(given)}.")
-            rows = zip(text, given)
+            rows = list(zip(text, given))
         else:  # in one list: they follow each other through all texts
             rows = [("".join(text), given)]
         for number, (one, row) in enumerate(rows):
@@ -169,7 +170,9 @@ class VoraProcessor(ProcessorMixin):
             ValueError: the template does not render turns one after the other, no assistant speaks, or placeholders
                 and images do not match.
         """
-        messages, ids, labels, done = self._normalised(messages), [], [], ""
+        messages, done = self._normalised(messages), ""
+        ids: list[int] = []
+        labels: list[int] = []
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -194,12 +197,13 @@ class VoraProcessor(ProcessorMixin):
         contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
         parts = [part for content in contents for part in content if part["type"] == "image"]
         images = [part[key] for part in parts for key in ("image", "url", "path", "base64") if key in part]
-        counts, sample = [], {}
+        sample: Mapping = {}
+        counts: Any = 0
         if images:
             sample = image_inputs or self.image_processor(images, return_tensors="np", **images_kwargs)
             counts = sample["image_grid_thw"].prod(-1) // self.image_processor.patch_merge**2
-        ids, labels = np.array(ids), np.array(labels)
-        places = ids == self.image_token_id
+        input_ids, targets = np.array(ids), np.array(labels)
+        places = input_ids == self.image_token_id
         if places.sum() != len(images):
             raise ValueError(
                 f"The conversation has {places.sum()} places for images ({self.image_token}) but {len(images)} images "
@@ -207,8 +211,8 @@ class VoraProcessor(ProcessorMixin):
             )
         repeats = np.ones(len(ids), int)
         repeats[places] = counts  # an image's place becomes its image tokens
-        labels[places] = -100
-        return {**sample, "input_ids": ids.repeat(repeats), "labels": labels.repeat(repeats)}
+        targets[places] = -100
+        return {**sample, "input_ids": input_ids.repeat(repeats), "labels": targets.repeat(repeats)}
 
     def text_sample(self, text: str) -> dict[str, np.ndarray]:
         """Plain text as `training_sample`, every token of it to be learned.

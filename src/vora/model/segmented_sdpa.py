@@ -65,14 +65,17 @@ def cut(mask: Tensor, blocks: Tensor | None, seen_until: Tensor | None, states: 
     """
     if mask.shape[2] <= SHORT:
         return
-    whole = [[(0, mask.shape[2])]] * len(mask)
-    is_new = seen_until is not None and seen_until.shape[1] == mask.shape[2]  # trees that hang on a cache are not cut
-    parts = trees(seen_until) if is_new else whole
-    borders = [[]] * len(mask) if blocks is None else [_changes(row) for row in blocks.cpu().numpy()]
-    mask.segments, dtype = [], _dtype(states)
-    for row, sees in enumerate(mask[:, 0].cpu().numpy()):  # NumPy: this is many small questions
-        cuts = [cut for part in parts[row] for cut in _cut_long(*part, borders[row], dtype)]
-        mask.segments.append([_segment(sees, start, end, dtype, mask.device) for start, end in cuts])
+    parts, dtype = [[(0, mask.shape[2])]] * len(mask), _dtype(states)
+    if seen_until is not None and seen_until.shape[1] == mask.shape[2]:  # trees that hang on a cache are not cut
+        parts = trees(seen_until)
+    borders: list[list[int]] = [[]] * len(mask)  # where images begin or end
+    if blocks is not None:
+        borders = [(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist() for numbers in blocks.cpu().numpy()]
+    segments = []
+    for trees_of_one, borders_of_one, sees in zip(parts, borders, mask[:, 0].cpu().numpy()):
+        cuts = [cut for tree in trees_of_one for cut in _cut_long(*tree, borders_of_one, dtype)]
+        segments.append([_segment(sees, start, end, dtype, mask.device) for start, end in cuts])
+    mask.segments = segments  # type: ignore[attr-defined]
 
 
 def trees(seen_until: Tensor) -> list[list[tuple[int, int]]]:
@@ -81,21 +84,16 @@ def trees(seen_until: Tensor) -> list[list[tuple[int, int]]]:
     Places that only see themselves (padding) are gathered into one part.
     """
     found = []
-    for row in seen_until.cpu().numpy():
-        ends = np.flatnonzero(np.maximum.accumulate(row)[:-1] <= np.arange(len(row) - 1)) + 1
-        parts = []
-        for start, end in pairwise([0, *ends.tolist(), len(row)]):
+    for last in seen_until.cpu().numpy():
+        ends = np.flatnonzero(np.maximum.accumulate(last)[:-1] <= np.arange(len(last) - 1)) + 1
+        parts: list[tuple[int, int, bool]] = []
+        for start, end in pairwise([0, *ends.tolist(), len(last)]):
             if end - start == 1 and parts and parts[-1][2]:
                 parts[-1] = (parts[-1][0], end, True)
             else:
                 parts.append((start, end, end - start == 1))
         found.append([(start, end) for start, end, _ in parts])
     return found
-
-
-def _changes(numbers: np.ndarray) -> list[int]:
-    """The places where an image begins or ends."""
-    return (np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist()
 
 
 def _cut_long(start: int, end: int, borders: list[int], dtype: torch.dtype) -> Iterator[tuple[int, int]]:
@@ -110,10 +108,12 @@ def _cut_long(start: int, end: int, borders: list[int], dtype: torch.dtype) -> I
 
 def _segment(sees: np.ndarray, start: int, end: int, dtype: torch.dtype, device: torch.device) -> Segment:
     """The segment of the queries from start to end of a sequence, of which `sees` is bool[Q, K]."""
-    sees = sees[start:end]
-    columns = sees.any(0)
-    first, last = int(columns.argmax()), len(columns) - int(columns[::-1].argmax())
-    sees, added = sees[:, first:last], None
+    columns = np.asarray(sees[start:end].any(0))
+    first, last = (
+        int(columns.argmax()),
+        len(columns) - int(columns[::-1].argmax()),
+    )  # all, of padding that sees nothing
+    sees, added = sees[start:end, first:last], None
     if not sees.all():
         added = torch.full((1, *sees.shape), torch.finfo(dtype).min, dtype=dtype, device=device)
         added.masked_fill_(torch.from_numpy(sees).to(device), 0.0)
@@ -133,8 +133,8 @@ def segmented_sdpa(
     Returns:
         (float[B, Q, H, W], None).
     """
-    rows = getattr(attention_mask, "segments", None)
-    if rows is None or any(kwargs.get(name) is not None for name in CHANGES_SCORES):
+    segments_of_batch = getattr(attention_mask, "segments", None)
+    if segments_of_batch is None or any(kwargs.get(name) is not None for name in CHANGES_SCORES):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     dropout, scale = kwargs.get("dropout") or 0.0, kwargs.get("scaling") or query.shape[-1] ** -0.5
     most_keys = 0  # of products
@@ -142,23 +142,22 @@ def segmented_sdpa(
         most_keys = MOST_KEPT if torch.is_grad_enabled() and query.requires_grad else key.shape[2]
         query, key, value = (states.to(torch.bfloat16) for states in (query, key, value))
     outputs = []
-    for row, *states in zip(rows, query, key, value):
-        queries = states[0].split([segment.queries.stop - segment.queries.start for segment in row], dim=1)
-        for segment, part in zip(row, queries):
-            seen = [state[:, segment.keys] for state in states[1:]]
+    for segments, queries, keys, values in zip(segments_of_batch, query, key, value):
+        parts = queries.split([segment.queries.stop - segment.queries.start for segment in segments], dim=1)
+        for segment, part in zip(segments, parts):
+            seen = keys[:, segment.keys], values[:, segment.keys]
             if seen[0].shape[1] <= most_keys:
                 outputs.append(_products(part, *seen, segment.added, scale))
             else:
                 outputs.append(_sdpa(part, *seen, segment.added, scale, dropout))
-    return torch.cat([output.transpose(0, 1) for output in outputs]).unflatten(0, (len(rows), -1)), None
+    return torch.cat([output.transpose(0, 1) for output in outputs]).unflatten(0, (len(query), -1)), None
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, scale: float, dropout: float) -> Tensor:
     """float[H, L, W]"""
     added = None if added is None else added[None].to(query.dtype)
-    states = (state[None] for state in (query, key, value))
     return nn.functional.scaled_dot_product_attention(
-        *states, attn_mask=added, dropout_p=dropout, scale=scale, enable_gqa=True
+        query[None], key[None], value[None], added, dropout, scale=scale, enable_gqa=True
     )[0]
 
 

@@ -15,6 +15,9 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from vora.build.base_llm import load_llm, load_tokenizer
+from vora.checkpoint.card import write_run_card
+from vora.checkpoint.load import merge_run
+from vora.checkpoint.save import save_merged
 from vora.data.readers import load_source
 from vora.eval.run import evaluate
 from vora.eval.tasks.exact import majority_accuracy
@@ -23,7 +26,6 @@ from vora.quickstart.page import write_report
 from vora.train.recipe import load_recipe
 from vora.train.run import train
 from vora.train.throughput import precision_overrides
-from vora.train.trained import merge_run, write_run_card
 
 NUM_SHOWN = 12
 MOST_TRAINING_MINUTES = 9.0
@@ -81,9 +83,7 @@ def run_quickstart(
         model, processor = merge_run(out / "run")
         model = model.to(getattr(torch, dtype))
         use_segmented_sdpa_on_cpu(model, model.device)
-    model.save_pretrained(out / "model")
-    processor.save_pretrained(out / "model")
-    write_run_card(out / "model", out / "run")
+    save_merged(model, processor, out / "model", out / "run")
 
     console.print(f"[4/5] Asking the merged model all {num_questions:,} test questions")
     measured = evaluate(

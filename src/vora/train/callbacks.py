@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vora.checkpoint.card import write_run_card
 from vora.checkpoint.run_directory import newest_checkpoint
 from vora.distill.objective import LOSSES
 from vora.model.fetch_image import fetch_image
@@ -23,7 +24,6 @@ from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe_sections import SampleGenerationSection
 from vora.train.run_log import read_log
-from vora.train.trained import write_run_card
 
 
 class StopOnSignal(TrainerCallback):
@@ -75,7 +75,7 @@ class CardCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             folder = newest_checkpoint(self.directory)
-            write_run_card(folder, self.directory, state.global_step, asks_hub=False)  # the last card does
+            write_run_card(folder, self.directory, state.global_step)
             shutil.rmtree(Path(self.directory, "final"), ignore_errors=True)  # of a shorter run: older now
 
 

@@ -81,13 +81,13 @@ def packed_sequences(
 ) -> PackedSequences:
     """This process's part of the sequences that a recipe trains on."""
     data = recipe.data
-    weights = [source.weight for source in data.sources]
+    weights = [source.weight for source in data.sources if source.weight is not None]  # of all sources, or of none
     sequences_per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     return PackedSequences(
         sources,
         processor,
         data.sequence_length,
-        weights=None if weights[0] is None else weights,
+        weights=weights or None,
         distill_only_sequences=recipe.distill_only_steps * sequences_per_step,
         seed=arguments.seed,
         bad_samples=bad_samples,

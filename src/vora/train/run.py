@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from vora.checkpoint.card import write_run_card
 from vora.checkpoint.run_directory import find_checkpoint, last_step
 from vora.distill.objective import Objective
 from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
@@ -31,7 +32,6 @@ from vora.train.recipe_sections import Recipe
 from vora.train.run_log import draw_losses, write_report
 from vora.train.stages import build_objective, vision_is_frozen
 from vora.train.trainable import trainable_table
-from vora.train.trained import write_run_card
 from vora.train.trainer import VoraTrainer
 
 

@@ -1,26 +1,22 @@
 """What each stage trains: the student, and in stage 1 LoRA, teacher and distillation heads around it."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 
-from vora.baselines.llava import VoraLlavaForConditionalGeneration, kind_of_student
+from vora.baselines.llava import VoraLlavaForConditionalGeneration
 from vora.build.from_llm import from_llm, processor_from_llm
-from vora.build.lora import DISTILLATION_FILE, attach_vision_lora, is_unmerged, load_vision_lora
-from vora.checkpoint.adapter import fetch_adapter, is_adapter, load_adapter, processor_of_adapter
-from vora.checkpoint.run_directory import is_run, trained_folder
+from vora.build.lora import attach_vision_lora, keep_trained_in_fp32
+from vora.checkpoint.layout import read_info
+from vora.checkpoint.load import load_heads, load_processor, load_trainable
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, Pair, block_pairs
 from vora.distill.objective import Objective
 from vora.distill.teacher import Teacher
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.processing_vora import VoraProcessor
-from vora.train.recipe import load_recipe
 from vora.train.recipe_sections import ModelSection, Recipe, TeacherSection
 from vora.train.trainable import check_trainable
-from vora.train.trainer import load_student
 
 
 def build_objective(recipe: Recipe) -> tuple[Objective, VoraProcessor]:
@@ -67,16 +63,15 @@ def objective_around(
         peft_model = attach_vision_lora(
             student, rank=recipe.lora.rank, num_blocks=num_blocks, target_modules=recipe.lora.target_modules
         )
-    for parameter in peft_model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # updates of 1e-4 vanish in bf16
+    keep_trained_in_fp32(peft_model)
     wanted = recipe.teacher
     if wanted is None or teacher is None or wanted.weight == 0:  # then it only gave the patch embedding its start
         objective = Objective(peft_model, image_processor, text_kl_weight=recipe.lora.text_kl_weight)
     else:
         width, pairs = student.config.get_text_config().hidden_size, pairs_of(wanted, num_blocks, teacher)
         distillation = BlockwiseDistillation(pairs, width, teacher.hidden_size, wanted.center, wanted.standardize)
-        take_heads(distillation, recipe)
+        if recipe.model.vora is not None:
+            load_heads(distillation, recipe.model.vora)
         objective = Objective(
             peft_model, image_processor, teacher, distillation, wanted.weight, recipe.lora.text_kl_weight
         )
@@ -119,7 +114,7 @@ def build_student(recipe: Recipe, vit: Teacher | None = None) -> tuple[Any, Vora
     """
     wanted = recipe.model
     if wanted.vora is not None:
-        return existing_student(recipe), build_processor(recipe)
+        return student_to_go_on_with(recipe), build_processor(recipe)
     if recipe.stage == "finetune":
         raise ValueError(
             "Stage finetune trains a merged VoRA model, but the recipe names a bare LLM: run stage pretrain and "
@@ -140,39 +135,32 @@ def build_student(recipe: Recipe, vit: Teacher | None = None) -> tuple[Any, Vora
     return model, build_processor(recipe, vit)
 
 
-def existing_student(recipe):
+def student_to_go_on_with(recipe: Recipe) -> Any:
     """The VoRA model that a recipe goes on with: merged, or in stage 1 also with the LoRA that it has; a folder, or
     the directory of a run.
 
     Raises:
         ValueError: it has LoRA of another rank or depth than the recipe's, or should train without it.
     """
-    folder, dtype = trained_folder(fetch_adapter(recipe.model.vora)), recipe.model.dtype
-    has_adapter = (folder / "adapter_config.json").exists()
-    if not has_adapter:
-        return _as_wanted(kind_of_student(folder).from_pretrained(folder, dtype=dtype), recipe.model)
+    info, wanted = read_info(recipe.model.vora), recipe.lora
+    has = info.adapter
+    if has is None:
+        return _as_wanted(load_trainable(info, recipe.model.dtype), recipe.model)
     if recipe.stage == "finetune":
         raise ValueError(
             f"Stage finetune trains a merged model: vora merge {recipe.model.vora} -o OUT, and model.vora=OUT."
         )
-    if is_unmerged(folder):
-        model = load_vision_lora(folder, dtype)
-    elif is_run(recipe.model.vora):
-        model = student_of_run(recipe.model.vora, dtype)
-    else:
-        model = load_adapter(folder, dtype)
-    has = model.peft_config["default"]
-    num_blocks, wanted = len(has.layers_to_transform), recipe.lora
-    if has.r != wanted.rank or wanted.num_blocks not in (None, num_blocks):
+    if has.rank != wanted.rank or wanted.num_blocks not in (None, has.num_blocks):
         raise ValueError(
-            f"{folder} has LoRA of rank {has.r} in {num_blocks} blocks, but the recipe asks for rank {wanted.rank} in "
-            f"{wanted.num_blocks or 'as many as the teacher has'}: set lora.rank={has.r} lora.num_blocks={num_blocks}."
+            f"{info.path} has LoRA of rank {has.rank} in {has.num_blocks} blocks, but the recipe asks for rank "
+            f"{wanted.rank} in {wanted.num_blocks or 'as many as the teacher has'}: set lora.rank={has.rank} "
+            f"lora.num_blocks={has.num_blocks}."
         )
     if wanted.target_modules is not None and set(wanted.target_modules) != set(has.target_modules):
         raise ValueError(
-            f"{folder} has LoRA on {', '.join(sorted(has.target_modules))}: leave lora.target_modules out, or name "
-            "these."
+            f"{info.path} has LoRA on {', '.join(has.target_modules)}: leave lora.target_modules out, or name these."
         )
+    model = load_trainable(info, recipe.model.dtype)
     _as_wanted(model.get_base_model(), recipe.model)
     return model
 
@@ -198,41 +186,6 @@ def _as_wanted(model: Any, wanted: ModelSection) -> Any:
     return model
 
 
-def student_of_run(directory, dtype):
-    """What a run of stage 1 has trained, with its LoRA on, to go on training."""
-    objective, _ = build_objective(load_recipe(Path(directory) / "recipe.yaml", [f"model.dtype={dtype}"]))
-    load_student(objective, trained_folder(directory))
-    return objective.student
-
-
-def take_heads(distillation, recipe):
-    """Go on with the distill heads that lie beside an unmerged model's adapter.
-
-    Raises:
-        ValueError: they are of other blocks or of another teacher's width.
-    """
-    if recipe.model.vora is None:
-        return
-    file = trained_folder(fetch_adapter(recipe.model.vora)) / DISTILLATION_FILE
-    if not file.exists():
-        return
-    state, wanted = load_file(file), distillation.state_dict()
-    misfits = [name for name in {**state, **wanted} if _shape(state, name) != _shape(wanted, name)]
-    if misfits:
-        raise ValueError(
-            f"{len(misfits)} tensors of the distill heads of {file.parent} are not those of the recipe's teacher, such"
-            f" as {misfits[0]} ({_shape(state, misfits[0])} there, {_shape(wanted, misfits[0])} here): set "
-            "teacher.standardize, summary and pairs as they were trained, teacher.pairing to hidden_states (a "
-            "checkpoint of the released code with a teacher of transformers) or inputs (with AIMv2), or delete the "
-            "file to begin with fresh ones."
-        )
-    distillation.load_state_dict(state)
-
-
-def _shape(tensors, name):
-    return tuple(tensors[name].shape) if name in tensors else None
-
-
 def build_processor(recipe: Recipe, vit: Teacher | None = None) -> VoraProcessor:
     """The processor of a recipe, for which no model is needed.
 
@@ -241,8 +194,7 @@ def build_processor(recipe: Recipe, vit: Teacher | None = None) -> VoraProcessor
     """
     wanted = recipe.model
     if wanted.vora is not None:
-        folder = trained_folder(fetch_adapter(wanted.vora))
-        known = processor_of_adapter(folder) if is_adapter(folder) else VoraProcessor.from_pretrained(folder)
+        known = load_processor(wanted.vora)
         if wanted.chat_template is not None:
             known.set_template(wanted.chat_template)
         return _with_image_sizes(known, wanted)

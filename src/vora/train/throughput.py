@@ -57,7 +57,9 @@ def seconds_per_step(
             _wait_for(device)
             start = time.perf_counter()
         for _ in range(arguments.gradient_accumulation_steps):
-            batch = sequences.collate([next(iterator) for _ in range(arguments.per_device_train_batch_size)])
+            batch: dict[str, Any] = dict(
+                sequences.collate([next(iterator) for _ in range(arguments.per_device_train_batch_size)])
+            )
             batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
                 loss = objective(**batch)["loss"]

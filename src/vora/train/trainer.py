@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
-from peft.utils import load_peft_weights
-from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
 
-from vora.build.lora import DISTILLATION_FILE
-from vora.checkpoint.adapter import digest_of
+from vora.checkpoint.load import restore
+from vora.checkpoint.save import save_training
 from vora.data.packing import Batch
 from vora.data.stream import PackedBatches
 from vora.distill.objective import LOSSES
@@ -69,8 +66,8 @@ class VoraTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: Batch) -> dict[str, Any]:
         """To the device, but for what only the host reads; a GPU is fed without being waited for."""
-        kept = {name: inputs[name] for name in ON_HOST if name in inputs}
-        moved = {name: tensor for name, tensor in inputs.items() if name not in kept}
+        kept = {name: tensor for name, tensor in inputs.items() if name in ON_HOST}
+        moved: dict[str, Any] = {name: tensor for name, tensor in inputs.items() if name not in ON_HOST}
         if self.args.device.type == "cuda":
             moved = {name: t.pin_memory().to(self.args.device, non_blocking=True) for name, t in moved.items()}
         return super()._prepare_inputs(moved) | kept
@@ -206,7 +203,9 @@ class VoraTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        save_student(self.accelerator.unwrap_model(self.model), self.processing_class, folder, state_dict)
+        objective = self.accelerator.unwrap_model(self.model)
+        heads = objective.distillation
+        save_training(objective.student, self.processing_class, folder, distillation=heads, state_dict=state_dict)
         if folder.name.startswith("checkpoint-"):
             torch.save(self.args, folder / "training_args.bin")
 
@@ -227,7 +226,8 @@ class VoraTrainer(Trainer):
         state = json.loads(file.read_text())
         self.num_samples_seen = self._samples_logged = state.pop("num_samples_seen")
         self.train_dataset.load_state_dict(state)
-        load_student(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+        objective = self.accelerator.unwrap_model(model or self.model)
+        restore(objective.student, Path(resume_from_checkpoint), objective.distillation)
 
 
 def _num_items(batch: Batch) -> float:
@@ -264,52 +264,3 @@ def check_finite(loss: float, step: int) -> None:
             f"The loss is {loss} at step {step}: training diverged. Lower training.learning_rate, lengthen "
             "training.warmup_steps, or train in bfloat16 or float32; earlier checkpoints are intact."
         )
-
-
-def save_student(learner, processor, folder, state_dict=None):
-    """Write what was trained: the adapter and the distillation heads (stage 1), or the whole model (stage 2).
-
-    Args:
-        state_dict: of the learner, gathered, where FSDP has spread it over processes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {} if state_dict is None else {"state_dict": part_of_state(state_dict, "student.")}
-    learner.student.save_pretrained(folder, **state)
-    if isinstance(learner.student, PeftModel):
-        if state_dict is None:
-            learner.config.llm_digest = digest_of(learner.vora)
-        learner.config.save_pretrained(folder)
-    if learner.distillation is not None:
-        heads = learner.distillation.state_dict()
-        if state_dict is not None:
-            heads = part_of_state(state_dict, "distillation.")
-        save_file({name: tensor.contiguous() for name, tensor in heads.items()}, folder / DISTILLATION_FILE)
-    processor.save_pretrained(folder)
-
-
-def part_of_state(state_dict, prefix):
-    """The tensors of a state dict whose names begin so, without that beginning."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-
-
-def load_student(learner, folder):
-    """Read back what `save_student` wrote, into a learner of the same recipe.
-
-    Raises:
-        ValueError: the folder holds another kind of checkpoint, or tensors are missing from it.
-    """
-    if isinstance(learner.student, PeftModel):
-        if not (folder / "adapter_model.safetensors").exists():
-            raise ValueError(f"{folder} holds no adapter_model.safetensors: it is no checkpoint of stage pretrain.")
-        loaded = set_peft_model_state_dict(learner.student, load_peft_weights(folder, device="cpu"))
-        trained = {name for name, parameter in learner.student.named_parameters() if parameter.requires_grad}
-        if misfits := loaded.unexpected_keys + sorted(trained & set(loaded.missing_keys)):
-            raise ValueError(
-                f"{len(misfits)} tensors of {folder} do not fit this model or are missing there, such as "
-                f"{misfits[0]}: was the recipe's LLM or rank changed?"
-            )
-    else:
-        trained = type(learner.vora).from_pretrained(folder, dtype=learner.vora.dtype)
-        learner.student.load_state_dict(trained.state_dict())
-    if learner.distillation is not None:
-        learner.distillation.load_state_dict(load_file(folder / DISTILLATION_FILE))

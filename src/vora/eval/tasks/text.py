@@ -13,10 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from vora.build.base_llm import load_tokenizer
-from vora.build.from_llm import from_llm
-from vora.checkpoint.card import read_card
-from vora.checkpoint.names import HUB_ID_OF_ALIAS
+from vora.checkpoint.layout import read_info
+from vora.checkpoint.load import load_base_llm
 from vora.data.answers import ChoiceQuestion
 from vora.eval.evaluation import Data, Evaluation, Job
 from vora.eval.metrics.intervals import Estimate, in_words, interval_of, mean, numbers, share
@@ -82,7 +80,7 @@ class TextAbility(Evaluation):
             for number in range(2):
                 if all(index in cache.done for index in range(number * count, (number + 1) * count)):
                     continue
-                reader = model if number == 0 else _load_base(base, model, processor)
+                reader = model if number == 0 else load_base_llm(base, model, processor)
                 for lines in _read(reader, processor, windows, questions, number * count, cache.done):
                     cache.add(lines)
                     advance(len(lines))
@@ -102,15 +100,15 @@ class TextAbility(Evaluation):
 
 
 def base_of(model_name: str) -> str:
-    """The base LLM that a model's card names.
+    """The base LLM that a model names.
 
     Raises:
         ValueError: it names none.
     """
-    name = (read_card(model_name) or {}).get("base_llm", "not stated")
-    if name == "not stated":
+    name = read_info(model_name).base_llm
+    if name is None:
         raise ValueError(f"{model_name} does not say what its base LLM is: name it with --base.")
-    return next((alias for alias, hub_id in HUB_ID_OF_ALIAS.items() if hub_id == name), name)
+    return name
 
 
 def window_length(model: VoraForConditionalGeneration) -> int:
@@ -118,17 +116,6 @@ def window_length(model: VoraForConditionalGeneration) -> int:
     config = model.config.get_text_config()
     limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
     return min(WINDOW, *(limit for limit in limits if limit), WINDOW)
-
-
-def _load_base(
-    base: str, model: VoraForConditionalGeneration, processor: VoraProcessor
-) -> VoraForConditionalGeneration:
-    """The base LLM wrapped as the model is, by which its logits stay its own."""
-    if load_tokenizer(base).get_vocab().items() - processor.tokenizer.get_vocab().items():
-        raise ValueError(f"--base {base} splits text into other tokens than the model: it is not what that came from.")
-    token = model.config.image_token_id
-    wrapped = from_llm(base, image_token_id=token, dtype=model.dtype)
-    return wrapped.to(model.device).eval()
 
 
 def _read(

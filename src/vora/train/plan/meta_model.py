@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Pretrained
 
 from vora.build.base_llm import ALIASES, resolve_llm
 from vora.build.from_llm import from_llm
-from vora.checkpoint.run_directory import trained_folder
+from vora.checkpoint.layout import read_info
 from vora.distill.objective import Objective
 from vora.distill.teacher import Teacher
 from vora.model.configuration_vora import VoraConfig
@@ -48,11 +48,10 @@ def meta_model(recipe: Recipe, beside: str | Path | None = None) -> tuple[Object
         with torch.device("meta"):
             vit = AutoModel.from_config(getattr(vit_config, "vision_config", vit_config), dtype=teacher_dtype(recipe))
             teacher = Teacher(vit)
-    folder = None if model.vora is None else trained_folder(model.vora)  # of a run, what it saved
-    if folder is None:
+    if model.vora is None:
         student = fresh_student(recipe, teacher)
-    elif (folder / "config.json").exists():
-        config = VoraConfig.from_pretrained(folder)
+    elif Path(model.vora).exists():
+        config = VoraConfig.from_pretrained(read_info(model.vora).path)
         with torch.device("meta"):
             student = VoraForConditionalGeneration(config).to(getattr(torch, model.dtype))
     else:
@@ -79,9 +78,8 @@ def check_no_encoder(recipe: Recipe) -> None:
     Raises:
         ValueError: says what can be planned instead.
     """
-    folder = recipe.model.vora and trained_folder(recipe.model.vora)
-    is_saved = folder is not None and Path(folder, "config.json").is_file()
-    has_encoder = is_saved and AutoConfig.from_pretrained(folder).model_type == "vora_llava"
+    is_saved = recipe.model.vora is not None and Path(recipe.model.vora).exists()
+    has_encoder = is_saved and read_info(recipe.model.vora).is_llava
     if recipe.model.encoder is not None or has_encoder:
         raise ValueError(
             f"{recipe.model.encoder or recipe.model.vora} is an encoder that stays on (LLaVA's way), and `vora plan` "

@@ -1,0 +1,229 @@
+"""What lies in a model folder: one typed description, written beside everything that is saved, and read here alone."""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+
+from vora.checkpoint.lineage import read_card
+from vora.checkpoint.names import HUB_ID_OF_ALIAS, is_hub_id, loadable, published
+from vora.checkpoint.run_directory import newest_weights, read_recipe, run_of
+from vora.distill.blockwise import SUMMARY, block_pairs
+
+INFO_FILE = "vora.json"
+HEADS_FILE = "distillation.safetensors"
+OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]  # on the hub, of the same weights
+
+Kind = Literal["adapter", "unmerged", "merged", "llm"]
+Pair = tuple[int, int | str]
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """A vision LoRA: of this rank, in so many blocks from the bottom, on the linear layers of these names."""
+
+    rank: int
+    num_blocks: int
+    target_modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A model folder.
+
+    Attributes:
+        kind: "adapter" (vision LoRA and patch embedding without their LLM), "unmerged" (a whole model and an adapter
+            beside it), "merged" (a whole model), or "llm" (no vision).
+        path: where it lies; of a run, its `final` or else its newest checkpoint.
+        model_type: of its configuration: `vora`, `vora_llava`, or an LLM's.
+        stage: that made it, "pretrain" or "finetune", where that is known.
+        base_llm: hub id or alias of the LLM that it began with; of a run perhaps a folder. None where it was one.
+        llm_digest: `digest_of` the LLM that an adapter goes over.
+        encoder: of LLaVA's way, the name of its ViT.
+        teacher: name of the ViT it learned from. Of a run, as its recipe names it; else a hub id, or of a folder its
+            last part, as in all that is published.
+        block_pairs: (student block, teacher block) of the distillation; the teacher's may be `SUMMARY`.
+        has_heads: whether the distill heads lie beside it.
+        has_processor: whether a processor with its tokenizer does.
+        run: the run directory that it belongs to.
+        source: what that run went on from, as its recipe names it.
+    """
+
+    kind: Kind
+    path: Path
+    model_type: str
+    dtype: str
+    stage: Literal["pretrain", "finetune"] | None = None
+    base_llm: str | None = None
+    llm_digest: str | None = None
+    adapter: AdapterInfo | None = None
+    encoder: str | None = None
+    teacher: str | None = None
+    block_pairs: tuple[Pair, ...] = ()
+    has_heads: bool = False
+    has_processor: bool = False
+    run: Path | None = None
+    source: str | None = None
+
+    @property
+    def is_llava(self) -> bool:
+        return self.model_type == "vora_llava"
+
+
+def read_info(path: Path | str) -> CheckpointInfo:
+    """What lies in a folder, the directory of a run, or under a hub id (which is fetched).
+
+    Raises:
+        ValueError: nothing that this package or transformers saved is there, or a run that has saved nothing yet.
+    """
+    folder = Path(path)
+    if not folder.exists() and is_hub_id(str(path)):
+        folder = _fetched(str(path))
+    run = run_of(folder)
+    if run == folder:
+        folder = newest_weights(run)
+    if not (folder / "config.json").exists():
+        raise ValueError(
+            f"{path} holds no config.json and no recipe.yaml, so it is no saved model and no run of vora train: check "
+            "the path, or name a hub id (owner/name)."
+        )
+    info = _written_info(folder) if (folder / INFO_FILE).exists() else _older_info(folder)
+    return info if run is None else _as_the_recipe_names(info, run)
+
+
+def write_info(info: CheckpointInfo, folder: Path) -> None:
+    """Write a description into a folder that has just been saved; folders of this machine stay out of it."""
+    info = replace(
+        info,
+        base_llm=loadable(info.base_llm),
+        encoder=info.encoder and published(info.encoder),
+        teacher=info.teacher and published(info.teacher),
+    )
+    values = {name: value for name, value in asdict(info).items() if name not in ("path", "run", "source")}
+    (folder / INFO_FILE).write_text(json.dumps(values, indent=1) + "\n")
+
+
+def has_processor(folder: Path) -> bool:
+    """Whether a folder holds a processor with its tokenizer."""
+    return (folder / "processor_config.json").exists() and (folder / "tokenizer_config.json").exists()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a whole model's weights."""
+    return sorted([*folder.glob("model.safetensors"), *folder.glob("model-*.safetensors")])
+
+
+def _fetched(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, ignore_patterns=OTHER_FORMATS))
+    except Exception as error:  # the hub's client raises many kinds
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"{name} is no folder here, and the hub does not give it: {cause}") from None
+
+
+def _written_info(folder: Path) -> CheckpointInfo:
+    try:
+        values = json.loads((folder / INFO_FILE).read_text())
+        known = {field.name for field in fields(CheckpointInfo)}
+        values = {name: value for name, value in values.items() if name in known}
+        adapter = values.pop("adapter", None)
+        values["adapter"] = adapter and AdapterInfo(**adapter | {"target_modules": tuple(adapter["target_modules"])})
+        values["block_pairs"] = tuple((student, teacher) for student, teacher in values.pop("block_pairs", ()))
+        # files may have been taken away since
+        values |= {"has_heads": (folder / HEADS_FILE).exists(), "has_processor": has_processor(folder)}
+        return CheckpointInfo(path=folder, **values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / INFO_FILE} is no description of a model ({error}): delete it, and it is read from the files."
+        ) from None
+
+
+def _as_the_recipe_names(info: CheckpointInfo, run: Path) -> CheckpointInfo:
+    """A run's own description, with the paths of this machine that its recipe has and published files have not."""
+    recipe = read_recipe(run)
+    model, teacher = recipe["model"], recipe.get("teacher") or {}
+    return replace(
+        info,
+        stage=recipe["stage"],
+        base_llm=model.get("llm") or info.base_llm,
+        encoder=model.get("encoder") or info.encoder,
+        teacher=teacher.get("name") or info.teacher,
+        run=run,
+        source=model.get("vora"),
+    )
+
+
+def _older_info(folder: Path) -> CheckpointInfo:
+    """Of a folder that was saved without a description: by its files, and its card."""
+    config = json.loads((folder / "config.json").read_text())
+    text, card = config.get("text_config") or config, read_card(folder) or {}
+    adapter = _adapter_of(folder)
+    kind: Kind = "merged"
+    if not config.get("model_type", "").startswith("vora"):
+        kind = "llm"
+    elif adapter is not None:
+        kind = "unmerged" if weight_files(folder) else "adapter"
+    recipes = [stage["recipe"] for stage in card.get("stages", []) if (stage.get("recipe") or {}).get("teacher")]
+    run = run_of(folder)
+    teacher = (read_recipe(run).get("teacher") if run else None) or (recipes[-1]["teacher"] if recipes else {})
+    named = {name: value for name, value in card.items() if value not in ("none", "not stated")}
+    return CheckpointInfo(
+        kind=kind,
+        path=folder,
+        model_type=config.get("model_type", ""),
+        dtype=config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32",
+        stage=card["stages"][-1]["stage"] if card else None,
+        base_llm=loadable(text.get("_name_or_path")) or _known_llm(named.get("base_llm", "")),
+        llm_digest=config.get("llm_digest"),
+        adapter=adapter,
+        encoder=named.get("encoder"),
+        teacher=named.get("teacher"),
+        block_pairs=_pairs_of_heads(folder, teacher, named.get("teacher", "")),
+        has_heads=(folder / HEADS_FILE).exists(),
+        has_processor=has_processor(folder),
+    )
+
+
+def _known_llm(name: str) -> str | None:
+    """The alias or hub id that a card names; None for what was a folder."""
+    aliases = {hub_id: alias for alias, hub_id in HUB_ID_OF_ALIAS.items()}
+    return aliases.get(name, name) if is_hub_id(name) else None
+
+
+def _adapter_of(folder: Path) -> AdapterInfo | None:
+    file = folder / "adapter_config.json"
+    if not file.exists():
+        return None
+    values = json.loads(file.read_text())
+    return adapter_info(values["r"], values["layers_to_transform"], values["target_modules"])
+
+
+def adapter_info(rank: int, blocks: list[int], target_modules: Any) -> AdapterInfo:
+    """As PEFT's configuration says it."""
+    return AdapterInfo(rank, len(blocks), tuple(sorted(target_modules)))
+
+
+def _pairs_of_heads(folder: Path, teacher: dict[str, Any], name: str) -> tuple[Pair, ...]:
+    """The pairs that distill heads were trained for; none where only the teacher's depth would tell.
+
+    Args:
+        teacher: section of the recipe, empty where that is not known: then heads that begin with what enters block 0
+            come from the released code (see `block_pairs`).
+    """
+    if not (folder / HEADS_FILE).exists() or teacher.get("spread"):
+        return ()
+    with safe_open(folder / HEADS_FILE, "pt") as file:
+        heads = {key.split(".")[1] for key in file.keys() if key.startswith("heads.")}
+    blocks = sorted(int(head) for head in heads - {SUMMARY})
+    shifted = "inputs" if "aimv2" in name.lower() else "hidden_states"
+    if not blocks:
+        return ()
+    pairing = teacher.get("pairing") or "outputs"
+    if blocks[0] == -1 and pairing == "outputs":
+        pairing = shifted
+    every = block_pairs(blocks[-1] + (1 if pairing == "outputs" else 2), 10**6, pairing=pairing)
+    pairs: list[Pair] = [pair for pair in every if pair[0] in blocks]
+    return (*pairs, (blocks[-1], SUMMARY)) if SUMMARY in heads else tuple(pairs)

@@ -1,0 +1,345 @@
+"""From a model folder of any kind to a model: to ask it, to train it further, or to merge it."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors.torch import load_file
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from vora.baselines.llava import VoraLlavaConfig, VoraLlavaForConditionalGeneration
+from vora.build.base_llm import choose_image_token, grow_for_image_token, load_llm, load_tokenizer
+from vora.build.from_llm import from_llm, wrap_llm
+from vora.build.lora import keep_trained_in_fp32, leave_precision_to_autocast, merge_vision_lora
+from vora.checkpoint.layout import HEADS_FILE, CheckpointInfo, read_info, weight_files
+from vora.checkpoint.names import is_hub_id
+from vora.distill.blockwise import BlockwiseDistillation
+from vora.distill.teacher import Teacher
+from vora.model.configuration_vora import VoraConfig
+from vora.model.image_processing_vora import VoraImageProcessor
+from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.processing_vora import VoraProcessor
+from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
+
+Source = CheckpointInfo | Path | str
+
+
+def load_model(
+    path: Source,
+    *,
+    llm: str | None = None,
+    min_image_tokens: int | None = None,
+    max_image_tokens: int | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> tuple[VoraForConditionalGeneration, VoraProcessor]:
+    """A model to be asked, whatever its folder holds: LoRA is merged in memory. It is on the GPU if there is one.
+
+    Args:
+        path: folder or hub id of a model, or the directory of a run.
+        llm: to put an adapter over, if not the one that it names.
+        min_image_tokens, max_image_tokens: budget per image, if not the model's own.
+        dtype: if not the model's own.
+
+    Returns:
+        (model in eval mode, processor).
+
+    Raises:
+        ValueError: nothing is there, or something without vision or without a tokenizer.
+    """
+    info = _vora_info(path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _merged(info, llm, dtype).to(device).eval()
+    use_segmented_sdpa_on_cpu(model, device)
+    processor = load_processor(info, llm)
+    processor.image_processor.set_budget(min_image_tokens, max_image_tokens)
+    processor.end_turns_of(model)
+    return model, processor
+
+
+def merge_run(
+    path: Source, llm: str | None = None
+) -> tuple[VoraForConditionalGeneration, VoraProcessor | VoraImageProcessor | None]:
+    """The model that a run has trained, ready to be saved: LoRA merged (stage 1), or as it is (stage 2), in the
+    precision that the run's recipe has for the LLM. An adapter, or an unmerged model, is merged alike.
+
+    Args:
+        path: directory of a run, or a folder that `load_model` takes.
+        llm: as for `load_model`.
+
+    Returns:
+        (model, processor); of a model without a tokenizer the processor is its image part, or None.
+
+    Raises:
+        ValueError: nothing is there to merge, or an LLM is given that has no use.
+    """
+    info = _vora_info(path)
+    if info.adapter is None and info.run is None:
+        raise ValueError(f"{info.path} has no vision LoRA: it is merged already.")
+    model = _merged(info, llm, None).eval()
+    if info.kind != "adapter" and not info.has_processor:
+        has_images = (info.path / "preprocessor_config.json").exists()
+        return model, VoraImageProcessor.from_pretrained(info.path) if has_images else None
+    processor = load_processor(info, llm)
+    processor.end_turns_of(model)  # of whatever it is made
+    return model, processor
+
+
+def load_adapter(path: Source, *, llm: str | None = None, dtype: torch.dtype | str | None = None) -> PeftModel:
+    """An adapter put over its model, ready to train on or to merge; what trains is in float32.
+
+    Args:
+        path: of an adapter, an unmerged model, or a run of stage 1.
+        llm: hub id or folder of the LLM; by default what the run's recipe or the adapter names.
+        dtype: of the LLM; by default that which it was trained in.
+
+    Raises:
+        ValueError: there is no adapter; no LLM is named, it cannot be loaded, or it is not the one that the adapter
+            was trained on; or tensors do not fit.
+    """
+    info = _vora_info(path)
+    if info.adapter is None:
+        raise ValueError(f"{info.path} has no vision LoRA: it is merged already.")
+    if llm is not None and (info.kind != "adapter" or info.run is not None):
+        raise ValueError(f"{info.path} has its own LLM: leave --llm out.")
+    model = _base_model(info, llm, dtype or info.dtype)
+    digests = {info.llm_digest, digest_of(model)} - {None}
+    if info.kind == "adapter" and len(digests) > 1:
+        raise ValueError(
+            f"{info.path} grew on an LLM of {llm or info.base_llm}'s shape, but of other weights, such as a fine-tune "
+            f"of it: put it over that one with `vora merge {info.path} --llm LLM -o OUT`."
+        )
+    config = PeftConfig.from_pretrained(str(info.path))
+    config.inference_mode = False
+    peft_model = get_peft_model(model, config)
+    keep_trained_in_fp32(peft_model)
+    restore(peft_model, info.path)
+    return leave_precision_to_autocast(peft_model).eval()
+
+
+def load_trainable(path: Source, dtype: torch.dtype | str) -> PeftModel | VoraForConditionalGeneration:
+    """What training goes on from: the model of a folder or a run, with its LoRA on where it has one."""
+    info = _vora_info(path)
+    return _whole_model(info, dtype) if info.adapter is None else load_adapter(info, dtype=dtype)
+
+
+def load_processor(path: Source, llm: str | None = None) -> VoraProcessor:
+    """The processor of a folder or a run; an adapter's gets its LLM's tokenizer where it has none of its own.
+
+    Args:
+        llm: as for `load_adapter`.
+
+    Raises:
+        ValueError: there is no tokenizer, or it does not agree with the adapter on the image token.
+    """
+    info = _vora_info(path)
+    if info.has_processor:
+        return VoraProcessor.from_pretrained(info.path)
+    if info.kind != "adapter":
+        raise ValueError(
+            f"{info.path} has no tokenizer, so it cannot be asked anything: import it again with an --llm folder that "
+            "has its LLM's tokenizer files."
+        )
+    config, name = _config_of(info), _name_of_llm(info, llm)
+    tokenizer = load_tokenizer(name)
+    token, token_id = choose_image_token(tokenizer)
+    if token_id != config.image_token_id:
+        raise ValueError(
+            f"{info.path} has its images at token {config.image_token_id}, but {name} would have them at {token_id} "
+            f"({token}): it is another LLM than the adapter grew on."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    template = (info.path / "chat_template.jinja").read_text()
+    images = VoraImageProcessor.from_pretrained(info.path)
+    return VoraProcessor(images, tokenizer, chat_template=template, image_token=token)
+
+
+def load_base_llm(name: str, model: VoraForConditionalGeneration, processor: VoraProcessor) -> PreTrainedModel:
+    """The LLM that a model came from in the form of that model, to be compared with it; its logits are its own.
+
+    Raises:
+        ValueError: it splits text otherwise, so it is another LLM.
+    """
+    if load_tokenizer(name).get_vocab().items() - processor.tokenizer.get_vocab().items():
+        raise ValueError(f"--base {name} splits text into other tokens than the model: it is not what that came from.")
+    base = from_llm(name, image_token_id=model.config.image_token_id, dtype=model.dtype)
+    return base.to(model.device).eval()
+
+
+def restore(
+    student: PeftModel | VoraForConditionalGeneration,
+    folder: Path,
+    distillation: BlockwiseDistillation | None = None,
+) -> None:
+    """Read back what `vora.checkpoint.save.save_training` wrote, into a model of the same shape.
+
+    Raises:
+        ValueError: the folder holds another kind of checkpoint, or tensors are missing from it.
+    """
+    if isinstance(student, PeftModel):
+        if not (folder / "adapter_model.safetensors").exists():
+            raise ValueError(f"{folder} holds no adapter_model.safetensors: it is no checkpoint of stage pretrain.")
+        loaded = set_peft_model_state_dict(student, load_peft_weights(str(folder), device="cpu"))
+        trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+        if misfits := loaded.unexpected_keys + sorted(trained & set(loaded.missing_keys)):
+            raise ValueError(
+                f"{len(misfits)} tensors of {folder} do not fit this model or are missing there, such as "
+                f"{misfits[0]}: was the recipe's LLM or rank changed?"
+            )
+    else:
+        student.load_state_dict(type(student).from_pretrained(folder, dtype=student.dtype).state_dict())
+    if distillation is not None:
+        distillation.load_state_dict(load_file(folder / HEADS_FILE))
+
+
+def load_heads(distillation: BlockwiseDistillation, path: Source) -> None:
+    """Go on with the distill heads that lie beside a model, if there are some.
+
+    Raises:
+        ValueError: they are of other blocks or of another teacher's width.
+    """
+    info = _vora_info(path)
+    if not info.has_heads:
+        return
+    state, wanted = load_file(info.path / HEADS_FILE), distillation.state_dict()
+    if misfits := [name for name in {**state, **wanted} if _shape(state, name) != _shape(wanted, name)]:
+        raise ValueError(
+            f"{len(misfits)} tensors of the distill heads of {info.path} are not those of the recipe's teacher, such "
+            f"as {misfits[0]} ({_shape(state, misfits[0])} there, {_shape(wanted, misfits[0])} here): set "
+            "teacher.standardize, summary and pairs as they were trained, teacher.pairing to hidden_states (a "
+            "checkpoint of the released code with a teacher of transformers) or inputs (with AIMv2), or delete the "
+            "file to begin with fresh ones."
+        )
+    distillation.load_state_dict(state)
+
+
+def distillation_of(path: Source) -> BlockwiseDistillation | None:
+    """The distill heads that lie beside a model with the pairs of their blocks, in eval mode; None where it has none,
+    or nothing says which blocks they belong to."""
+    info = _vora_info(path)
+    if not (info.has_heads and info.block_pairs):
+        return None
+    state = load_file(info.path / HEADS_FILE)
+    teacher_size, student_size = next(tensor.shape for name, tensor in state.items() if name.endswith(".1.weight"))
+    standardize = any(name.startswith("variance_") for name in state)
+    distillation = BlockwiseDistillation(info.block_pairs, student_size, teacher_size, standardize=standardize)
+    distillation.load_state_dict(state)
+    return distillation.eval()
+
+
+@torch.no_grad()
+def digest_of(llm: PreTrainedModel, image_token_id: int | None = None) -> str | None:
+    """Tells LLMs of one shape apart, with LoRA on or without: 16 hexadecimal digits of word embeddings and of the
+    first matrix of each block, some rows of them. Whether an LLM is loaded in bf16 or in fp32 makes no difference; in
+    fp16 some numbers are others, so that there it is None. The row that an LLM grew by for its image token is none of
+    its own, and left out.
+
+    Args:
+        llm: a causal LM, or a VoRA model around one.
+        image_token_id: of a causal LM that is to read images; a VoRA model knows its own.
+    """
+    if image_token_id is None:
+        image_token_id = getattr(llm.config, "image_token_id", None)
+    depth = llm.config.get_text_config().num_hidden_layers
+    language = getattr(getattr(llm, "model", llm), "language_model", llm)
+    blocks = next(m for m in language.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    matrices = [next(m for m in block.modules() if isinstance(m, (nn.Linear, Conv1D))).weight for block in blocks]
+    digest = hashlib.sha256()
+    embeddings = llm.get_input_embeddings().weight
+    if torch.float16 in {weight.dtype for weight in (embeddings, *matrices)}:
+        return None
+    for weight in (embeddings, *matrices):
+        step = max(1, len(weight) // 64)
+        rows = weight[::step]
+        if weight is embeddings and image_token_id == len(weight) - 1 and image_token_id % step == 0:
+            rows = rows[:-1]
+        digest.update(rows.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _vora_info(path: Source) -> CheckpointInfo:
+    """The description of a folder that holds a model with vision."""
+    info = path if isinstance(path, CheckpointInfo) else read_info(path)
+    if info.kind == "llm":
+        raise ValueError(
+            f"{info.path} is a {info.model_type} model without vision: train some with `vora train`, or name a VoRA "
+            "model."
+        )
+    return info
+
+
+def _merged(info: CheckpointInfo, llm: str | None, dtype: torch.dtype | str | None) -> VoraForConditionalGeneration:
+    if info.adapter is not None:
+        return merge_vision_lora(load_adapter(info, llm=llm, dtype=dtype))
+    if llm is not None:
+        raise ValueError(f"{info.path} has its own LLM: leave --llm out.")
+    return _whole_model(info, dtype or info.dtype)
+
+
+def _config_of(info: CheckpointInfo) -> VoraConfig:
+    return (VoraLlavaConfig if info.is_llava else VoraConfig).from_pretrained(info.path)
+
+
+def _whole_model(info: CheckpointInfo, dtype: torch.dtype | str) -> VoraForConditionalGeneration:
+    """A folder's own weights, without an adapter beside them: that is for PEFT alone, not for transformers."""
+    kind = VoraLlavaForConditionalGeneration if info.is_llava else VoraForConditionalGeneration
+    if info.adapter is None:
+        return kind.from_pretrained(info.path, dtype=dtype)
+    state = {name: tensor for file in weight_files(info.path) for name, tensor in load_file(file).items()}
+    model = kind.from_pretrained(None, config=_config_of(info), state_dict=state, dtype=dtype)
+    model.generation_config = GenerationConfig.from_pretrained(info.path)
+    return model
+
+
+def _base_model(info: CheckpointInfo, llm: str | None, dtype: torch.dtype | str) -> VoraForConditionalGeneration:
+    """What an adapter goes over, with a patch embedding that the adapter's takes the place of."""
+    if info.kind == "unmerged":
+        return _whole_model(info, dtype)
+    if info.source is not None:  # a run that went on from another model
+        before = _vora_info(info.source)
+        return _base_model(before, llm, dtype) if before.adapter else _whole_model(before, dtype)
+    config, name = _config_of(info), _name_of_llm(info, llm)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    try:
+        loaded = load_llm(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{info.path} holds an adapter without its LLM, and that, {name}, cannot be loaded "
+            f"({' '.join(str(error).split())}): name it with `vora merge {info.path} --llm LLM -o OUT`."
+        ) from None
+    grow_for_image_token(loaded)
+    for field in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        has, wanted = getattr(loaded.config.get_text_config(), field), getattr(config.get_text_config(), field)
+        if has != wanted:
+            raise ValueError(
+                f"{info.path} grew on an LLM with {field} {wanted}, but {name} has {has}: it is another LLM."
+            )
+    attention, config.dtype = loaded.config._attn_implementation, dtype
+    model = wrap_llm(loaded, config)
+    model.set_attn_implementation(attention)
+    if not info.is_llava:
+        return model
+    if info.encoder is None or not (Path(info.encoder).exists() or is_hub_id(info.encoder)):
+        raise ValueError(
+            f"{info.path} holds a projector without its encoder, which was a folder and so is not named in it: "
+            f"vora merge RUN -o OUT, and name OUT."
+        )
+    return VoraLlavaForConditionalGeneration.wrap(model, config, Teacher.from_pretrained(info.encoder, dtype))
+
+
+def _name_of_llm(info: CheckpointInfo, llm: str | None) -> str:
+    name = llm or info.base_llm
+    if not name:
+        raise ValueError(
+            f"{info.path} holds an adapter without its LLM, which was a folder and so is not named in it: put it over "
+            f"that with `vora merge {info.path} --llm LLM -o OUT`, and name OUT."
+        )
+    return name
+
+
+def _shape(tensors: dict[str, torch.Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None

@@ -1,0 +1,275 @@
+"""Saving: the state of a training, an adapter alone, a merged model; each with its description, and whole or not."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import GenerationConfig
+
+from vora.build.from_llm import to_llm
+from vora.checkpoint.card import Evaluation, write_run_card
+from vora.checkpoint.layout import HEADS_FILE, CheckpointInfo, Kind, adapter_info, read_info, write_info
+from vora.checkpoint.load import digest_of, load_adapter, load_processor, merge_run
+from vora.checkpoint.run_directory import read_recipe, run_of
+from vora.distill.blockwise import BlockwiseDistillation
+from vora.model.image_processing_vora import VoraImageProcessor
+from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.processing_vora import VoraProcessor
+
+Tensors = dict[str, torch.Tensor]
+
+
+def save_training(
+    student: PeftModel | VoraForConditionalGeneration,
+    processor: VoraProcessor,
+    folder: Path,
+    *,
+    distillation: BlockwiseDistillation | None = None,
+    state_dict: Tensors | None = None,
+) -> None:
+    """Write what was trained: the adapter and the distill heads (stage 1), or the whole model (stage 2).
+
+    Args:
+        folder: `final` or a checkpoint of a run, whose recipe names what the files cannot.
+        state_dict: `student.` and `distillation.` tensors, gathered, where FSDP has spread them over processes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = None if state_dict is None else _part_of(state_dict, "student.")
+    if isinstance(student, PeftModel):
+        write_adapter_files(student, folder, get_peft_model_state_dict(student, state, save_embedding_layers=False))
+        student.get_base_model().config.save_pretrained(folder)
+    else:
+        student.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+    if distillation is not None:
+        heads = distillation.state_dict() if state_dict is None else _part_of(state_dict, "distillation.")
+        save_file({name: tensor.contiguous() for name, tensor in heads.items()}, folder / HEADS_FILE)
+    processor.save_pretrained(folder)
+    info = _info_of_training(student, folder, state is None)
+    write_info(info if distillation is None else replace(info, block_pairs=tuple(distillation.pairs)), folder)
+
+
+def save_adapter(
+    model: PeftModel,
+    processor: VoraProcessor,
+    folder: Path | str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    info: CheckpointInfo | None = None,
+) -> None:
+    """Write LoRA and patch embedding without the LLM and its tokenizer: what a training has added, in a file small
+    enough to send.
+
+    Args:
+        dtype: to write them in; by default that of the model's configuration.
+        info: of the run that they come from, for what a model does not know: its teacher.
+
+    Raises:
+        ValueError: a number does not fit the precision.
+    """
+    vora, folder = model.get_base_model(), Path(folder)
+    dtype = dtype or vora.config.dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = {name: tensor.detach().to(dtype).cpu() for name, tensor in state.items()}
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds numbers that are not finite in {dtype}: the training diverged.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_adapter_files(model, folder, state)
+    config = copy.deepcopy(vora.config)
+    config.dtype = config.text_config.dtype = dtype
+    config.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(processor.chat_template)
+    info = info or _info_of_training(model, folder, True)
+    write_info(replace(info, dtype=_name_of(dtype), has_heads=False, has_processor=False), folder)
+
+
+def save_merged(
+    model: VoraForConditionalGeneration,
+    processor: VoraProcessor | VoraImageProcessor | None,
+    out: Path | str,
+    source: CheckpointInfo | Path | str,
+    evaluation: Sequence[Evaluation] = (),
+) -> None:
+    """Write a model from `merge_run` with its processor and card; a failed save leaves nothing behind.
+
+    Args:
+        source: what it was merged from.
+        evaluation: measured figures, for the card.
+    """
+    info = source if isinstance(source, CheckpointInfo) else read_info(source)
+    with whole_folder(out) as folder:
+        _write_merged(model, processor, folder, info, evaluation)
+
+
+def merge(
+    path: Path | str,
+    out: Path,
+    *,
+    llm_out: Path | None = None,
+    adapter_out: Path | None = None,
+    llm: str | None = None,
+) -> None:
+    """`vora merge`: write a merged model, all of what is asked for or nothing.
+
+    Args:
+        path: run, adapter or unmerged model.
+        llm_out: for the language part alone, as its stock LLM.
+        adapter_out: for what a run added to its LLM, without it.
+        llm: as for `load_model`.
+
+    Raises:
+        ValueError: as `merge_run`; or a folder is not empty, or is named twice, or there is no adapter apart.
+    """
+    info = read_info(path)
+    if adapter_out is not None:
+        _check_adapter_apart(info)
+    asked = {"--out": out, "--llm-out": llm_out, "--adapter-out": adapter_out}
+    places = {name: Path(place) for name, place in asked.items() if place is not None}
+    if len({place.resolve() for place in places.values()}) < len(places):
+        raise ValueError(f"{', '.join(places)} name one folder twice: each needs its own.")
+    with ExitStack() as stack:
+        folders = {name: stack.enter_context(whole_folder(place, name)) for name, place in places.items()}
+        if adapter_out is not None:
+            adapter = folders["--adapter-out"]
+            save_adapter(load_adapter(info), load_processor(info), adapter, dtype=info.dtype, info=info)
+            named = read_info(adapter).base_llm
+            command = f"vora merge THIS_FOLDER{'' if named else ' --llm LLM'} -o my-vora"
+            write_run_card(adapter, info.run, merge_command=command)
+        model, processor = merge_run(info, llm)
+        _write_merged(model, processor, folders["--out"], info)
+        if llm_out is not None:
+            _write_llm(model, processor, folders["--llm-out"], info)
+
+
+@contextmanager
+def whole_folder(out: Path | str, option: str = "--out") -> Iterator[Path]:
+    """A folder to write into, which takes its name once all of it is there, and is gone if that fails.
+
+    Args:
+        option: that names it, for the message.
+
+    Raises:
+        ValueError: something is there already.
+    """
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: choose another {option}, so that nothing is overwritten.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        folder = Path(scratch) / out.name
+        folder.mkdir()
+        yield folder
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+
+
+def write_adapter_files(model: PeftModel, folder: Path, state: Tensors) -> None:
+    """PEFT's two files of an adapter, in which no folder of this machine is named."""
+    config = copy.deepcopy(model.peft_config["default"])
+    config.base_model_name_or_path = None  # perhaps a folder of this machine; vora.json names the LLM
+    config.save_pretrained(folder)
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _write_merged(
+    model: VoraForConditionalGeneration,
+    processor: VoraProcessor | VoraImageProcessor | None,
+    folder: Path,
+    source: CheckpointInfo,
+    evaluation: Sequence[Evaluation] = (),
+) -> None:
+    model.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    info = _without_adapter(source, "merged", model.dtype)
+    write_info(replace(info, has_processor=isinstance(processor, VoraProcessor)), folder)
+    write_run_card(folder, source.run or source.path, evaluation=evaluation)
+
+
+def _write_llm(
+    model: VoraForConditionalGeneration,
+    processor: VoraProcessor | VoraImageProcessor | None,
+    folder: Path,
+    info: CheckpointInfo,
+) -> None:
+    llm = to_llm(model)
+    generation_config, llm.generation_config = llm.generation_config, GenerationConfig()
+    llm.save_pretrained(folder)
+    # as it came, also with flags that transformers would not save, such as a temperature without sampling
+    generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
+    if isinstance(processor, VoraProcessor):
+        processor.text_tokenizer().save_pretrained(folder)
+    write_info(replace(_without_adapter(info, "llm", llm.dtype), model_type=llm.config.model_type), folder)
+    write_run_card(folder, info.run or info.path)
+
+
+def _without_adapter(info: CheckpointInfo, kind: Kind, dtype: torch.dtype) -> CheckpointInfo:
+    changed = replace(info, kind=kind, adapter=None, llm_digest=None, dtype=_name_of(dtype))
+    return replace(changed, has_heads=False, has_processor=False)
+
+
+def _info_of_training(
+    student: PeftModel | VoraForConditionalGeneration, folder: Path, with_digest: bool
+) -> CheckpointInfo:
+    """What a model in training is: by itself, by its run's recipe, and by what that went on from."""
+    is_peft, run = isinstance(student, PeftModel), run_of(folder)
+    config = student.get_base_model().config if is_peft else student.config
+    info = CheckpointInfo(
+        kind="adapter" if is_peft else "merged",
+        path=folder,
+        model_type=config.model_type,
+        dtype=_name_of(config.dtype),
+        stage="pretrain" if is_peft else "finetune",
+        base_llm=config.get_text_config().name_or_path or None,
+        has_heads=(folder / HEADS_FILE).exists(),
+        has_processor=True,
+    )
+    if is_peft:
+        lora = student.peft_config["default"]
+        adapter = adapter_info(lora.r, lora.layers_to_transform, lora.target_modules)
+        digest = digest_of(student.get_base_model()) if with_digest else None
+        info = replace(info, adapter=adapter, llm_digest=digest)
+    if run is None:
+        return info
+    recipe = read_recipe(run)
+    model, teacher = recipe["model"], recipe.get("teacher") or {}
+    before = info
+    with suppress(ValueError, OSError):  # it may have been moved since, and the weights matter more
+        before = read_info(model["vora"]) if model.get("vora") else info
+    return replace(
+        info,
+        base_llm=model.get("llm") or before.base_llm,
+        encoder=model.get("encoder") or before.encoder,
+        teacher=teacher.get("name") or before.teacher,
+        block_pairs=before.block_pairs,
+    )
+
+
+def _check_adapter_apart(info: CheckpointInfo) -> None:
+    if info.run is not None and info.kind == "adapter" and not info.is_llava:
+        return
+    what = "no run of vora train" if info.run is None else f"a run of stage {info.stage}"
+    what += " with an encoder" if info.is_llava else ""
+    raise ValueError(
+        f"{info.run or info.path} is {what}: only runs of stage pretrain, without an encoder, have an adapter apart "
+        "from their LLM. Leave --adapter-out out."
+    )
+
+
+def _part_of(state_dict: Tensors, prefix: str) -> Tensors:
+    """The tensors whose names begin so, without that beginning."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+
+
+def _name_of(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
