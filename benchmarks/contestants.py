@@ -30,7 +30,7 @@ PATCH = 14
 IMAGE_SIZES = ((640, 480), (480, 640), (500, 375), (1280, 720), (600, 600), (375, 500), (1024, 683), (720, 1280))
 ANSWER_TOKENS = (20, 120)  # a caption
 QUESTION_TOKENS = (8, 24)
-NUM_EARLIER = 16  # rows of a stream before those that are measured
+NUM_EARLIER = 16  # sequences of a stream before those that are measured
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,14 @@ def default_attention():
     return "sdpa" if torch.cuda.is_available() else SEGMENTED_SDPA
 
 
+def add_precisions(parser):
+    """What both contestants compute in, and the attention of ours."""
+    plain = "bfloat16" if torch.cuda.is_available() else "float32"
+    for name, default in (("--our-dtype", default_dtype()), ("--baseline-dtype", plain)):
+        parser.add_argument(name, choices=("float32", "bfloat16"), default=default)
+    parser.add_argument("--attn", default=default_attention(), help="attention of ours in training")
+
+
 def random_llm(size, dtype=torch.float32, seed=0):
     """The causal LM of a size."""
     torch.manual_seed(seed)
@@ -116,7 +124,7 @@ def random_vit(size, dtype=torch.float32, seed=1):
 
 
 def image_token_id(size):
-    """The last word of the vocabulary, which no text here holds."""
+    """The last token of the vocabulary, which no text here holds."""
     return size.llm["vocab_size"] - 1
 
 
@@ -137,15 +145,15 @@ def random_vora(size, dtype=torch.float32, attn="sdpa", patch_merge=1, seed=0):
 
 
 def build_ours(size, dtype=torch.float32, attn="sdpa", pairs=None, center=True):
-    """A `Objective` as stage 1 trains it: LoRA, eyes and heads in float32, the rest in `dtype`."""
+    """The `Objective` of stage 1: LoRA, patch embedding and heads in float32, the rest in `dtype`."""
     teacher = Teacher(random_vit(size, dtype))
     vora = random_vora(size, dtype, attn)
     with device():  # billions of values are drawn faster there
         student = attach_vision_lora(vora, rank=size.rank, num_blocks=size.num_blocks)
     pairs = block_pairs(size.num_blocks, teacher.num_blocks) if pairs is None else pairs
     distillation = BlockwiseDistillation(pairs, size.llm["hidden_size"], teacher.hidden_size, center).to(device())
-    learner = Objective(student, VoraImageProcessor(patch_size=PATCH), teacher, distillation)
-    return in_float32(learner).train()
+    objective = Objective(student, VoraImageProcessor(patch_size=PATCH), teacher, distillation)
+    return in_float32(objective).train()
 
 
 def build_original(size, dtype=torch.float32):
@@ -187,14 +195,14 @@ def in_float32(model):
 
 
 @torch.no_grad()
-def share_weights(original, learner):
-    """Give both the same pairs, eyes and heads, all different from zero; biases that ours lacks become zero.
+def share_weights(original, objective):
+    """Give both the same LoRA, patch embedding and heads, none zero; biases that ours lacks become zero.
 
     LLM and teacher are the same already, made from the same seeds. Level i of the original and the pair (i - 1, i - 1)
     of ours compare the same states, so they share a head.
     """
     torch.manual_seed(2)
-    blocks, eyes = learner.vora.model.blocks, learner.vora.model.patch_embedding
+    blocks, embedding = objective.vora.model.blocks, objective.vora.model.patch_embedding
     for theirs, ours in zip(original.llm.model.layers[: original.num_blocks], blocks):
         for target in original.targets:
             layer, copied = theirs.get_submodule(target), ours.get_submodule(target)
@@ -205,13 +213,13 @@ def share_weights(original, learner):
                 layer.bias.zero_()
     vision = original.vision_embedding
     nn.init.normal_(vision.pos_embed, std=0.02)
-    eyes = getattr(eyes, "modules_to_save", {"default": eyes})["default"]
-    eyes.patch.weight.copy_(vision.patchifier.proj.weight.flatten(1))
-    eyes.patch.bias.copy_(vision.patchifier.proj.bias)
-    eyes.norm.weight.copy_(vision.patchifier.norm.weight)
-    eyes.position.copy_(vision.pos_embed[0])
-    eyes.projection.weight.copy_(vision.out_proj.weight)
-    for name, head in learner.distillation.heads.items():
+    embedding = getattr(embedding, "modules_to_save", {"default": embedding})["default"]
+    embedding.patch.weight.copy_(vision.patchifier.proj.weight.flatten(1))
+    embedding.patch.bias.copy_(vision.patchifier.proj.bias)
+    embedding.norm.weight.copy_(vision.patchifier.norm.weight)
+    embedding.position.copy_(vision.pos_embed[0])
+    embedding.projection.weight.copy_(vision.out_proj.weight)
+    for name, head in objective.distillation.heads.items():
         norm, linear = getattr(original.aux_vision, f"aux_layer_{int(name) + 1}")
         head[0].weight.copy_(norm.weight)
         head[1].weight.copy_(linear.weight)
@@ -227,16 +235,16 @@ class Sample:
 
 
 def make_samples(count, size, answer_tokens=ANSWER_TOKENS, num_turns=1, seed=0):
-    """Smooth noise in the usual sizes, with words drawn at random; the same for all contestants."""
+    """Smooth noise in the usual sizes, with text tokens drawn at random; the same for all contestants."""
     rng = np.random.default_rng(seed)
 
-    def words(span):
+    def text(span):
         return rng.integers(3, image_token_id(size), rng.integers(*span)).tolist()
 
     return [
         Sample(
             Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize(pixels, Image.Resampling.BICUBIC),
-            [(words(QUESTION_TOKENS), words(answer_tokens)) for _ in range(num_turns)],
+            [(text(QUESTION_TOKENS), text(answer_tokens)) for _ in range(num_turns)],
         )
         for pixels in islice(cycle(IMAGE_SIZES), count)
     ]
@@ -290,37 +298,39 @@ def our_sample(sample, size, same_scale=True, max_image_tokens=None):
     return share_prefixes(conversations)
 
 
-def full_rows(size, sequence_length, num_rows, same_scale=True, answer_tokens=ANSWER_TOKENS, num_turns=1):
-    """As many samples as some rows of a stream hold, packed as the stream packs them.
+def full_sequences(size, sequence_length, num_sequences, same_scale=True, answer_tokens=ANSWER_TOKENS, num_turns=1):
+    """As many samples as some packed sequences of a stream hold.
 
-    The stream's first rows are its fullest, since it may choose among samples of every length; these come later.
+    The stream's first sequences are its fullest, since it may choose among samples of every length; these come later.
 
     Returns:
-        (list of `Sample`, list of `num_rows` lists of the same samples for `collate_sequences`).
+        (list of `Sample`, list of `num_sequences` lists of the same samples for `collate_sequences`).
     """
     samples = make_samples(WAITING, size, answer_tokens, num_turns)
     shortest = min(len(our_sample(sample, size, same_scale)["input_ids"]) for sample in samples)
-    count = WAITING + (NUM_EARLIER + num_rows) * (sequence_length // shortest + 1)
+    count = WAITING + (NUM_EARLIER + num_sequences) * (sequence_length // shortest + 1)
     samples = make_samples(count, size, answer_tokens, num_turns)
     ours = [our_sample(sample, size, same_scale) for sample in samples]
-    chosen = _rows_of(ours, sequence_length)[NUM_EARLIER : NUM_EARLIER + num_rows]
-    return [samples[i] for row in chosen for i in row], [[ours[i] for i in row] for row in chosen]
+    chosen = _sequences_of(ours, sequence_length)[NUM_EARLIER : NUM_EARLIER + num_sequences]
+    return [samples[i] for sequence in chosen for i in sequence], [[ours[i] for i in sequence] for sequence in chosen]
 
 
-def _rows_of(samples, sequence_length):
-    """Indices of the samples of each row."""
-    waiting, rows = list(range(len(samples))), []
+def _sequences_of(samples, sequence_length):
+    """Indices of the samples of each packed sequence."""
+    waiting, sequences = list(range(len(samples))), []
     while waiting:
         chosen = next_sequence([len(samples[index]["input_ids"]) for index in waiting[:WAITING]], sequence_length)
-        rows.append([waiting[place] for place in chosen])
+        sequences.append([waiting[place] for place in chosen])
         waiting = [index for place, index in enumerate(waiting) if place not in chosen]
-    return rows
+    return sequences
 
 
-def batches_of_rows(rows, size, sequence_length, rows_per_batch):
-    starts = range(0, len(rows), rows_per_batch)
+def batches_of_sequences(sequences, size, sequence_length, sequences_per_batch):
+    starts = range(0, len(sequences), sequences_per_batch)
     pad = size.llm["pad_token_id"]
-    batches = [collate_sequences(rows[start : start + rows_per_batch], sequence_length, pad) for start in starts]
+    batches = [
+        collate_sequences(sequences[start : start + sequences_per_batch], sequence_length, pad) for start in starts
+    ]
     return [on_device(batch | places(batch, image_token_id(size))) for batch in batches]
 
 

@@ -97,7 +97,7 @@ class Loader:
         pq.write_table(pa.Table.from_pylist(rows), f"{folder}/train.parquet", row_group_size=100)
         processor = VoraProcessor.from_llm(byte_tokenizer(size), patch_size=PATCH, image_size=size.image_size)
         packed = PackedSequences([load_source(f"{folder}/train.parquet")], processor, args.sequence_length)
-        self.batches, self.num_batches = iter(PackedBatches(packed, args.rows_per_batch)), args.batches
+        self.batches, self.num_batches = iter(PackedBatches(packed, args.sequences_per_batch)), args.batches
         self.num_samples = []
 
     def __call__(self):
@@ -116,11 +116,11 @@ def byte_tokenizer(size):
 def compare_with_trainer(folder, images, size, args):
     """The row of samples a second that are loaded and trained on."""
     loader, dtype = Loader(folder, images, size, args), getattr(torch, args.dtype)
-    learner, batch = build_ours(size, dtype, default_attention()), next(loader.batches)
-    optimizer, batch_on_device = optimizer_of(learner, fused=True), on_device(batch)
+    objective, batch = build_ours(size, dtype, default_attention()), next(loader.batches)
+    optimizer, batch_on_device = optimizer_of(objective, fused=True), on_device(batch)
     contestants = {
         "loader": loader,
-        "trainer": lambda: train_step(learner, batch_on_device, optimizer, dtype),
+        "trainer": lambda: train_step(objective, batch_on_device, optimizer, dtype),
     }
     times = alternate(contestants, args.rounds)
     loaded = float(np.median([count / seconds for count, seconds in zip(loader.num_samples[1:], times["loader"])]))
@@ -143,7 +143,7 @@ def main():
     parser.add_argument("--images", help="Parquet with encoded images in `image`; smooth noise without it")
     parser.add_argument("--count", type=int, default=100, help="images")
     parser.add_argument("--sequence-length", type=int, default=1024)
-    parser.add_argument("--rows-per-batch", type=int, default=1)
+    parser.add_argument("--sequences-per-batch", type=int, default=1)
     parser.add_argument("--batches", type=int, default=40, help="that the loader makes in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default_dtype())

@@ -7,10 +7,10 @@ CPU only losses are compared, for flex_attention has no backward pass there.
 """
 
 import torch
-from contestants import SIZES, batches_of_rows, build_ours, device, full_rows
+from contestants import SIZES, batches_of_sequences, build_ours, device, full_sequences
 from rows import arguments, parser_of, report, row
 
-ROW_TOKENS = 256
+SEQUENCE_TOKENS = 256
 # How far from sdpa in float32 is near enough: losses absolute, the gradient relative; or twice as far as sdpa is
 TOLERANCES = {
     torch.float32: {"losses": 1e-4, "gradient": 1e-3},
@@ -20,9 +20,9 @@ TOLERANCES = {
 
 def losses_and_gradient(size, batch, attn, dtype):
     """({loss: float}, gradients as one float32 vector, or None without a backward pass)."""
-    learner = build_ours(size, dtype, attn)
+    objective = build_ours(size, dtype, attn)
     torch.manual_seed(2)
-    for name, parameter in learner.named_parameters():
+    for name, parameter in objective.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     backward = device().type == "cuda"
@@ -30,12 +30,12 @@ def losses_and_gradient(size, batch, attn, dtype):
         torch.autocast(device().type, torch.bfloat16, enabled=dtype == torch.bfloat16),
         torch.set_grad_enabled(backward),
     ):
-        found = learner(**batch)
+        found = objective(**batch)
     losses = {name: float(found[name]) for name in ("lm_loss", "distill_loss")}
     if not backward:
         return losses, None
     found["loss"].backward()
-    return losses, torch.cat([p.grad.float().flatten() for p in learner.parameters() if p.grad is not None])
+    return losses, torch.cat([p.grad.float().flatten() for p in objective.parameters() if p.grad is not None])
 
 
 def compare(size, batch):
@@ -61,8 +61,8 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="toy")
     args = arguments(parser)
     size = SIZES[args.size]
-    _, rows = full_rows(size, ROW_TOKENS, 2)
-    (batch,) = batches_of_rows(rows, size, ROW_TOKENS, 2)
+    _, sequences = full_sequences(size, SEQUENCE_TOKENS, 2)
+    (batch,) = batches_of_sequences(sequences, size, SEQUENCE_TOKENS, 2)
     for one in report(compare(size, batch), args.json):
         if not one["near"]:
             raise SystemExit(f"flex_attention: {one['name']} is {one['ours']}, sdpa's {one['baseline']}.")

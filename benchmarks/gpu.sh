@@ -46,15 +46,15 @@ if [ -n "$toy" ]; then
 else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
     part flex 100 benchmarks/flex.py --size smollm2-135m
-    part train_step 80 benchmarks/train_step.py --sequence-length 4096 --rows 8 --rows-per-batch 4 --batch 64
+    part train_step 80 benchmarks/train_step.py --sequence-length 4096 --sequences 8 --sequences-per-batch 4 --batch 64
     part large_step 150 benchmarks/large_step.py ||
         part large_step_again 110 benchmarks/large_step.py --checkpointing --no-baseline
     part large_step_flex 90 benchmarks/large_step.py --attn flex_attention --no-baseline --rounds 3
-    part step_of_135m 60 benchmarks/large_step.py --size smollm2-135m --scale pixels --sequence-length 4096 --rows 8 --rows-per-batch 4 --batch 64
-    part train_step_flex 70 benchmarks/train_step.py --sequence-length 4096 --rows 8 --rows-per-batch 4 --batch 64 --attn flex_attention --no-check
+    part step_of_135m 60 benchmarks/large_step.py --size smollm2-135m --scale pixels --sequence-length 4096 --sequences 8 --sequences-per-batch 4 --batch 64
+    part train_step_flex 70 benchmarks/train_step.py --sequence-length 4096 --sequences 8 --sequences-per-batch 4 --batch 64 --attn flex_attention --no-check
     part prefill_decode 50 benchmarks/prefill_decode.py
-    part data 40 benchmarks/data.py --rows-per-batch 4 --sequence-length 4096 --batches 4
-    part memory 50 benchmarks/memory.py --sequence-length 4096 --rows 4 --rounds 1
+    part data 40 benchmarks/data.py --sequences-per-batch 4 --sequence-length 4096 --batches 4
+    part memory 50 benchmarks/memory.py --sequence-length 4096 --sequences 4 --rounds 1
     part mask 20 benchmarks/mask.py
     part growth 90 benchmarks/growth.py --sides 8 16 32 64 --batches
 fi

@@ -1,8 +1,8 @@
 """How time and memory grow with image tokens and with the batch: a training step, and the prefill of a merged model.
 
-Square images, for the original takes no others, with some words to each; then batches of them. Each contestant runs
-in a process of its own (see own_process.py), ours and the original in turn. One whose work took longer than --longest
-is asked for no larger size, and its rows are empty from there.
+Square images, for the original takes no others, with some text tokens to each; then batches of them. Each contestant
+runs in a process of its own (see own_process.py), ours and the original in turn. One whose work took longer than
+--longest is given no larger size, and its rows are empty from there.
 
 What to expect: linear layers cost as many times more as there are tokens (exponent 1), attention the square of that
 (2). Weights, the optimizer's step and Python cost the same at any size, so small sizes grow by less than 1. One
@@ -21,11 +21,10 @@ import torch
 from contestants import (
     PATCH,
     SIZES,
-    batches_of_rows,
+    add_precisions,
+    batches_of_sequences,
     build_original,
     build_ours,
-    default_attention,
-    default_dtype,
     device,
     make_samples,
     merged_original,
@@ -46,12 +45,12 @@ from vora.train.plan.flops import Row, sequence_flops
 
 VARIANTS = ("ours", "original")
 ANSWER_TOKENS = (24, 25)  # of each training sample
-NUM_WORDS = 32  # of each prompt
+NUM_TEXT_TOKENS = 32  # of each prompt
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Of all figures of a run: the models' size, the precision of each arm, the attention of ours in training."""
+    """Of all figures of a run: the models' size, the precision of each variant, the attention of ours in training."""
 
     size: str
     dtypes: dict
@@ -69,13 +68,13 @@ def figures(variant, work, side, batch, setting):
 
 def our_step(size, batch, dtype, setting):
     samples = [our_sample(sample, size) for sample in training_samples(size, batch)]
-    learner = build_ours(size, dtype, setting.attn)
+    objective = build_ours(size, dtype, setting.attn)
     lengths = [len(sample["input_ids"]) for sample in samples]
-    (packed,) = batches_of_rows([[sample] for sample in samples], size, max(lengths), batch)
-    optimizer = optimizer_of(learner, fused=True)
+    (packed,) = batches_of_sequences([[sample] for sample in samples], size, max(lengths), batch)
+    optimizer = optimizer_of(objective, fused=True)
     num_patches, num_labels = (size.image_size // PATCH) ** 2, ANSWER_TOKENS[0]
-    flops = sum(sequence_flops(learner, Row(length, 1, num_patches, num_labels))["total"] for length in lengths)
-    return lambda: train_step(learner, packed, optimizer, dtype), flops
+    flops = sum(sequence_flops(objective, Row(length, 1, num_patches, num_labels))["total"] for length in lengths)
+    return lambda: train_step(objective, packed, optimizer, dtype), flops
 
 
 def original_step(size, batch, dtype, setting):
@@ -90,15 +89,15 @@ def training_samples(size, batch):
 
 
 def our_prefill(size, batch, dtype, setting):
-    vora, prompt = random_vora(size, dtype), prompt_of(size, batch, NUM_WORDS)
+    vora, prompt = random_vora(size, dtype), prompt_of(size, batch, NUM_TEXT_TOKENS)
     num_patches = (size.image_size // PATCH) ** 2
-    one = sequence_flops(Objective(vora, None), Row(num_patches + NUM_WORDS, 1, num_patches, 1))
+    one = sequence_flops(Objective(vora, None), Row(num_patches + NUM_TEXT_TOKENS, 1, num_patches, 1))
     return Prefill(vora, **prompt), batch * one["student_forward"]
 
 
 def original_prefill(size, batch, dtype, setting):
     model = merged_original(size, dtype)
-    ids = torch.randint(3, 100, (batch, NUM_WORDS + 1), device=device())
+    ids = torch.randint(3, 100, (batch, NUM_TEXT_TOKENS + 1), device=device())
     ids[:, 2] = IMAGE
     frames = torch.randn(batch, 3, size.image_size, size.image_size, device=device(), dtype=dtype)
     prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "frames": frames}
@@ -205,16 +204,13 @@ def main():
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8], help="images at once")
     parser.add_argument("--batch-side", type=int, default=16, help="of images while the batch grows")
     parser.add_argument("--longest", type=float, default=25, help="seconds; who took longer gets no larger size")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default_dtype())
-    plain = "bfloat16" if torch.cuda.is_available() else "float32"
-    parser.add_argument("--baseline-dtype", choices=("float32", "bfloat16"), default=plain, help="of its training")
-    parser.add_argument("--attn", default=default_attention(), help="of ours in training")
+    add_precisions(parser)
     args = arguments(parser)
 
     def rows():
         for work in args.work:
-            baseline = args.baseline_dtype if work == "train step" else args.dtype
-            setting = Setting(args.size, {"ours": args.dtype, "original": baseline}, args.attn)
+            baseline = args.baseline_dtype if work == "train step" else args.our_dtype
+            setting = Setting(args.size, {"ours": args.our_dtype, "original": baseline}, args.attn)
             tokens = [side**2 for side in args.sides]
             points = [(side, 1) for side in args.sides]
             yield from growth(work, "image tokens", tokens, points, setting, args.longest)

@@ -18,12 +18,12 @@ from statistics import median
 import torch
 from contestants import (
     SIZES,
-    batches_of_rows,
+    batches_of_sequences,
     build_original,
     build_ours,
     default_dtype,
     device,
-    full_rows,
+    full_sequences,
     optimizer_of,
     original_batches,
     train_step,
@@ -50,9 +50,9 @@ def product_ceiling(side, dtype=torch.bfloat16, at_least=1.5):
     return 20 * 2 * side**3 / median(times[len(times) // 2 :])
 
 
-def needed_flops(learner, samples):
+def needed_flops(objective, samples):
     """FLOPs of a training step on some samples of `share_prefixes`, each by itself."""
-    return sum(sequence_flops(learner, as_row(sample))["total"] for sample in samples)
+    return sum(sequence_flops(objective, as_row(sample))["total"] for sample in samples)
 
 
 def as_row(sample):
@@ -88,17 +88,17 @@ def take_steps(variant, size, batches, dtype, args):
 
 def measured(size, dtype, args):
     """Rows, as they come."""
-    samples, rows = full_rows(size, args.sequence_length, args.rows, args.scale == "pixels")
-    packed = [sample for one in rows for sample in one]
+    samples, sequences = full_sequences(size, args.sequence_length, args.sequences, args.scale == "pixels")
+    packed = [sample for sequence in sequences for sample in sequence]
     num_image_tokens = sum(int(sample["image_grid_thw"].prod(-1).sum()) for sample in packed) / len(packed)
     again = ", blocks computed again" if args.checkpointing else ""
     name = f"{args.size}, {args.dtype}, {args.attn}{again}, {len(samples)} images of {num_image_tokens:.0f} tokens"
     ceiling = product_ceiling(args.ceiling_side, dtype)
-    batches = batches_of_rows(rows, size, args.sequence_length, args.rows_per_batch)
+    batches = batches_of_sequences(sequences, size, args.sequence_length, args.sequences_per_batch)
     ours = take_steps("ours", size, batches, dtype, args)
-    learner = ours.pop("model")
-    flops, rate = needed_flops(learner, packed), len(samples) / median(ours["seconds"])
-    trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    objective = ours.pop("model")
+    flops, rate = needed_flops(objective, packed), len(samples) / median(ours["seconds"])
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     yield row(
         f"{name}: against products of {args.ceiling_side}^3",
         flops / median(ours["seconds"]),
@@ -111,7 +111,7 @@ def measured(size, dtype, args):
         trained_parameters=trained,
         noise={"ours": spread(ours["seconds"])},
     )
-    del learner
+    del objective
     gc.collect()
     torch.cuda.empty_cache()
     original = None
@@ -144,8 +144,8 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="qwen2.5-7b")
     parser.add_argument("--scale", choices=("pixels", "tokens"), default="tokens", help="what images have alike")
     parser.add_argument("--sequence-length", type=int, default=2304)
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--rows-per-batch", type=int, default=2)
+    parser.add_argument("--sequences", type=int, default=2)
+    parser.add_argument("--sequences-per-batch", type=int, default=2)
     parser.add_argument("--batch", type=int, default=4, help="images in a step of the original")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ceiling-side", type=int, default=8192)

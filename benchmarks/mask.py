@@ -1,6 +1,6 @@
-"""The attention mask of one row: ours against the original's dense float mask, made token by token.
+"""The attention mask of one sequence: ours against the original's dense float mask, made token by token.
 
-The row holds images of a size with a few words after each. Ours also keeps packed samples apart, which the original
+It holds images of a size with some text tokens after each. Ours also keeps packed samples apart, which the original
 cannot, and is made as `vora train` makes it: on a processor cut into segments.
 
     python benchmarks/mask.py --json mask.json
@@ -16,26 +16,26 @@ from transformers import LlamaConfig
 
 from vora.model.attention import attention_masks, image_blocks
 
-NUM_WORDS = 32  # after each image
+NUM_TEXT_TOKENS = 32  # after each image
 
 
-def mixed_row(num_tokens, side):
-    """(bool[1, T] at image tokens, int[N, 3] grids, int[1, T] seen_until) of images with words, cut at T tokens."""
+def mixed_sequence(num_tokens, side):
+    """(bool[1, T] at image tokens, int[N, 3] grids, int[1, T] seen_until) of images with text, cut at T tokens."""
     num_patches = side * side
-    is_image = torch.arange(num_tokens) % (num_patches + NUM_WORDS) < num_patches
-    whole = num_tokens // (num_patches + NUM_WORDS) * (num_patches + NUM_WORDS)
-    is_image[whole:] = False  # what is left of the row is text
+    is_image = torch.arange(num_tokens) % (num_patches + NUM_TEXT_TOKENS) < num_patches
+    whole = num_tokens // (num_patches + NUM_TEXT_TOKENS) * (num_patches + NUM_TEXT_TOKENS)
+    is_image[whole:] = False  # the rest is text
     grids = torch.tensor([[1, side, side]] * (int(is_image.sum()) // num_patches))
     places = torch.arange(num_tokens)
-    ends = (places // (num_patches + NUM_WORDS) + 1) * (num_patches + NUM_WORDS) - 1
+    ends = (places // (num_patches + NUM_TEXT_TOKENS) + 1) * (num_patches + NUM_TEXT_TOKENS) - 1
     return is_image[None].to(device()), grids, ends.clamp(max=num_tokens - 1)[None].to(device())
 
 
 def compare_masks(num_tokens, side, rounds):
     config = LlamaConfig(hidden_size=64, num_attention_heads=4)
     config._attn_implementation = default_attention()
-    side = min(side, math.isqrt(num_tokens - NUM_WORDS))
-    is_image, grids, seen_until = mixed_row(num_tokens, side)
+    side = min(side, math.isqrt(num_tokens - NUM_TEXT_TOKENS))
+    is_image, grids, seen_until = mixed_sequence(num_tokens, side)
     valid, embeds = torch.ones_like(is_image), torch.zeros(1, num_tokens, 64, device=device())
 
     def ours():

@@ -11,12 +11,11 @@ from statistics import median
 import torch
 from contestants import (
     SIZES,
-    batches_of_rows,
+    add_precisions,
+    batches_of_sequences,
     build_original,
     build_ours,
-    default_attention,
-    default_dtype,
-    full_rows,
+    full_sequences,
     optimizer_of,
     original_batches,
     train_step,
@@ -27,13 +26,13 @@ from rows import arguments, parser_of, report, row, spread
 VARIANTS = ("ours", "original")
 
 
-def figures(variant, size_name, sequence_length, num_rows, dtype, attn):
-    """What `taken_by` says of training steps of one contestant on the images that fill some rows of ours."""
+def figures(variant, size_name, sequence_length, num_sequences, dtype, attn):
+    """What `taken_by` says of training steps of one contestant on the images that fill some sequences of ours."""
     size, dtype = SIZES[size_name], getattr(torch, dtype)
-    samples, rows = full_rows(size, sequence_length, num_rows)
+    samples, sequences = full_sequences(size, sequence_length, num_sequences)
     if variant == "ours":
         model = build_ours(size, dtype, attn)
-        (batch,) = batches_of_rows(rows, size, sequence_length, num_rows)
+        (batch,) = batches_of_sequences(sequences, size, sequence_length, num_sequences)
     else:
         model = build_original(size, dtype)
         (batch,) = original_batches(samples, size, len(samples))
@@ -45,18 +44,15 @@ def main():
     parser = parser_of(__doc__)
     parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
     parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--sequences", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2, help="processes of each")
-    parser.add_argument("--our-dtype", choices=("float32", "bfloat16"), default=default_dtype())
-    plain = "bfloat16" if torch.cuda.is_available() else "float32"
-    parser.add_argument("--baseline-dtype", choices=("float32", "bfloat16"), default=plain)
-    parser.add_argument("--attn", default=default_attention(), help="of ours")
+    add_precisions(parser)
     args = arguments(parser)
     dtypes = {"ours": args.our_dtype, "original": args.baseline_dtype}
     found = {variant: [] for variant in VARIANTS}
     for _ in range(args.rounds):
         for variant in VARIANTS:
-            settings = (args.size, args.sequence_length, args.rows, dtypes[variant], args.attn)
+            settings = (args.size, args.sequence_length, args.sequences, dtypes[variant], args.attn)
             found[variant].append(in_own_process(figures, variant, *settings))
     images = found["ours"][0]["num_samples"]
     what = f"train step, {args.size}, {images} images, {args.our_dtype} against {args.baseline_dtype}"

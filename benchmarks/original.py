@@ -75,7 +75,7 @@ class Patchifier(nn.Module):
 class VisionEmbedding(nn.Module):
     """float[N, 3, H, W] to image tokens float[N, K, D].
 
-    A grid with fewer patches than the table takes the table's first rows; a larger one has it segmented.
+    A grid with fewer patches than the table takes the table's first rows; for a larger one it is resized.
     """
 
     def __init__(self, width, hidden_size, patch_size, image_size, eps):
@@ -201,7 +201,7 @@ class OriginalVora(nn.Module):
         """
         num_frames = [1] * len(input_ids) if num_frames is None else num_frames
         images = iter(self.vision_embedding(frames) if len(frames) else ())
-        words = self.llm.get_input_embeddings()
+        embedding = self.llm.get_input_embeddings()
         rows = []
         for row, count in enumerate(num_frames):
             ids = input_ids[row]
@@ -211,9 +211,14 @@ class OriginalVora(nn.Module):
             parts, start = [], 0
             for end in [*places, len(ids)]:
                 text = slice(start, end)
-                told = ids.new_full((end - start,), MASKED) if labels is None else labels[row, text]
+                targets = ids.new_full((end - start,), MASKED) if labels is None else labels[row, text]
                 parts.append(
-                    (words(ids[text]), attention_mask[row, text] == 1, told, told.new_zeros(len(told)).bool())
+                    (
+                        embedding(ids[text]),
+                        attention_mask[row, text] == 1,
+                        targets,
+                        targets.new_zeros(len(targets)).bool(),
+                    )
                 )
                 if end < len(ids):
                     tokens = next(images)
@@ -221,16 +226,16 @@ class OriginalVora(nn.Module):
                     parts.append((tokens, here, ids.new_full((len(tokens),), MASKED), here))
                 start = end + 1
             rows.append([torch.cat(columns) for columns in zip(*[self._in_dtype(part) for part in parts])])
-        embeds, valid, told, is_image = zip(*rows)
+        embeds, valid, targets, is_image = zip(*rows)
         longest = max(map(len, valid))
-        padding = words(input_ids.new_tensor(self.llm.config.pad_token_id or 0))
+        padding = embedding(input_ids.new_tensor(self.llm.config.pad_token_id or 0))
         embeds = [torch.cat([e, padding.to(e).expand(longest - len(e), -1)]) for e in embeds]
 
         def padded(rows, value):
             return torch.stack([F.pad(one, (0, longest - len(one)), value=value) for one in rows])
 
-        told = None if labels is None else padded(told, MASKED)
-        return torch.stack(embeds), padded(valid, False), told, padded(is_image, False)
+        targets = None if labels is None else padded(targets, MASKED)
+        return torch.stack(embeds), padded(valid, False), targets, padded(is_image, False)
 
     def _in_dtype(self, part):
         embeds, *rest = part

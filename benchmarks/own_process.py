@@ -11,8 +11,7 @@ from statistics import median
 
 from rows import clock, peak_bytes, restart_peak, seconds, set_clock
 
-# By the process that all others are forked from; vora first, which says how long torch's threads spin.
-IMPORTED = ("vora", "contestants", "prefill_decode")
+IMPORTED = ("contestants", "prefill_decode")  # by the process that all others are forked from
 PATIENCE = 10.0  # seconds; work that takes longer is not done again for the sake of a warm start
 MOST_TIMED, SECONDS_OF_TIMES = 3, 5.0  # calls, as many as these seconds allow, but at least one
 

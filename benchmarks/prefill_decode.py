@@ -17,6 +17,7 @@ from rows import alternate, arguments, medians, parser_of, report, row, spread
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vora import VoraForConditionalGeneration
+from vora.model.modeling_vora import CACHE
 
 
 class Prefill:
@@ -42,12 +43,12 @@ class Decode:
         model, outputs = self.prefill.model, self.outputs
         for _ in range(self.num_tokens):
             word = outputs.logits[:, -1].argmax(-1, keepdim=True) % 100 + 3  # never the image token
-            outputs = model(input_ids=word, past_key_values=outputs.past_key_values, use_cache=True)
-        self.outputs.past_key_values.crop(-self.num_tokens)  # ready for the next call
+            outputs = model(input_ids=word, **{CACHE: getattr(outputs, CACHE)}, use_cache=True)
+        getattr(self.outputs, CACHE).crop(-self.num_tokens)  # ready for the next call
 
 
 def prompt_of(size, num_images, num_text_tokens, merge=1):
-    """Inputs of `VoraModel` for one square image per row and some words."""
+    """Inputs of `VoraModel` for prompts of one square image and some text tokens."""
     side = size.image_size // PATCH
     num_tokens = (side // merge) ** 2
     ids = torch.randint(3, 100, (num_images, num_tokens + num_text_tokens), device=device())
@@ -60,7 +61,7 @@ def prompt_of(size, num_images, num_text_tokens, merge=1):
 
 
 def merged_twin(vora, size):
-    """The same LLM with eyes of patch_merge 2."""
+    """The same LLM with a patch embedding of patch_merge 2."""
     twin = VoraForConditionalGeneration.from_llm(
         vora.to_llm(), patch_size=PATCH, image_size=size.image_size, patch_merge=2, image_token_id=image_token_id(size)
     )
@@ -102,9 +103,9 @@ def llava_like(vora, size):
 
 def against_bare_llm(vora, size, args):
     """Rows of tokens a second: prefill and decoding."""
-    inputs = prompt_of(size, args.batch, args.words)
-    words = {"input_ids": inputs["input_ids"] % 100 + 3}
-    prefills = {"ours": Prefill(vora, **inputs), "bare": Prefill(bare_llm(vora), **words)}
+    inputs = prompt_of(size, args.batch, args.text_tokens)
+    text = {"input_ids": inputs["input_ids"] % 100 + 3}
+    prefills = {"ours": Prefill(vora, **inputs), "bare": Prefill(bare_llm(vora), **text)}
     decodes = {name: Decode(prefill, args.new_tokens) for name, prefill in prefills.items()}
     counts = {"prefill": inputs["input_ids"].numel(), "decode": args.batch * args.new_tokens}
     for kind, contestants in {"prefill": prefills, "decode": decodes}.items():
@@ -118,7 +119,10 @@ def against_bare_llm(vora, size, args):
 def against_llava(vora, size, args):
     """Rows of milliseconds to the first token."""
     side = size.image_size // PATCH
-    prompts = {1: prompt_of(size, args.batch, args.words), 2: prompt_of(size, args.batch, args.words, merge=2)}
+    prompts = {
+        1: prompt_of(size, args.batch, args.text_tokens),
+        2: prompt_of(size, args.batch, args.text_tokens, merge=2),
+    }
     pixels = torch.randn(args.batch, 3, size.image_size, size.image_size, device=device()).to(vora.dtype)
     contestants = {
         1: Prefill(vora, **prompts[1]),
@@ -139,7 +143,7 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=[default_dtype()])
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--words", type=int, default=32)
+    parser.add_argument("--text-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
     args = arguments(parser)

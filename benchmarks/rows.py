@@ -15,6 +15,8 @@ from statistics import median
 
 import torch
 
+from vora.cpu_threads import configure_cpu_threads
+
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 _clock = ["wall"]
 
@@ -34,8 +36,12 @@ def parser_of(description):
 
 
 def arguments(parser):
-    """Parse the command line and set threads and clock."""
+    """Parse the command line and set threads and clock, after a new start if torch's threads do not wait as vora's."""
     args = parser.parse_args()
+    is_script = Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
+    if is_script and "GOMP_SPINCOUNT" not in os.environ:  # which torch read when it was imported
+        configure_cpu_threads()
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     set_clock(args.threads or torch.get_num_threads(), args.clock)
     if args.clock == "processor" and (torch.get_num_threads() > 1 or torch.cuda.is_available()):
         parser.error("--clock processor needs --threads 1 and no GPU: waiting threads count as work.")

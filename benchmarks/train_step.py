@@ -2,11 +2,11 @@
 
 The original pads each image to a black square and each row to the longest, adds a dense float mask made token by
 token, computes logits for every place and keeps all hidden states. On a CPU it computes in float32; on a GPU in
-bfloat16, as its recipe does. Ours packs the images without bars into rows, computes logits where a label is, and
+bfloat16, as its recipe does. Ours packs the images without bars, computes logits where a label is, and
 computes in bfloat16 where that is faster. Both keep what trains in float32 and end each step with AdamW.
 
 By default each image is as large as it is inside the square; with `--scale tokens` it fills as many tokens as the
-square has. The images are those of some rows of ours, packed as in the middle of a stream. With `--questions` each
+square has. The images are those of some packed sequences of ours from the middle of a stream. With `--questions` each
 has several short questions: a row each in the original, as in its data; ours lets them share the image.
 
 Then a check in float32 on square images: `lm_loss` agrees, and so does the distillation loss once the pairing is
@@ -20,12 +20,11 @@ import torch
 from contestants import (
     ANSWER_TOKENS,
     SIZES,
-    batches_of_rows,
+    add_precisions,
+    batches_of_sequences,
     build_original,
     build_ours,
-    default_attention,
-    default_dtype,
-    full_rows,
+    full_sequences,
     make_samples,
     optimizer_of,
     original_batches,
@@ -59,14 +58,14 @@ def losses_in_float32(size, num_samples=2):
     torch.backends.cudnn.allow_tf32 = False  # or a GPU rounds the original's convolution to 10 bits
     samples = squared(make_samples(num_samples, size), size.image_size)
     pairs = [(block, block) for block in range(min(size.num_blocks, size.teacher["num_hidden_layers"]) - 1)]
-    learner, original = build_ours(size, pairs=pairs, center=False), build_original(size)
-    share_weights(original, learner)
+    objective, original = build_ours(size, pairs=pairs, center=False), build_original(size)
+    share_weights(original, objective)
     ours = [our_sample(sample, size) for sample in samples]
     sequence_length = sum(len(sample["input_ids"]) for sample in ours)
     with torch.no_grad():
-        (packed,) = batches_of_rows([ours], size, sequence_length, 1)
+        (packed,) = batches_of_sequences([ours], size, sequence_length, 1)
         (batch,) = original_batches(samples, size, num_samples)
-        ours, theirs = learner(**packed), original(**batch)["metrics"]
+        ours, theirs = objective(**packed), original(**batch)["metrics"]
     levels = [theirs[f"loss_aux_layer_{block + 1}"] for block, _ in pairs]
     return {
         "lm_loss": (float(ours["lm_loss"]), theirs["llm_loss"]),
@@ -78,8 +77,10 @@ def compare_steps(size, args):
     """The row of samples a second."""
     ours, plain = getattr(torch, args.our_dtype), getattr(torch, args.baseline_dtype)
     answers = ANSWER_TOKENS if args.questions == 1 else SHORT_ANSWER_TOKENS
-    samples, rows = full_rows(size, args.sequence_length, args.rows, args.scale == "pixels", answers, args.questions)
-    packed = batches_of_rows(rows, size, args.sequence_length, args.rows_per_batch)
+    samples, sequences = full_sequences(
+        size, args.sequence_length, args.sequences, args.scale == "pixels", answers, args.questions
+    )
+    packed = batches_of_sequences(sequences, size, args.sequence_length, args.sequences_per_batch)
     padded = original_batches(samples, size, args.batch)
     contestants = {
         "ours": Contestant(build_ours(size, ours, args.attn), packed, ours, fused=True),
@@ -88,7 +89,7 @@ def compare_steps(size, args):
     for contestant in contestants.values():
         contestant.warm_up()
     times = alternate(contestants, args.rounds, warmups=0)
-    found, num_tokens = medians(times), sum(len(sample["input_ids"]) for row in rows for sample in row)
+    found, num_tokens = medians(times), sum(len(sample["input_ids"]) for sequence in sequences for sample in sequence)
     num_questions = args.questions * len(samples)
     what = "a caption each" if args.questions == 1 else f"{args.questions} questions each"
     return row(
@@ -98,7 +99,7 @@ def compare_steps(size, args):
         "samples/s",
         noise={name: spread(values) for name, values in times.items()},
         num_samples=num_questions,
-        sequence_fill=num_tokens / args.sequence_length / args.rows,
+        sequence_fill=num_tokens / args.sequence_length / args.sequences,
         tokens_per_sample=num_tokens / num_questions,
     )
 
@@ -109,14 +110,11 @@ def main():
     parser.add_argument("--scale", choices=("pixels", "tokens"), default="pixels", help="what images have alike")
     parser.add_argument("--questions", type=int, default=1, help="to each image; with 1 it has a caption")
     parser.add_argument("--batch", type=int, default=4, help="samples in a step of the original")
-    parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a row of ours")
-    parser.add_argument("--rows", type=int, default=4, help="rows in a round")
-    parser.add_argument("--rows-per-batch", type=int, default=2)
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a packed sequence of ours")
+    parser.add_argument("--sequences", type=int, default=4, help="packed sequences in a round")
+    parser.add_argument("--sequences-per-batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--our-dtype", choices=("float32", "bfloat16"), default=default_dtype())
-    plain = "bfloat16" if torch.cuda.is_available() else "float32"
-    parser.add_argument("--baseline-dtype", choices=("float32", "bfloat16"), default=plain)
-    parser.add_argument("--attn", default=default_attention(), help="attention of ours")
+    add_precisions(parser)
     parser.add_argument("--no-check", action="store_true", help="leave out the losses in float32")
     args = arguments(parser)
     size = SIZES[args.size]

@@ -7,6 +7,8 @@ import sys
 from types import SimpleNamespace
 from unittest import mock
 
+import datasets.config
+import huggingface_hub.constants
 from rich.console import Console
 
 from vora import cli
@@ -19,6 +21,8 @@ def vora(*arguments, cwd=".", input=""):
         stack.enter_context(mock.patch.object(sys, "argv", ["vora", *map(str, arguments)]))
         stack.enter_context(mock.patch.object(sys, "stdin", io.StringIO(input)))
         stack.enter_context(mock.patch.dict(os.environ))
+        for settings in (datasets.config, huggingface_hub.constants):  # both have read the environment
+            stack.enter_context(mock.patch.object(settings, "HF_HUB_OFFLINE", True))
         stack.enter_context(mock.patch.object(cli, "console", Console(stderr=True, width=300)))
         stack.callback(os.chdir, os.getcwd())
         os.chdir(cwd)

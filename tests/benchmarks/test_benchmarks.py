@@ -18,10 +18,10 @@ import torch
 from contestants import (
     PATCH,
     SIZES,
-    batches_of_rows,
+    batches_of_sequences,
     build_ours,
     default_attention,
-    full_rows,
+    full_sequences,
     merged_original,
     original_batches,
 )
@@ -33,16 +33,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from train_step import losses_in_float32
 from where_time_goes import kind_of, own_times, profiled, seconds_by_kind, table
 
+from vora.model.modeling_vora import CACHE
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TOY = {
-    "train_step": "--size toy --rounds 1 --rows 1 --sequence-length 256",
+    "train_step": "--size toy --rounds 1 --sequences 1 --sequence-length 256",
     "prefill_decode": "--size toy --rounds 1 --new-tokens 2",
     "mask": "--tokens 256 300 --rounds 1",
     "memory": "--size toy --sequence-length 128 --rounds 1 --our-dtype float32",
     "growth": "--size toy --sides 2 3 --batches 2 --batch-side 2 --work prefill",
     "data": "--size toy --count 4 --batches 2 --sequence-length 256 --rounds 1",
     "flex": "--size toy",
-    "large_step": "--size toy --rounds 1 --rows 1 --sequence-length 256 --ceiling-side 64 --checkpointing",
+    "large_step": "--size toy --rounds 1 --sequences 1 --sequence-length 256 --ceiling-side 64 --checkpointing",
 }
 
 
@@ -66,8 +68,8 @@ def test_both_contestants_have_the_same_losses_in_float32():
 
 def test_both_contestants_learn_the_same_answers():
     size = SIZES["toy"]
-    samples, rows = full_rows(size, 256, 2, num_turns=2)
-    packed = [sample for row in rows for sample in row]
+    samples, sequences = full_sequences(size, 256, 2, num_turns=2)
+    packed = [sample for sequence in sequences for sample in sequence]
     batches = original_batches(samples, size, 3)
     theirs = torch.cat([batch["labels"][batch["labels"] != -100] for batch in batches])
     ours = torch.cat([torch.from_numpy(sample["targets"][sample["targets"] != -100]) for sample in packed])
@@ -76,14 +78,14 @@ def test_both_contestants_learn_the_same_answers():
 
 
 def test_flops_of_the_model_are_those_that_are_counted():
-    """Of one nearly full row; in bf16, of which attention is counted on a CPU too, though not the teacher's."""
+    """Of one nearly full sequence; in bf16, of which attention is counted on a CPU too, though not the teacher's."""
     size = SIZES["toy"]
-    _, rows = full_rows(size, 256, 1)
-    (batch,) = batches_of_rows(rows, size, 256, 1)
-    learner = build_ours(size, attn=default_attention())
+    _, sequences = full_sequences(size, 256, 1)
+    (batch,) = batches_of_sequences(sequences, size, 256, 1)
+    objective = build_ours(size, attn=default_attention())
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
-        learner(**batch)["loss"].backward()
-    assert needed_flops(learner, rows[0]) == pytest.approx(counter.get_total_flops(), rel=0.1)
+        objective(**batch)["loss"].backward()
+    assert needed_flops(objective, sequences[0]) == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 def test_prefill_of_the_original_is_its_forward_pass():
@@ -94,7 +96,7 @@ def test_prefill_of_the_original_is_its_forward_pass():
     with torch.no_grad():
         last, whole = model.prefill(**prompt), model(**prompt)
     torch.testing.assert_close(last.logits[:, 0], whole["logits"][:, -1])
-    assert last.past_key_values.get_seq_length() == whole["logits"].shape[1] == 4 + 16
+    assert getattr(last, CACHE).get_seq_length() == whole["logits"].shape[1] == 4 + 16
 
 
 def test_a_process_of_its_own_has_a_peak_of_its_own():
@@ -158,7 +160,7 @@ def test_growth_is_of_what_was_measured(monkeypatch):
     assert share["ours"] == pytest.approx(0, abs=1e-9) and share["baseline"] == pytest.approx(1)
 
 
-def test_where_time_goes_is_told_by_names():
+def test_kinds_of_work_are_known_by_names():
     names = {
         "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT": "matrix products",
         "aten::mm": "matrix products",

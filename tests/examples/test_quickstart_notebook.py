@@ -34,10 +34,8 @@ def small(tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "llm")
     monkeypatch.setenv("VORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    return {
-        "LLM": "llm",
-        "SETTINGS": "teacher.distill_only_steps=2 training.max_steps=4 training.warmup_steps=1 training.logging_steps=1",
-    }
+    settings = "max_minutes=null training.max_steps=4 training.warmup_steps=1 training.logging_steps=1"
+    return {"LLM": "llm", "SETTINGS": f"{settings} teacher.distill_only_steps=2"}
 
 
 def run(cell, names):

@@ -11,13 +11,13 @@ from vora.distill.blockwise import BlockwiseDistillation
 from vora.distill.objective import Objective
 
 MERGE = 2
-EYES = {"patch_size": PATCH, "image_size": PATCH * GRID, "patch_merge": MERGE}
+SIZES = {"patch_size": PATCH, "image_size": PATCH * GRID, "patch_merge": MERGE}
 
 
 @pytest.fixture(params=["llama", "mistral", "gemma2"])
 def vora(request):
     torch.manual_seed(0)
-    return VoraForConditionalGeneration.from_llm(tiny_llm(request.param), image_token_id=IMAGE, **EYES)
+    return VoraForConditionalGeneration.from_llm(tiny_llm(request.param), image_token_id=IMAGE, **SIZES)
 
 
 def merged_prompt(*rows):
@@ -66,8 +66,8 @@ def test_saves_and_loads_exactly(vora, tmp_path):
 
 @pytest.mark.parametrize("size", [(12, 12), (40, 9), (3, 60), (1, 1)])
 def test_the_processor_makes_as_many_tokens_as_the_model_expects(llm_folder, size):
-    processor = VoraProcessor.from_llm(llm_folder, min_image_tokens=1, max_image_tokens=6, **EYES)
-    model = VoraForConditionalGeneration.from_llm(llm_folder, **EYES)
+    processor = VoraProcessor.from_llm(llm_folder, min_image_tokens=1, max_image_tokens=6, **SIZES)
+    model = VoraForConditionalGeneration.from_llm(llm_folder, **SIZES)
     content = [{"type": "image", "image": Image.new("RGB", size, "red")}, {"type": "text", "text": "what?"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
     inputs = processor.apply_chat_template(messages[:1], tokenize=True, return_dict=True, return_tensors="pt")
@@ -87,7 +87,7 @@ def test_a_head_learns_the_mean_feature_of_the_patches_of_its_token():
     torch.manual_seed(0)
     shape = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     vit = ViTModel(ViTConfig(**shape, image_size=PATCH * 4, patch_size=PATCH), add_pooling_layer=False)
-    student = VoraForConditionalGeneration.from_llm(tiny_llm("llama"), image_token_id=IMAGE, **EYES)
+    student = VoraForConditionalGeneration.from_llm(tiny_llm("llama"), image_token_id=IMAGE, **SIZES)
     distillation = BlockwiseDistillation([(0, 0)], 32, 8, center=False)
     learner = Objective(student, VoraImageProcessor(patch_size=PATCH), Teacher(vit), distillation)
     inputs = merged_prompt([(2, 2, 0), 20])

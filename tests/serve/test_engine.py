@@ -78,8 +78,8 @@ def test_a_refused_question_or_image_does_not_end_the_chat(model_folder, tmp_pat
     Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
     Image.new("RGB", (99, 99)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    too_long = "what? " * 9999
-    lines = ["what is <reponame>?", f"+ {tmp_path}/bomb.png", f"+ {tmp_path}/red.png", too_long, "what?", ""]
+    long = " ".join(["what?"] * 300)  # longer than the LLM's context
+    lines = ["what is <reponame>?", f"+ {tmp_path}/bomb.png", f"+ {tmp_path}/red.png", long, "what?", ""]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     asked, print_answer = [], terminal.print_answer
 
@@ -90,7 +90,7 @@ def test_a_refused_question_or_image_does_not_end_the_chat(model_folder, tmp_pat
     monkeypatch.setattr(terminal, "print_answer", spy)
     chat = Chat(Engine(*load_model(str(model_folder))), max_new_tokens=2)
     terminal.converse(chat, [], Console(stderr=True))
-    assert asked == [("what is <reponame>?", 0, 0), (too_long, 1, 2), ("what?", 0, 2)]
+    assert asked == [("what is <reponame>?", 0, 0), (long.strip(), 1, 2), ("what?", 0, 2)]
     shown = " ".join(capsys.readouterr().err.split())
     assert "1 images were left out with that question" in shown
-    assert "decompression bomb" in shown and "start a new chat" in shown
+    assert "decompression bomb" in shown and "LLM's context holds 256: start a new chat" in shown

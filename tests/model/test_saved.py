@@ -1,0 +1,133 @@
+"""A processor and a model saved and loaded, also where this package is not installed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_tokenizer
+from transformers import AutoImageProcessor, AutoProcessor
+
+from vora import VoraForConditionalGeneration, VoraImageProcessor, VoraProcessor
+
+SIZES = {"patch_size": 4, "image_size": 12}
+
+
+@pytest.fixture(scope="module")
+def processor(llm_folder):
+    return VoraProcessor.from_llm(llm_folder, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def model(llm_folder):
+    return VoraForConditionalGeneration.from_llm(llm_folder, **SIZES)
+
+
+def coloured(colour, size=(12, 12), mode="RGB"):
+    return Image.new(mode, size, colour)
+
+
+def user(*parts):
+    """A user's message of texts (str) and images (anything else, or a path ending in .png)."""
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str) and not part.endswith(".png")
+        else {"type": "image", "image": part}
+        for part in parts
+    ]
+    return {"role": "user", "content": content}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def encode(processor, messages, **kwargs):
+    kwargs = {"add_generation_prompt": True, "return_tensors": "pt", **kwargs}
+    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)
+
+
+def spoken(processor, sample):
+    """The text of each run of labels."""
+    labels, runs = sample["labels"], []
+    for before, label in zip([-100, *labels], labels):
+        if label != -100:
+            if before == -100:
+                runs.append([])
+            runs[-1].append(label)
+    return [processor.tokenizer.decode(run) for run in runs]
+
+
+def test_the_processor_saves_and_loads(tmp_path):
+    tokenizer = tiny_tokenizer(padding_side="right")  # as many an LLM's
+    processor = VoraProcessor.from_llm(tokenizer, image_mean=(0.1, 0.2, 0.3), min_image_tokens=2, **SIZES)
+    processor.save_pretrained(tmp_path)
+    messages = [user(coloured("red", (40, 20)), "what?")]
+    expected = encode(processor, messages)
+    for loaded in (VoraProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        assert type(loaded) is VoraProcessor
+        assert loaded.image_processor.to_dict() == processor.image_processor.to_dict()
+        found = encode(loaded, messages)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert loaded.tokenizer.pad_token == processor.tokenizer.pad_token
+        padded = encode(loaded, [messages, [user("what colour is the shape? blue, red, or green, yes?")]])
+        assert padded["attention_mask"][:, -1].all() and not padded["attention_mask"].all()
+        sample = loaded.training_sample([*messages, assistant("red")])
+        assert spoken(loaded, sample) == ["red<|im_end|>"]
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is VoraImageProcessor
+
+
+ELSEWHERE = """
+import sys
+import numpy, torch
+from PIL import Image
+from transformers import (
+    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+)
+folder = sys.argv[1]
+try:
+    import vora
+    sys.exit("vora is importable here")
+except ImportError:
+    pass
+loaded = {auto: auto.from_pretrained(folder, trust_remote_code=True) for auto in
+          (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor)}
+model, processor = loaded[AutoModelForImageTextToText], loaded[AutoProcessor]
+film = {"type": "video", "video": [Image.new("RGB", (12, 12), colour) for colour in ("red", "blue")]}
+content = [{"type": "image", "image": Image.new("RGB", (12, 12), "red")}, film, {"type": "text", "text": "what?"}]
+inputs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True,
+                                       return_tensors="pt", add_generation_prompt=True)
+with torch.no_grad():
+    numpy.save(folder + "/logits.npy", model(**inputs).logits.numpy())
+    states = loaded[AutoModel](**inputs).last_hidden_state
+    assert torch.equal(model.logits(states), model(**inputs).logits)
+model.save_pretrained(folder + "/again")
+processor.save_pretrained(folder + "/again")
+"""
+
+
+def test_a_saved_folder_loads_where_this_package_is_not_installed(model, processor, tmp_path):
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["is_mm_prefix_lm"] is True
+    # isolated (-I), in another folder and with the name blocked, nothing can bring the package back
+    surroundings = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    surroundings["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    # one thread here as there: rounding depends on how a sum is shared out
+    blocked = "import sys, torch; sys.modules['vora'] = None; torch.set_num_threads(1)\n" + ELSEWHERE
+    command = [sys.executable, "-I", "-c", blocked, str(tmp_path)]
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        asked = user(coloured("red"), "what?")
+        asked["content"].insert(1, {"type": "video", "video": [coloured("red"), coloured("blue")]})
+        expected = model(**encode(processor, [asked])).logits
+    assert np.abs(np.load(tmp_path / "logits.npy") - expected.numpy()).max() == 0.0
+    # what was saved there is as complete as what was saved here
+    files = {file.name for file in tmp_path.iterdir() if file.suffix in (".py", ".json", ".jinja")}
+    assert {"modeling_vora.py", "fetch_image.py", "to_rgb.py", "processing_vora.py"} <= files
+    assert files == {file.name for file in (tmp_path / "again").iterdir() if file.suffix != ".safetensors"}
