@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vora.data.packing import TokenSample
 from vora.report.html import facts, histogram, page, table
 from vora.report.images import data_url, image_of_patches, with_grid
 
@@ -25,7 +26,7 @@ def write_page(
     path: Path,
     summary: Mapping[str, Any],
     bad: Sequence[Mapping[str, str]],
-    shown: Sequence[tuple[str, dict[str, Any]]],
+    shown: Sequence[tuple[str, TokenSample]],
     processor: Any,
 ) -> None:
     """Write samples.html.
@@ -59,7 +60,7 @@ def write_page(
     path.write_text(page("What training will read", body, STYLE), encoding="utf-8")
 
 
-def token_runs(sample: Mapping[str, Any], tokenizer: Any, image_token_id: int) -> list[list[tuple[str, str]]]:
+def token_runs(sample: TokenSample, tokenizer: Any, image_token_id: int) -> list[list[tuple[str, str]]]:
     """The conversations of a sample as runs of tokens: a list per conversation of (kind, text).
 
     Kinds: `image` with its number of tokens, `prompt`, and `label`: tokens that the place before each has to predict.
