@@ -127,7 +127,7 @@ def build_student(recipe: Recipe, vit: Teacher | None = None) -> tuple[Any, Vora
         "dtype": wanted.dtype,
         "attn_implementation": wanted.attn_implementation,
     }
-    if wanted.encoder is not None:
+    if wanted.encoder is not None and vit is not None:
         model = VoraLlavaForConditionalGeneration.from_llm(wanted.llm, encoder=vit, **options)
     else:
         start = vit if recipe.init_from_teacher else None
@@ -142,7 +142,7 @@ def student_to_go_on_with(recipe: Recipe) -> Any:
     Raises:
         ValueError: it has LoRA of another rank or depth than the recipe's, or should train without it.
     """
-    info, wanted = read_info(recipe.model.vora), recipe.lora
+    info, wanted = read_info(str(recipe.model.vora)), recipe.lora
     has = info.adapter
     if has is None:
         return _as_wanted(load_trainable(info, recipe.model.dtype), recipe.model)
