@@ -135,6 +135,13 @@ class Teacher(nn.Module):
         return hasattr(self.vit.embeddings, "interpolate_pos_encoding")
 
     @property
+    def own_grid(self) -> Grid:
+        """The square grid that its table of positions is made for; (0, 0) without a table."""
+        table = self.embedding.position
+        side = 0 if table is None else round(len(table) ** 0.5)
+        return side, side
+
+    @property
     def blocks(self) -> nn.ModuleList:
         """The ViT's transformer blocks."""
         lists = [m for m in self.vit.modules() if isinstance(m, nn.ModuleList) and len(m) == self.num_blocks]
@@ -204,9 +211,8 @@ class Teacher(nn.Module):
         if "interpolate_pos_encoding" in self.accepts:
             return {"pixel_values": pixels, "interpolate_pos_encoding": True}, grid
         if not self.takes_any_grid:
-            side = round(len(self.embedding.position) ** 0.5)
-            grid = (side, side)
-            pixels = F.interpolate(pixels, (side * self.patch_size,) * 2, mode="bicubic", antialias=True)
+            grid = self.own_grid
+            pixels = F.interpolate(pixels, (grid[0] * self.patch_size,) * 2, mode="bicubic", antialias=True)
         return {"pixel_values": pixels}, grid
 
 
@@ -222,8 +228,7 @@ def check_features(teacher: Teacher) -> None:
         return
     rows, columns, count = PROBE_GRID
     if not teacher.takes_any_grid:  # its own, which nothing resamples; large, so fewer of its places
-        rows = columns = round(len(teacher.embedding.position) ** 0.5)
-        count = 2
+        (rows, columns), count = teacher.own_grid, 2
     places = torch.arange(rows * columns)[:: max(1, rows * columns // count)]
     side = teacher.patch_size
     pixels = torch.zeros(1 + len(places), teacher.embedding.num_channels, rows * side, columns * side)

@@ -127,7 +127,7 @@ def build_student(recipe: Recipe, vit: Teacher | None = None) -> tuple[Any, Vora
         "dtype": wanted.dtype,
         "attn_implementation": wanted.attn_implementation,
     }
-    if wanted.encoder is not None:
+    if wanted.encoder is not None and vit is not None:
         model = VoraLlavaForConditionalGeneration.from_llm(wanted.llm, encoder=vit, **options)
     else:
         start = vit if recipe.init_from_teacher else None

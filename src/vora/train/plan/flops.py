@@ -112,7 +112,7 @@ def attention_width(config: Any) -> int:
 def teacher_flops(teacher: Teacher, num_patches: float) -> float:
     """FLOPs of a teacher on one image of so many patches; one that cannot resample its positions sees its own grid."""
     if not teacher.takes_any_grid:
-        num_patches = len(teacher.embedding.position)
+        num_patches = teacher.own_grid[0] ** 2
     width, embeddings = teacher.hidden_size, teacher.vit.embeddings.named_parameters()
     num_tokens = num_patches + sum(p.numel() // width for name, p in embeddings if name in SPECIAL_TOKENS)
     linear = sum(layer_sizes(block)[0] for block in teacher.blocks)

@@ -78,11 +78,10 @@ def check_no_encoder(recipe: Recipe) -> None:
     Raises:
         ValueError: says what can be planned instead.
     """
-    vora = recipe.model.vora
-    has_encoder = vora is not None and Path(vora).exists() and read_info(vora).is_llava
-    if recipe.model.encoder is not None or has_encoder:
+    encoder, vora = recipe.model.encoder, recipe.model.vora
+    if encoder is not None or (vora is not None and Path(vora).exists() and read_info(vora).is_llava):
         raise ValueError(
-            f"{recipe.model.encoder or recipe.model.vora} is an encoder that stays on (LLaVA's way), and `vora plan` "
+            f"{encoder or vora} is an encoder that stays on (LLaVA's way), and `vora plan` "
             "counts VoRA students alone: plan the recipe's VoRA twin, which differs by the encoder's forward pass."
         )
 
