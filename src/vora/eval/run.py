@@ -74,8 +74,7 @@ def evaluate(
     if isinstance(model, str | Path):
         info = read_info(model)
         model_name = info.path if Path(model).is_dir() else model  # of a run, what it saved
-        budget = {"min_image_tokens": min_image_tokens, "max_image_tokens": max_image_tokens}
-        loaded, processor = load_model(info, **budget)
+        loaded, processor = load_model(info, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens)
     else:
         loaded, processor = model
         model_name = model_name or loaded.config._name_or_path

@@ -72,7 +72,8 @@ def _choose(objective: Objective, info: CheckpointInfo, name: str | None, named:
         return f"{cause}, so nothing is compared: name its folder with --teacher."
     if has is None and _is_same(name or named, named):
         heads = distillation_of(info)
-        sizes = {head[1].out_features for head in heads.heads.values()} if heads is not None else set()
+        state = heads.state_dict() if heads is not None else {}
+        sizes = {len(tensor) for name, tensor in state.items() if name.endswith(".1.weight")}
         objective.distillation = heads if sizes == {objective.teacher.hidden_size} else None
     elif has is not None or info.has_heads:
         return f"The heads were trained with {has or named}, not with {name}, and are left aside."
