@@ -23,6 +23,7 @@ from vora.checkpoint.run_directory import newest_checkpoint
 from vora.eval.evaluation import Data
 from vora.eval.report import commit
 from vora.eval.run import evaluate
+from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe import load_recipe
 from vora.train.run import train
 
@@ -98,6 +99,7 @@ def measure_run(run: Run, sections: Sequence[EvaluateSection], beside: Path, con
     if not todo:
         return
     model, processor = merge_run(run.folder)
+    assert isinstance(processor, VoraProcessor)  # a run has a tokenizer
     if torch.cuda.is_available():
         model = model.to("cuda")
     for section in todo:

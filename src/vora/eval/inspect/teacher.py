@@ -72,8 +72,9 @@ def _choose(objective: Objective, info: CheckpointInfo, name: str | None, named:
         return f"{cause}, so nothing is compared: name its folder with --teacher."
     if has is None and _is_same(name or named, named):
         heads = distillation_of(info)
-        teacher_size = None if heads is None else heads.state_dict()[f"mean_{name_of(heads.pairs[0])}"].numel()
-        objective.distillation = heads if teacher_size == objective.teacher.hidden_size else None
+        state = heads.state_dict() if heads is not None else {}
+        sizes = {len(tensor) for name, tensor in state.items() if name.endswith(".1.weight")}
+        objective.distillation = heads if sizes == {objective.teacher.hidden_size} else None
     elif has is not None or info.has_heads:
         return f"The heads were trained with {has or named}, not with {name}, and are left aside."
     return None
