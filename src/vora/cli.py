@@ -284,8 +284,8 @@ def import_reference(
         table.add_row(place, f"{count:,}", f"{size:,}")
     console.print(table)
     text_config = reference.model.config.text_config
-    has_words = (out / "processor_config.json").exists()
-    then = f"Ask it: vora chat IMAGE -m {out}" if has_words else "--llm has no tokenizer, so it cannot chat."
+    has_tokenizer = (out / "processor_config.json").exists()
+    then = f"Ask it: vora chat IMAGE -m {out}" if has_tokenizer else "--llm has no tokenizer, so it cannot chat."
     console.print(f"Saved {out}: the text architecture is {text_config.model_type}. {then}")
 
 
@@ -307,8 +307,8 @@ def chat(
     from vora.serve.terminal import converse, open_image, print_answer
 
     opened = [open_image(image) for image in images or []]
-    budget = {"min_image_tokens": min_image_tokens, "max_image_tokens": max_image_tokens}
-    engine = Engine(*load_model(model or committed_model(), **budget))
+    name = model or committed_model()
+    engine = Engine(*load_model(name, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens))
     conversation = Chat(engine, max_new_tokens, temperature)
     if question is None:
         converse(conversation, opened, console)
@@ -351,8 +351,9 @@ def inspect(
         raise ValueError(f"{figures} is there and no page's: choose another --out, so that it is not overwritten.")
     shown, name = fetch_image(image, allow_urls=True), model or committed_model()
     dtype = "float32" if read_info(name).run else None  # a run's trained parts are in float32
-    budget = {"min_image_tokens": min_image_tokens, "max_image_tokens": max_image_tokens}
-    vora, processor = load_model(name, dtype=dtype, **budget)
+    vora, processor = load_model(
+        name, dtype=dtype, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens
+    )
     objective = Objective(vora, processor.image_processor)
     pairs, remark = take_teacher(objective, name, teacher)
     found = inspect_image(objective, processor, shown, question, answer, pairs, max_new_tokens)
