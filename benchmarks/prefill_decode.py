@@ -17,6 +17,7 @@ from rows import alternate, arguments, medians, parser_of, report, row, spread
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vora import VoraForConditionalGeneration
+from vora.model.modeling_vora import CACHE
 
 
 class Prefill:
@@ -42,8 +43,8 @@ class Decode:
         model, outputs = self.prefill.model, self.outputs
         for _ in range(self.num_tokens):
             word = outputs.logits[:, -1].argmax(-1, keepdim=True) % 100 + 3  # never the image token
-            outputs = model(input_ids=word, past_key_values=outputs.past_key_values, use_cache=True)
-        self.outputs.past_key_values.crop(-self.num_tokens)  # ready for the next call
+            outputs = model(input_ids=word, **{CACHE: getattr(outputs, CACHE)}, use_cache=True)
+        getattr(self.outputs, CACHE).crop(-self.num_tokens)  # ready for the next call
 
 
 def prompt_of(size, num_images, num_text_tokens, merge=1):

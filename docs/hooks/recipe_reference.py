@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 MARK = "<!-- reference of the keys -->"
-RECIPE = Path(__file__).resolve().parents[2] / "src" / "vora" / "train" / "recipe.py"
+RECIPE = Path(__file__).resolve().parents[2] / "src" / "vora" / "train" / "recipe_sections.py"
 
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:

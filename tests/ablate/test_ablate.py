@@ -243,9 +243,9 @@ def test_bad_variants_are_refused_before_any_work(work, tmp_path):
 
 
 def test_a_grid_is_all_combinations_and_variants_override_the_command_line(work, tmp_path):
-    spec = load_spec(work(grid={"lora.rank": [2, 4], "training.learning_rate": ["1e-3", 0.01]}))
+    spec = load_spec(work(grid={"lora.rank": [2, 4], "training.learning_rate": [1e-3, 0.01]}))
     assert list(spec.variants) == [
-        f"rank={rank},learning_rate={rate}" for rank in (2, 4) for rate in ("1e-3", "0.01")
+        f"rank={rank},learning_rate={rate}" for rank in (2, 4) for rate in ("0.001", "0.01")
     ]  # fmt: skip
     runs = runs_of(spec, ["lora.rank=3", "data.sequence_length=32"], tmp_path)
     assert [run.recipe.lora.rank for run in runs[:4]] == [2, 2, 4, 4]

@@ -8,10 +8,14 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from test_readers import write, write_tar
 
 import vora
 from vora.data.readers import load_source
@@ -209,9 +213,6 @@ def test_no_row_ends_a_run(tmp_path, processor, odd):
 
 
 def test_a_broken_part_of_a_file_is_a_block_of_bad_rows(tmp_path, processor):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rows = [{"question": f"what is {i}?", "answer": f"{i}"} for i in range(400)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet", row_group_size=40, compression="snappy")
     source = load_source(str(tmp_path / "train.parquet"))
@@ -333,19 +334,11 @@ def test_memory_does_not_grow_with_the_data(tmp_path, llm_folder, kind):
 
 
 def _write_many(folder, size, kind):
-    import io
-    import tarfile
-
-    import datasets
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     folder.mkdir()
     rng, images = np.random.default_rng(0), []
-    for _ in range(20):
-        buffer = io.BytesIO()
-        Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(buffer, "PNG")
-        images.append(buffer.getvalue())
+    for number in range(20):
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(folder / f"{number}.png")
+        images.append((folder / f"{number}.png").read_bytes())
     table = [{"image": images[i % 20], "question": f"what is {i}?", "answer": "noise"} for i in range(size)]
     if kind.startswith("parquet"):
         group = 100 if kind == "parquet" else size
@@ -353,15 +346,10 @@ def _write_many(folder, size, kind):
     elif kind == "arrow":
         datasets.Dataset.from_list(table).save_to_disk(folder)
     elif kind == "jsonl":
-        for number, image in enumerate(images):
-            (folder / f"{number}.png").write_bytes(image)
-        lines = (json.dumps({**row, "image": f"{i % 20}.png"}) + "\n" for i, row in enumerate(table))
-        (folder / "train.jsonl").write_text("".join(lines))
+        write(folder / "train.jsonl", *({**row, "image": f"{i % 20}.png"} for i, row in enumerate(table)))
     else:
-        with tarfile.open(folder / "train.tar", "w") as tar:
-            for number, row in enumerate(table):
-                words = json.dumps({"question": row["question"], "answer": row["answer"]}).encode()
-                for ending, data in (("png", row["image"]), ("json", words)):
-                    info = tarfile.TarInfo(f"{number:06d}.{ending}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+        files = {}
+        for number, row in enumerate(table):
+            files[f"{number:06d}.png"] = row.pop("image")
+            files[f"{number:06d}.json"] = json.dumps(row).encode()
+        write_tar(folder / "train.tar", files)

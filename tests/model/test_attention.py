@@ -1,6 +1,7 @@
 """Masks are the library's, place by place, and attention by segment is attention under them."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from vora import VoraForConditionalGeneration, VoraProcessor
 from vora.checkpoint import load_model
 from vora.model import segmented_sdpa as segments
 from vora.model.attention import attention_masks
+from vora.model.modeling_vora import CACHE
 from vora.model.segmented_sdpa import SEGMENTED_SDPA, cut, segmented_sdpa, use_segmented_sdpa_on_cpu
 
 LENGTH = 40
@@ -22,6 +24,8 @@ KINDS = {  # of masks: full, sliding, both by layer type, chunked
     "both": tiny_llm("gemma3_text").config,
     "chunked": LlamaConfig(attention_chunk_size=7, num_hidden_layers=2, hidden_size=32, num_attention_heads=4),
 }
+if "block_sequence_ids" not in inspect.signature(masking_utils.create_chunked_causal_mask).parameters:
+    del KINDS["chunked"]  # before transformers 5.20 such LLMs read no images: it raises
 
 
 def config_of(kind, attention="sdpa"):
@@ -209,7 +213,7 @@ def test_a_second_turn_and_packed_rows_by_segment_are_those_by_sdpa(family, cut_
     answers = []
     for model in (plain, ours):
         with torch.no_grad(), Cuts(model) as cuts:
-            cache = model(**first, use_cache=True).past_key_values
+            cache = getattr(model(**first, use_cache=True), CACHE)
             answers.append([model(**later, past_key_values=cache).logits, logits_of(model, **packed)])
         assert (cuts.count > 0) == (model is ours)
         with pytest.raises(ValueError, match="With past_key_values give only the images that are not in them"):
@@ -270,7 +274,8 @@ def test_padding_sees_no_image_and_spoils_nothing(cut_small):
 
 
 def test_who_is_switched_to_segments(llm_folder, tmp_path):
-    eager = tiny_vora("gemma2")
+    eager = tiny_vora("llama")
+    eager.set_attn_implementation("eager")
     use_segmented_sdpa_on_cpu(eager, torch.device("cpu"))
     assert eager.config._attn_implementation == "eager"
     vora = tiny_vora("llama")

@@ -78,7 +78,7 @@ def test_a_refused_question_or_image_does_not_end_the_chat(model_folder, tmp_pat
     Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
     Image.new("RGB", (99, 99)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    long = "what? " * 300  # longer than the LLM's context
+    long = " ".join(["what?"] * 300)  # longer than the LLM's context
     lines = ["what is <reponame>?", f"+ {tmp_path}/bomb.png", f"+ {tmp_path}/red.png", long, "what?", ""]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     asked, print_answer = [], terminal.print_answer

@@ -210,6 +210,8 @@ def _check_names_no_choice(row, answers):
     choices = next((row[column] for column in CHOICE_COLUMNS if column in row), None)
     choices = choices.get("text") if isinstance(choices, dict) else choices
     choices = [_plain(choice) for choice in choices] if isinstance(choices, (list, tuple)) else []
+    if not choices:
+        return
     shown = _plain(" ".join(str(question) for question in as_list(row.get("question", row.get("questions", "")))))
     if all(choice in shown for choice in choices):
         return

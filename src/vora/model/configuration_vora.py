@@ -41,7 +41,7 @@ class VoraConfig(PreTrainedConfig):
     _auto_class = "AutoConfig"
     model_type = "vora"
     sub_configs = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     def __init__(
         self, text_config: Any = None, image_token_id: int = 0, patch_size: int = 14,

@@ -17,6 +17,9 @@ from .configuration_vora import VoraConfig
 from .label_loss import losses_of_labels
 from .patch_embed import PatchEmbedding, put_tokens
 
+# What this release of transformers calls a cache, given and returned; `forward` and `generate` here take both names
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__annotations__ else "past_key_values"
+
 
 class VoraPreTrainedModel(PreTrainedModel):
     config_class = VoraConfig
@@ -28,7 +31,7 @@ class VoraPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False  # flash kernels cannot express a bidirectional block inside a causal row
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -106,14 +109,13 @@ class VoraModel(VoraPreTrainedModel):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None, image_numbers: Tensor | None = None,
-        seen_until: Tensor | None = None, **kwargs: Any,
+        seen_until: Tensor | None = None, cache: Cache | None = None, **kwargs: Any,
     ) -> BaseModelOutputWithPast:  # fmt: skip
         """Hidden states of a batch of token sequences that mix text and images.
 
         Args:
             input_ids: int[B, T], `config.image_token_id` once per (merged) patch; or `inputs_embeds` float[B, T, D].
             attention_mask: int[B, T], 0 at padding; None for packed sequences, whose `position_ids` restart.
-            position_ids: int[B, T].
             pixel_values: float[P, C*p*p], normalised patches of all images, raster order, each flattened (C, p, p).
             image_grid_thw: int[N, 3], frames, patch rows, patch columns of each image.
             image_numbers: int[B, T], what `image_blocks` makes of the grids, if that is known; otherwise a GPU is
@@ -130,6 +132,7 @@ class VoraModel(VoraPreTrainedModel):
         config = self.config.get_text_config()
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        cache = past_key_values if cache is None else cache
 
         blocks = None
         if pixel_values is not None and image_grid_thw is not None:
@@ -139,17 +142,17 @@ class VoraModel(VoraPreTrainedModel):
             inputs_embeds = put_tokens(inputs_embeds, is_image, self.get_image_features(pixel_values, image_grid_thw))
             if self.config.image_attention == "bidirectional":
                 blocks = image_numbers
-        elif past_key_values is None and input_ids is not None:
+        elif cache is None and input_ids is not None:
             self._check_no_image_tokens(input_ids)
 
         # Text alone takes the LLM's own road, mask included, so its logits stay the LLM's to the last bit.
         if blocks is not None or seen_until is not None:
             attention_mask = attention_masks(
-                config, inputs_embeds, attention_mask, past_key_values, position_ids, blocks, seen_until
+                config, inputs_embeds, attention_mask, cache, position_ids, blocks, seen_until
             )
-        kwargs.update(attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values)
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache}
         outputs = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
-        kept = outputs.past_key_values, outputs.hidden_states, outputs.attentions
+        kept = getattr(outputs, CACHE), outputs.hidden_states, outputs.attentions
         return BaseModelOutputWithPast(outputs.last_hidden_state, *kept)
 
     def _check_no_image_tokens(self, input_ids: Tensor) -> None:
@@ -185,7 +188,8 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None, labels: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0, num_items_in_batch: int | Tensor | None = None, **kwargs: Any,
+        logits_to_keep: int | Tensor = 0, num_items_in_batch: int | Tensor | None = None, cache: Cache | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """`VoraModel.forward`, then logits float[B, T, V].
 
@@ -193,11 +197,9 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             labels: int[B, T], the token at each place, -100 where none is to be predicted.
             logits_to_keep: int, only the logits of that many last tokens (0: all), or int[K] indices into T.
             num_items_in_batch: see `lm_loss`.
-
-        Raises:
-            ValueError: image tokens and images do not match, or every label is masked.
         """
-        inputs = input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, pixel_values, image_grid_thw
+        cache = past_key_values if cache is None else cache
+        inputs = input_ids, attention_mask, position_ids, cache, inputs_embeds, pixel_values, image_grid_thw
         outputs = self.model(*inputs, return_dict=True, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.logits(outputs.last_hidden_state[:, keep])
@@ -205,7 +207,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         if labels is not None:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
             loss = self.lm_loss(outputs.last_hidden_state, targets, num_items_in_batch)
-        kept = outputs.past_key_values, outputs.hidden_states, outputs.attentions
+        kept = getattr(outputs, CACHE), outputs.hidden_states, outputs.attentions
         return CausalLMOutputWithPast(loss, logits, *kept)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -255,7 +257,10 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `generate`; the image token is not generated, also where `suppress_tokens` are given."""
         ids = kwargs.get("input_ids", inputs)
-        if ids is not None and kwargs.get("pixel_values") is None and kwargs.get("past_key_values") is None:
+        cache = kwargs.pop("cache", kwargs.pop("past_key_values", None))
+        if cache is not None:
+            kwargs[CACHE] = cache
+        if ids is not None and kwargs.get("pixel_values") is None and cache is None:
             self.model._check_no_image_tokens(ids)
         if "suppress_tokens" in kwargs:  # the generation config's hold it already
             given = kwargs["suppress_tokens"]

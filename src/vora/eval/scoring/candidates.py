@@ -19,7 +19,7 @@ import torch
 from vora.data.packing import TokenSample, share_prefixes
 from vora.eval.scoring.generate import Prompt, check_context_length, check_log_probs, padded, sliding_window
 from vora.eval.scoring.teacher_forced import score_samples
-from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.modeling_vora import CACHE, VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
 FIRST_NODES, MORE_TIMES, MOST_NODES = 16, 2, 512  # read in the first pass, growth from pass to pass
@@ -158,7 +158,7 @@ def candidate_scores(
     mask = inputs["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     outputs = model.model(**inputs, position_ids=positions, use_cache=True)
-    cache = outputs.past_key_values
+    cache = getattr(outputs, CACHE)
     top = max(len(tree.paths) for tree in trees) if top is None else top
     searches = [Search(*pair) for pair in zip(trees, always or [()] * len(trees))]
     _learn(model, outputs.last_hidden_state[:, -1:], searches, [[0]] * len(searches))
