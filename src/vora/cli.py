@@ -33,8 +33,8 @@ MinImageTokens = Annotated[int | None, typer.Option(help="Fewest tokens of an im
 MaxImageTokens = Annotated[int | None, typer.Option(help="Most tokens of an image; the model's own by default.")]
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(f"vora {__version__}")
         raise typer.Exit
 
