@@ -93,7 +93,7 @@ def default_dtype():
 
 
 def default_attention():
-    """What `vora train` and `load_model` choose: see `vora.model.segmented_sdpa.use_segmented_sdpa_on_cpu`."""
+    """What `vora train` and `vora.load_model` choose: see `vora.model.segmented_sdpa.use_segmented_sdpa_on_cpu`."""
     return "sdpa" if torch.cuda.is_available() else SEGMENTED_SDPA
 
 

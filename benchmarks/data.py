@@ -28,7 +28,7 @@ from contestants import (
 )
 from original import square_frame
 from PIL import Image
-from rows import alternate, arguments, clock, medians, parser_of, report, row, set_clock, spread
+from rows import alternate, arguments, clock, compared, medians, parser_of, report, row, set_clock, spread
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -78,15 +78,9 @@ def compare_processors(images, rounds):
     set_clock(1, kind)
     times = alternate({name: of_all(process) for name, process in processes.items()}, rounds)
     set_clock(num_threads, kind)
-    rates = {name: len(images) / seconds for name, seconds in medians(times).items()}
     for name in list(processes)[1:]:
-        yield row(
-            f"JPEGs to patches, one thread, against {name} ({patches['ours']} and {patches[name]} patches)",
-            rates["ours"],
-            rates[name],
-            "images/s",
-            noise={"ours": spread(times["ours"]), "baseline": spread(times[name])},
-        )
+        what = f"JPEGs to patches, one thread, against {name} ({patches['ours']} and {patches[name]} patches)"
+        yield compared(what, times, "images/s", lambda seconds: len(images) / seconds, baseline=name)
 
 
 class Loader:

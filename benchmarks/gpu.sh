@@ -41,7 +41,6 @@ if [ -n "$toy" ]; then
     part prefill_decode 60 benchmarks/prefill_decode.py $small --new-tokens 4
     part data 60 benchmarks/data.py $small --count 10 --batches 2 --sequence-length 256
     part memory 60 benchmarks/memory.py $small --sequence-length 256
-    part mask 60 benchmarks/mask.py --tokens 256 --rounds 1
     part growth 60 benchmarks/growth.py --size toy --sides 2 4 --batches
 else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
@@ -55,7 +54,6 @@ else
     part prefill_decode 50 benchmarks/prefill_decode.py
     part data 40 benchmarks/data.py --sequences-per-batch 4 --sequence-length 4096 --batches 4
     part memory 50 benchmarks/memory.py --sequence-length 4096 --sequences 4 --rounds 1
-    part mask 20 benchmarks/mask.py
     part growth 90 benchmarks/growth.py --sides 8 16 32 64 --batches
 fi
 echo "== all figures"

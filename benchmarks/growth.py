@@ -16,25 +16,9 @@ import sys
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 
+import contestants
 import numpy as np
 import torch
-from contestants import (
-    PATCH,
-    SIZES,
-    add_precisions,
-    batches_of_sequences,
-    build_original,
-    build_ours,
-    device,
-    make_samples,
-    merged_original,
-    optimizer_of,
-    original_batches,
-    our_sample,
-    random_vora,
-    squared,
-    train_step,
-)
 from original import IMAGE
 from own_process import in_own_process, taken_by
 from prefill_decode import Prefill, prompt_of
@@ -60,46 +44,46 @@ class Setting:
 def figures(variant, work, side, batch, setting):
     """What one contestant takes for a batch of images of `side` x `side` tokens: see `taken_by`; ours also says how
     many FLOPs it needs."""
-    size = replace(SIZES[setting.size], image_size=PATCH * side)
+    size = replace(contestants.SIZES[setting.size], image_size=contestants.PATCH * side)
     dtype = getattr(torch, setting.dtypes[variant])
     call, flops = WORKS[work][variant](size, batch, dtype, setting)
     return taken_by(call) | {"flops": flops}
 
 
 def our_step(size, batch, dtype, setting):
-    samples = [our_sample(sample, size) for sample in training_samples(size, batch)]
-    objective = build_ours(size, dtype, setting.attn)
+    samples = [contestants.our_sample(sample, size) for sample in training_samples(size, batch)]
+    objective = contestants.build_ours(size, dtype, setting.attn)
     lengths = [len(sample["input_ids"]) for sample in samples]
-    (packed,) = batches_of_sequences([[sample] for sample in samples], size, max(lengths), batch)
-    optimizer = optimizer_of(objective, fused=True)
-    num_patches, num_labels = (size.image_size // PATCH) ** 2, ANSWER_TOKENS[0]
+    (packed,) = contestants.batches_of_sequences([[sample] for sample in samples], size, max(lengths), batch)
+    optimizer = contestants.optimizer_of(objective, fused=True)
+    num_patches, num_labels = (size.image_size // contestants.PATCH) ** 2, ANSWER_TOKENS[0]
     flops = sum(sequence_flops(objective, Row(length, 1, num_patches, num_labels))["total"] for length in lengths)
-    return lambda: train_step(objective, packed, optimizer, dtype), flops
+    return lambda: contestants.train_step(objective, packed, optimizer, dtype), flops
 
 
 def original_step(size, batch, dtype, setting):
-    (padded,) = original_batches(training_samples(size, batch), size, batch)
-    model = build_original(size, dtype)
-    optimizer = optimizer_of(model, fused=False)
-    return lambda: train_step(model, padded, optimizer, dtype), None
+    (padded,) = contestants.original_batches(training_samples(size, batch), size, batch)
+    model = contestants.build_original(size, dtype)
+    optimizer = contestants.optimizer_of(model, fused=False)
+    return lambda: contestants.train_step(model, padded, optimizer, dtype), None
 
 
 def training_samples(size, batch):
-    return squared(make_samples(batch, size, ANSWER_TOKENS), size.image_size)
+    return contestants.squared(contestants.make_samples(batch, size, ANSWER_TOKENS), size.image_size)
 
 
 def our_prefill(size, batch, dtype, setting):
-    vora, prompt = random_vora(size, dtype), prompt_of(size, batch, NUM_TEXT_TOKENS)
-    num_patches = (size.image_size // PATCH) ** 2
+    vora, prompt = contestants.random_vora(size, dtype), prompt_of(size, batch, NUM_TEXT_TOKENS)
+    num_patches = (size.image_size // contestants.PATCH) ** 2
     one = sequence_flops(Objective(vora, None), Row(num_patches + NUM_TEXT_TOKENS, 1, num_patches, 1))
     return Prefill(vora, **prompt), batch * one["student_forward"]
 
 
 def original_prefill(size, batch, dtype, setting):
-    model = merged_original(size, dtype)
-    ids = torch.randint(3, 100, (batch, NUM_TEXT_TOKENS + 1), device=device())
+    model = contestants.merged_original(size, dtype)
+    ids = torch.randint(3, 100, (batch, NUM_TEXT_TOKENS + 1), device=contestants.device())
     ids[:, 2] = IMAGE
-    frames = torch.randn(batch, 3, size.image_size, size.image_size, device=device(), dtype=dtype)
+    frames = torch.randn(batch, 3, size.image_size, size.image_size, device=contestants.device(), dtype=dtype)
     prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "frames": frames}
     return torch.inference_mode()(lambda: model.prefill(**prompt)), None
 
@@ -196,7 +180,7 @@ def halves(sizes):
 
 def main():
     parser = parser_of(__doc__)
-    parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
+    parser.add_argument("--size", choices=contestants.SIZES, default="smollm2-135m")
     parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument(
         "--sides", type=int, nargs="*", default=[8, 11, 16, 23, 32, 45, 64], help="patches along a side of an image"
@@ -204,7 +188,7 @@ def main():
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8], help="images at once")
     parser.add_argument("--batch-side", type=int, default=16, help="of images while the batch grows")
     parser.add_argument("--longest", type=float, default=25, help="seconds; who took longer gets no larger size")
-    add_precisions(parser)
+    contestants.add_precisions(parser)
     args = arguments(parser)
 
     def rows():

@@ -15,19 +15,8 @@ import gc
 import sys
 from statistics import median
 
+import contestants
 import torch
-from contestants import (
-    SIZES,
-    batches_of_sequences,
-    build_original,
-    build_ours,
-    default_dtype,
-    device,
-    full_sequences,
-    optimizer_of,
-    original_batches,
-    train_step,
-)
 from rows import arguments, parser_of, peak_bytes, report, restart_peak, row, seconds, spread
 from where_time_goes import profiled, seconds_by_kind, table
 
@@ -37,7 +26,7 @@ from vora.train.plan.flops import Row, sequence_flops
 def product_ceiling(side, dtype=torch.bfloat16, at_least=1.5):
     """FLOP/s of products of two `side` x `side` matrices, one after the other for so many seconds: chips that start
     faster than they can go on for long are caught."""
-    left, right = (torch.randn(side, side, device=device(), dtype=dtype) for _ in range(2))
+    left, right = (torch.randn(side, side, device=contestants.device(), dtype=dtype) for _ in range(2))
     product = left @ right
 
     def some():
@@ -64,16 +53,20 @@ def as_row(sample):
 def take_steps(variant, size, batches, dtype, args):
     """{seconds: list, of passes over all batches; peak: bytes; by_kind: {kind of work: seconds of such a pass}; model:
     itself} of one contestant. Prints the operations that take most."""
-    model = build_ours(size, dtype, args.attn) if variant == "ours" else build_original(size, dtype)
+    model = (
+        contestants.build_ours(size, dtype, args.attn)
+        if variant == "ours"
+        else contestants.build_original(size, dtype)
+    )
     if args.checkpointing:
         llm = model.vora.model.language_model if variant == "ours" else model.llm
         llm.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = optimizer_of(model, fused=variant == "ours")
+    optimizer = contestants.optimizer_of(model, fused=variant == "ours")
     restart_peak()
 
     def all_batches():
         for batch in batches:
-            train_step(model, batch, optimizer, dtype)
+            contestants.train_step(model, batch, optimizer, dtype)
 
     for _ in range(2):
         all_batches()
@@ -88,13 +81,13 @@ def take_steps(variant, size, batches, dtype, args):
 
 def measured(size, dtype, args):
     """Rows, as they come."""
-    samples, sequences = full_sequences(size, args.sequence_length, args.sequences, args.scale == "pixels")
+    samples, sequences = contestants.full_sequences(size, args.sequence_length, args.sequences, args.scale == "pixels")
     packed = [sample for sequence in sequences for sample in sequence]
     num_image_tokens = sum(int(sample["image_grid_thw"].prod(-1).sum()) for sample in packed) / len(packed)
     again = ", blocks computed again" if args.checkpointing else ""
     name = f"{args.size}, {args.dtype}, {args.attn}{again}, {len(samples)} images of {num_image_tokens:.0f} tokens"
     ceiling = product_ceiling(args.ceiling_side, dtype)
-    batches = batches_of_sequences(sequences, size, args.sequence_length, args.sequences_per_batch)
+    batches = contestants.batches_of_sequences(sequences, size, args.sequence_length, args.sequences_per_batch)
     ours = take_steps("ours", size, batches, dtype, args)
     objective = ours.pop("model")
     flops, rate = needed_flops(objective, packed), len(samples) / median(ours["seconds"])
@@ -116,7 +109,7 @@ def measured(size, dtype, args):
     torch.cuda.empty_cache()
     original = None
     if not args.no_baseline:
-        original = try_original(size, original_batches(samples, size, args.batch), dtype, args)
+        original = try_original(size, contestants.original_batches(samples, size, args.batch), dtype, args)
     variants = {"ours": ours} | ({"original": original} if original else {})
     seconds_of = {variant: median(found["seconds"]) for variant, found in variants.items()}
     noise = {variant: spread(found["seconds"]) for variant, found in variants.items()}
@@ -141,7 +134,7 @@ def try_original(size, batches, dtype, args):
 
 def main():
     parser = parser_of(__doc__)
-    parser.add_argument("--size", choices=SIZES, default="qwen2.5-7b")
+    parser.add_argument("--size", choices=contestants.SIZES, default="qwen2.5-7b")
     parser.add_argument("--scale", choices=("pixels", "tokens"), default="tokens", help="what images have alike")
     parser.add_argument("--sequence-length", type=int, default=2304)
     parser.add_argument("--sequences", type=int, default=2)
@@ -149,12 +142,12 @@ def main():
     parser.add_argument("--batch", type=int, default=4, help="images in a step of the original")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ceiling-side", type=int, default=8192)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default_dtype())
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=contestants.default_dtype())
     parser.add_argument("--attn", default="sdpa")
     parser.add_argument("--checkpointing", action="store_true", help="both compute blocks again in the backward pass")
     parser.add_argument("--no-baseline", action="store_true")
     args = arguments(parser)
-    report(measured(SIZES[args.size], getattr(torch, args.dtype), args), args.json)
+    report(measured(contestants.SIZES[args.size], getattr(torch, args.dtype), args), args.json)
 
 
 if __name__ == "__main__":

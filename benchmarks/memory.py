@@ -8,18 +8,8 @@ both grow is in growth.py.
 
 from statistics import median
 
+import contestants
 import torch
-from contestants import (
-    SIZES,
-    add_precisions,
-    batches_of_sequences,
-    build_original,
-    build_ours,
-    full_sequences,
-    optimizer_of,
-    original_batches,
-    train_step,
-)
 from own_process import in_own_process, taken_by
 from rows import arguments, parser_of, report, row, spread
 
@@ -28,25 +18,25 @@ VARIANTS = ("ours", "original")
 
 def figures(variant, size_name, sequence_length, num_sequences, dtype, attn):
     """What `taken_by` says of training steps of one contestant on the images that fill some sequences of ours."""
-    size, dtype = SIZES[size_name], getattr(torch, dtype)
-    samples, sequences = full_sequences(size, sequence_length, num_sequences)
+    size, dtype = contestants.SIZES[size_name], getattr(torch, dtype)
+    samples, sequences = contestants.full_sequences(size, sequence_length, num_sequences)
     if variant == "ours":
-        model = build_ours(size, dtype, attn)
-        (batch,) = batches_of_sequences(sequences, size, sequence_length, num_sequences)
+        model = contestants.build_ours(size, dtype, attn)
+        (batch,) = contestants.batches_of_sequences(sequences, size, sequence_length, num_sequences)
     else:
-        model = build_original(size, dtype)
-        (batch,) = original_batches(samples, size, len(samples))
-    optimizer = optimizer_of(model, fused=variant == "ours")
-    return taken_by(lambda: train_step(model, batch, optimizer, dtype)) | {"num_samples": len(samples)}
+        model = contestants.build_original(size, dtype)
+        (batch,) = contestants.original_batches(samples, size, len(samples))
+    optimizer = contestants.optimizer_of(model, fused=variant == "ours")
+    return taken_by(lambda: contestants.train_step(model, batch, optimizer, dtype)) | {"num_samples": len(samples)}
 
 
 def main():
     parser = parser_of(__doc__)
-    parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
+    parser.add_argument("--size", choices=contestants.SIZES, default="smollm2-135m")
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--sequences", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2, help="processes of each")
-    add_precisions(parser)
+    contestants.add_precisions(parser)
     args = arguments(parser)
     dtypes = {"ours": args.our_dtype, "original": args.baseline_dtype}
     found = {variant: [] for variant in VARIANTS}

@@ -4,7 +4,7 @@ Against the bare LLM: as many tokens, of which VoRA's are those of an image and 
 pass, then decoding. Against `LlavaForConditionalGeneration` of transformers with the same LLM and a ViT of the
 teacher's size: the time from pixels to the first token's logits, at patch_merge 1 (as many image tokens as LLaVA has)
 and 2 (a quarter). Reading and resizing the image is left out on all sides. All share the weights of one LLM, in the
-same precision, on the same threads; ours attends as `vora.serve.engine.load_model` has it attend, the others by sdpa.
+same precision, on the same threads; ours attends as `vora.load_model` has it attend, the others by sdpa.
 
 Ratios are ours / baseline: of tokens a second above 1 is better, of milliseconds below 1.
 
@@ -13,7 +13,7 @@ Ratios are ours / baseline: of tokens a second above 1 is better, of millisecond
 
 import torch
 from contestants import PATCH, SIZES, default_attention, default_dtype, device, image_token_id, random_vora
-from rows import alternate, arguments, medians, parser_of, report, row, spread
+from rows import alternate, arguments, compared, parser_of, report
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vora import VoraForConditionalGeneration
@@ -109,20 +109,15 @@ def against_bare_llm(vora, size, args):
     decodes = {name: Decode(prefill, args.new_tokens) for name, prefill in prefills.items()}
     counts = {"prefill": inputs["input_ids"].numel(), "decode": args.batch * args.new_tokens}
     for kind, contestants in {"prefill": prefills, "decode": decodes}.items():
-        times = alternate(contestants, args.rounds)
-        rates = {name: counts[kind] / time for name, time in medians(times).items()}
-        noise = {name: spread(values) for name, values in times.items()}
         what = f"{kind}, bare LLM, {args.batch} x {inputs['input_ids'].shape[1]} tokens"
-        yield row(what, rates["ours"], rates["bare"], "tokens/s", noise=noise)
+        times, count = alternate(contestants, args.rounds), counts[kind]
+        yield compared(what, times, "tokens/s", lambda seconds: count / seconds, baseline="bare")
 
 
 def against_llava(vora, size, args):
     """Rows of milliseconds to the first token."""
     side = size.image_size // PATCH
-    prompts = {
-        1: prompt_of(size, args.batch, args.text_tokens),
-        2: prompt_of(size, args.batch, args.text_tokens, merge=2),
-    }
+    prompts = {merge: prompt_of(size, args.batch, args.text_tokens, merge) for merge in (1, 2)}
     pixels = torch.randn(args.batch, 3, size.image_size, size.image_size, device=device()).to(vora.dtype)
     contestants = {
         1: Prefill(vora, **prompts[1]),
@@ -130,12 +125,10 @@ def against_llava(vora, size, args):
         "llava": Prefill(llava_like(vora, size), input_ids=prompts[1]["input_ids"], pixel_values=pixels),
     }
     times = alternate(contestants, args.rounds)
-    found = medians(times)
     for merge in (1, 2):
-        noise = {"ours": spread(times[merge]), "llava": spread(times["llava"])}
         counts = f"{(side // merge) ** 2} against {side * side} image tokens"
         what = f"first token, LLaVA-style, patch_merge {merge} ({counts})"
-        yield row(what, 1000 * found[merge], 1000 * found["llava"], "ms", noise=noise)
+        yield compared(what, times, "ms", lambda seconds: 1000 * seconds, ours=merge, baseline="llava")
 
 
 def main():

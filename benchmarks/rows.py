@@ -175,6 +175,16 @@ def spread(times):
     return (max(times) - min(times)) / 2 / median(times)
 
 
+def compared(name, times, unit, figure=float, ours="ours", baseline="original", **more):
+    """The `row` of two contestants of `alternate`, with how noisy each was.
+
+    Args:
+        figure: what a time in seconds means in this unit.
+    """
+    found, noise = medians(times), {"ours": spread(times[ours]), "baseline": spread(times[baseline])}
+    return row(name, figure(found[ours]), figure(found[baseline]), unit, noise=noise, **more)
+
+
 def restart_peak():
     """Forget earlier peaks, where the system can; returns the bytes held now, without what is free already."""
     gc.collect()

@@ -33,7 +33,7 @@ from contestants import (
     squared,
     train_step,
 )
-from rows import alternate, arguments, medians, parser_of, report, row, spread
+from rows import alternate, arguments, compared, parser_of, report, row
 
 SHORT_ANSWER_TOKENS = (2, 8)  # where there are several questions
 
@@ -89,15 +89,14 @@ def compare_steps(size, args):
     for contestant in contestants.values():
         contestant.warm_up()
     times = alternate(contestants, args.rounds, warmups=0)
-    found, num_tokens = medians(times), sum(len(sample["input_ids"]) for sequence in sequences for sample in sequence)
+    num_tokens = sum(len(sample["input_ids"]) for sequence in sequences for sample in sequence)
     num_questions = args.questions * len(samples)
     what = "a caption each" if args.questions == 1 else f"{args.questions} questions each"
-    return row(
+    return compared(
         f"train step, {args.size}, {what}, same {args.scale}, {args.our_dtype} against {args.baseline_dtype}",
-        num_questions / found["ours"],
-        num_questions / found["original"],
+        times,
         "samples/s",
-        noise={name: spread(values) for name, values in times.items()},
+        lambda seconds: num_questions / seconds,
         num_samples=num_questions,
         sequence_fill=num_tokens / args.sequence_length / args.sequences,
         tokens_per_sample=num_tokens / num_questions,

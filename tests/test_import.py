@@ -48,9 +48,8 @@ print(len(verbs), [name for name in ("torch", "transformers", "numpy") if name i
     [
         "import vora",
         "from transformers import AutoModelForImageTextToText; import vora",
-        "import vora; from transformers import PreTrainedModel",  # imports the auto classes when it is half done
-        "import vora.baselines.llava",  # imports transformers when it is half done
-        "import vora, peft",  # so does peft
+        "import vora, peft",  # imports transformers when it is half done, which then imports the auto classes
+        "import vora.baselines.llava",  # so does this
     ],
 )
 def test_auto_classes_know_vora(first, model_folder):

@@ -26,51 +26,35 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "BlockwiseDistillation",
-    "Objective",
-    "Teacher",
-    "VoraConfig",
-    "VoraForConditionalGeneration",
-    "VoraImageProcessor",
-    "VoraModel",
-    "VoraProcessor",
-    "__version__",
-    "attach_vision_lora",
-    "evaluate",
-    "from_llm",
-    "import_reference",
-    "load_model",
-    "load_recipe",
-    "merge_vision_lora",
-    "train",
-]
+    "BlockwiseDistillation", "Objective", "Teacher", "VoraConfig", "VoraForConditionalGeneration",
+    "VoraImageProcessor", "VoraModel", "VoraProcessor", "__version__", "attach_vision_lora", "evaluate", "from_llm",
+    "import_reference", "load_model", "load_recipe", "merge_vision_lora", "train",
+]  # fmt: skip
 
 _MODULES = {
-    "BlockwiseDistillation": "vora.distill.blockwise",
-    "Objective": "vora.distill.objective",
-    "Teacher": "vora.distill.teacher",
-    "VoraConfig": "vora.model.configuration_vora",
-    "VoraForConditionalGeneration": "vora.model.modeling_vora",
-    "VoraImageProcessor": "vora.model.image_processing_vora",
-    "VoraModel": "vora.model.modeling_vora",
-    "VoraProcessor": "vora.model.processing_vora",
-    "attach_vision_lora": "vora.build.lora",
-    "evaluate": "vora.eval.run",
-    "from_llm": "vora.build.from_llm",
-    "import_reference": "vora.checkpoint.reference",
-    "load_model": "vora.checkpoint.load",
-    "load_recipe": "vora.train.recipe",
-    "merge_vision_lora": "vora.build.lora",
+    "vora.build.from_llm": ["from_llm"],
+    "vora.build.lora": ["attach_vision_lora", "merge_vision_lora"],
+    "vora.checkpoint.load": ["load_model"],
+    "vora.checkpoint.reference": ["import_reference"],
+    "vora.distill.blockwise": ["BlockwiseDistillation"],
+    "vora.distill.objective": ["Objective"],
+    "vora.distill.teacher": ["Teacher"],
+    "vora.eval.run": ["evaluate"],
+    "vora.model.configuration_vora": ["VoraConfig"],
+    "vora.model.image_processing_vora": ["VoraImageProcessor"],
+    "vora.model.modeling_vora": ["VoraForConditionalGeneration", "VoraModel"],
+    "vora.model.processing_vora": ["VoraProcessor"],
+    "vora.train.recipe": ["load_recipe"],
 }
 
 
 def __getattr__(name: str) -> Any:
     if name == "train":  # the function and the package of this name are one: see there
         return import_module("vora.train")
-    if name not in _MODULES:
+    module = next((module for module, names in _MODULES.items() if name in names), None)
+    if module is None:
         raise AttributeError(f"module 'vora' has no attribute {name!r}")
-    value = getattr(import_module(_MODULES[name]), name)
-    globals()[name] = value
+    globals()[name] = value = getattr(import_module(module), name)
     return value
 
 

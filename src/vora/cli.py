@@ -33,8 +33,8 @@ MinImageTokens = Annotated[int | None, typer.Option(help="Fewest tokens of an im
 MaxImageTokens = Annotated[int | None, typer.Option(help="Most tokens of an image; the model's own by default.")]
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(f"vora {__version__}")
         raise typer.Exit
 
@@ -284,8 +284,8 @@ def import_reference(
         table.add_row(place, f"{count:,}", f"{size:,}")
     console.print(table)
     text_config = reference.model.config.text_config
-    has_words = (out / "processor_config.json").exists()
-    then = f"Ask it: vora chat IMAGE -m {out}" if has_words else "--llm has no tokenizer, so it cannot chat."
+    has_tokenizer = (out / "processor_config.json").exists()
+    then = f"Ask it: vora chat IMAGE -m {out}" if has_tokenizer else "--llm has no tokenizer, so it cannot chat."
     console.print(f"Saved {out}: the text architecture is {text_config.model_type}. {then}")
 
 

@@ -63,12 +63,12 @@ class _Watch(MetaPathFinder):
         spec = next((spec for finder in others if (spec := finder.find_spec(fullname, path, target))), None)
         if spec is not None and spec.loader is not None:
             # on the loader itself, which stays the one that `inspect` and `importlib.resources` know
-            spec.loader.exec_module = self._counted(spec.loader, spec.loader.exec_module)  # type: ignore[method-assign]
+            setattr(spec.loader, "exec_module", self._counted(spec.loader, spec.loader.exec_module))
         return spec
 
     def _counted(self, loader: object, exec_module: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
         def run(module: ModuleType) -> None:
-            del loader.exec_module  # type: ignore[attr-defined]
+            delattr(loader, "exec_module")
             self.depth += 1
             try:
                 exec_module(module)

@@ -39,7 +39,6 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TOY = {
     "train_step": "--size toy --rounds 1 --sequences 1 --sequence-length 256",
     "prefill_decode": "--size toy --rounds 1 --new-tokens 2",
-    "mask": "--tokens 256 300 --rounds 1",
     "memory": "--size toy --sequence-length 128 --rounds 1 --our-dtype float32",
     "growth": "--size toy --sides 2 3 --batches 2 --batch-side 2 --work prefill",
     "data": "--size toy --count 4 --batches 2 --sequence-length 256 --rounds 1",

@@ -184,8 +184,6 @@ def test_what_is_no_plain_vit_is_refused(family):
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("vit_mae", {}, "for 12 patches it gives 4 features"),
-        ("vit_mae", {"mask_ratio": 0.0}, "of 12 patches that change move the feature of another one"),
         ("yolos", {"image_size": [SIDE, SIDE], "num_detection_tokens": 5}, "move the feature of another one"),
         ("timesformer", {}, "it takes no plain images"),
     ],

@@ -7,7 +7,8 @@ from rich.console import Console
 
 from vora.checkpoint import load_model
 from vora.quickstart.run import run_quickstart
-from vora.serve.engine import Chat
+from vora.serve.chat import Chat
+from vora.serve.engine import Engine
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path):
@@ -22,5 +23,5 @@ def test_quickstart_sees(tmp_path):
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
     assert result["accuracy"] > result["text_only_accuracy"] + 0.1
     assert "<html" in (tmp_path / "out" / "report.html").read_text()
-    chat = Chat(*load_model(str(tmp_path / "out" / "model")), max_new_tokens=8)
+    chat = Chat(Engine(*load_model(str(tmp_path / "out" / "model"))), max_new_tokens=8)
     assert "".join(chat.ask("hello"))

@@ -40,7 +40,7 @@ def test_two_processes_resume_as_one_run(two_sources, tmp_path):
     assert f"| samples seen | {found[18][-1]} |" in report  # of both
     for number in range(len(found[18])):
         assert any(line[number] for line in found.values())
-    assert places[0]["data"] == places[1]["data"] and places[0]["num_rows"] == places[1]["num_rows"] == 40
+    assert places[0]["data"] == places[1]["data"] and places[0]["num_sequences"] == places[1]["num_sequences"] == 40
 
 
 @needs_gloo

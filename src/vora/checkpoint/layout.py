@@ -147,7 +147,7 @@ def _as_the_recipe_names(info: CheckpointInfo, run: Path) -> CheckpointInfo:
     model, teacher = recipe["model"], recipe.get("teacher") or {}
     return replace(
         info,
-        stage=recipe["stage"],
+        stage=recipe.get("stage", "pretrain"),
         base_llm=model.get("llm") or info.base_llm,
         encoder=model.get("encoder") or info.encoder,
         teacher=teacher.get("name") or info.teacher,

@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from transformers import PreTrainedModel
 
 from vora.data.schema import Sample
@@ -60,7 +61,7 @@ then merged. What remains is the LLM's own architecture.</p>
 subtracted: 0 is perfect imitation, 1 is chance.</p>
 <img alt="distillation by block" src="{pairs_plot(log)}">
 <h2>What to try next</h2>
-<pre>vora chat {escape(str(shown[0].images[0]))} -m {escape(str(out / "model"))}
+<pre>vora chat {escape(shown[0].name)} -m {escape(str(out / "model"))}
 vora train {escape(str(out / "run" / "recipe.yaml"))} --out longer training.max_steps=1000
 vora merge longer -o longer-model --llm-out longer-llm</pre>
 <p>Your own images: give <code>data.sources</code> of the recipe a Parquet or JSON Lines file with
@@ -71,8 +72,8 @@ or a hub id. A larger teacher: <code>teacher.name</code> takes any plain ViT.</p
 
 def card(sample: Sample, engine: Engine) -> str:
     """An image with its first questions, the answers of the model, and those expected where they differ."""
-    image = sample.open_images()[0]
-    rows = []
+    image, rows = sample.open_images()[0], []
+    assert isinstance(image, Image.Image)  # no video
     for conversation in sample.conversations[:NUM_QUESTIONS]:
         question, expected = (message["content"] for message in conversation)
         answer = "".join(Chat(engine, max_new_tokens=8).ask(question, [image])).strip()

@@ -19,8 +19,12 @@ from vora.checkpoint.card import write_run_card
 from vora.checkpoint.load import merge_run
 from vora.checkpoint.save import save_merged
 from vora.data.readers import load_source
+from vora.data.schema import Sample
+from vora.data.source import Source
 from vora.eval.run import evaluate
 from vora.eval.tasks.exact import majority_accuracy
+from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.processing_vora import VoraProcessor
 from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
 from vora.quickstart.page import write_report
 from vora.train.recipe import load_recipe
@@ -61,8 +65,8 @@ def run_quickstart(
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose another --out, or delete it.")
     out.mkdir(parents=True, exist_ok=True)
-    train_records, test_records = load_source("easy-vqa", "train"), load_source("easy-vqa", "test")
-    num_questions = sum(len(test_records[i].conversations) for i in range(len(test_records)))
+    samples = {split: list_of(load_source("easy-vqa", split)) for split in ("train", "test")}
+    num_questions = sum(len(sample.conversations) for sample in samples["test"])
     console.print("[1/5] Fetching and unpacking the LLM (once)")
     load_tokenizer(llm)
     asking_seconds = 1.2 * num_questions * TOKENS_PER_QUESTION * forward_seconds_per_token(load_llm(llm))
@@ -81,25 +85,13 @@ def run_quickstart(
         train_seconds = time.monotonic() - train_start
         console.print("[3/5] Merging vision LoRA into the LLM")
         model, processor = merge_run(out / "run")
-        model = model.to(getattr(torch, dtype))
-        use_segmented_sdpa_on_cpu(model, model.device)
+    assert isinstance(processor, VoraProcessor)  # a run has a tokenizer
+    model = model.to(getattr(torch, dtype))
+    use_segmented_sdpa_on_cpu(model, model.device)
     save_merged(model, processor, out / "model", out / "run")
 
     console.print(f"[4/5] Asking the merged model all {num_questions:,} test questions")
-    measured = evaluate(
-        (model, processor), "exact", "easy-vqa", out / "evaluation.json",
-        split="test", model_name=out / "model", console=console,
-    ).metrics  # fmt: skip
-    blank = measured["accuracy_with_blank"]["value"]
-    majority = majority_accuracy(train_records, test_records)
-    kinds = {"yes / no": "accuracy_yes_no", "what": "accuracy_other"}
-
-    result = {
-        "accuracy": measured["accuracy"]["value"],
-        "text_only_accuracy": max(blank, majority),
-        "blank_image_accuracy": blank,
-        "majority_accuracy": majority,
-        "accuracy_by_answer": {kind: measured[name]["value"] for kind, name in kinds.items() if name in measured},
+    result = measured(model, processor, samples, out, console) | {
         "num_test_questions": num_questions,
         "train_seconds": train_seconds,
         "total_seconds": None,
@@ -114,16 +106,45 @@ def run_quickstart(
     console.print("[5/5] Writing the report")
     command = " ".join([f"vora quickstart --llm {llm} --minutes {minutes:g} --seed {seed}", *overrides])
     write_run_card(out / "model", out / "run", evaluation=card_rows(result, command))
-    write_report(out, result, [test_records[i] for i in range(min(NUM_SHOWN, len(test_records)))], model, processor)
+    write_report(out, result, samples["test"][:NUM_SHOWN], model, processor)
     result["total_seconds"] = time.monotonic() - start
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     console.print(
         f"[bold]{100 * result['accuracy']:.1f} %[/bold] of {num_questions:,} test questions answered exactly; the "
         f"text-only baseline gets {100 * result['text_only_accuracy']:.1f} %. Trained {train_seconds / 60:.1f} "
         f"minutes, {result['total_seconds'] / 60:.1f} in all.\nReport: {out / 'report.html'}\n"
-        f'Ask it: vora chat {test_records[0].images[0]} -m {out / "model"} -q "what color is the shape?"'
+        f'Ask it: vora chat {samples["test"][0].name} -m {out / "model"} -q "what color is the shape?"'
     )
     return result
+
+
+def list_of(source: Source) -> list[Sample]:
+    """All samples of a source; their images are not read yet."""
+    return [source[index] for index in range(len(source))]
+
+
+def measured(
+    model: VoraForConditionalGeneration,
+    processor: VoraProcessor,
+    samples: dict[str, list[Sample]],
+    out: Path,
+    console: Console,
+) -> dict[str, Any]:
+    """Exact answers to the test questions, and the text-only baseline; see `vora.eval.tasks.exact`."""
+    found = evaluate(
+        (model, processor), "exact", "easy-vqa", out / "evaluation.json",
+        split="test", model_name=out / "model", console=console,
+    ).metrics  # fmt: skip
+    blank = found["accuracy_with_blank"]["value"] or 0.0
+    majority = majority_accuracy(samples["train"], samples["test"])
+    kinds = {"yes / no": "accuracy_yes_no", "what": "accuracy_other"}
+    return {
+        "accuracy": found["accuracy"]["value"],
+        "text_only_accuracy": max(blank, majority),
+        "blank_image_accuracy": blank,
+        "majority_accuracy": majority,
+        "accuracy_by_answer": {kind: found[name]["value"] for kind, name in kinds.items() if name in found},
+    }
 
 
 def card_rows(result: dict[str, Any], command: str) -> list[tuple[str, str, float, int, str]]:

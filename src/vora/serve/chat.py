@@ -37,8 +37,8 @@ class Chat:
         ]
         turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
         messages, pieces = [*self.messages, turn], []
-        options = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
-        with closing(self.engine.submit(messages, **options)) as answer:
+        answer = self.engine.submit(messages, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
+        with closing(answer):
             for piece in answer:
                 pieces.append(piece)
                 yield piece

@@ -57,7 +57,8 @@ def _choose(objective: Objective, info: CheckpointInfo, name: str | None, named:
     has = objective.teacher.name if objective.teacher is not None else None
     if has is not None and name in (None, has):
         return None
-    if name is None and not (is_hub_id(named) or Path(named).is_dir()):
+    is_there = info.run is not None and Path(named).is_dir()  # only a run's recipe keeps a folder's whole path
+    if name is None and not (is_hub_id(named) or is_there):
         known = "" if named == "not stated" else f" The model calls it {named}, without its folder."
         return f"No teacher to compare with: name its folder or hub id with --teacher.{known}"
     objective.distillation = None
