@@ -45,8 +45,7 @@ def preview(
             sequences, source_names(recipe.data), num_workers, lambda count: bar.advance(task, count)
         )
     write_summary(summary, bad, out)
-    first = islice(sequences.named_samples(), min(num_shown, summary["num_samples"]))
-    shown: list[tuple[str, dict[str, Any]]] = [(name, {**sample}) for name, sample in first]
+    shown = list(islice(sequences.named_samples(), min(num_shown, summary["num_samples"])))
     write_page(out / "samples.html", summary, bad, shown, processor)
     console.print(table_of(summary))
     if summary["num_bad"] > recipe.data.max_bad_share * (summary["num_samples"] + summary["num_bad"]):

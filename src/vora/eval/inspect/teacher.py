@@ -6,7 +6,7 @@ from vora.checkpoint.layout import CheckpointInfo, read_info
 from vora.checkpoint.lineage import read_card
 from vora.checkpoint.load import distillation_of
 from vora.checkpoint.names import is_hub_id
-from vora.distill.blockwise import SUMMARY, Pair, block_pairs, name_of
+from vora.distill.blockwise import SUMMARY, Pair, block_pairs
 from vora.distill.objective import Objective
 from vora.distill.teacher import Teacher
 
