@@ -12,16 +12,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from messages import coloured
 from PIL import Image
 
 from vora import VoraProcessor
 from vora.model import fetch_image as module
 from vora.model.fetch_image import ImagePolicy, fetch_frames, fetch_image, is_public
 from vora.model.image_processing_vora import Video
-
-
-def coloured(colour, size=(12, 12), mode="RGB"):
-    return Image.new(mode, size, colour)
 
 
 def noise(size=(64, 48)):

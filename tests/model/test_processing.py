@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from messages import SIZES, assistant, coloured, encode, spoken, user
 from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, processors
 from transformers import (
@@ -16,43 +16,6 @@ from transformers import (
 )
 
 from vora import VoraForConditionalGeneration, VoraProcessor
-
-SIZES = {"patch_size": 4, "image_size": 12}
-
-
-@pytest.fixture(scope="module")
-def processor(llm_folder):
-    return VoraProcessor.from_llm(llm_folder, **SIZES)
-
-
-@pytest.fixture(scope="module")
-def model(llm_folder):
-    return VoraForConditionalGeneration.from_llm(llm_folder, **SIZES)
-
-
-def coloured(colour, size=(12, 12), mode="RGB"):
-    return Image.new(mode, size, colour)
-
-
-def user(*parts):
-    """A user's message of texts (str) and images (anything else, or a path ending in .png)."""
-    content = [
-        {"type": "text", "text": part}
-        if isinstance(part, str) and not part.endswith(".png")
-        else {"type": "image", "image": part}
-        for part in parts
-    ]
-    return {"role": "user", "content": content}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def encode(processor, messages, **kwargs):
-    kwargs = {"add_generation_prompt": True, "return_tensors": "pt", **kwargs}
-    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)
-
 
 # Messages to inputs
 
@@ -203,17 +166,6 @@ def test_control_tokens_that_a_message_spells_are_text(as_parts, sentencepiece):
 
 
 # Training samples
-
-
-def spoken(processor, sample):
-    """The text of each run of labels."""
-    labels, runs = sample["labels"], []
-    for before, label in zip([-100, *labels], labels):
-        if label != -100:
-            if before == -100:
-                runs.append([])
-            runs[-1].append(label)
-    return [processor.tokenizer.decode(run) for run in runs]
 
 
 CONVERSATION = [

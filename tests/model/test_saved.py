@@ -6,60 +6,12 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 import torch
-from PIL import Image
+from messages import SIZES, assistant, coloured, encode, spoken, user
 from tiny import tiny_tokenizer
 from transformers import AutoImageProcessor, AutoProcessor
 
-from vora import VoraForConditionalGeneration, VoraImageProcessor, VoraProcessor
-
-SIZES = {"patch_size": 4, "image_size": 12}
-
-
-@pytest.fixture(scope="module")
-def processor(llm_folder):
-    return VoraProcessor.from_llm(llm_folder, **SIZES)
-
-
-@pytest.fixture(scope="module")
-def model(llm_folder):
-    return VoraForConditionalGeneration.from_llm(llm_folder, **SIZES)
-
-
-def coloured(colour, size=(12, 12), mode="RGB"):
-    return Image.new(mode, size, colour)
-
-
-def user(*parts):
-    """A user's message of texts (str) and images (anything else, or a path ending in .png)."""
-    content = [
-        {"type": "text", "text": part}
-        if isinstance(part, str) and not part.endswith(".png")
-        else {"type": "image", "image": part}
-        for part in parts
-    ]
-    return {"role": "user", "content": content}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def encode(processor, messages, **kwargs):
-    kwargs = {"add_generation_prompt": True, "return_tensors": "pt", **kwargs}
-    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)
-
-
-def spoken(processor, sample):
-    """The text of each run of labels."""
-    labels, runs = sample["labels"], []
-    for before, label in zip([-100, *labels], labels):
-        if label != -100:
-            if before == -100:
-                runs.append([])
-            runs[-1].append(label)
-    return [processor.tokenizer.decode(run) for run in runs]
+from vora import VoraImageProcessor, VoraProcessor
 
 
 def test_the_processor_saves_and_loads(tmp_path):

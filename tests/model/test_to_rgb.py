@@ -3,13 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from messages import coloured
 from PIL import Image
 
 from vora.model.fetch_image import fetch_image, is_animated
-
-
-def coloured(colour, size=(12, 12), mode="RGB"):
-    return Image.new(mode, size, colour)
 
 
 def noise(size):

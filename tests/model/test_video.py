@@ -5,20 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vora import VoraForConditionalGeneration, VoraProcessor
 from vora.model.image_processing_vora import Video
-
-SIZES = {"patch_size": 4, "image_size": 12}
-
-
-@pytest.fixture(scope="module")
-def processor(llm_folder):
-    return VoraProcessor.from_llm(llm_folder, **SIZES)
-
-
-@pytest.fixture(scope="module")
-def model(llm_folder):
-    return VoraForConditionalGeneration.from_llm(llm_folder, **SIZES)
 
 
 def frames(count=3, size=(8, 12), seed=0):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,10 +52,10 @@ def hook_on_output(
         The handle that removes the hook.
     """
 
-    def before(module, args, kwargs):
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         keep(args[0] if args else kwargs["hidden_states"])
 
-    def after(module, args, output):
+    def after(module: nn.Module, args: tuple, output: Any) -> None:
         keep(output[0] if isinstance(output, tuple) else output)
 
     if block == -1:

@@ -268,7 +268,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask=None, inputs_embeds=None, **kwargs: Any
+        self, input_ids: Tensor, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs

@@ -57,7 +57,7 @@ def device_at_hand(bf16: bool = False) -> Device:
 
 
 def known_gpu(name: str) -> Device | None:
-    """Of `GPUS` the one that CUDA calls so, or None; an RTX is told by its number."""
+    """Of `GPUS` the one that CUDA calls so, or None; an RTX is known by its number."""
 
     def mark(gpu: Device) -> str:
         return gpu.name if gpu.name.startswith("RTX") else gpu.name.split()[0]

@@ -1,0 +1,40 @@
+"""Messages with small images, as people write them, and what a processor makes of them."""
+
+from PIL import Image
+
+SIZES = {"patch_size": 4, "image_size": 12}  # of the processors and models that these are for
+
+
+def coloured(colour, size=(12, 12), mode="RGB"):
+    return Image.new(mode, size, colour)
+
+
+def user(*parts):
+    """A user's message of texts (str) and images (anything else, or a path ending in .png)."""
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str) and not part.endswith(".png")
+        else {"type": "image", "image": part}
+        for part in parts
+    ]
+    return {"role": "user", "content": content}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def encode(processor, messages, **kwargs):
+    kwargs = {"add_generation_prompt": True, "return_tensors": "pt", **kwargs}
+    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)
+
+
+def spoken(processor, sample):
+    """The text of each run of labels."""
+    labels, runs = sample["labels"], []
+    for before, label in zip([-100, *labels], labels):
+        if label != -100:
+            if before == -100:
+                runs.append([])
+            runs[-1].append(label)
+    return [processor.tokenizer.decode(run) for run in runs]
