@@ -153,8 +153,11 @@ def test_numbers_beyond_the_precision_are_refused(llm_folder, tmp_path):
 
 def test_a_random_row_for_the_image_token_tells_no_llms_apart():
     llm = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE | {"vocab_size": 129}))
-    before = digest_of(llm), digest_of(llm, 128)  # every second row is looked at, the last one too
-    llm.get_input_embeddings().weight.data[128].normal_()
-    assert digest_of(llm) != before[0] and digest_of(llm, 128) == before[1]
-    llm.get_input_embeddings().weight.data[126].normal_()
-    assert digest_of(llm, 128) != before[1]
+    embeddings, digests = llm.get_input_embeddings().weight.data, []
+    for image_token_id in (None, 128):
+        llm.config.image_token_id = image_token_id
+        digests.append(digest_of(llm))
+        for row in (128, 126):  # every second row is looked at, the last one too
+            embeddings[row].normal_()
+            digests.append(digest_of(llm))
+    assert len(set(digests[:3])) == 3 and digests[3] == digests[4] != digests[5]

@@ -1,17 +1,14 @@
-"""The model card: README.md of a folder in which a model was saved, filled into `card.md.j2`.
-
-Folders of this machine are never named, only the last part of their paths.
-"""
+"""The model card: README.md of a saved model, filled into `card.md.j2`; of a path only its last part is named."""
 
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import yaml
 from jinja2 import Environment, StrictUndefined
@@ -29,14 +26,8 @@ MADE = {
 }
 
 
-class Evaluation(NamedTuple):
-    """One measured figure, and the command that makes it again."""
-
-    task: str
-    metric: str
-    value: float | str
-    num_examples: int
-    command: str
+# (task, metric, value, number of examples, the command that makes it again)
+Evaluation = tuple[str, str, float | str, int, str]
 
 
 @dataclass(frozen=True)
@@ -67,45 +58,60 @@ class CardFacts:
     samples_seen: int | None = None
     losses: dict[str, float] = field(default_factory=dict)
     logged_step: int | None = None
-    evaluation: Sequence[Evaluation | tuple] = ()
+    evaluation: Sequence[Evaluation] = ()
     licences: dict[str, str] = field(default_factory=dict)
     merge_command: str = "vora merge RUN -o my-vora"
 
 
-def harmless(write: Callable[..., Path | None]) -> Callable[..., Path | None]:
+@contextmanager
+def _harmless() -> Iterator[None]:
     """A card that cannot be written costs a warning, never the model that has just been saved."""
-
-    @wraps(write)
-    def guarded(*args: Any, **kwargs: Any) -> Path | None:
-        try:
-            return write(*args, **kwargs)
-        except Exception as error:  # whatever it is, the weights matter more
-            logging.getLogger(__name__).warning(
-                "The model is saved, but without a card: %s: %s", type(error).__name__, error
-            )
-            return None
-
-    return guarded
+    try:
+        yield
+    except Exception as error:  # whatever it is, the weights matter more
+        logging.getLogger(__name__).warning(
+            "The model is saved, but without a card: %s: %s", type(error).__name__, error
+        )
 
 
-@harmless
+@_harmless()
 def write_card(folder: Path | str, facts: CardFacts) -> Path | None:
-    """Write README.md into a folder in which a model has just been saved.
-
-    Returns:
-        Path of the card, or None if it could not be written.
-    """
-    card = Path(folder) / "README.md"
-    card.write_text(card_text(lineage(facts), read_info(folder).kind, facts), encoding="utf-8")
+    """Write README.md into a folder in which a model has just been saved; its path, or None if that failed."""
+    record, kind, card = lineage(facts), read_info(folder).kind, Path(folder) / "README.md"
+    stages, encoder = record["stages"], record.get("encoder")
+    recipes = [stage.get("recipe") for stage in stages]
+    data = [("data", name) for name in dict.fromkeys(source["name"] for s in stages for source in s["data"])]
+    texts = [None if recipe is None else _yaml(recipe) for recipe in recipes]
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["without_folders"] = command_without_folders
+    environment.filters["quoted"] = lambda name: name if name in ("none", "not stated") else f"`{name}`"
+    template = environment.from_string((files("vora.checkpoint") / "card.md.j2").read_text(encoding="utf-8"))
+    text = template.render(
+        record,
+        front=_yaml(_front_matter(record, kind)),
+        kind=kind,
+        facts=facts,
+        encoder=encoder,
+        made=MADE,
+        not_stated=NOT_STATED,
+        parts=[("base LLM", record["base_llm"]), ("teacher", record["teacher"]), ("encoder", encoder), *data],
+        starts_as_teacher=any(
+            (r.get("teacher") or {}).get("init_from_teacher") and r["model"]["llm"] for r in recipes if r
+        ),
+        recipes=texts,
+        # longer than any fence within; `read_card` finds them again
+        fences=["`" * max(3, 1 + max(map(len, re.findall("`+", text or "")), default=0)) for text in texts],
+    )
+    card.write_text(text, encoding="utf-8")
     return card
 
 
-@harmless
+@_harmless()
 def write_run_card(
     folder: Path | str,
     source: Path | str,
     steps: int | None = None,
-    evaluation: Sequence[Evaluation | tuple] = (),
+    evaluation: Sequence[Evaluation] = (),
     merge_command: str = CardFacts.merge_command,
 ) -> Path | None:
     """Write the card of a model that comes from a run.
@@ -148,41 +154,6 @@ def write_run_card(
         licences={name: known for name, known in before.get("licences", {}).items() if known != NOT_STATED},
     )
     return write_card(folder, facts)
-
-
-def card_text(record: dict[str, Any], kind: Kind, facts: CardFacts) -> str:
-    """A whole README.md.
-
-    Args:
-        record: from `lineage`.
-    """
-    stages, encoder = record["stages"], record.get("encoder")
-    recipes = [stage.get("recipe") for stage in stages]
-    data = [("data", name) for name in dict.fromkeys(source["name"] for s in stages for source in s["data"])]
-    texts = [None if recipe is None else _yaml(recipe) for recipe in recipes]
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters["without_folders"] = command_without_folders
-    environment.filters["quoted"] = lambda name: name if name in ("none", "not stated") else f"`{name}`"
-    template = environment.from_string((files("vora.checkpoint") / "card.md.j2").read_text(encoding="utf-8"))
-    return template.render(
-        front=_yaml(_front_matter(record, kind)),
-        kind=kind,
-        facts=facts,
-        base_llm=record["base_llm"],
-        teacher=record["teacher"],
-        encoder=encoder,
-        stages=stages,
-        made=MADE,
-        licences=record["licences"],
-        not_stated=NOT_STATED,
-        parts=[("base LLM", record["base_llm"]), ("teacher", record["teacher"]), ("encoder", encoder), *data],
-        starts_as_teacher=any(
-            (r.get("teacher") or {}).get("init_from_teacher") and r["model"]["llm"] for r in recipes if r
-        ),
-        recipes=texts,
-        # longer than any fence within; `read_card` finds them again
-        fences=["`" * max(3, 1 + max(map(len, re.findall("`+", text or "")), default=0)) for text in texts],
-    )
 
 
 def _first_llm(model: dict[str, Any]) -> str | None:

@@ -11,14 +11,13 @@ from safetensors import safe_open
 from vora.checkpoint.lineage import read_card
 from vora.checkpoint.names import HUB_ID_OF_ALIAS, is_hub_id, loadable, published
 from vora.checkpoint.run_directory import newest_weights, read_recipe, run_of
-from vora.distill.blockwise import SUMMARY, block_pairs
+from vora.distill.blockwise import SHIFTS, SUMMARY, Pair
 
 INFO_FILE = "vora.json"
 HEADS_FILE = "distillation.safetensors"
 OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]  # on the hub, of the same weights
 
 Kind = Literal["adapter", "unmerged", "merged", "llm"]
-Pair = tuple[int, int | str]
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def read_info(path: Path | str) -> CheckpointInfo:
     """
     folder = Path(path)
     if not folder.exists() and is_hub_id(str(path)):
-        folder = _fetched(str(path))
+        folder = fetched(str(path))
     run = run_of(folder)
     if run == folder:
         folder = newest_weights(run)
@@ -91,7 +90,7 @@ def read_info(path: Path | str) -> CheckpointInfo:
             "the path, or name a hub id (owner/name)."
         )
     info = _written_info(folder) if (folder / INFO_FILE).exists() else _older_info(folder)
-    return info if run is None else _as_the_recipe_names(info, run)
+    return info if run is None else as_the_recipe_names(info, run)
 
 
 def write_info(info: CheckpointInfo, folder: Path) -> None:
@@ -116,7 +115,8 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted([*folder.glob("model.safetensors"), *folder.glob("model-*.safetensors")])
 
 
-def _fetched(name: str) -> Path:
+def fetched(name: str) -> Path:
+    """The snapshot of a hub id, or ValueError."""
     try:
         return Path(snapshot_download(name, ignore_patterns=OTHER_FORMATS))
     except Exception as error:  # the hub's client raises many kinds
@@ -129,9 +129,9 @@ def _written_info(folder: Path) -> CheckpointInfo:
         values = json.loads((folder / INFO_FILE).read_text())
         known = {field.name for field in fields(CheckpointInfo)}
         values = {name: value for name, value in values.items() if name in known}
-        adapter = values.pop("adapter", None)
-        values["adapter"] = adapter and AdapterInfo(**adapter | {"target_modules": tuple(adapter["target_modules"])})
-        values["block_pairs"] = tuple((student, teacher) for student, teacher in values.pop("block_pairs", ()))
+        if adapter := values.get("adapter"):
+            values["adapter"] = AdapterInfo(**adapter | {"target_modules": tuple(adapter["target_modules"])})
+        values["block_pairs"] = tuple((student, teacher) for student, teacher in values.get("block_pairs", ()))
         # files may have been taken away since
         values |= {"has_heads": (folder / HEADS_FILE).exists(), "has_processor": has_processor(folder)}
         return CheckpointInfo(path=folder, **values)
@@ -141,7 +141,7 @@ def _written_info(folder: Path) -> CheckpointInfo:
         ) from None
 
 
-def _as_the_recipe_names(info: CheckpointInfo, run: Path) -> CheckpointInfo:
+def as_the_recipe_names(info: CheckpointInfo, run: Path) -> CheckpointInfo:
     """A run's own description, with the paths of this machine that its recipe has and published files have not."""
     recipe = read_recipe(run)
     model, teacher = recipe["model"], recipe.get("teacher") or {}
@@ -159,8 +159,10 @@ def _as_the_recipe_names(info: CheckpointInfo, run: Path) -> CheckpointInfo:
 def _older_info(folder: Path) -> CheckpointInfo:
     """Of a folder that was saved without a description: by its files, and its card."""
     config = json.loads((folder / "config.json").read_text())
-    text, card = config.get("text_config") or config, read_card(folder) or {}
-    adapter = _adapter_of(folder)
+    text, card, adapter = config.get("text_config") or config, read_card(folder) or {}, None
+    if (folder / "adapter_config.json").exists():
+        lora = json.loads((folder / "adapter_config.json").read_text())
+        adapter = adapter_info(lora["r"], lora["layers_to_transform"], lora["target_modules"])
     kind: Kind = "merged"
     if not config.get("model_type", "").startswith("vora"):
         kind = "llm"
@@ -170,13 +172,16 @@ def _older_info(folder: Path) -> CheckpointInfo:
     run = run_of(folder)
     teacher = (read_recipe(run).get("teacher") if run else None) or (recipes[-1]["teacher"] if recipes else {})
     named = {name: value for name, value in card.items() if value not in ("none", "not stated")}
+    aliases = {hub_id: alias for alias, hub_id in HUB_ID_OF_ALIAS.items()}
+    on_card = named.get("base_llm", "")
+    known_llm = aliases.get(on_card, on_card) if is_hub_id(on_card) else None
     return CheckpointInfo(
         kind=kind,
         path=folder,
         model_type=config.get("model_type", ""),
         dtype=config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32",
         stage=card["stages"][-1]["stage"] if card else None,
-        base_llm=loadable(text.get("_name_or_path")) or _known_llm(named.get("base_llm", "")),
+        base_llm=loadable(text.get("_name_or_path")) or known_llm,
         llm_digest=config.get("llm_digest"),
         adapter=adapter,
         encoder=named.get("encoder"),
@@ -185,20 +190,6 @@ def _older_info(folder: Path) -> CheckpointInfo:
         has_heads=(folder / HEADS_FILE).exists(),
         has_processor=has_processor(folder),
     )
-
-
-def _known_llm(name: str) -> str | None:
-    """The alias or hub id that a card names; None for what was a folder."""
-    aliases = {hub_id: alias for alias, hub_id in HUB_ID_OF_ALIAS.items()}
-    return aliases.get(name, name) if is_hub_id(name) else None
-
-
-def _adapter_of(folder: Path) -> AdapterInfo | None:
-    file = folder / "adapter_config.json"
-    if not file.exists():
-        return None
-    values = json.loads(file.read_text())
-    return adapter_info(values["r"], values["layers_to_transform"], values["target_modules"])
 
 
 def adapter_info(rank: int, blocks: list[int], target_modules: Any) -> AdapterInfo:
@@ -212,18 +203,15 @@ def _pairs_of_heads(folder: Path, teacher: dict[str, Any], name: str) -> tuple[P
     Args:
         teacher: section of the recipe, empty where that is not known: then heads that begin with what enters block 0
             come from the released code (see `block_pairs`).
+        name: of the teacher.
     """
     if not (folder / HEADS_FILE).exists() or teacher.get("spread"):
         return ()
     with safe_open(folder / HEADS_FILE, "pt") as file:
         heads = {key.split(".")[1] for key in file.keys() if key.startswith("heads.")}
-    blocks = sorted(int(head) for head in heads - {SUMMARY})
-    shifted = "inputs" if "aimv2" in name.lower() else "hidden_states"
-    if not blocks:
-        return ()
-    pairing = teacher.get("pairing") or "outputs"
-    if blocks[0] == -1 and pairing == "outputs":
-        pairing = shifted
-    every = block_pairs(blocks[-1] + (1 if pairing == "outputs" else 2), 10**6, pairing=pairing)
-    pairs: list[Pair] = [pair for pair in every if pair[0] in blocks]
-    return (*pairs, (blocks[-1], SUMMARY)) if SUMMARY in heads else tuple(pairs)
+    blocks, pairing = sorted(int(head) for head in heads - {SUMMARY}), teacher.get("pairing") or "outputs"
+    if -1 in blocks and pairing == "outputs":
+        pairing = "inputs" if "aimv2" in name.lower() else "hidden_states"
+    student, teachers = SHIFTS[pairing]
+    pairs: list[Pair] = [(block, block + teachers - student) for block in blocks]
+    return (*pairs, (blocks[-1], SUMMARY)) if blocks and SUMMARY in heads else tuple(pairs)

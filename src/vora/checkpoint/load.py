@@ -36,21 +36,19 @@ def load_model(
     max_image_tokens: int | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> tuple[VoraForConditionalGeneration, VoraProcessor]:
-    """A model to be asked, whatever its folder holds: LoRA is merged in memory. It is on the GPU if there is one.
+    """A model in eval mode and its processor, whatever the folder holds: LoRA is merged in memory. It is on the GPU if
+    there is one.
 
     Args:
         path: folder or hub id of a model, or the directory of a run.
         llm: to put an adapter over, if not the one that it names.
-        min_image_tokens, max_image_tokens: budget per image, if not the model's own.
-        dtype: if not the model's own.
-
-    Returns:
-        (model in eval mode, processor).
+        min_image_tokens, max_image_tokens: budget per image.
 
     Raises:
-        ValueError: nothing is there, or something without vision or without a tokenizer.
+        ValueError: nothing is there, or something without vision or without a tokenizer; or an LLM is given that has
+            no use.
     """
-    info = _vora_info(path)
+    info = _vora_info(path, llm)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _merged(info, llm, dtype).to(device).eval()
     use_segmented_sdpa_on_cpu(model, device)
@@ -66,17 +64,13 @@ def merge_run(
     """The model that a run has trained, ready to be saved: LoRA merged (stage 1), or as it is (stage 2), in the
     precision that the run's recipe has for the LLM. An adapter, or an unmerged model, is merged alike.
 
-    Args:
-        path: directory of a run, or a folder that `load_model` takes.
-        llm: as for `load_model`.
-
     Returns:
         (model, processor); of a model without a tokenizer the processor is its image part, or None.
 
     Raises:
-        ValueError: nothing is there to merge, or an LLM is given that has no use.
+        ValueError: as `load_model`, or nothing is there to merge.
     """
-    info = _vora_info(path)
+    info = _vora_info(path, llm)
     if info.adapter is None and info.run is None:
         raise ValueError(f"{info.path} has no vision LoRA: it is merged already.")
     model = _merged(info, llm, None).eval()
@@ -100,11 +94,9 @@ def load_adapter(path: Source, *, llm: str | None = None, dtype: torch.dtype | s
         ValueError: there is no adapter; no LLM is named, it cannot be loaded, or it is not the one that the adapter
             was trained on; or tensors do not fit.
     """
-    info = _vora_info(path)
+    info = _vora_info(path, llm)
     if info.adapter is None:
         raise ValueError(f"{info.path} has no vision LoRA: it is merged already.")
-    if llm is not None and (info.kind != "adapter" or info.run is not None):
-        raise ValueError(f"{info.path} has its own LLM: leave --llm out.")
     model = _base_model(info, llm, dtype or info.dtype)
     digests = {info.llm_digest, digest_of(model)} - {None}
     if info.kind == "adapter" and len(digests) > 1:
@@ -128,9 +120,6 @@ def load_trainable(path: Source, dtype: torch.dtype | str) -> PeftModel | VoraFo
 
 def load_processor(path: Source, llm: str | None = None) -> VoraProcessor:
     """The processor of a folder or a run; an adapter's gets its LLM's tokenizer where it has none of its own.
-
-    Args:
-        llm: as for `load_adapter`.
 
     Raises:
         ValueError: there is no tokenizer, or it does not agree with the adapter on the image token.
@@ -206,13 +195,13 @@ def load_heads(distillation: BlockwiseDistillation, path: Source) -> None:
     if not info.has_heads:
         return
     state, wanted = load_file(info.path / HEADS_FILE), distillation.state_dict()
-    if misfits := [name for name in {**state, **wanted} if _shape(state, name) != _shape(wanted, name)]:
+    there, here = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (state, wanted))
+    if misfits := [name for name in {**there, **here} if there.get(name) != here.get(name)]:
         raise ValueError(
             f"{len(misfits)} tensors of the distill heads of {info.path} are not those of the recipe's teacher, such "
-            f"as {misfits[0]} ({_shape(state, misfits[0])} there, {_shape(wanted, misfits[0])} here): set "
-            "teacher.standardize, summary and pairs as they were trained, teacher.pairing to hidden_states (a "
-            "checkpoint of the released code with a teacher of transformers) or inputs (with AIMv2), or delete the "
-            "file to begin with fresh ones."
+            f"as {misfits[0]} ({there.get(misfits[0])} there, {here.get(misfits[0])} here): set teacher.standardize, "
+            "summary and pairs as they were trained, teacher.pairing to hidden_states (a checkpoint of the released "
+            "code with a teacher of transformers) or inputs (with AIMv2), or delete the file to begin with fresh ones."
         )
     distillation.load_state_dict(state)
 
@@ -232,18 +221,15 @@ def distillation_of(path: Source) -> BlockwiseDistillation | None:
 
 
 @torch.no_grad()
-def digest_of(llm: PreTrainedModel, image_token_id: int | None = None) -> str | None:
+def digest_of(llm: PreTrainedModel) -> str | None:
     """Tells LLMs of one shape apart, with LoRA on or without: 16 hexadecimal digits of word embeddings and of the
-    first matrix of each block, some rows of them. Whether an LLM is loaded in bf16 or in fp32 makes no difference; in
-    fp16 some numbers are others, so that there it is None. The row that an LLM grew by for its image token is none of
-    its own, and left out.
+    first matrix of each block, some rows of them. It is the same in bf16 and in fp32; in fp16 some numbers are others,
+    so that there it is None. The row that an LLM grew by for its image token is none of its own, and left out.
 
     Args:
         llm: a causal LM, or a VoRA model around one.
-        image_token_id: of a causal LM that is to read images; a VoRA model knows its own.
     """
-    if image_token_id is None:
-        image_token_id = getattr(llm.config, "image_token_id", None)
+    image_token_id = getattr(llm.config, "image_token_id", None)
     depth = llm.config.get_text_config().num_hidden_layers
     language = getattr(getattr(llm, "model", llm), "language_model", llm)
     blocks = next(m for m in language.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
@@ -261,22 +247,22 @@ def digest_of(llm: PreTrainedModel, image_token_id: int | None = None) -> str | 
     return digest.hexdigest()[:16]
 
 
-def _vora_info(path: Source) -> CheckpointInfo:
-    """The description of a folder that holds a model with vision."""
+def _vora_info(path: Source, llm: str | None = None) -> CheckpointInfo:
+    """The description of a folder that holds a model with vision, which can go over the LLM if one is given."""
     info = path if isinstance(path, CheckpointInfo) else read_info(path)
     if info.kind == "llm":
         raise ValueError(
             f"{info.path} is a {info.model_type} model without vision: train some with `vora train`, or name a VoRA "
             "model."
         )
+    if llm is not None and (info.kind != "adapter" or info.run is not None):
+        raise ValueError(f"{info.path} has its own LLM: leave --llm out.")
     return info
 
 
 def _merged(info: CheckpointInfo, llm: str | None, dtype: torch.dtype | str | None) -> VoraForConditionalGeneration:
     if info.adapter is not None:
         return merge_vision_lora(load_adapter(info, llm=llm, dtype=dtype))
-    if llm is not None:
-        raise ValueError(f"{info.path} has its own LLM: leave --llm out.")
     return _whole_model(info, dtype or info.dtype)
 
 
@@ -339,7 +325,3 @@ def _name_of_llm(info: CheckpointInfo, llm: str | None) -> str:
             f"that with `vora merge {info.path} --llm LLM -o OUT`, and name OUT."
         )
     return name
-
-
-def _shape(tensors: dict[str, torch.Tensor], name: str) -> tuple[int, ...] | None:
-    return tuple(tensors[name].shape) if name in tensors else None

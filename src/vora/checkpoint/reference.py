@@ -1,37 +1,30 @@
-"""Checkpoints of the paper's released code, made into ours; see `reference_tensors` for what they are.
+"""Checkpoints of the paper's released code (github.com/Hon-Wong/VoRA, commit f138756), made into ours.
 
-In both of their layouts the adapted projections have biases, also where the LLM has none: they were trained, so they
-are kept, exactly.
+Two layouts: stage 1 (`lora_A`, `lora_B` and `aux_vision` beside the LLM) and merged (the released weights). In both
+the adapted projections have biases, also where the LLM has none: they were trained, so they are kept, exactly.
 """
 
-from dataclasses import dataclass, field
+import json
+import re
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import ModulesToSaveWrapper
-from safetensors.torch import save_file
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from vora.build.base_llm import choose_image_token, load_tokenizer
 from vora.build.from_llm import processor_from_llm
-from vora.build.lora import PATCH_EMBEDDING, attach_vision_lora, keep_trained_in_fp32, merge_vision_lora
+from vora.build.lora import attach_vision_lora, keep_trained_in_fp32, merge_vision_lora
 from vora.checkpoint.card import CardFacts, write_card
-from vora.checkpoint.layout import HEADS_FILE, AdapterInfo, CheckpointInfo, write_info
+from vora.checkpoint.layout import HEADS_FILE, AdapterInfo, CheckpointInfo, fetched, write_info
 from vora.checkpoint.names import loadable
-from vora.checkpoint.reference_tensors import (
-    Tensors,
-    checkpoint_folder,
-    heads_of,
-    lora_of,
-    places_of,
-    read_json,
-    read_tensors,
-    sort_tensors,
-    widest_dtype,
-)
-from vora.checkpoint.save import whole_folder, write_adapter_files
+from vora.checkpoint.save import Tensors, whole_folder, write_adapter_files
 from vora.model.configuration_vora import VoraConfig
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.modeling_vora import VoraForConditionalGeneration
@@ -52,49 +45,104 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 
+LLM, BIASES, PATCHES, LORA, HEADS, TEACHER = (
+    "LLM",
+    "biases of the adapted projections (and the LLM's own)",
+    "patch embedding",
+    "vision LoRA",
+    "distill heads",
+    "left behind: the frozen teacher, which trains nothing and is fetched by its name",
+)
+# (part, its names in a checkpoint, our names); the first that matches counts
+NAMES = (
+    (LORA, r"llm\.model\.(layers\.\d+\..+\.lora_[AB])\.weight", r"model.language_model.\1.default.weight"),
+    (BIASES, r"llm\.model\.(layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.bias)", r"model.language_model.\1"),
+    (LLM, r"llm\.model\.(.+)", r"model.language_model.\1"),
+    (LLM, r"llm\.(.+)", r"\1"),
+    (PATCHES, "vision_embedding.patchifier.proj.weight", "model.patch_embedding.patch.weight"),
+    (PATCHES, "vision_embedding.patchifier.proj.bias", "model.patch_embedding.patch.bias"),
+    (PATCHES, "vision_embedding.patchifier.norm.weight", "model.patch_embedding.norm.weight"),
+    (PATCHES, "vision_embedding.pos_embed", "model.patch_embedding.position"),
+    (PATCHES, "vision_embedding.out_proj.weight", "model.patch_embedding.projection.weight"),
+    (HEADS, r"aux_vision\.aux_layer_(\d+\.[01])\.weight", r"\1"),
+    (TEACHER, r"aux_vision\.aux_model\.(.+)", r"\1"),
+)
+LORA_NAME = re.compile(r"model\.language_model\.layers\.(\d+)\.(.+)\.lora_[AB]\.default\.weight")
+EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+POSITION, PATCH = "model.patch_embedding.position", "model.patch_embedding.patch.weight"
+
 
 @dataclass
 class Reference:
     """A checkpoint of the released code.
 
     Attributes:
-        model: the `VoraForConditionalGeneration` without LoRA.
-        rank, num_blocks, target_modules: of its LoRA; rank 0 in a merged checkpoint.
+        model: without LoRA, in the checkpoint's own precision.
+        info: with the adapter, of a stage-1 checkpoint.
+        processor: of the released code; where there is no tokenizer, its image part.
         lora: {our name: tensor} of its pairs.
-        heads: state dict of a `BlockwiseDistillation` with the pairs of `block_pairs(..., pairing="hidden_states")`
-            for teachers of transformers, or "inputs" for AIMv2's own code; empty in a merged checkpoint.
-        teacher: what its configuration names.
+        heads: state dict of a `BlockwiseDistillation` with the pairs of `info`; empty in a merged checkpoint.
         places: {where tensors went: (how many, how many parameters)}.
     """
 
     model: VoraForConditionalGeneration
-    rank: int = 0
-    num_blocks: int = 0
-    target_modules: list[str] = field(default_factory=list)
-    lora: Tensors = field(default_factory=dict)
-    heads: Tensors = field(default_factory=dict)
-    teacher: str = ""
-    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    info: CheckpointInfo
+    processor: VoraProcessor | VoraImageProcessor
+    lora: Tensors
+    heads: Tensors
+    places: dict[str, tuple[int, int]]
 
     def with_lora(self) -> PeftModel:
         """The model with its LoRA on, as `attach_vision_lora` returns it; it goes into `model` itself, so only once.
 
         Raises:
-            ValueError: the checkpoint has none, because it is merged, or the model has it already.
+            ValueError: the checkpoint has none, because it is merged; or its LoRA fits no layer.
         """
-        if not self.rank or isinstance(self.model.model.patch_embedding, ModulesToSaveWrapper):
-            raise ValueError("This model has no LoRA to put on, or has it on already.")
-        peft_model = attach_vision_lora(
-            self.model, rank=self.rank, num_blocks=self.num_blocks, target_modules=self.target_modules
-        )
+        adapter = self.info.adapter
+        if adapter is None:
+            raise ValueError("This model has no LoRA to put on.")
+        options: Any = {"rank": adapter.rank, "num_blocks": adapter.num_blocks}
+        peft_model = attach_vision_lora(self.model, **options, target_modules=adapter.target_modules)
         keep_trained_in_fp32(peft_model)
-        trained: Any = self.model.model.patch_embedding.modules_to_save
-        state = trained["default"].state_dict()
-        state = {f"base_model.model.model.{PATCH_EMBEDDING}.{name}": tensor for name, tensor in state.items()}
-        loaded = set_peft_model_state_dict(peft_model, self.lora | state)
-        if loaded.unexpected_keys:
-            raise ValueError(f"{len(loaded.unexpected_keys)} LoRA tensors fit no layer: {loaded.unexpected_keys[0]}.")
+        if strange := peft_model.get_base_model().load_state_dict(self.lora, strict=False).unexpected_keys:
+            raise ValueError(f"{len(strange)} LoRA tensors fit no layer: {strange[0]}.")
         return peft_model.eval()
+
+
+def import_reference(checkpoint: Path | str, llm: Path | str, out: Path | str, merge: bool = False) -> Reference:
+    """Write a checkpoint of the released code as one of ours: the model with its processor and card, and of a stage-1
+    checkpoint the adapter and the distill heads.
+
+    Args:
+        checkpoint, llm: as for `load_reference`.
+        merge: fold LoRA into the weights instead, in fp32.
+
+    Raises:
+        ValueError: as `load_reference`, or `out` is not empty.
+    """
+    with whole_folder(out) as folder:
+        reference = load_reference(checkpoint, llm)
+        if reference.info.adapter and merge:
+            reference.model = merge_vision_lora(reference.with_lora())
+            reference.info = replace(reference.info, kind="merged", adapter=None, has_heads=False)
+        reference.model.save_pretrained(folder)
+        reference.processor.save_pretrained(folder)
+        if reference.info.adapter:
+            peft_model = reference.with_lora()
+            write_adapter_files(peft_model, folder, get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+        if reference.info.has_heads:
+            save_file(reference.heads, folder / HEADS_FILE)
+        write_info(reference.info, folder)
+        facts = CardFacts(
+            made="imported",
+            stage=reference.info.stage or "not stated",
+            base_llm=str(llm),
+            teacher=reference.info.teacher,
+            source=str(checkpoint),
+            merge_command="vora merge THIS_FOLDER -o my-vora",
+        )
+        write_card(folder, facts)
+    return reference
 
 
 def load_reference(checkpoint: Path | str, llm: Path | str) -> Reference:
@@ -105,45 +153,56 @@ def load_reference(checkpoint: Path | str, llm: Path | str) -> Reference:
         llm: folder or hub id of the LLM it was made from; its config.json is enough, its tokenizer names the image
             token.
 
-    Returns:
-        A `Reference`, in the checkpoint's own precision.
-
     Raises:
         ValueError: it is no such checkpoint, tensors are missing, unknown or of another shape than the LLM's, or the
             LLM's family has no place for the biases.
     """
-    folder = checkpoint_folder(checkpoint)
-    config = read_json(folder / "config.json")
-    tensors = read_tensors(folder)
-    llm_config = AutoConfig.from_pretrained(llm).get_text_config()
-    parts = sort_tensors(tensors, folder)
-    dtype = widest_dtype(parts)
-    text_config = text_config_with_biases(llm_config, {name.split(".")[4] for name in parts["biases"]})
-    position, patch = (parts["patch_embedding"][name] for name in ("position", "patch.weight"))
-    grid = round(position.shape[-2] ** 0.5)
-    if grid**2 != position.shape[-2]:
-        raise ValueError(f"{folder} has {position.shape[-2]} positions, which make no square grid.")
-    vora_config = VoraConfig(
-        text_config=text_config,
-        image_token_id=image_token_of(llm, checkpoint, text_config.vocab_size),
+    folder = Path(checkpoint) if Path(checkpoint).is_dir() else fetched(str(checkpoint))
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds no config.json: it is no checkpoint.")
+    fields, parts = json.loads((folder / "config.json").read_text()), _sorted(_read_tensors(folder), folder)
+    llm_config, tokenizer = AutoConfig.from_pretrained(llm).get_text_config(), _tokenizer_of(llm, checkpoint)
+    state = parts[LLM] | parts[BIASES] | parts[PATCHES]
+    num_positions, patch = state[POSITION].shape[-2], state[PATCH]
+    grid = round(num_positions**0.5)
+    if grid**2 != num_positions:
+        raise ValueError(f"{folder} has {num_positions} positions, which make no square grid.")
+    last = llm_config.vocab_size - 1  # which padded vocabularies leave unused
+    config = VoraConfig(
+        text_config=text_config_with_biases(llm_config, {name.split(".")[4] for name in parts[BIASES]}),
+        image_token_id=last if tokenizer is None else min(choose_image_token(tokenizer)[1], last),
         patch_size=patch.shape[-1],
         image_size=grid * patch.shape[-1],
         num_channels=patch.shape[1],
         vision_hidden_size=patch.shape[0],
-        patch_norm_eps=getattr(llm_config, "rms_norm_eps", config.get("rms_norm_eps", 1e-5)),
-        image_attention=config.get("vision_attention_mask") or "bidirectional",
-        lm_head_bias="lm_head.bias" in parts["llm"],
-        dtype=dtype,
+        patch_norm_eps=getattr(llm_config, "rms_norm_eps", fields.get("rms_norm_eps", 1e-5)),
+        image_attention=fields.get("vision_attention_mask") or "bidirectional",
+        lm_head_bias="lm_head.bias" in state,
+        # which holds every weight exactly: trained parts may be wider than frozen ones
+        dtype=reduce(torch.promote_types, [tensor.dtype for tensor in state.values()]),
     )
-    needed = needed_biases(llm_config, config.get("lora") or {})
-    model = build_model(vora_config, parts, needed, folder)
-    reference = Reference(model, teacher=config.get("aux_vision") or "", places=places_of(parts))
-    if parts["lora"]:
-        found = lora_of(parts["lora"])
-        reference.lora, reference.rank, reference.num_blocks, reference.target_modules = found
-    if parts["heads"]:
-        reference.heads = heads_of(parts["heads"])
-    return reference
+    model = _build_model(config, state, _needed_biases(llm_config, fields.get("lora") or {}), folder)
+    processor = _processor_of(config, tokenizer)
+    if isinstance(processor, VoraProcessor):
+        processor.end_turns_of(model)
+    adapter, heads, teacher = _adapter_of(parts[LORA]), _heads_of(parts[HEADS]), fields.get("aux_vision") or None
+    levels = sorted(int(name.split(".")[1]) for name in heads if name.endswith(".1.weight"))
+    shift = 1 if "aimv2" in (teacher or "").lower() else 0  # see `block_pairs`: "inputs", or "hidden_states"
+    info = CheckpointInfo(
+        kind="unmerged" if adapter else "merged",
+        path=folder,
+        model_type=config.model_type,
+        dtype=str(model.dtype).removeprefix("torch."),
+        stage="pretrain" if adapter else None,
+        base_llm=loadable(str(llm)),
+        adapter=adapter,
+        teacher=teacher,
+        block_pairs=tuple((level, level + shift) for level in levels),
+        has_heads=bool(adapter and heads),
+        has_processor=isinstance(processor, VoraProcessor),
+    )
+    places = {part: (len(found), sum(t.numel() for t in found.values())) for part, found in parts.items() if found}
+    return Reference(model, info, processor, parts[LORA], heads, places)
 
 
 def text_config_with_biases(llm_config: PreTrainedConfig, kinds: set[str]) -> PreTrainedConfig:
@@ -159,9 +218,9 @@ def text_config_with_biases(llm_config: PreTrainedConfig, kinds: set[str]) -> Pr
     wanted = {flags[kind]: True for kind in kinds}
     if all(hasattr(llm_config, flag) for flag in wanted):
         return type(llm_config).from_dict({**llm_config.to_dict(), **wanted})
-    windows = [kind for kind in getattr(llm_config, "layer_types", None) or [] if kind != "full_attention"]
+    windows = set(getattr(llm_config, "layer_types", None) or ()) - {"full_attention"}
     if llm_config.model_type == "mistral" and llm_config.sliding_window:
-        windows = ["sliding_attention"]
+        windows.add("sliding_attention")
     if llm_config.model_type not in ("qwen2", "mistral") or windows:
         raise ValueError(
             f"The checkpoint has biases in {' and '.join(sorted(kinds))}, for which {llm_config.model_type} "
@@ -173,74 +232,126 @@ def text_config_with_biases(llm_config: PreTrainedConfig, kinds: set[str]) -> Pr
     return LlamaConfig(**{**shared, "attention_bias": "self_attn" in kinds, "mlp_bias": "mlp" in kinds})
 
 
-def image_token_of(llm: Path | str, checkpoint: Path | str, vocab_size: int) -> int:
-    """Id of the image token: that of the LLM's tokenizer, or else the checkpoint's, its own or a spare one; without
-    any, the last row of the vocabulary, which padded vocabularies leave unused."""
-    tokenizer = tokenizer_of(llm) or tokenizer_of(checkpoint)
-    if tokenizer is None:
-        return vocab_size - 1
-    return min(choose_image_token(tokenizer)[1], vocab_size - 1)
+def _read_tensors(folder: Path) -> Tensors:
+    """{name: tensor} of all safetensors files of a folder, mapped into memory rather than read."""
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if missing := [file.name for file in files if not file.exists()]:
+        raise ValueError(f"{folder} lacks {len(missing)} of {len(files)} shards, such as {missing[0]}: fetch them.")
+    tensors: Tensors = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"Cannot read {file}: {error}.") from None
+    return tensors
 
 
-def tokenizer_of(llm: Path | str) -> PreTrainedTokenizerBase | None:
-    """The LLM's tokenizer, or None where its folder has no vocabulary (transformers would make up an empty one)."""
-    vocabularies = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.gguf")
-    if Path(llm).is_dir() and not any(any(Path(llm).glob(name)) for name in vocabularies):
+def _sorted(tensors: Tensors, folder: Path) -> dict[str, Tensors]:
+    """{part: {our name: tensor}}.
+
+    Raises:
+        ValueError: the layout is another, or tensors have no place here.
+    """
+    parts: dict[str, Tensors] = {part: {} for part in (LLM, BIASES, PATCHES, LORA, HEADS, TEACHER)}
+    unknown = []
+    for name, tensor in tensors.items():
+        part, pattern, ours = next((known for known in NAMES if re.fullmatch(known[1], name)), ("", "", ""))
+        if part:
+            parts[part][re.sub(pattern, ours, name)] = tensor
+        else:
+            unknown.append(name)
+    if missing := [theirs for part, theirs, ours in NAMES if part == PATCHES and ours not in parts[PATCHES]]:
+        raise ValueError(
+            f"{folder} lacks {missing[0]} and {len(missing) - 1} more tensors of a patch embedding: it is no "
+            "checkpoint of the released code with AIMv2Embedding."
+        )
+    if unknown:
+        raise ValueError(
+            f"{folder} has {len(unknown)} tensors that no part of the released code has, such as {unknown[0]}: "
+            "nothing was imported."
+        )
+    return parts
+
+
+def _adapter_of(lora: Tensors) -> AdapterInfo | None:
+    """None of a merged checkpoint.
+
+    Raises:
+        ValueError: the blocks do not have the same pairs, or the ranks differ.
+    """
+    if not lora:
         return None
-    try:
-        return load_tokenizer(llm)
-    except Exception:  # transformers raises many kinds where files are missing
-        return None
+    places = {match.groups() for name in lora if (match := LORA_NAME.fullmatch(name))}
+    num_blocks, layers = len({block for block, _ in places}), {layer for _, layer in places}
+    wanted = {
+        f"model.language_model.layers.{block}.{layer}.lora_{side}.default.weight"
+        for block in range(num_blocks)
+        for layer in layers
+        for side in "AB"
+    }
+    ranks = {tensor.shape[0 if ".lora_A." in name else 1] for name, tensor in lora.items()}
+    if lora.keys() != wanted or len(ranks) != 1:
+        raise ValueError(
+            f"The checkpoint's {len(lora)} LoRA tensors are no pairs of one rank in its first blocks: {num_blocks} "
+            f"blocks, {len(layers)} layers, ranks {sorted(ranks)}. Is a shard missing?"
+        )
+    return AdapterInfo(ranks.pop(), num_blocks, tuple(sorted(layer.rpartition(".")[2] for layer in layers)))
 
 
-def needed_biases(llm_config: PreTrainedConfig, lora: dict[str, Any]) -> set[str]:
+def _heads_of(tensors: Tensors) -> Tensors:
+    """The released code's heads under the names of a `BlockwiseDistillation`, whose biases and means are zero then."""
+    if not tensors:
+        return {}
+    state = {"num_updates": torch.zeros((), dtype=torch.long)}
+    for name, tensor in tensors.items():
+        level, part = name.split(".")
+        student = int(level) - 1  # level i looks at what enters block i
+        state[f"heads.{student}.{part}.weight"] = tensor.float().contiguous()
+        if part == "1":
+            state[f"heads.{student}.1.bias"] = torch.zeros(len(tensor))
+            state[f"mean_{student}"] = torch.zeros(len(tensor))
+    return state
+
+
+def _needed_biases(llm_config: PreTrainedConfig, lora: dict[str, Any]) -> set[str]:
     """Our names of the biases that a whole checkpoint has: the LLM's own, and those of the adapted projections.
 
     Args:
         lora: the section of the checkpoint's configuration, with `layers` (a number, or "all") and `target_modules`.
     """
     with torch.device("meta"):
-        own = AutoModel.from_config(llm_config).state_dict()
-    names = {name for name in own if name.endswith("_proj.bias")}
+        names = {name for name in AutoModel.from_config(llm_config).state_dict() if name.endswith("_proj.bias")}
     layers = lora.get("layers") or 0
     depth = layers if isinstance(layers, int) else llm_config.num_hidden_layers
     names |= {f"layers.{i}.{target}.bias" for i in range(depth) for target in lora.get("target_modules") or ()}
     return {f"model.language_model.{name}" for name in names}
 
 
-def build_model(
-    config: VoraConfig, parts: dict[str, Tensors], needed: set[str], folder: Path
-) -> VoraForConditionalGeneration:
-    """A `VoraForConditionalGeneration` of exactly the checkpoint's tensors; biases that it need not have are zero.
+def _build_model(config: VoraConfig, state: Tensors, needed: set[str], folder: Path) -> VoraForConditionalGeneration:
+    """A model of exactly the checkpoint's tensors; biases that it need not have are zero.
 
     Raises:
         ValueError: tensors are missing, left over, or of another shape; named.
     """
     with torch.device("meta"):
         wanted = VoraForConditionalGeneration(config).state_dict()
-    state = {f"model.language_model.{name.removeprefix('llm.model.')}": t for name, t in parts["biases"].items()}
-    for name, tensor in parts["llm"].items():
-        ours = name if name.startswith("lm_head.") else f"model.language_model.{name.removeprefix('model.')}"
-        state[ours] = tensor
-    for name, tensor in parts["patch_embedding"].items():
-        if name == "patch.weight":  # a convolution's
-            tensor = tensor.flatten(1)
-        state[f"model.patch_embedding.{name}"] = tensor[0] if name == "position" else tensor
-    embeddings = "model.language_model.embed_tokens.weight"
-    if config.tie_word_embeddings:  # files hold one of the two names
-        own = state.get(embeddings)
-        tied = state.get("lm_head.weight", own)
-        if tied is not None and own is not None and not torch.equal(tied, own):
+    state |= {POSITION: state[POSITION][0], PATCH: state[PATCH].flatten(1)}  # there a convolution's
+    if config.tie_word_embeddings:  # files hold one of the two names, or both
+        tables = [state.pop(name) for name in (HEAD, EMBEDDINGS) if name in state]
+        if len(tables) == 2 and not torch.equal(*tables):
             raise ValueError(
                 f"{folder} has an output layer that differs from its embeddings, but the LLM given ties the two: set "
                 "tie_word_embeddings to false in its config.json, so that both are kept."
             )
-        state |= {} if tied is None else {"lm_head.weight": tied, embeddings: tied}
-    dtype = config.dtype
-    for name, tensor in wanted.items():
-        if name.endswith("_proj.bias") and name not in state and name not in needed:  # of a layer that was not adapted
-            state[name] = torch.zeros(tensor.shape, dtype=dtype)
-    missing, left = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
+        state |= {EMBEDDINGS: tables[0]} if tables else {}
+        del wanted[HEAD]
+    for name in wanted.keys() - state.keys() - needed:
+        if name.endswith("_proj.bias"):  # of a layer that was not adapted
+            state[name] = torch.zeros(wanted[name].shape)
+    missing, left = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     bent = [name for name in state if name in wanted and state[name].shape != wanted[name].shape]
     for names, fault in ((missing, "are missing"), (left, "have no place in it"), (bent, "have another shape")):
         if names:
@@ -248,79 +359,25 @@ def build_model(
                 f"{folder} does not fit the LLM given ({config.text_config.model_type}): {len(names)} of "
                 f"{len(wanted)} tensors {fault}, such as {names[0]}. Is --llm the one it was made from?"
             )
-    state = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
-    if config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    model = VoraForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    state = {name: tensor.to(config.dtype).contiguous() for name, tensor in state.items()}
+    model = VoraForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=config.dtype)
     model.generation_config.suppress_tokens = [config.image_token_id]  # no answer holds an image
     return model.eval()
 
 
-def import_reference(checkpoint: Path | str, llm: Path | str, out: Path | str, merge: bool = False) -> Reference:
-    """Write a checkpoint of the released code as one of ours.
-
-    Args:
-        checkpoint, llm: as for `load_reference`.
-        out: new folder. It gets the model with its card; its processor, where the LLM (or the checkpoint) has a
-            tokenizer; and of a stage-1 checkpoint, unless merged, the adapter and the distill heads.
-        merge: fold LoRA into the weights, in fp32.
-
-    Returns:
-        The `Reference`.
-
-    Raises:
-        ValueError: as `load_reference`, or `out` is not empty.
-    """
-    with whole_folder(out) as folder:
-        reference = load_reference(checkpoint, llm)
-        if reference.rank and merge:
-            reference.model, reference.rank = merge_vision_lora(reference.with_lora()), 0
-        processor = processor_of(reference.model.config, llm, checkpoint)
-        if isinstance(processor, VoraProcessor):
-            processor.end_turns_of(reference.model)
-        info = describe(reference, llm, folder, isinstance(processor, VoraProcessor))
-        reference.model.save_pretrained(folder)
-        if info.adapter is not None:
-            peft_model = reference.with_lora()
-            write_adapter_files(peft_model, folder, get_peft_model_state_dict(peft_model, save_embedding_layers=False))
-            if reference.heads:
-                save_file(reference.heads, folder / HEADS_FILE)
-        processor.save_pretrained(folder)
-        write_info(info, folder)
-        facts = CardFacts(
-            made="imported",
-            stage=info.stage or "not stated",
-            base_llm=str(llm),
-            teacher=reference.teacher or None,
-            source=str(checkpoint),
-            merge_command="vora merge THIS_FOLDER -o my-vora",
-        )
-        write_card(folder, facts)
-    return reference
+def _tokenizer_of(*places: Path | str) -> PreTrainedTokenizerBase | None:
+    """The first tokenizer among folders and hub ids; None where no folder has a vocabulary (transformers would make up
+    an empty one)."""
+    vocabularies = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.gguf")
+    for place in places:
+        if not Path(place).is_dir() or any(any(Path(place).glob(name)) for name in vocabularies):
+            with suppress(Exception):  # transformers raises many kinds where files are missing
+                return load_tokenizer(place)
+    return None
 
 
-def describe(reference: Reference, llm: Path | str, folder: Path, has_processor: bool) -> CheckpointInfo:
-    """What is known of an imported model."""
-    levels = sorted(int(name.split(".")[1]) for name in reference.heads if name.endswith(".1.weight"))
-    shift = 1 if "aimv2" in reference.teacher.lower() else 0  # see `block_pairs`: "inputs", or "hidden_states"
-    adapter = AdapterInfo(reference.rank, reference.num_blocks, tuple(reference.target_modules))
-    return CheckpointInfo(
-        kind="unmerged" if reference.rank else "merged",
-        path=folder,
-        model_type=reference.model.config.model_type,
-        dtype=str(reference.model.dtype).removeprefix("torch."),
-        stage="pretrain" if reference.lora else None,
-        base_llm=loadable(str(llm)),
-        adapter=adapter if reference.rank else None,
-        teacher=reference.teacher or None,
-        block_pairs=tuple((level, level + shift) for level in levels),
-        has_heads=bool(reference.rank and reference.heads),
-        has_processor=has_processor,
-    )
-
-
-def processor_of(config: VoraConfig, llm: Path | str, checkpoint: Path | str) -> VoraProcessor | VoraImageProcessor:
-    """The processor of the released code: black squares, ChatML; where there is no tokenizer, its image part."""
+def _processor_of(config: VoraConfig, tokenizer: PreTrainedTokenizerBase | None) -> VoraProcessor | VoraImageProcessor:
+    """The released code's: black squares, ChatML."""
     tokens = (config.image_size // config.patch_size) ** 2
     settings: dict[str, Any] = {
         "patch_size": config.patch_size,
@@ -330,7 +387,6 @@ def processor_of(config: VoraConfig, llm: Path | str, checkpoint: Path | str) ->
         "image_mean": CLIP_MEAN,
         "image_std": CLIP_STD,
     }
-    tokenizer = tokenizer_of(llm) or tokenizer_of(checkpoint)
     if tokenizer is None:
         return VoraImageProcessor(**settings)
     template = CHAT_TEMPLATE if "<|im_start|>" in tokenizer.get_vocab() else None

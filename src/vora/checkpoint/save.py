@@ -1,7 +1,7 @@
 """Saving: the state of a training, an adapter alone, a merged model; each with its description, and whole or not."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +10,18 @@ from tempfile import TemporaryDirectory
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
-from transformers import GenerationConfig
 
 from vora.build.from_llm import to_llm
-from vora.checkpoint.card import Evaluation, write_run_card
-from vora.checkpoint.layout import HEADS_FILE, CheckpointInfo, Kind, adapter_info, read_info, write_info
+from vora.checkpoint.card import write_run_card
+from vora.checkpoint.layout import (
+    HEADS_FILE,
+    CheckpointInfo,
+    Kind,
+    adapter_info,
+    as_the_recipe_names,
+    read_info,
+    write_info,
+)
 from vora.checkpoint.load import digest_of, load_adapter, load_processor, merge_run
 from vora.checkpoint.run_directory import read_recipe, run_of
 from vora.distill.blockwise import BlockwiseDistillation
@@ -36,7 +43,7 @@ def save_training(
     """Write what was trained: the adapter and the distill heads (stage 1), or the whole model (stage 2).
 
     Args:
-        folder: `final` or a checkpoint of a run, whose recipe names what the files cannot.
+        folder: of a run, whose recipe names what the files cannot.
         state_dict: `student.` and `distillation.` tensors, gathered, where FSDP has spread them over processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,17 +103,11 @@ def save_merged(
     processor: VoraProcessor | VoraImageProcessor | None,
     out: Path | str,
     source: CheckpointInfo | Path | str,
-    evaluation: Sequence[Evaluation] = (),
 ) -> None:
-    """Write a model from `merge_run` with its processor and card; a failed save leaves nothing behind.
-
-    Args:
-        source: what it was merged from.
-        evaluation: measured figures, for the card.
-    """
+    """Write what `merge_run` made of a source, with processor and card; a failed save leaves nothing behind."""
     info = source if isinstance(source, CheckpointInfo) else read_info(source)
     with whole_folder(out) as folder:
-        _write_merged(model, processor, folder, info, evaluation)
+        _write_merged(model, processor, folder, info)
 
 
 def merge(
@@ -129,8 +130,13 @@ def merge(
         ValueError: as `merge_run`; or a folder is not empty, or is named twice, or there is no adapter apart.
     """
     info = read_info(path)
-    if adapter_out is not None:
-        _check_adapter_apart(info)
+    if adapter_out is not None and (info.run is None or info.kind != "adapter" or info.is_llava):
+        what = "no run of vora train" if info.run is None else f"a run of stage {info.stage}"
+        what += " with an encoder" if info.is_llava else ""
+        raise ValueError(
+            f"{info.run or info.path} is {what}: only runs of stage pretrain, without an encoder, have an adapter "
+            "apart from their LLM. Leave --adapter-out out."
+        )
     given = {"--out": out, "--llm-out": llm_out, "--adapter-out": adapter_out}
     places = {name: Path(place) for name, place in given.items() if place is not None}
     if len({place.resolve() for place in places.values()}) < len(places):
@@ -142,7 +148,7 @@ def merge(
             save_adapter(load_adapter(info), load_processor(info), adapter, dtype=info.dtype, info=info)
             named = read_info(adapter).base_llm
             command = f"vora merge THIS_FOLDER{'' if named else ' --llm LLM'} -o my-vora"
-            write_run_card(adapter, info.run, merge_command=command)
+            write_run_card(adapter, info.run or info.path, merge_command=command)
         model, processor = merge_run(info, llm)
         _write_merged(model, processor, folders["--out"], info)
         if llm_out is not None:
@@ -186,14 +192,13 @@ def _write_merged(
     processor: VoraProcessor | VoraImageProcessor | None,
     folder: Path,
     source: CheckpointInfo,
-    evaluation: Sequence[Evaluation] = (),
 ) -> None:
     model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
     info = _without_adapter(source, "merged", model.dtype)
     write_info(replace(info, has_processor=isinstance(processor, VoraProcessor)), folder)
-    write_run_card(folder, source.run or source.path, evaluation=evaluation)
+    write_run_card(folder, source.run or source.path)
 
 
 def _write_llm(
@@ -203,10 +208,7 @@ def _write_llm(
     info: CheckpointInfo,
 ) -> None:
     llm = to_llm(model)
-    generation_config, llm.generation_config = llm.generation_config, GenerationConfig()
     llm.save_pretrained(folder)
-    # as it came, also with flags that transformers would not save, such as a temperature without sampling
-    generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
     if isinstance(processor, VoraProcessor):
         processor.text_tokenizer().save_pretrained(folder)
     write_info(replace(_without_adapter(info, "llm", llm.dtype), model_type=llm.config.model_type), folder)
@@ -241,29 +243,12 @@ def _info_of_training(
         info = replace(info, adapter=adapter, llm_digest=digest)
     if run is None:
         return info
-    recipe = read_recipe(run)
-    model, teacher = recipe["model"], recipe.get("teacher") or {}
-    before = info
-    with suppress(ValueError, OSError):  # it may have been moved since, and the weights matter more
-        before = read_info(model["vora"]) if model.get("vora") else info
-    return replace(
-        info,
-        base_llm=model.get("llm") or before.base_llm,
-        encoder=model.get("encoder") or before.encoder,
-        teacher=teacher.get("name") or before.teacher,
-        block_pairs=before.block_pairs,
-    )
-
-
-def _check_adapter_apart(info: CheckpointInfo) -> None:
-    if info.run is not None and info.kind == "adapter" and not info.is_llava:
-        return
-    what = "no run of vora train" if info.run is None else f"a run of stage {info.stage}"
-    what += " with an encoder" if info.is_llava else ""
-    raise ValueError(
-        f"{info.run or info.path} is {what}: only runs of stage pretrain, without an encoder, have an adapter apart "
-        "from their LLM. Leave --adapter-out out."
-    )
+    if source := read_recipe(run)["model"].get("vora"):
+        with suppress(ValueError, OSError):  # it may have been moved since, and the weights matter more
+            before = read_info(source)
+            known = {name: getattr(before, name) for name in ("base_llm", "encoder", "teacher", "block_pairs")}
+            info = replace(info, **known)
+    return as_the_recipe_names(info, run)
 
 
 def _part_of(state_dict: Tensors, prefix: str) -> Tensors:
