@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -15,7 +16,7 @@ from tiny import save_tiny_vit
 from typer.testing import CliRunner
 
 from vora.build.base_llm import ALIASES
-from vora.checkpoint.card import CardFacts, Evaluation, write_card, write_run_card
+from vora.checkpoint.card import CardFacts, write_card, write_run_card
 from vora.checkpoint.lineage import KNOWN_LICENCES, NOT_STATED, lineage, read_card
 from vora.checkpoint.names import published
 from vora.cli import app
@@ -72,22 +73,19 @@ def work(tmp_path_factory, llm_folder):
     return work
 
 
-SAVED = ["one/final", "merged", "llm-part", "two/final", "merged-two"]
-
-
-@pytest.mark.parametrize("saved", SAVED)
-def test_each_saved_model_has_a_card_that_names_no_folder(work, saved):
-    text = (work / saved / "README.md").read_text()
-    assert str(work) not in text and str(Path.home()) not in text and "/tmp/" not in text
-    front = ModelCard(text).data.to_dict()
-    assert "base_model" not in front and "datasets" not in front  # all of it is local
-    assert front["license"] == "other" and front["license_name"] == "tiny-terms"
-    assert front["library_name"] == "transformers" and "vora" in front["tags"]
-    assert front["pipeline_tag"] == ("text-generation" if saved == "llm-part" else "image-text-to-text")
-    assert "Base LLM: `tiny-llama`" in text and "Teacher: `vit`" in text
-    assert "| base LLM | `tiny-llama` | other (tiny-terms) |" in text and "| teacher | `vit` | mit |" in text
-    assert f"| data | `first.jsonl` | {NOT_STATED} |" in text
-    assert ("language part alone" in text) == (saved == "llm-part")
+def test_each_saved_model_has_a_card_that_names_no_folder(work):
+    for saved in ("one/final", "merged", "llm-part", "two/final", "merged-two"):
+        text = (work / saved / "README.md").read_text()
+        assert str(work) not in text and str(Path.home()) not in text and "/tmp/" not in text
+        front = ModelCard(text).data.to_dict()
+        assert "base_model" not in front and "datasets" not in front  # all of it is local
+        assert front["license"] == "other" and front["license_name"] == "tiny-terms"
+        assert front["library_name"] == "transformers" and "vora" in front["tags"]
+        assert front["pipeline_tag"] == ("text-generation" if saved == "llm-part" else "image-text-to-text")
+        assert "Base LLM: `tiny-llama`" in text and "Teacher: `vit`" in text
+        assert "| base LLM | `tiny-llama` | other (tiny-terms) |" in text and "| teacher | `vit` | mit |" in text
+        assert f"| data | `first.jsonl` | {NOT_STATED} |" in text
+        assert ("language part alone" in text) == (saved == "llm-part")
 
 
 def test_the_card_of_a_merged_model_tells_how_it_was_made(work):
@@ -101,10 +99,8 @@ def test_the_card_of_a_merged_model_tells_how_it_was_made(work):
     recipe = read_card(work / "merged")["stages"][0]["recipe"]
     saved = yaml.safe_load((work / "one" / "recipe.yaml").read_text())
     assert recipe["model"]["llm"] == "tiny-llama" and recipe["teacher"]["name"] == "vit"
-    assert (
-        recipe["data"]["sources"][1]["image_folder"] == work.name
-        and recipe["sample_generations"][0]["image"] == "red.png"
-    )
+    assert recipe["data"]["sources"][1]["image_folder"] == work.name
+    assert recipe["sample_generations"][0]["image"] == "red.png"
     for section, key in [("data", "caption_prompts"), ("training", "max_steps"), ("lora", "rank")]:
         assert recipe[section][key] == saved[section][key]
     load_recipe(recipe)
@@ -123,53 +119,48 @@ def test_stage_two_keeps_its_ancestor(work, tmp_path):
     assert "| steps | 3 | 2 |" in text and text.count("yaml\n") == 2
 
 
-def test_a_merged_model_loads_as_its_card_says(work, monkeypatch):
-    text = (work / "merged" / "README.md").read_text()
-    code = re.search(r"```python\n(.*?)```", text, flags=re.S).group(1)
-    found = {}
+def test_models_load_and_merge_as_their_cards_say(work, monkeypatch, tmp_path):
     monkeypatch.chdir(work)
     shutil.copy(work / "red.png", work / "image.png")
-    exec(code.replace("THIS_FOLDER", str(work / "merged")), found)
-    assert isinstance(found["answer"], str) and found["model"].config.model_type == "vora"
-    command = re.search(r"`vora (chat .*?)`", text).group(1).replace("THIS_FOLDER", str(work / "merged"))
-    result = CliRunner().invoke(
-        app, [word.strip('"') for word in re.findall(r'".*?"|\S+', f"{command} --max-new-tokens 4")]
-    )
+    for folder, family in (("merged", "vora"), ("llm-part", "llama")):
+        text, found = (work / folder / "README.md").read_text(), {}
+        code = re.search(r"```python\n(.*?)```", text, flags=re.S).group(1)
+        exec(code.replace("THIS_FOLDER", str(work / folder)), found)
+        assert found["model"].config.model_type == family and isinstance(found.get("answer", ""), str)
+    command = re.search(r"`vora (chat .*?)`", (work / "merged" / "README.md").read_text()).group(1)
+    words = shlex.split(command.replace("THIS_FOLDER", str(work / "merged")))
+    result = CliRunner().invoke(app, [*words, "--max-new-tokens", "4"])
     assert result.exit_code == 0, result.output
-
-
-def test_the_language_part_loads_as_its_card_says(work):
-    code = re.search(r"```python\n(.*?)```", (work / "llm-part" / "README.md").read_text(), flags=re.S).group(1)
-    found = {}
-    exec(code.replace("THIS_FOLDER", str(work / "llm-part")), found)
-    assert found["model"].config.model_type == "llama"
-
-
-def test_unmerged_weights_merge_as_their_card_says(work, tmp_path):
     text = (work / "one" / "final" / "README.md").read_text()
     assert "over it by itself" in text and "from_pretrained" not in text
-    command = re.search(r"^vora (merge .*)$", text, flags=re.M).group(1)
-    words = command.replace("RUN", str(work / "one")).replace("my-vora", str(tmp_path / "my-vora")).split()
-    merge(*words[1:])
+    command = re.search(r"^vora merge (.*)$", text, flags=re.M).group(1)
+    merge(*command.replace("RUN", str(work / "one")).replace("my-vora", str(tmp_path / "my-vora")).split())
     assert (tmp_path / "my-vora" / "model.safetensors").exists()
 
 
-def test_a_checkpoint_s_card_has_its_own_count_of_steps(work, tmp_path):
-    shutil.copytree(work / "one", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "checkpoint-3")
-    (tmp_path / "cut" / "final").rename(tmp_path / "cut" / "checkpoint-2")
-    (tmp_path / "cut" / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
-    (tmp_path / "cut" / "checkpoint-2" / "README.md").unlink()
-    merge(tmp_path / "cut", "-o", tmp_path / "out")
-    assert read_card(tmp_path / "out")["stages"][0]["steps"] == 2
-
-
-def test_losses_older_than_the_weights_say_so(work, tmp_path):
-    shutil.copytree(work / "one", tmp_path / "older")
-    log = tmp_path / "older" / "log.jsonl"
+def test_a_card_knows_how_far_weights_and_log_reach(work, saved):
+    run = shutil.copytree(work / "one", saved / "run")
+    log = run / "log.jsonl"
     log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:-1]))
-    merge(tmp_path / "older", "-o", tmp_path / "out")
-    assert "(by step 2)" in (tmp_path / "out" / "README.md").read_text()
+    text = write_run_card(saved, run).read_text()
+    assert "| steps | 3 |" in text and "(by step 2)" in text
+    shutil.rmtree(run / "checkpoint-3")
+    (run / "final").rename(run / "checkpoint-2")
+    (run / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
+    (run / "checkpoint-2" / "README.md").unlink()
+    text = write_run_card(saved, run).read_text()
+    assert "| steps | 2 |" in text and "(by step" not in text
+
+
+def test_a_chain_of_runs_without_cards_still_names_its_llm(work, saved):
+    first = shutil.copytree(work / "one", saved / "first")
+    (first / "final" / "README.md").unlink()  # as of a run that was killed
+    second = shutil.copytree(first, saved / "second")
+    recipe = yaml.safe_load((second / "recipe.yaml").read_text())
+    recipe["model"] |= {"llm": None, "vora": str(first)}
+    (second / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_run_card(saved, second)
+    assert read_card(saved)["base_llm"] == "tiny-llama"
 
 
 FACTS = CardFacts(
@@ -185,7 +176,7 @@ FACTS = CardFacts(
 
 @pytest.fixture
 def saved(tmp_path):
-    """Folders that look like saved models."""
+    """A folder that looks like a saved model."""
     (tmp_path / "config.json").write_text('{"model_type": "vora"}')
     return tmp_path
 
@@ -201,8 +192,12 @@ def no_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
 
+def front_of(folder, facts):
+    return ModelCard(write_card(folder, facts).read_text()).data.to_dict()
+
+
 def test_hub_ids_go_into_the_front_matter_with_the_licences_that_are_known(saved):
-    front = ModelCard(write_card(saved, FACTS).read_text()).data.to_dict()
+    front = front_of(saved, FACTS)
     assert front["base_model"] == "Qwen/Qwen2.5-7B-Instruct" and front["license"] == "apache-2.0"
     assert front["datasets"] == ["Hon-Wong/VoRA-Recap-29M"]
     assert front["vora"]["licences"]["more.jsonl"] == front["vora"]["licences"][FACTS.teacher] == NOT_STATED
@@ -211,44 +206,25 @@ def test_hub_ids_go_into_the_front_matter_with_the_licences_that_are_known(saved
     for row in ("steps", "samples seen", "last losses"):
         assert f"| {row} | not stated |" in text
     assert "### Recipe 1: pretrain\n\nnot stated" in text
-    facts = CardFacts(made="imported", stage="pretrain", base_llm="some/llm")
-    front = ModelCard(write_card(saved, facts).read_text()).data.to_dict()
+    front = front_of(saved, CardFacts(made="imported", stage="pretrain", base_llm="some/llm"))
     assert front["license"] == "other" and front["base_model"] == "some/llm"
+    facts = CardFacts(made="merged", stage="pretrain", base_llm="smollm2-135m", data=[("easy-vqa", None)], recipe={})
+    front = front_of(saved, facts)
+    assert (front["base_model"], front["license"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+    assert front["vora"]["licences"]["easy-vqa"] == "mit" and front["vora"]["teacher"] == "none"
+    assert all(published(alias) in KNOWN_LICENCES for alias in ALIASES)
 
 
 def test_a_page_that_was_fetched_before_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    snapshot = tmp_path / "models--some--llm" / "snapshots" / "0123"
-    snapshot.mkdir(parents=True)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("0123")
-    (snapshot / "README.md").write_text("---\nlicense: other\nlicense_name: its-own\n---\n# An LLM\n")
+    model = tmp_path / "models--some--llm"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("0123")
+    (model / "snapshots" / "0123").mkdir(parents=True)
+    page = "---\nlicense: other\nlicense_name: its-own\n---\n# An LLM\n"
+    (model / "snapshots" / "0123" / "README.md").write_text(page)
     facts = CardFacts(made="trained", stage="pretrain", base_llm="some/llm", teacher="some/vit")
     assert lineage(facts)["licences"] == {"some/llm": "other (its-own)", "some/vit": NOT_STATED}
-
-
-def test_the_quickstarts_parts_are_all_known(tmp_path):
-    (tmp_path / "run" / "final").mkdir(parents=True)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "vora"}')
-    with as_file(files("vora.quickstart")) as folder:
-        save_recipe(load_recipe(folder / "recipe.yaml"), tmp_path / "run" / "recipe.yaml")
-    figures = {"accuracy": 0.975, "text_only_accuracy": 0.67, "num_test_questions": 9673}
-    command = "vora quickstart --llm smollm2-135m --minutes 13 --seed 0"
-    write_run_card(tmp_path / "model", tmp_path / "run", evaluation=card_rows(figures, command))
-    text = (tmp_path / "model" / "README.md").read_text()
-    front = ModelCard(text).data.to_dict()
-    assert front["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and front["license"] == "apache-2.0"
-    assert front["vora"]["licences"] == {front["base_model"]: "apache-2.0", "teacher": "apache-2.0", "easy-vqa": "mit"}
-    assert "| 0.975 | 9,673 | `vora quickstart --llm smollm2-135m --minutes 13 --seed 0` |" in text
-
-
-def test_licences_of_common_names_are_known(saved):
-    facts = CardFacts(made="merged", stage="pretrain", base_llm="smollm2-135m", data=[("easy-vqa", None)], recipe={})
-    front = ModelCard(write_card(saved, facts).read_text()).data.to_dict()
-    assert (front["base_model"], front["license"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
-    assert front["vora"]["licences"]["easy-vqa"] == "mit" and front["vora"]["teacher"] == "none"
-    assert all(published(alias) in KNOWN_LICENCES for alias in ALIASES)
 
 
 def test_unmerged_imports_say_how_to_merge(saved):
@@ -261,13 +237,17 @@ def test_unmerged_imports_say_how_to_merge(saved):
     assert "model code" in text
 
 
-def test_measured_figures_are_shown_with_their_commands(saved):
-    rows = [
-        Evaluation("VQAv2", "accuracy", 0.51234, 5000, "vora eval --model=/home/me/runs/x -d ~/data/vqa | tee log")
-    ]
+def test_the_quickstarts_card_has_licences_and_figures_with_their_commands(saved):
+    (saved / "run" / "final").mkdir(parents=True)
+    with as_file(files("vora.quickstart")) as folder:
+        save_recipe(load_recipe(folder / "recipe.yaml"), saved / "run" / "recipe.yaml")
+    rows = [("VQAv2", "accuracy", 0.51234, 5000, "vora eval --model=/home/me/runs/x -d ~/data/vqa | tee log")]
     figures = {"accuracy": 0.975, "text_only_accuracy": 0.67, "num_test_questions": 9673}
     rows += card_rows(figures, "vora quickstart --llm /home/me/llm --minutes 13 --seed 0")
-    text = write_card(saved, CardFacts(made="merged", stage="pretrain", evaluation=rows)).read_text()
+    text = write_run_card(saved, saved / "run", evaluation=rows).read_text()
+    front = ModelCard(text).data.to_dict()
+    assert front["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and front["license"] == "apache-2.0"
+    assert front["vora"]["licences"] == {front["base_model"]: "apache-2.0", "teacher": "apache-2.0", "easy-vqa": "mit"}
     assert "| VQAv2 | accuracy | 0.5123 | 5,000 | `vora eval --model=x -d vqa \\| tee log` |" in text
     assert "| 0.975 | 9,673 | `vora quickstart --llm llm --minutes 13 --seed 0` |" in text and "| 0.67 |" in text
     assert "not evaluated" not in text and "/home" not in text
@@ -280,29 +260,17 @@ def test_saving_never_fails_for_the_card(tmp_path, caplog):
     assert caplog.text.count("without a card") == 2
 
 
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-1.7B"),
-        ("/home/me/models/llm", "llm"),
-        ("~/models/llm/", "llm"),
-        ("../models/llm", "llm"),
-        ("here/llm", "llm"),
-        ("C:\\models\\llm", "llm"),
-        ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"),
-        ("file:///home/me/llm", "llm"),
-    ],
-)
-def test_what_a_name_becomes_in_public(name, wanted, tmp_path, monkeypatch):
+def test_what_a_name_becomes_in_public(tmp_path, monkeypatch):
     (tmp_path / "here" / "llm").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert published(name) == wanted
-
-
-def test_a_chain_of_runs_without_cards_still_names_its_llm(work, tmp_path):
-    shutil.copytree(work / "one", tmp_path / "first")
-    (tmp_path / "first" / "final" / "README.md").unlink()  # as of a run that was killed
-    recipe = yaml.safe_load((tmp_path / "first" / "recipe.yaml").read_text())
-    recipe["model"] |= {"llm": None, "vora": str(tmp_path / "first")}
-    train(load_recipe(recipe), tmp_path / "second", console=Console(quiet=True))
-    assert read_card(tmp_path / "second" / "final")["base_llm"] == "tiny-llama"
+    paths = (
+        "/home/me/models/llm",
+        "~/models/llm/",
+        "../models/llm",
+        "here/llm",
+        "C:\\models\\llm",
+        "file:///home/me/llm",
+    )
+    assert {published(path) for path in paths} == {"llm"}
+    assert published("Qwen/Qwen3-1.7B") == "Qwen/Qwen3-1.7B"
+    assert published("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"

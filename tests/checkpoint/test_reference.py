@@ -1,169 +1,223 @@
-"""Checkpoints of the released code come in with their numbers, and whatever does not fit is named."""
+"""Checkpoints of the released code come in with their numbers, and whatever does not fit is named.
+
+One has figures of that code itself; of the others (shapes, depths, LLMs and teachers that nobody has seen) the
+original in our own words says what they should compute.
+"""
 
 import json
 import shutil
-import subprocess
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from original import IMAGE, OriginalVora, save_original, square_frame
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, Qwen2Config
+from tiny import tiny_llm, tiny_tokenizer
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GPTNeoXConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-import vora
-from vora.checkpoint import load_adapter
-from vora.checkpoint.reference import import_reference, load_reference, text_config_with_biases
+from vora import Teacher, VoraImageProcessor, merge_vision_lora
+from vora.checkpoint import load_adapter, merge_run
+from vora.checkpoint.reference import (
+    CLIP_MEAN,
+    CLIP_STD,
+    import_reference,
+    load_reference,
+    text_config_with_biases,
+)
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.objective import Objective
-from vora.distill.teacher import Teacher
+from vora.train.recipe import load_recipe
+from vora.train.stages import build_objective
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "reference"
-pytestmark = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/reference, figures of the released code")
-KINDS = {"pretrain": "logits", "merged": "merged_logits"}
-
-
-def our_inputs(image_token_id, labels=True):
-    """The reference's inputs in our form: image tokens spelled out, frames cut into patches."""
-    given = load_file(SHARED / "inputs.safetensors")
-    frames = given["frames"]
-    images, channels, height, width = frames.shape
-    rows, columns = height // 14, width // 14
-    patches = frames.view(images, channels, rows, 14, columns, 14).permute(0, 2, 4, 1, 3, 5)
-    ids, targets = [], []
-    for row, seen, label in zip(given["input_ids"], given["attention_mask"], given["labels"]):
-        pieces = [
-            ([image_token_id] * rows * columns, [-100] * rows * columns) if token == -200 else ([token], [wanted])
-            for token, real, wanted in zip(row.tolist(), seen.tolist(), label.tolist())
-            if real
-        ]
-        ids.append(sum((piece for piece, _ in pieces), []))
-        targets.append(sum((piece for _, piece in pieces), []))
-    longest = max(map(len, ids))
-
-    def padded(lists, value):
-        return torch.tensor([one + [value] * (longest - len(one)) for one in lists])
-
-    return {
-        "input_ids": padded(ids, 0),
-        "attention_mask": padded([[1] * len(one) for one in ids], 0),
-        "pixel_values": patches.reshape(images * rows * columns, -1),
-        "image_grid_thw": torch.tensor([[1, rows, columns]] * images),
-        "labels": padded(targets, -100),
-    }
+RELEASED = Path(__file__).resolve().parents[3] / "shared" / "reference"
+CASES = {
+    "deeper qwen2": {"depth": 6, "num_blocks": 4, "teacher_depth": 4},
+    "tied qwen2": {"tied": True},
+    "every block": {"num_blocks": 3, "teacher_depth": 3},
+    "attention alone": {"targets": ["self_attn.q_proj", "self_attn.o_proj"]},
+    "tied llama": {"family": "llama", "tied": True},
+    "mlp of qwen3": {"family": "qwen3", "targets": ["self_attn.v_proj"]},
+    "mistral": {"family": "mistral", "llm": {"sliding_window": None}},
+    "teacher deeper than LoRA": {"depth": 4, "num_blocks": 2, "teacher_depth": 3},
+    "larger patches": {"patch_size": 7, "image_size": 35, "width": 44, "rank": 5},
+    "coarse norms": {"llm": {"rms_norm_eps": 0.02}},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
 
 
-def expected(kind):
-    return load_file(SHARED / "expected.safetensors")[KINDS[kind]], json.loads((SHARED / "expected.json").read_text())
+@dataclass
+class Checkpoint:
+    """A folder with `pretrain`, `merged`, `llm` and `teacher`, and what the original computes of some inputs."""
+
+    folder: Path
+    inputs: dict
+    logits: dict
+    losses: dict
+
+    def load(self, kind="pretrain"):
+        return load_reference(self.folder / kind, self.folder / "llm")
+
+    def bring_in(self, out, kind="pretrain", merge=False):
+        import_reference(self.folder / kind, self.folder / "llm", out, merge=merge)
+        return out
+
+    def our_inputs(self, config):
+        """Image tokens spelled out, frames cut into patches."""
+        frames, p = self.inputs["frames"], config.patch_size
+        images, channels, rows, columns = *frames.shape[:2], frames.shape[2] // p, frames.shape[3] // p
+        batch = []
+        for given in zip(*(self.inputs[name] for name in ("input_ids", "labels", "attention_mask"))):
+            tokens = torch.stack(given, 1)[given[2].bool()]
+            image = tokens.new_tensor([[config.image_token_id, -100, 1]]).expand(rows * columns, 3)
+            batch.append(torch.cat([image if token[0] == IMAGE else token[None] for token in tokens]))
+        ids, labels, mask = pad_sequence(batch, batch_first=True).unbind(-1)
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": labels.masked_fill(mask == 0, -100),
+            "pixel_values": frames.view(images, channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).reshape(
+                images * rows * columns, -1
+            ),
+            "image_grid_thw": torch.tensor([[1, rows, columns]] * images),
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def assert_same(self, model, kind="pretrain"):
+        inputs = self.our_inputs(model.config)
+        found, real = model.float()(**inputs), inputs["attention_mask"].bool()
+        assert (found.logits[real] - self.logits[kind][:, : real.shape[1]][real]).abs().max() < 1e-4
+        assert abs(found.loss.item() - self.losses["llm_loss"]) < 1e-5
+
+
+def released():
+    inputs, figures = (load_file(RELEASED / f"{name}.safetensors") for name in ("inputs", "expected"))
+    losses = json.loads((RELEASED / "expected.json").read_text())["losses"]
+    return Checkpoint(RELEASED, inputs, {"pretrain": figures["logits"], "merged": figures["merged_logits"]}, losses)
 
 
 @torch.no_grad()
-def assert_same(model, kind):
-    inputs = our_inputs(vora_of(model).config.image_token_id)
-    outputs, (logits, figures) = model(**inputs), expected(kind)
-    for row, length in enumerate(inputs["attention_mask"].sum(-1).tolist()):
-        assert (outputs.logits[row, :length] - logits[row, :length]).abs().max() < 1e-4
-    assert abs(outputs.loss.item() - figures["losses"]["llm_loss"]) < 1e-5
+def made(
+    folder, family="qwen2", depth=3, tied=False, teacher_depth=2, llm=None, dtype=torch.float32, bent="", **options
+):
+    """Of a tiny original whose every tensor differs from its fresh value.
+
+    Args:
+        bent: the beginning of names whose tensors are rounded to bfloat16.
+    """
+    torch.manual_seed(3)
+    fields = tiny_llm(family).config.to_dict() | {"num_hidden_layers": depth, "tie_word_embeddings": tied}
+    fields = {k: v for k, v in (fields | (llm or {})).items() if k not in ("model_type", "layer_types", "dtype")}
+    shape = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": teacher_depth, "num_attention_heads": 3}
+    options = {"width": 20, "patch_size": 4, "image_size": 12, "rank": 3, "num_blocks": 2} | options
+    shape |= {name: options[name] for name in ("patch_size", "image_size")}
+    original = OriginalVora(
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields)),
+        teacher=AutoModel.from_config(AutoConfig.for_model("clip_vision_model", **shape)),
+        **options,
+    ).eval()
+    for name, parameter in original.named_parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+        rounded = bent and name.startswith(bent) and not name.endswith(".bias")
+        parameter.data = (parameter.bfloat16().float() if rounded else parameter).to(dtype)  # not the rotary tables
+    # two rows, one with its image first and padding behind
+    ids = torch.tensor([[11, 12, IMAGE, 13, 14, 15, 16], [IMAGE, 22, 23, 24, 25, 0, 0]])
+    seen = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    frames = torch.randn(2, 3, original.image_size, original.image_size)
+    labels = torch.where((ids > 12) & (seen == 1), ids, -100)
+    inputs = {"input_ids": ids, "attention_mask": seen, "labels": labels, "frames": frames}
+    save_original(original, folder / "pretrain")
+    found = original.float()(**inputs)
+    original.merge()
+    save_original(original, folder / "merged")
+    return Checkpoint(folder, inputs, {"pretrain": found["logits"], "merged": found["logits"]}, found["metrics"])
 
 
-def vora_of(model):
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def change(folder, change):
+    """Change the tensors of a checkpoint where it lies."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
-def imported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("imported")
-    for kind in KINDS:
-        import_reference(SHARED / kind, SHARED / "llm", folder / kind)
-    return folder
+def plain(tmp_path_factory):
+    """Not to be changed by tests."""
+    return made(tmp_path_factory.mktemp("plain"))
 
 
-def opened(imported, kind):
-    """Stage 1 stays unmerged, and PEFT itself loads its adapter."""
-    return (load_adapter if kind == "pretrain" else AutoModelForImageTextToText.from_pretrained)(imported / kind)
+@pytest.mark.parametrize("case", ["released", *CASES])
+def test_logits_and_losses_of_every_level_are_the_originals(case, tmp_path):
+    if case == "released" and not RELEASED.exists():
+        pytest.skip("needs ../shared/reference, figures of the released code")
+    checkpoint = released() if case == "released" else made(tmp_path, **CASES[case])
+    reference = checkpoint.load()
+    checkpoint.assert_same(reference.with_lora())
+    for kind in ("pretrain", "merged"):  # stage 1 stays unmerged, and PEFT itself loads its adapter
+        folder = checkpoint.bring_in(tmp_path / f"our-{kind}", kind)
+        assert str(checkpoint.folder) not in (folder / "config.json").read_text()
+        checkpoint.assert_same(AutoModelForImageTextToText.from_pretrained(folder), kind)
 
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_loss_are_the_released_codes(imported, kind):
-    model = opened(imported, kind)
-    assert vora_of(model).config.text_config.model_type == "llama"
-    assert str(SHARED) not in (imported / kind / "config.json").read_text()
-    assert_same(model, kind)
-
-
-@torch.no_grad()
-def test_losses_of_every_level_are_the_released_codes():
-    reference, figures = load_reference(SHARED / "pretrain", SHARED / "llm"), expected("pretrain")[1]["losses"]
-    teacher = Teacher.from_pretrained(SHARED / "teacher")
+    teacher = Teacher.from_pretrained(checkpoint.folder / "teacher")
     pairs = block_pairs(teacher.num_blocks, teacher.num_blocks, pairing="hidden_states")
-    distillation = BlockwiseDistillation(pairs, 64, teacher.hidden_size, center=False)
-    distillation.load_state_dict(reference.heads)
-    images = vora.VoraImageProcessor(image_mean=teacher.image_mean, image_std=teacher.image_std)
-    objective = Objective(reference.with_lora(), images, teacher, distillation).eval()
-    inputs = our_inputs(objective.config.image_token_id)
-    labels = inputs.pop("labels")
-    losses = objective(targets=torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100), **inputs)
-    wanted = [figures[f"loss_aux_layer_{level}"] for level in range(4)]
-    assert (losses["pair_losses"] - torch.tensor(wanted)).abs().max() < 1e-5
-    assert abs(losses["loss"].item() - figures["total_loss"]) < 1e-5
+    config = reference.model.config
+    heads = BlockwiseDistillation(pairs, config.text_config.hidden_size, teacher.hidden_size, center=False)
+    heads.load_state_dict(reference.heads)
+    normal = {"image_mean": teacher.image_mean, "image_std": teacher.image_std}
+    processor = VoraImageProcessor(patch_size=config.patch_size, **normal)
+    objective = Objective(load_adapter(tmp_path / "our-pretrain").float(), processor, teacher.float(), heads).eval()
+    inputs = checkpoint.our_inputs(config)
+    with torch.no_grad():
+        found = objective(targets=pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100), **inputs)
+    wanted = torch.tensor([checkpoint.losses[f"loss_aux_layer_{level}"] for level in range(teacher.num_blocks)])
+    assert (found["pair_losses"] - wanted).abs().max() < 1e-5
+    assert abs(found["loss"].item() - checkpoint.losses["total_loss"]) < 2e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_saves_reloads_merges_and_generates(imported, tmp_path, kind):
-    model = opened(imported, kind)
-    assert_same(model, kind)
-    if kind == "pretrain":
-        model = vora.merge_vision_lora(model)
-    model.save_pretrained(tmp_path / "merged")
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
-    assert not [name for name, _ in model.named_parameters() if "lora" in name or "base_layer" in name]
-    assert_same(model, "merged")
-    llm = model.to_llm()
-    ids = torch.tensor([[7, 8, 9]])
-    assert torch.equal(llm(input_ids=ids).logits, model(input_ids=ids).logits)
-    inputs = our_inputs(model.config.image_token_id)
-    inputs = {"input_ids": inputs["input_ids"][:1, :20], "pixel_values": inputs["pixel_values"][:16],
-              "image_grid_thw": inputs["image_grid_thw"][:1]}  # fmt: skip
-    answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    assert answer.shape == (1, 24) and model.config.image_token_id not in answer[0, 20:]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_merges_at_import_or_later_saves_reloads_and_generates(tmp_path, dtype):
+    checkpoint = made(tmp_path, dtype=dtype)
+    unmerged, now = checkpoint.bring_in(tmp_path / "unmerged"), checkpoint.bring_in(tmp_path / "now", merge=True)
+    later, processor = merge_run(unmerged)
+    with pytest.raises(ValueError, match="holds an adapter"):
+        later.save_pretrained(unmerged)
+    assert processor.pad_to_square and processor.max_image_tokens == 9  # squares, also without a tokenizer
+    assert processor.image_mean == list(CLIP_MEAN) and processor.image_std == list(CLIP_STD)
+    later.save_pretrained(tmp_path / "later")
+    models = [AutoModelForImageTextToText.from_pretrained(tmp_path / name) for name in ("now", "later")]
+    states = [model.state_dict() for model in (*models, merge_vision_lora(load_adapter(unmerged)))]
+    for state in states:
+        assert state.keys() == states[0].keys() and not any("lora" in name or "base_layer" in name for name in state)
+        assert all(torch.equal(tensor, states[0][name]) and tensor.dtype == dtype for name, tensor in state.items())
+    if dtype == torch.float32:
+        model, llm = models[0], models[0].to_llm()
+        checkpoint.assert_same(model, "merged")
+        assert llm.config.model_type == "llama"
+        ids = torch.tensor([[7, 8, 9]])
+        assert torch.equal(llm(input_ids=ids).logits, model(input_ids=ids).logits)
+        inputs = checkpoint.our_inputs(model.config)
+        inputs = {"input_ids": inputs["input_ids"][:1, :12], "pixel_values": inputs["pixel_values"][:9],
+                  "image_grid_thw": inputs["image_grid_thw"][:1]}  # fmt: skip
+        answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        assert answer.shape == (1, 16) and model.config.image_token_id not in answer[0, 12:]
+    assert (now / "README.md").exists()
 
 
-def test_merging_at_import_is_merging_later(imported, tmp_path):
-    import_reference(SHARED / "pretrain", SHARED / "llm", tmp_path / "now", merge=True)
-    now = AutoModelForImageTextToText.from_pretrained(tmp_path / "now").state_dict()
-    later = vora.merge_vision_lora(load_adapter(imported / "pretrain")).state_dict()
-    assert now.keys() == later.keys() and all(torch.equal(now[name], later[name]) for name in now)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_remote_code_needs_no_package(imported, kind):
-    code = (
-        "import sys, torch; sys.modules['vora'] = None\n"
-        "from transformers import AutoModelForImageTextToText\n"
-        f"model = AutoModelForImageTextToText.from_pretrained({str(imported / kind)!r}, trust_remote_code=True)\n"
-        "assert 'vora.' not in type(model).__module__\n"
-        "print(model(input_ids=torch.tensor([[7, 8, 9]])).logits.sum().item())"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-    model = AutoModelForImageTextToText.from_pretrained(imported / kind)
-    assert abs(float(ran.stdout) - model(input_ids=torch.tensor([[7, 8, 9]])).logits.sum().item()) < 1e-2
-
-
-def changed(tmp_path, change, kind="pretrain"):
-    """A copy of a reference checkpoint whose tensors were changed."""
-    shutil.copytree(SHARED / kind, tmp_path / "changed")
-    (tmp_path / "changed").chmod(0o755)
-    file = tmp_path / "changed" / "model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    file.unlink()
-    save_file(tensors, file)
-    return tmp_path / "changed"
-
-
-def test_shards_are_one_checkpoint(tmp_path):
-    folder = changed(tmp_path, lambda tensors: None)
+def test_shards_are_one_checkpoint(plain, tmp_path):
+    folder = shutil.copytree(plain.folder / "pretrain", tmp_path / "shards")
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
     shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
@@ -172,80 +226,142 @@ def test_shards_are_one_checkpoint(tmp_path):
     (folder / "model.safetensors").unlink()
     weight_map = {name: file for file, members in shards.items() for name in members}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert_same(load_reference(folder, SHARED / "llm").with_lora(), "pretrain")
+    plain.assert_same(load_reference(folder, plain.folder / "llm").with_lora())
+    (folder / "model-00002-of-00002.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="Cannot read .*model-00002"):
+        load_reference(folder, plain.folder / "llm")
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match="lacks 1 of 2 shards"):
-        load_reference(folder, SHARED / "llm")
+        load_reference(folder, plain.folder / "llm")
 
 
 @pytest.mark.parametrize(
-    ("change", "wanted"),
+    ("changes", "wanted"),
     [
         (lambda t: t.update({"llm.model.layers.0.mlp.extra.weight": torch.zeros(2)}), "have no place in it"),
         (lambda t: t.update({"something.else": torch.zeros(2)}), "1 tensors that no part .* something.else"),
-        (lambda t: t.pop("llm.model.norm.weight"), "1 of 88 tensors are missing, such as .*norm.weight"),
-        (lambda t: t.pop("llm.model.layers.4.self_attn.k_proj.bias"), "1 of 88 .*missing, such as .*4.*k_proj.bias"),
-        (lambda t: t.pop("llm.model.layers.0.mlp.up_proj.bias"), "1 of 88 .*missing, such as .*0.*up_proj.bias"),
+        (lambda t: t.pop("llm.model.norm.weight"), "1 of 56 tensors are missing, such as .*norm.weight"),
+        (lambda t: t.pop("llm.model.layers.2.self_attn.k_proj.bias"), "1 of 56 .*missing, such as .*2.*k_proj.bias"),
+        (lambda t: t.pop("llm.model.layers.1.mlp.up_proj.bias"), "1 of 56 .*missing, such as .*1.*up_proj.bias"),
         (lambda t: t.pop("vision_embedding.pos_embed"), "lacks vision_embedding.pos_embed"),
-        (lambda t: t.pop("llm.model.layers.3.mlp.up_proj.lora_B.weight"), "no pairs of one rank"),
-        (lambda t: t.update({"llm.lm_head.weight": torch.zeros(3, 64)}), "have another shape"),
-        (lambda t: t.update({"vision_embedding.pos_embed": torch.zeros(1, 15, 40)}), "no square grid"),
+        (lambda t: t.pop("llm.model.layers.1.mlp.up_proj.lora_B.weight"), "no pairs of one rank"),
+        (lambda t: t.update({"llm.lm_head.weight": torch.zeros(3, 32)}), "have another shape"),
+        (lambda t: t.update({"vision_embedding.pos_embed": torch.zeros(1, 15, 20)}), "no square grid"),
     ],
 )
-def test_what_does_not_fit_is_named(tmp_path, change, wanted):
+def test_what_does_not_fit_is_named(plain, tmp_path, changes, wanted):
+    change(shutil.copytree(plain.folder / "pretrain", tmp_path / "changed"), changes)
     with pytest.raises(ValueError, match=wanted):
-        import_reference(changed(tmp_path, change), SHARED / "llm", tmp_path / "out")
+        import_reference(tmp_path / "changed", plain.folder / "llm", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_folders_are_named(tmp_path, llm_folder):
+def test_wrong_folders_are_named(plain, tmp_path, llm_folder):
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("")
+    (tmp_path / "full" / "file").touch()
     with pytest.raises(ValueError, match="not empty"):
-        import_reference(SHARED / "merged", SHARED / "llm", tmp_path / "full")
+        plain.bring_in(tmp_path / "full")
     with pytest.raises(ValueError, match="holds no config.json"):
-        load_reference(tmp_path / "full", SHARED / "llm")
+        load_reference(tmp_path / "full", llm_folder)
     with pytest.raises(ValueError, match="Is --llm the one it was made from"):
-        load_reference(SHARED / "merged", llm_folder)
+        load_reference(plain.folder / "merged", llm_folder)
 
 
 def test_biases_without_a_home_are_refused():
-    from transformers import GPTNeoXConfig, Qwen3Config
-
     assert text_config_with_biases(Qwen3Config(), {"self_attn"}).attention_bias
     for config in (Qwen3Config(), GPTNeoXConfig(), Qwen2Config(use_sliding_window=True, max_window_layers=0)):
         with pytest.raises(ValueError, match="has no place"):
             text_config_with_biases(config, {"self_attn", "mlp"})
 
 
-def test_training_goes_on_where_the_released_code_stopped(imported, tmp_path):
-    from vora.train.recipe import load_recipe
-    from vora.train.stages import build_objective
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora": None, "vision_attention_mask": None, "rms_norm_eps": None},
+        {"lora": {"r": 3, "layers": None, "target_modules": None}},
+        {"lora": {"r": 3, "layers": "all", "target_modules": ["mlp.up_proj"]}},
+    ],
+)
+def test_a_configuration_may_say_little(tmp_path, fields):
+    checkpoint = made(tmp_path, num_blocks=3, teacher_depth=3)
+    (tmp_path / "pretrain" / "config.json").write_text(json.dumps(fields))
+    checkpoint.assert_same(checkpoint.load().with_lora())
+    change(tmp_path / "pretrain", lambda tensors: tensors.pop("llm.model.layers.2.mlp.up_proj.bias"))
+    if (fields["lora"] or {}).get("layers") == "all":
+        with pytest.raises(ValueError, match="1 of 56 tensors are missing, such as .*layers.2.mlp.up_proj.bias"):
+            checkpoint.load()
 
-    folder = tmp_path / "with-words"
-    shutil.copytree(imported / "pretrain", folder)
-    images = vora.VoraImageProcessor.from_pretrained(folder)
-    (folder / "preprocessor_config.json").unlink()
-    import tiny
 
-    vora.VoraProcessor.from_llm(tiny.tiny_tokenizer(), **{k: v for k, v in images.to_dict().items() if k in (
-        "patch_size", "min_image_tokens", "max_image_tokens", "pad_to_square")}).save_pretrained(folder)  # fmt: skip
+def test_tied_embeddings_come_under_either_name_or_both_if_equal(tmp_path):
+    checkpoint = made(tmp_path, tied=True)
+    head, embeddings = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
+    change(tmp_path / "pretrain", lambda tensors: tensors.update({head: tensors.pop(embeddings)}))
+    checkpoint.assert_same(checkpoint.load().with_lora())
+    change(tmp_path / "pretrain", lambda tensors: tensors.update({embeddings: tensors[head].clone()}))
+    reference = checkpoint.load()
+    assert reference.model.lm_head.weight is reference.model.get_input_embeddings().weight
+    checkpoint.assert_same(reference.with_lora())
+    change(tmp_path / "pretrain", lambda tensors: tensors.update({head: tensors[head] + 1}))
+    with pytest.raises(ValueError, match="set tie_word_embeddings to false"):
+        checkpoint.load()
+
+
+@pytest.mark.parametrize("narrow", ["vision_embedding.", "llm."])
+def test_of_two_precisions_the_wider_one_is_kept(tmp_path, narrow):
+    checkpoint = made(tmp_path, bent=narrow)
+    narrowed = [name for name in load_file(tmp_path / "pretrain" / "model.safetensors") if name.startswith(narrow)]
+    names = [name for name in narrowed if not name.endswith(".bias")]
+    change(tmp_path / "pretrain", lambda tensors: tensors.update({name: tensors[name].bfloat16() for name in names}))
+    checkpoint.assert_same(AutoModelForImageTextToText.from_pretrained(checkpoint.bring_in(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("mask", ["causal", "bidirectional"])
+def test_the_checkpoints_mask_is_kept_and_no_answer_holds_an_image(plain, tmp_path, mask):
+    folder = shutil.copytree(plain.folder / "pretrain", tmp_path / "masked")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"vision_attention_mask": mask}))
+    import_reference(folder, plain.folder / "llm", tmp_path / "out")
+    for load in (AutoModelForImageTextToText.from_pretrained, load_adapter):
+        model = load(tmp_path / "out")
+        assert model.config.image_attention == mask
+        assert model.generation_config.suppress_tokens == [model.config.image_token_id]
+
+
+def test_black_squares_are_the_originals():
+    images = {"patch_size": 4, "min_image_tokens": 9, "max_image_tokens": 9}
+    for width, height in ((30, 17), (17, 30), (8, 8), (200, 3)):
+        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        processor = VoraImageProcessor(pad_to_square=True, **images)
+        found = processor(Image.fromarray(pixels), return_tensors="pt")
+        frame = square_frame(Image.fromarray(pixels), 12)
+        patches = frame.view(3, 3, 4, 3, 4).permute(1, 3, 0, 2, 4).reshape(9, -1)
+        assert found["image_grid_thw"].tolist() == [[1, 3, 3]]
+        assert (found["pixel_values"] - patches).abs().max() < 1e-5
+        assert processor.get_number_of_image_patches(width, height) == 9
+
+
+def test_training_goes_on_where_the_released_code_stopped(plain, tmp_path):
+    llm = shutil.copytree(plain.folder / "llm", tmp_path / "llm")
+    tiny_tokenizer().save_pretrained(llm)
+    import_reference(plain.folder / "pretrain", llm, tmp_path / "imported")
+    teacher = {"name": str(plain.folder / "teacher"), "pairing": "hidden_states", "center": False}
     values = {
-        "model": {"vora": str(folder)},
-        "lora": {"rank": 8},
-        "teacher": {"name": str(SHARED / "teacher"), "pairing": "hidden_states", "center": False},
+        "model": {"vora": str(tmp_path / "imported")},
+        "lora": {"rank": 3},
+        "teacher": teacher,
         "data": {"sources": [{"path": "none"}]},
     }
     objective, processor = build_objective(load_recipe(values))
     assert processor.image_processor.pad_to_square
-    assert_same(objective.student.eval(), "pretrain")
-    heads = load_file(SHARED / "pretrain" / "model.safetensors")
+    plain.assert_same(objective.student.eval())
+    heads = load_file(plain.folder / "pretrain" / "model.safetensors")
     assert torch.equal(objective.distillation.heads["-1"][1].weight, heads["aux_vision.aux_layer_0.1.weight"])
     trained = {name for name, p in objective.named_parameters() if p.requires_grad}
     assert any("lora_A" in name for name in trained) and any("patch_embedding" in name for name in trained)
-    with pytest.raises(ValueError, match="rank 8 in 4 blocks"):
-        build_objective(load_recipe(values | {"lora": {"rank": 4}}))
-    with pytest.raises(ValueError, match="teacher.pairing"):
-        build_objective(load_recipe(values | {"teacher": {"name": str(SHARED / "teacher")}}))
-    with pytest.raises(ValueError, match="merged model"):
-        build_objective(load_recipe({**values, "stage": "finetune", "teacher": None}))
+    for changes, wanted in (
+        ({"lora": {"rank": 4}}, "rank 3 in 2 blocks"),
+        ({"teacher": {"name": teacher["name"]}}, "teacher.pairing"),
+        ({"stage": "finetune", "teacher": None}, "merged model"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            build_objective(load_recipe(values | changes))

@@ -12,14 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from vora.build.from_llm import from_llm, scale_of_text
@@ -88,16 +81,10 @@ class LlavaVision(nn.Module):
         """float[P, C*p*p] patches and int[N, 3] grids to float[P / m^2, D] image tokens.
 
         Raises:
-            ValueError: the grids do not account for exactly the patches given, or a side is no multiple of m.
+            ValueError: a side is no multiple of m.
         """
         config, shapes = self.config, image_grid_thw.tolist()
         grids = [(rows, columns) for frames, rows, columns in shapes for _ in range(frames)]
-        num_patches = sum(rows * columns for rows, columns in grids)
-        if num_patches != len(pixel_values):
-            raise ValueError(
-                f"pixel_values holds {len(pixel_values)} patches but image_grid_thw describes {num_patches} in "
-                f"{len(shapes)} images: pass both from one call of the image processor."
-            )
         images = images_of_patches(pixel_values, grids, config.patch_size, config.image_mean, config.image_std)
         block = self.encoder.num_blocks + config.vision_feature_layer
         features = self.encoder(images, grids, [block])[block].clone()  # what inference mode made cannot be trained on
@@ -133,13 +120,10 @@ class VoraLlavaForConditionalGeneration(VoraForConditionalGeneration):
         image_token_id: int | None = None,
         **llm_kwargs: Any,
     ) -> "VoraLlavaForConditionalGeneration":
-        """Put a ViT and a fresh projector before an LLM.
+        """Put a ViT, which becomes part of the model, and a fresh projector before an LLM.
 
         Args:
-            encoder: becomes part of the model.
-            patch_size: the encoder's own, or None.
-            image_size: as for `VoraForConditionalGeneration.from_llm`; by default the encoder's own.
-            llm, patch_merge, image_token_id, llm_kwargs: as for `VoraForConditionalGeneration.from_llm`.
+            patch_size, image_size: the encoder's own by default; the others as for `vora.from_llm`.
 
         Raises:
             ValueError: the LLM's logits or attention cannot be repeated here, or the encoder's patches are of another
@@ -196,41 +180,3 @@ class VoraLlavaForConditionalGeneration(VoraForConditionalGeneration):
         super().requires_grad_(requires_grad)
         self.model.patch_embedding.encoder.requires_grad_(False)
         return self
-
-    def to_llava(self) -> LlavaForConditionalGeneration:
-        """The same model as transformers' own class (shares memory with this one). It takes images of the ViT's own
-        size, normalised, as `pixel_values` float[N, C, H, W].
-
-        Raises:
-            ValueError: patches are merged, or the ViT or the LLM is of a kind that class has no place for.
-        """
-        embedding: Any = self.model.patch_embedding
-        num_patches = (embedding.encoder.embedding.image_size // embedding.encoder.patch_size) ** 2
-        tables = [p for name, p in embedding.encoder.vit.embeddings.named_parameters() if "position_embedding" in name]
-        num_extra = tables[0].numel() // embedding.encoder.hidden_size - num_patches if tables else None
-        if self.config.patch_merge != 1 or num_extra not in (0, 1) or self.config.lm_head_bias:
-            raise ValueError(
-                f"transformers' LLaVA has no patch_merge {self.config.patch_merge}, no {num_extra} tokens beside a "
-                f"ViT's patches and no output layer with a bias ({self.config.lm_head_bias}): it takes 1, 0 or 1, and "
-                "False."
-            )
-        config = LlavaConfig(
-            vision_config=self.config.vision_config,
-            text_config=self.config.text_config,
-            image_token_index=self.config.image_token_id,
-            image_seq_length=num_patches,
-            vision_feature_layer=self.config.vision_feature_layer,
-            vision_feature_select_strategy="default" if num_extra else "full",
-            tie_word_embeddings=self.config.tie_word_embeddings,
-        )
-        with torch.device("meta"):
-            llava = LlavaForConditionalGeneration(config)
-        tower = llava.model.vision_tower
-        if hasattr(tower, "vision_model"):
-            tower.vision_model = embedding.encoder.vit
-        else:
-            llava.model.vision_tower = embedding.encoder.vit
-        llava.model.multi_modal_projector = embedding.projector
-        llava.model.language_model, llava.lm_head = self.model.language_model, self.lm_head
-        llava.generation_config = self.generation_config
-        return llava.eval()

@@ -1,7 +1,7 @@
 """Where an LLM comes from, and how its vocabulary gets an image token."""
 
-import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,10 @@ NEW_TOKEN = "<image>"
 
 
 def resolve_llm(llm: Path | str) -> tuple[str, dict[str, str]]:
-    """Folder or hub id, and the arguments that load it.
+    """(folder or hub id, kwargs) for `from_pretrained`.
 
     Args:
         llm: hub id, folder, GGUF file, folder with a single one and no config.json, or a key of `ALIASES`.
-
-    Returns:
-        (name, kwargs) for `from_pretrained`.
 
     Raises:
         ValueError: a folder is not there, or holds neither a config.json nor exactly one GGUF file.
@@ -65,12 +62,8 @@ def _dequantized(alias: str) -> str:
             whole = Path(scratch) / "whole"
             load_tokenizer(source).save_pretrained(whole)
             load_llm(source).save_pretrained(whole)
-            try:
+            with suppress(OSError):  # another process was sooner
                 whole.rename(folder)
-            except OSError:  # another process was sooner, or something unfinished is in the way
-                if not (folder / "config.json").exists():
-                    shutil.rmtree(folder, ignore_errors=True)
-                    whole.rename(folder)
     return str(folder)
 
 
@@ -99,19 +92,15 @@ def load_llm(llm: PreTrainedModel | Path | str, **kwargs: Any) -> PreTrainedMode
     return model.eval()
 
 
-def load_tokenizer(llm: Path | str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to an LLM (anything `load_llm` takes)."""
+def load_tokenizer(llm: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to an LLM (anything `resolve_llm` takes)."""
     name, source = resolve_llm(llm)
-    return AutoTokenizer.from_pretrained(name, **source, **kwargs)
+    return AutoTokenizer.from_pretrained(name, **source)
 
 
 def choose_image_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
-    """The vocabulary's own image token or a spare special token, else a new `<image>` added to the tokenizer.
-
-    An in-vocabulary id is required by runtimes that embed every id, vLLM among them.
-
-    Returns:
-        (token, id).
+    """The vocabulary's own image token or a spare special one, else a new `<image>` added to the tokenizer: (token,
+    id). Runtimes that embed every id, vLLM among them, need one of the vocabulary.
     """
     vocabulary = tokenizer.get_vocab()
     token = next((token for token in SPARE_TOKENS if token in vocabulary), NEW_TOKEN)
@@ -121,10 +110,8 @@ def choose_image_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
 
 
 def grow_for_image_token(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
-    """The id of the image token of a loaded LLM, whose embeddings grow by it where its tokenizer has none to spare.
-
-    Args:
-        tokenizer: the LLM's; by default that of the place it was loaded from.
+    """The id of the image token of a loaded LLM, whose embeddings grow by it where its tokenizer (by default that of
+    the place it was loaded from) has none to spare.
 
     Raises:
         ValueError: the vocabulary was resized since, so that the tokenizer is no longer that one.

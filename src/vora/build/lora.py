@@ -22,16 +22,12 @@ def attach_vision_lora(
     target_modules: Sequence[str] | None = None,
     lora_alpha: int | None = None,
 ) -> PeftModel:
-    """Freeze the LLM and give its first blocks trainable low-rank pairs; the patch embedding trains with them.
+    """Freeze the LLM and give its first blocks trainable low-rank pairs; the patch embedding alone trains with them.
 
     Args:
-        rank: r of every pair.
-        num_blocks: N, how many blocks from the bottom; all by default. A teacher's depth in the paper.
+        num_blocks: how many blocks from the bottom; all by default. A teacher's depth in the paper.
         target_modules: names of linear layers inside a block; by default all of them (q, k, v, o, gate, up, down).
         lora_alpha: scale times rank; rank by default, so that the scale is 1 (the paper has no alpha).
-
-    Returns:
-        The model, whose trainable parameters are exactly the pairs and the patch embedding.
 
     Raises:
         ValueError: a target name matches no layer, or the LLM has fewer blocks than asked for.
@@ -97,8 +93,7 @@ def merge_vision_lora(model: PeftModel | VoraForConditionalGeneration) -> VoraFo
             it is used up.
 
     Returns:
-        The model inside, whose language part has the base LLM's parameter names and shapes again, with the trained
-        patch embedding. `model.to_llm()` gives that language part alone.
+        The model inside, whose language part has the base LLM's parameter names and shapes again.
 
     Raises:
         TypeError: there is no vision LoRA on the model.

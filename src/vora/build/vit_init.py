@@ -17,19 +17,12 @@ PLAIN_VITS = "ViT, DeiT, CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3, AIMv2"
 
 @dataclass
 class VitEmbedding:
-    """What a fresh `PatchEmbedding` starts from.
+    """What a fresh `PatchEmbedding` starts from."""
 
-    Attributes:
-        weight: float[D_v, C*p*p], flattened channel first.
-        bias: float[D_v] or None.
-        norm: float[D_v] or None.
-        position: float[G*G, D_v] or None (rotary teachers have no table).
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    norm: torch.Tensor | None
-    position: torch.Tensor | None
+    weight: torch.Tensor  # float[D_v, C*p*p], flattened channel first
+    bias: torch.Tensor | None  # float[D_v]
+    norm: torch.Tensor | None  # float[D_v]
+    position: torch.Tensor | None  # float[G*G, D_v]; rotary teachers have no table
     patch_size: int
     num_channels: int
     image_size: int
@@ -107,9 +100,7 @@ def _patch_projection(
     embeddings: nn.Module, channels: int, patch_size: Any
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(weight float[D_v, C*p*p], bias), or (None, None) where there is none."""
-    if not patch_size or not isinstance(patch_size, int):
-        return None, None
-    for module in embeddings.modules():
+    for module in embeddings.modules() if isinstance(patch_size, int) else ():
         if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride == (patch_size, patch_size):
             return module.weight.flatten(1), module.bias
         if isinstance(module, nn.Linear) and module.in_features == channels * patch_size**2:
