@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from tiny import IMAGE, prompt, text, tiny_vora
+from tiny import IMAGE, tiny_vora
 from transformers import AutoModelForCausalLM, AutoTokenizer, ViTMAEConfig, ViTMAEModel
 
 from vora import VoraForConditionalGeneration, VoraProcessor
@@ -22,22 +22,15 @@ def gguf_folder(tmp_path_factory):
     """A tiny random Llama in one GGUF file, with nothing beside it."""
     folder = tmp_path_factory.mktemp("gguf")
     writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
-    writer.add_block_count(BLOCKS)
-    writer.add_context_length(64)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(WIDTH // HEADS)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(TOKENS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3] * 4 + [1] * (len(TOKENS) - 4))  # control tokens, then ordinary ones
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    fields = {
+        "block_count": BLOCKS, "context_length": 64, "embedding_length": WIDTH, "feed_forward_length": INNER,
+        "head_count": HEADS, "head_count_kv": HEADS, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 10000.0,
+        "rope_dimension_count": WIDTH // HEADS, "vocab_size": len(TOKENS), "tokenizer_model": "gpt2",
+        "token_list": TOKENS, "token_types": [3] * 4 + [1] * (len(TOKENS) - 4),  # control tokens, then ordinary ones
+        "token_merges": ["a b"], "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    for name, value in fields.items():
+        getattr(writer, f"add_{name}")(value)
     random = np.random.default_rng(0)
     shapes = {"token_embd": (len(TOKENS), WIDTH), "output_norm": (WIDTH,)}
     for block in range(BLOCKS):
@@ -68,37 +61,27 @@ def test_a_folder_with_a_gguf_file_is_an_llm(gguf_folder, tmp_path):
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, expected)
 
 
-def test_a_folder_with_two_gguf_files_is_refused(gguf_folder, tmp_path):
+def test_of_two_gguf_files_one_is_named(gguf_folder, tmp_path):
     for name in ("one.gguf", "two.gguf"):
         (tmp_path / name).write_bytes((gguf_folder / "tiny.gguf").read_bytes())
     with pytest.raises(ValueError, match="2 GGUF files"):
         VoraForConditionalGeneration.from_llm(str(tmp_path))
+    model = VoraForConditionalGeneration.from_llm(str(tmp_path / "one.gguf"), patch_size=4, image_size=8)
+    assert model.config.image_token_id == TOKENS.index("<reponame>")
 
 
-def test_the_image_token_is_never_generated_and_the_llm_alone_is_free_of_that(monkeypatch):
-    vora = tiny_vora("llama")
-    plain = vora.logits
-
-    def fond_of_images(states):
-        logits = plain(states)
-        logits[..., IMAGE] += 100
-        return logits
-
-    monkeypatch.setattr(vora, "logits", fond_of_images)
-    answer = vora.generate(**prompt([*text(3), (2, 2, 0), *text(2, 1)]), max_new_tokens=4, do_sample=False)
-    assert IMAGE not in answer[0, -4:].tolist()
-    assert vora.to_llm().generation_config.suppress_tokens is None
+def test_generate_refuses_places_without_images():
+    model, ids = tiny_vora("llama"), torch.tensor([[7, IMAGE, IMAGE, 9]])
+    for given in ({"inputs": ids}, {"input_ids": ids}):
+        with pytest.raises(ValueError, match="2 image tokens .* but 0 images were given"):
+            model.generate(**given, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_the_attention_asked_for_is_the_attention_used(llm_folder, attention):
+def test_the_attention_asked_for_is_used_and_no_folder_is_saved(llm_folder, attention, tmp_path):
     model = VoraForConditionalGeneration.from_llm(llm_folder, attn_implementation=attention)
-    assert model.config._attn_implementation == attention
     assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {attention}
-
-
-def test_saved_configurations_name_no_folder_of_this_machine(llm_folder, tmp_path):
-    VoraForConditionalGeneration.from_llm(llm_folder).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
     assert llm_folder not in (tmp_path / "config.json").read_text()
 
 
@@ -130,29 +113,12 @@ def test_a_gguf_file_is_an_llm_and_what_is_not_there_is_said(gguf_folder, tmp_pa
     assert resolve_llm("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", {})
 
 
-def test_a_gguf_file_that_is_named_may_lie_beside_others(gguf_folder, tmp_path):
-    file = next(gguf_folder.glob("*.gguf"))
-    for name in ("one.gguf", "two.gguf"):
-        (tmp_path / name).write_bytes(file.read_bytes())
-    model = VoraForConditionalGeneration.from_llm(str(tmp_path / "one.gguf"), patch_size=4, image_size=8)
-    assert model.config.image_token_id == TOKENS.index("<reponame>")
-
-
 def test_quantized_weights_are_refused_before_they_are_trained(llm_folder, monkeypatch):
     llm = AutoModelForCausalLM.from_pretrained(llm_folder)
     llm.is_quantized = True
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: llm)
     with pytest.raises(ValueError, match="are quantized.*name the LLM that it was quantized from"):
         VoraForConditionalGeneration.from_llm(llm_folder, patch_size=4, image_size=8)
-
-
-def test_generate_refuses_places_without_images():
-    model = tiny_vora("llama")
-    ids = torch.tensor([[7, IMAGE, IMAGE, 9]])
-    with pytest.raises(ValueError, match="2 image tokens .* but 0 images were given"):
-        model.generate(ids, max_new_tokens=2)
-    with pytest.raises(ValueError, match="2 image tokens"):
-        model.generate(input_ids=ids, max_new_tokens=2)
 
 
 def test_an_environment_without_pip_is_told_so(tmp_path, monkeypatch):

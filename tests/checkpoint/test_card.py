@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from PIL import Image
-from rich.console import Console
-from tiny import save_tiny_vit
 from typer.testing import CliRunner
 
 from vora.build.base_llm import ALIASES
@@ -22,70 +19,21 @@ from vora.checkpoint.names import published
 from vora.cli import app
 from vora.quickstart.run import card_rows
 from vora.train.recipe import load_recipe, save_recipe
-from vora.train.run import train
-
-
-def merge(*arguments):
-    result = CliRunner().invoke(app, ["merge", *map(str, arguments)])
-    assert result.exit_code == 0, result.output
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory, llm_folder):
-    """A chain of runs: one (stage 1), merged and its language part, two (stage 2) and merged-two."""
-    work = tmp_path_factory.mktemp("work")
-    shutil.copytree(llm_folder, work / "tiny-llama")
-    (work / "tiny-llama" / "README.md").write_text("---\nlicense: other\nlicense_name: tiny-terms\n---\n# Tiny\n")
-    save_tiny_vit(work / "vit")
-    (work / "vit" / "README.md").write_text("---\nlicense: mit\n---\n# A teacher\n")
-    for name in ("red", "blue"):
-        Image.new("RGB", (16, 16), name).save(work / f"{name}.png")
-    lines = [{"image": f"{name}.png", "question": "what?", "answer": name} for name in ("red", "blue")]
-    for file in ("first.jsonl", "second.jsonl"):
-        (work / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    training = {"max_steps": 3, "per_device_train_batch_size": 1, "logging_steps": 2, "use_cpu": True}
-    first = {
-        "model": {"llm": str(work / "tiny-llama")},
-        "teacher": {"name": str(work / "vit")},
-        "data": {
-            "sources": [
-                {"path": str(work / "first.jsonl"), "weight": 2},
-                {"path": str(work / "sec*.jsonl"), "weight": 1, "image_folder": str(work)},
-            ],
-            "sequence_length": 64,
-            "caption_prompts": ["Write ``` or a/b."],
-        },
-        "sample_generations": [{"image": str(work / "red.png"), "question": "what?"}],
-        "training": training,
-    }
-    second = {
-        "stage": "finetune",
-        "model": {"vora": str(work / "merged")},
-        "data": {"sources": [{"path": str(work / "second.jsonl")}], "sequence_length": 64},
-        "training": training | {"max_steps": 2},
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        train(load_recipe(first), work / "one", console=Console(quiet=True))
-        merge(work / "one", "-o", work / "merged", "--llm-out", work / "llm-part")
-        train(load_recipe(second), work / "two", console=Console(quiet=True))
-        merge(work / "two", "-o", work / "merged-two")
-    return work
 
 
 def test_each_saved_model_has_a_card_that_names_no_folder(work):
-    for saved in ("one/final", "merged", "llm-part", "two/final", "merged-two"):
+    for saved in ("one/final", "merged", "llm", "adapter", "second/final", "two/final", "merged-two"):
         text = (work / saved / "README.md").read_text()
         assert str(work) not in text and str(Path.home()) not in text and "/tmp/" not in text
         front = ModelCard(text).data.to_dict()
         assert "base_model" not in front and "datasets" not in front  # all of it is local
         assert front["license"] == "other" and front["license_name"] == "tiny-terms"
         assert front["library_name"] == "transformers" and "vora" in front["tags"]
-        assert front["pipeline_tag"] == ("text-generation" if saved == "llm-part" else "image-text-to-text")
+        assert front["pipeline_tag"] == ("text-generation" if saved == "llm" else "image-text-to-text")
         assert "Base LLM: `tiny-llama`" in text and "Teacher: `vit`" in text
         assert "| base LLM | `tiny-llama` | other (tiny-terms) |" in text and "| teacher | `vit` | mit |" in text
         assert f"| data | `first.jsonl` | {NOT_STATED} |" in text
-        assert ("language part alone" in text) == (saved == "llm-part")
+        assert ("language part alone" in text) == (saved == "llm")
 
 
 def test_the_card_of_a_merged_model_tells_how_it_was_made(work):
@@ -119,22 +67,25 @@ def test_stage_two_keeps_its_ancestor(work, tmp_path):
     assert "| steps | 3 | 2 |" in text and text.count("yaml\n") == 2
 
 
+def run(words):
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+
+
 def test_models_load_and_merge_as_their_cards_say(work, monkeypatch, tmp_path):
     monkeypatch.chdir(work)
     shutil.copy(work / "red.png", work / "image.png")
-    for folder, family in (("merged", "vora"), ("llm-part", "llama")):
+    for folder, family in (("merged", "vora"), ("llm", "llama")):
         text, found = (work / folder / "README.md").read_text(), {}
         code = re.search(r"```python\n(.*?)```", text, flags=re.S).group(1)
         exec(code.replace("THIS_FOLDER", str(work / folder)), found)
         assert found["model"].config.model_type == family and isinstance(found.get("answer", ""), str)
     command = re.search(r"`vora (chat .*?)`", (work / "merged" / "README.md").read_text()).group(1)
-    words = shlex.split(command.replace("THIS_FOLDER", str(work / "merged")))
-    result = CliRunner().invoke(app, [*words, "--max-new-tokens", "4"])
-    assert result.exit_code == 0, result.output
+    run([*shlex.split(command.replace("THIS_FOLDER", str(work / "merged"))), "--max-new-tokens", "4"])
     text = (work / "one" / "final" / "README.md").read_text()
     assert "over it by itself" in text and "from_pretrained" not in text
-    command = re.search(r"^vora merge (.*)$", text, flags=re.M).group(1)
-    merge(*command.replace("RUN", str(work / "one")).replace("my-vora", str(tmp_path / "my-vora")).split())
+    command = re.search(r"^vora (merge .*)$", text, flags=re.M).group(1)
+    run(command.replace("RUN", str(work / "one")).replace("my-vora", str(tmp_path / "my-vora")).split())
     assert (tmp_path / "my-vora" / "model.safetensors").exists()
 
 
@@ -144,9 +95,8 @@ def test_a_card_knows_how_far_weights_and_log_reach(work, saved):
     log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:-1]))
     text = write_run_card(saved, run).read_text()
     assert "| steps | 3 |" in text and "(by step 2)" in text
-    shutil.rmtree(run / "checkpoint-3")
-    (run / "final").rename(run / "checkpoint-2")
-    (run / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
+    for folder in ("checkpoint-3", "final"):
+        shutil.rmtree(run / folder)
     (run / "checkpoint-2" / "README.md").unlink()
     text = write_run_card(saved, run).read_text()
     assert "| steps | 2 |" in text and "(by step" not in text

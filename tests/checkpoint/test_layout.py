@@ -7,63 +7,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file
-from tiny import save_tiny_vit, tiny_llm, tiny_vora
+from tiny import tiny_llm, tiny_vora
 from typer.testing import CliRunner
 
 from vora import VoraForConditionalGeneration
 from vora.build.lora import merge_vision_lora
-from vora.checkpoint import AdapterInfo, load_adapter, load_model, read_info, save_merged
+from vora.checkpoint import AdapterInfo, load_adapter, load_model, read_info, save, save_merged
 from vora.checkpoint.load import digest_of, distillation_of
 from vora.checkpoint.save import merge
 from vora.cli import app
 from vora.distill.blockwise import SUMMARY
-from vora.train.recipe import load_recipe
-from vora.train.run import train
 
 LAYERS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory, llm_folder):
-    """A run with a checkpoint, all that `vora merge` makes of it, and a run that goes on from it."""
-    work = tmp_path_factory.mktemp("work")
-    shutil.copytree(llm_folder, work / "tiny-llama")
-    save_tiny_vit(work / "vit")
-    Image.new("RGB", (12, 12), "red").save(work / "red.png")
-    (work / "data.jsonl").write_text(json.dumps({"image": "red.png", "question": "what?", "answer": "red"}) + "\n")
-    recipe = {
-        "model": {"llm": str(work / "tiny-llama"), "dtype": "bfloat16"},
-        "teacher": {"name": str(work / "vit"), "summary": True, "standardize": True},
-        "lora": {"rank": 2},
-        "data": {"sources": [{"path": str(work / "data.jsonl")}], "sequence_length": 64},
-        "training": {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 1, "use_cpu": True},
-    }
-    train(load_recipe(recipe), work / "run", console=Console(quiet=True))
-    merge(work / "run", work / "merged", llm_out=work / "llm", adapter_out=work / "adapter")
-    recipe["model"] = {"vora": str(work / "run"), "dtype": "bfloat16"}
-    train(load_recipe(recipe), work / "second", console=Console(quiet=True))
-    return work
-
-
-KINDS = {
-    "run/final": "adapter",
-    "run/checkpoint-1": "adapter",
-    "second/final": "adapter",
-    "merged": "merged",
-    "adapter": "adapter",
-    "llm": "llm",
-}
+KINDS = dict.fromkeys(("one/final", "one/checkpoint-2", "second/final", "adapter"), "adapter")
+KINDS |= {"merged": "merged", "llm": "llm"}
 
 
 @pytest.mark.parametrize("folder", KINDS)
-def test_all_that_is_saved_is_described_and_names_no_folder(work, folder):
+def test_all_that_is_saved_is_described_and_names_no_folder(work, folder, tmp_path):
     for file in ("vora.json", "config.json", "adapter_config.json"):
         if (work / folder / file).exists():
             assert str(work) not in (work / folder / file).read_text()
-    info = read_info(shutil.copytree(work / folder, work / "copies" / folder))  # apart from its run
+    info = read_info(shutil.copytree(work / folder, tmp_path / "it"))  # apart from its run
     has_lora, is_run = KINDS[folder] == "adapter", "final" in folder or "checkpoint" in folder
     assert info.kind == KINDS[folder] and info.stage == "pretrain" and info.dtype == "bfloat16"
     assert info.base_llm is None and info.teacher == "vit"  # both were folders
@@ -72,30 +40,26 @@ def test_all_that_is_saved_is_described_and_names_no_folder(work, folder):
     assert info.adapter == (AdapterInfo(2, 2, LAYERS) if has_lora else None)
     assert (info.llm_digest is not None) == has_lora
     assert info.model_type == ("llama" if folder == "llm" else "vora")
-
-
-@pytest.mark.parametrize("folder", KINDS)
-def test_what_was_saved_without_a_description_says_the_same(work, tmp_path, folder):
-    written = read_info(shutil.copytree(work / folder, tmp_path / "it"))
+    # one that was saved without a description says the same, but for what is in no other file: a digest was in
+    # config.json then, and pairs follow from heads alone
     (tmp_path / "it" / "vora.json").unlink()
-    # these are in no other file: a digest was in config.json then, and pairs follow from heads alone
-    without = {} if written.has_heads else {"block_pairs": ()}
-    assert read_info(tmp_path / "it") == replace(written, llm_digest=None, **without)
+    without = {} if info.has_heads else {"block_pairs": ()}
+    assert read_info(tmp_path / "it") == replace(info, llm_digest=None, **without)
 
 
 def test_a_run_is_what_it_saved_last_and_names_its_folders(work, tmp_path):
-    info = read_info(work / "run")
-    assert info.path == work / "run" / "final" and info.run == work / "run" and info.source is None
+    info = read_info(work / "one")
+    assert info.path == work / "one" / "final" and info.run == work / "one" and info.source is None
     assert (info.base_llm, info.teacher) == (str(work / "tiny-llama"), str(work / "vit"))
-    assert read_info(work / "run" / "checkpoint-2").base_llm == info.base_llm
-    assert read_info(work / "second").source == str(work / "run")
-    shutil.copytree(work / "run", tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "final")
-    assert read_info(tmp_path / "run").path.name == "checkpoint-2"
-    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+    assert read_info(work / "one" / "checkpoint-2").base_llm == info.base_llm
+    assert read_info(work / "second").source == str(work / "one")
+    shutil.copytree(work / "one", tmp_path / "one")
+    shutil.rmtree(tmp_path / "one" / "final")
+    assert read_info(tmp_path / "one").path.name == "checkpoint-3"
+    for checkpoint in (tmp_path / "one").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     with pytest.raises(ValueError, match="has not saved anything yet"):
-        read_info(tmp_path / "run")
+        read_info(tmp_path / "one")
 
 
 def test_what_is_no_model_is_said(tmp_path):
@@ -113,30 +77,27 @@ def test_what_is_no_model_is_said(tmp_path):
 
 def test_a_run_is_loaded_as_its_merged_model(work):
     expected, processor = load_model(work / "merged")
-    for path in (work / "run", work / "run" / "final", str(work / "run")):
+    for path in (work / "one", work / "one" / "final", str(work / "one")):
         model, its_processor = load_model(path, max_image_tokens=1)
         assert model.dtype == torch.bfloat16 and its_processor.image_processor.max_image_tokens == 1
         assert all(torch.equal(p, model.get_parameter(name)) for name, p in expected.named_parameters())
         assert model.generation_config.to_dict() == expected.generation_config.to_dict()
         assert its_processor.chat_template == processor.chat_template
     assert load_model(work / "merged", dtype="float32")[0].dtype == torch.float32
-    for path in (work / "run", work / "merged"):
+    for path in (work / "one", work / "merged"):
         with pytest.raises(ValueError, match="has its own LLM"):
             load_model(path, llm=str(work / "tiny-llama"))
 
 
-def test_an_adapter_goes_on_where_it_was(work):
+def test_an_adapter_and_its_heads_go_on_where_they_were(work):
     """In float32, though the LLM is in bf16; of a run that went on from another over the first one's LLM."""
-    for run in ("run", "second"):
+    for run in ("one", "second"):
         model, saved = load_adapter(work / run), load_file(work / run / "final" / "adapter_model.safetensors")
         found = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
         found = {name.replace(".modules_to_save", ""): tensor for name, tensor in found.items()}
         assert found.keys() == saved.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
         assert digest_of(model.get_base_model()) == read_info(work / run).llm_digest
-
-
-def test_heads_come_with_their_pairs(work):
-    heads, saved = distillation_of(work / "run"), load_file(work / "run" / "final" / "distillation.safetensors")
+    heads, saved = distillation_of(work / "one"), load_file(work / "one" / "final" / "distillation.safetensors")
     assert heads.pairs == [(0, 0), (1, 1), (1, SUMMARY)] and heads.standardize
     assert heads.state_dict().keys() == saved.keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in heads.state_dict().items())
@@ -163,16 +124,12 @@ def test_a_merge_that_fails_leaves_nothing(work, tmp_path, monkeypatch, failing)
             (Path(folder) / "config.json").write_text("{}")
         raise OSError("No space left on device")
 
-    target = "vora.checkpoint.save.to_llm" if failing == "to_llm" else VoraForConditionalGeneration.__module__
     with monkeypatch.context() as patch:
-        if failing == "to_llm":
-            patch.setattr(target, fail)
-        else:
-            patch.setattr(VoraForConditionalGeneration, failing, fail)
+        patch.setattr(save if failing == "to_llm" else VoraForConditionalGeneration, failing, fail)
         with pytest.raises(OSError, match="No space"):
-            merge(work / "run", tmp_path / "out", llm_out=tmp_path / "llm")
+            merge(work / "one", tmp_path / "out", llm_out=tmp_path / "llm")
     assert not list(tmp_path.iterdir())
-    merge(work / "run", tmp_path / "out", llm_out=tmp_path / "llm")  # the retry
+    merge(work / "one", tmp_path / "out", llm_out=tmp_path / "llm")  # the retry
     assert {path.name for path in tmp_path.iterdir()} == {"out", "llm"}
 
 

@@ -32,18 +32,8 @@ Evaluation = tuple[str, str, float | str, int, str]
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What is known of a saved model; what is left out is said to be not stated, and never guessed.
-
-    Args:
-        made: how the weights came about.
-        stage: pretrain or finetune.
-        base_llm, teacher, encoder: alias, hub id or folder; by default those of `source`'s card.
-        source: folder or hub id of the model that this one went on from, or was imported from.
-        data: (name, weight) of each source; the weight is None where rows count alike.
-        losses: {name: last value}.
-        logged_step: the step at which `samples_seen` and `losses` were noted.
-        licences: {name of base LLM, teacher or data: licence} where known.
-        merge_command: how a folder with unmerged vision LoRA is merged into one called my-vora.
+    """What is known of a saved model; what is left out is said to be not stated, and never guessed. LLM, teacher and
+    encoder are aliases, hub ids or folders; by default those of `source`'s card.
     """
 
     made: Literal["trained", "merged", "imported", "folded"]
@@ -51,16 +41,16 @@ class CardFacts:
     base_llm: str | None = None
     teacher: str | None = None
     encoder: str | None = None
-    source: str | None = None
-    data: Sequence[tuple[str, float | None]] = ()
+    source: str | None = None  # folder or hub id of what this one went on from, or was imported from
+    data: Sequence[tuple[str, float | None]] = ()  # (name, weight); None where rows count alike
     recipe: dict[str, Any] | None = None
     steps: int | None = None
     samples_seen: int | None = None
-    losses: dict[str, float] = field(default_factory=dict)
-    logged_step: int | None = None
+    losses: dict[str, float] = field(default_factory=dict)  # the last ones
+    logged_step: int | None = None  # at which samples and losses were noted
     evaluation: Sequence[Evaluation] = ()
-    licences: dict[str, str] = field(default_factory=dict)
-    merge_command: str = "vora merge RUN -o my-vora"
+    licences: dict[str, str] = field(default_factory=dict)  # of LLM, teacher and data, where known
+    merge_command: str = "vora merge RUN -o my-vora"  # of a folder with unmerged vision LoRA
 
 
 @contextmanager

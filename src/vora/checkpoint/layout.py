@@ -31,41 +31,28 @@ class AdapterInfo:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A model folder.
+    """A model folder: an "adapter" (vision LoRA and patch embedding without their LLM), "unmerged" (a whole model and
+    an adapter beside it), "merged" (a whole model), or an "llm" (no vision).
 
-    Attributes:
-        kind: "adapter" (vision LoRA and patch embedding without their LLM), "unmerged" (a whole model and an adapter
-            beside it), "merged" (a whole model), or "llm" (no vision).
-        path: where it lies; of a run, its `final` or else its newest checkpoint.
-        model_type: of its configuration: `vora`, `vora_llava`, or an LLM's.
-        stage: that made it, "pretrain" or "finetune", where that is known.
-        base_llm: hub id or alias of the LLM that it began with; of a run perhaps a folder. None where it was one.
-        llm_digest: `digest_of` the LLM that an adapter goes over.
-        encoder: of LLaVA's way, the name of its ViT.
-        teacher: name of the ViT it learned from. Of a run, as its recipe names it; else a hub id, or of a folder its
-            last part, as in all that is published.
-        block_pairs: (student block, teacher block) of the distillation; the teacher's may be `SUMMARY`.
-        has_heads: whether the distill heads lie beside it.
-        has_processor: whether a processor with its tokenizer does.
-        run: the run directory that it belongs to.
-        source: what that run went on from, as its recipe names it.
+    Encoder (of LLaVA's way) and teacher are, of a run, as its recipe names them; else hub ids, or of folders the last
+    part, as in all that is published.
     """
 
     kind: Kind
-    path: Path
-    model_type: str
+    path: Path  # of a run, its `final` or else its newest checkpoint
+    model_type: str  # `vora`, `vora_llava`, or an LLM's
     dtype: str
     stage: Literal["pretrain", "finetune"] | None = None
-    base_llm: str | None = None
-    llm_digest: str | None = None
+    base_llm: str | None = None  # hub id or alias of the LLM it began with; of a run perhaps a folder, else None then
+    llm_digest: str | None = None  # `digest_of` the LLM that an adapter goes over
     adapter: AdapterInfo | None = None
     encoder: str | None = None
     teacher: str | None = None
-    block_pairs: tuple[Pair, ...] = ()
-    has_heads: bool = False
-    has_processor: bool = False
-    run: Path | None = None
-    source: str | None = None
+    block_pairs: tuple[Pair, ...] = ()  # (student block, teacher block or `SUMMARY`) of the distillation
+    has_heads: bool = False  # of the distillation, beside it
+    has_processor: bool = False  # with its tokenizer
+    run: Path | None = None  # the directory that it belongs to
+    source: str | None = None  # what that run went on from, as its recipe names it
 
     @property
     def is_llava(self) -> bool:

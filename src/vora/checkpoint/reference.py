@@ -74,23 +74,14 @@ POSITION, PATCH = "model.patch_embedding.position", "model.patch_embedding.patch
 
 @dataclass
 class Reference:
-    """A checkpoint of the released code.
+    """A checkpoint of the released code, in its own precision."""
 
-    Attributes:
-        model: without LoRA, in the checkpoint's own precision.
-        info: with the adapter, of a stage-1 checkpoint.
-        processor: of the released code; where there is no tokenizer, its image part.
-        lora: {our name: tensor} of its pairs.
-        heads: state dict of a `BlockwiseDistillation` with the pairs of `info`; empty in a merged checkpoint.
-        places: {where tensors went: (how many, how many parameters)}.
-    """
-
-    model: VoraForConditionalGeneration
+    model: VoraForConditionalGeneration  # without LoRA
     info: CheckpointInfo
-    processor: VoraProcessor | VoraImageProcessor
-    lora: Tensors
-    heads: Tensors
-    places: dict[str, tuple[int, int]]
+    processor: VoraProcessor | VoraImageProcessor  # the image part alone where there is no tokenizer
+    lora: Tensors  # under our names
+    heads: Tensors  # state dict of a `BlockwiseDistillation` with the pairs of `info`; empty in a merged checkpoint
+    places: dict[str, tuple[int, int]]  # where tensors went: how many, how many parameters
 
     def with_lora(self) -> PeftModel:
         """The model with its LoRA on, as `attach_vision_lora` returns it; it goes into `model` itself, so only once.
