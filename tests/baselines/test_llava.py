@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,13 +10,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
 from tiny import GRID, IMAGE, PATCH, InFourBits, generate, image, logits_of, prompt, text, tiny_llm, train_a_little
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from vora import Teacher, attach_vision_lora, merge_vision_lora
 from vora.baselines.llava import VoraLlavaForConditionalGeneration
@@ -56,40 +51,23 @@ def tiny_llava(kind="vit", family="llama", patch_merge=1):
     )
 
 
-def to_llava(model):
-    """The same model as transformers' own class, with whose parameters it shares memory."""
-    vit, config = model.model.patch_embedding.encoder.vit, model.config
-    has_cls = hasattr(vit.embeddings, "cls_token") or hasattr(vit.embeddings, "class_embedding")
-    fields = ("vision_config", "text_config", "vision_feature_layer", "tie_word_embeddings")
-    config = LlavaConfig(
-        image_token_index=config.image_token_id,
-        image_seq_length=GRID**2,
-        vision_feature_select_strategy="default" if has_cls else "full",
-        **{name: getattr(config, name) for name in fields},
-    )
-    with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(config)
-    whole = getattr(llava.model.vision_tower, "vision_model", None)
-    owner, name = (llava.model, "vision_tower") if whole is None else (llava.model.vision_tower, "vision_model")
-    setattr(owner, name, vit)
-    llava.model.multi_modal_projector = model.model.patch_embedding.projector
-    llava.model.language_model, llava.lm_head = model.model.language_model, model.lm_head
-    return llava.eval()
-
-
 SEEING = prompt([*text(3), (GRID, GRID, 0), *text(4, 1)])
 
 
 @pytest.mark.parametrize("kind", TOWERS)
-def test_it_is_transformers_llava(kind):
-    model, inputs = tiny_llava(kind), SEEING
-    pixels = images_of_patches(inputs["pixel_values"], [(GRID, GRID)], PATCH, MEAN, STD)[0][None]
+@torch.no_grad()
+def test_it_computes_what_llava_does(kind):
+    """The last but one state of each patch, without CLS token, goes through the projector into a causal LLM."""
+    model = tiny_llava(kind)
+    embedding, ids = model.model.patch_embedding, SEEING["input_ids"]
+    pixels = images_of_patches(SEEING["pixel_values"], [(GRID, GRID)], PATCH, MEAN, STD)[0][None]
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    own = logits_of(model, **inputs)
-    words = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    theirs = logits_of(to_llava(model), **words, pixel_values=(pixels - mean) / std)
-    torch.testing.assert_close(own, theirs, atol=1e-5, rtol=0)
-    other = logits_of(model, **inputs | {"pixel_values": image(GRID, GRID, 1)})
+    states = embedding.encoder.vit((pixels - mean) / std, output_hidden_states=True).hidden_states[-2]
+    embeds = model.get_input_embeddings()(ids)
+    embeds[ids == IMAGE] = embedding.projector(states[0, -(GRID**2) :])
+    own = logits_of(model, **SEEING)
+    torch.testing.assert_close(own, logits_of(model.to_llm(), inputs_embeds=embeds), atol=1e-5, rtol=0)
+    other = logits_of(model, **SEEING | {"pixel_values": image(GRID, GRID, 1)})
     assert (own - other).abs().max() > 0.05
 
 
@@ -175,10 +153,6 @@ def recipe(tmp_path_factory, llm_folder):
     return lambda **sections: load_recipe({**copy.deepcopy(given), **sections})
 
 
-def run(recipe, folder):
-    return train(recipe, folder, console=Console(quiet=True))
-
-
 def saved(run_directory, folder):
     model, processor = merge_run(run_directory)
     save_merged(model, processor, folder, run_directory)
@@ -193,6 +167,8 @@ def answer(folder, image=None):
 def test_two_stages_of_llavas_way(recipe, tmp_path):
     training = recipe().training | {"max_steps": 50, "learning_rate": 1e-2, "lr_scheduler_type": "linear"}
     first = recipe(training=training, lora={"rank": 8})
+    assert first.model.image_attention == "causal"
+    run = partial(train, console=Console(quiet=True))
     trainer = run(first, tmp_path / "one")
     counts = trainable_counts(trainer.model)
     assert counts.pop("encoder")[0] == counts.pop("LLM")[0] == counts.pop("frozen copy of the projector")[0] == 0
@@ -218,24 +194,22 @@ def test_two_stages_of_llavas_way(recipe, tmp_path):
         check_trainable(trainer.model, "finetune")
 
 
-def sequences(recipe, processor):
-    return packed_sequences(recipe, open_sources(recipe.data), processor, training_arguments(recipe, "."))
+def first_batch(recipe, processor):
+    rows = packed_sequences(recipe, open_sources(recipe.data), processor, training_arguments(recipe, "."))
+    return rows, rows.collate([next(iter(rows))])
 
 
 def test_it_sees_the_samples_that_a_vora_student_sees(recipe):
     ours = recipe()
     vora = recipe(model={"llm": ours.model.llm, "patch_merge": 2}, teacher={"name": ours.model.encoder})
-    batches = []
-    for one in (ours, vora):
-        rows = sequences(one, build_processor(one, load_vit(one)))
-        batches.append(rows.collate([next(iter(rows))]))
-    assert batches[0].keys() == batches[1].keys()
-    assert all(torch.equal(tensor, batches[1][name]) for name, tensor in batches[0].items())
+    own, other = (first_batch(one, build_processor(one, load_vit(one)))[1] for one in (ours, vora))
+    assert own.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in own.items())
 
 
 @pytest.mark.parametrize(
     ("sections", "wanted"),
     [
+        ({}, "plan the recipe's VoRA twin"),
         ({"teacher": {"name": "vit"}}, "teacher and model.encoder exclude each other"),
         ({"data": {"sources": [{"path": "x"}], "text_only": True}}, "model.encoder and data.text_only exclude"),
         ({"model": {"vora": "x", "encoder": "vit"}}, "model.vora has vision: leave"),
@@ -244,34 +218,27 @@ def test_it_sees_the_samples_that_a_vora_student_sees(recipe):
 )
 def test_a_recipe_has_one_way_to_see(recipe, sections, wanted):
     with pytest.raises(ValueError, match=wanted):
-        recipe(**sections)
-
-
-def test_the_plan_says_that_it_knows_no_encoder(recipe):
-    assert recipe().model.image_attention == "causal"
-    with pytest.raises(ValueError, match="plan the recipe's VoRA twin"):
-        meta_model(recipe())
+        meta_model(recipe(**sections))
 
 
 def test_a_text_only_baseline_learns_from_text_alone(recipe, tmp_path):
     data = recipe().data.model_dump() | {"text_only": True}
     text_only = recipe(data=data, model={"llm": recipe().model.llm})
     objective, processor = build_objective(text_only)
-    rows = sequences(text_only, processor)
-    batch = rows.collate([next(iter(rows))])
+    rows, batch = first_batch(text_only, processor)
     assert "pixel_values" not in batch and not (batch["input_ids"] == processor.image_token_id).any()
     out = objective(**batch)
     assert set(out) == {"loss", "lm_loss"} and out["loss"].isfinite()
     out["loss"].backward()
     assert all(p.grad is None for p in objective.vora.model.patch_embedding.parameters())
-    run(text_only, tmp_path / "run")
+    train(text_only, tmp_path / "run", console=Console(quiet=True))
     assert (tmp_path / "run" / "log.jsonl").read_text().count('"lm_loss"') == 2
     saved(tmp_path / "run", tmp_path / "merged")
     answer(tmp_path / "merged")  # asked without an image
     found = tokens_of_budget(text_only, objective.config, 30, 10, [])
     assert found["num_images"] == 0 and found["per_sample"] == 30
     with pytest.raises(ValueError, match="text_only was True and is None"):
-        sequences(recipe(), processor).load_state_dict(json.loads(json.dumps(rows.state_dict())))
+        first_batch(recipe(), processor)[0].load_state_dict(json.loads(json.dumps(rows.state_dict())))
 
 
 def test_a_sample_without_images_keeps_its_text():

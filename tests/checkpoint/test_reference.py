@@ -30,13 +30,7 @@ from transformers import (
 
 from vora import Teacher, VoraImageProcessor, merge_vision_lora
 from vora.checkpoint import load_adapter, merge_run
-from vora.checkpoint.reference import (
-    CLIP_MEAN,
-    CLIP_STD,
-    import_reference,
-    load_reference,
-    text_config_with_biases,
-)
+from vora.checkpoint.reference import CLIP_MEAN, CLIP_STD, import_reference, load_reference, text_config_with_biases
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.objective import Objective
 from vora.train.recipe import load_recipe

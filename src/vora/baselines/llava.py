@@ -28,10 +28,8 @@ class VoraLlavaConfig(VoraConfig):
     """Configuration of [`VoraLlavaForConditionalGeneration`]; its code does not ship in a checkpoint.
 
     Args:
-        vision_config: configuration (object or dict) of the ViT.
         vision_feature_layer: which of the ViT's hidden states is read, from the end; LLaVA's last but one.
         image_mean, image_std: per channel, of patches as the image processor makes them and the ViT expects them.
-        kwargs: as for `VoraConfig`.
     """
 
     _auto_class = None  # type: ignore[assignment]
@@ -78,11 +76,7 @@ class LlavaVision(nn.Module):
         self.projector = LlavaMultiModalProjector(shape)
 
     def forward(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
-        """float[P, C*p*p] patches and int[N, 3] grids to float[P / m^2, D] image tokens.
-
-        Raises:
-            ValueError: a side is no multiple of m.
-        """
+        """float[P, C*p*p] patches and int[N, 3] grids to float[P / m^2, D] image tokens."""
         config, shapes = self.config, image_grid_thw.tolist()
         grids = [(rows, columns) for frames, rows, columns in shapes for _ in range(frames)]
         images = images_of_patches(pixel_values, grids, config.patch_size, config.image_mean, config.image_std)
@@ -116,43 +110,23 @@ class VoraLlavaForConditionalGeneration(VoraForConditionalGeneration):
         encoder: Teacher,
         patch_size: int | None = None,
         image_size: int | None = None,
-        patch_merge: int = 1,
-        image_token_id: int | None = None,
-        **llm_kwargs: Any,
+        **options: Any,
     ) -> "VoraLlavaForConditionalGeneration":
-        """Put a ViT, which becomes part of the model, and a fresh projector before an LLM.
-
-        Args:
-            patch_size, image_size: the encoder's own by default; the others as for `vora.from_llm`.
-
-        Raises:
-            ValueError: the LLM's logits or attention cannot be repeated here, or the encoder's patches are of another
-                size.
-        """
+        """Put a ViT, which becomes part of the model, and a fresh projector before an LLM, with the options of
+        `vora.from_llm`; the sizes are the encoder's own by default."""
         sizes = encoder.embedding.config_fields(patch_size, image_size)
-        vora = from_llm(
-            llm,
-            patch_size=sizes["patch_size"],
-            image_size=sizes["image_size"],
-            patch_merge=patch_merge,
-            image_attention="causal",
-            image_token_id=image_token_id,
-            **llm_kwargs,
-        )
+        options |= {"patch_size": sizes["patch_size"], "image_size": sizes["image_size"], "image_attention": "causal"}
+        vora = from_llm(llm, **options)
+        kept = ("text_config", "image_token_id", "patch_merge", "lm_head_bias", "dtype")
         config = VoraLlavaConfig(
-            text_config=vora.config.text_config,
             vision_config=getattr(encoder.vit.config, "vision_config", encoder.vit.config),
             image_mean=encoder.image_mean,
             image_std=encoder.image_std,
-            image_token_id=vora.config.image_token_id,
-            patch_merge=patch_merge,
-            lm_head_bias=vora.config.lm_head_bias,
-            dtype=vora.dtype,
-            **sizes,
+            **sizes | {name: getattr(vora.config, name) for name in kept},
         )
         model = cls.wrap(vora, config, encoder)
         embedding: Any = model.model.patch_embedding
-        side = max(1, config.grid_size // patch_merge) * patch_merge
+        side = max(1, config.grid_size // config.patch_merge) * config.patch_merge
         pixels = torch.randn(side**2, config.num_channels * config.patch_size**2, device=model.device)
         with torch.no_grad():
             tokens = embedding(pixels, torch.tensor([[1, side, side]]))

@@ -29,14 +29,8 @@ NEW_TOKEN = "<image>"
 
 
 def resolve_llm(llm: Path | str) -> tuple[str, dict[str, str]]:
-    """(folder or hub id, kwargs) for `from_pretrained`.
-
-    Args:
-        llm: hub id, folder, GGUF file, folder with a single one and no config.json, or a key of `ALIASES`.
-
-    Raises:
-        ValueError: a folder is not there, or holds neither a config.json nor exactly one GGUF file.
-    """
+    """(folder or hub id, kwargs) for `from_pretrained`, of a hub id, a folder, a GGUF file, a folder with a single one
+    and no config.json, or a key of `ALIASES`; ValueError where it is a path at which none of these is."""
     if str(llm) in ALIASES:
         return _dequantized(str(llm)), {}
     folder = Path(llm)
@@ -69,10 +63,7 @@ def _dequantized(alias: str) -> str:
 
 def load_llm(llm: PreTrainedModel | Path | str, **kwargs: Any) -> PreTrainedModel:
     """A causal LM in eval mode, with its tokenizer's name remembered in `name_or_path`; loaded models pass through.
-
-    Raises:
-        ValueError: its weights are quantized.
-    """
+    ValueError where its weights are quantized."""
     if isinstance(llm, PreTrainedModel):
         return llm
     name, source = resolve_llm(llm)
@@ -111,11 +102,8 @@ def choose_image_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
 
 def grow_for_image_token(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
     """The id of the image token of a loaded LLM, whose embeddings grow by it where its tokenizer (by default that of
-    the place it was loaded from) has none to spare.
-
-    Raises:
-        ValueError: the vocabulary was resized since, so that the tokenizer is no longer that one.
-    """
+    the place it was loaded from) has none to spare. ValueError where the vocabulary was resized since, so that the
+    tokenizer is no longer that one."""
     _, image_token_id = choose_image_token(tokenizer or _unchanged_tokenizer(llm))
     size = llm.config.get_text_config().vocab_size
     if image_token_id >= size:

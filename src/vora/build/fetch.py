@@ -24,10 +24,7 @@ def cache_folder() -> Path:
 
 
 def wheel_files(requirement: str) -> Path:
-    """The unpacked files of a pinned wheel, fetched once by pip with its progress bar and checked by sha256.
-
-    Args:
-        requirement: a key of `WHEELS`, such as `easy-vqa==1.0`. Its dependencies are not fetched.
+    """The unpacked files of a wheel, a key of `WHEELS`, fetched once by pip without dependencies.
 
     Raises:
         ConnectionError: pip is missing, or could not fetch the wheel.

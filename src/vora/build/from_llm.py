@@ -100,11 +100,7 @@ def wrap_llm(llm: PreTrainedModel, config: VoraConfig) -> VoraForConditionalGene
 
 def to_llm(model: VoraForConditionalGeneration) -> PreTrainedModel:
     """The language part of a merged model alone, as the stock causal LM it came from. It shares memory with the model;
-    a vocabulary that grew by an image token keeps that row, and may generate it.
-
-    Raises:
-        ValueError: vision LoRA is still on; merge first.
-    """
+    a vocabulary that grew by an image token keeps that row. ValueError where vision LoRA is still on."""
     language_model = model.model.language_model
     if extra := [name for name, _ in language_model.named_parameters() if "lora_" in name]:
         raise ValueError(f"{len(extra)} LoRA tensors are still on the LLM: call merge_vision_lora(model) first.")
@@ -185,11 +181,8 @@ def scale_of_text(model: VoraForConditionalGeneration, image_tokens: torch.Tenso
 
 @torch.inference_mode()
 def check_wrapped_llm(model: VoraForConditionalGeneration, llm: PreTrainedModel) -> None:
-    """Check on a few tokens that the wrapped LLM still computes what it computed bare, and that it can see images.
-
-    Raises:
-        ValueError: it cannot; its head, embeddings or attention mask do something that per-family code would have to.
-    """
+    """Check on a few tokens that the wrapped LLM still computes what it computed bare, and that it can see images;
+    ValueError where its head, embeddings or attention mask do what would need per-family code."""
     if llm.device.type == "meta":
         return
     family, image = llm.config.model_type, model.config.image_token_id

@@ -68,9 +68,7 @@ class UnlessAutocast:
 
 def leave_precision_to_autocast(model: PeftModel) -> PeftModel:
     """Have LoRA layers take their input as it is under autocast. PEFT casts it to the pairs' float32, autocast casts
-    that back, and the copy is kept for the gradient, once for each layer that the same input enters; the numbers are
-    the same to the last bit.
-    """
+    that back, and the copy is kept for the gradient of each layer; the numbers are the same to the last bit."""
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             layer.cast_input_dtype_enabled = UnlessAutocast()
@@ -89,11 +87,7 @@ def merge_vision_lora(model: PeftModel | VoraForConditionalGeneration) -> VoraFo
     """Fold every pair into its weight, W + scale * B A, computed in fp32 and cast once at the end.
 
     Args:
-        model: with vision LoRA, from `attach_vision_lora`, or opened by transformers from a folder with an adapter;
-            it is used up.
-
-    Returns:
-        The model inside, whose language part has the base LLM's parameter names and shapes again.
+        model: from `attach_vision_lora`, or opened by transformers from a folder with an adapter; it is used up.
 
     Raises:
         TypeError: there is no vision LoRA on the model.

@@ -28,11 +28,8 @@ class VitEmbedding:
     image_size: int
 
     def config_fields(self, patch_size: int | None = None, image_size: int | None = None) -> dict[str, Any]:
-        """The fields of `VoraConfig` that make a patch embedding of this one's shape.
-
-        Raises:
-            ValueError: another patch size is asked for than the teacher has.
-        """
+        """The fields of `VoraConfig` that make a patch embedding of this one's shape; ValueError where another patch
+        size is asked for than the teacher has."""
         if patch_size not in (None, self.patch_size):
             raise ValueError(
                 f"patch_size {patch_size} was asked for, but the teacher's patches are {self.patch_size} pixels wide: "
@@ -65,11 +62,8 @@ class VitEmbedding:
 
 
 def vit_embedding(vit: Any) -> VitEmbedding:
-    """Read the patch embedding of a ViT (model, folder or hub id; of a `Teacher`, that of its ViT).
-
-    Raises:
-        ValueError: no patch projection is found, or the model hides patches from itself; it is not a plain ViT.
-    """
+    """The patch embedding of a ViT (model, folder or hub id; of a `Teacher`, that of its ViT); ValueError where it is
+    no plain ViT: no patch projection is found, or the model hides patches from itself."""
     given = getattr(vit, "vit", vit)
     model = given if isinstance(given, nn.Module) else AutoModel.from_pretrained(given)
     vit = getattr(model, "vision_model", model)

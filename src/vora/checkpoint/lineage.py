@@ -33,16 +33,11 @@ RECIPE = re.compile(r"^### Recipe (\d+): [^\n]*\n\n(`{3,})yaml\n(.*?)^\2$", flag
 
 
 def read_card(model: Path | str) -> dict[str, Any] | None:
-    """The lineage on a model's card, each stage with its recipe; None where there is no card of ours.
-
-    Args:
-        model: folder, or hub id of a model that was fetched before.
-    """
+    """The lineage on the card of a folder, or of a hub id that was fetched before, each stage with its recipe; None
+    where there is no card of ours."""
     card = _card(str(model))
-    if card is None:
-        return None
-    record = card.data.to_dict().get("vora")
-    if not isinstance(record, dict) or not record.get("stages"):
+    record = card and card.data.to_dict().get("vora")
+    if not isinstance(record, dict) or not record.get("stages") or card is None:
         return None
     for number, _, recipe in RECIPE.findall(card.text):
         record["stages"][int(number) - 1]["recipe"] = yaml.safe_load(recipe)

@@ -45,8 +45,7 @@ def load_model(
         min_image_tokens, max_image_tokens: budget per image.
 
     Raises:
-        ValueError: nothing is there, or something without vision or without a tokenizer; or an LLM is given that has
-            no use.
+        ValueError: nothing is there, or nothing with vision and a tokenizer; or the LLM given has no use.
     """
     info = _vora_info(path, llm)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,13 +61,8 @@ def merge_run(
     path: Source, llm: str | None = None
 ) -> tuple[VoraForConditionalGeneration, VoraProcessor | VoraImageProcessor | None]:
     """The model that a run has trained, ready to be saved: LoRA merged (stage 1), or as it is (stage 2), in the
-    precision that the run's recipe has for the LLM. An adapter, or an unmerged model, is merged alike.
-
-    Returns:
-        (model, processor); of a model without a tokenizer the processor is its image part, or None.
-
-    Raises:
-        ValueError: as `load_model`, or nothing is there to merge.
+    precision that the run's recipe has for the LLM. An adapter, or an unmerged model, is merged alike; ValueError
+    where there is nothing to merge. Of a model without a tokenizer the processor is its image part, or None.
     """
     info = _vora_info(path, llm)
     if info.adapter is None and info.run is None:
@@ -83,12 +77,8 @@ def merge_run(
 
 
 def load_adapter(path: Source, *, llm: str | None = None, dtype: torch.dtype | str | None = None) -> PeftModel:
-    """An adapter put over its model, ready to train on or to merge; what trains is in float32.
-
-    Args:
-        path: of an adapter, an unmerged model, or a run of stage 1.
-        llm: hub id or folder of the LLM; by default what the run's recipe or the adapter names.
-        dtype: of the LLM; by default that which it was trained in.
+    """An adapter put over its LLM, by default in the precision that it was trained in, ready to train on or to merge;
+    what trains is in float32.
 
     Raises:
         ValueError: there is no adapter; no LLM is named, it cannot be loaded, or it is not the one that the adapter
@@ -120,9 +110,7 @@ def load_trainable(path: Source, dtype: torch.dtype | str) -> PeftModel | VoraFo
 
 def load_processor(path: Source, llm: str | None = None) -> VoraProcessor:
     """The processor of a folder or a run; an adapter's gets its LLM's tokenizer where it has none of its own.
-
-    Raises:
-        ValueError: there is no tokenizer, or it does not agree with the adapter on the image token.
+    ValueError where there is none, or it does not agree with the adapter on the image token.
     """
     info = _vora_info(path)
     if info.has_processor:
@@ -149,9 +137,7 @@ def load_processor(path: Source, llm: str | None = None) -> VoraProcessor:
 
 def load_base_llm(name: str, model: VoraForConditionalGeneration, processor: VoraProcessor) -> PreTrainedModel:
     """The LLM that a model came from in the form of that model, to be compared with it; its logits are its own.
-
-    Raises:
-        ValueError: it splits text otherwise, so it is another LLM.
+    ValueError where it splits text otherwise, so that it is another LLM.
     """
     if load_tokenizer(name).get_vocab().items() - processor.tokenizer.get_vocab().items():
         raise ValueError(f"--base {name} splits text into other tokens than the model: it is not what that came from.")
@@ -160,14 +146,10 @@ def load_base_llm(name: str, model: VoraForConditionalGeneration, processor: Vor
 
 
 def restore(
-    student: PeftModel | VoraForConditionalGeneration,
-    folder: Path,
-    distillation: BlockwiseDistillation | None = None,
+    student: PeftModel | VoraForConditionalGeneration, folder: Path, distillation: BlockwiseDistillation | None = None
 ) -> None:
-    """Read back what `vora.checkpoint.save.save_training` wrote, into a model of the same shape.
-
-    Raises:
-        ValueError: the folder holds another kind of checkpoint, or tensors are missing from it.
+    """Read back what `vora.checkpoint.save.save_training` wrote, into a model of the same shape. ValueError where the
+    folder holds another kind of checkpoint, or tensors are missing from it.
     """
     if isinstance(student, PeftModel):
         if not (folder / "adapter_model.safetensors").exists():
@@ -186,11 +168,8 @@ def restore(
 
 
 def load_heads(distillation: BlockwiseDistillation, path: Source) -> None:
-    """Go on with the distill heads that lie beside a model, if there are some.
-
-    Raises:
-        ValueError: they are of other blocks or of another teacher's width.
-    """
+    """Go on with the distill heads that lie beside a model, if there are some; ValueError where they are of other
+    blocks or of another teacher's width."""
     info = _vora_info(path)
     if not info.has_heads:
         return
@@ -222,12 +201,9 @@ def distillation_of(path: Source) -> BlockwiseDistillation | None:
 
 @torch.no_grad()
 def digest_of(llm: PreTrainedModel) -> str | None:
-    """Tells LLMs of one shape apart, with LoRA on or without: 16 hexadecimal digits of word embeddings and of the
-    first matrix of each block, some rows of them. It is the same in bf16 and in fp32; in fp16 some numbers are others,
-    so that there it is None. The row that an LLM grew by for its image token is none of its own, and left out.
-
-    Args:
-        llm: a causal LM, or a VoRA model around one.
+    """Tells causal LMs of one shape apart, with LoRA on or without, also inside a VoRA model: 16 hexadecimal digits of
+    word embeddings and of the first matrix of each block, some rows of them. It is the same in bf16 and in fp32; in
+    fp16 some numbers are others, so that there it is None. The row grown for an image token is left out.
     """
     image_token_id = getattr(llm.config, "image_token_id", None)
     depth = llm.config.get_text_config().num_hidden_layers

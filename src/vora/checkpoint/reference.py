@@ -85,15 +85,10 @@ class Reference:
 
     def with_lora(self) -> PeftModel:
         """The model with its LoRA on, as `attach_vision_lora` returns it; it goes into `model` itself, so only once.
-
-        Raises:
-            ValueError: the checkpoint has none, because it is merged; or its LoRA fits no layer.
-        """
-        adapter = self.info.adapter
-        if adapter is None:
+        ValueError where the checkpoint has none, because it is merged, or its LoRA fits no layer."""
+        if self.info.adapter is None:
             raise ValueError("This model has no LoRA to put on.")
-        options: Any = {"rank": adapter.rank, "num_blocks": adapter.num_blocks}
-        peft_model = attach_vision_lora(self.model, **options, target_modules=adapter.target_modules)
+        peft_model = attach_vision_lora(self.model, **vars(self.info.adapter))
         keep_trained_in_fp32(peft_model)
         if strange := peft_model.get_base_model().load_state_dict(self.lora, strict=False).unexpected_keys:
             raise ValueError(f"{len(strange)} LoRA tensors fit no layer: {strange[0]}.")
@@ -101,15 +96,11 @@ class Reference:
 
 
 def import_reference(checkpoint: Path | str, llm: Path | str, out: Path | str, merge: bool = False) -> Reference:
-    """Write a checkpoint of the released code as one of ours: the model with its processor and card, and of a stage-1
-    checkpoint the adapter and the distill heads.
+    """Write what `load_reference` reads as a model of ours with its processor and card, and of a stage-1 checkpoint
+    the adapter and the distill heads.
 
     Args:
-        checkpoint, llm: as for `load_reference`.
         merge: fold LoRA into the weights instead, in fp32.
-
-    Raises:
-        ValueError: as `load_reference`, or `out` is not empty.
     """
     with whole_folder(out) as folder:
         reference = load_reference(checkpoint, llm)
@@ -124,15 +115,9 @@ def import_reference(checkpoint: Path | str, llm: Path | str, out: Path | str, m
         if reference.info.has_heads:
             save_file(reference.heads, folder / HEADS_FILE)
         write_info(reference.info, folder)
-        facts = CardFacts(
-            made="imported",
-            stage=reference.info.stage or "not stated",
-            base_llm=str(llm),
-            teacher=reference.info.teacher,
-            source=str(checkpoint),
-            merge_command="vora merge THIS_FOLDER -o my-vora",
-        )
-        write_card(folder, facts)
+        facts = CardFacts("imported", reference.info.stage or "not stated", str(llm), reference.info.teacher)
+        command = "vora merge THIS_FOLDER -o my-vora"
+        write_card(folder, replace(facts, source=str(checkpoint), merge_command=command))
     return reference
 
 
@@ -197,14 +182,8 @@ def load_reference(checkpoint: Path | str, llm: Path | str) -> Reference:
 
 
 def text_config_with_biases(llm_config: PreTrainedConfig, kinds: set[str]) -> PreTrainedConfig:
-    """The configuration of a stock LLM that computes what the given one does and has the biases besides.
-
-    Args:
-        kinds: which projections have biases: a subset of {"self_attn", "mlp"}.
-
-    Raises:
-        ValueError: the family has no place for them, and Llama's cannot stand in for it.
-    """
+    """The configuration of a stock LLM that computes what the given one does and has biases in these projections
+    ("self_attn", "mlp") besides; ValueError where the family has no place for them, and Llama's cannot stand in."""
     flags = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
     wanted = {flags[kind]: True for kind in kinds}
     if all(hasattr(llm_config, flag) for flag in wanted):
@@ -241,11 +220,7 @@ def _read_tensors(folder: Path) -> Tensors:
 
 
 def _sorted(tensors: Tensors, folder: Path) -> dict[str, Tensors]:
-    """{part: {our name: tensor}}.
-
-    Raises:
-        ValueError: the layout is another, or tensors have no place here.
-    """
+    """{part: {our name: tensor}}; ValueError where the layout is another, or tensors have no place here."""
     parts: dict[str, Tensors] = {part: {} for part in (LLM, BIASES, PATCHES, LORA, HEADS, TEACHER)}
     unknown = []
     for name, tensor in tensors.items():
@@ -268,11 +243,7 @@ def _sorted(tensors: Tensors, folder: Path) -> dict[str, Tensors]:
 
 
 def _adapter_of(lora: Tensors) -> AdapterInfo | None:
-    """None of a merged checkpoint.
-
-    Raises:
-        ValueError: the blocks do not have the same pairs, or the ranks differ.
-    """
+    """None of a merged checkpoint; ValueError where the blocks do not have the same pairs, or the ranks differ."""
     if not lora:
         return None
     places = {match.groups() for name in lora if (match := LORA_NAME.fullmatch(name))}
@@ -308,11 +279,8 @@ def _heads_of(tensors: Tensors) -> Tensors:
 
 
 def _needed_biases(llm_config: PreTrainedConfig, lora: dict[str, Any]) -> set[str]:
-    """Our names of the biases that a whole checkpoint has: the LLM's own, and those of the adapted projections.
-
-    Args:
-        lora: the section of the checkpoint's configuration, with `layers` (a number, or "all") and `target_modules`.
-    """
+    """Our names of the biases that a whole checkpoint has: the LLM's own, and those of the projections that the
+    section `lora` of its configuration adapts."""
     with torch.device("meta"):
         names = {name for name in AutoModel.from_config(llm_config).state_dict() if name.endswith("_proj.bias")}
     layers = lora.get("layers") or 0
@@ -322,11 +290,8 @@ def _needed_biases(llm_config: PreTrainedConfig, lora: dict[str, Any]) -> set[st
 
 
 def _build_model(config: VoraConfig, state: Tensors, needed: set[str], folder: Path) -> VoraForConditionalGeneration:
-    """A model of exactly the checkpoint's tensors; biases that it need not have are zero.
-
-    Raises:
-        ValueError: tensors are missing, left over, or of another shape; named.
-    """
+    """A model of exactly the checkpoint's tensors; biases that it need not have are zero. ValueError where tensors are
+    missing, left over, or of another shape."""
     with torch.device("meta"):
         wanted = VoraForConditionalGeneration(config).state_dict()
     state |= {POSITION: state[POSITION][0], PATCH: state[PATCH].flatten(1)}  # there a convolution's
@@ -370,14 +335,8 @@ def _tokenizer_of(*places: Path | str) -> PreTrainedTokenizerBase | None:
 def _processor_of(config: VoraConfig, tokenizer: PreTrainedTokenizerBase | None) -> VoraProcessor | VoraImageProcessor:
     """The released code's: black squares, ChatML."""
     tokens = (config.image_size // config.patch_size) ** 2
-    settings: dict[str, Any] = {
-        "patch_size": config.patch_size,
-        "min_image_tokens": tokens,
-        "max_image_tokens": tokens,
-        "pad_to_square": True,
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
-    }
+    settings: dict[str, Any] = {"patch_size": config.patch_size, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+    settings |= {"pad_to_square": True, "min_image_tokens": tokens, "max_image_tokens": tokens}
     if tokenizer is None:
         return VoraImageProcessor(**settings)
     template = CHAT_TEMPLATE if "<|im_start|>" in tokenizer.get_vocab() else None

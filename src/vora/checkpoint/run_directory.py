@@ -22,11 +22,7 @@ def read_recipe(run: Path) -> dict[str, Any]:
 
 
 def newest_weights(run: Path) -> Path:
-    """`final`, or else the newest checkpoint of a run.
-
-    Raises:
-        ValueError: the run has saved nothing yet.
-    """
+    """`final`, or else the newest checkpoint of a run; ValueError where it has saved nothing yet."""
     found = run / "final" if (run / "final").exists() else newest_checkpoint(run)
     if found is None:
         raise ValueError(f"{run} holds neither final/ nor a checkpoint: the run has not saved anything yet.")
@@ -35,10 +31,7 @@ def newest_weights(run: Path) -> Path:
 
 def find_checkpoint(directory: Path, resume: bool) -> str | None:
     """The newest checkpoint to resume from, or None for a fresh run; one that a killed run was writing is removed.
-
-    Raises:
-        ValueError: nothing is there to resume, or a fresh run would mix with an old one.
-    """
+    ValueError where nothing is there to resume, or a fresh run would mix with an old one."""
     for folder in _checkpoints(directory):
         if not _is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)  # several processes may do so at once
@@ -62,12 +55,8 @@ def last_step(checkpoint: Path | str) -> int:
 
 def _checkpoints(directory: Path | str) -> list[Path]:
     """All checkpoints of a run, oldest first."""
-    folders = [
-        folder
-        for folder in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if folder.is_dir() and folder.name.rpartition("-")[2].isdigit()
-    ]
-    return sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))
+    steps = {f: f.name.rpartition("-")[2] for f in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if f.is_dir()}
+    return sorted((folder for folder in steps if steps[folder].isdigit()), key=lambda folder: int(steps[folder]))
 
 
 def _is_whole(checkpoint: Path) -> bool:

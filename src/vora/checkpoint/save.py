@@ -73,11 +73,8 @@ def save_adapter(
     enough to send.
 
     Args:
-        dtype: to write them in; by default that of the model's configuration.
+        dtype: by default that of the model's configuration; ValueError where a number does not fit it.
         info: of the run that they come from, for what a model does not know: its teacher.
-
-    Raises:
-        ValueError: a number does not fit the precision.
     """
     vora, folder = model.get_base_model(), Path(folder)
     dtype = dtype or vora.config.dtype
@@ -118,13 +115,11 @@ def merge(
     adapter_out: Path | None = None,
     llm: str | None = None,
 ) -> None:
-    """`vora merge`: write a merged model, all of it or nothing.
+    """`vora merge`: write what `merge_run` makes, all of it or nothing.
 
     Args:
-        path: run, adapter or unmerged model.
         llm_out: for the language part alone, as its stock LLM.
         adapter_out: for what a run added to its LLM, without it.
-        llm: as for `load_model`.
 
     Raises:
         ValueError: as `merge_run`; or a folder is not empty, or is named twice, or there is no adapter apart.
@@ -143,11 +138,10 @@ def merge(
         raise ValueError(f"{', '.join(places)} name one folder twice: each needs its own.")
     with ExitStack() as stack:
         folders = {name: stack.enter_context(whole_folder(place, name)) for name, place in places.items()}
-        if adapter_out is not None:
-            adapter = folders["--adapter-out"]
+        if adapter := folders.get("--adapter-out"):
             save_adapter(load_adapter(info), load_processor(info), adapter, dtype=info.dtype, info=info)
-            named = read_info(adapter).base_llm
-            command = f"vora merge THIS_FOLDER{'' if named else ' --llm LLM'} -o my-vora"
+            llm_option = "" if read_info(adapter).base_llm else " --llm LLM"
+            command = f"vora merge THIS_FOLDER{llm_option} -o my-vora"
             write_run_card(adapter, info.run or info.path, merge_command=command)
         model, processor = merge_run(info, llm)
         _write_merged(model, processor, folders["--out"], info)
@@ -157,14 +151,8 @@ def merge(
 
 @contextmanager
 def whole_folder(out: Path | str, option: str = "--out") -> Iterator[Path]:
-    """A folder to write into, which takes its name once all of it is there, and is gone if that fails.
-
-    Args:
-        option: that names it, for the message.
-
-    Raises:
-        ValueError: something is there already.
-    """
+    """A folder to write into, which takes its name once all of it is there, and is gone if that fails; ValueError,
+    which names the option for it, where something is there already."""
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose another {option}, so that nothing is overwritten.")

@@ -74,7 +74,7 @@ class CardCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            folder = newest_checkpoint(self.directory)
+            folder = str(newest_checkpoint(self.directory))
             write_run_card(folder, self.directory, state.global_step)
             shutil.rmtree(Path(self.directory, "final"), ignore_errors=True)  # of a shorter run: older now
 
