@@ -1,14 +1,16 @@
-"""An adapter without its LLM: put over it again it is the merged model, and it is refused over another."""
+"""An adapter without its LLM: put over it again it is the merged model, and it is refused over another; the package's
+own."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import GRID, PATCH, SHAPE, logits_of, prompt, tiny_tokenizer, train_a_little
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors import safe_open
+from tiny import GRID, PATCH, SHAPE, command_line, logits_of, prompt, tiny_tokenizer, train_a_little
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -16,8 +18,11 @@ from vora import VoraForConditionalGeneration
 from vora.build.lora import attach_vision_lora, merge_vision_lora
 from vora.checkpoint import load_adapter, load_model, merge_run, read_info, save_adapter
 from vora.checkpoint.load import digest_of, load_processor
+from vora.checkpoint.pretrained import committed_model
 from vora.cli import app
 from vora.model.processing_vora import VoraProcessor
+
+OWN_MODEL = Path(committed_model())
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +68,17 @@ def test_what_is_merged_over_an_llm_ends_turns_as_the_template_does(adapter, llm
     assert load_model(str(folder))[0].generation_config.eos_token_id == 2  # its own LLM's
 
 
-def test_an_adapter_on_the_hub_is_put_over_its_llm(adapter, tmp_path):
+def test_an_adapter_on_the_hub_is_put_over_its_llm(adapter, tmp_path, monkeypatch):
     """Here out of the hub's cache, which has what a hub would give."""
-    snapshot = tmp_path / "hub" / "models--me--adapter" / "snapshots" / "0123"
-    snapshot.parent.mkdir(parents=True)
-    shutil.copytree(adapter[0], snapshot)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("0123")
-    script = (
-        "from vora.checkpoint import load_model\nprint(type(load_model('me/adapter')[0]).__name__)\n"
-        "try:\n    load_model('me/none')\nexcept ValueError as error:\n    print(error)"
-    )
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert ran.stdout.startswith("VoraForConditionalGeneration\nme/none is no folder here, and the hub"), ran.stderr
+    model = tmp_path / "models--me--adapter"
+    shutil.copytree(adapter[0], model / "snapshots" / "0123")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert isinstance(load_model("me/adapter")[0], VoraForConditionalGeneration)
+    with pytest.raises(ValueError, match="me/none is no folder here, and the hub"):
+        load_model("me/none")
 
 
 def test_merges_by_command_over_a_folder_that_it_does_not_name(adapter, llm_folder, tmp_path):
@@ -148,3 +150,30 @@ def test_a_random_row_for_the_image_token_tells_no_llms_apart():
             embeddings[row].normal_()
             digests.append(digest_of(llm))
     assert len(set(digests[:3])) == 3 and digests[3] == digests[4] != digests[5]
+
+
+def test_the_packages_own_is_small_and_over_a_named_llm():
+    assert sum(file.stat().st_size for file in OWN_MODEL.parent.rglob("*.safetensors")) < 40e6
+    names = {file.name for file in OWN_MODEL.iterdir()}
+    assert read_info(OWN_MODEL).kind == "adapter" and "tokenizer.json" not in names
+    assert not any(name.endswith(".py") for name in names)
+    config = json.loads((OWN_MODEL / "config.json").read_text())
+    assert config["text_config"]["_name_or_path"] == "smollm2-135m" and len(config["llm_digest"]) == 16
+    with safe_open(OWN_MODEL / "adapter_model.safetensors", "pt") as file:
+        assert {str(file.get_slice(name).get_dtype()) for name in file.keys()} == {"BF16"}
+        assert any("patch_embedding" in name for name in file.keys())
+
+
+def test_its_card_says_what_it_is_and_what_it_scores():
+    card = ModelCard((OWN_MODEL / "README.md").read_text())
+    assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert len(card.data.to_dict()["vora"]["stages"]) == 9
+    assert all(f"| {task}" in card.text for task in ("Tiny ImageNet", "Flickr8k", "DAQUAR"))
+
+
+@pytest.mark.slow
+def test_it_answers_where_no_model_is_named(tmp_path):
+    """`vora chat IMAGE` without a model named; needs the LLM, from the cache or from the Python package index."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    ran = command_line("chat", tmp_path / "red.png", "-q", "What is this?", "--max-new-tokens", 8)
+    assert ran.returncode == 0 and ran.stdout.strip(), ran.stderr

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from vora.model.patch_embed import PatchEmbedding
+from vora.model.patch_embed import PatchEmbedding, resized
 
 PLAIN_VITS = "ViT, DeiT, CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3, AIMv2"
 
@@ -56,8 +56,7 @@ class VitEmbedding:
         side = round(len(self.position) ** 0.5)
         table = self.position.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
         if side != embedding.grid_size:
-            size = (embedding.grid_size, embedding.grid_size)
-            table = nn.functional.interpolate(table, size, mode="bicubic", align_corners=False, antialias=True)
+            table = resized(table, (embedding.grid_size, embedding.grid_size), "bicubic")
         embedding.position.copy_(table[0].flatten(1).T)
 
 

@@ -59,18 +59,15 @@ def _harmless() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever it is, the weights matter more
-        logging.getLogger(__name__).warning(
-            "The model is saved, but without a card: %s: %s", type(error).__name__, error
-        )
+        cause = f"{type(error).__name__}: {error}"
+        logging.getLogger(__name__).warning("The model is saved, but without a card: %s", cause)
 
 
 @_harmless()
 def write_card(folder: Path | str, facts: CardFacts) -> Path | None:
     """Write README.md into a folder in which a model has just been saved; its path, or None if that failed."""
     record, kind, card = lineage(facts), read_info(folder).kind, Path(folder) / "README.md"
-    stages, encoder = record["stages"], record.get("encoder")
-    recipes = [stage.get("recipe") for stage in stages]
-    data = [("data", name) for name in dict.fromkeys(source["name"] for s in stages for source in s["data"])]
+    encoder, recipes = record.get("encoder"), [stage.get("recipe") for stage in record["stages"]]
     texts = [None if recipe is None else _yaml(recipe) for recipe in recipes]
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["without_folders"] = command_without_folders
@@ -84,7 +81,8 @@ def write_card(folder: Path | str, facts: CardFacts) -> Path | None:
         encoder=encoder,
         made=MADE,
         not_stated=NOT_STATED,
-        parts=[("base LLM", record["base_llm"]), ("teacher", record["teacher"]), ("encoder", encoder), *data],
+        parts=[("base LLM", record["base_llm"]), ("teacher", record["teacher"]), ("encoder", encoder)]
+        + [("data", name) for name in _data_of(record)],
         starts_as_teacher=any(
             (r.get("teacher") or {}).get("init_from_teacher") and r["model"]["llm"] for r in recipes if r
         ),
@@ -104,11 +102,9 @@ def write_run_card(
     evaluation: Sequence[Evaluation] = (),
     merge_command: str = CardFacts.merge_command,
 ) -> Path | None:
-    """Write the card of a model that comes from a run.
+    """Write the card of a model that comes from a run, or from an unmerged model or adapter.
 
     Args:
-        folder: where the model has just been saved: RUN/final or a checkpoint, the merged model, or its language part.
-        source: the run directory, or an unmerged model or adapter.
         steps: how many it took, if it has only just ended; otherwise what it saved says so.
     """
     run = run_of(Path(source))
@@ -164,11 +160,14 @@ def _front_matter(record: dict[str, Any], kind: Kind) -> dict[str, Any]:
     front["library_name"] = "transformers"
     front["tags"] = ["vora", "llava" if "encoder" in record else "vision-as-lora"]
     front["tags"] += ["lora"] if kind in ("adapter", "unmerged") else []
-    datasets = [source["name"] for stage in record["stages"] for source in stage["data"]]
-    if found := [name for name in dict.fromkeys(datasets) if is_hub_id(name)]:
+    if found := [name for name in _data_of(record) if is_hub_id(name)]:
         front["datasets"] = found
     stages = [{key: value for key, value in stage.items() if key != "recipe"} for stage in record["stages"]]
     return front | {"vora": record | {"stages": stages}}
+
+
+def _data_of(record: dict[str, Any]) -> dict[str, None]:
+    return dict.fromkeys(source["name"] for stage in record["stages"] for source in stage["data"])
 
 
 def _yaml(values: dict[str, Any]) -> str:

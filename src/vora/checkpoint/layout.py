@@ -77,7 +77,9 @@ def read_info(path: Path | str) -> CheckpointInfo:
             "the path, or name a hub id (owner/name)."
         )
     info = _written_info(folder) if (folder / INFO_FILE).exists() else _older_info(folder)
-    return info if run is None else as_the_recipe_names(info, run)
+    has_processor = (folder / "processor_config.json").exists() and (folder / "tokenizer_config.json").exists()
+    info = replace(info, has_heads=(folder / HEADS_FILE).exists(), has_processor=has_processor)
+    return info if run is None else as_run_names(info, run)
 
 
 def write_info(info: CheckpointInfo, folder: Path) -> None:
@@ -88,13 +90,9 @@ def write_info(info: CheckpointInfo, folder: Path) -> None:
         encoder=info.encoder and published(info.encoder),
         teacher=info.teacher and published(info.teacher),
     )
-    values = {name: value for name, value in asdict(info).items() if name not in ("path", "run", "source")}
+    seen = ("path", "run", "source", "has_heads", "has_processor")  # when it is read
+    values = {name: value for name, value in asdict(info).items() if name not in seen}
     (folder / INFO_FILE).write_text(json.dumps(values, indent=1) + "\n")
-
-
-def has_processor(folder: Path) -> bool:
-    """Whether a folder holds a processor with its tokenizer."""
-    return (folder / "processor_config.json").exists() and (folder / "tokenizer_config.json").exists()
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -119,8 +117,6 @@ def _written_info(folder: Path) -> CheckpointInfo:
         if adapter := values.get("adapter"):
             values["adapter"] = AdapterInfo(**adapter | {"target_modules": tuple(adapter["target_modules"])})
         values["block_pairs"] = tuple((student, teacher) for student, teacher in values.get("block_pairs", ()))
-        # files may have been taken away since
-        values |= {"has_heads": (folder / HEADS_FILE).exists(), "has_processor": has_processor(folder)}
         return CheckpointInfo(path=folder, **values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
@@ -128,7 +124,7 @@ def _written_info(folder: Path) -> CheckpointInfo:
         ) from None
 
 
-def as_the_recipe_names(info: CheckpointInfo, run: Path) -> CheckpointInfo:
+def as_run_names(info: CheckpointInfo, run: Path) -> CheckpointInfo:
     """A run's own description, with the paths of this machine that its recipe has and published files have not."""
     recipe = read_recipe(run)
     model, teacher = recipe["model"], recipe.get("teacher") or {}
@@ -174,8 +170,6 @@ def _older_info(folder: Path) -> CheckpointInfo:
         encoder=named.get("encoder"),
         teacher=named.get("teacher"),
         block_pairs=_pairs_of_heads(folder, teacher, named.get("teacher", "")),
-        has_heads=(folder / HEADS_FILE).exists(),
-        has_processor=has_processor(folder),
     )
 
 

@@ -179,8 +179,8 @@ def load_heads(distillation: BlockwiseDistillation, path: Source) -> None:
         raise ValueError(
             f"{len(misfits)} tensors of the distill heads of {info.path} are not those of the recipe's teacher, such "
             f"as {misfits[0]} ({there.get(misfits[0])} there, {here.get(misfits[0])} here): set teacher.standardize, "
-            "summary and pairs as they were trained, teacher.pairing to hidden_states (a checkpoint of the released "
-            "code with a teacher of transformers) or inputs (with AIMv2), or delete the file to begin with fresh ones."
+            "summary and pairs as they were trained, teacher.pairing to hidden_states (of the released code; inputs "
+            "with AIMv2), or delete the file to begin with fresh ones."
         )
     distillation.load_state_dict(state)
 

@@ -106,14 +106,14 @@ def import_reference(checkpoint: Path | str, llm: Path | str, out: Path | str, m
         reference = load_reference(checkpoint, llm)
         if reference.info.adapter and merge:
             reference.model = merge_vision_lora(reference.with_lora())
-            reference.info = replace(reference.info, kind="merged", adapter=None, has_heads=False)
+            reference.info = replace(reference.info, kind="merged", adapter=None)
         reference.model.save_pretrained(folder)
         reference.processor.save_pretrained(folder)
         if reference.info.adapter:
             peft_model = reference.with_lora()
             write_adapter_files(peft_model, folder, get_peft_model_state_dict(peft_model, save_embedding_layers=False))
-        if reference.info.has_heads:
-            save_file(reference.heads, folder / HEADS_FILE)
+            if reference.heads:
+                save_file(reference.heads, folder / HEADS_FILE)
         write_info(reference.info, folder)
         facts = CardFacts("imported", reference.info.stage or "not stated", str(llm), reference.info.teacher)
         command = "vora merge THIS_FOLDER -o my-vora"
@@ -174,8 +174,6 @@ def load_reference(checkpoint: Path | str, llm: Path | str) -> Reference:
         adapter=adapter,
         teacher=teacher,
         block_pairs=tuple((level, level + shift) for level in levels),
-        has_heads=bool(adapter and heads),
-        has_processor=isinstance(processor, VoraProcessor),
     )
     places = {part: (len(found), sum(t.numel() for t in found.values())) for part, found in parts.items() if found}
     return Reference(model, info, processor, parts[LORA], heads, places)

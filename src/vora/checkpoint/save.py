@@ -6,22 +6,16 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from vora.build.from_llm import to_llm
 from vora.checkpoint.card import write_run_card
-from vora.checkpoint.layout import (
-    HEADS_FILE,
-    CheckpointInfo,
-    Kind,
-    adapter_info,
-    as_the_recipe_names,
-    read_info,
-    write_info,
-)
+from vora.checkpoint.layout import HEADS_FILE, CheckpointInfo, adapter_info, as_run_names, read_info, write_info
 from vora.checkpoint.load import digest_of, load_adapter, load_processor, merge_run
 from vora.checkpoint.run_directory import read_recipe, run_of
 from vora.distill.blockwise import BlockwiseDistillation
@@ -30,20 +24,20 @@ from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
 Tensors = dict[str, torch.Tensor]
+Student: TypeAlias = PeftModel | VoraForConditionalGeneration
 
 
 def save_training(
-    student: PeftModel | VoraForConditionalGeneration,
+    student: Student,
     processor: VoraProcessor,
     folder: Path,
     *,
     distillation: BlockwiseDistillation | None = None,
     state_dict: Tensors | None = None,
 ) -> None:
-    """Write what was trained: the adapter and the distill heads (stage 1), or the whole model (stage 2).
+    """Write what was trained into a folder of its run: adapter and distill heads (stage 1), or the whole model.
 
     Args:
-        folder: of a run, whose recipe names what the files cannot.
         state_dict: `student.` and `distillation.` tensors, gathered, where FSDP has spread them over processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +86,7 @@ def save_adapter(
     processor.image_processor.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(processor.chat_template)
     info = info or _info_of_training(model, folder, True)
-    write_info(replace(info, dtype=_name_of(dtype), has_heads=False, has_processor=False), folder)
+    write_info(replace(info, dtype=_name_of(dtype)), folder)
 
 
 def save_merged(
@@ -104,7 +98,7 @@ def save_merged(
     """Write what `merge_run` made of a source, with processor and card; a failed save leaves nothing behind."""
     info = source if isinstance(source, CheckpointInfo) else read_info(source)
     with whole_folder(out) as folder:
-        _write_merged(model, processor, folder, info)
+        _write(model, processor, folder, info, kind="merged")
 
 
 def merge(
@@ -144,9 +138,13 @@ def merge(
             command = f"vora merge THIS_FOLDER{llm_option} -o my-vora"
             write_run_card(adapter, info.run or info.path, merge_command=command)
         model, processor = merge_run(info, llm)
-        _write_merged(model, processor, folders["--out"], info)
+        _write(model, processor, folders["--out"], info, kind="merged")
         if llm_out is not None:
-            _write_llm(model, processor, folders["--llm-out"], info)
+            llm_alone, tokenizer = to_llm(model), None
+            if isinstance(processor, VoraProcessor):
+                tokenizer = processor.text_tokenizer()
+            kinds = {"kind": "llm", "model_type": llm_alone.config.model_type}
+            _write(llm_alone, tokenizer, folders["--llm-out"], info, **kinds)
 
 
 @contextmanager
@@ -175,42 +173,16 @@ def write_adapter_files(model: PeftModel, folder: Path, state: Tensors) -> None:
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def _write_merged(
-    model: VoraForConditionalGeneration,
-    processor: VoraProcessor | VoraImageProcessor | None,
-    folder: Path,
-    source: CheckpointInfo,
-) -> None:
+def _write(model: PreTrainedModel, processor: Any, folder: Path, source: CheckpointInfo, **changes: Any) -> None:
+    """A whole model, with what is to lie beside it: processor or tokenizer, description and card."""
     model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
-    info = _without_adapter(source, "merged", model.dtype)
-    write_info(replace(info, has_processor=isinstance(processor, VoraProcessor)), folder)
+    write_info(replace(source, adapter=None, llm_digest=None, dtype=_name_of(model.dtype), **changes), folder)
     write_run_card(folder, source.run or source.path)
 
 
-def _write_llm(
-    model: VoraForConditionalGeneration,
-    processor: VoraProcessor | VoraImageProcessor | None,
-    folder: Path,
-    info: CheckpointInfo,
-) -> None:
-    llm = to_llm(model)
-    llm.save_pretrained(folder)
-    if isinstance(processor, VoraProcessor):
-        processor.text_tokenizer().save_pretrained(folder)
-    write_info(replace(_without_adapter(info, "llm", llm.dtype), model_type=llm.config.model_type), folder)
-    write_run_card(folder, info.run or info.path)
-
-
-def _without_adapter(info: CheckpointInfo, kind: Kind, dtype: torch.dtype) -> CheckpointInfo:
-    changed = replace(info, kind=kind, adapter=None, llm_digest=None, dtype=_name_of(dtype))
-    return replace(changed, has_heads=False, has_processor=False)
-
-
-def _info_of_training(
-    student: PeftModel | VoraForConditionalGeneration, folder: Path, with_digest: bool
-) -> CheckpointInfo:
+def _info_of_training(student: Student, folder: Path, with_digest: bool) -> CheckpointInfo:
     """What a model in training is: by itself, by its run's recipe, and by what that went on from."""
     is_peft, run = isinstance(student, PeftModel), run_of(folder)
     config = student.get_base_model().config if is_peft else student.config
@@ -221,8 +193,6 @@ def _info_of_training(
         dtype=_name_of(config.dtype),
         stage="pretrain" if is_peft else "finetune",
         base_llm=config.get_text_config().name_or_path or None,
-        has_heads=(folder / HEADS_FILE).exists(),
-        has_processor=True,
     )
     if is_peft:
         lora = student.peft_config["default"]
@@ -236,7 +206,7 @@ def _info_of_training(
             before = read_info(source)
             known = {name: getattr(before, name) for name in ("base_llm", "encoder", "teacher", "block_pairs")}
             info = replace(info, **known)
-    return as_the_recipe_names(info, run)
+    return as_run_names(info, run)
 
 
 def _part_of(state_dict: Tensors, prefix: str) -> Tensors:
