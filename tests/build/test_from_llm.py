@@ -1,5 +1,7 @@
 """Where an LLM comes from: a folder with a GGUF file, and what its generation config becomes."""
 
+import shutil
+
 import gguf
 import numpy as np
 import pytest
@@ -49,8 +51,8 @@ def gguf_folder(tmp_path_factory):
 
 def test_a_folder_with_a_gguf_file_is_an_llm(gguf_folder, tmp_path):
     llm = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file="tiny.gguf")
-    model = VoraForConditionalGeneration.from_llm(str(gguf_folder), patch_size=4, image_size=8)
-    processor = VoraProcessor.from_llm(str(gguf_folder), patch_size=4, image_size=8)
+    make = (VoraForConditionalGeneration.from_llm, VoraProcessor.from_llm)
+    model, processor = (one(str(gguf_folder), patch_size=4, image_size=8) for one in make)
     assert model.config.image_token_id == TOKENS.index("<reponame>") == processor.image_token_id
     ids = torch.tensor([[4, 9, 14, 7]])
     with torch.no_grad():
@@ -61,13 +63,16 @@ def test_a_folder_with_a_gguf_file_is_an_llm(gguf_folder, tmp_path):
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, expected)
 
 
-def test_of_two_gguf_files_one_is_named(gguf_folder, tmp_path):
+def test_what_is_an_llm_and_what_is_not_there(gguf_folder, tmp_path):
     for name in ("one.gguf", "two.gguf"):
-        (tmp_path / name).write_bytes((gguf_folder / "tiny.gguf").read_bytes())
+        shutil.copy(gguf_folder / "tiny.gguf", tmp_path / name)
+    assert resolve_llm(str(tmp_path / "one.gguf")) == (str(tmp_path), {"gguf_file": "one.gguf"})
+    assert resolve_llm("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", {})
     with pytest.raises(ValueError, match="2 GGUF files"):
-        VoraForConditionalGeneration.from_llm(str(tmp_path))
-    model = VoraForConditionalGeneration.from_llm(str(tmp_path / "one.gguf"), patch_size=4, image_size=8)
-    assert model.config.image_token_id == TOKENS.index("<reponame>")
+        resolve_llm(str(tmp_path))
+    for name in (str(tmp_path / "none"), "./none", str(tmp_path / "none.gguf"), "a/b/c"):
+        with pytest.raises(ValueError, match="There is no LLM at .*(none|a/b/c).*name a folder, a GGUF file"):
+            resolve_llm(name)
 
 
 def test_generate_refuses_places_without_images():
@@ -90,27 +95,16 @@ def test_a_vocabulary_that_grew_says_no_image(family):
     """The new row is the mean of the others, so that the LLM alone, which knows of no suppressed token, never says it
     and loses nothing; a random one's logit would be near 0, though all others be far below."""
     llm = tiny.tiny_llm(family)
-    head, size = llm.get_output_embeddings(), llm.config.vocab_size
-    with torch.no_grad():
-        head.weight.add_(0.5)
-    before = {id(t): t.weight.detach().clone() for t in (llm.get_input_embeddings(), head)}
+    size = llm.config.vocab_size
+    llm.get_output_embeddings().weight.data += 0.5
+    before = [table.weight.detach().clone() for table in (llm.get_input_embeddings(), llm.get_output_embeddings())]
     llm.resize_token_embeddings(size + 1, mean_resizing=False)
     _as_the_mean_token(llm, size)
-    for table, old in zip((llm.get_input_embeddings(), llm.get_output_embeddings()), before.values()):
-        torch.testing.assert_close(table.weight[:size], old)
-        torch.testing.assert_close(table.weight[size], old.mean(0))
-    logits = llm(text_ids := torch.arange(3, 20)[None]).logits[0]
-    assert len(logits) == text_ids.shape[1] and (logits[:, size] < logits[:, :size].max(-1).values).all()
+    for table, old in zip((llm.get_input_embeddings(), llm.get_output_embeddings()), before):
+        torch.testing.assert_close(table.weight, torch.cat([old, old.mean(0)[None]]))
+    logits = llm(torch.arange(3, 20)[None]).logits[0]
+    assert (logits[:, size] < logits[:, :size].max(-1).values).all()
     torch.testing.assert_close(logits[:, size], logits[:, :size].mean(-1), atol=1e-4, rtol=1e-4)
-
-
-def test_a_gguf_file_is_an_llm_and_what_is_not_there_is_said(gguf_folder, tmp_path):
-    file = next(gguf_folder.glob("*.gguf"))
-    assert resolve_llm(str(file)) == (str(gguf_folder), {"gguf_file": file.name})
-    for name in (str(tmp_path / "none"), "./none", str(tmp_path / "none.gguf"), "a/b/c"):
-        with pytest.raises(ValueError, match="There is no LLM at .*none|a/b/c.*name a folder, a GGUF file"):
-            resolve_llm(name)
-    assert resolve_llm("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", {})
 
 
 def test_quantized_weights_are_refused_before_they_are_trained(llm_folder, monkeypatch):

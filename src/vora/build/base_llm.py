@@ -104,25 +104,22 @@ def grow_for_image_token(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     """The id of the image token of a loaded LLM, whose embeddings grow by it where its tokenizer (by default that of
     the place it was loaded from) has none to spare. ValueError where the vocabulary was resized since, so that the
     tokenizer is no longer that one."""
-    _, image_token_id = choose_image_token(tokenizer or _unchanged_tokenizer(llm))
     size = llm.config.get_text_config().vocab_size
+    if tokenizer is None:
+        name, source = resolve_llm(llm.name_or_path)
+        had = AutoConfig.from_pretrained(name, **source).get_text_config().vocab_size
+        if size != had and not getattr(llm, "_grown_for_image_token", False):
+            raise ValueError(
+                f"The LLM has {size} embeddings, but {llm.name_or_path} has {had}: its vocabulary was resized, so "
+                "which token may stand for images is not known. Give from_llm its tokenizer too: tokenizer=TOKENIZER."
+            )
+        tokenizer = load_tokenizer(llm.name_or_path)
+    _, image_token_id = choose_image_token(tokenizer)
     if image_token_id >= size:
         llm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
         llm._grown_for_image_token = True
         _as_the_mean_token(llm, size)
     return image_token_id
-
-
-def _unchanged_tokenizer(llm: PreTrainedModel) -> PreTrainedTokenizerBase:
-    name, source = resolve_llm(llm.name_or_path)
-    config = AutoConfig.from_pretrained(name, **source).get_text_config()
-    has, had = llm.config.get_text_config().vocab_size, config.vocab_size
-    if has != had and not getattr(llm, "_grown_for_image_token", False):
-        raise ValueError(
-            f"The LLM has {has} embeddings, but {llm.name_or_path} has {had}: its vocabulary was resized, so which "
-            "token may stand for images is not known. Give from_llm its tokenizer too: tokenizer=TOKENIZER."
-        )
-    return load_tokenizer(llm.name_or_path)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """From an LLM, and a ViT if there is one, to a fresh VoRA model and its processor, and back to the LLM alone."""
 
 import copy
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,6 @@ from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.patch_embed import PatchEmbedding
 from vora.model.processing_vora import VoraProcessor
-
-# For base LLMs that have no chat template of their own.
-PLAIN_TEMPLATE = """\
-{%- for message in messages -%}
-  {%- if message['role'] == 'assistant' -%}
-    {{ 'Assistant: ' + message['content'] + eos_token + '\\n' }}
-  {%- else -%}
-    {{ message['role'] | capitalize + ': ' + message['content'] + '\\n' }}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}
-"""
 
 
 def from_llm(
@@ -130,13 +119,12 @@ def processor_from_llm(
     chat_template: str | None = None,
     **image_kwargs: Any,
 ) -> VoraProcessor:
-    """The processor for `from_llm` with the same arguments, where the LLM may also be a tokenizer.
+    """The processor for `from_llm` with the same arguments, where the LLM may also be a tokenizer. Images get at most
+    as many tokens as a square of `image_size` has patches.
 
     Args:
-        teacher: its patch size and normalisation become the defaults.
-        image_size: images get at most as many tokens as a square of this side has patches.
         chat_template: Jinja template instead of the LLM's own.
-        image_kwargs: further arguments of `VoraImageProcessor`.
+        image_kwargs: further arguments of `VoraImageProcessor`; a teacher's normalisation is the default.
     """
     tokenizer = load_tokenizer(llm) if isinstance(llm, str | Path) else llm
     image_token, _ = choose_image_token(tokenizer)
@@ -156,7 +144,8 @@ def processor_from_llm(
         template = template.get("default")
     if template is None:  # one that begins as the tokenizer would
         begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-        template = ("{{- bos_token -}}" if begins else "") + PLAIN_TEMPLATE
+        plain = (files("vora.build") / "plain_chat.jinja").read_text()
+        template = ("{{- bos_token -}}" if begins else "") + plain
     images = VoraImageProcessor(patch_size=patch_size, patch_merge=patch_merge, **image_kwargs)
     return VoraProcessor(images, tokenizer, image_token=image_token).set_template(template)
 

@@ -18,14 +18,6 @@ from vora.checkpoint.lineage import NOT_STATED, lineage, read_card
 from vora.checkpoint.names import command_without_folders, is_hub_id
 from vora.checkpoint.run_directory import last_step, newest_weights, read_recipe, run_of
 
-MADE = {
-    "trained": "`vora train`",
-    "merged": "`vora train`, then its vision LoRA was merged",
-    "imported": "imported",
-    "folded": "no training: `vora merge` alone",
-}
-
-
 # (task, metric, value, number of examples, the command that makes it again)
 Evaluation = tuple[str, str, float | str, int, str]
 
@@ -79,7 +71,6 @@ def write_card(folder: Path | str, facts: CardFacts) -> Path | None:
         kind=kind,
         facts=facts,
         encoder=encoder,
-        made=MADE,
         not_stated=NOT_STATED,
         parts=[("base LLM", record["base_llm"]), ("teacher", record["teacher"]), ("encoder", encoder)]
         + [("data", name) for name in _data_of(record)],

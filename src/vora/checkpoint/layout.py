@@ -155,9 +155,8 @@ def _older_info(folder: Path) -> CheckpointInfo:
     run = run_of(folder)
     teacher = (read_recipe(run).get("teacher") if run else None) or (recipes[-1]["teacher"] if recipes else {})
     named = {name: value for name, value in card.items() if value not in ("none", "not stated")}
-    aliases = {hub_id: alias for alias, hub_id in HUB_ID_OF_ALIAS.items()}
-    on_card = named.get("base_llm", "")
-    known_llm = aliases.get(on_card, on_card) if is_hub_id(on_card) else None
+    known_llm = named.get("base_llm", "") if is_hub_id(named.get("base_llm", "")) else None
+    known_llm = {hub_id: alias for alias, hub_id in HUB_ID_OF_ALIAS.items()}.get(known_llm or "", known_llm)
     return CheckpointInfo(
         kind=kind,
         path=folder,

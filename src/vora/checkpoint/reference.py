@@ -9,6 +9,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import reduce
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,6 @@ from vora.model.processing_vora import VoraProcessor
 # Both of its teachers, CLIP and AIMv2, normalise like this.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-# What its conversations look like: ChatML with a system turn, and a new line after the image.
-CHAT_TEMPLATE = """\
-{%- if messages[0]['role'] != 'system' -%}
-  {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-  {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
 
 LLM, BIASES, PATCHES, LORA, HEADS, TEACHER = (
     "LLM",
@@ -337,5 +327,7 @@ def _processor_of(config: VoraConfig, tokenizer: PreTrainedTokenizerBase | None)
     settings |= {"pad_to_square": True, "min_image_tokens": tokens, "max_image_tokens": tokens}
     if tokenizer is None:
         return VoraImageProcessor(**settings)
-    template = CHAT_TEMPLATE if "<|im_start|>" in tokenizer.get_vocab() else None
+    template = None
+    if "<|im_start|>" in tokenizer.get_vocab():  # ChatML with a system turn, and a new line after the image
+        template = (files("vora.checkpoint") / "released_chat.jinja").read_text()
     return processor_from_llm(tokenizer, chat_template=template, **settings)
