@@ -82,10 +82,11 @@ def vit_embedding(vit: Any) -> VitEmbedding:
         )
     norms = (m for name, m in embeddings.named_modules() if name.endswith("norm"))
     norm = next((m.weight for m in norms if hasattr(m, "weight")), None)
-    position = _position_table(embeddings, weight.shape[0])
-    image_size = getattr(config, "image_size", None)
-    if position is not None:
-        image_size = round(len(position) ** 0.5) * patch_size
+    position, image_size = None, getattr(config, "image_size", None)
+    tables = [table for name, table in embeddings.named_parameters() if "position_embedding" in name]
+    if tables := [table.reshape(-1, len(weight)) for table in tables if table.shape[-1] == len(weight)]:
+        side = int(len(tables[0]) ** 0.5)
+        position, image_size = tables[0][-(side**2) :], side * patch_size  # rows before belong to CLS and registers
     return VitEmbedding(weight, bias, norm, position, patch_size, channels, image_size or 16 * patch_size)
 
 
@@ -100,12 +101,3 @@ def _patch_projection(
             channel_last = module.weight.unflatten(1, (patch_size, patch_size, channels))  # SigLIP 2
             return channel_last.permute(0, 3, 1, 2).flatten(1), module.bias
     return None, None
-
-
-def _position_table(embeddings: nn.Module, width: int) -> torch.Tensor | None:
-    """float[G*G, D_v]: the last G*G rows of the table; the rows before them belong to CLS and register tokens."""
-    for name, table in embeddings.named_parameters():
-        if "position_embedding" in name and table.shape[-1] == width:
-            rows = table.reshape(-1, width)
-            return rows[-(int(len(rows) ** 0.5) ** 2) :]
-    return None
