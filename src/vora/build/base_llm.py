@@ -91,8 +91,7 @@ def load_tokenizer(llm: Path | str) -> PreTrainedTokenizerBase:
 
 def choose_image_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
     """The vocabulary's own image token or a spare special one, else a new `<image>` added to the tokenizer: (token,
-    id). Runtimes that embed every id, vLLM among them, need one of the vocabulary.
-    """
+    id). Runtimes that embed every id, vLLM among them, need one of the vocabulary."""
     vocabulary = tokenizer.get_vocab()
     token = next((token for token in SPARE_TOKENS if token in vocabulary), NEW_TOKEN)
     # Added as a special token either way, so that it is never split.

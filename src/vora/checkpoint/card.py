@@ -25,8 +25,7 @@ Evaluation = tuple[str, str, float | str, int, str]
 @dataclass(frozen=True)
 class CardFacts:
     """What is known of a saved model; what is left out is said to be not stated, and never guessed. LLM, teacher and
-    encoder are aliases, hub ids or folders; by default those of `source`'s card.
-    """
+    encoder are aliases, hub ids or folders; by default those of `source`'s card."""
 
     made: Literal["trained", "merged", "imported", "folded"]
     stage: str

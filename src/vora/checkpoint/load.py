@@ -12,8 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from vora.baselines.llava import VoraLlavaConfig, VoraLlavaForConditionalGeneration
-from vora.build.base_llm import choose_image_token, grow_for_image_token, load_llm, load_tokenizer
-from vora.build.from_llm import from_llm, wrap_llm
+from vora.build.base_llm import grow_for_image_token, load_llm, load_tokenizer
+from vora.build.from_llm import from_llm, processor_from_llm, wrap_llm
 from vora.build.lora import keep_trained_in_fp32, leave_precision_to_autocast, merge_vision_lora
 from vora.checkpoint.layout import HEADS_FILE, CheckpointInfo, read_info, weight_files
 from vora.checkpoint.names import is_hub_id
@@ -62,8 +62,7 @@ def merge_run(
 ) -> tuple[VoraForConditionalGeneration, VoraProcessor | VoraImageProcessor | None]:
     """The model that a run has trained, ready to be saved: LoRA merged (stage 1), or as it is (stage 2), in the
     precision that the run's recipe has for the LLM. An adapter, or an unmerged model, is merged alike; ValueError
-    where there is nothing to merge. Of a model without a tokenizer the processor is its image part, or None.
-    """
+    where there is nothing to merge. Of a model without a tokenizer the processor is its image part, or None."""
     info = _vora_info(path, llm)
     if info.adapter is None and info.run is None:
         raise ValueError(f"{info.path} has no vision LoRA: it is merged already.")
@@ -110,8 +109,7 @@ def load_trainable(path: Source, dtype: torch.dtype | str) -> PeftModel | VoraFo
 
 def load_processor(path: Source, llm: str | None = None) -> VoraProcessor:
     """The processor of a folder or a run; an adapter's gets its LLM's tokenizer where it has none of its own.
-    ValueError where there is none, or it does not agree with the adapter on the image token.
-    """
+    ValueError where there is none, or it does not agree with the adapter on the image token."""
     info = _vora_info(path)
     if info.has_processor:
         return VoraProcessor.from_pretrained(info.path)
@@ -121,24 +119,20 @@ def load_processor(path: Source, llm: str | None = None) -> VoraProcessor:
             "has its LLM's tokenizer files."
         )
     config, name = _config_of(info), _name_of_llm(info, llm)
-    tokenizer = load_tokenizer(name)
-    token, token_id = choose_image_token(tokenizer)
-    if token_id != config.image_token_id:
+    processor = processor_from_llm(name)
+    if processor.image_token_id != config.image_token_id:
         raise ValueError(
-            f"{info.path} has its images at token {config.image_token_id}, but {name} would have them at {token_id} "
-            f"({token}): it is another LLM than the adapter grew on."
+            f"{info.path} has its images at token {config.image_token_id}, but {name} would have them at "
+            f"{processor.image_token_id} ({processor.image_token}): it is another LLM than the adapter grew on."
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    template = (info.path / "chat_template.jinja").read_text()
-    images = VoraImageProcessor.from_pretrained(info.path)
-    return VoraProcessor(images, tokenizer, chat_template=template, image_token=token)
+    processor.chat_template = (info.path / "chat_template.jinja").read_text()
+    processor.image_processor = VoraImageProcessor.from_pretrained(info.path)
+    return processor
 
 
 def load_base_llm(name: str, model: VoraForConditionalGeneration, processor: VoraProcessor) -> PreTrainedModel:
     """The LLM that a model came from in the form of that model, to be compared with it; its logits are its own.
-    ValueError where it splits text otherwise, so that it is another LLM.
-    """
+    ValueError where it splits text otherwise, so that it is another LLM."""
     if load_tokenizer(name).get_vocab().items() - processor.tokenizer.get_vocab().items():
         raise ValueError(f"--base {name} splits text into other tokens than the model: it is not what that came from.")
     base = from_llm(name, image_token_id=model.config.image_token_id, dtype=model.dtype)
@@ -149,8 +143,7 @@ def restore(
     student: PeftModel | VoraForConditionalGeneration, folder: Path, distillation: BlockwiseDistillation | None = None
 ) -> None:
     """Read back what `vora.checkpoint.save.save_training` wrote, into a model of the same shape. ValueError where the
-    folder holds another kind of checkpoint, or tensors are missing from it.
-    """
+    folder holds another kind of checkpoint, or tensors are missing from it."""
     if isinstance(student, PeftModel):
         if not (folder / "adapter_model.safetensors").exists():
             raise ValueError(f"{folder} holds no adapter_model.safetensors: it is no checkpoint of stage pretrain.")
@@ -173,16 +166,14 @@ def load_heads(distillation: BlockwiseDistillation, path: Source) -> None:
     info = _vora_info(path)
     if not info.has_heads:
         return
-    state, wanted = load_file(info.path / HEADS_FILE), distillation.state_dict()
-    there, here = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (state, wanted))
-    if misfits := [name for name in {**there, **here} if there.get(name) != here.get(name)]:
+    try:
+        distillation.load_state_dict(load_file(info.path / HEADS_FILE))
+    except RuntimeError as error:
         raise ValueError(
-            f"{len(misfits)} tensors of the distill heads of {info.path} are not those of the recipe's teacher, such "
-            f"as {misfits[0]} ({there.get(misfits[0])} there, {here.get(misfits[0])} here): set teacher.standardize, "
-            "summary and pairs as they were trained, teacher.pairing to hidden_states (of the released code; inputs "
-            "with AIMv2), or delete the file to begin with fresh ones."
-        )
-    distillation.load_state_dict(state)
+            f"The heads of {info.path} are not those of the recipe's teacher: set teacher.standardize, summary "
+            "and pairs as they were trained, teacher.pairing to hidden_states (of the released code; inputs with "
+            f"AIMv2), or delete the file to begin with fresh ones. {' '.join(str(error).split())}"
+        ) from None
 
 
 def distillation_of(path: Source) -> BlockwiseDistillation | None:
@@ -203,8 +194,7 @@ def distillation_of(path: Source) -> BlockwiseDistillation | None:
 def digest_of(llm: PreTrainedModel) -> str | None:
     """Tells causal LMs of one shape apart, with LoRA on or without, also inside a VoRA model: 16 hexadecimal digits of
     word embeddings and of the first matrix of each block, some rows of them. It is the same in bf16 and in fp32; in
-    fp16 some numbers are others, so that there it is None. The row grown for an image token is left out.
-    """
+    fp16 some numbers are others, so that there it is None. The row grown for an image token is left out."""
     image_token_id = getattr(llm.config, "image_token_id", None)
     depth = llm.config.get_text_config().num_hidden_layers
     language = getattr(getattr(llm, "model", llm), "language_model", llm)
