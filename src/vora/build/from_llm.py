@@ -49,10 +49,9 @@ def from_llm(
     attention = llm.config._attn_implementation  # before configurations are nested, which forgets it
     if image_token_id is None:
         image_token_id = grow_for_image_token(llm, tokenizer)
-    sizes: dict[str, Any] = {"patch_size": patch_size or 14, "image_size": image_size or 448}
     embedding = None if teacher is None else vit_embedding(teacher)
-    if embedding is not None:
-        sizes = embedding.config_fields(patch_size, image_size)
+    sizes: dict[str, Any] = {"patch_size": patch_size or 14, "image_size": image_size or 448}
+    sizes |= {} if embedding is None else embedding.config_fields(patch_size, image_size)
     config = VoraConfig(
         text_config=llm.config.get_text_config(),
         image_token_id=image_token_id,

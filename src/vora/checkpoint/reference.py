@@ -35,13 +35,14 @@ from vora.model.processing_vora import VoraProcessor
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-LLM, BIASES, PATCHES, LORA, HEADS, TEACHER = (
+LLM, BIASES, PATCHES, LORA, HEADS, TEACHER, UNKNOWN = (
     "LLM",
     "biases of the adapted projections (and the LLM's own)",
     "patch embedding",
     "vision LoRA",
     "distill heads",
     "left behind: the frozen teacher, which trains nothing and is fetched by its name",
+    "unknown",
 )
 # (part, its names in a checkpoint, our names); the first that matches counts
 NAMES = (
@@ -56,6 +57,7 @@ NAMES = (
     (PATCHES, "vision_embedding.out_proj.weight", "model.patch_embedding.projection.weight"),
     (HEADS, r"aux_vision\.aux_layer_(\d+\.[01])\.weight", r"\1"),
     (TEACHER, r"aux_vision\.aux_model\.(.+)", r"\1"),
+    (UNKNOWN, "(.+)", r"\1"),
 )
 LORA_NAME = re.compile(r"model\.language_model\.layers\.(\d+)\.(.+)\.lora_[AB]\.default\.weight")
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
@@ -209,20 +211,16 @@ def _read_tensors(folder: Path) -> Tensors:
 
 def _sorted(tensors: Tensors, folder: Path) -> dict[str, Tensors]:
     """{part: {our name: tensor}}; ValueError where the layout is another, or tensors have no place here."""
-    parts: dict[str, Tensors] = {part: {} for part in (LLM, BIASES, PATCHES, LORA, HEADS, TEACHER)}
-    unknown = []
+    parts: dict[str, Tensors] = {part: {} for part, *_ in NAMES}
     for name, tensor in tensors.items():
-        part, pattern, ours = next((known for known in NAMES if re.fullmatch(known[1], name)), ("", "", ""))
-        if part:
-            parts[part][re.sub(pattern, ours, name)] = tensor
-        else:
-            unknown.append(name)
+        part, pattern, ours = next(known for known in NAMES if re.fullmatch(known[1], name))
+        parts[part][re.sub(pattern, ours, name)] = tensor
     if missing := [theirs for part, theirs, ours in NAMES if part == PATCHES and ours not in parts[PATCHES]]:
         raise ValueError(
             f"{folder} lacks {missing[0]} and {len(missing) - 1} more tensors of a patch embedding: it is no "
             "checkpoint of the released code with AIMv2Embedding."
         )
-    if unknown:
+    if unknown := list(parts.pop(UNKNOWN)):
         raise ValueError(
             f"{folder} has {len(unknown)} tensors that no part of the released code has, such as {unknown[0]}: "
             "nothing was imported."
