@@ -37,15 +37,11 @@ class VoraLlavaConfig(VoraConfig):
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
 
     def __init__(
-        self,
-        text_config: PreTrainedConfig | dict | None = None,
-        vision_config: PreTrainedConfig | dict | None = None,
-        vision_feature_layer: int = -2,
-        image_mean: Sequence[float] = HALF,
-        image_std: Sequence[float] = HALF,
-        image_attention: str = "causal",
+        self, text_config: PreTrainedConfig | dict | None = None,
+        vision_config: PreTrainedConfig | dict | None = None, vision_feature_layer: int = -2,
+        image_mean: Sequence[float] = HALF, image_std: Sequence[float] = HALF, image_attention: str = "causal",
         **kwargs: Any,
-    ):
+    ):  # fmt: skip
         if isinstance(vision_config, dict):
             vision_config = dict(vision_config)
             vision_config = AutoConfig.for_model(vision_config.pop("model_type"), **vision_config)
@@ -104,14 +100,9 @@ class VoraLlavaForConditionalGeneration(VoraForConditionalGeneration):
 
     @classmethod
     def from_llm(
-        cls,
-        llm: str | PreTrainedModel,
-        *,
-        encoder: Teacher,
-        patch_size: int | None = None,
-        image_size: int | None = None,
-        **options: Any,
-    ) -> "VoraLlavaForConditionalGeneration":
+        cls, llm: str | PreTrainedModel, *, encoder: Teacher, patch_size: int | None = None,
+        image_size: int | None = None, **options: Any,
+    ) -> "VoraLlavaForConditionalGeneration":  # fmt: skip
         """Put a ViT, which becomes part of the model, and a fresh projector before an LLM, with the options of
         `vora.from_llm`; the sizes are the encoder's own by default."""
         sizes = encoder.embedding.config_fields(patch_size, image_size)

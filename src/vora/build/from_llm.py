@@ -18,17 +18,10 @@ from vora.model.processing_vora import VoraProcessor
 
 
 def from_llm(
-    llm: str | PreTrainedModel,
-    *,
-    teacher: Any = None,
-    patch_size: int | None = None,
-    image_size: int | None = None,
-    patch_merge: int = 1,
-    image_attention: str = "bidirectional",
-    image_token_id: int | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    **llm_kwargs: Any,
-) -> VoraForConditionalGeneration:
+    llm: str | PreTrainedModel, *, teacher: Any = None, patch_size: int | None = None, image_size: int | None = None,
+    patch_merge: int = 1, image_attention: str = "bidirectional", image_token_id: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None, **llm_kwargs: Any,
+) -> VoraForConditionalGeneration:  # fmt: skip
     """A VoRA model with a fresh patch embedding in front of an LLM.
 
     Args:
@@ -109,15 +102,9 @@ def to_llm(model: VoraForConditionalGeneration) -> PreTrainedModel:
 
 
 def processor_from_llm(
-    llm: Path | str | PreTrainedTokenizerBase,
-    *,
-    teacher: Any = None,
-    patch_size: int | None = None,
-    image_size: int | None = None,
-    patch_merge: int = 1,
-    chat_template: str | None = None,
-    **image_kwargs: Any,
-) -> VoraProcessor:
+    llm: Path | str | PreTrainedTokenizerBase, *, teacher: Any = None, patch_size: int | None = None,
+    image_size: int | None = None, patch_merge: int = 1, chat_template: str | None = None, **image_kwargs: Any,
+) -> VoraProcessor:  # fmt: skip
     """The processor for `from_llm` with the same arguments, where the LLM may also be a tokenizer. Images get at most
     as many tokens as a square of `image_size` has patches.
 

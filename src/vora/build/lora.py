@@ -15,13 +15,9 @@ PATCH_EMBEDDING = "patch_embedding"
 
 
 def attach_vision_lora(
-    model: VoraForConditionalGeneration,
-    *,
-    rank: int = 32,
-    num_blocks: int | None = None,
-    target_modules: Sequence[str] | None = None,
-    lora_alpha: int | None = None,
-) -> PeftModel:
+    model: VoraForConditionalGeneration, *, rank: int = 32, num_blocks: int | None = None,
+    target_modules: Sequence[str] | None = None, lora_alpha: int | None = None,
+) -> PeftModel:  # fmt: skip
     """Freeze the LLM and give its first blocks trainable low-rank pairs; the patch embedding alone trains with them.
 
     Args:

@@ -86,12 +86,9 @@ def write_card(folder: Path | str, facts: CardFacts) -> Path | None:
 
 @_harmless()
 def write_run_card(
-    folder: Path | str,
-    source: Path | str,
-    steps: int | None = None,
-    evaluation: Sequence[Evaluation] = (),
+    folder: Path | str, source: Path | str, steps: int | None = None, evaluation: Sequence[Evaluation] = (),
     merge_command: str = CardFacts.merge_command,
-) -> Path | None:
+) -> Path | None:  # fmt: skip
     """Write the card of a model that comes from a run, or from an unmerged model or adapter.
 
     Args:

@@ -29,13 +29,9 @@ Source = CheckpointInfo | Path | str
 
 
 def load_model(
-    path: Source,
-    *,
-    llm: str | None = None,
-    min_image_tokens: int | None = None,
-    max_image_tokens: int | None = None,
+    path: Source, *, llm: str | None = None, min_image_tokens: int | None = None, max_image_tokens: int | None = None,
     dtype: torch.dtype | str | None = None,
-) -> tuple[VoraForConditionalGeneration, VoraProcessor]:
+) -> tuple[VoraForConditionalGeneration, VoraProcessor]:  # fmt: skip
     """A model in eval mode and its processor, whatever the folder holds: LoRA is merged in memory. It is on the GPU if
     there is one.
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,6 @@ def _checkpoints(directory: Path | str) -> list[Path]:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())  # written last
-        return True
-    except (OSError, ValueError):
-        return False
+    with suppress(OSError, ValueError):
+        return bool(json.loads((checkpoint / "trainer_state.json").read_text()))  # written last
+    return False

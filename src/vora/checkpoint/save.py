@@ -28,13 +28,9 @@ Student: TypeAlias = PeftModel | VoraForConditionalGeneration
 
 
 def save_training(
-    student: Student,
-    processor: VoraProcessor,
-    folder: Path,
-    *,
-    distillation: BlockwiseDistillation | None = None,
+    student: Student, processor: VoraProcessor, folder: Path, *, distillation: BlockwiseDistillation | None = None,
     state_dict: Tensors | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write what was trained into a folder of its run: adapter and distill heads (stage 1), or the whole model.
 
     Args:
@@ -56,13 +52,9 @@ def save_training(
 
 
 def save_adapter(
-    model: PeftModel,
-    processor: VoraProcessor,
-    folder: Path | str,
-    *,
-    dtype: torch.dtype | str | None = None,
+    model: PeftModel, processor: VoraProcessor, folder: Path | str, *, dtype: torch.dtype | str | None = None,
     info: CheckpointInfo | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write LoRA and patch embedding without the LLM and its tokenizer: what a training has added, in a file small
     enough to send.
 
@@ -70,9 +62,8 @@ def save_adapter(
         dtype: by default that of the model's configuration; ValueError where a number does not fit it.
         info: of the run that they come from, for what a model does not know: its teacher.
     """
-    vora, folder = model.get_base_model(), Path(folder)
-    dtype = dtype or vora.config.dtype
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    config, folder = copy.deepcopy(model.get_base_model().config), Path(folder)
+    dtype = getattr(torch, _name_of(dtype or config.dtype))
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     state = {name: tensor.detach().to(dtype).cpu() for name, tensor in state.items()}
     for name, tensor in state.items():
@@ -80,7 +71,6 @@ def save_adapter(
             raise ValueError(f"{name} holds numbers that are not finite in {dtype}: the training diverged.")
     folder.mkdir(parents=True, exist_ok=True)
     write_adapter_files(model, folder, state)
-    config = copy.deepcopy(vora.config)
     config.dtype = config.text_config.dtype = dtype
     config.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
@@ -90,11 +80,9 @@ def save_adapter(
 
 
 def save_merged(
-    model: VoraForConditionalGeneration,
-    processor: VoraProcessor | VoraImageProcessor | None,
-    out: Path | str,
+    model: VoraForConditionalGeneration, processor: VoraProcessor | VoraImageProcessor | None, out: Path | str,
     source: CheckpointInfo | Path | str,
-) -> None:
+) -> None:  # fmt: skip
     """Write what `merge_run` made of a source, with processor and card; a failed save leaves nothing behind."""
     info = source if isinstance(source, CheckpointInfo) else read_info(source)
     with whole_folder(out) as folder:
@@ -102,13 +90,9 @@ def save_merged(
 
 
 def merge(
-    path: Path | str,
-    out: Path,
-    *,
-    llm_out: Path | None = None,
-    adapter_out: Path | None = None,
+    path: Path | str, out: Path, *, llm_out: Path | None = None, adapter_out: Path | None = None,
     llm: str | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """`vora merge`: write what `merge_run` makes, all of it or nothing.
 
     Args:
@@ -140,11 +124,9 @@ def merge(
         model, processor = merge_run(info, llm)
         _write(model, processor, folders["--out"], info, kind="merged")
         if llm_out is not None:
-            llm_alone, tokenizer = to_llm(model), None
-            if isinstance(processor, VoraProcessor):
-                tokenizer = processor.text_tokenizer()
-            kinds = {"kind": "llm", "model_type": llm_alone.config.model_type}
-            _write(llm_alone, tokenizer, folders["--llm-out"], info, **kinds)
+            alone = to_llm(model)
+            tokenizer = processor.text_tokenizer() if isinstance(processor, VoraProcessor) else None
+            _write(alone, tokenizer, folders["--llm-out"], info, kind="llm", model_type=alone.config.model_type)
 
 
 @contextmanager
