@@ -4,20 +4,9 @@ import copy
 from functools import partial
 
 import pytest
+import tiny
 import torch
-from tiny import (
-    FAMILIES,
-    IMAGE,
-    SHAPE,
-    generate,
-    logits_of,
-    prompt,
-    states_of_blocks,
-    text,
-    tiny_llm,
-    tiny_vora,
-    train_a_little,
-)
+from tiny import IMAGE, generate, logits_of, prompt, text, tiny_llm, tiny_vora
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vora import VoraForConditionalGeneration, attach_vision_lora, merge_vision_lora
@@ -28,7 +17,7 @@ TWO_IMAGES = [*text(4), (2, 4, 0), (3, 3, 1), *text(5, 1)]
 BEFORE, A, B, AFTER = slice(0, 4), slice(4, 12), slice(12, 21), slice(21, 26)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
 def family(request):
     return request.param
 
@@ -55,7 +44,7 @@ def changed_places(vora, inputs, patch):
     """bool[blocks, T]: where the blocks' outputs move when one patch does (one row)."""
     moved = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
     moved["pixel_values"][patch] += 1
-    pairs = zip(states_of_blocks(vora, **inputs), states_of_blocks(vora, **moved))
+    pairs = zip(tiny.states_of_blocks(vora, **inputs), tiny.states_of_blocks(vora, **moved))
     return torch.stack([(before != after).any(-1)[0] for before, after in pairs])
 
 
@@ -72,12 +61,12 @@ def test_packed_documents_never_see_each_other(vora):
     packed = prompt([*first, *second])
     packed["attention_mask"] = None
     packed["position_ids"] = torch.cat([torch.arange(11), torch.arange(13)])[None]
-    states = states_of_blocks(vora, **packed)
+    states = tiny.states_of_blocks(vora, **packed)
     for document, places in ((first, slice(0, 11)), (second, slice(11, 24))):
-        for found, expected in zip(states, states_of_blocks(vora, **prompt(document))):
+        for found, expected in zip(states, tiny.states_of_blocks(vora, **prompt(document))):
             close(found[:, places], expected)
     moved = {**packed, "pixel_values": packed["pixel_values"] + torch.arange(17)[:, None].lt(8)}
-    for before, after in zip(states, states_of_blocks(vora, **moved)):
+    for before, after in zip(states, tiny.states_of_blocks(vora, **moved)):
         assert torch.equal(before[:, 11:], after[:, 11:])
 
 
@@ -152,7 +141,7 @@ def test_merged_equals_unmerged_and_is_the_llm_again(family, tmp_path):
     peft_model = attach_vision_lora(tiny_vora(copy.deepcopy(base)), rank=4)
     with pytest.raises(ValueError, match="merge_vision_lora"):
         peft_model.get_base_model().to_llm()
-    train_a_little(peft_model)
+    tiny.train_a_little(peft_model)
     see, read = prompt(TWO_IMAGES), prompt(text(9))
     expected, read_expected = logits_of(peft_model, **see), logits_of(peft_model, **read)
     assert (read_expected - logits_of(base, **read)).abs().max() > 0.01
@@ -188,7 +177,7 @@ def test_saves_and_loads_exactly(vora, tmp_path):
 @pytest.mark.parametrize("family", ["bloom", "opt", "gemma4_text"])
 def test_families_that_cannot_see_are_refused(family):
     extra = {"word_embed_proj_dim": 32, "ffn_dim": 48} if family == "opt" else {}
-    config = AutoConfig.for_model(family, **{**SHAPE, **extra})
+    config = AutoConfig.for_model(family, **{**tiny.SHAPE, **extra})
     with pytest.raises(ValueError, match=f"{family} .*not supported"):
         tiny_vora(AutoModelForCausalLM.from_config(config).eval())
 
@@ -211,7 +200,7 @@ def test_the_language_part_of_a_multimodal_model_is_an_llm_too():
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = AutoConfig.for_model(
         "gemma3",
-        text_config={**SHAPE, **FAMILIES["gemma3_text"]},
+        text_config={**tiny.SHAPE, **tiny.FAMILIES["gemma3_text"]},
         vision_config={**vision, "image_size": 28, "patch_size": 14},
         mm_tokens_per_image=4,
     )

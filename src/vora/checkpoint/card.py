@@ -89,11 +89,8 @@ def write_run_card(
     folder: Path | str, source: Path | str, steps: int | None = None, evaluation: Sequence[Evaluation] = (),
     merge_command: str = CardFacts.merge_command,
 ) -> Path | None:  # fmt: skip
-    """Write the card of a model that comes from a run, or from an unmerged model or adapter.
-
-    Args:
-        steps: how many it took, if it has only just ended; otherwise what it saved says so.
-    """
+    """Write the card of a model that comes from a run, or from an unmerged model or adapter. A run that has only just
+    ended is told how many steps it took; otherwise what it saved says so."""
     run = run_of(Path(source))
     if run is None:  # imported or received, and merged now: what is known stands on its own card
         return write_card(folder, CardFacts(made="folded", stage="pretrain", source=str(source)))

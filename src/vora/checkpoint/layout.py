@@ -60,11 +60,8 @@ class CheckpointInfo:
 
 
 def read_info(path: Path | str) -> CheckpointInfo:
-    """What lies in a folder, the directory of a run, or under a hub id (which is fetched).
-
-    Raises:
-        ValueError: nothing that this package or transformers saved is there, or a run that has saved nothing yet.
-    """
+    """What lies in a folder, the directory of a run, or under a hub id (which is fetched). ValueError where nothing is
+    there that this package or transformers saved, or a run that has saved nothing yet."""
     folder = Path(path)
     if not folder.exists() and is_hub_id(str(path)):
         folder = fetched(str(path))

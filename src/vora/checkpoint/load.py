@@ -73,12 +73,8 @@ def merge_run(
 
 def load_adapter(path: Source, *, llm: str | None = None, dtype: torch.dtype | str | None = None) -> PeftModel:
     """An adapter put over its LLM, by default in the precision that it was trained in, ready to train on or to merge;
-    what trains is in float32.
-
-    Raises:
-        ValueError: there is no adapter; no LLM is named, it cannot be loaded, or it is not the one that the adapter
-            was trained on; or tensors do not fit.
-    """
+    what trains is in float32. ValueError where there is no adapter; no LLM is named, it cannot be loaded, or it is not
+    the one that the adapter was trained on; or tensors do not fit."""
     info = _vora_info(path, llm)
     if info.adapter is None:
         raise ValueError(f"{info.path} has no vision LoRA: it is merged already.")
@@ -280,8 +276,7 @@ def _base_model(info: CheckpointInfo, llm: str | None, dtype: torch.dtype | str)
 
 
 def _name_of_llm(info: CheckpointInfo, llm: str | None) -> str:
-    name = llm or info.base_llm
-    if not name:
+    if not (name := llm or info.base_llm):
         raise ValueError(
             f"{info.path} holds an adapter without its LLM, which was a folder and so is not named in it: put it over "
             f"that with `vora merge {info.path} --llm LLM -o OUT`, and name OUT."

@@ -97,10 +97,7 @@ def merge(
 
     Args:
         llm_out: for the language part alone, as its stock LLM.
-        adapter_out: for what a run added to its LLM, without it.
-
-    Raises:
-        ValueError: as `merge_run`; or a folder is not empty, or is named twice, or there is no adapter apart.
+        adapter_out: for what a run added to its LLM, without it; ValueError where there is no adapter apart.
     """
     info = read_info(path)
     if adapter_out is not None and (info.run is None or info.kind != "adapter" or info.is_llava):
