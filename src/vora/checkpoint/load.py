@@ -158,14 +158,16 @@ def load_heads(distillation: BlockwiseDistillation, path: Source) -> None:
     info = _vora_info(path)
     if not info.has_heads:
         return
-    try:
-        distillation.load_state_dict(load_file(info.path / HEADS_FILE))
-    except RuntimeError as error:
+    state = load_file(info.path / HEADS_FILE)
+    there, here = ({name: tuple(t.shape) for name, t in one.items()} for one in (state, distillation.state_dict()))
+    if misfits := [name for name in {**there, **here} if there.get(name) != here.get(name)]:
         raise ValueError(
-            f"The heads of {info.path} are not those of the recipe's teacher: set teacher.standardize, summary "
-            "and pairs as they were trained, teacher.pairing to hidden_states (of the released code; inputs with "
-            f"AIMv2), or delete the file to begin with fresh ones. {' '.join(str(error).split())}"
-        ) from None
+            f"{len(misfits)} tensors of the distill heads of {info.path} are not those of the recipe's teacher, such "
+            f"as {misfits[0]} ({there.get(misfits[0])} there, {here.get(misfits[0])} here): set teacher.standardize, "
+            "summary and pairs as they were trained, teacher.pairing to hidden_states (of the released code; inputs "
+            "with AIMv2), or delete the file to begin with fresh ones."
+        )
+    distillation.load_state_dict(state)
 
 
 def distillation_of(path: Source) -> BlockwiseDistillation | None:
