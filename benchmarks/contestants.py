@@ -68,13 +68,6 @@ SIZES = {
         ),
         image_size=224, rank=64, num_blocks=12,
     ),
-    "smollm2-360m": Size(
-        llm=fields_of("HuggingFaceTB/SmolLM2-360M-Instruct"),
-        teacher=dict(  # ViT-Small
-            model_type="vit", hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6,
-        ),
-        image_size=224, rank=128, num_blocks=12,
-    ),
     "qwen2.5-7b": Size(
         llm=fields_of("Qwen/Qwen2.5-7B-Instruct") | {"pad_token_id": 0},
         teacher=fields_of("apple/aimv2-huge-patch14-448"),
@@ -174,16 +167,6 @@ def build_original(size, dtype=torch.float32):
     model = in_float32(model.to(device())).train()
     model.aux_vision.eval()
     return model
-
-
-def merged_original(size, dtype=torch.float32):
-    """The original of the same size as it is after the merge: no pairs, no teacher, but biases."""
-    llm = random_llm(size, dtype)
-    with device():
-        model = OriginalVora(
-            llm, width=768, patch_size=PATCH, image_size=size.image_size, rank=None, num_blocks=size.num_blocks
-        )
-    return model.to(device(), dtype).eval()
 
 
 def in_float32(model):

@@ -28,7 +28,7 @@ from contestants import (
 )
 from original import square_frame
 from PIL import Image
-from rows import alternate, arguments, clock, compared, medians, parser_of, report, row, set_clock, spread
+from rows import alternate, arguments, compared, medians, parser_of, report, row, spread
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -74,10 +74,10 @@ def compare_processors(images, rounds):
     def of_all(process):
         return lambda: [process(Image.open(BytesIO(data))) for data in images]
 
-    num_threads, kind = clock()
-    set_clock(1, kind)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     times = alternate({name: of_all(process) for name, process in processes.items()}, rounds)
-    set_clock(num_threads, kind)
+    torch.set_num_threads(num_threads)
     for name in list(processes)[1:]:
         what = f"JPEGs to patches, one thread, against {name} ({patches['ours']} and {patches[name]} patches)"
         yield compared(what, times, "images/s", lambda seconds: len(images) / seconds, baseline=name)

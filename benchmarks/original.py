@@ -186,13 +186,6 @@ class OriginalVora(nn.Module):
             loss = loss + sum(levels) / len(levels)
         return found | {"loss": loss, "metrics": metrics | {"total_loss": loss.item()}}
 
-    def prefill(self, input_ids, attention_mask, frames):
-        """One pass over prompts of an image each, with a cache and the logits of the last place alone: kinder than the
-        original's `generate`, which asks each block for its attention weights too, and keeps them."""
-        embeds, valid, _, is_image = self.insert_images(input_ids, attention_mask, frames)
-        mask = dense_mask(valid, is_image, embeds.dtype)
-        return self.llm(inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1)
-
     def insert_images(self, input_ids, attention_mask, frames, labels=None, num_frames=None):
         """Rows in which each image has become its tokens, padded on the right to the longest.
 

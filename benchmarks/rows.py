@@ -17,46 +17,24 @@ import torch
 
 from vora.cpu_threads import configure_cpu_threads
 
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
-_clock = ["wall"]
-
 
 def parser_of(description):
     """An argument parser with what all benchmarks take; `description` is a module's docstring."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--threads", type=int, help="of torch; its own choice without it")
-    parser.add_argument(
-        "--clock",
-        choices=CLOCKS,
-        default="wall",
-        help="processor: seconds of processors at work, for a busy machine; only with --threads 1, and not with a GPU",
-    )
     return parser
 
 
 def arguments(parser):
-    """Parse the command line and set threads and clock, after a new start if torch's threads do not wait as vora's."""
+    """Parse the command line and set threads, after a new start if torch's threads do not wait as vora's."""
     args = parser.parse_args()
     is_script = Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
     if is_script and "GOMP_SPINCOUNT" not in os.environ:  # which torch read when it was imported
         configure_cpu_threads()
         os.execv(sys.executable, [sys.executable, *sys.argv])
-    set_clock(args.threads or torch.get_num_threads(), args.clock)
-    if args.clock == "processor" and (torch.get_num_threads() > 1 or torch.cuda.is_available()):
-        parser.error("--clock processor needs --threads 1 and no GPU: waiting threads count as work.")
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     return args
-
-
-def set_clock(num_threads, clock):
-    """Compute on so many threads, and time by a clock of `CLOCKS`."""
-    torch.set_num_threads(num_threads)
-    _clock[0] = clock
-
-
-def clock():
-    """What `set_clock` was given."""
-    return torch.get_num_threads(), _clock[0]
 
 
 def machine():
@@ -105,8 +83,8 @@ def report(rows, json_file=None):
     Returns:
         list of the rows.
     """
-    where = {"machine": machine(), "commit": commit(), "clock": _clock[0]}
-    print(f"{where['machine']}, commit {where['commit']}, {where['clock']} clock")
+    where = {"machine": machine(), "commit": commit()}
+    print(f"{where['machine']}, commit {where['commit']}")
     print_line("ours", "baseline", "ratio", "unit", "what")
     found = []
     for one in rows:
@@ -136,13 +114,12 @@ def synchronize():
 
 
 def seconds(work):
-    """Time of one call by the chosen clock, to its end on the device."""
-    now = CLOCKS[_clock[0]]
+    """Time of one call, to its end on the device."""
     synchronize()
-    start = now()
+    start = time.perf_counter()
     work()
     synchronize()
-    return now() - start
+    return time.perf_counter() - start
 
 
 def alternate(contestants, rounds, warmups=1):

@@ -53,12 +53,12 @@ class Contestant:
         train_step(self.model, self.batches[0], self.optimizer, self.dtype)
 
 
-def losses_in_float32(size, num_samples=2):
+def losses_in_float32(size, attn="sdpa", num_samples=2):
     """{loss: (ours, original's)} on identical square images, with the pairing equalised."""
     torch.backends.cudnn.allow_tf32 = False  # or a GPU rounds the original's convolution to 10 bits
     samples = squared(make_samples(num_samples, size), size.image_size)
     pairs = [(block, block) for block in range(min(size.num_blocks, size.teacher["num_hidden_layers"]) - 1)]
-    objective, original = build_ours(size, pairs=pairs, center=False), build_original(size)
+    objective, original = build_ours(size, attn=attn, pairs=pairs, center=False), build_original(size)
     share_weights(original, objective)
     ours = [our_sample(sample, size) for sample in samples]
     sequence_length = sum(len(sample["input_ids"]) for sample in ours)
@@ -121,7 +121,7 @@ def main():
     def rows():
         yield compare_steps(size, args)
         if not args.no_check:
-            for name, (ours, theirs) in losses_in_float32(size).items():
+            for name, (ours, theirs) in losses_in_float32(size, args.attn).items():
                 unit = "nats" if name == "lm_loss" else "1 - cos"
                 yield row(f"{name} in float32, square images", ours, theirs, unit)
 

@@ -12,7 +12,7 @@ from vora.data.answers import tasks_of
 from vora.eval.prediction_cache import fingerprints
 from vora.eval.rows import Rows, SkippedRows
 from vora.eval.tasks.evaluation import make_task
-from vora.eval.tasks.text_items import read_items
+from vora.eval.tasks.text_windows import read_windows
 
 
 def jsonl(folder, *rows):
@@ -211,9 +211,8 @@ def test_text_counts_what_training_would_learn(tmp_path, llm_folder):
     rows = [{"messages": said}, {"text": "half \udc00"}, {"messages": said[:1] + [{**answers[1], "content": None}]}]
     file = tmp_path / "text.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    windows, questions, _ = read_items([file], processor, 64, skipped := SkippedRows())
-    (window,) = windows
+    (window,), _ = read_windows([file], processor, 64, skipped := SkippedRows())
     targets = window.sample["targets"]
-    assert processor.tokenizer.decode(targets[targets != -100]) == "yes<|im_end|>" and questions == []
+    assert processor.tokenizer.decode(targets[targets != -100]) == "yes<|im_end|>"
     assert window.num_bytes == pytest.approx(len("yes"))
     assert [one["name"] for one in skipped.named] == ["text.jsonl:1", "text.jsonl:2"]

@@ -1,31 +1,21 @@
-"""Text ability: every token once, the base's own figures, and what counts as a question."""
+"""Text ability: every token once, and the base's own figures."""
 
 import json
 import random
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vora
-from vora.data.answers import choice_question_of
-from vora.eval.tasks.text_items import windows_of
+from vora.eval.tasks.text_windows import windows_of
 
 WORDS = "what colour is the shape blue red green circle square triangle yes no two one none image".split()
 
 
 def sentence(seed, length=30):
     return " ".join(random.Random(seed).choices(WORDS, k=length)) + "."
-
-
-QUESTIONS = [
-    {"question": "what colour?", "choices": {"text": ["red", "blue one"], "label": ["1", "2"]}, "answerKey": "2"},
-    {"question": "which shape?", "choices": {"text": ["square", "circle", "no"], "label": ["A", "B", "C"]},
-     "answerKey": "C"},
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +41,6 @@ def data(tmp_path_factory):
     (folder / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     messages = [{"role": "user", "content": "what colour?"}, {"role": "assistant", "content": "blue."}]
     (folder / "turns.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
-    pq.write_table(pa.Table.from_pylist(QUESTIONS), folder / "arc.parquet")
     return folder
 
 
@@ -72,16 +61,15 @@ def surprise(llm_folder, text):
 
 
 def test_a_model_that_is_its_base_has_its_figures(data, measured):
-    files = data / "held.jsonl", data / "arc.parquet", data / "turns.jsonl"
+    files = data / "held.jsonl", data / "turns.jsonl"
     report = measured(0, *files)
     metrics = report["metrics"]
-    assert report["task"] == "text" and report["num_documents"] == 12 and report["num_questions"] == 2
+    assert report["task"] == "text" and report["num_documents"] == 12
     assert report["drawn"] == "documents" and report["verdict"].startswith("Language is kept")
     assert metrics["perplexity_ratio"]["value"] == pytest.approx(1, abs=1e-6)
     assert metrics["perplexity_ratio"]["interval"] == pytest.approx([1, 1], abs=1e-6)
-    assert metrics["accuracy_difference"] == {"value": 0.0, "interval": [0.0, 0.0]}
     again = measured(0, *files)
-    assert again["metrics"] == metrics and again["num_resumed"] == 2 * 14
+    assert again["metrics"] == metrics and again["num_resumed"] == 2 * 12
 
 
 def test_perplexity_is_that_of_transformers(llm_folder, data, measured):
@@ -119,44 +107,6 @@ def test_every_token_is_scored_once_with_half_a_window_before_it(count):
     assert found == ids[scored].tolist() and num_bytes == pytest.approx(120)
 
 
-@pytest.mark.parametrize(
-    ("row", "context", "choices", "right"),
-    [
-        (QUESTIONS[0], "Question: what colour?\nAnswer:", ["red", "blue one"], 1),
-        ({"question": "q", "choices": ["a", "b"], "answer": 1}, "Question: q\nAnswer:", ["a", "b"], 1),
-        ({"question": "q", "choices": [1.0, 2.0, 4.0], "answer": 2.0}, "Question: q\nAnswer:", ["1", "2", "4"], 1),
-        ({"question": "q", "choices": ["x", "y"], "answer": "B"}, "Question: q\nAnswer:", ["x", "y"], 1),
-        ({"question": "q", "choices": ["x", "y"], "answer": "x"}, "Question: q\nAnswer:", ["x", "y"], 0),
-        ({"ctx": "He", "endings": ["runs.", "falls."], "label": "1"}, "He", ["runs.", "falls."], 1),
-        ({"goal": "g", "sol1": "s", "sol2": "t", "label": 0}, "Question: g\nAnswer:", ["s", "t"], 0),
-    ],
-)
-def test_questions_with_choices_in_all_their_columns(row, context, choices, right):
-    found = choice_question_of(row)
-    assert (found.context, found.choices, found.right) == (context, choices, right)
-
-
-def test_a_wrong_key_is_named():
-    with pytest.raises(ValueError, match="'E' is none of its 2 choices"):
-        choice_question_of({"question": "q", "choices": ["x", "y"], "answer": "E"})
-
-
-def test_choices_are_scored_as_each_alone(llm_folder, data, measured, tmp_path):
-    measured(0, data / "arc.parquet")
-    lines = [json.loads(line) for line in (tmp_path / "r.predictions.jsonl").read_text().splitlines()[1:]]
-    llm, tokenizer = AutoModelForCausalLM.from_pretrained(llm_folder), AutoTokenizer.from_pretrained(llm_folder)
-    found = {line["index"]: line["log_probs"] for line in lines}
-    for number, row in enumerate(QUESTIONS):
-        context = f"Question: {row['question']}\nAnswer:"
-        start = len(tokenizer(context)["input_ids"])
-        for place, choice in enumerate(row["choices"]["text"]):
-            ids = tokenizer(f"{context} {choice}", return_tensors="pt")["input_ids"]
-            with torch.no_grad():
-                log_probs = llm(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[start - 1 :]
-            assert found[number][place] == pytest.approx(float(log_probs.sum()), abs=1e-4)
-            assert found[number + 2][place] == pytest.approx(float(log_probs.sum()), abs=1e-4)
-
-
 def test_what_is_wrong_is_said(merged, llm_folder, data, tmp_path, command, capsys):
     arguments = ["eval", "-m", merged[0], "--task", "text", "-o", tmp_path / "r.json", "--data"]
     assert command(*arguments, data / "held.txt") == 1
@@ -170,25 +120,9 @@ def test_what_is_wrong_is_said(merged, llm_folder, data, tmp_path, command, caps
     assert "splits text into other tokens" in " ".join(capsys.readouterr().err.split())
 
 
-def test_numbers_among_numbers_are_places():
-    row = {"question": "4!?", "choices": ["8", "2", "24", "120"]}
-    assert choice_question_of(row | {"answer": 2}).right == 2 and choice_question_of(row | {"answer": "24"}).right == 2
-    assert choice_question_of(row | {"answer": 2.0}).right == 2  # of a column in which some are missing
-    stem = {"question_stem": "which?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
-    assert choice_question_of(stem).right == 1 and choice_question_of(stem).context.startswith("Question: which?")
-
-
 def test_one_text_tells_too_little_and_a_broken_row_is_bad(measured, tmp_path):
-    rows = [{"text": sentence(1)}, {"messages": ["hi"]}, QUESTIONS[0] | {"answerKey": "1"}]
+    rows = [{"text": sentence(1)}, {"messages": ["hi"]}]
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = measured(2, tmp_path / "few.jsonl")
     assert report["num_bad"] == 1 and "not built as its layout" in report["bad"][0]["cause"]
-    assert report["verdict"].startswith("Too little text to tell") and "not shown to differ" in report["verdict"]
-
-
-def test_an_overlong_question_is_bad(measured, tmp_path):
-    rows = [QUESTIONS[0], QUESTIONS[0] | {"question": "what? " * 300}]
-    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = measured(0, tmp_path / "long.jsonl")
-    assert report["num_questions"] == 1 and "context holds 256: leave it out" in report["bad"][0]["cause"]
-    assert report["metrics"]["accuracy_difference"] == {"value": 0.0, "interval": [None, None]}
+    assert report["verdict"].startswith("Too little text to tell")

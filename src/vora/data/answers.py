@@ -1,4 +1,4 @@
-"""What a row says is right: captions, answers to questions, a class, the truth of a statement, one of some choices."""
+"""What a row says is right: captions, answers to questions, a class, the truth of a statement."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -27,16 +27,6 @@ class Statement:
     sentence: str
     truth: bool
     image: str | None
-
-
-@dataclass
-class ChoiceQuestion:
-    """A beginning, the ways to go on, and the number of the right one."""
-
-    name: str
-    context: str
-    choices: list[str]
-    right: int
 
 
 def captions_of(row: Row) -> list[str]:
@@ -141,34 +131,6 @@ def tasks_of(row: Row) -> list[str]:
     return [name for name, fit in fits.items() if fit]
 
 
-def choice_question_of(row: Row, name: str = "") -> ChoiceQuestion | None:
-    """The question of a row whose choices are scored by likelihood, or None if it is no such row.
-
-        question, choices {text, label}, answerKey   ARC, CommonsenseQA; with question_stem OpenBookQA
-        question, choices [...], answer              MMLU; the answer is a number from 0, a letter, or one of them
-        ctx (or ctx_a and ctx_b), endings, label     HellaSwag
-        goal, sol1, sol2, label                      PIQA
-
-    Raises:
-        ValueError: its right answer is none of its choices.
-    """
-    labels = None
-    if "endings" in row:
-        context, choices = row.get("ctx") or f"{row.get('ctx_a', '')} {row.get('ctx_b', '')}".strip(), row["endings"]
-        answer = row.get("label")
-    elif "sol1" in row:
-        context, choices, answer = f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row.get("label")
-    elif "choices" in row:
-        given = row["choices"]
-        choices, labels = (given["text"], given.get("label")) if isinstance(given, dict) else (given, None)
-        context = f"Question: {first_of(row, 'question', 'question_stem')}\nAnswer:"
-        answer = row.get("answerKey", row.get("answer"))
-    else:
-        return None
-    texts = [str(as_text(choice)) for choice in choices]
-    return ChoiceQuestion(name, context, texts, _number_of(answer, list(choices), labels))
-
-
 def as_list(value: Any) -> list[Any]:
     """A list; of one thing, a list of it; of a list of dicts that is stored by columns, the dicts."""
     if isinstance(value, dict) and value and all(isinstance(column, (list, tuple)) for column in value.values()):
@@ -226,20 +188,3 @@ def _check_names_no_choice(row, answers):
 
 def _plain(value):
     return str(as_text(value)).strip().casefold()
-
-
-def _number_of(answer, choices, labels):
-    """The number of the choice that an answer means: by number, label, text or letter."""
-    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
-    if isinstance(answer, float) and any(isinstance(choice, float) for choice in choices):
-        is_number = False  # one of the choices, no place
-    answer = as_text(answer)
-    numbers = [str(number) for number in range(len(choices))]
-    if labels is None and is_number and answer in numbers:
-        return int(answer)  # also where the choices are numbers
-    letters = [chr(ord("A") + number) for number in range(len(choices))]
-    for names in (labels, choices, letters, numbers):
-        texts = [str(as_text(name)) for name in names or ()]
-        if str(answer) in texts:
-            return texts.index(str(answer))
-    raise ValueError(f"Its answer {answer!r} is none of its {len(choices)} choices.")

@@ -15,8 +15,7 @@ CHOICE_COLUMNS = ("choices", "options")
 TEXT_COLUMNS = (
     *TURN_COLUMNS, "system", "history", "tools", "texts", "question", "answer", "questions", "answers", "caption",
     "captions", "sentence", "statement", "label", "identifier", "instruction", "input", "output", "text", "id",
-    *CHOICE_COLUMNS, "answerKey", "ctx", "ctx_a", "ctx_b", "endings", "goal", "sol1", "sol2", "question_stem",
-    *SOUND_COLUMNS,
+    *CHOICE_COLUMNS, *SOUND_COLUMNS,
 )  # fmt: skip
 COLUMNS = (*IMAGE_COLUMNS, *TEXT_COLUMNS, "file_name")
 LAYOUTS: tuple[Set[str], ...] = (  # the first that a row has is read

@@ -1,8 +1,6 @@
-"""What text ability is measured on: documents in windows, and questions with choices.
+"""Held text in windows: `.txt` files, and rows as training reads them.
 
-Questions come in the columns of the usual sets, see `vora.data.answers.choice_question_of`. All else is held text:
-`.txt` files, and rows as training reads them: `text`, of which every token counts that has something before it;
-`messages` and the like, of which what the assistant says counts.
+Of `text` every token counts that has something before it; of `messages` and the like, what the assistant says.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from vora.data.answers import ChoiceQuestion, choice_question_of
 from vora.data.columns import Row
 from vora.data.packing import TokenSample
 from vora.data.schema import to_sample
@@ -38,44 +35,40 @@ class Window:
     num_bytes: float
 
 
-def read_items(
+def read_windows(
     paths: Sequence[str | Path],
     processor: VoraProcessor,
     length: int,
     skipped: SkippedRows,
     max_examples: int | None = None,
     **rows_options: Any,
-) -> tuple[list[Window], list[ChoiceQuestion], list[str]]:
-    """All windows and questions of some files, and the files.
+) -> tuple[list[Window], list[str]]:
+    """All windows of some files, and the files.
 
     Args:
         length: tokens of a window.
-        skipped: gets the rows that are neither.
-        max_examples: the first so many documents and questions together.
+        skipped: gets the rows that hold no text.
+        max_examples: the first so many documents.
         rows_options: for `Rows`.
     """
-    texts, rows = open_items(paths, **rows_options)
+    texts, rows = open_texts(paths, **rows_options)
     windows: list[Window] = []
-    questions: list[ChoiceQuestion] = []
     number = 0
     for name, values in _named(texts, rows, skipped):
         if max_examples is not None and number == max_examples:
             break
         try:
-            if question := choice_question_of(values, name):
-                questions.append(question)
-            else:
-                documents = list(_documents(values, name, processor))
-                windows += [one for text in documents for one in windows_of(*text, length, name, number)]
+            documents = list(_documents(values, name, processor))
+            windows += [one for text in documents for one in windows_of(*text, length, name, number)]
             number += 1
         except ValueError as error:
             skipped.add(name, error)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             skipped.add(name, f"It is not built as its layout is: {type(error).__name__}: {error}")
-    return windows, questions, [*map(str, texts), *rows.files]
+    return windows, [*map(str, texts), *rows.files]
 
 
-def open_items(paths: Sequence[str | Path], **rows_options: Any) -> tuple[list[Path], Rows]:
+def open_texts(paths: Sequence[str | Path], **rows_options: Any) -> tuple[list[Path], Rows]:
     """(files of text, `Rows` of all others).
 
     Raises:
