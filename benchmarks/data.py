@@ -1,41 +1,24 @@
-"""Images on their way into the model: how many a second, and does the trainer ever wait for them?
+"""Images on their way into the model: how many a second?
 
 JPEGs of 500 x 375 pixels, decoded, resized and cut into patches of 14 pixels by one thread: ours against the PIL
-processor of Qwen2-VL, which keeps aspect ratios too, and against the black square of the original. Then the whole
-loader (Parquet to packed batches, in this one process) against training steps on its batches, which is what it must
-feed. Nothing is fetched: without --images the JPEGs are of smooth noise, and the tokenizer knows bytes alone.
+processor of Qwen2-VL, which keeps aspect ratios too, and against the black square of the original. Nothing is fetched:
+without --images the JPEGs are of smooth noise. Whether training waits for data, `vora train` prints itself.
 
     python benchmarks/data.py --json data.json
 """
 
-import tempfile
 from io import BytesIO
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from contestants import (
-    PATCH,
-    SIZES,
-    build_ours,
-    default_attention,
-    default_dtype,
-    image_token_id,
-    on_device,
-    optimizer_of,
-    train_step,
-)
+from contestants import PATCH
 from original import square_frame
 from PIL import Image
-from rows import alternate, arguments, compared, medians, parser_of, report, row, spread
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from rows import alternate, arguments, compared, parser_of, report
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from vora import VoraImageProcessor, VoraProcessor
-from vora.data.readers import load_source
-from vora.data.stream import PackedBatches, PackedSequences
+from vora import VoraImageProcessor
 
 IMAGE_SIZE = (500, 375)
 LARGEST = 448  # side of the original's square; ours may make as many tokens of an image
@@ -83,73 +66,13 @@ def compare_processors(images, rounds):
         yield compared(what, times, "images/s", lambda seconds: len(images) / seconds, baseline=name)
 
 
-class Loader:
-    """A stream of packed batches; called, it makes some, and notes how many samples they hold."""
-
-    def __init__(self, folder, images, size, args):
-        rows = [{"image": data, "question": "What is this?", "answer": "an image of something"} for data in images]
-        pq.write_table(pa.Table.from_pylist(rows), f"{folder}/train.parquet", row_group_size=100)
-        processor = VoraProcessor.from_llm(byte_tokenizer(size), patch_size=PATCH, image_size=size.image_size)
-        packed = PackedSequences([load_source(f"{folder}/train.parquet")], processor, args.sequence_length)
-        self.batches, self.num_batches = iter(PackedBatches(packed, args.sequences_per_batch)), args.batches
-        self.num_samples = []
-
-    def __call__(self):
-        self.num_samples.append(sum(int(next(self.batches)["num_samples"]) for _ in range(self.num_batches)))
-
-
-def byte_tokenizer(size):
-    """A token for each byte, and the image token of a size's models."""
-    vocabulary = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {"<image>": image_token_id(size)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!")
-
-
-def compare_with_trainer(folder, images, size, args):
-    """The row of samples a second that are loaded and trained on."""
-    loader, dtype = Loader(folder, images, size, args), getattr(torch, args.dtype)
-    objective, batch = build_ours(size, dtype, default_attention()), next(loader.batches)
-    optimizer, batch_on_device = optimizer_of(objective, fused=True), on_device(batch)
-    contestants = {
-        "loader": loader,
-        "trainer": lambda: train_step(objective, batch_on_device, optimizer, dtype),
-    }
-    times = alternate(contestants, args.rounds)
-    loaded = float(np.median([count / seconds for count, seconds in zip(loader.num_samples[1:], times["loader"])]))
-    num_samples = int(batch["num_samples"])
-    trained = num_samples / medians(times)["trainer"]
-    num_tokens = int((batch["seen_until"] > torch.arange(args.sequence_length)).sum())
-    return row(
-        f"Parquet to packed batches in one process, against train step, {args.size}, {args.dtype}",
-        loaded,
-        trained,
-        "samples/s",
-        noise={name: spread(values) for name, values in times.items()},
-        tokens_per_sample=num_tokens / num_samples,
-    )
-
-
 def main():
     parser = parser_of(__doc__)
-    parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
     parser.add_argument("--images", help="Parquet with encoded images in `image`; smooth noise without it")
     parser.add_argument("--count", type=int, default=100, help="images")
-    parser.add_argument("--sequence-length", type=int, default=1024)
-    parser.add_argument("--sequences-per-batch", type=int, default=1)
-    parser.add_argument("--batches", type=int, default=40, help="that the loader makes in a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default_dtype())
     args = arguments(parser)
-    images = jpegs(args.images, args.count)
-
-    def rows():
-        yield from compare_processors(images, args.rounds)
-        with tempfile.TemporaryDirectory() as folder:
-            yield compare_with_trainer(folder, images, SIZES[args.size], args)
-
-    report(rows(), args.json)
+    report(compare_processors(jpegs(args.images, args.count), args.rounds), args.json)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ if [ -n "$toy" ]; then
     part large_step 60 benchmarks/large_step.py $small --sequence-length 256 --ceiling-side 256 ||
         part large_step_again 60 benchmarks/large_step.py $small --sequence-length 256 --ceiling-side 256 --checkpointing
     part prefill_decode 60 benchmarks/prefill_decode.py $small --new-tokens 4
-    part data 60 benchmarks/data.py $small --count 10 --batches 2 --sequence-length 256
+    part data 60 benchmarks/data.py --rounds 1 --count 10
 else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
     part train_step 80 benchmarks/train_step.py --sequence-length 4096 --sequences 8 --sequences-per-batch 4 --batch 64
@@ -48,7 +48,7 @@ else
     part step_of_135m 60 benchmarks/large_step.py --size smollm2-135m --scale pixels --sequence-length 4096 --sequences 8 --sequences-per-batch 4 --batch 64
     part train_step_flex 90 benchmarks/train_step.py --sequence-length 4096 --sequences 8 --sequences-per-batch 4 --batch 64 --attn flex_attention
     part prefill_decode 50 benchmarks/prefill_decode.py
-    part data 40 benchmarks/data.py --sequences-per-batch 4 --sequence-length 4096 --batches 4
+    part data 40 benchmarks/data.py
 fi
 echo "== all figures"
 python3 benchmarks/rows.py "$out"/*.json

@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -13,9 +13,6 @@ from rich.markup import escape
 
 from vora import __version__
 from vora.cpu_threads import configure_cpu_threads
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="vora",

@@ -29,7 +29,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TOY = {
     "train_step": "--size toy --rounds 1 --sequences 1 --sequence-length 256",
     "prefill_decode": "--size toy --rounds 1 --new-tokens 2",
-    "data": "--size toy --count 4 --batches 2 --sequence-length 256 --rounds 1",
+    "data": "--count 4 --rounds 1",
     "large_step": "--size toy --rounds 1 --sequences 1 --sequence-length 256 --ceiling-side 64 --checkpointing",
 }
 

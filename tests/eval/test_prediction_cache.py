@@ -1,12 +1,10 @@
 """Predictions in a file: what it goes on from, and what it refuses."""
 
-import json
 import os
 
 import pytest
 
-from vora.eval.prediction_cache import PredictionCache, fingerprint, fingerprints
-from vora.eval.rows import Rows
+from vora.eval.prediction_cache import PredictionCache, fingerprint
 
 
 def test_predictions_of_other_conditions_are_refused(tmp_path):
@@ -34,15 +32,6 @@ def test_a_lone_surrogate_comes_back_as_it_was(tmp_path):
     cache.rewrite(cache.done.values())
     assert PredictionCache(tmp_path / "x.jsonl", {"prompt": said}).done[0]["generated"] == said
     assert "é🙂" in (tmp_path / "x.jsonl").read_text(encoding="utf-8")
-
-
-def test_files_in_another_order_are_other_data(tmp_path):
-    for folder, text in (("x", "one"), ("y", "two")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "test.jsonl").write_text(json.dumps({"caption": text, "image": "a.png"}) + "\n")
-    files = [tmp_path / folder / "test.jsonl" for folder in "xy"]
-    there, back = Rows(files).files, Rows(files[::-1]).files
-    assert len(fingerprints(there)) == 2 and fingerprints(there) != fingerprints(back)
 
 
 def test_fingerprints_see_a_change_anywhere_in_small_files(tmp_path):
