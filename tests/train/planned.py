@@ -15,10 +15,9 @@ NUM_TEXT = 40
 def small_models(tmp_path: Path, family: str = "llama", **changes: object) -> None:
     """An LLM and a ViT as folders."""
     shape = tiny.SHAPE | {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 400} | tiny.FAMILIES[family]
-    shape |= changes
     torch.manual_seed(0)
-    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape), attn_implementation="eager")
-    llm.save_pretrained(tmp_path / "llm")
+    config = AutoConfig.for_model(family, **shape | changes)
+    AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(tmp_path / "llm")
     tiny.tiny_tokenizer().save_pretrained(tmp_path / "llm")
     vit = ViTConfig(hidden_size=48, intermediate_size=96, num_attention_heads=3, num_hidden_layers=2, image_size=48,
                     patch_size=8)  # fmt: skip
@@ -27,13 +26,11 @@ def small_models(tmp_path: Path, family: str = "llama", **changes: object) -> No
 
 def recipe_of(tmp_path: Path, **sections: object) -> Recipe:
     """Of a run that trains them on data that is not here."""
-    return load_recipe(
-        {
-            "model": {"llm": str(tmp_path / "llm"), "attn_implementation": "eager"},
-            "teacher": {"name": str(tmp_path / "vit")},
-            "lora": {"rank": 8, "num_blocks": 2},
-            "data": {"sources": [{"path": "nowhere.jsonl"}], "sequence_length": 2 * SIDE**2 + NUM_TEXT},
-            "training": {"max_steps": 10},
-            **sections,
-        }
-    )
+    values = {
+        "model": {"llm": str(tmp_path / "llm"), "attn_implementation": "eager"},
+        "teacher": {"name": str(tmp_path / "vit")},
+        "lora": {"rank": 8, "num_blocks": 2},
+        "data": {"sources": [{"path": "nowhere.jsonl"}], "sequence_length": 2 * SIDE**2 + NUM_TEXT},
+        "training": {"max_steps": 10},
+    }
+    return load_recipe(values | sections)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from vora.train.recipe import Recipe
@@ -17,13 +18,22 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), 
 NAMED = ("lm_loss", "distill_loss")
 
 
-def run(recipe: Recipe, folder: Path, **kwargs: object) -> VoraTrainer:
-    return train(recipe, folder, console=Console(quiet=True), **kwargs)
+def run(recipe: Recipe, folder: Path, draws: bool = False, **kwargs: object) -> VoraTrainer:
+    """A run that prints nothing, and draws its losses only where it should."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not draws:
+            patch.setattr("vora.train.run.draw_losses", lambda log_file, image: None)
+        return train(recipe, folder, console=Console(quiet=True), **kwargs)
 
 
 def losses(folder: Path, names: tuple[str, ...] = NAMED) -> dict[int, list[float | None]]:
     """{step: what was logged under these names}; none of them depends on the clock."""
     return {line["step"]: [line.get(name) for name in names] for line in read_log(folder / "log.jsonl")}
+
+
+def close_to(found: dict[int, list[float | None]], **tolerance: float) -> dict:
+    """What `losses` gave, to be compared with another run's."""
+    return {step: pytest.approx(values, **tolerance) for step, values in found.items()}
 
 
 def start(recipe: Path, folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:

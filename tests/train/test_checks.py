@@ -25,45 +25,39 @@ GOOD = {"model": {"llm": "none"}, "data": {"sources": [{"path": "none.jsonl"}]},
         ({"training": {"load_best_model_at_end": True}}, "no samples to evaluate on"),
         ({"teacher": {"name": "vit", "weight": 0, "distill_only_steps": 9}}, "distill_only_steps is 9"),
         ({"stage": "finetune", "teacher": {"name": "vit"}}, "set teacher=null"),
+        ("several GPUs", "sees 2 GPUs.*nproc_per_node 2"),
     ],
 )
-def test_what_would_come_to_nothing_is_refused_of_a_run_and_read_of_an_old_one(sections, wanted, tmp_path):
+def test_what_would_come_to_nothing_is_refused_of_a_run_and_read_of_an_old_one(
+    sections, wanted, tmp_path, monkeypatch
+):
+    if sections == "several GPUs":
+        monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+        sections = {}
     recipe = load_recipe({**GOOD, **sections})
     with pytest.raises(ValueError, match=wanted):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_one_process_that_sees_several_gpus_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
-    with pytest.raises(ValueError, match="sees 2 GPUs.*nproc_per_node 2"):
-        train(load_recipe(dict(GOOD)), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
-    ("sections", "message"),
+    ("sections", "resumes", "message"),
     [
-        ({"lora": {"text_kl_weight": 1.0}}, "lora.text_kl_weight runs the LLM once more"),
+        ({"lora": {"text_kl_weight": 1.0}}, False, "lora.text_kl_weight runs the LLM once more"),
         (
-            {"sample_generations": [{"image": "a.png", "question": "what?"}]},
+            {"sample_generations": [{"image": "a", "question": "b"}]},
+            False,
             "sample_generations are made in one process",
         ),
+        ({}, True, "--resume reads whole weights back"),
     ],
 )
-def test_what_spread_weights_cannot_do_is_refused(sections, message, tmp_path, monkeypatch):
-    recipe = load_recipe({**GOOD, **sections})
-    check_fsdp(recipe, are_spread=False)
-    arguments = SimpleNamespace(n_gpu=1, fsdp=["full_shard"])
+def test_what_spread_weights_cannot_do_is_refused(sections, resumes, message, tmp_path, monkeypatch):
+    recipe, arguments = load_recipe({**GOOD, **sections}), SimpleNamespace(n_gpu=1, fsdp=["full_shard"])
+    check_fsdp(recipe, are_spread=False, resumes=resumes)
+    check_fsdp(load_recipe(dict(GOOD)), are_spread=True)
     monkeypatch.setattr("vora.train.run.training_arguments", lambda recipe, directory: arguments)
+    monkeypatch.setattr("vora.train.run.find_checkpoint", lambda directory, resume: "there" if resume else None)
     with pytest.raises(ValueError, match=f"{message}.*Train with DDP"):
-        train(recipe, tmp_path / "run")
+        train(recipe, tmp_path / "run", resume=resumes)
     assert not (tmp_path / "run").exists()
-
-
-def test_spread_weights_are_not_read_back():
-    recipe = load_recipe(dict(GOOD))
-    check_fsdp(recipe, are_spread=True)
-    check_fsdp(recipe, are_spread=False, resumes=True)
-    with pytest.raises(ValueError, match="--resume reads whole weights back"):
-        check_fsdp(recipe, are_spread=True, resumes=True)

@@ -3,15 +3,18 @@
 import pytest
 import tiny
 import torch
+from peft import get_peft_model_state_dict
 from runs import run
 from safetensors.torch import load_file
-from transformers import TrainerCallback, ViTConfig, ViTModel
+from tiny_teachers import tiny_vit
+from transformers import TrainerCallback
 
+from vora import Teacher, attach_vision_lora
 from vora.checkpoint.layout import HEADS_FILE
 from vora.train.plan.meta_model import meta_model
 from vora.train.recipe import load_recipe
 from vora.train.run_log import read_log
-from vora.train.stages import build_objective
+from vora.train.stages import build_objective, lora_depth
 from vora.train.trainable import check_trainable, trainable_counts
 
 
@@ -25,13 +28,31 @@ class Rates(TrainerCallback):
         self.found[state.global_step] = {group["part"]: group["lr"] for group in optimizer.param_groups}
 
 
+@pytest.fixture(scope="module")
+def vision(recipe, tmp_path_factory):
+    """A run of two steps that only distill, with LoRA in all three blocks of the LLM, of which a teacher has two."""
+    first, folder = recipe(max_steps=2, learning_rate=1e-3), tmp_path_factory.mktemp("vision") / "run"
+    first.lora.num_blocks = 3
+    run(first, folder)
+    return folder
+
+
+def going_on(recipe, vision, **training):
+    """A recipe that goes on with a run, without steps that only distill."""
+    second = recipe(**training)
+    second.model.llm, second.model.vora, second.lora.num_blocks = None, str(vision), 3
+    second.teacher.distill_only_steps = 0
+    return second
+
+
 def test_only_the_stage_s_parts_train(recipe):
-    objective, _ = build_objective(recipe())
+    wanted = recipe()
+    wanted.teacher.pairs = "last"
+    objective, _ = build_objective(wanted)
+    assert objective.distillation.pairs == [(1, 1)]  # can teach alone
     counts = trainable_counts(objective)
     assert counts["LLM"][0] == 0
-    assert all(
-        trained == total for part, (trained, total) in counts.items() if part in ("vision LoRA", "distill heads")
-    )
+    assert all(counts[part][0] == counts[part][1] > 0 for part in ("vision LoRA", "distill heads"))
     assert "teacher" not in " ".join(name for name, _ in objective.named_parameters())
     objective.vora.lm_head.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="should train none of the LLM"):
@@ -39,21 +60,17 @@ def test_only_the_stage_s_parts_train(recipe):
 
 
 def test_a_deeper_teacher_is_refused_or_spread(recipe, tmp_path):
-    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 5}
-    ViTModel(ViTConfig(**shape, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(tmp_path)
+    tiny.save_tiny_vit(tmp_path, num_hidden_layers=5)
     deep = recipe()
     deep.teacher.name = str(tmp_path)
     with pytest.raises(ValueError, match="teacher.spread=true"):
         build_objective(deep)
+    has_lora = attach_vision_lora(tiny.tiny_vora("llama"), rank=2, num_blocks=2)
+    with pytest.raises(ValueError, match="3 blocks, but only 2 of the LLM's 3"):
+        lora_depth(recipe(), has_lora, Teacher(tiny_vit("vit", num_hidden_layers=3)))
     deep.teacher.spread = True
     objective, _ = build_objective(deep)
     assert objective.distillation.pairs[-1][1] == 4
-
-
-def test_the_last_pair_alone_can_teach(recipe):
-    wanted = recipe()
-    wanted.teacher.pairs = "last"
-    assert build_objective(wanted)[0].distillation.pairs == [(1, 1)]
 
 
 @pytest.mark.parametrize(
@@ -61,17 +78,15 @@ def test_the_last_pair_alone_can_teach(recipe):
     [("float32", False, torch.float32), ("float32", True, torch.bfloat16), ("bfloat16", False, torch.bfloat16),
      ("float16", False, torch.float32)],
 )  # fmt: skip
-def test_the_teacher_computes_in_bf16_where_the_run_does(recipe, tmp_path, dtype, bf16, wanted):
+def test_the_teacher_computes_in_bf16_where_the_run_does(recipe, dtype, bf16, wanted):
     changed = recipe(bf16=bf16)
     changed.model.dtype = dtype
-    objective, _ = build_objective(changed)
-    planned, _ = meta_model(changed)
-    for made in (objective, planned):
+    for made in (build_objective(changed)[0], meta_model(changed)[0]):
         assert {parameter.dtype for parameter in made.teacher.parameters()} == {wanted}
 
 
 def test_each_part_has_its_learning_rate_and_vision_slows_down_after_its_first_steps(recipe, tmp_path):
-    wanted = recipe(max_steps=8, learning_rate=1e-3, lr_scheduler_type="constant_with_warmup", warmup_steps=1)
+    wanted = recipe(max_steps=6, learning_rate=1e-3, lr_scheduler_type="constant_with_warmup", warmup_steps=1)
     wanted.teacher.distill_only_steps, wanted.teacher.vision_lr_scale, wanted.lora.num_blocks = 4, 0.5, 3
     wanted.learning_rates.lora_b, wanted.learning_rates.heads = 4e-3, 2e-3
     rates = Rates()
@@ -80,39 +95,31 @@ def test_each_part_has_its_learning_rate_and_vision_slows_down_after_its_first_s
     above = {("rest", False): 1e-3, ("lora_b", False): 4e-3}  # LoRA in the block above the teacher's two
     assert rates.found[0] == pytest.approx(vision | above)
     assert rates.found[3] == pytest.approx({part: rate / 4 for part, rate in (vision | above).items()})
-    assert rates.found[7] == pytest.approx({part: rate / 2 for part, rate in vision.items()} | above)
+    assert rates.found[5] == pytest.approx({part: rate / 2 for part, rate in vision.items()} | above)
 
 
-def test_vision_that_was_trained_before_slows_down_from_the_start(recipe, tmp_path):
-    first = recipe(max_steps=2, learning_rate=1e-3)
-    first.teacher.distill_only_steps, first.lora.num_blocks = 2, 3
-    run(first, tmp_path / "vision")
-    second = recipe(max_steps=3, learning_rate=1e-3, lr_scheduler_type="constant_with_warmup", warmup_steps=0)
-    second.model.llm, second.model.vora = None, str(tmp_path / "vision")
-    second.teacher.vision_lr_scale, second.lora.num_blocks = 0.1, 3
+def test_vision_that_was_trained_before_slows_down_from_the_start(recipe, vision, tmp_path):
+    options = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0}
+    second = going_on(recipe, vision, max_steps=2, learning_rate=1e-3, **options)
+    second.teacher.vision_lr_scale = 0.1
+    begun, _ = build_objective(second)
+    before, after = load_file(vision / "final" / "adapter_model.safetensors"), get_peft_model_state_dict(begun.student)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    heads = load_file(vision / "final" / HEADS_FILE)
+    assert torch.equal(begun.distillation.heads["0"][1].weight, heads["heads.0.1.weight"])
     rates = Rates()
     run(second, tmp_path / "language", callbacks=[rates])
-    last = rates.found[2]
+    last = rates.found[1]
     assert last[("rest", True)] == last[("heads", True)] == pytest.approx(1e-4)
     assert last[("rest", False)] == last[("lora_b", False)] == pytest.approx(1e-3)
-    second.training["learning_rate"] = 0.0  # so what comes out is what it began with
-    begun = run(second, tmp_path / "still").model
-    before = load_file(tmp_path / "vision" / "final" / "adapter_model.safetensors")
-    after = load_file(tmp_path / "still" / "final" / "adapter_model.safetensors")
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    heads = load_file(tmp_path / "vision" / "final" / HEADS_FILE)
-    assert torch.equal(begun.distillation.heads["0"][1].weight, heads["heads.0.1.weight"])
 
 
-def test_what_a_trained_model_is_cannot_be_asked_otherwise(recipe, tmp_path):
-    first = recipe(max_steps=1)
-    first.teacher.distill_only_steps, first.lora.num_blocks = 1, 3
-    run(first, tmp_path / "vision")
-    second = recipe(max_steps=1)
-    second.model.llm, second.model.vora, second.lora.num_blocks = None, str(tmp_path / "vision"), 3
+def test_what_a_trained_model_is_cannot_be_asked_otherwise(recipe, vision):
+    second = going_on(recipe, vision)
     for section, key, value, message in (
         (second.model, "patch_merge", 2, "patch_merge 2 .it has 1.* would change it"),
         (second.model, "image_attention", "causal", "image_attention causal .it has bidirectional"),
+        (second.lora, "rank", 4, "LoRA of rank 8 in 3 blocks, but the recipe asks for rank 4 in 3"),
         (second.lora, "target_modules", ["q_proj"], "leave lora.target_modules out"),
         (second.teacher, "standardize", True, "tensors of the distill heads.*variance.*None there"),
     ):
@@ -131,35 +138,19 @@ def test_what_a_trained_model_is_cannot_be_asked_otherwise(recipe, tmp_path):
         build_objective(second)
 
 
-def test_a_teacher_deeper_than_the_lora_that_a_model_has_is_refused(recipe, tmp_path):
-    first = recipe(max_steps=1)
-    first.lora.num_blocks = 2
-    run(first, tmp_path / "vision")
-    second = recipe(max_steps=1)
-    second.model.llm, second.model.vora, second.teacher.name = None, str(tmp_path / "vision"), str(tmp_path / "vit")
-    tiny.save_tiny_vit(tmp_path / "vit", num_hidden_layers=3)  # as deep as the LLM, whose third block has no LoRA
-    with pytest.raises(ValueError, match="3 blocks, but only 2 of the LLM's 3"):
-        build_objective(second)
-
-
-def test_frozen_vision_stays_as_it_is_and_asks_no_teacher(recipe, tmp_path):
-    first = recipe(max_steps=2)
-    first.teacher.distill_only_steps, first.lora.num_blocks = 2, 3
-    run(first, tmp_path / "vision")
-    second = recipe(max_steps=3, save_steps=2)
-    second.model.llm, second.model.vora = None, str(tmp_path / "vision")
-    second.teacher.distill_only_steps, second.teacher.vision_lr_scale, second.lora.num_blocks = 0, 0.0, 3
+def test_frozen_vision_stays_as_it_is_and_asks_no_teacher(recipe, vision, tmp_path):
+    second = going_on(recipe, vision, max_steps=3, save_steps=2)
+    second.teacher.vision_lr_scale = 0.0
     run(second, tmp_path / "language")
     lines = read_log(tmp_path / "language" / "log.jsonl")
     assert all("distill_loss" not in line and line["lm_loss"] > 0 for line in lines if "loss" in line)
-    before, after = (
-        load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("vision", "language")
-    )
+    folders = (vision / "final", tmp_path / "language" / "final")
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if ".layers.2." in name}  # above the teacher's two
-    heads = [load_file(tmp_path / name / "final" / HEADS_FILE) for name in ("vision", "language")]
+    heads = [load_file(folder / HEADS_FILE) for folder in folders]
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
-    assert not meta_model(second)[0].vision_parameters() and meta_model(first)[0].vision_parameters()
+    assert not meta_model(second)[0].vision_parameters() and meta_model(recipe())[0].vision_parameters()
     second.training["max_steps"] = 4
     run(second, tmp_path / "language", resume=True)
     assert read_log(tmp_path / "language" / "log.jsonl")[-1]["step"] == 4

@@ -1,4 +1,4 @@
-"""How the transformer blocks run while they are trained: computed again in the backward pass, compiled."""
+"""The transformer blocks, compiled, while they are trained."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,21 +11,6 @@ from transformers import TrainingArguments
 from vora.distill.objective import Objective
 
 MOST_KINDS = 64  # of compiled blocks: with and without LoRA, of each sort that the LLM has, for one length or any
-
-
-def recompute_blocks(objective: Objective, wanted: bool | int, arguments: TrainingArguments) -> None:
-    """Have blocks keep only what enters them, here and not by the Trainer, which knows nothing of the first n.
-
-    Args:
-        wanted: True, or the number of the LLM's first blocks.
-        arguments: TrainingArguments, for what they say of how.
-
-    Raises:
-        ValueError: see `Objective.gradient_checkpointing_enable`.
-    """
-    options = dict(arguments.gradient_checkpointing_kwargs or {})
-    how = {"offload": options.pop("offload")} if "offload" in options else {}
-    objective.gradient_checkpointing_enable(options, None if wanted is True else wanted, **how)
 
 
 def compile_blocks(objective: Objective, arguments: TrainingArguments) -> None:

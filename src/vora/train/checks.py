@@ -14,20 +14,10 @@ NO_EVALUATION = "has no samples to evaluate on: `vora eval` measures a checkpoin
 NOT_SUPPORTED = {  # fields of TrainingArguments
     "data_seed": "would change nothing: the order of the data follows training.seed",
     "label_smoothing_factor": "would change nothing: losses are those of vora.distill.Objective, not the Trainer's",
-    "auto_find_batch_size": (
-        "would change nothing, for sequences are packed before a batch is tried: ask `vora plan`, and set "
-        "training.per_device_train_batch_size"
-    ),
+    "auto_find_batch_size": "would change nothing: sequences are packed before a batch is tried; ask `vora plan`",
     "save_only_model": "would leave checkpoints without their place in the data, from which nothing can resume",
-    "use_liger_kernel": (
-        "would change nothing: the Trainer gives Liger's kernels to bare models of families that Liger knows. What "
-        "its fused loss saves is saved already, for logits are made at labels alone and in parts of bounded size "
-        "(model/label_loss.py)"
-    ),
-    "neftune_noise_alpha": (
-        "is not supported: its noise would reach the text tokens alone, and the KL divergence would be taken from an "
-        "LLM with noise"
-    ),
+    "use_liger_kernel": "would change nothing: logits are made at labels alone already, in parts of bounded size",
+    "neftune_noise_alpha": "is not supported: its noise would reach the text tokens alone, and the KL's LLM too",
     "eval_strategy": NO_EVALUATION,
     "eval_on_start": NO_EVALUATION,
     "load_best_model_at_end": NO_EVALUATION,
@@ -35,19 +25,12 @@ NOT_SUPPORTED = {  # fields of TrainingArguments
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """What a run that is to begin must not ask for, since nothing would come of it; recipes of runs that were trained
-    before may, and are read.
-
-    Raises:
-        ValueError: names the key and why.
-    """
+    """Raise where a run that is to begin asks for what nothing would come of; recipes of runs that were trained before
+    may, and are read."""
     if recipe.stage == "finetune" and recipe.teacher is not None:
         raise ValueError("stage finetune has no teacher, so its section would change nothing: set teacher=null")
-    if recipe.teacher is not None and recipe.teacher.weight == 0 and recipe.distill_only_steps:
-        raise ValueError(
-            "with teacher.weight 0 nothing is distilled, but distill_only_steps is "
-            f"{recipe.distill_only_steps}: set it to 0"
-        )
+    if (num := recipe.distill_only_steps) and recipe.teacher is not None and recipe.teacher.weight == 0:
+        raise ValueError(f"with teacher.weight 0 nothing is distilled, but distill_only_steps is {num}: set it to 0")
     defaults = {field.name: field.default for field in fields(TrainingArguments)}
     for key, why in NOT_SUPPORTED.items():
         if recipe.training.get(key, defaults[key]) != defaults[key]:
@@ -55,11 +38,8 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def check_one_gpu_per_process(arguments: TrainingArguments) -> None:
-    """Packed batches cannot be cut for `torch.nn.DataParallel`, which transformers' Trainer would take.
-
-    Raises:
-        ValueError: one process sees several GPUs.
-    """
+    """Raise where one process sees several GPUs: packed batches cannot be cut for `torch.nn.DataParallel`, which
+    transformers' Trainer would take."""
     if arguments.n_gpu > 1:
         raise ValueError(
             f"One process sees {arguments.n_gpu} GPUs: start one for each with `torchrun --nproc_per_node "
@@ -68,25 +48,17 @@ def check_one_gpu_per_process(arguments: TrainingArguments) -> None:
 
 
 def check_fsdp(recipe: Recipe, are_spread: bool, resumes: bool = False) -> None:
-    """FSDP spreads weights over processes, which then have to compute in step.
-
-    Args:
-        are_spread: whether FSDP does so, by the recipe or by an accelerate configuration.
-        resumes: whether the run goes on from a checkpoint.
-
-    Raises:
-        ValueError: the recipe asks for what one process does alone, or for whole weights.
-    """
-    if not are_spread:
-        return
+    """Raise where weights that FSDP spreads over processes, which then have to compute in step, are asked for what one
+    process does alone, or for whole weights. `are_spread` by the recipe, or by an accelerate configuration."""
     needs = {
-        "lora.text_kl_weight runs the LLM once more only where a batch has text": (
-            recipe.lora.text_kl_weight > 0 and recipe.stage == "pretrain"
-        ),
-        "sample_generations are made in one process alone": bool(recipe.sample_generations),
         "--resume reads whole weights back": resumes,
+        "sample_generations are made in one process alone": recipe.sample_generations,
+        "lora.text_kl_weight runs the LLM once more only where a batch has text": (
+            recipe.stage == "pretrain" and recipe.lora.text_kl_weight
+        ),
     }
-    if wrong := [what for what, is_so in needs.items() if is_so]:
+    wrong = [what for what, is_so in needs.items() if is_so]
+    if are_spread and wrong:
         raise ValueError(
             f"{'; '.join(wrong)}: with weights that FSDP spreads that fails, or waits for ever. Train with DDP "
             "(torchrun alone, without training.fsdp), or leave it out."
@@ -94,11 +66,7 @@ def check_fsdp(recipe: Recipe, are_spread: bool, resumes: bool = False) -> None:
 
 
 def check_sequence_length(recipe: Recipe, objective: "Objective") -> None:
-    """Raise if a packed sequence would exceed the LLM's context.
-
-    Raises:
-        ValueError: names both lengths.
-    """
+    """Raise if a packed sequence would exceed the LLM's context."""
     limit = getattr(objective.config.get_text_config(), "max_position_embeddings", None)
     if limit and recipe.data.sequence_length > limit:
         raise ValueError(

@@ -35,11 +35,8 @@ DEFAULTS: dict[str, Any] = {
 
 
 def training_arguments(recipe: Recipe, directory: str | Path) -> TrainingArguments:
-    """TrainingArguments of a recipe, over our defaults; which blocks are computed again is not the Trainer's part.
-
-    Raises:
-        ValueError: `max_steps` is missing, or a value is not accepted.
-    """
+    """TrainingArguments of a recipe, over our defaults; a ValueError where `max_steps` is missing, or a value is not
+    accepted. Which blocks are computed again is not the Trainer's part."""
     values = DEFAULTS | {key: value for key, value in recipe.training.items() if key not in CHECKPOINTING}
     if values.get("max_steps", -1) < 1:
         raise ValueError(
@@ -54,77 +51,48 @@ def training_arguments(recipe: Recipe, directory: str | Path) -> TrainingArgumen
 
 
 def open_sources(data: DataSection) -> list[Source]:
-    """The sources of a recipe's data section.
-
-    Raises:
-        ValueError: one of them holds nothing usable.
-    """
-    return [
-        load_source(
-            source.path,
-            source.split,
-            RowOptions(data.prompts, source.columns or {}, data.allow_urls),
-            subset=source.subset,
-            image_folder=source.image_folder,
-            max_samples=source.max_samples,
-        )
-        for source in data.sources
-    ]
+    """The sources of a recipe's data section; a ValueError where one of them holds nothing usable."""
+    sources = []
+    for one in data.sources:
+        options = RowOptions(data.prompts, one.columns or {}, data.allow_urls)
+        part: dict[str, Any] = {"subset": one.subset, "max_samples": one.max_samples}
+        sources.append(load_source(one.path, one.split, options, image_folder=one.image_folder, **part))
+    return sources
 
 
 def packed_sequences(
-    recipe: Recipe,
-    sources: list[Source],
-    processor: VoraProcessor,
-    arguments: TrainingArguments,
+    recipe: Recipe, sources: list[Source], processor: VoraProcessor, arguments: TrainingArguments,
     bad_samples: Path | None = None,
-) -> PackedSequences:
+) -> PackedSequences:  # fmt: skip
     """This process's part of the sequences that a recipe trains on."""
     data = recipe.data
     weights = [source.weight for source in data.sources if source.weight is not None]  # of all sources, or of none
     sequences_per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     return PackedSequences(
-        sources,
-        processor,
-        data.sequence_length,
-        weights=weights or None,
+        sources, processor, data.sequence_length, weights=weights or None, seed=arguments.seed,
         distill_only_sequences=recipe.distill_only_steps * sequences_per_step,
-        seed=arguments.seed,
-        bad_samples=bad_samples,
-        max_bad_share=data.max_bad_share,
-        num_workers=arguments.dataloader_num_workers,
-        rank=arguments.process_index,
-        num_ranks=arguments.world_size,
-        answer_balance=data.answer_balance,
-        questions_per_image=data.questions_per_image,
-        image_tokens=data.image_tokens,
+        bad_samples=bad_samples, max_bad_share=data.max_bad_share, num_workers=arguments.dataloader_num_workers,
+        rank=arguments.process_index, num_ranks=arguments.world_size,
+        answer_balance=data.answer_balance, questions_per_image=data.questions_per_image,
+        image_tokens=data.image_tokens, text_only=data.text_only,
         augment=[source.augment and source.augment.model_dump() for source in data.sources],
-        text_only=data.text_only,
         text_kl_weight=recipe.stage == "pretrain" and recipe.lora.text_kl_weight > 0,
-    )
+    )  # fmt: skip
 
 
 def with_planned_steps(
-    recipe: Recipe,
-    objective: Objective,
-    sequences: PackedSequences,
-    arguments: TrainingArguments,
+    recipe: Recipe, objective: Objective, sequences: PackedSequences, arguments: TrainingArguments,
     checkpoint: str | None,
-) -> Recipe:
-    """The recipe with as many steps as fit its `max_minutes`, which a resumed run repeats; `arguments` get them too.
-
-    Args:
-        checkpoint: that the run goes on from. Its steps were planned when it began: another number would be another
-            schedule.
-    """
-    minutes = recipe.max_minutes
-    if minutes is None:
+) -> Recipe:  # fmt: skip
+    """The recipe with as many steps as fit its `max_minutes`, which a resumed run repeats; `arguments` get them too. A
+    run that goes on from a checkpoint has the steps planned when it began: others would be another schedule."""
+    if recipe.max_minutes is None:
         return recipe
     recipe = recipe.model_copy(deep=True)
     if checkpoint is not None:
         arguments.max_steps = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).max_steps
     else:
-        steps = steps_that_fit(objective, sequences, arguments, minutes, recipe.distill_only_steps)
+        steps = steps_that_fit(objective, sequences, arguments, recipe.max_minutes, recipe.distill_only_steps)
         arguments.max_steps = fewest_of_processes(steps, arguments)
     recipe.training["max_steps"], recipe.max_minutes = arguments.max_steps, None
     return recipe

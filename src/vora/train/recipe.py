@@ -27,20 +27,19 @@ OLD_KEYS = {  # what keys of recipes and specifications of ablations were called
 }
 GONE_KEYS = {
     "lora.spare_text": "lora.text_kl_weight alone keeps text now",
-    "teacher.weight_end": "teacher.weight holds to the last step now",
+    "teacher.weight_end": "teacher.weight holds",
 }
 AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_recipe(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:
-    """Read and check a recipe.
+    """Read and check a recipe, of a YAML file or a dict.
 
     Args:
-        source: path of a YAML file, or a dict.
         overrides: texts `key=value` with dotted keys, such as `training.learning_rate=1e-3`; values are YAML.
 
     Raises:
-        ValueError: unknown, old or missing keys, values of the wrong kind, all named in one message.
+        ValueError: see `validated`.
     """
     name = "recipe" if isinstance(source, dict) else str(source)
     values = source if isinstance(source, dict) else read_yaml(Path(source))
@@ -61,10 +60,7 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
 
 
 def validated(kind: type[AnySection], values: dict[str, Any], name: str) -> AnySection:
-    """Values as a `Section` of that kind.
-
-    Args:
-        name: of where they come from, for messages.
+    """Values as a `Section` of that kind; `name` says in messages where they come from.
 
     Raises:
         ValueError: unknown, old or missing keys, values of the wrong kind, all named in one message.
@@ -84,12 +80,8 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
             section = section[int(part)] if isinstance(section, list) else section.setdefault(part, {})
         section[int(leaf) if isinstance(section, list) else leaf] = value
     except (IndexError, ValueError, TypeError, AttributeError):
-        renamed = _renamed(key)
-        if renamed is not None:
-            raise ValueError(f"{renamed}.") from None
-        raise ValueError(
-            f"{key} names no place in the recipe: check the numbers and names before the last dot."
-        ) from None
+        nowhere = f"{key} names no place in the recipe: check the numbers and names before the last dot"
+        raise ValueError(f"{_renamed(key) or nowhere}.") from None
 
 
 def _renamed(key: str) -> str | None:
@@ -103,18 +95,13 @@ def _explain(section: type[Section], error: Any) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         for part in error["loc"][:-1]:
-            section = _section_of(section, part)
+            if isinstance(part, str):
+                annotation = section.model_fields[part].annotation
+                candidates = [annotation, *getattr(annotation, "__args__", ())]
+                section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
         return _renamed(place) or f"unknown key {place}{nearest(error['loc'][-1], section.model_fields)}"
     quote = f" (write '{error['input']}' in quotes)" if error["type"] == "string_type" else ""
     return f"{place}: {error['msg']}{quote}" if place else error["msg"]
-
-
-def _section_of(section: type[Section], part: str | int) -> type[Section]:
-    if isinstance(part, int):
-        return section
-    annotation = section.model_fields[part].annotation
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
 
 
 def _resolve_paths(recipe: Recipe, folder: Path) -> None:
@@ -145,10 +132,7 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> None:
         sample.image = beside(sample.image)
     template = recipe.model.chat_template
     if template and "\n" not in template and "{" not in template:
-        recipe.model.chat_template = _read_template(folder / template)
-
-
-def _read_template(path: Path) -> str:
-    if not path.exists():
-        raise ValueError(f"model.chat_template {path} does not exist: give a path beside the recipe, or Jinja text.")
-    return path.read_text()
+        path = folder / template
+        if not path.exists():
+            raise ValueError(f"model.chat_template {path} does not exist: give a path beside the recipe, or Jinja.")
+        recipe.model.chat_template = path.read_text()

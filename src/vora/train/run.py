@@ -23,7 +23,7 @@ from vora.checkpoint.card import write_run_card
 from vora.checkpoint.run_directory import find_checkpoint, last_step
 from vora.distill.objective import Objective
 from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
-from vora.train.blocks import compile_blocks, recompute_blocks
+from vora.train.blocks import compile_blocks
 from vora.train.callbacks import CardCallback, ProgressCallback, SampleGenerationCallback, StopOnSignal
 from vora.train.checks import check_fsdp, check_one_gpu_per_process, check_recipe, check_sequence_length
 from vora.train.from_recipe import open_sources, packed_sequences, training_arguments, with_planned_steps
@@ -36,20 +36,13 @@ from vora.train.trainer import VoraTrainer
 
 
 def train(
-    recipe: Recipe,
-    run_directory: str | Path,
-    resume: bool = False,
-    console: Console | None = None,
+    recipe: Recipe, run_directory: str | Path, resume: bool = False, console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-) -> VoraTrainer:
-    """Run a recipe.
+) -> VoraTrainer:  # fmt: skip
+    """Run a recipe; everything goes to its directory, and the trainer is returned after training.
 
     Args:
-        run_directory: where everything goes.
-        resume: go on from the newest checkpoint in it.
-
-    Returns:
-        The trainer, after training.
+        resume: go on from the newest checkpoint in the directory.
 
     Raises:
         ValueError: bad recipe, data or directory; before any work starts where that can be known.
@@ -70,24 +63,12 @@ def train(
     recipe = with_planned_steps(recipe, objective, sequences, arguments, checkpoint)
     write_what_runs(recipe, directory)
     console.print(trainable_table(objective, recipe.stage))
-    stop = StopOnSignal()
+    stop, progress = StopOnSignal(), ProgressCallback(console, directory / "log.jsonl")
+    answers = directory / "sample_generations.jsonl"
+    samples = SampleGenerationCallback(recipe.sample_generations, processor, answers, console)
+    own = [stop, progress, CardCallback(directory), samples, *callbacks]
     trainer = VoraTrainer(
-        model=objective,
-        args=arguments,
-        train_dataset=sequences,
-        processing_class=processor,
-        learning_rates=recipe.learning_rates.model_dump(exclude_none=True),
-        distill_only_steps=recipe.distill_only_steps,
-        vision_lr_scale=recipe.teacher.vision_lr_scale if recipe.teacher else 1.0,
-        callbacks=[
-            stop,
-            ProgressCallback(console, directory / "log.jsonl"),
-            CardCallback(directory),
-            SampleGenerationCallback(
-                recipe.sample_generations, processor, directory / "sample_generations.jsonl", console
-            ),
-            *callbacks,
-        ],
+        recipe, objective, arguments, train_dataset=sequences, processing_class=processor, callbacks=own
     )
     trainer.remove_callback(PrinterCallback)
     # an accelerate configuration may ask for FSDP too
@@ -118,27 +99,23 @@ def prepare(objective: Objective, recipe: Recipe, arguments: TrainingArguments) 
         objective.freeze_vision()
     if not arguments.torch_compile:  # lengths change each step
         use_segmented_sdpa_on_cpu(objective.vora, arguments.device)
-    if recipe.recomputed_blocks:
-        recompute_blocks(objective, recipe.recomputed_blocks, arguments)
+    if wanted := recipe.recomputed_blocks:  # by the objective: the Trainer knows nothing of the first n
+        options = dict(arguments.gradient_checkpointing_kwargs or {})
+        how = {"offload": options.pop("offload")} if "offload" in options else {}
+        objective.gradient_checkpointing_enable(options, None if wanted is True else wanted, **how)
     if arguments.torch_compile:
         compile_blocks(objective, arguments)
 
 
 def write_what_runs(recipe: Recipe, directory: Path) -> None:
-    """Write the resolved recipe and the versions of what runs it."""
+    """Write the resolved recipe and the versions of what runs it: Python, the libraries, the machine."""
     directory.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, directory / "recipe.yaml")
-    (directory / "versions.json").write_text(json.dumps(versions(), indent=1))
-
-
-def versions() -> dict[str, str | None]:
-    """What runs: Python, the libraries, the machine."""
-    names = ("vora-vlm", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except ImportError:
-            found[name] = "source tree"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"python": platform.python_version(), "machine": platform.platform(), "gpu": gpu, **found}
+    versions = {"python": platform.python_version(), "machine": platform.platform(), "gpu": gpu}
+    for name in ("vora-vlm", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors"):
+        try:
+            versions[name] = version(name)
+        except ImportError:
+            versions[name] = "source tree"
+    (directory / "versions.json").write_text(json.dumps(versions, indent=1))

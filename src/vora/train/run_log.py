@@ -25,7 +25,7 @@ def draw_losses(log_file: str | Path, image: str | Path) -> None:
     import matplotlib.pyplot as plt
 
     lines = read_log(log_file)
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4))
     for name in LOSSES:
         points = [(line["samples_seen"], line[name]) for line in lines if name in line]
         if points:

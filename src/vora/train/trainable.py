@@ -1,6 +1,6 @@
 """Which parts of a student train, counted, checked and shown before the first step."""
 
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from vora.distill.objective import Objective
@@ -34,11 +34,7 @@ def trainable_counts(objective: nn.Module) -> dict[str, list[int]]:
 
 
 def check_trainable(objective: nn.Module, stage: str) -> None:
-    """Refuse to start unless exactly the right parts train.
-
-    Raises:
-        ValueError: a part that should train is (partly) frozen, or the other way round.
-    """
+    """Refuse to start unless exactly the parts that a stage trains do."""
     for part, (trained, total) in trainable_counts(objective).items():
         should = part != "encoder" if stage == "finetune" else part in TRAINED_FIRST
         if trained != (total if should else 0):
@@ -50,10 +46,8 @@ def check_trainable(objective: nn.Module, stage: str) -> None:
 
 def trainable_table(objective: Objective, stage: str) -> Table:
     """The table that a run prints before its first step."""
-    table = Table(title=f"What trains in stage {stage}")
-    table.add_column("part")
-    table.add_column("trained", justify="right")
-    table.add_column("of", justify="right")
+    table = Table("part", Column("trained", justify="right"), Column("of", justify="right"))
+    table.title = f"What trains in stage {stage}"
     for part, (trained, total) in trainable_counts(objective).items():
         if not part.startswith(FROZEN_COPY):
             table.add_row(part, f"{trained:,}", f"{total:,}")

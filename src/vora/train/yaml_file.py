@@ -41,11 +41,7 @@ for tag, pattern, first in (
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """What a YAML file of keys holds.
-
-    Raises:
-        ValueError: it cannot be read, is no YAML, holds no keys, or one of them twice.
-    """
+    """What a YAML file of keys holds; a ValueError where it cannot be read, is no YAML, has no keys, or one twice."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
     except OSError as error:
