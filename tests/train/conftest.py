@@ -53,13 +53,11 @@ def two_sources(tmp_path_factory: pytest.TempPathFactory, llm_folder: str) -> Pa
     write_lines(folder / "images.jsonl", images)
     write_lines(folder / "texts.jsonl", [{"question": f"say {n}", "answer": f"{n}"} for n in range(50)])
     save_tiny_vit(folder / "vit")
+    sources = [{"path": "images.jsonl", "weight": 2}, {"path": "texts.jsonl", "weight": 1}]
     values = {
         "model": {"llm": llm_folder},
         "teacher": {"name": "vit", "distill_only_steps": 8},
-        "data": {
-            "sources": [{"path": "images.jsonl", "weight": 2}, {"path": "texts.jsonl", "weight": 1}],
-            "sequence_length": 128, "image_tokens": [2, 9],
-        },
+        "data": {"sources": sources, "sequence_length": 128, "image_tokens": [2, 9]},
         "training": {
             "max_steps": 30, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1,
             "save_steps": 3, "dataloader_num_workers": 2, "use_cpu": True, "learning_rate": 1e-3,

@@ -22,7 +22,7 @@ def run(recipe: Recipe, folder: Path, draws: bool = False, **kwargs: object) -> 
     """A run that prints nothing, and draws its losses only where it should."""
     with pytest.MonkeyPatch.context() as patch:
         if not draws:
-            patch.setattr("vora.train.run.draw_losses", lambda log_file, image: None)
+            patch.setattr("vora.train.run_log.save_figure", lambda figure, file: None)
         return train(recipe, folder, console=Console(quiet=True), **kwargs)
 
 
@@ -40,13 +40,8 @@ def start(recipe: Path, folder: Path, *arguments: str, launcher: tuple[str, ...]
     """`vora train` in a process of its own, perhaps under a launcher such as torchrun."""
     command = [sys.executable, *(launcher or ("-m",)), "vora.cli", "train", str(recipe), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [*command, "--out", str(folder)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*command, "--out", str(folder)], env=environment, start_new_session=True, **streams)
 
 
 def finish(process: subprocess.Popen) -> None:

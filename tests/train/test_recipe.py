@@ -1,12 +1,16 @@
-"""Recipes are strict: what is misspelt or missing is named, with the nearest known key."""
+"""Recipes are strict: what is misspelt or missing, or would come to nothing, is named before any work."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
+from vora.train.checks import check_fsdp
 from vora.train.recipe import GONE_KEYS, OLD_KEYS, load_recipe, save_recipe
-from vora.train.recipe_sections import Recipe, Section
+from vora.train.recipe_sections import Recipe
+from vora.train.run import train
 
 GOOD = {"model": {"llm": "smollm2-135m"}, "data": {"sources": [{"path": "easy-vqa"}]}}
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,18 +47,15 @@ def test_mistakes_are_named(sections, wanted):
     assert wanted in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["gradient_checkpointing", "activation_checkpointing"])
-def test_blocks_to_be_computed_again_have_one_key_by_either_name(key):
-    for value in (True, False, 0, 7):
-        assert load_recipe({**GOOD, "training": {key: value}}).recomputed_blocks is value
-
-
 def test_overrides_reach_nested_keys_and_are_checked(file):
     recipe = load_recipe(file, ["training.learning_rate=1e-3", "lora.rank=4", "teacher.name=folder"])
     assert recipe.training["learning_rate"] == 1e-3 and recipe.lora.rank == 4 and recipe.teacher.name == "folder"
     plain = load_recipe(file, ["data.sources.0.split=test"])
     assert plain.data.sources[0].split == "test" and plain.lora.rank == 32 and plain.teacher is None
     assert plain.stage == "pretrain" and not plain.recomputed_blocks  # by default
+    for key in ("gradient_checkpointing", "activation_checkpointing"):
+        for value in (True, False, 0, 7):
+            assert load_recipe({**GOOD, "training": {key: value}}).recomputed_blocks is value
     for override, message in {
         "data.sources.7.path=x": "names no place",
         "data.sources.first.path=x": "names no place",
@@ -137,22 +138,16 @@ def test_an_old_key_names_the_new_one(old, as_override):
         values["teacher"] = None  # there is no place for it
     else:
         (values[section] if section else values)[key] = 1
-    wanted = f"{old} is called {OLD_KEYS[old]} now: rename it" if old in OLD_KEYS else f"{old} is gone"
-    with pytest.raises(ValueError, match=wanted):
+    wanted = f"is called {OLD_KEYS[old]} now: rename it" if old in OLD_KEYS else "is gone"
+    with pytest.raises(ValueError, match=f"{old} {wanted}"):
         load_recipe(values, [f"{old}=1"] * as_override)
 
 
 def test_every_key_is_described():
-    def sections(kind):
-        yield kind
-        for field in kind.model_fields.values():
-            for one in (field.annotation, *getattr(field.annotation, "__args__", ())):
-                if isinstance(one, type) and issubclass(one, Section):
-                    yield from sections(one)
-
-    kinds = set(sections(Recipe))
-    assert len(kinds) == 9 and all(kind.__doc__ for kind in kinds)
-    assert not [(kind, name) for kind in kinds for name, field in kind.model_fields.items() if not field.description]
+    schema = Recipe.model_json_schema()
+    sections = [schema, *schema["$defs"].values()]
+    assert len(sections) == 9 and all(section["description"] for section in sections)
+    assert all("description" in key for section in sections for key in section["properties"].values())
 
 
 def test_sources_start_beside_the_recipe_in_its_data_folder_or_here(tmp_path, monkeypatch):
@@ -179,3 +174,57 @@ def test_folders_beside_a_recipe_take_no_known_name(file):
     recipe = load_recipe(file, ["data.sources=[{path: easy-vqa}, {path: mine}]"])
     assert recipe.model.llm == "smollm2-135m"
     assert [source.path for source in recipe.data.sources] == ["easy-vqa", str(file.with_name("mine"))]
+
+
+NOWHERE = {"model": {"llm": "none"}, "data": {"sources": [{"path": "none.jsonl"}]}, "training": {"max_steps": 1}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "wanted"),
+    [
+        ({"training": {"use_liger_kernel": True}}, "in parts of bounded size"),
+        ({"training": {"label_smoothing_factor": 0.1}}, "losses are those of vora.distill.Objective"),
+        ({"training": {"auto_find_batch_size": True}}, "sequences are packed before a batch is tried"),
+        ({"training": {"save_only_model": True}}, "from which nothing can resume"),
+        ({"training": {"data_seed": 3}}, "order of the data follows training.seed"),
+        ({"training": {"neftune_noise_alpha": 5}}, "neftune_noise_alpha is not supported"),
+        ({"training": {"eval_strategy": "steps"}}, "no samples to evaluate on: `vora eval` measures a checkpoint"),
+        ({"training": {"load_best_model_at_end": True}}, "no samples to evaluate on"),
+        ({"teacher": {"name": "vit", "weight": 0, "distill_only_steps": 9}}, "distill_only_steps is 9"),
+        ({"stage": "finetune", "teacher": {"name": "vit"}}, "set teacher=null"),
+        ("several GPUs", "sees 2 GPUs.*nproc_per_node 2"),
+    ],
+)
+def test_what_would_come_to_nothing_is_refused_of_a_run_and_read_of_an_old_one(
+    sections, wanted, tmp_path, monkeypatch
+):
+    if sections == "several GPUs":
+        monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+        sections = {}
+    recipe = load_recipe({**NOWHERE, **sections})
+    with pytest.raises(ValueError, match=wanted):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("sections", "resumes", "message"),
+    [
+        ({"lora": {"text_kl_weight": 1.0}}, False, "lora.text_kl_weight runs the LLM once more"),
+        (
+            {"sample_generations": [{"image": "a", "question": "b"}]},
+            False,
+            "sample_generations are made in one process",
+        ),
+        ({}, True, "--resume reads whole weights back"),
+    ],
+)
+def test_what_spread_weights_cannot_do_is_refused(sections, resumes, message, tmp_path, monkeypatch):
+    recipe, arguments = load_recipe({**NOWHERE, **sections}), SimpleNamespace(n_gpu=1, fsdp=["full_shard"])
+    check_fsdp(recipe, are_spread=False, resumes=resumes)
+    check_fsdp(load_recipe(dict(NOWHERE)), are_spread=True)
+    monkeypatch.setattr("vora.train.run.training_arguments", lambda recipe, directory: arguments)
+    monkeypatch.setattr("vora.train.run.find_checkpoint", lambda directory, resume: "there" if resume else None)
+    with pytest.raises(ValueError, match=f"{message}.*Train with DDP"):
+        train(recipe, tmp_path / "run", resume=resumes)
+    assert not (tmp_path / "run").exists()

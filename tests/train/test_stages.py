@@ -14,8 +14,7 @@ from vora.checkpoint.layout import HEADS_FILE
 from vora.train.plan.meta_model import meta_model
 from vora.train.recipe import load_recipe
 from vora.train.run_log import read_log
-from vora.train.stages import build_objective, lora_depth
-from vora.train.trainable import check_trainable, trainable_counts
+from vora.train.stages import build_objective, check_trainable, lora_depth, trainable_counts
 
 
 class Rates(TrainerCallback):

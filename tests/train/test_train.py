@@ -76,6 +76,10 @@ def test_micro_batches_of_text_alone_do_not_raise_the_loss(recipe, tmp_path, dat
 def test_two_stages_leave_what_they_promise_and_merge_where_their_starts_are_gone(recipe, teacher_folder, tmp_path):
     first, one = recipe(save_steps=3), tmp_path / "one"
     first.teacher.name = str(shutil.copytree(teacher_folder, tmp_path / "vit"))
+    first.model.llm = str(shutil.copytree(first.model.llm, tmp_path / "base"))
+    tokenizer = tiny.tiny_tokenizer(eos_token="<|endoftext|>")  # as Qwen2.5's base models, whose turns end otherwise
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
     run(first, one, draws=True)
     names = {path.name for path in one.iterdir()}
     assert {"recipe.yaml", "versions.json", "log.jsonl", "loss.png", "report.md", "final", "checkpoint-3"} <= names
@@ -91,8 +95,11 @@ def test_two_stages_leave_what_they_promise_and_merge_where_their_starts_are_gon
     base, llm = AutoModelForCausalLM.from_pretrained(first.model.llm), model.to_llm()
     assert {n: p.shape for n, p in llm.state_dict().items()} == {n: p.shape for n, p in base.state_dict().items()}
     assert not torch.equal(llm.model.layers[0].self_attn.q_proj.weight, base.model.layers[0].self_attn.q_proj.weight)
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert model.generation_config.eos_token_id == llm.generation_config.eos_token_id == ends
     model.save_pretrained(tmp_path / "merged")
     VoraProcessor.from_pretrained(one / "final").save_pretrained(tmp_path / "merged")
+    assert load_model(tmp_path / "merged")[0].generation_config.eos_token_id == ends
 
     second = recipe(max_steps=2, learning_rate=1e-3)
     second.stage, second.teacher, second.model.llm = "finetune", None, None
@@ -107,23 +114,6 @@ def test_two_stages_leave_what_they_promise_and_merge_where_their_starts_are_gon
     assert len(changed) > 0.9 * len(list(found.parameters()))
     with pytest.raises(ValueError, match="There is no ViT at .*vit: name a folder or a hub id"):
         run(first, tmp_path / "three")
-
-
-def test_answers_end_with_the_turn_though_texts_of_the_llm_end_otherwise(recipe, llm_folder, tmp_path):
-    """As of Qwen2.5's base models, whose eos_token is not what their chat template ends a turn with."""
-    folder = shutil.copytree(llm_folder, tmp_path / "base")
-    tokenizer = tiny.tiny_tokenizer(eos_token="<|endoftext|>")
-    tokenizer.save_pretrained(folder)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
-    wanted = recipe(max_steps=3)
-    wanted.model.llm = str(folder)
-    run(wanted, tmp_path / "run")
-    model, processor = merge_run(tmp_path / "run")
-    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
-    assert model.generation_config.eos_token_id == ends == model.to_llm().generation_config.eos_token_id
-    model.save_pretrained(tmp_path / "out")
-    processor.save_pretrained(tmp_path / "out")
-    assert load_model(str(tmp_path / "out"))[0].generation_config.eos_token_id == ends
 
 
 def test_diverging_training_stops_and_says_so(recipe, tmp_path):

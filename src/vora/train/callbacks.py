@@ -85,9 +85,9 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        if self.log_file.exists():  # lines after the checkpoint that the run resumes from are repeated: drop them
-            kept = [line for line in read_log(self.log_file) if line["step"] <= state.global_step]
-            self.log_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        # lines after the checkpoint that the run resumes from are repeated: drop them
+        kept = [json.dumps(line) + "\n" for line in read_log(self.log_file) if line["step"] <= state.global_step]
+        self.log_file.write_text("".join(kept))
         columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}")]
         self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, redirect_stdout=False)
         self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
@@ -119,11 +119,8 @@ class ProgressCallback(TrainerCallback):
 
 
 class SampleGenerationCallback(TrainerCallback):
-    """Answers the recipe's sample questions at each checkpoint, so that a person can watch the model learn.
-
-    Raises:
-        ValueError: an image cannot be read; at once, before training.
-    """
+    """Answers the recipe's sample questions at each checkpoint, so that a person can watch the model learn; a
+    ValueError where an image cannot be read, before training."""
 
     def __init__(
         self, samples: Sequence[SampleGenerationSection], processor: VoraProcessor, log_file: Path, console: Console
@@ -150,13 +147,8 @@ class SampleGenerationCallback(TrainerCallback):
         """A greedy answer to a question about an image."""
         model.eval()
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        inputs = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        messages, options = [{"role": "user", "content": content}], {"return_dict": True, "return_tensors": "pt"}
+        inputs = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, **options)
+        output = model.generate(**inputs.to(model.device), max_new_tokens=24, do_sample=False)
         new = output[0, inputs["input_ids"].shape[1] :]
         return self.processor.tokenizer.decode(new, skip_special_tokens=True).strip()

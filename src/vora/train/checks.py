@@ -1,14 +1,11 @@
 """What a run must not ask for, said before any work."""
 
 from dataclasses import fields
-from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
 
+from vora.distill.objective import Objective
 from vora.train.recipe_sections import Recipe
-
-if TYPE_CHECKING:
-    from vora.distill.objective import Objective
 
 NO_EVALUATION = "has no samples to evaluate on: `vora eval` measures a checkpoint, sample_generations shows answers"
 NOT_SUPPORTED = {  # fields of TrainingArguments
@@ -65,7 +62,7 @@ def check_fsdp(recipe: Recipe, are_spread: bool, resumes: bool = False) -> None:
         )
 
 
-def check_sequence_length(recipe: Recipe, objective: "Objective") -> None:
+def check_sequence_length(recipe: Recipe, objective: Objective) -> None:
     """Raise if a packed sequence would exceed the LLM's context."""
     limit = getattr(objective.config.get_text_config(), "max_position_embeddings", None)
     if limit and recipe.data.sequence_length > limit:

@@ -21,13 +21,7 @@ def preview(
     recipe: Recipe, out: Path, num_shown: int, max_samples: int | None, num_workers: int, console: Console
 ) -> dict[str, Any]:
     """Leave summary.json, samples.html (of `num_shown` samples) and bad_samples.jsonl in a folder; return the summary.
-
-    Args:
-        max_samples: rows of each source to read; None for all.
-
-    Raises:
-        ValueError: a source holds nothing usable.
-    """
+    Of each source at most `max_samples` rows are read; a ValueError where one holds nothing usable."""
     sequences, processor = sequences_to_read(recipe, max_samples)
     columns = (TextColumn("reading"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -59,12 +53,10 @@ def sequences_to_read(recipe: Recipe, max_samples: int | None) -> tuple[PackedSe
 
 def source_names(data: DataSection) -> list[str]:
     """A name for each source: its path, and its split or number where paths alone are the same."""
-    names = [source.path for source in data.sources]
-    if len(set(names)) < len(names):
-        names = [f"{source.path} ({source.split})" for source in data.sources]
-    if len(set(names)) < len(names):
-        names = [f"{number}: {name}" for number, name in enumerate(names)]
-    return names
+    paths = [source.path for source in data.sources]
+    with_splits = [f"{source.path} ({source.split})" for source in data.sources]
+    numbered = [f"{number}: {name}" for number, name in enumerate(with_splits)]
+    return next(names for names in (paths, with_splits, numbered) if len(set(names)) == len(names))
 
 
 def table_of(summary: dict[str, Any]) -> Table:

@@ -11,38 +11,38 @@ RUN/loss.png, report.md            the losses, and the run in short
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from vora.checkpoint.card import write_run_card
 from vora.checkpoint.run_directory import find_checkpoint, last_step
 from vora.distill.objective import Objective
 from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
-from vora.train.blocks import compile_blocks
 from vora.train.callbacks import CardCallback, ProgressCallback, SampleGenerationCallback, StopOnSignal
 from vora.train.checks import check_fsdp, check_one_gpu_per_process, check_recipe, check_sequence_length
 from vora.train.from_recipe import open_sources, packed_sequences, training_arguments, with_planned_steps
 from vora.train.recipe import save_recipe
 from vora.train.recipe_sections import Recipe
-from vora.train.run_log import draw_losses, write_report
-from vora.train.stages import build_objective, vision_is_frozen
-from vora.train.trainable import trainable_table
+from vora.train.run_log import write_report
+from vora.train.stages import build_objective, trainable_table, vision_is_frozen
 from vora.train.trainer import VoraTrainer
+
+MOST_KINDS = 64  # of compiled blocks: with and without LoRA, of each sort that the LLM has, for one length or any
 
 
 def train(
     recipe: Recipe, run_directory: str | Path, resume: bool = False, console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> VoraTrainer:  # fmt: skip
-    """Run a recipe; everything goes to its directory, and the trainer is returned after training.
-
-    Args:
-        resume: go on from the newest checkpoint in the directory.
+    """Run a recipe, or go on from the newest checkpoint in its directory; the trainer is returned after training.
 
     Raises:
         ValueError: bad recipe, data or directory; before any work starts where that can be known.
@@ -88,8 +88,7 @@ def train(
     trainer.save_model(directory / "final")  # on all processes, for each may hold a part
     if trainer.is_world_process_zero():
         write_run_card(directory / "final", directory, trainer.state.global_step)
-        draw_losses(directory / "log.jsonl", directory / "loss.png")
-        write_report(recipe, trainer, directory)
+        write_report(recipe, trainer.state.global_step, trainer.num_samples_seen, directory)
     return trainer
 
 
@@ -105,6 +104,25 @@ def prepare(objective: Objective, recipe: Recipe, arguments: TrainingArguments) 
         objective.gradient_checkpointing_enable(options, None if wanted is True else wanted, **how)
     if arguments.torch_compile:
         compile_blocks(objective, arguments)
+
+
+def compile_blocks(objective: Objective, arguments: TrainingArguments) -> None:
+    """Compile each block by itself, once for all blocks alike, the teacher's too; hooks stay outside of what is
+    compiled. Sequences of another length cost one more compilation, which then serves all lengths. Sample generations,
+    which grow token by token, are not compiled."""
+    torch._dynamo.config.recompile_limit = max(MOST_KINDS, torch._dynamo.config.recompile_limit)
+    how = {"backend": arguments.torch_compile_backend, "mode": arguments.torch_compile_mode}
+    # not again by the Trainer, as a whole, hooks and all
+    arguments.torch_compile, arguments.torch_compile_backend, arguments.torch_compile_mode = False, None, None
+    for block in objective.vora.model.blocks:
+        plain = block.forward
+        block.forward = partial(_while_training, block, torch.compile(plain, **how), plain)
+    for block in [] if objective.teacher is None else objective.teacher.blocks:
+        block.forward = torch.compile(block.forward, **how)
+
+
+def _while_training(block: nn.Module, compiled: Callable, plain: Callable, *args: Any, **kwargs: Any) -> Any:
+    return (compiled if block.training else plain)(*args, **kwargs)
 
 
 def write_what_runs(recipe: Recipe, directory: Path) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from rich.table import Column, Table
+from torch import nn
 
 from vora.baselines.llava import VoraLlavaForConditionalGeneration
 from vora.build.from_llm import from_llm, processor_from_llm
@@ -17,7 +19,9 @@ from vora.distill.teacher import Teacher
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe_sections import ModelSection, Recipe, TeacherSection
-from vora.train.trainable import check_trainable
+
+TRAINED_FIRST = ("vision LoRA", "patch embedding", "projector", "distill heads")  # in stage pretrain
+FROZEN_COPY = "frozen copy of the "
 
 
 def build_objective(recipe: Recipe) -> tuple[Objective, VoraProcessor]:
@@ -42,11 +46,8 @@ def load_vit(recipe: Recipe) -> Teacher | None:
 def objective_around(
     recipe: Recipe, student: Any, image_processor: VoraImageProcessor, teacher: Teacher | None = None
 ) -> Objective:
-    """The objective of a stage: LoRA, teacher and heads around a student in stage 1, nothing in stage 2.
-
-    Args:
-        student: from `build_student`, or one without weights, on the meta device.
-    """
+    """The objective of a stage: LoRA, teacher and heads around a student, with weights or on the meta device, in
+    stage 1; nothing around it in stage 2."""
     lora, wanted, distillation = recipe.lora, recipe.teacher, None
     if recipe.stage == "finetune":
         objective = Objective(student.requires_grad_(True), image_processor)
@@ -92,11 +93,7 @@ def teacher_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def build_student(recipe: Recipe, vit: Teacher | None = None, **given: Any) -> Any:
-    """The model that a recipe starts from; `vit` from `load_vit`, more arguments of `from_llm` may be given.
-
-    Raises:
-        ValueError: stage 2 is asked of an LLM that was never trained to see.
-    """
+    """The model that a recipe starts from; `vit` from `load_vit`, more arguments of `from_llm` may be given."""
     wanted = recipe.model
     if wanted.vora is not None:
         return student_to_go_on_with(recipe)
@@ -115,12 +112,7 @@ def build_student(recipe: Recipe, vit: Teacher | None = None, **given: Any) -> A
 
 def student_to_go_on_with(recipe: Recipe) -> Any:
     """The VoRA model that a recipe goes on with: a folder, or the directory of a run; merged, or in stage 1 also with
-    the LoRA that it has.
-
-    Raises:
-        ValueError: it has LoRA of another rank or depth than the recipe's, or should train without it, or the recipe
-            asks for another patch embedding than it has.
-    """
+    the LoRA that it has. A ValueError where the recipe asks for another LoRA or patch embedding than it has."""
     info, wanted = read_info(str(recipe.model.vora)), recipe.model
     if info.adapter is not None:
         check_lora(recipe, info.path, info.adapter)
@@ -181,11 +173,8 @@ def build_processor(recipe: Recipe, vit: Teacher | None = None) -> VoraProcessor
 
 
 def lora_depth(recipe: Recipe, student: Any, teacher: Teacher | None) -> int:
-    """How many blocks get LoRA: the recipe's number, else what the student has, else the teacher's depth, else all.
-
-    Raises:
-        ValueError: the teacher is deeper than the LLM, or than its LoRA, and its blocks are not to be spread.
-    """
+    """How many blocks get LoRA: the recipe's number, else what the student has, else the teacher's depth, else all. A
+    ValueError where the teacher is deeper than the LLM, or than its LoRA, and its blocks are not to be spread."""
     num_blocks, llm = recipe.lora.num_blocks, student
     if isinstance(student, PeftModel):
         llm = student.get_base_model()
@@ -201,3 +190,50 @@ def lora_depth(recipe: Recipe, student: Any, teacher: Teacher | None) -> int:
             "set teacher.spread=true to space them evenly, raise lora.num_blocks, or take a shallower teacher."
         )
     return num_blocks or min(depth, teacher.num_blocks)
+
+
+def part_of_model(name: str) -> str:
+    """Which part of an `Objective` a parameter belongs to."""
+    if name.startswith("distillation."):
+        return "distill heads"
+    if "lora_" in name:
+        return "vision LoRA"
+    if "patch_embedding.encoder." in name:
+        return "encoder"
+    if "patch_embedding" in name:
+        part = "projector" if "patch_embedding.projector." in name else "patch embedding"
+        return FROZEN_COPY + part if "original_module" in name else part
+    return "LLM"
+
+
+def trainable_counts(objective: nn.Module) -> dict[str, list[int]]:
+    """{part: [trained parameters, all parameters]}."""
+    counts: dict[str, list[int]] = {}
+    for name, parameter in objective.named_parameters():
+        count = counts.setdefault(part_of_model(name), [0, 0])
+        count[0] += parameter.numel() * parameter.requires_grad
+        count[1] += parameter.numel()
+    return counts
+
+
+def check_trainable(objective: nn.Module, stage: str) -> None:
+    """Refuse to start unless exactly the parts that a stage trains do."""
+    for part, (trained, total) in trainable_counts(objective).items():
+        should = part != "encoder" if stage == "finetune" else part in TRAINED_FIRST
+        if trained != (total if should else 0):
+            raise ValueError(
+                f"Stage {stage} should train {'all' if should else 'none'} of the {part}, but {trained:,} of its "
+                f"{total:,} parameters would train: reset requires_grad, or start from a fresh model."
+            )
+
+
+def trainable_table(objective: Objective, stage: str) -> Table:
+    """The table that a run prints before its first step."""
+    table = Table("part", Column("trained", justify="right"), Column("of", justify="right"))
+    table.title = f"What trains in stage {stage}"
+    for part, (trained, total) in trainable_counts(objective).items():
+        if not part.startswith(FROZEN_COPY):
+            table.add_row(part, f"{trained:,}", f"{total:,}")
+    if objective.teacher is not None:
+        table.add_row("teacher (not saved)", "0", f"{sum(p.numel() for p in objective.teacher.parameters()):,}")
+    return table

@@ -96,26 +96,23 @@ class VoraTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the named losses, as means since the last line, and the speed."""
         if "loss" in logs and self._terms:
-            for name, value in self._means().items():
-                if name == "pair_losses":
-                    pairs = self.accelerator.unwrap_model(self.model).distillation.pairs
-                    logs |= {f"pair_{s}_{t}": loss for (s, t), loss in zip(pairs, value.tolist())}
-                else:
-                    logs[name] = float(value)
+            logs |= self._means()
             check_finite(logs["loss"], self.state.global_step)
             logs |= self._speed()
         super().log(logs, start_time)
 
-    def _means(self) -> dict[str, torch.Tensor]:
-        """{name: float[1], or float[P] of P pairs}: means of what was noted since the last line, over all processes,
-        of which some may have seen no text, or no image."""
+    def _means(self) -> dict[str, float]:
+        """Means of what was noted since the last line, over all processes, of which some may have seen no text, or no
+        image."""
         distillation = self.accelerator.unwrap_model(self.model).distillation
-        sizes = dict.fromkeys(LOSSES, 1) | {"pair_losses": 0 if distillation is None else len(distillation.pairs)}
-        rows = {name: torch.zeros(size + 1, device=self.args.device) for name, size in sizes.items()}
-        for name, (total, counted) in self._terms.items():
-            rows[name][:-1], rows[name][-1] = total, len(counted)
+        pairs = [] if distillation is None else [f"pair_{s}_{t}" for s, t in distillation.pairs]
+        names = {name: [name] for name in LOSSES} | {"pair_losses": pairs}
+        rows = {term: torch.zeros(len(parts) + 1, device=self.args.device) for term, parts in names.items()}
+        for term, (total, counted) in self._terms.items():
+            rows[term][:-1], rows[term][-1] = total, len(counted)
         rows = self.accelerator.reduce(rows, "sum")
-        return {name: row[:-1] / row[-1] for name, row in rows.items() if row[-1] > 0}
+        means = {term: (row[:-1] / row[-1]).tolist() for term, row in rows.items() if row[-1] > 0}
+        return {name: value for term, row in means.items() for name, value in zip(names[term], row)}
 
     def _speed(self) -> dict[str, float]:
         """Samples seen, and speeds since the last line, of all processes together."""

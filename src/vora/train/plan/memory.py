@@ -180,42 +180,42 @@ def masks_with_segments(config: Any, row: Row, num_rows: int, bf16: bool) -> Any
 def saved_by_patch_embedding(objective: Objective, row: Row, num_rows: int, bf16: bool) -> int:
     """Bytes that the patch embedding saves."""
     embedding, config = objective.vora.model.patch_embedding, objective.config
-    side = max(1, round(row.tokens_per_image**0.5))
-    grid = (config.patch_merge * side, config.patch_merge * max(1, round(row.tokens_per_image / side)))
-    grids = [(1, *grid)] * round(num_rows * row.num_images)
-    if not grids:
+    side, num_images = max(1, round(row.tokens_per_image**0.5)), round(num_rows * row.num_images)
+    height, width = (config.patch_merge * max(1, round(size)) for size in (side, row.tokens_per_image / side))
+    if not num_images:
         return 0
-    pixels = torch.empty(len(grids) * grid[0] * grid[1], config.num_channels * config.patch_size**2)
+    pixels = torch.empty(num_images * height * width, config.num_channels * config.patch_size**2)
+    grids = SimpleNamespace(tolist=lambda: [(1, height, width)] * num_images)  # a tensor without storage has no values
     with Saved(embedding) as found, computing_in(bf16):
-        embedding(pixels, SimpleNamespace(tolist=lambda: grids))  # sizes only: a tensor without storage has no values
+        embedding(pixels, grids)
     return found.num_bytes
 
 
 def held_by_losses(objective: Objective, row: Row, num_rows: int, bf16: bool) -> int:
     """Bytes of output layer, heads and losses at their largest: saved ones, and the gradient of the logits, of which
     there is one part at a time (`losses_of_labels`)."""
-    config, dtype = objective.config.get_text_config(), objective.vora.dtype
+    vora, heads, config = objective.vora, objective.distillation, objective.config.get_text_config()
     num_labels, num_images = round(num_rows * row.num_labels), round(num_rows * row.num_image_tokens)
     held = 0
     if num_labels:
         size = labels_at_once(num_labels, config.vocab_size)
-        states = torch.empty(size, config.hidden_size, dtype=dtype, requires_grad=True)
-        with Saved(objective.vora.lm_head) as found, computing_in(bf16):
-            logits = objective.vora.logits(states)
+        states = torch.empty(size, config.hidden_size, dtype=vora.dtype, requires_grad=True)
+        with Saved(vora.lm_head) as found, computing_in(bf16):
+            logits = vora.logits(states)
             nn.functional.cross_entropy(logits.float(), torch.empty(size, dtype=torch.long), reduction="sum")
         held += found.num_bytes + size * config.vocab_size * (4 + logits.element_size())
         if size < num_labels:  # what enters each part is kept for the second time
             held += num_labels * config.hidden_size * states.element_size()
-    if objective.distillation is not None and num_images:
-        heads, pairs = objective.distillation, objective.distillation.pairs
-        width = heads.heads[name_of(pairs[0])][1].out_features
-        of_pairs = {s: torch.empty(num_images, config.hidden_size, dtype=dtype, requires_grad=True) for s, _ in pairs}
-        features = {t: torch.empty(num_images, width) for _, t in pairs}
+    if heads is not None and num_images:
+        width = heads.heads[name_of(heads.pairs[0])][1].out_features
+        shape = {"size": (num_images, config.hidden_size), "dtype": vora.dtype, "requires_grad": True}
+        of_pairs = {s: torch.empty(**shape) for s, _ in heads.pairs}
+        features = {t: torch.empty(num_images, width) for _, t in heads.pairs}
         with Saved(heads) as found, computing_in(bf16):
             heads(of_pairs, features)
         held += found.num_bytes
         if heads.recomputes:  # one of them, once the others are done
-            student, teacher = pair = pairs[-1]
+            student, teacher = pair = heads.pairs[-1]
             with Saved(heads) as found, computing_in(bf16):
                 heads.loss_of_pair(pair, of_pairs[student], features[teacher])
             held += found.num_bytes
@@ -223,14 +223,11 @@ def held_by_losses(objective: Objective, row: Row, num_rows: int, bf16: bool) ->
 
 
 def held_by_process(memory: dict[str, float], recomputed: float) -> dict[str, float]:
-    """What a process holds beside its tensors: Python, libraries, and what glibc's heap keeps of freed tensors; and
-    the new total. `recomputed` is the share of the blocks that are computed again."""
+    """What a process holds beside its tensors, and the new total; `recomputed` is the share of blocks that are."""
     moving = memory["activations"] + memory["loss"] + memory["gradients"]
     kept = HEAP_KEEPS[0] + recomputed * (HEAP_KEEPS[1] - HEAP_KEEPS[0])
-    parts = {
-        "Python and its libraries": resident_bytes(),
-        "kept by the heap": kept * moving if platform.system() == "Linux" else 0,
-    }
+    heap = kept * moving if platform.system() == "Linux" else 0
+    parts = {"Python and its libraries": resident_bytes(), "kept by the heap": heap}
     return parts | {"total": memory["total"] + sum(parts.values())}
 
 

@@ -73,11 +73,7 @@ def meta_model(recipe: Recipe, beside: str | Path | None = None) -> tuple[Object
 
 
 def config_of(name: str) -> PretrainedConfig:
-    """Configuration of a model by folder, alias or hub id; of the models that recipes/ names, the one shipped here.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Configuration of a model by folder, alias or hub id; of the models that recipes/ names, the one shipped here."""
     shape = SHAPES / SHAPE_OF_ALIAS.get(name, name)
     if not Path(name).is_dir() and (shape / "config.json").is_file():
         return AutoConfig.from_pretrained(str(shape))
