@@ -121,9 +121,6 @@ def test_a_checkpoint_that_was_not_finished_is_not_resumed_from(tmp_path):
     assert find_checkpoint(tmp_path, resume=True) == str(tmp_path / "checkpoint-3")
 
 
-needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="processes on a CPU talk through gloo")
-
-
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint",
             "localhost:0", "-m")  # fmt: skip
 OF_TWO = ("lm_loss", "answer_loss", "distill_loss", "text_loss", "samples_seen")
@@ -133,7 +130,6 @@ def train_two(path, folder, *arguments):
     finish(start(path, folder, *arguments, launcher=TORCHRUN))
 
 
-@needs_gloo
 def test_two_processes_resume_as_one_run(two_sources, tmp_path):
     few = ["training.dataloader_num_workers=1", "teacher.distill_only_steps=3"]
     few += ["data.answer_balance=1", "lora.text_kl_weight=0.5"]
@@ -148,7 +144,6 @@ def test_two_processes_resume_as_one_run(two_sources, tmp_path):
     assert f"| samples seen | {found[9][-1]} |" in (tmp_path / "cut" / "report.md").read_text()  # of both
 
 
-@needs_gloo
 def test_logged_losses_are_those_of_both_processes(two_sources, tmp_path):
     train_two(two_sources, tmp_path / "run", "training.max_steps=3", "teacher=null")
     lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if "lm_loss" in line]
@@ -175,7 +170,6 @@ def agree(rank, folder):
     dist.destroy_process_group()  # else a process that ends while its threads live may abort
 
 
-@needs_gloo
 def test_processes_agree_on_how_long_a_run_is_and_when_it_stops(tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "0")

@@ -138,7 +138,7 @@ class SampleGenerationCallback(TrainerCallback):
         objective.train()
         with self.log_file.open("a") as file:
             file.write(json.dumps({"step": state.global_step, "answers": answers}) + "\n")
-        for (_, sample), answer in zip(self.samples, answers):
+        for (image, sample), answer in zip(self.samples, answers):
             question = escape(f"{Path(sample.image).name}: {sample.question}")  # a model may say [/INST]
             self.console.print(f"  {question} [bold]{escape(answer)}[/bold]")
 

@@ -23,18 +23,12 @@ OLD_KEYS = {  # what keys of recipes and specifications of ablations were called
     "watch": "sample_generations",
     "arms": "variants",
 }
-GONE_KEYS = {
-    "lora.spare_text": "lora.text_kl_weight alone keeps text now",
-    "teacher.weight_end": "teacher.weight holds",
-}
 AnySection = TypeVar("AnySection", bound=Section)
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML whose plain scalars mean what YAML 1.2 says: `no`, `off`, 2020-01-01 and 1:30 are texts, 1e-3 is a number.
-
-    PyYAML reads YAML 1.1, in which `save_strategy: no` is a boolean. A key that is there twice is an error.
-    """
+    """YAML whose plain scalars mean what YAML 1.2 says, not 1.1, as PyYAML's: `no`, 2020-01-01 and 1:30 are texts,
+    1e-3 is a number. A key that is there twice is an error."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
@@ -133,9 +127,7 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _renamed(key: str) -> str | None:
     """What to do about a key of earlier versions; None for any other."""
-    if key in OLD_KEYS:
-        return f"{key} is called {OLD_KEYS[key]} now: rename it"
-    return f"{key} is gone, for {GONE_KEYS[key]}: leave it out" if key in GONE_KEYS else None
+    return f"{key} is called {OLD_KEYS[key]} now: rename it" if key in OLD_KEYS else None
 
 
 def _explain(section: type[Section], error: Any) -> str:

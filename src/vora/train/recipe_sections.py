@@ -84,9 +84,7 @@ class TeacherSection(Section):
         description="Which states are paired: outputs of blocks, or as the paper's code with AIMv2 (inputs) and with "
         "teachers of transformers (hidden_states).",
     )
-    distill_only_steps: int = Field(
-        0, ge=0, description="First steps, on images alone: only the distillation, and only the paired blocks run."
-    )
+    distill_only_steps: int = Field(0, ge=0, description="First steps, on images alone, that only distill.")
     vision_lr_scale: float = Field(
         1.0, ge=0, description="Factor on vision's learning rates after those steps; 0 without such steps freezes it."
     )
@@ -137,7 +135,7 @@ class DataSection(Section):
     sources: list[SourceSection] = Field(min_length=1, description="Where samples come from.")
     sequence_length: int = Field(1024, ge=8, description="Tokens of a packed sequence.")
     questions_per_image: int | None = Field(
-        None, ge=1, description="Questions of a row that are drawn anew each epoch; default: all."
+        None, ge=1, description="Questions of a row drawn each epoch; default: all."
     )
     answer_balance: float = Field(
         0.0, ge=0, le=1, description="From 0, each label token counts alike, to 1, each answer counts alike."
@@ -147,9 +145,7 @@ class DataSection(Section):
     statement_prompts: list[str] = Field(list(DEFAULT_PROMPTS.statement), description="One is drawn for a statement.")
     allow_urls: bool = Field(False, description="Fetch images that rows name by URL; otherwise such rows are bad.")
     text_only: bool = Field(False, description="Leave every image out: the baseline that learns from text alone.")
-    image_tokens: tuple[int, int] | None = Field(
-        None, description="[fewest, most]: the most tokens of each image are drawn between these."
-    )
+    image_tokens: tuple[int, int] | None = Field(None, description="[fewest, most]: each image's budget, drawn anew.")
     max_bad_share: float = Field(0.1, ge=0, le=1, description="Stop when more of the samples read are bad.")
 
     @model_validator(mode="after")

@@ -27,8 +27,16 @@ from vora.checkpoint.run_directory import find_checkpoint, last_step
 from vora.distill.objective import Objective
 from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
 from vora.train.callbacks import CardCallback, ProgressCallback, SampleGenerationCallback, StopOnSignal
-from vora.train.checks import check_fsdp, check_one_gpu_per_process, check_recipe, check_sequence_length
-from vora.train.from_recipe import open_sources, packed_sequences, training_arguments, with_planned_steps
+from vora.train.from_recipe import (
+    check_fsdp,
+    check_one_gpu_per_process,
+    check_recipe,
+    check_sequence_length,
+    open_sources,
+    packed_sequences,
+    training_arguments,
+    with_planned_steps,
+)  # fmt: skip
 from vora.train.recipe import save_recipe
 from vora.train.recipe_sections import Recipe
 from vora.train.run_log import write_report

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from vora.data.stream import PackedSequences
 from vora.distill.objective import Objective
+from vora.train.plan.device import matmul_flops
 
 NUM_WARMING, NUM_TIMED = 2, 4
 MARGIN = 1.1  # logging, and the ups and downs of a shared machine
@@ -26,15 +27,8 @@ def precision_overrides() -> dict[str, Any]:
 
 def cpu_dtype() -> str:
     """bfloat16 where this processor multiplies it clearly faster than float32, else float32."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.randn(512, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
-        nn.functional.linear(left, right)
-        start = time.perf_counter()
-        for _ in range(5):
-            nn.functional.linear(left, right)
-        seconds[dtype] = time.perf_counter() - start
-    return "bfloat16" if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else "float32"
+    gain = matmul_flops("cpu", torch.bfloat16) / matmul_flops("cpu", torch.float32)
+    return "bfloat16" if gain > 1.4 else "float32"
 
 
 def seconds_per_step(

@@ -133,8 +133,8 @@ class VoraTrainer(Trainer):
         vision = {id(p) for p in self.accelerator.unwrap_model(self.model).vision_parameters()}
         parts = {}
         for name, p in self.model.named_parameters():
-            part = next((part for part, mark in PART_MARKS.items() if mark in name), "rest")
-            parts[id(p)] = part, id(p) in vision
+            own = next((key for key, mark in PART_MARKS.items() if mark in name), "rest")
+            parts[id(p)] = own, id(p) in vision
         groups, optimizer.param_groups = optimizer.param_groups, []
         for group in groups:
             for part in dict.fromkeys(parts[id(p)] for p in group["params"]):
@@ -152,7 +152,7 @@ class VoraTrainer(Trainer):
         if not first and self.vision_lr_scale == 1.0:
             return scheduler
         warmup = max(1, self.args.get_warmup_steps(num_training_steps - first))
-        schedules = []
+        schedules: list[Callable[[int], float]] = []
         for group, rest, rate in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs):
             _, is_vision = group["part"]
             group["lr"], scale = rate, self.vision_lr_scale if is_vision else 1.0

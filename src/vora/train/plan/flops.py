@@ -1,8 +1,5 @@
-"""What a training step computes, counted from the objective's own layers; agrees with PyTorch's FlopCounterMode.
-
-A multiply-add counts as two. Norms, activations and embeddings are left out, as that counter leaves them out.
-Attention counts every pair of places of a row (or segment), seen or masked, as dense kernels compute it.
-"""
+"""What a training step computes, counted from the objective's own layers, as PyTorch's FlopCounterMode counts: without
+norms, activations and embeddings, and with every pair of places of a row (or segment), seen or masked."""
 
 from dataclasses import dataclass
 

@@ -1,8 +1,5 @@
-"""How much memory a training step needs on each device, part by part.
-
-Weights, gradients and optimizer are counted. Activations are traced: the objective's own forward runs on
-tensors without storage (torch's FakeTensorMode), and what autograd saves is summed up, each storage once.
-"""
+"""How much memory a training step needs on each device, part by part. Activations are traced: the objective's own
+forward runs on tensors without storage (torch's FakeTensorMode), and what autograd saves is summed up."""
 
 import copy
 import platform
@@ -38,7 +35,6 @@ def step_memory(
     when the optimizer's update is that moment, `gradients` when they do not exist yet.
 
     Args:
-        num_recomputed: so many of the first blocks are computed again in the backward pass.
         accumulates: whether gradients of earlier micro-batches are held during the forward pass.
         num_shards: devices over which FSDP spreads weights, gradients and optimizer; 1 without it.
         num_processes: with several and no sharding, DDP holds the gradients a second time in its buckets.
@@ -123,7 +119,7 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
     def num_bytes(self) -> int:
         return sum(storage.nbytes() for storage in self._storages.values())
 
-    def __enter__(self) -> "Saved":
+    def __enter__(self) -> "Saved":  # type: ignore[override]
         super().__enter__()
         return self
 

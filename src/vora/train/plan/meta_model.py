@@ -1,8 +1,5 @@
-"""A recipe's objective without weights, on the meta device: all shapes, at no cost and without fetching anything.
-
-`shapes/` holds the configurations of the models that recipes/ names, in the hub's layout, so that a run can be planned
-without a network, or before a gated LLM is one's own.
-"""
+"""A recipe's objective without weights, on the meta device. `shapes/` holds the configurations of the models that
+recipes/ names, in the hub's layout: to plan a run without a network, or before a gated LLM is one's own."""
 
 from importlib.resources import files
 from pathlib import Path

@@ -3,7 +3,7 @@
 import math
 from glob import glob
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from rich.table import Table
 from transformers import TrainingArguments
@@ -11,8 +11,7 @@ from transformers import TrainingArguments
 from vora.data.stats import dataset_statistics
 from vora.distill.objective import Objective
 from vora.model.configuration_vora import VoraConfig
-from vora.train.checks import check_recipe
-from vora.train.from_recipe import training_arguments
+from vora.train.from_recipe import check_recipe, training_arguments
 from vora.train.plan.device import Device
 from vora.train.plan.flops import Row, layer_sizes, sequence_flops
 from vora.train.plan.memory import bytes_of, held_by_process, optimizer_bytes, step_memory, trained_parameters
@@ -26,17 +25,6 @@ LINK_BETWEEN_MACHINES = 50e9  # bytes per second and GPU: one 400 Gb/s adapter e
 GPUS_PER_MACHINE = 8
 ROWS_FILLED = 0.98  # by samples of many lengths (dev/LOG.md)
 SAMPLES_READ = 200  # of each source, to count tokens
-
-
-class TokenCounts(TypedDict):
-    """Mean tokens of the recipe's data; `num_images`, `num_labels` and `samples_per_row` are of a packed sequence."""
-
-    counted_in: str  # "data", or "budget" where the data is not here
-    per_sample: float
-    samples_per_row: float
-    num_images: float
-    tokens_per_image: float
-    num_labels: float
 
 
 def plan(
@@ -116,8 +104,9 @@ def plan(
     }  # fmt: skip
 
 
-def tokens_of_data(recipe: Recipe, remarks: list[str]) -> TokenCounts | None:
-    """Tokens of the recipe's samples, counted in its data; None where it is not on this machine."""
+def tokens_of_data(recipe: Recipe, remarks: list[str]) -> dict[str, Any] | None:
+    """Mean tokens of the recipe's samples, counted in its data, and what a packed sequence holds of them; None where
+    the data is not on this machine."""
     if not all(Path(source.path).exists() or glob(source.path, recursive=True) for source in recipe.data.sources):
         return None
     try:
@@ -147,7 +136,7 @@ def tokens_of_data(recipe: Recipe, remarks: list[str]) -> TokenCounts | None:
 
 def tokens_of_budget(
     recipe: Recipe, config: VoraConfig, num_text_tokens: int, num_labels: int, remarks: list[str]
-) -> TokenCounts:
+) -> dict[str, Any]:
     """Tokens of a sample with one image of the largest size, or of the mean of a drawn budget."""
     budget, length = recipe.data.image_tokens, recipe.data.sequence_length
     side = config.image_size // (config.patch_size * config.patch_merge)
@@ -205,39 +194,35 @@ def disk_bytes(objective: Objective, arguments: TrainingArguments, recipe: Recip
 
 
 def tables(found: dict[str, Any]) -> Table:
-    """What `vora.train.plan.plan.plan` found, as a table."""
-    counts, tokens, memory, disk = (found[name] for name in ("parameters", "tokens", "memory_bytes", "disk_bytes"))
+    """What `plan` found, as a table for the terminal."""
+    counts, tokens = found["parameters"], found["tokens"]
     table = Table(title=f"Stage {found['stage']} on {found['num_devices']} x {found['device']}", show_header=False)
 
-    def add(name: str, value: str, parts: dict[str, str]) -> None:
-        table.add_row(name, value)
+    def add(name: str, total: str, parts: dict[str, float], kind: str, unit: float = 1.0) -> None:
+        table.add_row(name, total)
         for part, value in parts.items():
-            table.add_row(f"  {part.replace('_', ' ')}", value)
+            mark = "  <- the bottleneck" if part == found["bottleneck"] else ""
+            if value and part != "total":
+                table.add_row(f"  {part.replace('_', ' ')}", kind.format(value / unit) + mark)
 
-    parts = {part: f"{count:,}" for part, count in counts["parts"].items()}
-    if "vision LoRA" in parts:
-        parts["vision LoRA"] += f" in {counts['blocks_with_lora']} blocks"
-    add("parameters", f"{counts['trained']:,} trained, {counts['frozen']:,} frozen", parts)
-    add("tokens per sample", f"{tokens['per_sample']:,.0f} ({tokens['samples_per_row']:.1f} samples per row)", {})
-    flops = {part: f"{value / 1e12:,.2f} T" for part, value in found["flops_per_sample"].items() if value}
-    add("FLOPs per sample", flops.pop("total"), flops)
-    fits = f"{'fits' if found['fits'] else 'DOES NOT FIT'} {gigabytes(found['device_memory_bytes'])}"
-    add("memory of each device", f"{gigabytes(memory['total'])}: {fits}", sizes_of_parts(memory))
-    add("disk", gigabytes(disk["total"]), sizes_of_parts(disk))
-    times = {part: f"{seconds:,.3f} s a step" for part, seconds in found["seconds_per_step"].items()}
-    if found["bottleneck"] in times:
-        times[found["bottleneck"]] += "  <- the bottleneck"
+    def gigabytes(name: str, sizes: dict[str, float], fits: str = "") -> None:
+        add(name, f"{sizes['total'] / 1e9:,.2f} GB{fits}", sizes, "{:,.2f} GB", 1e9)
+
+    trained = (
+        f"{counts['trained']:,} trained, {counts['frozen']:,} frozen, LoRA in {counts['blocks_with_lora']} blocks"
+    )
+    add("parameters", trained, counts["parts"], "{:,.0f}")
+    table.add_row(
+        "tokens per sample", f"{tokens['per_sample']:,.0f} ({tokens['samples_per_row']:.1f} samples per row)"
+    )
+    flops = found["flops_per_sample"]
+    add("FLOPs per sample", f"{flops['total'] / 1e12:,.2f} T", flops, "{:,.2f} T", 1e12)
+    fits = f": {'fits' if found['fits'] else 'DOES NOT FIT'} {found['device_memory_bytes'] / 1e9:,.2f} GB"
+    gigabytes("memory of each device", found["memory_bytes"], fits)
+    gigabytes("disk", found["disk_bytes"])
     samples = f"{found['steps']:,} of {found['samples_per_step']:,.0f} samples: {found['samples']:,.0f}"
-    add("steps", samples, times)
+    add("steps", samples, found["seconds_per_step"], "{:,.3f} s a step")
     speed = f"{found['samples_per_second']:,.1f} at {found['utilization']:.0%} of the device's peak"
-    add("samples per second", speed, {})
-    add("time", f"{found['hours']:,.1f} hours, {found['device_hours']:,.0f} device hours", {})
+    table.add_row("samples per second", speed)
+    table.add_row("time", f"{found['hours']:,.1f} hours, {found['device_hours']:,.0f} device hours")
     return table
-
-
-def sizes_of_parts(sizes: dict[str, float]) -> dict[str, str]:
-    return {part: gigabytes(size) for part, size in sizes.items() if size and part != "total"}
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB"
