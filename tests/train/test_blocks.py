@@ -1,5 +1,4 @@
-"""Compiled blocks train what plain ones do, are compiled once, and leave no trace; no step waits for its device, but
-to log. Without a GPU the device is `meta`: tensors on it have no values, so that whoever reads one fails."""
+"""Compiled blocks train what plain ones do and leave no trace; no step waits for its device, but to log."""
 
 import shutil
 from types import SimpleNamespace
@@ -116,7 +115,8 @@ def test_a_compiled_run_answers_saves_and_resumes_as_a_plain_one(fresh_compiler,
 
 
 class Sent(TorchDispatchMode):
-    """Counts what goes from the host to the device while the host waits, and what comes back."""
+    """Counts what goes from the host to the device while the host waits, and what comes back. Without a GPU the device
+    is torch's `meta`: tensors on it have no values, so that whoever reads one fails."""
 
     # their gradients read sizes, which shows on a GPU alone
     HIDDEN = ("aten::masked_scatter_backward", "aten::masked_select", "aten::masked_select_backward")
@@ -145,8 +145,8 @@ def device_batch(distill_only=False):
     return {name: value if name in ON_HOST else value.to("meta") for name, value in batch.items()}
 
 
-HOW = ("recomputed", "in parts", "images alone", "bf16", "all targets")
 FAMILIES = ("llama", "gemma3_text", "gpt_neox")
+HOW = ("recomputed", "in parts", "images alone", "bf16", "all targets")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
-"""A run that is stopped, or killed without warning, goes on as if nothing had been, of one process and of two; and no
-run is overwritten."""
+"""A stopped or killed run goes on as if nothing had been, of one process and of two; no run is overwritten."""
 
 import json
 import os

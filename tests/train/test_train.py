@@ -1,5 +1,4 @@
-"""What trains in each stage, from which start and how fast; a run on tiny random models learns, and leaves what it
-promises."""
+"""What trains in each stage, from which start and how fast; a run learns, and leaves what it promises."""
 
 import json
 import shutil

@@ -119,8 +119,7 @@ class ProgressCallback(TrainerCallback):
 
 
 class SampleGenerationCallback(TrainerCallback):
-    """Answers the recipe's sample questions at each checkpoint, so that a person can watch the model learn; a
-    ValueError where an image cannot be read, before training."""
+    """Answers the recipe's sample questions at each checkpoint; a ValueError if an image cannot be read, at once."""
 
     def __init__(
         self, samples: Sequence[SampleGenerationSection], processor: VoraProcessor, log_file: Path, console: Console

@@ -103,9 +103,7 @@ def training_arguments(recipe: Recipe, directory: str | Path) -> TrainingArgumen
     accepted. Which blocks are computed again is not the Trainer's part."""
     values = DEFAULTS | {key: value for key, value in recipe.training.items() if key not in CHECKPOINTING}
     if values.get("max_steps", -1) < 1:
-        raise ValueError(
-            "training.max_steps is missing: sequences are packed from an endless stream, so say how many steps."
-        )
+        raise ValueError("training.max_steps is missing: sequences are packed without end, so say how many steps.")
     try:
         arguments = TrainingArguments(output_dir=str(directory), **values)
     except (ValueError, TypeError) as error:

@@ -50,12 +50,9 @@ def train(
     recipe: Recipe, run_directory: str | Path, resume: bool = False, console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> VoraTrainer:  # fmt: skip
-    """Run a recipe, or go on from the newest checkpoint in its directory; the trainer is returned after training.
-
-    Raises:
-        ValueError: bad recipe, data or directory; before any work starts where that can be known.
-        InterruptedError: a signal stopped the run; the message says how to go on.
-    """
+    """Run a recipe, or go on from the newest checkpoint in its directory; the trainer is returned after training. A
+    ValueError names a bad recipe, data or directory, before any work where that can be known; an InterruptedError says
+    how to go on from where a signal stopped the run."""
     console, directory = console or Console(stderr=True), Path(run_directory)
     check_recipe(recipe)
     checkpoint = find_checkpoint(directory, resume)
@@ -79,8 +76,7 @@ def train(
         recipe, objective, arguments, train_dataset=sequences, processing_class=processor, callbacks=own
     )
     trainer.remove_callback(PrinterCallback)
-    # an accelerate configuration may ask for FSDP too
-    check_fsdp(recipe, trainer.is_fsdp_enabled, checkpoint is not None)
+    check_fsdp(recipe, trainer.is_fsdp_enabled, checkpoint is not None)  # as an accelerate configuration may ask
     try:
         if checkpoint is not None and last_step(checkpoint) >= arguments.max_steps:
             trainer.restore(checkpoint)  # killed after its last step: the Trainer would do one more

@@ -66,13 +66,9 @@ def steps_that_fit(
     objective: Objective, sequences: PackedSequences, arguments: TrainingArguments, minutes: float,
     num_distill_only: int,
 ) -> int:  # fmt: skip
-    """How many optimizer steps of a recipe fit a time budget on this machine, at most `max_steps`; the minutes are for
-    everything from here to the last step, these measurements included. Each kind of steps is tried on an iterator
-    of its own, so that the order of the data is untouched.
-
-    Raises:
-        ValueError: not even twenty steps fit after those that only distill.
-    """
+    """How many optimizer steps of a recipe fit so many minutes from here on, these measurements included, at most
+    `max_steps`; a ValueError where not even twenty do after those that only distill. Each kind of steps is tried on an
+    iterator of its own, so that the order of the data is untouched."""
     start = time.perf_counter()
     whole = MARGIN * seconds_per_step(objective, sequences, sequences.training_sequences(), arguments)
     distill_only = 0.0

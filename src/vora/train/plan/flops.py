@@ -30,13 +30,9 @@ class Row:
 
 
 def sequence_flops(objective: Objective, row: Row, num_recomputed: int = 0, num_rows: int = 1) -> dict[str, float]:
-    """{part: FLOPs} of one row, forward and backward, and their sum `total`.
-
-    Args:
-        objective: on whatever device (meta will do).
-        num_recomputed: the first so many blocks are computed again in the backward pass, and the heads.
-        num_rows: rows of a batch, whose logits are computed again too if they are made in parts (`losses_of_labels`).
-    """
+    """{part: FLOPs} of one row, forward and backward, and their sum `total`. The first `num_recomputed` blocks are
+    computed again in the backward pass, and the heads; so are the logits of a batch of `num_rows` if they are made in
+    parts (`losses_of_labels`)."""
     config, paired = objective.config.get_text_config(), objective.paired_blocks
     num_pairs = 0 if objective.distillation is None else len(objective.distillation.pairs)
     blocks = list(objective.vora.model.blocks)

@@ -33,12 +33,8 @@ def step_memory(
 ) -> dict[str, float]:  # fmt: skip
     """{part: bytes} on one device at the moment of a step when most are in use, and their sum `total`. `loss` is zero
     when the optimizer's update is that moment, `gradients` when they do not exist yet.
-
-    Args:
-        accumulates: whether gradients of earlier micro-batches are held during the forward pass.
-        num_shards: devices over which FSDP spreads weights, gradients and optimizer; 1 without it.
-        num_processes: with several and no sharding, DDP holds the gradients a second time in its buckets.
-    """
+    FSDP spreads weights, gradients and optimizer over `num_shards`; without it, several processes hold gradients a
+    second time, in DDP's buckets. Who accumulates holds those of earlier micro-batches in the forward pass."""
     found = traced(objective, row, num_rows, bf16, num_recomputed)
     gradients = bytes_of(trained_parameters(objective)) / num_shards
     largest_block = max(bytes_of(block.parameters()) for block in objective.vora.model.blocks)

@@ -24,11 +24,8 @@ SHAPE_OF_ALIAS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 def meta_model(recipe: Recipe, beside: str | Path | None = None) -> tuple[Objective, list[str]]:
     """(The objective of a recipe on the meta device, remarks on what was assumed). A stage-2 recipe whose model is not
-    there yet is planned as what pretrain.yaml in the folder `beside` it will make.
-
-    Raises:
-        ValueError: a configuration cannot be found, the parts do not fit, or the recipe goes LLaVA's way.
-    """
+    there yet is planned as what pretrain.yaml in the folder `beside` it will make. A ValueError where a
+    configuration cannot be found, the parts do not fit, or the recipe goes LLaVA's way."""
     vora, encoder = recipe.model.vora, recipe.model.encoder
     is_there = vora is not None and Path(vora).exists()
     if encoder is not None or (is_there and read_info(str(vora)).is_llava):

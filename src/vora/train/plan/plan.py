@@ -35,12 +35,9 @@ def plan(
 
     Args:
         beside: the recipe's folder, see `meta_model`.
-        utilization: the share of the device's peak that training reaches: an assumption, and the answer's largest
-            uncertainty. Recomputed blocks count as work.
+        utilization: the share of the device's peak that training reaches, recomputed blocks included: an assumption,
+            and the answer's largest uncertainty.
         num_text_tokens, num_labels: of a sample, and those of them that are learned, where the data is not here.
-
-    Raises:
-        ValueError: see `check_recipe`, `meta_model` and `training_arguments`.
     """
     check_recipe(recipe)
     objective, remarks = meta_model(recipe, beside)
