@@ -148,7 +148,7 @@ def plan(
 
     from vora.train.plan.device import GPUS, device_at_hand
     from vora.train.plan.plan import plan as run
-    from vora.train.plan.tables import tables
+    from vora.train.plan.plan import tables
     from vora.train.recipe import load_recipe
 
     if gpu is not None and gpu.lower() not in GPUS:

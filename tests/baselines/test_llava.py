@@ -23,8 +23,7 @@ from vora.train.plan.meta_model import meta_model
 from vora.train.plan.plan import tokens_of_budget
 from vora.train.recipe import load_recipe
 from vora.train.run import train
-from vora.train.stages import build_objective, build_processor, load_vit
-from vora.train.trainable import check_trainable, trainable_counts
+from vora.train.stages import build_objective, build_processor, check_trainable, load_vit, trainable_counts
 
 SIDE = PATCH * GRID
 SHAPE = {

@@ -1,5 +1,6 @@
 """Recipes on tiny models, and the data that they read."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from tiny import save_tiny_vit
 
 from vora.train.recipe import Recipe, load_recipe
 
+gc.freeze()  # the Trainer collects garbage after each run: not among all that was imported
+
 
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -23,7 +26,7 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_lines(folder / "train.jsonl", lines)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe(llm_folder: str, data_file: str, teacher_folder: str) -> Callable[..., Recipe]:
     """Of a run of six steps, the first two of which only distill; takes fields of `training`."""
     return lambda **training: load_recipe(
@@ -50,15 +53,13 @@ def two_sources(tmp_path_factory: pytest.TempPathFactory, llm_folder: str) -> Pa
     write_lines(folder / "images.jsonl", images)
     write_lines(folder / "texts.jsonl", [{"question": f"say {n}", "answer": f"{n}"} for n in range(50)])
     save_tiny_vit(folder / "vit")
+    sources = [{"path": "images.jsonl", "weight": 2}, {"path": "texts.jsonl", "weight": 1}]
     values = {
         "model": {"llm": llm_folder},
         "teacher": {"name": "vit", "distill_only_steps": 8},
-        "data": {
-            "sources": [{"path": "images.jsonl", "weight": 2}, {"path": "texts.jsonl", "weight": 1}],
-            "sequence_length": 128, "image_tokens": [2, 9],
-        },
+        "data": {"sources": sources, "sequence_length": 128, "image_tokens": [2, 9]},
         "training": {
-            "max_steps": 60, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1,
+            "max_steps": 30, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1,
             "save_steps": 3, "dataloader_num_workers": 2, "use_cpu": True, "learning_rate": 1e-3,
         },
     }  # fmt: skip

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from vora.train.recipe import Recipe
@@ -17,8 +18,12 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), 
 NAMED = ("lm_loss", "distill_loss")
 
 
-def run(recipe: Recipe, folder: Path, **kwargs: object) -> VoraTrainer:
-    return train(recipe, folder, console=Console(quiet=True), **kwargs)
+def run(recipe: Recipe, folder: Path, draws: bool = False, **kwargs: object) -> VoraTrainer:
+    """A run that prints nothing, and draws its losses only where it should."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not draws:
+            patch.setattr("vora.train.run_log.save_figure", lambda figure, file: None)
+        return train(recipe, folder, console=Console(quiet=True), **kwargs)
 
 
 def losses(folder: Path, names: tuple[str, ...] = NAMED) -> dict[int, list[float | None]]:
@@ -26,17 +31,17 @@ def losses(folder: Path, names: tuple[str, ...] = NAMED) -> dict[int, list[float
     return {line["step"]: [line.get(name) for name in names] for line in read_log(folder / "log.jsonl")}
 
 
+def close_to(found: dict[int, list[float | None]], **tolerance: float) -> dict:
+    """What `losses` gave, to be compared with another run's."""
+    return {step: pytest.approx(values, **tolerance) for step, values in found.items()}
+
+
 def start(recipe: Path, folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
     """`vora train` in a process of its own, perhaps under a launcher such as torchrun."""
     command = [sys.executable, *(launcher or ("-m",)), "vora.cli", "train", str(recipe), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [*command, "--out", str(folder)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*command, "--out", str(folder)], env=environment, start_new_session=True, **streams)
 
 
 def finish(process: subprocess.Popen) -> None:

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from vora.eval.evaluation import Evaluation
 from vora.eval.run import evaluation_of
-from vora.train.checks import check_recipe
+from vora.train.from_recipe import check_recipe
 from vora.train.recipe import Recipe, Section, load_recipe, read_yaml, validated
 
 VARIANT = r"\w[\w=.,+-]*"  # a variant's name is also its folder's

@@ -28,17 +28,14 @@ from vora.train.run_log import read_log
 
 class StopOnSignal(TrainerCallback):
     """On SIGINT or SIGTERM: save at the end of the step, stop, and let the run say how to go on. A signal that reached
-    one of several processes, or some of them a step later, stops all after the same step: else they would wait for
-    each other."""
+    only some of several processes stops all after the same step: else they would wait for each other."""
 
     def __init__(self) -> None:
         self.caught: str | None = None
         self._previous: dict[int, Any] = {}
         self._all: dist.ProcessGroup | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._catch)
         if args.world_size > 1:
@@ -49,9 +46,7 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt  # a second signal does not wait for the step
         self.caught = signal.Signals(number).name
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._all is not None:
             caught = torch.tensor(int(self.caught is not None))
             dist.all_reduce(caught, dist.ReduceOp.MAX, group=self._all)
@@ -72,7 +67,7 @@ class CardCallback(TrainerCallback):
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             folder = str(newest_checkpoint(self.directory))
             write_run_card(folder, self.directory, state.global_step)
@@ -82,41 +77,31 @@ class CardCallback(TrainerCallback):
 class ProgressCallback(TrainerCallback):
     """A bar with the losses, speeds and the share of time spent waiting for data; log lines also go to a file."""
 
-    def __init__(self, console: Console, log_file: str | Path) -> None:
-        self.console, self.log_file = console, Path(log_file)
+    def __init__(self, console: Console, log_file: Path) -> None:
+        self.console, self.log_file = console, log_file
         self.bar: Progress | None = None
         self.task = TaskID(0)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        if self.log_file.exists():  # lines after the checkpoint that the run resumes from are repeated: drop them
-            kept = [line for line in read_log(self.log_file) if line["step"] <= state.global_step]
-            self.log_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        # lines after the checkpoint that the run resumes from are repeated: drop them
+        kept = [json.dumps(line) + "\n" for line in read_log(self.log_file) if line["step"] <= state.global_step]
+        self.log_file.write_text("".join(kept))
         columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}")]
         self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, redirect_stdout=False)
         self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
         self.bar.start()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps and args.logging_strategy != "no":
             control.should_log = True  # also of a run that is shorter than the distance between two lines
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        logs = logs or {}
         if self.bar is None or "samples_per_second" not in logs:
             return
         with self.log_file.open("a") as file:
@@ -128,63 +113,41 @@ class ProgressCallback(TrainerCallback):
         if not self.console.is_terminal:  # a bar needs a terminal; a file gets lines
             self.console.print(f"step {state.global_step}/{state.max_steps}  {text}", soft_wrap=True)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:
             self.bar.stop()
 
 
 class SampleGenerationCallback(TrainerCallback):
-    """Answers the recipe's sample questions at each checkpoint, so that a person can watch the model learn.
-
-    Raises:
-        ValueError: an image cannot be read; at once, before training.
-    """
+    """Answers the recipe's sample questions at each checkpoint; a ValueError if an image cannot be read, at once."""
 
     def __init__(
-        self,
-        samples: Sequence[SampleGenerationSection],
-        processor: VoraProcessor,
-        log_file: str | Path,
-        console: Console,
+        self, samples: Sequence[SampleGenerationSection], processor: VoraProcessor, log_file: Path, console: Console
     ) -> None:
         self.samples = [(fetch_image(sample.image), sample) for sample in samples]
-        self.processor, self.log_file, self.console = processor, Path(log_file), console
+        self.processor, self.log_file, self.console = processor, log_file, console
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         if not self.samples or not state.is_world_process_zero:
             return
-        objective = model.module if hasattr(model, "module") else model
+        objective = getattr(model, "module", model)
         answers = [self.answer(objective.vora, image, sample.question) for image, sample in self.samples]
         objective.train()
         with self.log_file.open("a") as file:
             file.write(json.dumps({"step": state.global_step, "answers": answers}) + "\n")
-        for (_, sample), answer in zip(self.samples, answers):
+        for (image, sample), answer in zip(self.samples, answers):
             question = escape(f"{Path(sample.image).name}: {sample.question}")  # a model may say [/INST]
             self.console.print(f"  {question} [bold]{escape(answer)}[/bold]")
 
     @torch.inference_mode()
-    def answer(
-        self, model: VoraForConditionalGeneration, image: Image.Image, question: str, max_new_tokens: int = 24
-    ) -> str:
+    def answer(self, model: VoraForConditionalGeneration, image: Image.Image, question: str) -> str:
         """A greedy answer to a question about an image."""
         model.eval()
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        inputs = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        messages, options = [{"role": "user", "content": content}], {"return_dict": True, "return_tensors": "pt"}
+        inputs = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, **options)
+        output = model.generate(**inputs.to(model.device), max_new_tokens=24, do_sample=False)
         new = output[0, inputs["input_ids"].shape[1] :]
         return self.processor.tokenizer.decode(new, skip_special_tokens=True).strip()

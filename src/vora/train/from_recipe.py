@@ -1,5 +1,6 @@
-"""What the sections of a recipe become before training: arguments, sources, packed sequences."""
+"""What a recipe must not ask for, and what its sections become before training: arguments, sources, sequences."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,77 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,  # ProgressCallback shows its own bar, with all losses
     "dataloader_pin_memory": False,
 }
+NO_EVALUATION = "has no samples to evaluate on: `vora eval` measures a checkpoint, sample_generations shows answers"
+NOT_SUPPORTED = {  # fields of TrainingArguments
+    "data_seed": "would change nothing: the order of the data follows training.seed",
+    "label_smoothing_factor": "would change nothing: losses are those of vora.distill.Objective, not the Trainer's",
+    "auto_find_batch_size": "would change nothing: sequences are packed before a batch is tried; ask `vora plan`",
+    "save_only_model": "would leave checkpoints without their place in the data, from which nothing can resume",
+    "use_liger_kernel": "would change nothing: logits are made at labels alone already, in parts of bounded size",
+    "neftune_noise_alpha": "is not supported: its noise would reach the text tokens alone, and the KL's LLM too",
+    "eval_strategy": NO_EVALUATION,
+    "eval_on_start": NO_EVALUATION,
+    "load_best_model_at_end": NO_EVALUATION,
+}
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise where a run that is to begin asks for what nothing would come of; recipes of runs that were trained before
+    may, and are read."""
+    if recipe.stage == "finetune" and recipe.teacher is not None:
+        raise ValueError("stage finetune has no teacher, so its section would change nothing: set teacher=null")
+    if (num := recipe.distill_only_steps) and recipe.teacher is not None and recipe.teacher.weight == 0:
+        raise ValueError(f"with teacher.weight 0 nothing is distilled, but distill_only_steps is {num}: set it to 0")
+    defaults = {field.name: field.default for field in fields(TrainingArguments)}
+    for key, why in NOT_SUPPORTED.items():
+        if recipe.training.get(key, defaults[key]) != defaults[key]:
+            raise ValueError(f"training.{key} {why}: leave it out")
+
+
+def check_one_gpu_per_process(arguments: TrainingArguments) -> None:
+    """Raise where one process sees several GPUs: packed batches cannot be cut for `torch.nn.DataParallel`, which
+    transformers' Trainer would take."""
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {arguments.n_gpu} GPUs: start one for each with `torchrun --nproc_per_node "
+            f"{arguments.n_gpu} -m vora.cli train ...`, or show it one with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def check_fsdp(recipe: Recipe, are_spread: bool, resumes: bool = False) -> None:
+    """Raise where weights that FSDP spreads over processes, which then have to compute in step, are asked for what one
+    process does alone, or for whole weights. `are_spread` by the recipe, or by an accelerate configuration."""
+    needs = {
+        "--resume reads whole weights back": resumes,
+        "sample_generations are made in one process alone": recipe.sample_generations,
+        "lora.text_kl_weight runs the LLM once more only where a batch has text": (
+            recipe.stage == "pretrain" and recipe.lora.text_kl_weight
+        ),
+    }
+    wrong = [what for what, is_so in needs.items() if is_so]
+    if are_spread and wrong:
+        raise ValueError(
+            f"{'; '.join(wrong)}: with weights that FSDP spreads that fails, or waits for ever. Train with DDP "
+            "(torchrun alone, without training.fsdp), or leave it out."
+        )
+
+
+def check_sequence_length(recipe: Recipe, objective: Objective) -> None:
+    """Raise if a packed sequence would exceed the LLM's context."""
+    limit = getattr(objective.config.get_text_config(), "max_position_embeddings", None)
+    if limit and recipe.data.sequence_length > limit:
+        raise ValueError(
+            f"data.sequence_length is {recipe.data.sequence_length}, but the LLM's context holds {limit} tokens: "
+            "lower it."
+        )
 
 
 def training_arguments(recipe: Recipe, directory: str | Path) -> TrainingArguments:
-    """TrainingArguments of a recipe, over our defaults; which blocks are computed again is not the Trainer's part.
-
-    Raises:
-        ValueError: `max_steps` is missing, or a value is not accepted.
-    """
+    """TrainingArguments of a recipe, over our defaults; a ValueError where `max_steps` is missing, or a value is not
+    accepted. Which blocks are computed again is not the Trainer's part."""
     values = DEFAULTS | {key: value for key, value in recipe.training.items() if key not in CHECKPOINTING}
     if values.get("max_steps", -1) < 1:
-        raise ValueError(
-            "training.max_steps is missing: sequences are packed from an endless stream, so say how many steps."
-        )
+        raise ValueError("training.max_steps is missing: sequences are packed without end, so say how many steps.")
     try:
         arguments = TrainingArguments(output_dir=str(directory), **values)
     except (ValueError, TypeError) as error:
@@ -54,69 +113,41 @@ def training_arguments(recipe: Recipe, directory: str | Path) -> TrainingArgumen
 
 
 def open_sources(data: DataSection) -> list[Source]:
-    """The sources of a recipe's data section.
-
-    Raises:
-        ValueError: one of them holds nothing usable.
-    """
-    return [
-        load_source(
-            source.path,
-            source.split,
-            RowOptions(data.prompts, source.columns or {}, data.allow_urls),
-            subset=source.subset,
-            image_folder=source.image_folder,
-            max_samples=source.max_samples,
-        )
-        for source in data.sources
-    ]
+    """The sources of a recipe's data section; a ValueError where one of them holds nothing usable."""
+    sources = []
+    for one in data.sources:
+        options = RowOptions(data.prompts, one.columns or {}, data.allow_urls)
+        part: dict[str, Any] = {"subset": one.subset, "max_samples": one.max_samples}
+        sources.append(load_source(one.path, one.split, options, image_folder=one.image_folder, **part))
+    return sources
 
 
 def packed_sequences(
-    recipe: Recipe,
-    sources: list[Source],
-    processor: VoraProcessor,
-    arguments: TrainingArguments,
+    recipe: Recipe, sources: list[Source], processor: VoraProcessor, arguments: TrainingArguments,
     bad_samples: Path | None = None,
-) -> PackedSequences:
+) -> PackedSequences:  # fmt: skip
     """This process's part of the sequences that a recipe trains on."""
     data = recipe.data
     weights = [source.weight for source in data.sources if source.weight is not None]  # of all sources, or of none
     sequences_per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     return PackedSequences(
-        sources,
-        processor,
-        data.sequence_length,
-        weights=weights or None,
+        sources, processor, data.sequence_length, weights=weights or None, seed=arguments.seed,
         distill_only_sequences=recipe.distill_only_steps * sequences_per_step,
-        seed=arguments.seed,
-        bad_samples=bad_samples,
-        max_bad_share=data.max_bad_share,
-        num_workers=arguments.dataloader_num_workers,
-        rank=arguments.process_index,
-        num_ranks=arguments.world_size,
-        answer_balance=data.answer_balance,
-        questions_per_image=data.questions_per_image,
-        image_tokens=data.image_tokens,
+        bad_samples=bad_samples, max_bad_share=data.max_bad_share, num_workers=arguments.dataloader_num_workers,
+        rank=arguments.process_index, num_ranks=arguments.world_size,
+        answer_balance=data.answer_balance, questions_per_image=data.questions_per_image,
+        image_tokens=data.image_tokens, text_only=data.text_only,
         augment=[source.augment and source.augment.model_dump() for source in data.sources],
-        text_only=data.text_only,
         text_kl_weight=recipe.stage == "pretrain" and recipe.lora.text_kl_weight > 0,
-    )
+    )  # fmt: skip
 
 
 def with_planned_steps(
-    recipe: Recipe,
-    objective: Objective,
-    sequences: PackedSequences,
-    arguments: TrainingArguments,
+    recipe: Recipe, objective: Objective, sequences: PackedSequences, arguments: TrainingArguments,
     checkpoint: str | None,
-) -> Recipe:
-    """The recipe with as many steps as fit its `max_minutes`, which a resumed run repeats; `arguments` get them too.
-
-    Args:
-        checkpoint: that the run goes on from. Its steps were planned when it began: another number would be another
-            schedule.
-    """
+) -> Recipe:  # fmt: skip
+    """The recipe with as many steps as fit its `max_minutes`, which a resumed run repeats; `arguments` get them too. A
+    run that goes on from a checkpoint has the steps planned when it began: others would be another schedule."""
     minutes = recipe.max_minutes
     if minutes is None:
         return recipe

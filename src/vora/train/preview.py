@@ -10,6 +10,8 @@ from rich.table import Table
 
 from vora.data.page import write_page
 from vora.data.stats import dataset_statistics, write_summary
+from vora.data.stream import PackedSequences
+from vora.model.processing_vora import VoraProcessor
 from vora.train.from_recipe import open_sources, packed_sequences, training_arguments
 from vora.train.recipe_sections import DataSection, Recipe
 from vora.train.stages import build_processor, load_vit
@@ -18,29 +20,12 @@ from vora.train.stages import build_processor, load_vit
 def preview(
     recipe: Recipe, out: Path, num_shown: int, max_samples: int | None, num_workers: int, console: Console
 ) -> dict[str, Any]:
-    """Leave summary.json, samples.html and bad_samples.jsonl in a folder.
-
-    Args:
-        num_shown: samples on the page.
-        max_samples: rows of each source to read; None for all.
-
-    Returns:
-        The summary.
-
-    Raises:
-        ValueError: a source holds nothing usable.
-    """
-    recipe = recipe.model_copy(deep=True)
-    for source in recipe.data.sources:
-        limits = [limit for limit in (source.max_samples, max_samples) if limit is not None]
-        source.max_samples = min(limits) if limits else None
-    sources = open_sources(recipe.data)
-    processor = build_processor(recipe, load_vit(recipe))
-    recipe.training = {"max_steps": 1, "use_cpu": True, "seed": recipe.training.get("seed", 42)}
-    sequences = packed_sequences(recipe, sources, processor, training_arguments(recipe, out))
+    """Leave summary.json, samples.html (of `num_shown` samples) and bad_samples.jsonl in a folder; return the summary.
+    Of each source at most `max_samples` rows are read; a ValueError where one holds nothing usable."""
+    sequences, processor = sequences_to_read(recipe, max_samples)
     columns = (TextColumn("reading"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=sum(map(len, sources)))
+        task = bar.add_task("", total=sum(map(len, sequences.maker.sources)))
         summary, bad = dataset_statistics(
             sequences, source_names(recipe.data), num_workers, lambda count: bar.advance(task, count)
         )
@@ -54,14 +39,24 @@ def preview(
     return summary
 
 
+def sequences_to_read(recipe: Recipe, max_samples: int | None) -> tuple[PackedSequences, VoraProcessor]:
+    """The sequences of a recipe's data, of at most so many rows of each source, and the processor, without a run."""
+    recipe = recipe.model_copy(deep=True)
+    for source in recipe.data.sources:
+        limits = [limit for limit in (source.max_samples, max_samples) if limit is not None]
+        source.max_samples = min(limits, default=None)
+    sources = open_sources(recipe.data)
+    processor = build_processor(recipe, load_vit(recipe))
+    recipe.training = {"max_steps": 1, "use_cpu": True, "seed": recipe.training.get("seed", 42)}
+    return packed_sequences(recipe, sources, processor, training_arguments(recipe, ".")), processor
+
+
 def source_names(data: DataSection) -> list[str]:
     """A name for each source: its path, and its split or number where paths alone are the same."""
-    names = [source.path for source in data.sources]
-    if len(set(names)) < len(names):
-        names = [f"{source.path} ({source.split})" for source in data.sources]
-    if len(set(names)) < len(names):
-        names = [f"{number}: {name}" for number, name in enumerate(names)]
-    return names
+    paths = [source.path for source in data.sources]
+    with_splits = [f"{source.path} ({source.split})" for source in data.sources]
+    numbered = [f"{number}: {name}" for number, name in enumerate(with_splits)]
+    return next(names for names in (paths, with_splits, numbered) if len(set(names)) == len(names))
 
 
 def table_of(summary: dict[str, Any]) -> Table:
@@ -70,14 +65,9 @@ def table_of(summary: dict[str, Any]) -> Table:
     for name in ("source", "rows", "bad", "share of samples", "share of tokens", "tokens per sample"):
         table.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
     for one in summary["sources"]:
+        name, counts = one["name"].removeprefix(f"{Path.cwd()}/"), [f"{one[key]:,}" for key in ("num_rows", "num_bad")]
         shares = [f"{100 * one[key]:.1f} %" for key in ("share_of_samples", "share_of_tokens")]
-        table.add_row(
-            one["name"].removeprefix(f"{Path.cwd()}/"),
-            f"{one['num_rows']:,}",
-            f"{one['num_bad']:,}",
-            *shares,
-            f"{one['mean_tokens'] or 0:,.0f}",
-        )
+        table.add_row(name, *counts, *shares, f"{one['mean_tokens'] or 0:,.0f}")
     length, share = summary["sequence_length"], 100 * summary["packing_efficiency"]
     speed = f"{summary['samples_per_second']:,.0f} samples read per second"
     table.caption = f"packed sequences of {length:,} tokens are {share:.1f} % full; {speed}"

@@ -1,5 +1,6 @@
 """The recipe of a run: strict YAML, in which an unknown key is an error that names the nearest known one."""
 
+import re
 from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
@@ -10,10 +11,7 @@ from pydantic import ValidationError
 
 from vora.build.base_llm import ALIASES
 from vora.data.readers import EASY_VQA
-from vora.train.recipe_sections import ModelSection, Recipe, Section, nearest
-from vora.train.yaml_file import read_yaml, yaml_value
-
-__all__ = ["ModelSection", "OLD_KEYS", "Recipe", "Section", "load_recipe", "read_yaml", "save_recipe", "validated"]
+from vora.train.recipe_sections import Recipe, Section, nearest
 
 OLD_KEYS = {  # what keys of recipes and specifications of ablations were called, and are called now
     "lora.keep_text": "lora.text_kl_weight",
@@ -25,23 +23,68 @@ OLD_KEYS = {  # what keys of recipes and specifications of ablations were called
     "watch": "sample_generations",
     "arms": "variants",
 }
-GONE_KEYS = {
-    "lora.spare_text": "lora.text_kl_weight alone keeps text now",
-    "teacher.weight_end": "teacher.weight holds to the last step now",
-}
 AnySection = TypeVar("AnySection", bound=Section)
 
 
+class StrictLoader(yaml.SafeLoader):
+    """YAML whose plain scalars mean what YAML 1.2 says, not 1.1, as PyYAML's: `no`, 2020-01-01 and 1:30 are texts,
+    1e-3 is a number. A key that is there twice is an error."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ValueError(
+                    f"the key {key.value} is there twice, in line {lines[key.value]} and in line {line}: keep one"
+                )
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+for tag, pattern, first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", r"<<", "<"),
+):
+    StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What a YAML file of keys holds; a ValueError where it cannot be read, is no YAML, has no keys, or one twice."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
+    except OSError as error:
+        raise ValueError(f"Cannot read recipe {path}: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text (byte {error.start}): save it as UTF-8.") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no keys: a recipe has at least model and data.")
+    return values
+
+
+def yaml_value(text: str) -> Any:
+    """The value that a text stands for in YAML; what is no YAML, such as *.parquet, is that text."""
+    try:
+        return yaml.load(text, StrictLoader)
+    except yaml.YAMLError:
+        return text
+
+
 def load_recipe(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:
-    """Read and check a recipe.
-
-    Args:
-        source: path of a YAML file, or a dict.
-        overrides: texts `key=value` with dotted keys, such as `training.learning_rate=1e-3`; values are YAML.
-
-    Raises:
-        ValueError: unknown, old or missing keys, values of the wrong kind, all named in one message.
-    """
+    """Read and check a recipe, of a YAML file or a dict. Overrides are texts `key=value` with dotted keys, such as
+    `training.learning_rate=1e-3`, with values in YAML. A ValueError as of `validated`."""
     name = "recipe" if isinstance(source, dict) else str(source)
     values = source if isinstance(source, dict) else read_yaml(Path(source))
     for override in overrides:
@@ -61,14 +104,8 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
 
 
 def validated(kind: type[AnySection], values: dict[str, Any], name: str) -> AnySection:
-    """Values as a `Section` of that kind.
-
-    Args:
-        name: of where they come from, for messages.
-
-    Raises:
-        ValueError: unknown, old or missing keys, values of the wrong kind, all named in one message.
-    """
+    """Values as a `Section` of that kind; `name` is that of their source in messages. A ValueError names all unknown,
+    old and missing keys and values of the wrong kind in one message."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -84,37 +121,26 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
             section = section[int(part)] if isinstance(section, list) else section.setdefault(part, {})
         section[int(leaf) if isinstance(section, list) else leaf] = value
     except (IndexError, ValueError, TypeError, AttributeError):
-        renamed = _renamed(key)
-        if renamed is not None:
-            raise ValueError(f"{renamed}.") from None
-        raise ValueError(
-            f"{key} names no place in the recipe: check the numbers and names before the last dot."
-        ) from None
+        nowhere = f"{key} names no place in the recipe: check the numbers and names before the last dot"
+        raise ValueError(f"{_renamed(key) or nowhere}.") from None
 
 
 def _renamed(key: str) -> str | None:
     """What to do about a key of earlier versions; None for any other."""
-    if key in OLD_KEYS:
-        return f"{key} is called {OLD_KEYS[key]} now: rename it"
-    return f"{key} is gone, for {GONE_KEYS[key]}: leave it out" if key in GONE_KEYS else None
+    return f"{key} is called {OLD_KEYS[key]} now: rename it" if key in OLD_KEYS else None
 
 
 def _explain(section: type[Section], error: Any) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         for part in error["loc"][:-1]:
-            section = _section_of(section, part)
+            if isinstance(part, str):
+                annotation = section.model_fields[part].annotation
+                candidates = [annotation, *getattr(annotation, "__args__", ())]
+                section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
         return _renamed(place) or f"unknown key {place}{nearest(error['loc'][-1], section.model_fields)}"
     quote = f" (write '{error['input']}' in quotes)" if error["type"] == "string_type" else ""
     return f"{place}: {error['msg']}{quote}" if place else error["msg"]
-
-
-def _section_of(section: type[Section], part: str | int) -> type[Section]:
-    if isinstance(part, int):
-        return section
-    annotation = section.model_fields[part].annotation
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
 
 
 def _resolve_paths(recipe: Recipe, folder: Path) -> None:
@@ -145,10 +171,7 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> None:
         sample.image = beside(sample.image)
     template = recipe.model.chat_template
     if template and "\n" not in template and "{" not in template:
-        recipe.model.chat_template = _read_template(folder / template)
-
-
-def _read_template(path: Path) -> str:
-    if not path.exists():
-        raise ValueError(f"model.chat_template {path} does not exist: give a path beside the recipe, or Jinja text.")
-    return path.read_text()
+        path = folder / template
+        if not path.exists():
+            raise ValueError(f"model.chat_template {path} does not exist: give a path beside the recipe, or Jinja.")
+        recipe.model.chat_template = path.read_text()

@@ -25,29 +25,17 @@ class ModelSection(Section):
 
     llm: str | None = Field(None, description="The LLM to begin with: an alias, hub id, folder, or folder with GGUF.")
     vora: str | None = Field(None, description="The VoRA model to go on with: a run, a folder or a hub id.")
-    encoder: str | None = Field(
-        None, description="LLaVA's way, as a baseline: a ViT that stays on, frozen, behind a projector."
-    )
+    encoder: str | None = Field(None, description="LLaVA's way, as a baseline: a frozen ViT behind a projector.")
     patch_size: int | None = Field(None, description="Side of a patch in pixels; default: the teacher's.")
-    image_size: int | None = Field(
-        None, description="Side in pixels of the square that the learned positions are made for."
-    )
+    image_size: int | None = Field(None, description="Side in pixels of the square of the learned positions.")
     patch_merge: int = Field(1, ge=1, description="m: m x m neighbouring patches become one image token.")
-    min_image_tokens: int | None = Field(
-        None, ge=1, description="Fewest tokens of an image, wherever the model is used; smaller images are enlarged."
-    )
-    max_image_tokens: int | None = Field(
-        None, ge=1, description="Most tokens of an image, wherever the model is used; larger images are shrunk."
-    )
-    pad_to_square: bool | None = Field(
-        None, description="Lay images on a black square, as the paper's code, instead of keeping their shape."
-    )
+    min_image_tokens: int | None = Field(None, ge=1, description="Fewest tokens of an image; smaller ones grow.")
+    max_image_tokens: int | None = Field(None, ge=1, description="Most tokens of an image; larger ones shrink.")
+    pad_to_square: bool | None = Field(None, description="Lay images on a black square, as the paper's code does.")
     image_attention: Literal["bidirectional", "causal"] = Field(
         "bidirectional", description="Whether the tokens of an image see all of it, or only those before."
     )
-    chat_template: str | None = Field(
-        None, description="Jinja text, or a path beside the recipe; default: the tokenizer's own."
-    )
+    chat_template: str | None = Field(None, description="Jinja text, or a path beside the recipe; default: the LLM's.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Precision of the weights that do not train."
     )
@@ -59,10 +47,6 @@ class ModelSection(Section):
     def one_source(self) -> "ModelSection":
         if (self.llm is None) == (self.vora is None):
             raise ValueError("give exactly one of llm (a fresh start) and vora (a model that has vision)")
-        return self
-
-    @model_validator(mode="after")
-    def as_llava(self) -> "ModelSection":
         if self.encoder is None:
             return self
         if self.vora is not None:
@@ -80,15 +64,9 @@ class LoraSection(Section):
     """The vision LoRA, in stage pretrain."""
 
     rank: int = Field(32, ge=1, description="Rank of each pair of matrices; there is no alpha.")
-    num_blocks: int | None = Field(
-        None, ge=1, description="How many of the LLM's first blocks get LoRA; default: as many as the teacher has."
-    )
-    target_modules: list[str] | None = Field(
-        None, description="Names of the linear layers that get LoRA; default: all of a block."
-    )
-    text_kl_weight: float = Field(
-        0.0, ge=0, description="Weight of the KL divergence from the LLM without LoRA, on samples of text alone."
-    )
+    num_blocks: int | None = Field(None, ge=1, description="Number of first blocks with LoRA; default: the teacher's.")
+    target_modules: list[str] | None = Field(None, description="Linear layers that get LoRA, by name; default: all.")
+    text_kl_weight: float = Field(0.0, ge=0, description="Weight of the KL divergence from the LLM, on text alone.")
 
 
 class TeacherSection(Section):
@@ -100,23 +78,15 @@ class TeacherSection(Section):
     center: bool = Field(True, description="Subtract the running mean of the teacher's features.")
     standardize: bool = Field(False, description="Divide them by their running deviation too.")
     summary: bool = Field(False, description="Have the last paired block imitate the teacher's CLS token as well.")
-    spread: bool = Field(
-        False,
-        description="Space the pairs over the deeper of LLM and teacher, instead of pairing block i with block i.",
-    )
+    spread: bool = Field(False, description="Space the pairs over the deeper of both, not block i with block i.")
     pairing: Literal["outputs", "inputs", "hidden_states"] = Field(
         "outputs",
         description="Which states are paired: outputs of blocks, or as the paper's code with AIMv2 (inputs) and with "
         "teachers of transformers (hidden_states).",
     )
-    distill_only_steps: int = Field(
-        0, ge=0, description="First steps, on images alone: only the distillation, and only the paired blocks run."
-    )
+    distill_only_steps: int = Field(0, ge=0, description="First steps, on images alone, that only distill.")
     vision_lr_scale: float = Field(
-        1.0,
-        ge=0,
-        description="Factor on the learning rates of all that those steps train, after them; 0 without such steps "
-        "freezes vision, at no cost, and no teacher is asked.",
+        1.0, ge=0, description="Factor on vision's learning rates after those steps; 0 without such steps freezes it."
     )
     init_from_teacher: bool = Field(True, description="The patch embedding starts as the teacher's.")
 
@@ -151,13 +121,9 @@ class SourceSection(Section):
     path: str = Field(description="A file, a pattern of files, a folder, or a hub id.")
     split: str = Field("train", description="Of a dataset that has several.")
     subset: str | None = Field(None, description="Of a dataset on the Hub: its configuration.")
-    weight: float | None = Field(
-        None, gt=0, description="Share of all samples, relative to the other sources'; default: its number of rows."
-    )
+    weight: float | None = Field(None, gt=0, description="Share of all samples beside the others'; default: its rows.")
     image_folder: str | None = Field(None, description="Where paths of images start; default: beside the file.")
-    columns: dict[str, str] | None = Field(
-        None, description="Our name of a column and the file's, such as {question: query}."
-    )
+    columns: dict[str, str] | None = Field(None, description="Our names of columns and the file's: {question: query}.")
     max_samples: int | None = Field(None, ge=1, description="Read only so many rows, the first.")
     augment: AugmentSection | None = Field(None, description="How its images are changed.")
 
@@ -169,23 +135,17 @@ class DataSection(Section):
     sources: list[SourceSection] = Field(min_length=1, description="Where samples come from.")
     sequence_length: int = Field(1024, ge=8, description="Tokens of a packed sequence.")
     questions_per_image: int | None = Field(
-        None, ge=1, description="Questions of a row that are drawn anew each epoch; default: all."
+        None, ge=1, description="Questions of a row drawn each epoch; default: all."
     )
     answer_balance: float = Field(
         0.0, ge=0, le=1, description="From 0, each label token counts alike, to 1, each answer counts alike."
     )
-    caption_prompts: list[str] = Field(
-        list(DEFAULT_PROMPTS.caption), description="One is drawn as the question of a caption."
-    )
-    label_prompts: list[str] = Field(list(DEFAULT_PROMPTS.label), description="One is drawn as that of a label.")
-    statement_prompts: list[str] = Field(
-        list(DEFAULT_PROMPTS.statement), description="One is drawn as that of a statement."
-    )
+    caption_prompts: list[str] = Field(list(DEFAULT_PROMPTS.caption), description="One is drawn for a caption.")
+    label_prompts: list[str] = Field(list(DEFAULT_PROMPTS.label), description="One is drawn for a label.")
+    statement_prompts: list[str] = Field(list(DEFAULT_PROMPTS.statement), description="One is drawn for a statement.")
     allow_urls: bool = Field(False, description="Fetch images that rows name by URL; otherwise such rows are bad.")
     text_only: bool = Field(False, description="Leave every image out: the baseline that learns from text alone.")
-    image_tokens: tuple[int, int] | None = Field(
-        None, description="[fewest, most]: the most tokens of each image are drawn between these."
-    )
+    image_tokens: tuple[int, int] | None = Field(None, description="[fewest, most]: each image's budget, drawn anew.")
     max_bad_share: float = Field(0.1, ge=0, le=1, description="Stop when more of the samples read are bad.")
 
     @model_validator(mode="after")
@@ -223,9 +183,7 @@ class Recipe(Section):
     data: DataSection = Field(description="What it learns from.")
     learning_rates: LearningRates = Field(LearningRates.model_validate({}), description="Learning rates of parts.")
     sample_generations: list[SampleGenerationSection] = Field([], description="What is answered at every checkpoint.")
-    max_minutes: float | None = Field(
-        None, gt=0, description="Plan fewer steps than training.max_steps if they would take longer here."
-    )
+    max_minutes: float | None = Field(None, gt=0, description="Plan fewer steps than max_steps if they take longer.")
     training: dict[str, Any] = Field({}, description="Fields of transformers.TrainingArguments.")
 
     @property
@@ -244,15 +202,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def one_source_of_vision(self) -> "Recipe":
-        given = {
-            "teacher": self.teacher is not None,
-            "model.encoder": self.model.encoder is not None,
-            "data.text_only": self.data.text_only,
-        }
-        if sum(given.values()) > 1:
+        ways = {"teacher": self.teacher, "model.encoder": self.model.encoder, "data.text_only": self.data.text_only}
+        given = [name for name, value in ways.items() if value]
+        if len(given) > 1:
             raise ValueError(
-                f"{' and '.join(name for name, is_given in given.items() if is_given)} exclude each other: an encoder "
-                "has no teacher, and with text alone nothing is seen; keep one"
+                f"{' and '.join(given)} exclude each other: an encoder has no teacher, and with text alone nothing is "
+                "seen; keep one"
             )
         if self.data.text_only and self.lora.text_kl_weight:
             raise ValueError(
@@ -267,10 +222,6 @@ class Recipe(Section):
             if key not in types:
                 raise ValueError(f"training.{key} is not a field of TrainingArguments{nearest(key, types)}")
         self.training = {key: _as_field(key, types[key], value) for key, value in self.training.items()}
-        return self
-
-    @model_validator(mode="after")
-    def known_recomputation(self) -> "Recipe":
         given = [key for key in CHECKPOINTING if self.training.get(key) is not None]
         if len(given) > 1:
             raise ValueError(f"training.{given[0]} and training.{given[1]} are one thing: give one of them")
@@ -293,8 +244,7 @@ def nearest(key: object, known: Iterable[str]) -> str:
 
 
 def _as_field(key: str, kind: str, value: Any) -> Any:
-    """A value of a recipe as a field of TrainingArguments: `yes` is true where a boolean is taken, and 1e4 steps are
-    10,000."""
+    """A value of a recipe as a field of TrainingArguments: `yes` is true for a boolean, and 1e4 steps are 10,000."""
     if isinstance(value, dict):
         return {name: _as_field(key, "bool", one) for name, one in value.items()}
     if isinstance(value, str) and ("bool" in kind or key == "fsdp"):

@@ -11,50 +11,48 @@ RUN/loss.png, report.md            the losses, and the run in short
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from vora.checkpoint.card import write_run_card
 from vora.checkpoint.run_directory import find_checkpoint, last_step
 from vora.distill.objective import Objective
 from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
-from vora.train.blocks import compile_blocks, recompute_blocks
 from vora.train.callbacks import CardCallback, ProgressCallback, SampleGenerationCallback, StopOnSignal
-from vora.train.checks import check_fsdp, check_one_gpu_per_process, check_recipe, check_sequence_length
-from vora.train.from_recipe import open_sources, packed_sequences, training_arguments, with_planned_steps
+from vora.train.from_recipe import (
+    check_fsdp,
+    check_one_gpu_per_process,
+    check_recipe,
+    check_sequence_length,
+    open_sources,
+    packed_sequences,
+    training_arguments,
+    with_planned_steps,
+)  # fmt: skip
 from vora.train.recipe import save_recipe
 from vora.train.recipe_sections import Recipe
-from vora.train.run_log import draw_losses, write_report
-from vora.train.stages import build_objective, vision_is_frozen
-from vora.train.trainable import trainable_table
+from vora.train.run_log import write_report
+from vora.train.stages import build_objective, trainable_table, vision_is_frozen
 from vora.train.trainer import VoraTrainer
+
+MOST_KINDS = 64  # of compiled blocks: with and without LoRA, of each sort that the LLM has, for one length or any
 
 
 def train(
-    recipe: Recipe,
-    run_directory: str | Path,
-    resume: bool = False,
-    console: Console | None = None,
+    recipe: Recipe, run_directory: str | Path, resume: bool = False, console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-) -> VoraTrainer:
-    """Run a recipe.
-
-    Args:
-        run_directory: where everything goes.
-        resume: go on from the newest checkpoint in it.
-
-    Returns:
-        The trainer, after training.
-
-    Raises:
-        ValueError: bad recipe, data or directory; before any work starts where that can be known.
-        InterruptedError: a signal stopped the run; the message says how to go on.
-    """
+) -> VoraTrainer:  # fmt: skip
+    """Run a recipe, or go on from the newest checkpoint in its directory; the trainer is returned after training. A
+    ValueError names a bad recipe, data or directory, before any work where that can be known; an InterruptedError says
+    how to go on from where a signal stopped the run."""
     console, directory = console or Console(stderr=True), Path(run_directory)
     check_recipe(recipe)
     checkpoint = find_checkpoint(directory, resume)
@@ -70,28 +68,15 @@ def train(
     recipe = with_planned_steps(recipe, objective, sequences, arguments, checkpoint)
     write_what_runs(recipe, directory)
     console.print(trainable_table(objective, recipe.stage))
-    stop = StopOnSignal()
+    stop, progress = StopOnSignal(), ProgressCallback(console, directory / "log.jsonl")
+    answers = directory / "sample_generations.jsonl"
+    samples = SampleGenerationCallback(recipe.sample_generations, processor, answers, console)
+    own = [stop, progress, CardCallback(directory), samples, *callbacks]
     trainer = VoraTrainer(
-        model=objective,
-        args=arguments,
-        train_dataset=sequences,
-        processing_class=processor,
-        learning_rates=recipe.learning_rates.model_dump(exclude_none=True),
-        distill_only_steps=recipe.distill_only_steps,
-        vision_lr_scale=recipe.teacher.vision_lr_scale if recipe.teacher else 1.0,
-        callbacks=[
-            stop,
-            ProgressCallback(console, directory / "log.jsonl"),
-            CardCallback(directory),
-            SampleGenerationCallback(
-                recipe.sample_generations, processor, directory / "sample_generations.jsonl", console
-            ),
-            *callbacks,
-        ],
+        recipe, objective, arguments, train_dataset=sequences, processing_class=processor, callbacks=own
     )
     trainer.remove_callback(PrinterCallback)
-    # an accelerate configuration may ask for FSDP too
-    check_fsdp(recipe, trainer.is_fsdp_enabled, checkpoint is not None)
+    check_fsdp(recipe, trainer.is_fsdp_enabled, checkpoint is not None)  # as an accelerate configuration may ask
     try:
         if checkpoint is not None and last_step(checkpoint) >= arguments.max_steps:
             trainer.restore(checkpoint)  # killed after its last step: the Trainer would do one more
@@ -107,8 +92,7 @@ def train(
     trainer.save_model(directory / "final")  # on all processes, for each may hold a part
     if trainer.is_world_process_zero():
         write_run_card(directory / "final", directory, trainer.state.global_step)
-        draw_losses(directory / "log.jsonl", directory / "loss.png")
-        write_report(recipe, trainer, directory)
+        write_report(recipe, trainer.state.global_step, trainer.num_samples_seen, directory)
     return trainer
 
 
@@ -118,27 +102,42 @@ def prepare(objective: Objective, recipe: Recipe, arguments: TrainingArguments) 
         objective.freeze_vision()
     if not arguments.torch_compile:  # lengths change each step
         use_segmented_sdpa_on_cpu(objective.vora, arguments.device)
-    if recipe.recomputed_blocks:
-        recompute_blocks(objective, recipe.recomputed_blocks, arguments)
+    if wanted := recipe.recomputed_blocks:  # by the objective: the Trainer knows nothing of the first n
+        options = dict(arguments.gradient_checkpointing_kwargs or {})
+        how = {"offload": options.pop("offload")} if "offload" in options else {}
+        objective.gradient_checkpointing_enable(options, None if wanted is True else wanted, **how)
     if arguments.torch_compile:
         compile_blocks(objective, arguments)
 
 
+def compile_blocks(objective: Objective, arguments: TrainingArguments) -> None:
+    """Compile each block by itself, once for all blocks alike, the teacher's too; hooks stay outside of what is
+    compiled. Sequences of another length cost one more compilation, which then serves all lengths. Sample generations,
+    which grow token by token, are not compiled."""
+    torch._dynamo.config.recompile_limit = max(MOST_KINDS, torch._dynamo.config.recompile_limit)
+    how = {"backend": arguments.torch_compile_backend, "mode": arguments.torch_compile_mode}
+    # not again by the Trainer, as a whole, hooks and all
+    arguments.torch_compile, arguments.torch_compile_backend, arguments.torch_compile_mode = False, None, None
+    for block in objective.vora.model.blocks:
+        plain = block.forward
+        block.forward = partial(_while_training, block, torch.compile(plain, **how), plain)
+    for block in [] if objective.teacher is None else objective.teacher.blocks:
+        block.forward = torch.compile(block.forward, **how)
+
+
+def _while_training(block: nn.Module, compiled: Callable, plain: Callable, *args: Any, **kwargs: Any) -> Any:
+    return (compiled if block.training else plain)(*args, **kwargs)
+
+
 def write_what_runs(recipe: Recipe, directory: Path) -> None:
-    """Write the resolved recipe and the versions of what runs it."""
+    """Write the resolved recipe and the versions of what runs it: Python, the libraries, the machine."""
     directory.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, directory / "recipe.yaml")
-    (directory / "versions.json").write_text(json.dumps(versions(), indent=1))
-
-
-def versions() -> dict[str, str | None]:
-    """What runs: Python, the libraries, the machine."""
-    names = ("vora-vlm", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except ImportError:
-            found[name] = "source tree"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"python": platform.python_version(), "machine": platform.platform(), "gpu": gpu, **found}
+    versions = {"python": platform.python_version(), "machine": platform.platform(), "gpu": gpu}
+    for name in ("vora-vlm", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors"):
+        try:
+            versions[name] = version(name)
+        except ImportError:
+            versions[name] = "source tree"
+    (directory / "versions.json").write_text(json.dumps(versions, indent=1))

@@ -2,13 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vora.distill.objective import LOSSES
+from vora.report.markdown import table
+from vora.report.plots import losses_figure, save_figure
 from vora.train.recipe_sections import Recipe
-
-if TYPE_CHECKING:
-    from vora.train.trainer import VoraTrainer
 
 
 def read_log(log_file: str | Path) -> list[dict[str, Any]]:
@@ -17,46 +16,23 @@ def read_log(log_file: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def draw_losses(log_file: str | Path, image: str | Path) -> None:
-    """Plot the losses against samples seen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = read_log(log_file)
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    for name in LOSSES:
-        points = [(line["samples_seen"], line[name]) for line in lines if name in line]
-        if points:
-            axes.plot(*zip(*points), label=name)
-    axes.set(xlabel="samples seen", ylabel="loss", yscale="log")
-    if lines:
-        axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(image, dpi=120)
-    plt.close(figure)
-
-
-def write_report(recipe: Recipe, trainer: "VoraTrainer", directory: Path) -> None:
-    """A short report in Markdown of how the run went."""
+def write_report(recipe: Recipe, num_steps: int, num_samples: int, directory: Path) -> None:
+    """loss.png, the losses against samples seen, and report.md, in short how the run went."""
     lines = read_log(directory / "log.jsonl")
+    save_figure(losses_figure(lines, {name: name for name in LOSSES}, (7, 3.5)), directory / "loss.png")
     last = lines[-1] if lines else {}
-    bad = directory / "bad_samples.jsonl"
-    num_bad = len(bad.read_text().splitlines()) if bad.exists() else 0
-    facts: list[tuple[str, Any]] = [
-        ("stage", recipe.stage),
-        ("model", recipe.model.llm or recipe.model.vora),
-        ("teacher", recipe.teacher.name if recipe.teacher else "none"),
-        ("steps", trainer.state.global_step),
-        ("samples seen", last.get("samples_seen", trainer.num_samples_seen)),  # of all processes
-        ("lm_loss, last", f"{last['lm_loss']:.4f}" if "lm_loss" in last else "none: images alone"),
-        ("distill_loss, last", f"{last['distill_loss']:.4f}" if "distill_loss" in last else "none"),
-        ("samples per second", f"{last['samples_per_second']:.1f}" if last else "not measured"),
-        ("bad samples skipped", num_bad),
-    ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts)
+    facts = {
+        "stage": recipe.stage,
+        "model": recipe.model.llm or recipe.model.vora,
+        "teacher": recipe.teacher.name if recipe.teacher else "none",
+        "steps": num_steps,
+        "samples seen": last.get("samples_seen", num_samples),  # of all processes
+        "lm_loss, last": f"{last['lm_loss']:.4f}" if "lm_loss" in last else "none: images alone",
+        "distill_loss, last": f"{last['distill_loss']:.4f}" if "distill_loss" in last else "none",
+        "samples per second": f"{last['samples_per_second']:.1f}" if last else "not measured",
+        "bad samples skipped": len(read_log(directory / "bad_samples.jsonl")),
+    }
     (directory / "report.md").write_text(
-        f"# Run {directory.name}\n\n| | |\n|---|---|\n{table}\n\n![losses](loss.png)\n\n"
+        f"# Run {directory.name}\n\n{table(('', ''), facts.items())}\n\n![losses](loss.png)\n\n"
         f"Merge it with `vora merge {directory} -o OUT`; the recipe is in recipe.yaml.\n"
     )

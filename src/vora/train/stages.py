@@ -1,14 +1,17 @@
 """What each stage trains: the student, and in stage 1 LoRA, teacher and distillation heads around it."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from rich.table import Column, Table
+from torch import nn
 
 from vora.baselines.llava import VoraLlavaForConditionalGeneration
 from vora.build.from_llm import from_llm, processor_from_llm
 from vora.build.lora import attach_vision_lora, keep_trained_in_fp32
-from vora.checkpoint.layout import read_info
+from vora.checkpoint.layout import AdapterInfo, read_info
 from vora.checkpoint.load import load_heads, load_processor, load_trainable
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, Pair, block_pairs
 from vora.distill.objective import Objective
@@ -16,18 +19,16 @@ from vora.distill.teacher import Teacher
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe_sections import ModelSection, Recipe, TeacherSection
-from vora.train.trainable import check_trainable
+
+TRAINED_FIRST = ("vision LoRA", "patch embedding", "projector", "distill heads")  # in stage pretrain
+FROZEN_COPY = "frozen copy of the "
 
 
 def build_objective(recipe: Recipe) -> tuple[Objective, VoraProcessor]:
     """The objective and the processor of a recipe: stage 1 with LoRA and teacher, stage 2 with everything free; an
-    encoder never trains.
-
-    Raises:
-        ValueError: teacher, LLM and LoRA do not fit each other, or what trains is not what the stage says.
-    """
+    encoder never trains. A ValueError where teacher, LLM and LoRA do not fit each other."""
     vit = load_vit(recipe)
-    student, processor = build_student(recipe, vit)
+    student, processor = build_student(recipe, vit), build_processor(recipe, vit)
     processor.end_turns_of(student)  # what is saved, merged or sent elsewhere stops by itself
     teacher = None if recipe.teacher is None else vit
     return objective_around(recipe, student, processor.image_processor, teacher), processor
@@ -45,36 +46,27 @@ def load_vit(recipe: Recipe) -> Teacher | None:
 def objective_around(
     recipe: Recipe, student: Any, image_processor: VoraImageProcessor, teacher: Teacher | None = None
 ) -> Objective:
-    """The objective of a stage: LoRA, teacher and heads around a student in stage 1, nothing in stage 2.
-
-    Args:
-        student: from `build_student`, or one without weights, on the meta device.
-
-    Raises:
-        ValueError: as `build_objective`.
-    """
+    """The objective of a stage: LoRA, teacher and heads around a student, with weights or on the meta device, in
+    stage 1; nothing around it in stage 2."""
+    lora, wanted, distillation = recipe.lora, recipe.teacher, None
     if recipe.stage == "finetune":
         objective = Objective(student.requires_grad_(True), image_processor)
-        check_trainable(objective, recipe.stage)
-        return objective
-    num_blocks = lora_depth(recipe, student, teacher)
-    peft_model = student
-    if not isinstance(student, PeftModel):
-        peft_model = attach_vision_lora(
-            student, rank=recipe.lora.rank, num_blocks=num_blocks, target_modules=recipe.lora.target_modules
-        )
-    keep_trained_in_fp32(peft_model)
-    wanted = recipe.teacher
-    if wanted is None or teacher is None or wanted.weight == 0:  # then it only gave the patch embedding its start
-        objective = Objective(peft_model, image_processor, text_kl_weight=recipe.lora.text_kl_weight)
     else:
-        width, pairs = student.config.get_text_config().hidden_size, pairs_of(wanted, num_blocks, teacher)
-        distillation = BlockwiseDistillation(pairs, width, teacher.hidden_size, wanted.center, wanted.standardize)
-        if recipe.model.vora is not None:
-            load_heads(distillation, recipe.model.vora)
-        objective = Objective(
-            peft_model, image_processor, teacher, distillation, wanted.weight, recipe.lora.text_kl_weight
-        )
+        num_blocks = lora_depth(recipe, student, teacher)
+        if not isinstance(student, PeftModel):
+            student = attach_vision_lora(
+                student, rank=lora.rank, num_blocks=num_blocks, target_modules=lora.target_modules
+            )
+        keep_trained_in_fp32(student)
+        if wanted is None or teacher is None or wanted.weight == 0:
+            teacher, weight = None, 0.0  # it only gave the patch embedding its start
+        else:
+            width, weight = student.config.get_text_config().hidden_size, wanted.weight
+            pairs = pairs_of(wanted, num_blocks, teacher)
+            distillation = BlockwiseDistillation(pairs, width, teacher.hidden_size, wanted.center, wanted.standardize)
+            if recipe.model.vora is not None:
+                load_heads(distillation, recipe.model.vora)
+        objective = Objective(student, image_processor, teacher, distillation, weight, lora.text_kl_weight)
     check_trainable(objective, recipe.stage)
     return objective
 
@@ -94,83 +86,38 @@ def vision_is_frozen(recipe: Recipe) -> bool:
 
 
 def teacher_dtype(recipe: Recipe) -> torch.dtype:
-    """What a teacher computes in: bf16 in a run that computes in it, else float32.
-
-    Its features then are within 4e-4 (1 - cosine, mean subtracted) of those in float32, as near as under autocast,
-    where the weights of each product are rounded at each step anew (dev/LOG.md).
-    """
+    """What a teacher computes in: bf16 in a run that computes in it, where its features are as near to those in fp32
+    as under autocast (dev/LOG.md), else float32."""
     in_bf16 = recipe.model.dtype == "bfloat16" or recipe.training.get("bf16")
     return torch.bfloat16 if in_bf16 else torch.float32
 
 
-def build_student(recipe: Recipe, vit: Teacher | None = None) -> tuple[Any, VoraProcessor]:
-    """The model and processor that a recipe starts from.
-
-    Args:
-        vit: from `load_vit`.
-
-    Raises:
-        ValueError: stage 2 is asked of an LLM that was never trained to see.
-    """
+def build_student(recipe: Recipe, vit: Teacher | None = None, **given: Any) -> Any:
+    """The model that a recipe starts from; `vit` from `load_vit`, more arguments of `from_llm` may be given."""
     wanted = recipe.model
     if wanted.vora is not None:
-        return student_to_go_on_with(recipe), build_processor(recipe)
+        return student_to_go_on_with(recipe)
     if recipe.stage == "finetune":
         raise ValueError(
             "Stage finetune trains a merged VoRA model, but the recipe names a bare LLM: run stage pretrain and "
             "`vora merge` first, and give the merged folder as model.vora."
         )
-    options: dict[str, Any] = {
-        "patch_size": wanted.patch_size,
-        "image_size": wanted.image_size,
-        "patch_merge": wanted.patch_merge,
-        "dtype": wanted.dtype,
-        "attn_implementation": wanted.attn_implementation,
-    }
+    keys = {"llm", "patch_size", "image_size", "patch_merge", "dtype", "attn_implementation"}
+    options = wanted.model_dump(include=keys) | given
     if wanted.encoder is not None and vit is not None:
-        model = VoraLlavaForConditionalGeneration.from_llm(wanted.llm, encoder=vit, **options)
-    else:
-        start = vit if recipe.init_from_teacher else None
-        model = from_llm(wanted.llm, teacher=start, image_attention=wanted.image_attention, **options)
-    return model, build_processor(recipe, vit)
+        return VoraLlavaForConditionalGeneration.from_llm(encoder=vit, **options)
+    start = vit if recipe.init_from_teacher else None
+    return from_llm(teacher=start, image_attention=wanted.image_attention, **options)
 
 
 def student_to_go_on_with(recipe: Recipe) -> Any:
-    """The VoRA model that a recipe goes on with: merged, or in stage 1 also with the LoRA that it has; a folder, or
-    the directory of a run.
-
-    Raises:
-        ValueError: it has LoRA of another rank or depth than the recipe's, or should train without it.
-    """
-    info, wanted = read_info(str(recipe.model.vora)), recipe.lora
-    has = info.adapter
-    if has is None:
-        return _as_wanted(load_trainable(info, recipe.model.dtype), recipe.model)
-    if recipe.stage == "finetune":
-        raise ValueError(
-            f"Stage finetune trains a merged model: vora merge {recipe.model.vora} -o OUT, and model.vora=OUT."
-        )
-    if has.rank != wanted.rank or wanted.num_blocks not in (None, has.num_blocks):
-        raise ValueError(
-            f"{info.path} has LoRA of rank {has.rank} in {has.num_blocks} blocks, but the recipe asks for rank "
-            f"{wanted.rank} in {wanted.num_blocks or 'as many as the teacher has'}: set lora.rank={has.rank} "
-            f"lora.num_blocks={has.num_blocks}."
-        )
-    if wanted.target_modules is not None and set(wanted.target_modules) != set(has.target_modules):
-        raise ValueError(
-            f"{info.path} has LoRA on {', '.join(has.target_modules)}: leave lora.target_modules out, or name these."
-        )
-    model = load_trainable(info, recipe.model.dtype)
-    _as_wanted(model.get_base_model(), recipe.model)
-    return model
-
-
-def _as_wanted(model: Any, wanted: ModelSection) -> Any:
-    """An existing VoRA model that computes as a recipe's model section says.
-
-    Raises:
-        ValueError: the section asks for another patch embedding than it has.
-    """
+    """The VoRA model that a recipe goes on with: a folder, or the directory of a run; merged, or in stage 1 also with
+    the LoRA that it has. A ValueError where the recipe asks for another LoRA or patch embedding than it has."""
+    info, wanted = read_info(str(recipe.model.vora)), recipe.model
+    if info.adapter is not None:
+        check_lora(recipe, info.path, info.adapter)
+    student = load_trainable(info, wanted.dtype)
+    model = student if info.adapter is None else student.get_base_model()
     if wanted.attn_implementation != "sdpa":
         model.set_attn_implementation(wanted.attn_implementation)
     changed = []
@@ -183,39 +130,42 @@ def _as_wanted(model: Any, wanted: ModelSection) -> Any:
             f"model.vora goes on with {wanted.vora} as it is, and model.{', model.'.join(changed)} would change it: "
             "leave that out, or begin with model.llm."
         )
-    return model
+    return student
+
+
+def check_lora(recipe: Recipe, path: Path, has: AdapterInfo) -> None:
+    """Raise where a model's LoRA is not what the recipe asks for."""
+    wanted = recipe.lora
+    if recipe.stage == "finetune":
+        raise ValueError(
+            f"Stage finetune trains a merged model: vora merge {recipe.model.vora} -o OUT, and model.vora=OUT."
+        )
+    if has.rank != wanted.rank or wanted.num_blocks not in (None, has.num_blocks):
+        raise ValueError(
+            f"{path} has LoRA of rank {has.rank} in {has.num_blocks} blocks, but the recipe asks for rank "
+            f"{wanted.rank} in {wanted.num_blocks or 'as many as the teacher has'}: set lora.rank={has.rank} "
+            f"lora.num_blocks={has.num_blocks}."
+        )
+    if wanted.target_modules is not None and set(wanted.target_modules) != set(has.target_modules):
+        raise ValueError(
+            f"{path} has LoRA on {', '.join(has.target_modules)}: leave lora.target_modules out, or name these."
+        )
 
 
 def build_processor(recipe: Recipe, vit: Teacher | None = None) -> VoraProcessor:
-    """The processor of a recipe, for which no model is needed.
-
-    Args:
-        vit: from `load_vit`.
-    """
+    """The processor of a recipe, for which no model is needed; `vit` from `load_vit`."""
     wanted = recipe.model
     if wanted.vora is not None:
-        known = load_processor(wanted.vora)
+        processor = load_processor(wanted.vora)
         if wanted.chat_template is not None:
-            known.set_template(wanted.chat_template)
-        return _with_image_sizes(known, wanted)
-    options: dict[str, Any] = {}
-    if vit is not None and (wanted.encoder is not None or recipe.init_from_teacher):
-        options["teacher"] = vit
-    elif vit is not None:  # its normalisation, also where the patch embedding starts afresh
-        options |= {"image_mean": vit.image_mean, "image_std": vit.image_std}
-    processor = processor_from_llm(
-        wanted.llm,
-        patch_size=wanted.patch_size,
-        image_size=wanted.image_size,
-        patch_merge=wanted.patch_merge,
-        chat_template=wanted.chat_template,
-        **options,
-    )
-    return _with_image_sizes(processor, wanted)
-
-
-def _with_image_sizes(processor: VoraProcessor, wanted: ModelSection) -> VoraProcessor:
-    """A processor whose images are sized as a recipe's model section says."""
+            processor.set_template(wanted.chat_template)
+    else:
+        options = wanted.model_dump(include={"patch_size", "image_size", "patch_merge", "chat_template"})
+        if vit is not None and (wanted.encoder is not None or recipe.init_from_teacher):
+            options["teacher"] = vit
+        elif vit is not None:  # its normalisation, also where the patch embedding starts afresh
+            options |= {"image_mean": vit.image_mean, "image_std": vit.image_std}
+        processor = processor_from_llm(str(wanted.llm), **options)
     processor.image_processor.set_budget(wanted.min_image_tokens, wanted.max_image_tokens)
     if wanted.pad_to_square is not None:
         processor.image_processor.pad_to_square = wanted.pad_to_square
@@ -223,24 +173,67 @@ def _with_image_sizes(processor: VoraProcessor, wanted: ModelSection) -> VoraPro
 
 
 def lora_depth(recipe: Recipe, student: Any, teacher: Teacher | None) -> int:
-    """How many blocks get LoRA: the recipe's number, else the teacher's depth, else all.
-
-    Raises:
-        ValueError: the teacher is deeper than the LLM, or than its LoRA, and its blocks are not to be spread.
-    """
-    has_lora = isinstance(student, PeftModel)
-    depth = len((student.get_base_model() if has_lora else student).model.blocks)
-    num_blocks = recipe.lora.num_blocks
-    if has_lora and num_blocks is None:
-        num_blocks = len(student.peft_config["default"].layers_to_transform)
+    """How many blocks get LoRA: the recipe's number, else what the student has, else the teacher's depth, else all. A
+    ValueError where the teacher is deeper than the LLM, or than its LoRA, and its blocks are not to be spread."""
+    num_blocks, llm = recipe.lora.num_blocks, student
+    if isinstance(student, PeftModel):
+        llm = student.get_base_model()
+        num_blocks = num_blocks or len(student.peft_config["default"].layers_to_transform)
+    depth = len(llm.model.blocks)
     if teacher is None or recipe.teacher is None:
         return num_blocks or depth
-    limit = num_blocks or depth
-    if recipe.teacher.pairing != "outputs":
-        limit = depth  # the released code pairs blocks that have no LoRA too
+    # the released code pairs blocks that have no LoRA too
+    limit = num_blocks or depth if recipe.teacher.pairing == "outputs" else depth
     if teacher.num_blocks > limit and not recipe.teacher.spread:
         raise ValueError(
             f"The teacher has {teacher.num_blocks} blocks, but only {limit} of the LLM's {depth} would learn from it: "
             "set teacher.spread=true to space them evenly, raise lora.num_blocks, or take a shallower teacher."
         )
     return num_blocks or min(depth, teacher.num_blocks)
+
+
+def part_of_model(name: str) -> str:
+    """Which part of an `Objective` a parameter belongs to."""
+    if name.startswith("distillation."):
+        return "distill heads"
+    if "lora_" in name:
+        return "vision LoRA"
+    if "patch_embedding.encoder." in name:
+        return "encoder"
+    if "patch_embedding" in name:
+        part = "projector" if "patch_embedding.projector." in name else "patch embedding"
+        return FROZEN_COPY + part if "original_module" in name else part
+    return "LLM"
+
+
+def trainable_counts(objective: nn.Module) -> dict[str, list[int]]:
+    """{part: [trained parameters, all parameters]}."""
+    counts: dict[str, list[int]] = {}
+    for name, parameter in objective.named_parameters():
+        count = counts.setdefault(part_of_model(name), [0, 0])
+        count[0] += parameter.numel() * parameter.requires_grad
+        count[1] += parameter.numel()
+    return counts
+
+
+def check_trainable(objective: nn.Module, stage: str) -> None:
+    """Refuse to start unless exactly the parts that a stage trains do."""
+    for part, (trained, total) in trainable_counts(objective).items():
+        should = part != "encoder" if stage == "finetune" else part in TRAINED_FIRST
+        if trained != (total if should else 0):
+            raise ValueError(
+                f"Stage {stage} should train {'all' if should else 'none'} of the {part}, but {trained:,} of its "
+                f"{total:,} parameters would train: reset requires_grad, or start from a fresh model."
+            )
+
+
+def trainable_table(objective: Objective, stage: str) -> Table:
+    """The table that a run prints before its first step."""
+    table = Table("part", Column("trained", justify="right"), Column("of", justify="right"))
+    table.title = f"What trains in stage {stage}"
+    for part, (trained, total) in trainable_counts(objective).items():
+        if not part.startswith(FROZEN_COPY):
+            table.add_row(part, f"{trained:,}", f"{total:,}")
+    if objective.teacher is not None:
+        table.add_row("teacher (not saved)", "0", f"{sum(p.numel() for p in objective.teacher.parameters()):,}")
+    return table

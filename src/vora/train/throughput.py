@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from vora.data.stream import PackedSequences
 from vora.distill.objective import Objective
+from vora.train.plan.device import matmul_flops
 
 NUM_WARMING, NUM_TIMED = 2, 4
 MARGIN = 1.1  # logging, and the ups and downs of a shared machine
@@ -26,85 +27,59 @@ def precision_overrides() -> dict[str, Any]:
 
 def cpu_dtype() -> str:
     """bfloat16 where this processor multiplies it clearly faster than float32, else float32."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.randn(512, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
-        nn.functional.linear(left, right)
-        start = time.perf_counter()
-        for _ in range(5):
-            nn.functional.linear(left, right)
-        seconds[dtype] = time.perf_counter() - start
-    return "bfloat16" if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else "float32"
+    gain = matmul_flops("cpu", torch.bfloat16) / matmul_flops("cpu", torch.float32)
+    return "bfloat16" if gain > 1.4 else "float32"
 
 
 def seconds_per_step(
     objective: Objective, sequences: PackedSequences, iterator: Iterator, arguments: TrainingArguments
 ) -> float:
-    """Mean time of an optimizer step from reading to updating; neither weights nor running means change.
-
-    Args:
-        sequences: that collate.
-        iterator: yields them.
-    """
+    """Mean time of an optimizer step from reading (`iterator`) to updating; neither weights nor running means
+    change."""
     device = arguments.device
     objective.to(device).train()  # models come in eval mode, in which no block is recomputed or compiled
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)  # all the work, to no effect
     if objective.distillation is not None:
         objective.distillation.eval()  # its means stay; the rest trains, or no block would be recomputed or compiled
+    wait = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
     for step in range(NUM_WARMING + NUM_TIMED):
         if step == NUM_WARMING:
-            _wait_for(device)
+            wait(device)
             start = time.perf_counter()
         for _ in range(arguments.gradient_accumulation_steps):
-            batch: dict[str, Any] = dict(
-                sequences.collate([next(iterator) for _ in range(arguments.per_device_train_batch_size)])
-            )
-            batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+            read = sequences.collate([next(iterator) for _ in range(arguments.per_device_train_batch_size)])
+            batch: Any = {name: one.to(device) if hasattr(one, "to") else one for name, one in read.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
                 loss = objective(**batch)["loss"]
             loss.backward()
         nn.utils.clip_grad_norm_(trained, arguments.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-    _wait_for(device)
+    wait(device)
     seconds = (time.perf_counter() - start) / NUM_TIMED
     objective.train()
     return seconds
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def steps_that_fit(
-    objective: Objective,
-    sequences: PackedSequences,
-    arguments: TrainingArguments,
-    minutes: float,
-    num_distill_only_steps: int,
-) -> int:
-    """How many optimizer steps of a recipe fit a time budget on this machine, at most `max_steps`.
-
-    Args:
-        sequences: steps of each kind are tried on fresh iterators, so that their order is untouched.
-        minutes: for everything from here to the last step, these measurements included.
-
-    Raises:
-        ValueError: not even twenty steps fit after those that only distill.
-    """
+    objective: Objective, sequences: PackedSequences, arguments: TrainingArguments, minutes: float,
+    num_distill_only: int,
+) -> int:  # fmt: skip
+    """How many optimizer steps of a recipe fit so many minutes from here on, these measurements included, at most
+    `max_steps`; a ValueError where not even twenty do after those that only distill. Each kind of steps is tried on an
+    iterator of its own, so that the order of the data is untouched."""
     start = time.perf_counter()
     whole = MARGIN * seconds_per_step(objective, sequences, sequences.training_sequences(), arguments)
     distill_only = 0.0
-    if num_distill_only_steps:
+    if num_distill_only:
         distill_only = MARGIN * seconds_per_step(objective, sequences, sequences.distill_sequences(), arguments)
-    left = 60 * minutes - (time.perf_counter() - start) - num_distill_only_steps * distill_only
+    left = 60 * minutes - (time.perf_counter() - start) - num_distill_only * distill_only
     steps = int(left / whole)
     if steps < 20:
         raise ValueError(
             f"Only {max(steps, 0)} steps of {whole:.1f} s fit {minutes:g} minutes on this machine, after "
-            f"{num_distill_only_steps} of {distill_only:.1f} s that only distill: raise max_minutes, or lower "
+            f"{num_distill_only} of {distill_only:.1f} s that only distill: raise max_minutes, or lower "
             "data.sequence_length or teacher.distill_only_steps."
         )
-    return min(arguments.max_steps, num_distill_only_steps + steps)
+    return min(arguments.max_steps, num_distill_only + steps)

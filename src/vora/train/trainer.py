@@ -1,14 +1,15 @@
 """transformers' Trainer with the named losses of VoRA."""
 
 import json
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainerState
 
 from vora.checkpoint.load import restore
@@ -16,51 +17,33 @@ from vora.checkpoint.save import save_training
 from vora.data.packing import Batch
 from vora.data.stream import PackedBatches
 from vora.distill.objective import LOSSES
+from vora.train.recipe_sections import Recipe
 
 ON_HOST = ("image_grid_thw", "num_samples", "distill_only")  # of a batch: what only the host asks
 DATA_FILE = "data_position_{}.json"  # one per process
+# by its name a parameter belongs to one of the parts that have learning rates, or to the rest
 PART_MARKS = {"patch_embedding": "patch_embedding", "heads": "distillation.heads", "lora_b": "lora_B"}
 
 
 class VoraTrainer(Trainer):
-    """Trains a `Objective`; saves the adapter (stage 1) or the whole model (stage 2), never the teacher.
+    """Trains an `Objective`; saves the adapter (stage 1) or the whole model (stage 2), never the teacher. Its
+    `train_dataset` is a `PackedSequences`, whose position each process saves in every checkpoint."""
 
-    Args:
-        args, kwargs: of transformers' Trainer.
-        learning_rates: {part: rate} where it is not the recipe's one rate; see `PART_MARKS`.
-        distill_only_steps: the first steps, whose batches hold images alone.
-        vision_lr_scale: of the rates of what learns in these steps, from then on; from the start without them.
-
-    Its `train_dataset` is a `PackedSequences`, whose position each process saves in every checkpoint. Logs `lm_loss`,
-    `answer_loss`, `distill_loss`, `text_loss`, the loss of each block pair, samples and tokens per second,
-    and the share of time that went into waiting for data.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        learning_rates: Mapping[str, float] | None = None,
-        distill_only_steps: int = 0,
-        vision_lr_scale: float = 1.0,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, recipe: Recipe, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.learning_rates = learning_rates or {}
-        self.distill_only_steps, self.vision_lr_scale = distill_only_steps, vision_lr_scale
+        self.learning_rates, self.distill_only_steps = recipe.learning_rates, recipe.distill_only_steps
+        self.vision_lr_scale = recipe.teacher.vision_lr_scale if recipe.teacher else 1.0
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the label tokens of all micro-batches
-        self.num_samples_seen = 0
+        self.num_samples_seen = self._samples_logged = 0
         self._terms: dict[str, tuple[torch.Tensor, set[int]]] = {}
         self._clock, self._tokens, self._waited = time.monotonic(), 0, 0.0
-        self._samples_logged = 0
 
     def get_train_dataloader(self) -> PackedBatches:
         return PackedBatches(self.train_dataset, self.args.per_device_train_batch_size)
 
-    def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], Any]:
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], Any]:
         start = time.monotonic()
-        batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = super().get_batch_samples(*args, **kwargs)
         self._waited += time.monotonic() - start
         return batches
 
@@ -73,19 +56,12 @@ class VoraTrainer(Trainer):
         return super()._prepare_inputs(moved) | kept
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | float | None = None,
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch / self.accelerator.num_processes  # gradients are averaged
-        losses = model(
-            **inputs,
-            num_items_in_batch=num_items_in_batch,
-            num_micro_batches=self.current_gradient_accumulation_steps if model.training else 1,
-        )
+        num_micro_batches = self.current_gradient_accumulation_steps if model.training else 1
+        losses = model(**inputs, num_items_in_batch=num_items_in_batch, num_micro_batches=num_micro_batches)
         if model.training:
             self._note(losses, inputs)
         return (losses["loss"], losses) if return_outputs else losses["loss"]
@@ -93,7 +69,9 @@ class VoraTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor | float | None:
         if not batch_samples:
             return None
-        count = sum(_num_items(batch) for batch in batch_samples)  # still on the host
+        # by what the language loss is divided: label tokens, or their weights; still on the host
+        counted = [one["label_weights"] if "label_weights" in one else one["targets"] != -100 for one in batch_samples]
+        count = sum(float(labels.sum()) for labels in counted)
         if self.args.world_size == 1:
             return count
         return self.accelerator.gather(torch.full((1,), count, device=device)).sum()
@@ -118,26 +96,23 @@ class VoraTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the named losses, as means since the last line, and the speed."""
         if "loss" in logs and self._terms:
-            for name, value in self._means().items():
-                if name == "pair_losses":
-                    pairs = self.accelerator.unwrap_model(self.model).distillation.pairs
-                    logs |= {f"pair_{s}_{t}": loss for (s, t), loss in zip(pairs, value.tolist())}
-                else:
-                    logs[name] = float(value)
+            logs |= self._means()
             check_finite(logs["loss"], self.state.global_step)
             logs |= self._speed()
         super().log(logs, start_time)
 
-    def _means(self) -> dict[str, torch.Tensor]:
-        """{name: float[1], or float[P] of P pairs}: means of what was noted since the last line, over all processes,
-        of which some may have seen no text, or no image."""
+    def _means(self) -> dict[str, float]:
+        """Means of what was noted since the last line, over all processes, of which some may have seen no text, or no
+        image."""
         distillation = self.accelerator.unwrap_model(self.model).distillation
-        sizes = dict.fromkeys(LOSSES, 1) | {"pair_losses": 0 if distillation is None else len(distillation.pairs)}
-        rows = {name: torch.zeros(size + 1, device=self.args.device) for name, size in sizes.items()}
-        for name, (total, counted) in self._terms.items():
-            rows[name][:-1], rows[name][-1] = total, len(counted)
+        pairs = [] if distillation is None else [f"pair_{s}_{t}" for s, t in distillation.pairs]
+        names = {name: [name] for name in LOSSES} | {"pair_losses": pairs}
+        rows = {term: torch.zeros(len(parts) + 1, device=self.args.device) for term, parts in names.items()}
+        for term, (total, counted) in self._terms.items():
+            rows[term][:-1], rows[term][-1] = total, len(counted)
         rows = self.accelerator.reduce(rows, "sum")
-        return {name: row[:-1] / row[-1] for name, row in rows.items() if row[-1] > 0}
+        means = {term: (row[:-1] / row[-1]).tolist() for term, row in rows.items() if row[-1] > 0}
+        return {name: value for term, row in means.items() for name, value in zip(names[term], row)}
 
     def _speed(self) -> dict[str, float]:
         """Samples seen, and speeds since the last line, of all processes together."""
@@ -147,37 +122,31 @@ class VoraTrainer(Trainer):
         seconds, waited = now - self._clock, self._waited
         self._clock, self._tokens, self._waited, self._samples_logged = now, 0, 0.0, self.num_samples_seen
         self._terms = {}
-        return {
-            "samples_seen": seen,
-            "tokens_per_second": tokens / seconds,
-            "samples_per_second": samples / seconds,
-            "data_wait_share": waited / seconds,
-        }
+        speeds = {"tokens_per_second": tokens, "samples_per_second": samples, "data_wait_share": waited}
+        return {"samples_seen": seen} | {name: amount / seconds for name, amount in speeds.items()}
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, its groups split by the part that a parameter belongs to, see `part_of`."""
+        """The Trainer's optimizer, its groups split by the part that a parameter belongs to."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if "part" in optimizer.param_groups[0]:
             return optimizer  # asked for a second time
         vision = {id(p) for p in self.accelerator.unwrap_model(self.model).vision_parameters()}
-        parts = {id(p): (part_of(name), id(p) in vision) for name, p in self.model.named_parameters()}
+        parts = {}
+        for name, p in self.model.named_parameters():
+            own = next((key for key, mark in PART_MARKS.items() if mark in name), "rest")
+            parts[id(p)] = own, id(p) in vision
         groups, optimizer.param_groups = optimizer.param_groups, []
         for group in groups:
             for part in dict.fromkeys(parts[id(p)] for p in group["params"]):
                 members = [p for p in group["params"] if parts[id(p)] == part]
-                rate = self.learning_rates.get(part[0]) or group["lr"]
+                rate = getattr(self.learning_rates, part[0], None) or group["lr"]
                 optimizer.add_param_group({**group, "params": members, "lr": rate, "part": part})
         return optimizer
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The recipe's schedule; steps that only distill have one of their own before it, down to zero.
-
-        Both were measured (dev/LOG.md): vision learns shapes only once its learning rate falls, and the first
-        gradients of the language loss are so large that they would undo it. So the warm-up starts anew with them,
-        and vision goes on at `vision_lr_scale` of its rates.
-        """
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        """The recipe's schedule; steps that only distill have one of their own before it, down to zero. Vision learns
+        shapes only once its learning rate falls, and the first gradients of the language loss would undo them
+        (dev/LOG.md): so the warm-up starts anew with these, and vision goes on at `vision_lr_scale` of its rates."""
         first = self.distill_only_steps
         scheduler = super().create_scheduler(num_training_steps - first, optimizer)
         if not first and self.vision_lr_scale == 1.0:
@@ -186,10 +155,8 @@ class VoraTrainer(Trainer):
         schedules: list[Callable[[int], float]] = []
         for group, rest, rate in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs):
             _, is_vision = group["part"]
-            group["lr"] = rate
-            schedules.append(
-                partial(_distill_only_schedule, rest, first, warmup, self.vision_lr_scale if is_vision else 1.0)
-            )
+            group["lr"], scale = rate, self.vision_lr_scale if is_vision else 1.0
+            schedules.append(partial(_distill_only_schedule, rest, first, warmup, scale))
         self.lr_scheduler = LambdaLR(scheduler.optimizer, schedules)
         return self.lr_scheduler
 
@@ -215,11 +182,8 @@ class VoraTrainer(Trainer):
         self._load_from_checkpoint(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str | Path, model: Any = None) -> None:
-        """Weights, and this process's place in the data.
-
-        Raises:
-            ValueError: the checkpoint was made with other data or another number of processes, or by an older vora.
-        """
+        """Weights, and this process's place in the data; a ValueError where the checkpoint was made with other data,
+        by another number of processes, or by an older vora."""
         file = Path(resume_from_checkpoint, DATA_FILE.format(self.args.process_index))
         if not file.exists():
             raise ValueError(f"{resume_from_checkpoint} holds no {file.name}: was it saved by as many processes?")
@@ -230,36 +194,15 @@ class VoraTrainer(Trainer):
         restore(objective.student, Path(resume_from_checkpoint), objective.distillation)
 
 
-def _num_items(batch: Batch) -> float:
-    """By what a batch's language loss is divided: its label tokens, or their weights where they have some."""
-    if "label_weights" in batch:
-        return float(batch["label_weights"].sum())
-    return int((batch["targets"] != -100).sum())
-
-
-def part_of(name: str) -> str:
-    """Which part of an `Objective` a parameter belongs to, by its name: a key of `learning_rates`, or `rest`."""
-    for part, mark in PART_MARKS.items():
-        if mark in name:
-            return part
-    return "rest"
-
-
-def _distill_only_schedule(
-    rest: Callable[[int], float], num_first: int, num_warmup: int, scale: float, step: int
-) -> float:
+def _distill_only_schedule(rest: Callable, num_first: int, num_warmup: int, scale: float, step: int) -> float:
     if step >= num_first:
         return scale * rest(step - num_first)
     return min((step + 1) / num_warmup, (num_first - step) / num_first)
 
 
 def check_finite(loss: float, step: int) -> None:
-    """Raise at the first loss that is no number.
-
-    Raises:
-        FloatingPointError: names the step and the cure.
-    """
-    if loss != loss or loss in (float("inf"), float("-inf")):
+    """Raise at the first loss that is no number."""
+    if not math.isfinite(loss):
         raise FloatingPointError(
             f"The loss is {loss} at step {step}: training diverged. Lower training.learning_rate, lengthen "
             "training.warmup_steps, or train in bfloat16 or float32; earlier checkpoints are intact."

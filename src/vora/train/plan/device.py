@@ -2,7 +2,7 @@
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,13 +10,8 @@ import torch
 
 @dataclass
 class Device:
-    """What samples are trained on.
-
-    Attributes:
-        flops: peak FLOP/s of dense bf16 matrix products.
-        memory_bytes: of one.
-        link: bytes per second to the others in the same machine.
-    """
+    """What samples are trained on: peak FLOP/s of dense bf16 matrix products, memory, and the bytes per second of its
+    link to the others in the same machine."""
 
     name: str
     flops: float
@@ -31,26 +26,22 @@ GPUS = {
     "h100": Device("H100 SXM", 989e12, 80e9, 450e9),
     "a100": Device("A100 80 GB", 312e12, 80e9, 300e9),
     "a100-40": Device("A100 40 GB", 312e12, 40e9, 300e9),
-    "l40s": Device("L40S", 362e12, 48e9, 25e9),
-    "l4": Device("L4", 121e12, 24e9, 25e9),
-    "a10g": Device("A10G", 70e12, 24e9, 25e9),
-    "rtx4090": Device("RTX 4090", 165e12, 24e9, 25e9),
-    "rtx3090": Device("RTX 3090", 71e12, 24e9, 25e9),
+    "l40s": Device("L40S", 362e12, 48e9),
+    "l4": Device("L4", 121e12, 24e9),
+    "a10g": Device("A10G", 70e12, 24e9),
+    "rtx4090": Device("RTX 4090", 165e12, 24e9),
+    "rtx3090": Device("RTX 3090", 71e12, 24e9),
 }
 
 
 def device_at_hand(bf16: bool = False) -> Device:
-    """The GPU of this machine, or its processor with a measured peak.
-
-    Args:
-        bf16: whether training computes in bf16, which a processor may do faster or slower than fp32.
-    """
+    """The GPU of this machine, or its processor with a peak measured in what training computes in."""
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
         known = known_gpu(found.name)
-        if known is None:
-            return Device(found.name, matmul_flops("cuda", torch.bfloat16), found.total_memory)
-        return Device(found.name, known.flops, found.total_memory, known.link)
+        if known is not None:
+            return replace(known, name=found.name, memory_bytes=found.total_memory)
+        return Device(found.name, matmul_flops("cuda", torch.bfloat16), found.total_memory)
     pages = Path("/proc/meminfo")
     total = 1024 * int(pages.read_text().split()[1]) if pages.exists() else 16e9
     return Device("cpu", matmul_flops("cpu", torch.bfloat16 if bf16 else torch.float32), total)
@@ -58,11 +49,11 @@ def device_at_hand(bf16: bool = False) -> Device:
 
 def known_gpu(name: str) -> Device | None:
     """Of `GPUS` the one that CUDA calls so, or None; an RTX is known by its number."""
-
-    def mark(gpu: Device) -> str:
-        return gpu.name if gpu.name.startswith("RTX") else gpu.name.split()[0]
-
-    return next((gpu for gpu in GPUS.values() if re.search(rf"\b{re.escape(mark(gpu))}\b", name)), None)
+    for gpu in GPUS.values():
+        mark = gpu.name if gpu.name.startswith("RTX") else gpu.name.split()[0]
+        if re.search(rf"\b{mark}\b", name):
+            return gpu
+    return None
 
 
 def matmul_flops(device: str, dtype: torch.dtype) -> float:

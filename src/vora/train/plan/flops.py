@@ -1,13 +1,7 @@
-"""What a training step computes, counted from the objective's own layers; agrees with PyTorch's FlopCounterMode.
-
-A multiply-add counts as two. Norms, activations and embeddings are left out, as that counter leaves them out.
-Attention counts every pair of places of a row (or segment), seen or masked, as dense kernels compute it.
-
-Dims: T places of a row, I image tokens, D LLM width.
-"""
+"""What a training step computes, counted from the objective's own layers, as PyTorch's FlopCounterMode counts: without
+norms, activations and embeddings, and with every pair of places of a row (or segment), seen or masked."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -22,20 +16,13 @@ SPECIAL_TOKENS = ("cls_token", "class_embedding", "distillation_token", "registe
 
 @dataclass
 class Row:
-    """What one packed row holds.
+    """What one packed row holds."""
 
-    Attributes:
-        num_tokens: places, padding included.
-        num_images, tokens_per_image: images of the row (frames count as images).
-        num_labels: places at which something is predicted; 0 in rows of images alone.
-        num_segments: parts that attend by themselves (`segmented_sdpa`); 1 where attention is of the whole row.
-    """
-
-    num_tokens: float
-    num_images: float
+    num_tokens: float  # padding included
+    num_images: float  # frames count as images
     tokens_per_image: float
-    num_labels: float
-    num_segments: float = 1
+    num_labels: float  # places at which something is predicted; 0 in rows of images alone
+    num_segments: float = 1  # parts that attend by themselves (`segmented_sdpa`)
 
     @property
     def num_image_tokens(self) -> float:
@@ -43,24 +30,17 @@ class Row:
 
 
 def sequence_flops(objective: Objective, row: Row, num_recomputed: int = 0, num_rows: int = 1) -> dict[str, float]:
-    """FLOPs of one row, forward and backward.
-
-    Args:
-        objective: on whatever device (meta will do).
-        num_recomputed: of the first so many blocks, which are computed again in the backward pass, and the heads.
-        num_rows: rows of a batch, whose logits are computed again too if they are made in parts (`losses_of_labels`).
-
-    Returns:
-        {part: FLOPs}: `student_forward` and `student_backward` (LLM, output layer, patch embedding), `lora`,
-        `teacher`, `heads`, `recomputation`, and their sum `total`.
-    """
+    """{part: FLOPs} of one row, forward and backward, and their sum `total`. The first `num_recomputed` blocks are
+    computed again in the backward pass, and the heads; so are the logits of a batch of `num_rows` if they are made in
+    parts (`losses_of_labels`)."""
     config, paired = objective.config.get_text_config(), objective.paired_blocks
     num_pairs = 0 if objective.distillation is None else len(objective.distillation.pairs)
     blocks = list(objective.vora.model.blocks)
     if not row.num_labels and paired:
         blocks = blocks[: paired[-1] + 1]
     parts = dict.fromkeys(("student_forward", "student_backward", "lora", "teacher", "heads", "recomputation"), 0.0)
-    attention = 4 * row.num_tokens**2 / row.num_segments * attention_width(config)
+    width_of_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 4 * row.num_tokens**2 / row.num_segments * config.num_attention_heads * width_of_head
     for index, block in enumerate(blocks):
         base, base_trained, lora = layer_sizes(block)
         parts["student_forward"] += 2 * base * row.num_tokens + attention
@@ -77,9 +57,10 @@ def sequence_flops(objective: Objective, row: Row, num_recomputed: int = 0, num_
     embedding = objective.vora.model.patch_embedding
     embedding = getattr(embedding, "modules_to_save", {"default": embedding})["default"]
     patches = row.num_image_tokens * objective.config.patch_merge**2
+    cutting = 2 * embedding.patch.weight.numel() * patches
     projection = 2 * embedding.projection.weight.numel() * row.num_image_tokens
-    parts["student_forward"] += 2 * embedding.patch.weight.numel() * patches + projection
-    parts["student_backward"] += 2 * embedding.patch.weight.numel() * patches + 2 * projection
+    parts["student_forward"] += cutting + projection
+    parts["student_backward"] += cutting + 2 * projection
     if objective.teacher is not None:
         parts["teacher"] = row.num_images * teacher_flops(objective.teacher, patches / max(row.num_images, 1e-9))
         heads = 2 * num_pairs * config.hidden_size * objective.teacher.hidden_size * row.num_image_tokens
@@ -101,12 +82,6 @@ def layer_sizes(block: nn.Module) -> tuple[int, int, int]:
             base += size
             trained += size * module.weight.requires_grad
     return base, trained, lora
-
-
-def attention_width(config: Any) -> int:
-    """Heads times width of a head."""
-    heads = config.num_attention_heads
-    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def teacher_flops(teacher: Teacher, num_patches: float) -> float:

@@ -1,15 +1,10 @@
-"""How much memory a training step needs on each device, part by part.
-
-Weights, gradients and optimizer are counted. Activations are traced: the objective's own forward runs on
-tensors without storage (torch's FakeTensorMode), and what autograd saves is summed up, each storage once.
-
-Dims: B rows, T places of a row, I image tokens, L labels, D LLM width.
-"""
+"""How much memory a training step needs on each device, part by part. Activations are traced: the objective's own
+forward runs on tensors without storage (torch's FakeTensorMode), and what autograd saves is summed up."""
 
 import copy
 import platform
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,75 +28,51 @@ BYTES_OF_STATE = {"4bit": 0.5, "8bit": 1, "32bit": 4}  # by the optimizer's name
 
 
 def step_memory(
-    objective: Objective,
-    row: Row,
-    num_rows: int,
-    *,
-    bf16: bool = False,
-    num_recomputed: int = 0,
-    accumulates: bool = False,
-    optim: str = "adamw_torch",
-    num_shards: int = 1,
-    num_processes: int = 1,
-) -> dict[str, float]:
-    """Bytes on one device at the moment of a step when most are in use.
-
-    Args:
-        objective: from `vora.train.plan.meta_model.meta_model`.
-        row: the batch has `num_rows` of them.
-        bf16: whether autocast to bf16 is on.
-        num_recomputed: of the first so many blocks, which are computed again in the backward pass.
-        accumulates: whether gradients of earlier micro-batches are held during the forward pass.
-        optim: name of the optimizer, as in TrainingArguments.
-        num_shards: devices over which FSDP spreads weights, gradients and optimizer; 1 without it.
-        num_processes: with several and no sharding, DDP holds the gradients a second time in its buckets.
-
-    Returns:
-        {part: bytes}, in which `total` is the sum of the others. `activations` and `loss` are zero when the
-        optimizer's update is the peak, `gradients` when they do not exist yet at the peak.
-    """
-    frozen, trained = weight_bytes(objective)
+    objective: Objective, row: Row, num_rows: int, *, bf16: bool = False, num_recomputed: int = 0,
+    accumulates: bool = False, optim: str = "adamw_torch", num_shards: int = 1, num_processes: int = 1,
+) -> dict[str, float]:  # fmt: skip
+    """{part: bytes} on one device at the moment of a step when most are in use, and their sum `total`. `loss` is zero
+    when the optimizer's update is that moment, `gradients` when they do not exist yet.
+    FSDP spreads weights, gradients and optimizer over `num_shards`; without it, several processes hold gradients a
+    second time, in DDP's buckets. Who accumulates holds those of earlier micro-batches in the forward pass."""
     found = traced(objective, row, num_rows, bf16, num_recomputed)
-    gradients = trained / num_shards
-    buckets = gradients if num_processes > 1 and num_shards == 1 else 0
+    gradients = bytes_of(trained_parameters(objective)) / num_shards
+    largest_block = max(bytes_of(block.parameters()) for block in objective.vora.model.blocks)
     parts = {
-        "frozen weights": frozen / num_shards,
-        "trained weights": trained / num_shards,
+        "frozen weights": bytes_of(p for p in objective.parameters() if not p.requires_grad) / num_shards,
+        "trained weights": gradients,
         "optimizer": optimizer_bytes(objective, optim) / num_shards,
-        "gradient buckets": buckets,
-        "gathered blocks": 0 if num_shards == 1 else 2 * largest_block(objective),
-        "teacher": 0 if objective.teacher is None else sum(bytes_of(p) for p in objective.teacher.parameters()),
+        "gradient buckets": gradients if num_processes > 1 and num_shards == 1 else 0,
+        "gathered blocks": 0 if num_shards == 1 else 2 * largest_block,
+        "teacher": 0 if objective.teacher is None else bytes_of(objective.teacher.parameters()),
     }
     early = gradients if accumulates else 0  # gradients that are there before the backward pass
-    at_loss: dict[str, float] = {"gradients": early, "activations": found.activations, "loss": found.loss}
-    at_recomputation: dict[str, float] = {"gradients": early, "activations": found.recomputing, "loss": 0}
-    at_update: dict[str, float] = {"gradients": gradients, "activations": found.one_block, "loss": 0}
-    peak = max([at_loss, at_recomputation, at_update], key=lambda moment: sum(moment.values()))
-    return parts | peak | {"total": sum(parts.values()) + sum(peak.values())}
+    at_loss, at_recomputation = (early, found.activations, found.loss), (early, found.recomputing, 0)
+    peak = max([at_loss, at_recomputation, (gradients, found.one_block, 0)], key=sum)
+    parts |= dict(zip(("gradients", "activations", "loss"), peak))
+    return parts | {"total": sum(parts.values())}
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def optimizer_bytes(objective: nn.Module, optim: str) -> float:
-    """What an optimizer keeps of all trained parameters; adafactor's rows and columns count as nothing.
-
-    Args:
-        optim: its name, as in TrainingArguments; one that is not known counts as Adam.
-    """
+    """What an optimizer keeps of all trained parameters; adafactor's rows and columns count as nothing, and an
+    optimizer of an unknown name counts as Adam."""
     states = next((count for name, count in STATES_OF_OPTIMIZER.items() if name in optim), 2)
     size = next((size for mark, size in BYTES_OF_STATE.items() if mark in optim), None)
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    return states * sum(p.numel() * (size or p.element_size()) for p in trained)
+    return states * sum(p.numel() * (size or p.element_size()) for p in trained_parameters(objective))
 
 
 @dataclass
 class Traced:
-    """Bytes of a step.
-
-    Attributes:
-        activations: saved until the losses.
-        recomputing: in use when the first of the blocks is computed again; 0 where none is.
-        one_block: saved by one block that keeps all.
-        loss: held by the losses at their largest.
-    """
+    """Bytes of a step: saved until the losses; in use when the first of the blocks is computed again (0 where none
+    is); saved by one block that keeps all; held by the losses at their largest."""
 
     activations: int
     recomputing: int
@@ -110,11 +81,14 @@ class Traced:
 
 
 def traced(objective: Objective, row: Row, num_rows: int, bf16: bool, num_recomputed: int) -> Traced:
-    """What a step saves, found on tensors without storage: a `Traced`."""
+    """What a step saves, found on tensors without storage."""
+    attention = objective.vora.model.language_model.config._attn_implementation
     fake = copy.deepcopy(objective)
-    with FakeTensorMode():
-        own = objective.vora.model.language_model.config._attn_implementation
-        take_storage(fake, SEGMENTED_SDPA if row.num_segments > 1 else own)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake.set_teacher(None)
+        fake.to_empty(device="cpu")
+        fake.vora.set_attn_implementation(SEGMENTED_SDPA if row.num_segments > 1 else attention)
+        fake.train()
         found = saved_by_blocks(fake, row, num_rows, bf16, num_recomputed)
         embedding = saved_by_patch_embedding(fake, row, num_rows, bf16)
         found.activations += embedding
@@ -123,46 +97,13 @@ def traced(objective: Objective, row: Row, num_rows: int, bf16: bool, num_recomp
         return found
 
 
-def bytes_of(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def weight_bytes(objective: nn.Module) -> tuple[int, int]:
-    """(bytes of frozen weights, bytes of trained ones); PEFT's frozen copy of the patch embedding counts."""
-    frozen = sum(bytes_of(p) for p in objective.parameters() if not p.requires_grad)
-    return frozen, sum(bytes_of(p) for p in objective.parameters() if p.requires_grad)
-
-
-def largest_block(objective: Objective) -> int:
-    return max(sum(bytes_of(p) for p in block.parameters()) for block in objective.vora.model.blocks)
-
-
-def take_storage(objective: Objective, attention: str) -> None:
-    """Have tensors on the meta device claim to be on the processor; to be called within a FakeTensorMode.
-
-    Args:
-        attention: the implementation that is traced.
-    """
-    objective.set_teacher(None)
-    for module in objective.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                module._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    objective.vora.set_attn_implementation(attention)
-    objective.train()
-
-
-class Saved:
+class Saved(torch.autograd.graph.saved_tensors_hooks):
     """Within it, what autograd saves for the backward pass is summed up, each storage once, parameters aside."""
 
     def __init__(self, module: nn.Module) -> None:
+        super().__init__(self._pack, lambda tensor: tensor)
         self._parameters = {p.untyped_storage()._cdata for p in module.parameters()}
         self._storages: dict[int, Any] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -174,35 +115,32 @@ class Saved:
     def num_bytes(self) -> int:
         return sum(storage.nbytes() for storage in self._storages.values())
 
-    def __enter__(self) -> "Saved":
-        self._hooks.__enter__()
+    def __enter__(self) -> "Saved":  # type: ignore[override]
+        super().__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
 
-
-def computing_in(bf16: bool) -> Any:
-    return torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
+def computing_in(bf16: bool) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=bf16)
 
 
 def saved_by_blocks(objective: Objective, row: Row, num_rows: int, bf16: bool, num_recomputed: int) -> Traced:
     """The `Traced` of the blocks alone."""
     lm, blocks = objective.vora.model.language_model, objective.vora.model.blocks
     length, width = round(row.num_tokens), objective.config.get_text_config().hidden_size
-    dtype = objective.vora.dtype
+    masks: Any = torch.empty(num_rows, 1, length, length, dtype=torch.bool)
+    kinds = set(getattr(lm.config, "layer_types", None) or ())
+    if row.num_segments > 1:
+        masks = masks_with_segments(lm.config, row, num_rows, bf16)
+    elif len(kinds) > 1:
+        masks = dict.fromkeys(kinds, masks)
 
     def saved(num_blocks: int, num_recomputed: int) -> int:
         if num_recomputed:
             objective.gradient_checkpointing_enable(num_blocks=num_recomputed)
         else:
             lm.gradient_checkpointing_disable()
-        embeds = torch.empty(num_rows, length, width, dtype=dtype, requires_grad=True)
-        mask = torch.empty(num_rows, 1, length, length, dtype=torch.bool)
-        kinds = set(getattr(lm.config, "layer_types", None) or ())
-        masks = dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask
-        if row.num_segments > 1:
-            masks = masks_with_segments(lm.config, row, num_rows, bf16)
+        embeds = torch.empty(num_rows, length, width, dtype=objective.vora.dtype, requires_grad=True)
         positions = torch.empty(num_rows, length, dtype=torch.long)
         with only_first_blocks(lm, blocks, num_blocks), Saved(lm) as found, computing_in(bf16):
             lm(inputs_embeds=embeds, attention_mask=masks, position_ids=positions, use_cache=False)
@@ -218,80 +156,58 @@ def saved_by_blocks(objective: Objective, row: Row, num_rows: int, bf16: bool, n
 
 
 def masks_with_segments(config: Any, row: Row, num_rows: int, bf16: bool) -> Any:
-    """`attention_masks` without storage, of rows of equal samples, each with its images first."""
+    """`attention_masks` of rows of equal samples, each with its images first."""
     length = round(row.num_tokens)
-    tree = length / row.num_segments
-    with unset_fake_temporarily():  # segments follow from a mask's values
-        places = torch.arange(length)[None]
-        number = (places / tree).floor()
-        ends = ((number + 1) * tree).ceil().long() - 1
-        is_image = places - number * tree < row.num_image_tokens / row.num_segments
-        with computing_in(bf16):
-            masks = attention_masks(
-                config,
-                torch.zeros(1, length, 1, dtype=config.dtype),
-                None,
-                None,
-                None,
-                torch.where(is_image, number, -1).long(),
-                ends.clamp(max=length - 1),
-            )
-
-    def without_values(mask: Any) -> Any:
-        fake: Any = torch.empty(num_rows, *mask.shape[1:], dtype=mask.dtype)
-        if not hasattr(mask, "segments"):  # short rows are not cut
-            return fake
-        fake.segments = [
-            [replace(one, added=None if one.added is None else torch.empty(one.added.shape, dtype=one.added.dtype))
-             for one in mask.segments[0]]
-            for _ in range(num_rows)
-        ]  # fmt: skip
-        return fake
-
-    if not isinstance(masks, dict):
-        return without_values(masks)
-    return {layer_type: without_values(mask) for layer_type, mask in masks.items()}
+    of_sample = length / row.num_segments
+    with unset_fake_temporarily(), computing_in(bf16):  # segments follow from a mask's values
+        places = torch.arange(length).expand(num_rows, -1)
+        number = (places / of_sample).floor()
+        ends = ((number + 1) * of_sample).ceil().long() - 1
+        is_image = places - number * of_sample < row.num_image_tokens / row.num_segments
+        states = torch.zeros(num_rows, length, 1, dtype=config.dtype)
+        blocks = torch.where(is_image, number, -1).long()
+        return attention_masks(config, states, None, None, None, blocks, ends.clamp(max=length - 1))
 
 
 def saved_by_patch_embedding(objective: Objective, row: Row, num_rows: int, bf16: bool) -> int:
     """Bytes that the patch embedding saves."""
     embedding, config = objective.vora.model.patch_embedding, objective.config
-    side = max(1, round(row.tokens_per_image**0.5))
-    grid = (config.patch_merge * side, config.patch_merge * max(1, round(row.tokens_per_image / side)))
-    grids = [(1, *grid)] * round(num_rows * row.num_images)
-    if not grids:
+    side, num_images = max(1, round(row.tokens_per_image**0.5)), round(num_rows * row.num_images)
+    height, width = (config.patch_merge * max(1, round(size)) for size in (side, row.tokens_per_image / side))
+    if not num_images:
         return 0
-    pixels = torch.empty(len(grids) * grid[0] * grid[1], config.num_channels * config.patch_size**2)
+    pixels = torch.empty(num_images * height * width, config.num_channels * config.patch_size**2)
+    grids = SimpleNamespace(tolist=lambda: [(1, height, width)] * num_images)  # a tensor without storage has no values
     with Saved(embedding) as found, computing_in(bf16):
-        embedding(pixels, SimpleNamespace(tolist=lambda: grids))  # sizes only: a tensor without storage has no values
+        embedding(pixels, grids)
     return found.num_bytes
 
 
 def held_by_losses(objective: Objective, row: Row, num_rows: int, bf16: bool) -> int:
     """Bytes of output layer, heads and losses at their largest: saved ones, and the gradient of the logits, of which
     there is one part at a time (`losses_of_labels`)."""
-    config, dtype = objective.config.get_text_config(), objective.vora.dtype
+    vora, heads, config = objective.vora, objective.distillation, objective.config.get_text_config()
     num_labels, num_images = round(num_rows * row.num_labels), round(num_rows * row.num_image_tokens)
     held = 0
     if num_labels:
         size = labels_at_once(num_labels, config.vocab_size)
-        states = torch.empty(size, config.hidden_size, dtype=dtype, requires_grad=True)
-        with Saved(objective.vora.lm_head) as found, computing_in(bf16):
-            logits = objective.vora.logits(states)
+        states = torch.empty(size, config.hidden_size, dtype=vora.dtype, requires_grad=True)
+        with Saved(vora.lm_head) as found, computing_in(bf16):
+            logits = vora.logits(states)
             nn.functional.cross_entropy(logits.float(), torch.empty(size, dtype=torch.long), reduction="sum")
         held += found.num_bytes + size * config.vocab_size * (4 + logits.element_size())
         if size < num_labels:  # what enters each part is kept for the second time
             held += num_labels * config.hidden_size * states.element_size()
-    if objective.distillation is not None and num_images:
-        heads, pairs = objective.distillation, objective.distillation.pairs
-        width = heads.heads[name_of(pairs[0])][1].out_features
-        of_pairs = {s: torch.empty(num_images, config.hidden_size, dtype=dtype, requires_grad=True) for s, _ in pairs}
-        features = {t: torch.empty(num_images, width) for _, t in pairs}
+    if heads is not None and num_images:
+        width = heads.heads[name_of(heads.pairs[0])][1].out_features
+        shape = {"size": (num_images, config.hidden_size), "dtype": vora.dtype, "requires_grad": True}
+        of_pairs = {s: torch.empty(**shape) for s, _ in heads.pairs}
+        features = {t: torch.empty(num_images, width) for _, t in heads.pairs}
         with Saved(heads) as found, computing_in(bf16):
             heads(of_pairs, features)
         held += found.num_bytes
         if heads.recomputes:  # one of them, once the others are done
-            student, teacher = pair = pairs[-1]
+            student, teacher = pair = heads.pairs[-1]
             with Saved(heads) as found, computing_in(bf16):
                 heads.loss_of_pair(pair, of_pairs[student], features[teacher])
             held += found.num_bytes
@@ -299,17 +215,11 @@ def held_by_losses(objective: Objective, row: Row, num_rows: int, bf16: bool) ->
 
 
 def held_by_process(memory: dict[str, float], recomputed: float) -> dict[str, float]:
-    """What a process holds beside its tensors: libraries, and what glibc's heap keeps of freed ones; the new total.
-
-    Args:
-        recomputed: the share of the blocks that are computed again.
-    """
+    """What a process holds beside its tensors, and the new total; `recomputed` is the share of blocks that are."""
     moving = memory["activations"] + memory["loss"] + memory["gradients"]
     kept = HEAP_KEEPS[0] + recomputed * (HEAP_KEEPS[1] - HEAP_KEEPS[0])
-    parts = {
-        "Python and its libraries": resident_bytes(),
-        "kept by the heap": kept * moving if platform.system() == "Linux" else 0,
-    }
+    heap = kept * moving if platform.system() == "Linux" else 0
+    parts = {"Python and its libraries": resident_bytes(), "kept by the heap": heap}
     return parts | {"total": memory["total"] + sum(parts.values())}
 
 
@@ -318,5 +228,4 @@ def resident_bytes() -> float:
     status = Path("/proc/self/status")
     if not status.exists():
         return 5e8
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
-    return 1024 * int(line.split()[1])
+    return 1024 * int(status.read_text().partition("VmRSS:")[2].split()[0])
