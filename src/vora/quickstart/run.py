@@ -34,6 +34,7 @@ from vora.train.throughput import precision_overrides
 NUM_SHOWN = 12
 MOST_TRAINING_MINUTES = 9.0
 TOKENS_PER_QUESTION = 10  # with the image's share, under the quickstart's chat template
+TOKENS_PER_DISTILL_STEP = 350  # that the bare LLM reads in the time of a step that only distills
 
 
 def run_quickstart(
@@ -69,9 +70,11 @@ def run_quickstart(
     num_questions = sum(len(sample.conversations) for sample in samples["test"])
     console.print("[1/5] Fetching and unpacking the LLM (once)")
     load_tokenizer(llm)
-    asking_seconds = 1.2 * num_questions * TOKENS_PER_QUESTION * forward_seconds_per_token(load_llm(llm))
+    token_seconds = forward_seconds_per_token(load_llm(llm))
+    asking_seconds = 1.2 * num_questions * TOKENS_PER_QUESTION * token_seconds
     left = minutes - (time.monotonic() - start + asking_seconds) / 60 - 1  # a minute to merge and to write
     training_minutes = min(MOST_TRAINING_MINUTES, max(1.0, left))
+    most_distill_steps = int(30 * training_minutes / (TOKENS_PER_DISTILL_STEP * token_seconds))  # half of the time
 
     precision = precision_overrides()
     dtype = precision["model.dtype"]
@@ -79,6 +82,9 @@ def run_quickstart(
     with as_file(files("vora.quickstart")) as folder:
         given = [f"{key}={value}" for key, value in settings.items()]
         recipe = load_recipe(folder / "recipe.yaml", [*given, *overrides])
+        if recipe.distill_only_steps > most_distill_steps:  # a slow machine would learn no language
+            given.append(f"teacher.distill_only_steps={most_distill_steps}")
+            recipe = load_recipe(folder / "recipe.yaml", [*given, *overrides])
         console.print(f"[2/5] Training stage 1 in {dtype}, at most {training_minutes:.1f} minutes")
         train_start = time.monotonic()
         trainer = train(recipe, out / "run", console=console)
