@@ -15,20 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from contestants import (
-    PATCH,
-    SIZES,
-    build_ours,
-    default_attention,
-    default_dtype,
-    image_token_id,
-    on_device,
-    optimizer_of,
-    train_step,
-)
+from contestants import PATCH, SIZES, Contestant, default_attention, default_dtype, image_token_id, on_device
 from original import square_frame
 from PIL import Image
-from rows import alternate, arguments, clock, compared, medians, parser_of, report, row, set_clock, spread
+from rows import alternate, arguments, compared, parser_of, report, row, spread
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -74,10 +64,10 @@ def compare_processors(images, rounds):
     def of_all(process):
         return lambda: [process(Image.open(BytesIO(data))) for data in images]
 
-    num_threads, kind = clock()
-    set_clock(1, kind)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     times = alternate({name: of_all(process) for name, process in processes.items()}, rounds)
-    set_clock(num_threads, kind)
+    torch.set_num_threads(num_threads)
     for name in list(processes)[1:]:
         what = f"JPEGs to patches, one thread, against {name} ({patches['ours']} and {patches[name]} patches)"
         yield compared(what, times, "images/s", lambda seconds: len(images) / seconds, baseline=name)
@@ -110,16 +100,12 @@ def byte_tokenizer(size):
 def compare_with_trainer(folder, images, size, args):
     """The row of samples a second that are loaded and trained on."""
     loader, dtype = Loader(folder, images, size, args), getattr(torch, args.dtype)
-    objective, batch = build_ours(size, dtype, default_attention()), next(loader.batches)
-    optimizer, batch_on_device = optimizer_of(objective, fused=True), on_device(batch)
-    contestants = {
-        "loader": loader,
-        "trainer": lambda: train_step(objective, batch_on_device, optimizer, dtype),
-    }
-    times = alternate(contestants, args.rounds)
+    batch = next(loader.batches)
+    trainer = Contestant("ours", size, [on_device(batch)], dtype, default_attention())
+    times = alternate({"loader": loader, "trainer": trainer}, args.rounds)
     loaded = float(np.median([count / seconds for count, seconds in zip(loader.num_samples[1:], times["loader"])]))
     num_samples = int(batch["num_samples"])
-    trained = num_samples / medians(times)["trainer"]
+    trained = num_samples / float(np.median(times["trainer"]))
     num_tokens = int((batch["seen_until"] > torch.arange(args.sequence_length)).sum())
     return row(
         f"Parquet to packed batches in one process, against train step, {args.size}, {args.dtype}",

@@ -34,27 +34,25 @@ part() { # name, limit in seconds, words of the command
 
 if [ -n "$toy" ]; then
     small="--size toy --rounds 1"
-    part flex 60 benchmarks/flex.py
+    part flex 60 benchmarks/train_step.py --size toy --attn flex_attention --only check
     part train_step 60 benchmarks/train_step.py $small --sequence-length 256
     part large_step 60 benchmarks/large_step.py $small --sequence-length 256 --ceiling-side 256 ||
         part large_step_again 60 benchmarks/large_step.py $small --sequence-length 256 --ceiling-side 256 --checkpointing
     part prefill_decode 60 benchmarks/prefill_decode.py $small --new-tokens 4
     part data 60 benchmarks/data.py $small --count 10 --batches 2 --sequence-length 256
     part memory 60 benchmarks/memory.py $small --sequence-length 256
-    part growth 60 benchmarks/growth.py --size toy --sides 2 4 --batches
 else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
-    part flex 100 benchmarks/flex.py --size smollm2-135m
+    part flex 100 benchmarks/train_step.py --attn flex_attention --only check
     part train_step 80 benchmarks/train_step.py --sequence-length 4096 --sequences 8 --sequences-per-batch 4 --batch 64
     part large_step 150 benchmarks/large_step.py ||
         part large_step_again 110 benchmarks/large_step.py --checkpointing --no-baseline
     part large_step_flex 90 benchmarks/large_step.py --attn flex_attention --no-baseline --rounds 3
     part step_of_135m 60 benchmarks/large_step.py --size smollm2-135m --scale pixels --sequence-length 4096 --sequences 8 --sequences-per-batch 4 --batch 64
-    part train_step_flex 70 benchmarks/train_step.py --sequence-length 4096 --sequences 8 --sequences-per-batch 4 --batch 64 --attn flex_attention --no-check
+    part train_step_flex 70 benchmarks/train_step.py --sequence-length 4096 --sequences 8 --sequences-per-batch 4 --batch 64 --attn flex_attention --only steps
     part prefill_decode 50 benchmarks/prefill_decode.py
     part data 40 benchmarks/data.py --sequences-per-batch 4 --sequence-length 4096 --batches 4
     part memory 50 benchmarks/memory.py --sequence-length 4096 --sequences 4 --rounds 1
-    part growth 90 benchmarks/growth.py --sides 8 16 32 64 --batches
 fi
 echo "== all figures"
 python3 benchmarks/rows.py "$out"/*.json

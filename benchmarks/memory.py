@@ -1,33 +1,42 @@
 """Peak memory of a training step on images in the usual sizes, ours against the original.
 
-Each contestant runs in processes of its own, in turn: resident memory on a CPU (VmHWM), allocated memory on a GPU. How
-both grow is in growth.py.
+Each contestant runs in processes of its own, in turn: resident memory on a CPU (VmHWM), allocated memory on a GPU.
 
     python benchmarks/memory.py --json memory.json
 """
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from statistics import median
 
 import contestants
 import torch
-from own_process import in_own_process, taken_by
-from rows import arguments, parser_of, report, row, spread
+from rows import arguments, parser_of, peak_bytes, report, restart_peak, row, spread
 
 VARIANTS = ("ours", "original")
+NUM_STEPS = 2  # the first makes what the optimizer keeps
+
+
+def in_own_process(work, *args):
+    """What a function of a module returns in a new process, on as many threads."""
+    spawn, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (threads,)) as pool:
+        return pool.submit(work, *args).result()
 
 
 def figures(variant, size_name, sequence_length, num_sequences, dtype, attn):
-    """What `taken_by` says of training steps of one contestant on the images that fill some sequences of ours."""
-    size, dtype = contestants.SIZES[size_name], getattr(torch, dtype)
+    """(bytes held before training steps, most bytes during them, number of images) of one contestant."""
+    size = contestants.SIZES[size_name]
     samples, sequences = contestants.full_sequences(size, sequence_length, num_sequences)
     if variant == "ours":
-        model = contestants.build_ours(size, dtype, attn)
-        (batch,) = contestants.batches_of_sequences(sequences, size, sequence_length, num_sequences)
+        batches = contestants.batches_of_sequences(sequences, size, sequence_length, num_sequences)
     else:
-        model = contestants.build_original(size, dtype)
-        (batch,) = contestants.original_batches(samples, size, len(samples))
-    optimizer = contestants.optimizer_of(model, fused=variant == "ours")
-    return taken_by(lambda: contestants.train_step(model, batch, optimizer, dtype)) | {"num_samples": len(samples)}
+        batches = contestants.original_batches(samples, size, len(samples))
+    contestant = contestants.Contestant(variant, size, batches, getattr(torch, dtype), attn)
+    resting = restart_peak()
+    for _ in range(NUM_STEPS):
+        contestant()
+    return resting, peak_bytes(), len(samples)
 
 
 def main():
@@ -39,27 +48,19 @@ def main():
     contestants.add_precisions(parser)
     args = arguments(parser)
     dtypes = {"ours": args.our_dtype, "original": args.baseline_dtype}
-    found = {variant: [] for variant in VARIANTS}
+    settings = (args.size, args.sequence_length, args.sequences)
+    peaks, above = ({variant: [] for variant in VARIANTS} for _ in range(2))
     for _ in range(args.rounds):
         for variant in VARIANTS:
-            settings = (args.size, args.sequence_length, args.sequences, dtypes[variant], args.attn)
-            found[variant].append(in_own_process(figures, variant, *settings))
-    images = found["ours"][0]["num_samples"]
-    what = f"train step, {args.size}, {images} images, {args.our_dtype} against {args.baseline_dtype}"
-    peaks = {variant: [one["peak"] for one in found[variant]] for variant in VARIANTS}
-    above = {variant: [one["peak"] - one["resting"] for one in found[variant]] for variant in VARIANTS}
-    report(
-        [
-            row(
-                f"{what}: {name}",
-                *(median(values[variant]) for variant in VARIANTS),
-                "bytes",
-                noise={variant: spread(values[variant]) for variant in VARIANTS},
-            )
-            for name, values in {"peak memory": peaks, "memory above the model at rest": above}.items()
-        ],
-        args.json,
-    )
+            resting, peak, num_images = in_own_process(figures, variant, *settings, dtypes[variant], args.attn)
+            peaks[variant].append(peak)
+            above[variant].append(peak - resting)
+    what = f"train step, {args.size}, {num_images} images, {args.our_dtype} against {args.baseline_dtype}"
+    rows = []
+    for name, values in {"peak memory": peaks, "memory above the model at rest": above}.items():
+        noise = {variant: spread(values[variant]) for variant in VARIANTS}
+        rows.append(row(f"{what}: {name}", *(median(values[v]) for v in VARIANTS), "bytes", noise=noise))
+    report(rows, args.json)
 
 
 if __name__ == "__main__":

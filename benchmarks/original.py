@@ -25,15 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 IMAGE = -200  # stands for a whole image in input_ids
 MASKED = -100
-TARGETS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.up_proj",
-    "mlp.gate_proj",
-    "mlp.down_proj",
-)
+TARGETS = [*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("up", "gate", "down"))]
 
 
 class LoraLinear(nn.Linear):
@@ -131,8 +123,7 @@ class OriginalVora(nn.Module):
     Args:
         llm: a causal LM of transformers with `llm.model.layers`; it is frozen and altered.
         width: D_v.
-        rank: of the low-rank pairs; None for a merged model.
-        num_blocks: how many blocks, from the first, have them.
+        rank: of the low-rank pairs, which the first `num_blocks` blocks have; None for a merged model.
         targets: paths of linear layers inside a block.
         teacher: a plain ViT of transformers, or None.
     """
@@ -186,13 +177,6 @@ class OriginalVora(nn.Module):
             loss = loss + sum(levels) / len(levels)
         return found | {"loss": loss, "metrics": metrics | {"total_loss": loss.item()}}
 
-    def prefill(self, input_ids, attention_mask, frames):
-        """One pass over prompts of an image each, with a cache and the logits of the last place alone: kinder than the
-        original's `generate`, which asks each block for its attention weights too, and keeps them."""
-        embeds, valid, _, is_image = self.insert_images(input_ids, attention_mask, frames)
-        mask = dense_mask(valid, is_image, embeds.dtype)
-        return self.llm(inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1)
-
     def insert_images(self, input_ids, attention_mask, frames, labels=None, num_frames=None):
         """Rows in which each image has become its tokens, padded on the right to the longest.
 
@@ -212,20 +196,14 @@ class OriginalVora(nn.Module):
             for end in [*places, len(ids)]:
                 text = slice(start, end)
                 targets = ids.new_full((end - start,), MASKED) if labels is None else labels[row, text]
-                parts.append(
-                    (
-                        embedding(ids[text]),
-                        attention_mask[row, text] == 1,
-                        targets,
-                        targets.new_zeros(len(targets)).bool(),
-                    )
-                )
+                words, no_image = embedding(ids[text]), torch.zeros_like(targets, dtype=torch.bool)
+                parts.append((words, attention_mask[row, text] == 1, targets, no_image))
                 if end < len(ids):
                     tokens = next(images)
                     here = torch.ones(len(tokens), dtype=torch.bool, device=ids.device)
-                    parts.append((tokens, here, ids.new_full((len(tokens),), MASKED), here))
+                    parts.append((tokens.to(self.llm.dtype), here, ids.new_full((len(tokens),), MASKED), here))
                 start = end + 1
-            rows.append([torch.cat(columns) for columns in zip(*[self._in_dtype(part) for part in parts])])
+            rows.append([torch.cat(columns) for columns in zip(*parts)])
         embeds, valid, targets, is_image = zip(*rows)
         longest = max(map(len, valid))
         padding = embedding(input_ids.new_tensor(self.llm.config.pad_token_id or 0))
@@ -236,10 +214,6 @@ class OriginalVora(nn.Module):
 
         targets = None if labels is None else padded(targets, MASKED)
         return torch.stack(embeds), padded(valid, False), targets, padded(is_image, False)
-
-    def _in_dtype(self, part):
-        embeds, *rest = part
-        return embeds.to(self.llm.dtype), *rest
 
     @torch.no_grad()
     def merge(self):

@@ -17,97 +17,57 @@ import torch
 
 from vora.cpu_threads import configure_cpu_threads
 
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
-_clock = ["wall"]
-
 
 def parser_of(description):
     """An argument parser with what all benchmarks take; `description` is a module's docstring."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--threads", type=int, help="of torch; its own choice without it")
-    parser.add_argument(
-        "--clock",
-        choices=CLOCKS,
-        default="wall",
-        help="processor: seconds of processors at work, for a busy machine; only with --threads 1, and not with a GPU",
-    )
     return parser
 
 
 def arguments(parser):
-    """Parse the command line and set threads and clock, after a new start if torch's threads do not wait as vora's."""
+    """Parse the command line and set threads, after a new start if torch's threads do not wait as vora's."""
     args = parser.parse_args()
     is_script = Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
     if is_script and "GOMP_SPINCOUNT" not in os.environ:  # which torch read when it was imported
         configure_cpu_threads()
         os.execv(sys.executable, [sys.executable, *sys.argv])
-    set_clock(args.threads or torch.get_num_threads(), args.clock)
-    if args.clock == "processor" and (torch.get_num_threads() > 1 or torch.cuda.is_available()):
-        parser.error("--clock processor needs --threads 1 and no GPU: waiting threads count as work.")
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     return args
-
-
-def set_clock(num_threads, clock):
-    """Compute on so many threads, and time by a clock of `CLOCKS`."""
-    torch.set_num_threads(num_threads)
-    _clock[0] = clock
-
-
-def clock():
-    """What `set_clock` was given."""
-    return torch.get_num_threads(), _clock[0]
 
 
 def machine():
     """One line: what computes, on how many threads, with which torch."""
     if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
-    return f"{device}, torch {torch.__version__}"
-
-
-def _processor():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.exists() else []
-    names = [line for line in lines if line.startswith("model name")]
-    name = names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {threads}, torch {torch.__version__}"
 
 
 def commit():
     """The commit that was measured, with a + where the working tree differs from it; "unknown" outside a clone."""
-
-    def git(*words):
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    head = git("rev-parse", "--short", "HEAD")
-    return "unknown" if not head else head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
 
 
-def row(name, ours, baseline, unit, ratio=None, **more):
-    """One comparison. `ratio` is ours / baseline unless it is given."""
-    if ratio is None and ours is not None and baseline:
-        ratio = ours / baseline
+def row(name, ours, baseline, unit, **more):
+    """One comparison, with the ratio ours / baseline where there are both."""
+    ratio = ours / baseline if ours is not None and baseline else None
     return {"name": name, "ours": ours, "baseline": baseline, "ratio": ratio, "unit": unit} | more
 
 
 def report(rows, json_file=None):
-    """Print rows as they come, and write those so far to a file, with `machine` and `commit` in each.
-
-    A benchmark that is stopped, or fails, leaves the rows that it had.
-
-    Args:
-        rows: any iterable of `row`s.
-
-    Returns:
-        list of the rows.
-    """
-    where = {"machine": machine(), "commit": commit(), "clock": _clock[0]}
-    print(f"{where['machine']}, commit {where['commit']}, {where['clock']} clock")
-    print_line("ours", "baseline", "ratio", "unit", "what")
+    """Print rows as they come, and write those so far to a file, with `machine` and `commit` in each: a benchmark that
+    is stopped, or fails, leaves the rows that it had. Returns the list of all."""
+    where = {"machine": machine(), "commit": commit()}
+    print(f"{where['machine']}, commit {where['commit']}")
+    print_row({"ours": "ours", "baseline": "baseline", "ratio": "ratio", "unit": "unit", "name": "what"})
     found = []
     for one in rows:
         found.append(one | where)
@@ -118,31 +78,24 @@ def report(rows, json_file=None):
 
 
 def print_row(one):
-    print_line(*(_short(one[figure]) for figure in ("ours", "baseline", "ratio")), one["unit"], one["name"])
-
-
-def print_line(ours, baseline, ratio, unit, name):
-    print(f"{ours:>10} {baseline:>10} {ratio:>8} {unit:12} {name}", flush=True)
+    ours, baseline, ratio = (_short(one[figure]) for figure in ("ours", "baseline", "ratio"))
+    print(f"{ours:>10} {baseline:>10} {ratio:>8} {one['unit']:12} {one['name']}", flush=True)
 
 
 def _short(value):
+    if isinstance(value, str):
+        return value
     return "-" if value is None else f"{value:.4g}"
 
 
-def synchronize():
-    """Wait for the GPU, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def seconds(work):
-    """Time of one call by the chosen clock, to its end on the device."""
-    now = CLOCKS[_clock[0]]
+    """Time of one call, to its end on the device."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else torch.cpu.synchronize
     synchronize()
-    start = now()
+    start = time.perf_counter()
     work()
     synchronize()
-    return now() - start
+    return time.perf_counter() - start
 
 
 def alternate(contestants, rounds, warmups=1):
@@ -165,24 +118,15 @@ def alternate(contestants, rounds, warmups=1):
     return times
 
 
-def medians(times):
-    """{name: median seconds} of `alternate`."""
-    return {name: median(values) for name, values in times.items()}
-
-
 def spread(times):
     """Half the range of a list of times as a share of its median: how noisy the machine was."""
     return (max(times) - min(times)) / 2 / median(times)
 
 
 def compared(name, times, unit, figure=float, ours="ours", baseline="original", **more):
-    """The `row` of two contestants of `alternate`, with how noisy each was.
-
-    Args:
-        figure: what a time in seconds means in this unit.
-    """
-    found, noise = medians(times), {"ours": spread(times[ours]), "baseline": spread(times[baseline])}
-    return row(name, figure(found[ours]), figure(found[baseline]), unit, noise=noise, **more)
+    """The `row` of two contestants of `alternate`, with how noisy each was; `figure` turns seconds into the unit."""
+    noise = {"ours": spread(times[ours]), "baseline": spread(times[baseline])}
+    return row(name, figure(median(times[ours])), figure(median(times[baseline])), unit, noise=noise, **more)
 
 
 def restart_peak():

@@ -45,19 +45,18 @@ def main() -> None:
     empty_rounds = 0
     while len(seen) < options.num:
         torch.manual_seed(options.seed + len(seen) + empty_rounds)
-        before = len(seen)
+        lines = dict.fromkeys(map(json.dumps, sample(llm, processor, options)))
+        new = [line for line in lines if line not in seen][: options.num - len(seen)]
         with options.out.open("a") as file:
-            for line in map(json.dumps, sample(llm, processor, options)):
-                if line not in seen and len(seen) < options.num:
-                    seen.add(line)
-                    file.write(line + "\n")
+            file.writelines(f"{line}\n" for line in new)
+        seen.update(new)
         print(f"{len(seen)} of {options.num} {options.kind}s", flush=True)
-        empty_rounds = empty_rounds + 1 if len(seen) == before else 0
+        empty_rounds = 0 if new else empty_rounds + 1
         if empty_rounds == MAX_EMPTY_ROUNDS:
             cure = "" if options.kind == "document" else ": raise --question-tokens, or take --kind document"
             raise SystemExit(
                 f"{empty_rounds} rounds of {options.batch} brought no new {options.kind}{cure}. "
-                f"{options.out} has {before}."
+                f"{options.out} has {len(seen)}."
             )
 
 
@@ -93,21 +92,12 @@ def continued(
     llm: PreTrainedModel, processor: VoraProcessor, prompts: list[str], max_new_tokens: int
 ) -> list[tuple[str, bool]]:
     """How each prompt goes on, sampled, to the end of the turn: list of (text, whether it ended by itself)."""
-    tokenizer, ends = processor.tokenizer, llm.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
+    tokenizer, ends = processor.tokenizer, torch.as_tensor(llm.generation_config.eos_token_id, device=llm.device)
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(llm.device)
-    tokens = llm.generate(
-        **inputs,
-        do_sample=True,
-        temperature=1.0,
-        top_p=0.95,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-    )[:, inputs["input_ids"].shape[1] :]
-    return [
-        (tokenizer.decode(row, skip_special_tokens=True).strip(), not set(ends).isdisjoint(row.tolist()))
-        for row in tokens
-    ]
+    how = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "pad_token_id": tokenizer.pad_token_id}
+    rows = llm.generate(**inputs, **how, max_new_tokens=max_new_tokens)[:, inputs["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return [(text.strip(), ended) for text, ended in zip(texts, torch.isin(rows, ends).any(1).tolist())]
 
 
 def whole_sentences(text: str) -> str:

@@ -37,22 +37,21 @@ def sampled(folder, out, *options):
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def test_turns_end_with_the_templates_own_token(tmp_path):
-    template = (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<end_of_turn>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
-    folder = folder_of_llm(tmp_path / "llm", template)
-    rows = sampled(folder, tmp_path / "text.jsonl", "--answer-tokens", "300")
-    assert len(rows) == 3 and all([turn["role"] for turn in row["messages"]] == ["user", "assistant"] for row in rows)
-    assert not any("end_of_turn" in turn["content"] for row in rows for turn in row["messages"])
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<end_of_turn>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 
 
-@pytest.mark.parametrize("kind", ["conversation", "document"])
-def test_an_llm_without_a_chat_template_is_sampled_as_it_is_trained(tmp_path, kind):
-    folder = folder_of_llm(tmp_path / "llm", None)
-    rows = sampled(folder, tmp_path / "text.jsonl", "--kind", kind, "--question-tokens", "300")
-    assert len(rows) == 3 and all(row.keys() == {"messages" if kind == "conversation" else "text"} for row in rows)
+@pytest.mark.parametrize("template, kind", [(TEMPLATE, "conversation"), (None, "conversation"), (None, "document")])
+def test_an_llm_is_sampled_as_it_is_trained(tmp_path, template, kind):
+    options = ["--kind", kind, "--question-tokens", "300", "--answer-tokens", "300"]
+    rows = sampled(folder_of_llm(tmp_path / "llm", template), tmp_path / "text.jsonl", *options)
+    assert len(rows) == 3 and "end_of_turn" not in str(rows)
+    if kind == "document":
+        assert all(row.keys() == {"text"} for row in rows)
+    else:
+        assert all([turn["role"] for turn in row["messages"]] == ["user", "assistant"] for row in rows)
 
 
 def test_it_gives_up_where_nothing_comes(tmp_path):

@@ -13,11 +13,7 @@ Message: TypeAlias = dict[str, Any]  # {"role": ..., "content": text, or a list 
 
 
 class Engine:
-    """The one road to an answer: messages in, pieces of text out as they are generated.
-
-    Args:
-        model, processor: from `vora.checkpoint.load_model`.
-    """
+    """The one road to an answer: messages in, pieces of text out as they are generated; see `load_model`."""
 
     def __init__(self, model: PreTrainedModel, processor: VoraProcessor) -> None:
         self.model, self.processor = model, processor
