@@ -152,8 +152,7 @@ def with_sight(llm, size, attn, patch_merge=1):
 
 def build_ours(size, dtype=torch.float32, attn="sdpa", pairs=None, center=True):
     """The `Objective` of stage 1: LoRA, patch embedding and heads in float32, the rest in `dtype`."""
-    teacher = Teacher(random_vit(size, dtype))
-    vora = random_vora(size, dtype, attn)
+    teacher, vora = Teacher(random_vit(size, dtype)), random_vora(size, dtype, attn)
     with device():  # billions of values are drawn faster there
         student = attach_vision_lora(vora, rank=size.rank, num_blocks=size.num_blocks)
     pairs = block_pairs(size.num_blocks, teacher.num_blocks) if pairs is None else pairs
@@ -164,19 +163,11 @@ def build_ours(size, dtype=torch.float32, attn="sdpa", pairs=None, center=True):
 
 def build_original(size, dtype=torch.float32):
     """The original of the same size."""
-    vit = random_vit(size, dtype)
-    llm = random_llm(size, dtype)
+    vit, llm = random_vit(size, dtype), random_llm(size, dtype)
+    has_cls = any("cls_token" in name for name, _ in vit.named_parameters())
+    shape = {"patch_size": PATCH, "image_size": size.image_size, "rank": size.rank, "num_blocks": size.num_blocks}
     with device():
-        model = OriginalVora(
-            llm,
-            width=768,
-            patch_size=PATCH,
-            image_size=size.image_size,
-            rank=size.rank,
-            num_blocks=size.num_blocks,
-            teacher=vit,
-            skip_cls="cls_token" in "".join(name for name, _ in vit.named_parameters()),
-        )
+        model = OriginalVora(llm, width=768, teacher=vit, skip_cls=has_cls, **shape)
     in_float32(model.to(device())).train()
     model.aux_vision.eval()
     return model
@@ -230,20 +221,16 @@ class Sample:
     turns: list
 
 
-def make_samples(count, size, answer_tokens=ANSWER_TOKENS, num_turns=1, seed=0):
+def endless_samples(size, answer_tokens=ANSWER_TOKENS, num_turns=1):
     """Smooth noise in the usual sizes, with text tokens drawn at random; the same for all contestants."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def text(span):
         return rng.integers(3, image_token_id(size), rng.integers(*span)).tolist()
 
-    return [
-        Sample(
-            Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize(pixels, Image.Resampling.BICUBIC),
-            [(text(QUESTION_TOKENS), text(answer_tokens)) for _ in range(num_turns)],
-        )
-        for pixels in islice(cycle(IMAGE_SIZES), count)
-    ]
+    for pixels in cycle(IMAGE_SIZES):
+        image = Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize(pixels, Image.Resampling.BICUBIC)
+        yield Sample(image, [(text(QUESTION_TOKENS), text(answer_tokens)) for _ in range(num_turns)])
 
 
 def squared(samples, image_size):
@@ -277,9 +264,8 @@ def our_sample(sample, size, same_scale=True):
     if same_scale:
         scale = size.image_size / max(image.size)
         image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-    images = VoraImageProcessor(patch_size=PATCH, max_image_tokens=budget, min_image_tokens=1)(
-        [image], return_tensors="np"
-    )
+    processor = VoraImageProcessor(patch_size=PATCH, max_image_tokens=budget, min_image_tokens=1)
+    images = processor([image], return_tensors="np")
     tokens = [image_token_id(size)] * int(images["image_grid_thw"].prod())
     conversations = []
     for question, answer in sample.turns:
@@ -297,23 +283,15 @@ def full_sequences(size, sequence_length, num_sequences, same_scale=True, answer
     Returns:
         (list of `Sample`, list of `num_sequences` lists of the same samples for `collate_sequences`).
     """
-    samples = make_samples(WAITING, size, answer_tokens, num_turns)
-    shortest = min(len(our_sample(sample, size, same_scale)["input_ids"]) for sample in samples)
-    count = WAITING + (NUM_EARLIER + num_sequences) * (sequence_length // shortest + 1)
-    samples = make_samples(count, size, answer_tokens, num_turns)
-    ours = [our_sample(sample, size, same_scale) for sample in samples]
-    chosen = _sequences_of(ours, sequence_length)[NUM_EARLIER : NUM_EARLIER + num_sequences]
-    return [samples[i] for sequence in chosen for i in sequence], [[ours[i] for i in sequence] for sequence in chosen]
-
-
-def _sequences_of(samples, sequence_length):
-    """Indices of the samples of each packed sequence."""
-    waiting, sequences = list(range(len(samples))), []
-    while waiting:
-        chosen = next_sequence([len(samples[index]["input_ids"]) for index in waiting[:WAITING]], sequence_length)
+    stream, waiting, sequences = endless_samples(size, answer_tokens, num_turns), [], []
+    for _ in range(NUM_EARLIER + num_sequences):
+        waiting += [(one, our_sample(one, size, same_scale)) for one in islice(stream, WAITING - len(waiting))]
+        chosen = next_sequence([len(ours["input_ids"]) for _, ours in waiting], sequence_length)
         sequences.append([waiting[place] for place in chosen])
-        waiting = [index for place, index in enumerate(waiting) if place not in chosen]
-    return sequences
+        waiting = [pair for place, pair in enumerate(waiting) if place not in chosen]
+    taken = sequences[NUM_EARLIER:]
+    samples = [sample for sequence in taken for sample, _ in sequence]
+    return samples, [[ours for _, ours in sequence] for sequence in taken]
 
 
 def batches_of_sequences(sequences, size, sequence_length, sequences_per_batch):

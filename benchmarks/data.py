@@ -3,7 +3,7 @@
 JPEGs of 500 x 375 pixels, decoded, resized and cut into patches of 14 pixels by one thread: ours against the PIL
 processor of Qwen2-VL, which keeps aspect ratios too, and against the black square of the original. Then the whole
 loader (Parquet to packed batches, in this one process) against training steps on its batches, which is what it must
-feed. Nothing is fetched: without --images the JPEGs are of smooth noise, and the tokenizer knows bytes alone.
+feed. Nothing is fetched: the JPEGs are of smooth noise, and the tokenizer knows bytes alone.
 
     python benchmarks/data.py --json data.json
 """
@@ -31,21 +31,13 @@ IMAGE_SIZE = (500, 375)
 LARGEST = 448  # side of the original's square; ours may make as many tokens of an image
 
 
-def jpegs(path, count):
-    """list of encoded images of 500 x 375 pixels: a Parquet file's, or smooth noise."""
-    if path:
-        column = pq.read_table(path, columns=["image"]).column("image").slice(0, count).to_pylist()
-        images = [Image.open(BytesIO(one["bytes"])).convert("RGB") for one in column]
-    else:
-        rng = np.random.default_rng(0)
-        images = [Image.fromarray(rng.integers(0, 255, (24, 32, 3), np.uint8)) for _ in range(count)]
-    return [encoded(image.resize(IMAGE_SIZE, Image.Resampling.BICUBIC)) for image in images]
-
-
-def encoded(image):
-    buffer = BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
+def jpegs(count):
+    """list of encoded images of 500 x 375 pixels: smooth noise."""
+    rng, buffers = np.random.default_rng(0), [BytesIO() for _ in range(count)]
+    for buffer in buffers:
+        image = Image.fromarray(rng.integers(0, 255, (24, 32, 3), np.uint8))
+        image.resize(IMAGE_SIZE, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=85)
+    return [buffer.getvalue() for buffer in buffers]
 
 
 def compare_processors(images, rounds):
@@ -107,20 +99,14 @@ def compare_with_trainer(folder, images, size, args):
     num_samples = int(batch["num_samples"])
     trained = num_samples / float(np.median(times["trainer"]))
     num_tokens = int((batch["seen_until"] > torch.arange(args.sequence_length)).sum())
-    return row(
-        f"Parquet to packed batches in one process, against train step, {args.size}, {args.dtype}",
-        loaded,
-        trained,
-        "samples/s",
-        noise={name: spread(values) for name, values in times.items()},
-        tokens_per_sample=num_tokens / num_samples,
-    )
+    what = f"Parquet to packed batches in one process, against train step, {args.size}, {args.dtype}"
+    noise = {name: spread(values) for name, values in times.items()}
+    return row(what, loaded, trained, "samples/s", noise=noise, tokens_per_sample=num_tokens / num_samples)
 
 
 def main():
     parser = parser_of(__doc__)
     parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
-    parser.add_argument("--images", help="Parquet with encoded images in `image`; smooth noise without it")
     parser.add_argument("--count", type=int, default=100, help="images")
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--sequences-per-batch", type=int, default=1)
@@ -128,7 +114,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default_dtype())
     args = arguments(parser)
-    images = jpegs(args.images, args.count)
+    images = jpegs(args.count)
 
     def rows():
         yield from compare_processors(images, args.rounds)

@@ -75,28 +75,17 @@ def bare_llm(vora):
     return llm
 
 
-def llava_like(vora, size):
-    """LLaVA with the weights of the same LLM and a random ViT of the teacher's size."""
+def llava_like(llm, size):
+    """LLaVA around an LLM with a random ViT of the teacher's size."""
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
     shape = {name: size.teacher[name] for name in names} | {"patch_size": PATCH, "projection_dim": 64}
-    llm = bare_llm(vora)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**shape, image_size=size.image_size),
-        text_config=llm.config,
-        image_token_index=image_token_id(size),
-    )
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower.to_empty(device=device())
-    model.model.multi_modal_projector.to_empty(device=device())
-    for part in (model.model.vision_tower, model.model.multi_modal_projector):
-        part.to(vora.dtype)
-        for parameter in part.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
-        for module in part.modules():  # to_empty leaves buffers without values
-            if isinstance(getattr(module, "position_ids", None), torch.Tensor):
-                module.position_ids = torch.arange(module.position_ids.shape[-1], device=device())[None]
+    vision = CLIPVisionConfig(**shape, image_size=size.image_size)
+    small = type(llm.config)(hidden_size=llm.config.hidden_size, num_hidden_layers=0, vocab_size=1)
+    config = LlavaConfig(vision_config=vision, text_config=small, image_token_index=image_token_id(size))
+    with device():
+        model = LlavaForConditionalGeneration._from_config(config, dtype=llm.dtype)
     model.model.language_model, model.lm_head = llm.base_model, llm.lm_head
+    model.config.text_config = llm.config
     return model.eval()
 
 
@@ -121,7 +110,7 @@ def against_llava(vora, size, args):
     contestants = {
         1: Prefill(vora, **prompts[1]),
         2: Prefill(with_sight(vora.to_llm(), size, default_attention(), patch_merge=2), **prompts[2]),
-        "llava": Prefill(llava_like(vora, size), input_ids=prompts[1]["input_ids"], pixel_values=pixels),
+        "llava": Prefill(llava_like(bare_llm(vora), size), input_ids=prompts[1]["input_ids"], pixel_values=pixels),
     }
     times = alternate(contestants, args.rounds)
     for merge in (1, 2):

@@ -41,10 +41,7 @@ def machine():
     """One line: what computes, on how many threads, with which torch."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
+    name = _noted("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
     threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
     return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {threads}, torch {torch.__version__}"
 
@@ -141,21 +138,24 @@ def restart_peak():
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return peak_bytes()
-    return _status("VmRSS") or peak_bytes()
+    return _status_bytes("VmRSS") or peak_bytes()
 
 
 def peak_bytes():
     """Most memory held since `restart_peak`: of the GPU where there is one, else of this process (resident)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return _status("VmHWM") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _status_bytes("VmHWM") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _status(name):
-    """Bytes that Linux notes of this process under a name, else None."""
-    notes = Path("/proc/self/status")
-    lines = notes.read_text().splitlines() if notes.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
+def _status_bytes(name):
+    return 1024 * int(_noted("/proc/self/status", name).removesuffix("kB") or 0)
+
+
+def _noted(file, name):
+    """What Linux notes under a name, else empty."""
+    lines = Path(file).read_text().splitlines() if Path(file).exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
 def main():

@@ -1,13 +1,12 @@
 """Training steps a second: ours against the plain original, on the same images and the same text.
 
 The original pads each image to a black square and each row to the longest, adds a dense float mask made token by
-token, computes logits for every place and keeps all hidden states. On a CPU it computes in float32; on a GPU in
-bfloat16, as its recipe does. Ours packs the images without bars, computes logits where a label is, and
-computes in bfloat16 where that is faster. Both keep what trains in float32 and end each step with AdamW.
+token, computes logits for every place and keeps all hidden states: on a CPU in float32, on a GPU in bfloat16, as its
+recipe does. Ours packs images without bars, computes logits where a label is, and in bfloat16 where that is faster.
+Both keep what trains in float32 and end each step with AdamW.
 
 By default each image is as large as it is inside the square; with `--scale tokens` it fills as many tokens as the
-square has. The images are those of some packed sequences of ours from the middle of a stream. With `--questions` each
-has several short questions: a row each in the original, as in its data; ours lets them share the image.
+square has. With `--questions` each has several short ones: a row each in the original; ours lets them share the image.
 
 Then a check in float32 on square images: `lm_loss` agrees, and so does the distillation loss once the pairing is
 equalised: the levels 1, 2, ... of the original (level 0 compares what enters the first blocks, which ours leaves out)
@@ -15,6 +14,8 @@ against the pairs (0, 0), (1, 1), ... of ours, without subtracting the mean feat
 
     python benchmarks/train_step.py --json train_step.json
 """
+
+from itertools import islice
 
 import torch
 from contestants import (
@@ -26,8 +27,8 @@ from contestants import (
     batches_of_sequences,
     build_original,
     build_ours,
+    endless_samples,
     full_sequences,
-    make_samples,
     original_batches,
     our_sample,
     share_weights,
@@ -41,7 +42,7 @@ SHORT_ANSWER_TOKENS = (2, 8)  # where there are several questions
 def losses_in_float32(size, attn="sdpa", num_samples=2):
     """Rows of both losses on identical square images, with the pairing equalised."""
     torch.backends.cudnn.allow_tf32 = False  # or a GPU rounds the original's convolution to 10 bits
-    samples = squared(make_samples(num_samples, size), size.image_size)
+    samples = squared(list(islice(endless_samples(size), num_samples)), size.image_size)
     pairs = [(block, block) for block in range(min(size.num_blocks, size.teacher["num_hidden_layers"]) - 1)]
     objective, original = build_ours(size, attn=attn, pairs=pairs, center=False), build_original(size)
     share_weights(original, objective)

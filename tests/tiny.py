@@ -120,17 +120,23 @@ def prompt(*rows):
 
 def states_of_blocks(vora, **inputs):
     """list of float[B, T, D]: the output of every block of the LLM."""
-    states = []
-
-    def keep(module, args, output):
-        states.append(output[0] if isinstance(output, tuple) else output)
-
-    hooks = [block.register_forward_hook(keep) for block in vora.model.blocks]
+    outputs = []
+    hooks = [block.register_forward_hook(lambda *given: outputs.append(given[-1])) for block in vora.model.blocks]
     with torch.no_grad():
         vora(**inputs, use_cache=False)
     for hook in hooks:
         hook.remove()
-    return states
+    return [output[0] if isinstance(output, tuple) else output for output in outputs]
+
+
+def save_tiny_llm(folder, tokenizer=None, **changes):
+    """A tiny Llama, its configuration changed, with its tokenizer, saved as on the hub; returns the folder."""
+    tokenizer = tokenizer or tiny_tokenizer()
+    torch.manual_seed(0)
+    shape = SHAPE | {"vocab_size": len(tokenizer)} | changes
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def train_a_little(peft_model):

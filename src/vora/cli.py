@@ -149,8 +149,10 @@ def plan(
         raise ValueError(f"--gpu {gpu} is unknown: choose among {', '.join(GPUS)}.")
     read = load_recipe(recipe, overrides or ())
     device = device_at_hand(bool(read.training.get("bf16"))) if gpu is None else GPUS[gpu.lower()]
-    assumed = {"utilization": utilization, "num_text_tokens": num_text_tokens, "num_labels": num_labels}
-    found = run(read, device, num_gpus, beside=recipe.parent, **assumed)
+    found = run(
+        read, device, num_gpus, beside=recipe.parent,
+        utilization=utilization, num_text_tokens=num_text_tokens, num_labels=num_labels,
+    )  # fmt: skip
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -196,8 +198,8 @@ def evaluate(
         model or committed_model(), task, [*data, *(more_data or ())], out,
         split=split, subset=subset, image_folder=image_folder, allow_urls=allow_urls, columns=columns,
         min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, max_examples=max_examples, seed=seed,
-        prompt=prompt, labels=names, of=of, generate=generate, against=against.split(",") if against else None,
-        base=base, console=console,
+        prompt=prompt, labels=names, of=of, generate=generate, against=against and against.split(","), base=base,
+        console=console,
     )  # fmt: skip
     console.print(report.table())
     if "verdict" in report.details:
@@ -300,8 +302,9 @@ def inspect(
         raise ValueError(f"{figures} is there and no page's: choose another --out, so that it is not overwritten.")
     shown, name = fetch_image(image, allow_urls=True), model or committed_model()
     dtype = "float32" if read_info(name).run else None  # a run's trained parts are in float32
-    image_tokens = {"min_image_tokens": min_image_tokens, "max_image_tokens": max_image_tokens}
-    vora, processor = load_model(name, **image_tokens, dtype=dtype)
+    vora, processor = load_model(
+        name, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, dtype=dtype
+    )
     objective = Objective(vora, processor.image_processor)
     pairs, remark = take_teacher(objective, name, teacher)
     found = inspect_image(objective, processor, shown, question, answer, pairs, max_new_tokens)

@@ -7,9 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
-from tiny import SHAPE, tiny_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import save_tiny_llm, tiny_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "text_from_llm.py"
 
@@ -19,14 +17,8 @@ def folder_of_llm(folder, template):
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
     tokenizer.chat_template = template
-    shape = {**SHAPE, "vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2}
-    torch.manual_seed(0)
-    llm = LlamaForCausalLM(LlamaConfig(**shape))
-    with torch.no_grad():  # all tokens alike, whatever the text: the end of the turn comes in due course
-        llm.lm_head.weight.zero_()
-    llm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    # all tokens are alike, whatever the text: the end of the turn comes in due course
+    return save_tiny_llm(folder, tokenizer, initializer_range=0.0)
 
 
 def sampled(folder, out, *options):

@@ -9,7 +9,7 @@ import timeit
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from rich.console import Console
@@ -32,6 +32,7 @@ from vora.train.run import train
 from vora.train.throughput import precision_overrides
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of `ru_maxrss`
+LoadedModel: TypeAlias = tuple[VoraForConditionalGeneration, VoraProcessor]
 NUM_SHOWN = 12
 MOST_TRAINING_MINUTES = 9.0
 TOKENS_PER_QUESTION = 10  # with the image's share, under the quickstart's chat template
@@ -88,7 +89,7 @@ def run_quickstart(
     save_merged(model, processor, out / "model", out / "run")
 
     console.print(f"[4/5] Asking the merged model all {num_questions:,} test questions")
-    result = measured(model, processor, samples, out, console) | {
+    result = measured((model, processor), samples, out, console) | {
         "num_test_questions": num_questions,
         "train_seconds": train_seconds,
         "total_seconds": None,
@@ -115,18 +116,11 @@ def run_quickstart(
     return result
 
 
-def measured(
-    model: VoraForConditionalGeneration,
-    processor: VoraProcessor,
-    samples: dict[str, list[Sample]],
-    out: Path,
-    console: Console,
-) -> dict[str, Any]:
+def measured(loaded: LoadedModel, samples: dict[str, list[Sample]], out: Path, console: Console) -> dict[str, Any]:
     """Exact answers to the test questions, and the text-only baseline; see `vora.eval.tasks.exact`."""
     found = evaluate(
-        (model, processor), "exact", "easy-vqa", out / "evaluation.json",
-        split="test", model_name=out / "model", console=console,
-    ).metrics  # fmt: skip
+        loaded, "exact", "easy-vqa", out / "evaluation.json", split="test", model_name=out / "model", console=console
+    ).metrics
     blank = found["accuracy_with_blank"]["value"] or 0.0
     majority = majority_accuracy(samples["train"], samples["test"])
     kinds = {"yes / no": "accuracy_yes_no", "what": "accuracy_other"}
