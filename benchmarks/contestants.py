@@ -249,8 +249,8 @@ def original_batches(samples, size, batch_size):
         for frame in [square_frame(sample.image, size.image_size)]
         for question, answer in sample.turns
     ]
-    pad = size.llm["pad_token_id"]
-    return [on_device(collate(rows[i : i + batch_size], pad)) for i in range(0, len(rows), batch_size)]
+    pad, starts = size.llm["pad_token_id"], range(0, len(rows), batch_size)
+    return [on_device(collate(rows[start : start + batch_size], pad)) for start in starts]
 
 
 def our_sample(sample, size, same_scale=True):

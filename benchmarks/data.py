@@ -10,6 +10,7 @@ feed. Nothing is fetched: the JPEGs are of smooth noise, and the tokenizer knows
 
 import tempfile
 from io import BytesIO
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -65,19 +66,13 @@ def compare_processors(images, rounds):
         yield compared(what, times, "images/s", lambda seconds: len(images) / seconds, baseline=name)
 
 
-class Loader:
-    """A stream of packed batches; called, it makes some, and notes how many samples they hold."""
-
-    def __init__(self, folder, images, size, args):
-        rows = [{"image": data, "question": "What is this?", "answer": "an image of something"} for data in images]
-        pq.write_table(pa.Table.from_pylist(rows), f"{folder}/train.parquet", row_group_size=100)
-        processor = VoraProcessor.from_llm(byte_tokenizer(size), patch_size=PATCH, image_size=size.image_size)
-        packed = PackedSequences([load_source(f"{folder}/train.parquet")], processor, args.sequence_length)
-        self.batches, self.num_batches = iter(PackedBatches(packed, args.sequences_per_batch)), args.batches
-        self.num_samples = []
-
-    def __call__(self):
-        self.num_samples.append(sum(int(next(self.batches)["num_samples"]) for _ in range(self.num_batches)))
+def batches_of(images, folder, size, args):
+    """An endless stream of packed batches, from a Parquet file."""
+    rows = [{"image": data, "question": "What is this?", "answer": "an image of something"} for data in images]
+    pq.write_table(pa.Table.from_pylist(rows), f"{folder}/train.parquet", row_group_size=100)
+    processor = VoraProcessor.from_llm(byte_tokenizer(size), patch_size=PATCH, image_size=size.image_size)
+    packed = PackedSequences([load_source(f"{folder}/train.parquet")], processor, args.sequence_length)
+    return iter(PackedBatches(packed, args.sequences_per_batch))
 
 
 def byte_tokenizer(size):
@@ -91,11 +86,15 @@ def byte_tokenizer(size):
 
 def compare_with_trainer(folder, images, size, args):
     """The row of samples a second that are loaded and trained on."""
-    loader, dtype = Loader(folder, images, size, args), getattr(torch, args.dtype)
-    batch = next(loader.batches)
-    trainer = Contestant("ours", size, [on_device(batch)], dtype, default_attention())
-    times = alternate({"loader": loader, "trainer": trainer}, args.rounds)
-    loaded = float(np.median([count / seconds for count, seconds in zip(loader.num_samples[1:], times["loader"])]))
+    batches, counts = batches_of(images, folder, size, args), []
+
+    def load():
+        counts.append(sum(int(batch["num_samples"]) for batch in islice(batches, args.batches)))
+
+    batch = next(batches)
+    trainer = Contestant("ours", size, [on_device(batch)], getattr(torch, args.dtype), default_attention())
+    times = alternate({"loader": load, "trainer": trainer}, args.rounds)
+    loaded = float(np.median([count / seconds for count, seconds in zip(counts[1:], times["loader"])]))
     num_samples = int(batch["num_samples"])
     trained = num_samples / float(np.median(times["trainer"]))
     num_tokens = int((batch["seen_until"] > torch.arange(args.sequence_length)).sum())

@@ -4,10 +4,10 @@ What Hon-Wong/VoRA computes at commit f138756, in its order and with its waste: 
 token by token, logits of every place, every hidden state, a number fetched for each loss. Checked against figures of
 that code in `tests/test_original.py`; its parameter names are those of its checkpoints.
 
-It differs on purpose in two points: an image that ends a row does not run on into the next row's mask, and only LLMs
-with `llm.model.layers` are taken.
+It differs on purpose in three points: each row has one image, which does not run on into the next row's mask, and only
+LLMs with `llm.model.layers` are taken.
 
-Dims: B rows, S ids of a row, T tokens of a row once images stand in it, N images, K patches of an image, D = LLM
+Dims: B rows and images, S ids of a row, T tokens of a row once the image stands in it, K patches of an image, D = LLM
 width, D_v = width of the patch embedding, V = vocabulary.
 """
 
@@ -53,7 +53,7 @@ class LoraLinear(nn.Linear):
 
 
 class Patchifier(nn.Module):
-    """float[N, 3, H, W] to normed patches float[N, K, D_v]."""
+    """float[B, 3, H, W] to normed patches float[B, K, D_v]."""
 
     def __init__(self, width, patch_size, eps):
         super().__init__()
@@ -65,7 +65,7 @@ class Patchifier(nn.Module):
 
 
 class VisionEmbedding(nn.Module):
-    """float[N, 3, H, W], of as many patches as the table of positions has, to image tokens float[N, K, D]."""
+    """float[B, 3, H, W], of as many patches as the table of positions has, to image tokens float[B, K, D]."""
 
     def __init__(self, width, hidden_size, patch_size, image_size, eps):
         super().__init__()

@@ -12,16 +12,7 @@ Ratios are ours / baseline: of tokens a second above 1 is better, of millisecond
 """
 
 import torch
-from contestants import (
-    PATCH,
-    SIZES,
-    default_attention,
-    default_dtype,
-    device,
-    image_token_id,
-    random_vora,
-    with_sight,
-)
+from contestants import PATCH, SIZES, default_attention, default_dtype, device, image_token_id, random_vora, with_sight
 from rows import alternate, arguments, compared, parser_of, report
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 

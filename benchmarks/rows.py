@@ -17,6 +17,8 @@ import torch
 
 from vora.cpu_threads import configure_cpu_threads
 
+LINE = "{:>10} {:>10} {:>8} {:12} {}"
+
 
 def parser_of(description):
     """An argument parser with what all benchmarks take; `description` is a module's docstring."""
@@ -64,7 +66,7 @@ def report(rows, json_file=None):
     is stopped, or fails, leaves the rows that it had. Returns the list of all."""
     where = {"machine": machine(), "commit": commit()}
     print(f"{where['machine']}, commit {where['commit']}")
-    print_row({"ours": "ours", "baseline": "baseline", "ratio": "ratio", "unit": "unit", "name": "what"})
+    print(LINE.format("ours", "baseline", "ratio", "unit", "what"))
     found = []
     for one in rows:
         found.append(one | where)
@@ -75,14 +77,8 @@ def report(rows, json_file=None):
 
 
 def print_row(one):
-    ours, baseline, ratio = (_short(one[figure]) for figure in ("ours", "baseline", "ratio"))
-    print(f"{ours:>10} {baseline:>10} {ratio:>8} {one['unit']:12} {one['name']}", flush=True)
-
-
-def _short(value):
-    if isinstance(value, str):
-        return value
-    return "-" if value is None else f"{value:.4g}"
+    figures = ("-" if one[figure] is None else f"{one[figure]:.4g}" for figure in ("ours", "baseline", "ratio"))
+    print(LINE.format(*figures, one["unit"], one["name"]), flush=True)
 
 
 def seconds(work):

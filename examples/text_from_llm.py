@@ -12,7 +12,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ from vora.build.base_llm import load_llm
 
 MARK = "\u2042"  # stands where a turn's text goes
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<s>", "<bos>")  # of documents, in pre-training
+Rows: TypeAlias = Iterator[dict[str, Any]]
 MAX_EMPTY_ROUNDS = 20  # in a row, before it gives up
 
 
@@ -54,15 +55,10 @@ def main() -> None:
         empty_rounds = 0 if new else empty_rounds + 1
         if empty_rounds == MAX_EMPTY_ROUNDS:
             cure = "" if options.kind == "document" else ": raise --question-tokens, or take --kind document"
-            raise SystemExit(
-                f"{empty_rounds} rounds of {options.batch} brought no new {options.kind}{cure}. "
-                f"{options.out} has {len(seen)}."
-            )
+            raise SystemExit(f"{empty_rounds} rounds of {options.batch} brought no new {options.kind}{cure}.")
 
 
-def conversations(
-    llm: PreTrainedModel, processor: VoraProcessor, options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
+def conversations(llm: PreTrainedModel, processor: VoraProcessor, options: argparse.Namespace) -> Rows:
     """Yields rows with one question and its answer."""
     begun = processor.apply_chat_template([{"role": "user", "content": MARK}]).partition(MARK)[0]
     found = continued(llm, processor, [begun] * options.batch, options.question_tokens)
@@ -77,7 +73,7 @@ def conversations(
             yield {"messages": [*turn, {"role": "assistant", "content": answer}]}
 
 
-def documents(llm: PreTrainedModel, processor: VoraProcessor, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def documents(llm: PreTrainedModel, processor: VoraProcessor, options: argparse.Namespace) -> Rows:
     """Yields rows of plain text, as the LLM's pre-training had it."""
     tokenizer = processor.tokenizer
     known = tokenizer.get_vocab()

@@ -39,11 +39,9 @@ def model_folder(tmp_path_factory, llm_folder):
 @pytest.fixture
 def sources(tmp_path):
     """Paths of a source of twelve images with a question each, and of one of twelve texts."""
-    lines = []
-    for number in range(12):
-        Image.new("RGB", (12, 12), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
-        lines.append({"image": f"{number}.png", "question": "what?", "answer": "red"})
-    (tmp_path / "images.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    texts = ["blue red green " * (1 + 9 * (number % 3)) for number in range(12)]
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
-    return [str(tmp_path / name) for name in ("images.jsonl", "texts.jsonl")]
+    with (tmp_path / "images.jsonl").open("w") as images, (tmp_path / "texts.jsonl").open("w") as texts:
+        for number in range(12):
+            Image.new("RGB", (12, 12), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+            print(json.dumps({"image": f"{number}.png", "question": "what?", "answer": "red"}), file=images)
+            print(json.dumps({"text": "blue red green " * (1 + 9 * (number % 3))}), file=texts)
+    return [images.name, texts.name]

@@ -28,10 +28,10 @@ def succeeded(*arguments, **kwargs):
 def work(tmp_path_factory, llm_folder):
     """A recipe, its data and its teacher in one folder."""
     folder = tmp_path_factory.mktemp("work")
-    for name in ("red", "blue"):
-        Image.new("RGB", (16, 16), name).save(folder / f"{name}.png")
-    rows = [{"image": f"{name}.png", "question": "what?", "answer": name} for name in ("red", "blue")]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with (folder / "train.jsonl").open("w") as file:
+        for name in ("red", "blue"):
+            Image.new("RGB", (16, 16), name).save(folder / f"{name}.png")
+            print(json.dumps({"image": f"{name}.png", "question": "what?", "answer": name}), file=file)
     save_tiny_vit(folder / "vit")
     recipe = {
         "model": {"llm": llm_folder},

@@ -5,7 +5,6 @@ import re
 import sys
 from pathlib import Path
 
-import click
 import pytest
 import typer
 from pydantic import BaseModel
@@ -19,6 +18,7 @@ SOURCE = ROOT / "src" / "vora"
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = sorted(SOURCE.rglob("*.py"))
+COMMANDS = typer.main.get_command(app).commands
 FENCE = re.compile(r"```[a-z]*\n(.*?)```", flags=re.S)
 
 ABOVE_MODEL = {"model", "build", "distill", "baselines", "checkpoint"}
@@ -101,10 +101,6 @@ def test_public_functions_are_annotated():
     assert len(bare) <= 0.05 * len(found), f"{len(bare)} of {len(found)}: {bare[:20]}"
 
 
-def commands() -> dict[str, click.Command]:
-    return typer.main.get_command(app).commands
-
-
 def keys_of(kind):
     """All keys of a recipe, those of its sections too; `kind` is a model, or a type that may hold models."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -117,7 +113,7 @@ def keys_of(kind):
 
 
 def test_words_are_those_of_the_ecosystem():
-    options = {option for command in commands().values() for p in command.params for option in [*p.opts, p.name]}
+    options = {option for command in COMMANDS.values() for p in command.params for option in [*p.opts, p.name]}
     names = options | set(keys_of(Recipe)) | set(keys_of(Spec))
     private = re.compile(rf"(^|[_-])({PRIVATE_WORDS})($|[_-])")
     assert not [name for name in names if private.search(name.lstrip("-"))]
@@ -141,11 +137,11 @@ def vora_commands():
 
 
 def test_every_vora_command_in_readme_and_docs_parses():
-    found, known = list(vora_commands()), commands()
+    found = list(vora_commands())
     assert {"quickstart", "train", "merge", "chat", "eval"} <= {words[0] for _, words in found}
     for page, (verb, *rest) in found:
-        assert verb in known, f"{page}: there is no vora {verb}"
-        options = {option for p in known[verb].params for option in [*p.opts, *p.secondary_opts]} | {"--help"}
+        assert verb in COMMANDS, f"{page}: there is no vora {verb}"
+        options = {option for p in COMMANDS[verb].params for option in [*p.opts, *p.secondary_opts]} | {"--help"}
         unknown = [word for word in rest if re.match(r"--?[a-z]", word) and word.split("=")[0] not in options]
         assert not unknown, f"{page}: vora {verb} has no {unknown}"
 

@@ -1,6 +1,5 @@
 """`import vora` is light, changes nothing, and yet the auto classes know VoRA, whichever was imported first."""
 
-import json
 import subprocess
 import sys
 
@@ -18,15 +17,14 @@ def run(code, *arguments):
 
 def test_import_is_light_and_leaves_the_environment():
     code = """
-import json, os, sys, time
+import os, sys, time
 before, start = dict(os.environ), time.process_time()
 import vora
-seconds = time.process_time() - start
-assert set(vora.__all__) <= set(dir(vora))
-print(json.dumps([seconds, dict(os.environ) == before, [name for name in sys.modules if "." not in name]]))
+assert time.process_time() - start < 0.3
+assert set(vora.__all__) <= set(dir(vora)) and dict(os.environ) == before
+assert not {"torch", "transformers", "numpy", "typer", "rich"} & set(sys.modules)
 """
-    seconds, same, loaded = json.loads(run(code))
-    assert seconds < 0.3 and same and not {"torch", "transformers", "numpy", "typer", "rich"} & set(loaded)
+    run(code)
 
 
 def test_help_of_every_verb_loads_nothing_heavy():

@@ -45,7 +45,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def start(
     version: Annotated[
-        bool, Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print it and exit.")
     ] = False,
     verbose: Annotated[bool, Option("--verbose", "-v", help="Also messages of libraries, and tracebacks.")] = False,
     quiet: Annotated[bool, Option("--quiet", "-q", help="Errors only.")] = False,
@@ -181,9 +181,7 @@ def evaluate(
     seed: Annotated[int, Option(help="Of intervals and of what a probe shows.")] = 0,
     of: Annotated[str | None, Option(help="The probed task; by default the one that the columns fit.")] = None,
     generate: Annotated[bool, Option("--generate", help="A probe also generates answers; slow.")] = False,
-    against: Annotated[
-        str | None, Option(help="What a probe shows besides the right image, of other,blank,shuffled,none.")
-    ] = None,
+    against: Annotated[str | None, Option(help="What else a probe shows: other,blank,shuffled,none.")] = None,
     base: Annotated[str | None, Option(help="LLM that --task text compares with; else the model's own.")] = None,
 ) -> None:
     """Measure a model on a task, with 95 % intervals; the same command goes on after a stop."""
@@ -277,9 +275,7 @@ def inspect(
     model: ModelOption = None,
     question: Annotated[str, Option("--question", "-q", help="What to ask.")] = "Describe the image.",
     answer: Annotated[str | None, Option(help="Answer to follow; the model's own by default.")] = None,
-    teacher: Annotated[
-        str | None, Option(help="ViT to compare with: folder or hub id; by default the run's own.")
-    ] = None,
+    teacher: Annotated[str | None, Option(help="ViT to compare with: folder or hub id; else the run's own.")] = None,
     out: Annotated[Path, out_option("HTML page; its figures go beside it as JSON.")] = Path("inspect.html"),
     max_new_tokens: Annotated[int, Option(help="Longest answer, in tokens.")] = 64,
     min_image_tokens: MinImageTokens = None,

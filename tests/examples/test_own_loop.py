@@ -17,11 +17,10 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "own_loop.py"
 
 
 def test_own_loop_learns(llm_folder, tmp_path, monkeypatch, capsys):
-    rows = []
-    for colour in ("red", "blue"):
-        Image.new("RGB", (16, 16), colour).save(tmp_path / f"{colour}.png")
-        rows.append({"image": f"{colour}.png", "question": "what colour?", "answer": colour})
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with (tmp_path / "data.jsonl").open("w") as file:
+        for colour in ("red", "blue"):
+            Image.new("RGB", (16, 16), colour).save(tmp_path / f"{colour}.png")
+            print(json.dumps({"image": f"{colour}.png", "question": "what colour?", "answer": colour}), file=file)
     save_tiny_vit(tmp_path / "vit")
     folders = [llm_folder, tmp_path / "vit", tmp_path / "data.jsonl", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, folders)])

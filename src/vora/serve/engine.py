@@ -28,8 +28,7 @@ class Engine:
             temperature: 0 for greedy answers.
 
         Raises:
-            ValueError: at once, before any piece: the conversation exceeds the LLM's context, or an image cannot be
-                read.
+            ValueError: before any piece: the conversation exceeds the LLM's context, or an image cannot be read.
         """
         inputs = self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
