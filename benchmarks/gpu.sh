@@ -34,13 +34,13 @@ part() { # name, limit in seconds, words of the command
 
 if [ -n "$toy" ]; then
     small="--size toy --rounds 1"
-    part flex 60 benchmarks/train_step.py --size toy --attn flex_attention --only check
-    part train_step 60 benchmarks/train_step.py $small --sequence-length 256
-    part large_step 60 benchmarks/large_step.py $small --sequence-length 256 --ceiling-side 256 ||
-        part large_step_again 60 benchmarks/large_step.py $small --sequence-length 256 --ceiling-side 256 --checkpointing
-    part prefill_decode 60 benchmarks/prefill_decode.py $small --new-tokens 4
-    part data 60 benchmarks/data.py $small --count 10 --batches 2 --sequence-length 256
-    part memory 60 benchmarks/memory.py $small --sequence-length 256
+    part flex 150 benchmarks/train_step.py --size toy --attn flex_attention --only check
+    part train_step 150 benchmarks/train_step.py $small --sequence-length 256
+    part large_step 150 benchmarks/large_step.py $small --sequence-length 256 --ceiling-side 256 ||
+        part large_step_again 150 benchmarks/large_step.py $small --sequence-length 256 --ceiling-side 256 --checkpointing
+    part prefill_decode 150 benchmarks/prefill_decode.py $small --new-tokens 4
+    part data 150 benchmarks/data.py $small --count 10 --batches 2 --sequence-length 256
+    part memory 150 benchmarks/memory.py $small --sequence-length 256
 else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
     part flex 100 benchmarks/train_step.py --attn flex_attention --only check

@@ -37,7 +37,7 @@ TEMPLATE = (
 
 @pytest.mark.parametrize("template, kind", [(TEMPLATE, "conversation"), (None, "conversation"), (None, "document")])
 def test_an_llm_is_sampled_as_it_is_trained(tmp_path, template, kind):
-    options = ["--kind", kind, "--question-tokens", "300", "--answer-tokens", "300"]
+    options = ["--kind", kind, "--question-tokens", "100", "--answer-tokens", "100"]
     rows = sampled(folder_of_llm(tmp_path / "llm", template), tmp_path / "text.jsonl", *options)
     assert len(rows) == 3 and "end_of_turn" not in str(rows)
     if kind == "document":
