@@ -42,11 +42,10 @@ print(*verbs, [name for name in ("torch", "transformers", "numpy") if name in sy
     assert run(code) == "quickstart data train ablate plan eval merge import-reference chat inspect []\n"
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # every other test has imported transformers first
     "first",
     [
         "import vora",
-        "from transformers import AutoModelForImageTextToText; import vora",
         "import vora, peft",  # imports transformers when it is half done, which then imports the auto classes
         "import vora.baselines.llava",  # so does this
     ],
