@@ -52,26 +52,28 @@ def fields_of(name):
 
 SIZES = {
     "toy": Size(
-        llm=dict(
-            model_type="llama", vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, pad_token_id=2,
-        ),
-        teacher=dict(
-            model_type="vit", hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        ),
+        llm={
+            "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+            "pad_token_id": 2,
+        },
+        teacher={
+            "model_type": "vit", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
         image_size=56, rank=4, num_blocks=2,
     ),
-    "smollm2-135m": Size(
+    "smollm2-135m": Size(  # with ViT-Tiny
         llm=fields_of("HuggingFaceTB/SmolLM2-135M-Instruct"),
-        teacher=dict(  # ViT-Tiny
-            model_type="vit", hidden_size=192, intermediate_size=768, num_hidden_layers=12, num_attention_heads=3,
-        ),
+        teacher={
+            "model_type": "vit", "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12,
+            "num_attention_heads": 3,
+        },
         image_size=224, rank=64, num_blocks=12,
     ),
     "qwen2.5-7b": Size(
         llm=fields_of("Qwen/Qwen2.5-7B-Instruct") | {"pad_token_id": 0},
-        teacher=fields_of("apple/aimv2-huge-patch14-448"),
-        image_size=448, rank=1024, num_blocks=24,
+        teacher=fields_of("apple/aimv2-huge-patch14-448"), image_size=448, rank=1024, num_blocks=24,
     ),
 }  # fmt: skip
 
@@ -98,22 +100,32 @@ def add_precisions(parser):
     parser.add_argument("--attn", default=default_attention(), help="attention of ours in training")
 
 
-def random_llm(size, dtype=torch.float32, seed=0):
+def add_steps(parser, size, scale, sequence_length, sequences, rounds):
+    """What both contestants train on in a round, and the models' size; the arguments are defaults."""
+    parser.add_argument("--size", choices=SIZES, default=size)
+    parser.add_argument("--scale", choices=("pixels", "tokens"), default=scale, help="what images have alike")
+    parser.add_argument("--sequence-length", type=int, default=sequence_length, help="of a packed sequence of ours")
+    parser.add_argument("--sequences", type=int, default=sequences, help="packed sequences in a round")
+    parser.add_argument("--sequences-per-batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=4, help="samples in a step of the original")
+    parser.add_argument("--rounds", type=int, default=rounds)
+
+
+def random_llm(size, dtype=torch.float32):
     """The causal LM of a size."""
-    torch.manual_seed(seed)
-    fields = dict(size.llm)
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    with device():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return _random(AutoModelForCausalLM, size.llm, dtype, seed=0)
 
 
-def random_vit(size, dtype=torch.float32, seed=1):
+def random_vit(size, dtype=torch.float32):
     """The teacher's network of a size."""
+    return _random(AutoModel, size.teacher | {"patch_size": PATCH, "image_size": size.image_size}, dtype, seed=1)
+
+
+def _random(auto, fields, dtype, seed):
     torch.manual_seed(seed)
-    fields = dict(size.teacher, patch_size=PATCH, image_size=size.image_size)
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    config = AutoConfig.for_model(**fields)
     with device():
-        return AutoModel.from_config(config, dtype=dtype).eval()
+        return auto.from_config(config, dtype=dtype).eval()
 
 
 def image_token_id(size):
@@ -121,14 +133,15 @@ def image_token_id(size):
     return size.llm["vocab_size"] - 1
 
 
-def random_vora(size, dtype=torch.float32, attn="sdpa", patch_merge=1, seed=0):
+def random_vora(size, dtype=torch.float32, attn="sdpa"):
     """A VoRA model of a size without LoRA, as it is after the merge."""
+    return with_sight(random_llm(size, dtype), size, attn)
+
+
+def with_sight(llm, size, attn, patch_merge=1):
+    """A VoRA model around an LLM of a size."""
     model = VoraForConditionalGeneration.from_llm(
-        random_llm(size, dtype, seed),
-        patch_size=PATCH,
-        image_size=size.image_size,
-        patch_merge=patch_merge,
-        image_token_id=image_token_id(size),
+        llm, patch_size=PATCH, image_size=size.image_size, patch_merge=patch_merge, image_token_id=image_token_id(size)
     )
     model.set_attn_implementation(attn)
     used = model.model.language_model.config._attn_implementation
@@ -139,8 +152,7 @@ def random_vora(size, dtype=torch.float32, attn="sdpa", patch_merge=1, seed=0):
 
 def build_ours(size, dtype=torch.float32, attn="sdpa", pairs=None, center=True):
     """The `Objective` of stage 1: LoRA, patch embedding and heads in float32, the rest in `dtype`."""
-    teacher = Teacher(random_vit(size, dtype))
-    vora = random_vora(size, dtype, attn)
+    teacher, vora = Teacher(random_vit(size, dtype)), random_vora(size, dtype, attn)
     with device():  # billions of values are drawn faster there
         student = attach_vision_lora(vora, rank=size.rank, num_blocks=size.num_blocks)
     pairs = block_pairs(size.num_blocks, teacher.num_blocks) if pairs is None else pairs
@@ -151,20 +163,12 @@ def build_ours(size, dtype=torch.float32, attn="sdpa", pairs=None, center=True):
 
 def build_original(size, dtype=torch.float32):
     """The original of the same size."""
-    vit = random_vit(size, dtype)
-    llm = random_llm(size, dtype)
+    vit, llm = random_vit(size, dtype), random_llm(size, dtype)
+    has_cls = any("cls_token" in name for name, _ in vit.named_parameters())
+    shape = {"patch_size": PATCH, "image_size": size.image_size, "rank": size.rank, "num_blocks": size.num_blocks}
     with device():
-        model = OriginalVora(
-            llm,
-            width=768,
-            patch_size=PATCH,
-            image_size=size.image_size,
-            rank=size.rank,
-            num_blocks=size.num_blocks,
-            teacher=vit,
-            skip_cls="cls_token" in "".join(name for name, _ in vit.named_parameters()),
-        )
-    model = in_float32(model.to(device())).train()
+        model = OriginalVora(llm, width=768, teacher=vit, skip_cls=has_cls, **shape)
+    in_float32(model.to(device())).train()
     model.aux_vision.eval()
     return model
 
@@ -217,61 +221,51 @@ class Sample:
     turns: list
 
 
-def make_samples(count, size, answer_tokens=ANSWER_TOKENS, num_turns=1, seed=0):
+def endless_samples(size, answer_tokens=ANSWER_TOKENS, num_turns=1):
     """Smooth noise in the usual sizes, with text tokens drawn at random; the same for all contestants."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def text(span):
         return rng.integers(3, image_token_id(size), rng.integers(*span)).tolist()
 
-    return [
-        Sample(
-            Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize(pixels, Image.Resampling.BICUBIC),
-            [(text(QUESTION_TOKENS), text(answer_tokens)) for _ in range(num_turns)],
-        )
-        for pixels in islice(cycle(IMAGE_SIZES), count)
-    ]
+    for pixels in cycle(IMAGE_SIZES):
+        image = Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize(pixels, Image.Resampling.BICUBIC)
+        yield Sample(image, [(text(QUESTION_TOKENS), text(answer_tokens)) for _ in range(num_turns)])
 
 
 def squared(samples, image_size):
     """The same samples with images that are squares already, black bars included."""
-    return [Sample(_image_of(square_frame(sample.image, image_size)), sample.turns) for sample in samples]
-
-
-def _image_of(frame):
-    pixels = ((frame * 0.5 + 0.5) * 255).round().clamp(0, 255).byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    pixels = [(square_frame(sample.image, image_size) + 1) * 127.5 for sample in samples]
+    images = [Image.fromarray(one.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()) for one in pixels]
+    return [Sample(image, sample.turns) for image, sample in zip(images, samples)]
 
 
 def original_batches(samples, size, batch_size):
     """Batches as the original makes them: a row for each question, with its image on a black square, padded to the
     longest row."""
-    rows = []
-    for sample in samples:
-        frame = square_frame(sample.image, size.image_size)
-        for question, answer in sample.turns:
-            labels = [-100] * (1 + len(question)) + answer
-            rows.append(([IMAGE, *question, *answer], labels, frame))
-    pad = size.llm["pad_token_id"]
-    batches = [collate(rows[start : start + batch_size], pad) for start in range(0, len(rows), batch_size)]
-    return [on_device(batch) for batch in batches]
+    rows = [
+        ([IMAGE, *question, *answer], [-100] * (1 + len(question)) + answer, frame)
+        for sample in samples
+        for frame in [square_frame(sample.image, size.image_size)]
+        for question, answer in sample.turns
+    ]
+    pad, starts = size.llm["pad_token_id"], range(0, len(rows), batch_size)
+    return [on_device(collate(rows[start : start + batch_size], pad)) for start in starts]
 
 
-def our_sample(sample, size, same_scale=True, max_image_tokens=None):
+def our_sample(sample, size, same_scale=True):
     """A sample of `share_prefixes`, in which all its turns share the image.
 
     Args:
         same_scale: the image is as large as inside the original's square, only without the bars. Otherwise it
             fills as many tokens as the square has.
     """
-    image = sample.image
-    budget = max_image_tokens or (size.image_size // PATCH) ** 2
+    image, budget = sample.image, (size.image_size // PATCH) ** 2
     if same_scale:
         scale = size.image_size / max(image.size)
         image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-    images = VoraImageProcessor(patch_size=PATCH, max_image_tokens=budget, min_image_tokens=1)(
-        [image], return_tensors="np"
-    )
+    processor = VoraImageProcessor(patch_size=PATCH, max_image_tokens=budget, min_image_tokens=1)
+    images = processor([image], return_tensors="np")
     tokens = [image_token_id(size)] * int(images["image_grid_thw"].prod())
     conversations = []
     for question, answer in sample.turns:
@@ -289,31 +283,21 @@ def full_sequences(size, sequence_length, num_sequences, same_scale=True, answer
     Returns:
         (list of `Sample`, list of `num_sequences` lists of the same samples for `collate_sequences`).
     """
-    samples = make_samples(WAITING, size, answer_tokens, num_turns)
-    shortest = min(len(our_sample(sample, size, same_scale)["input_ids"]) for sample in samples)
-    count = WAITING + (NUM_EARLIER + num_sequences) * (sequence_length // shortest + 1)
-    samples = make_samples(count, size, answer_tokens, num_turns)
-    ours = [our_sample(sample, size, same_scale) for sample in samples]
-    chosen = _sequences_of(ours, sequence_length)[NUM_EARLIER : NUM_EARLIER + num_sequences]
-    return [samples[i] for sequence in chosen for i in sequence], [[ours[i] for i in sequence] for sequence in chosen]
-
-
-def _sequences_of(samples, sequence_length):
-    """Indices of the samples of each packed sequence."""
-    waiting, sequences = list(range(len(samples))), []
-    while waiting:
-        chosen = next_sequence([len(samples[index]["input_ids"]) for index in waiting[:WAITING]], sequence_length)
+    stream, waiting, sequences = endless_samples(size, answer_tokens, num_turns), [], []
+    for _ in range(NUM_EARLIER + num_sequences):
+        waiting += [(one, our_sample(one, size, same_scale)) for one in islice(stream, WAITING - len(waiting))]
+        chosen = next_sequence([len(ours["input_ids"]) for _, ours in waiting], sequence_length)
         sequences.append([waiting[place] for place in chosen])
-        waiting = [index for place, index in enumerate(waiting) if place not in chosen]
-    return sequences
+        waiting = [pair for place, pair in enumerate(waiting) if place not in chosen]
+    taken = sequences[NUM_EARLIER:]
+    samples = [sample for sequence in taken for sample, _ in sequence]
+    return samples, [[ours for _, ours in sequence] for sequence in taken]
 
 
 def batches_of_sequences(sequences, size, sequence_length, sequences_per_batch):
-    starts = range(0, len(sequences), sequences_per_batch)
     pad = size.llm["pad_token_id"]
-    batches = [
-        collate_sequences(sequences[start : start + sequences_per_batch], sequence_length, pad) for start in starts
-    ]
+    starts = range(0, len(sequences), sequences_per_batch)
+    batches = [collate_sequences(sequences[i : i + sequences_per_batch], sequence_length, pad) for i in starts]
     return [on_device(batch | places(batch, image_token_id(size))) for batch in batches]
 
 
@@ -322,17 +306,26 @@ def on_device(batch):
     return {name: value if name in ON_HOST else value.to(device()) for name, value in batch.items()}
 
 
-def optimizer_of(model, fused):
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=fused)
+class Contestant:
+    """A model, "ours" or "original", with its optimizer and batches; called, it trains on all of them once."""
 
+    def __init__(self, variant, size, batches, dtype, attn):
+        is_ours = variant == "ours"
+        self.model = build_ours(size, dtype, attn) if is_ours else build_original(size, dtype)
+        self.llm = self.model.vora.model.language_model if is_ours else self.model.llm
+        self.batches, self.dtype = batches, dtype
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=is_ours)
 
-def train_step(model, batch, optimizer, dtype):
-    """One optimizer step: forward, backward, clip, update. Returns what the model's forward returned."""
-    with torch.autocast(device().type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        losses = model(**batch)
-    losses["loss"].backward()
-    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return losses
+    def __call__(self):
+        for batch in self.batches:
+            self.step(batch)
+
+    def step(self, batch):
+        """One optimizer step: forward, backward, clip, update."""
+        with torch.autocast(device().type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            loss = self.model(**batch)["loss"]
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()

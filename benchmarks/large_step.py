@@ -53,30 +53,19 @@ def as_row(sample):
 def take_steps(variant, size, batches, dtype, args):
     """{seconds: list, of passes over all batches; peak: bytes; by_kind: {kind of work: seconds of such a pass}; model:
     itself} of one contestant. Prints the operations that take most."""
-    model = (
-        contestants.build_ours(size, dtype, args.attn)
-        if variant == "ours"
-        else contestants.build_original(size, dtype)
-    )
+    contestant = contestants.Contestant(variant, size, batches, dtype, args.attn)
     if args.checkpointing:
-        llm = model.vora.model.language_model if variant == "ours" else model.llm
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = contestants.optimizer_of(model, fused=variant == "ours")
+        contestant.llm.gradient_checkpointing_enable({"use_reentrant": False})
     restart_peak()
-
-    def all_batches():
-        for batch in batches:
-            contestants.train_step(model, batch, optimizer, dtype)
-
     for _ in range(2):
-        all_batches()
-    found = {"seconds": [seconds(all_batches) for _ in range(args.rounds)], "peak": peak_bytes()}
-    events = profiled(all_batches)
+        contestant()
+    times = [seconds(contestant) for _ in range(args.rounds)]
+    peak, events = peak_bytes(), profiled(contestant)
     print(f"Where the time of {variant} goes:\n{table(events)}")
     by_kind = seconds_by_kind(events)
     if torch.cuda.is_available():
-        by_kind["no kernel running"] = max(0.0, median(found["seconds"]) - sum(by_kind.values()))
-    return found | {"by_kind": by_kind, "model": model}
+        by_kind["no kernel running"] = max(0.0, median(times) - sum(by_kind.values()))
+    return {"seconds": times, "peak": peak, "by_kind": by_kind, "model": contestant.model}
 
 
 def measured(size, dtype, args):
@@ -90,57 +79,42 @@ def measured(size, dtype, args):
     batches = contestants.batches_of_sequences(sequences, size, args.sequence_length, args.sequences_per_batch)
     ours = take_steps("ours", size, batches, dtype, args)
     objective = ours.pop("model")
-    flops, rate = needed_flops(objective, packed), len(samples) / median(ours["seconds"])
-    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    flops, took = needed_flops(objective, packed), median(ours["seconds"])
     yield row(
         f"{name}: against products of {args.ceiling_side}^3",
-        flops / median(ours["seconds"]),
+        flops / took,
         ceiling,
         "FLOP/s",
-        samples_per_second=rate,
+        samples_per_second=len(samples) / took,
         peak_bytes=ours["peak"],
         flops_per_sample=flops / len(samples),
         seconds_by_kind=ours["by_kind"],
-        trained_parameters=trained,
+        trained_parameters=sum(p.numel() for p in objective.parameters() if p.requires_grad),
         noise={"ours": spread(ours["seconds"])},
     )
     del objective
     gc.collect()
     torch.cuda.empty_cache()
-    original = None
+    variants = {"ours": ours}
     if not args.no_baseline:
-        original = try_original(size, contestants.original_batches(samples, size, args.batch), dtype, args)
-    variants = {"ours": ours} | ({"original": original} if original else {})
-    seconds_of = {variant: median(found["seconds"]) for variant, found in variants.items()}
+        try:
+            batches = contestants.original_batches(samples, size, args.batch)
+            variants["original"] = take_steps("original", size, batches, dtype, args)
+        except torch.OutOfMemoryError as error:
+            print(f"The original does not fit: {error}", file=sys.stderr)
+    original = variants.get("original")
     noise = {variant: spread(found["seconds"]) for variant, found in variants.items()}
-    plain_rate = len(samples) / seconds_of["original"] if original else None
-    yield row(f"{name}: train step", rate, plain_rate, "samples/s", noise=noise)
+    plain_rate = len(samples) / median(original["seconds"]) if original else None
+    yield row(f"{name}: train step", len(samples) / took, plain_rate, "samples/s", noise=noise)
     yield row(f"{name}: peak memory", ours["peak"], original["peak"] if original else None, "bytes")
     for kind in ours["by_kind"]:
-        took = {variant: 1000 * found["by_kind"][kind] / len(samples) for variant, found in variants.items()}
-        yield row(f"{name}: {kind}", took["ours"], took.get("original"), "ms/sample")
-
-
-def try_original(size, batches, dtype, args):
-    """`take_steps` of the original, or None if its memory does not suffice."""
-    try:
-        found = take_steps("original", size, batches, dtype, args)
-    except torch.OutOfMemoryError as error:
-        print(f"The original does not fit: {error}", file=sys.stderr)
-        return None
-    del found["model"]
-    return found
+        of_kind = {variant: 1000 * found["by_kind"][kind] / len(samples) for variant, found in variants.items()}
+        yield row(f"{name}: {kind}", of_kind["ours"], of_kind.get("original"), "ms/sample")
 
 
 def main():
     parser = parser_of(__doc__)
-    parser.add_argument("--size", choices=contestants.SIZES, default="qwen2.5-7b")
-    parser.add_argument("--scale", choices=("pixels", "tokens"), default="tokens", help="what images have alike")
-    parser.add_argument("--sequence-length", type=int, default=2304)
-    parser.add_argument("--sequences", type=int, default=2)
-    parser.add_argument("--sequences-per-batch", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4, help="images in a step of the original")
-    parser.add_argument("--rounds", type=int, default=5)
+    contestants.add_steps(parser, "qwen2.5-7b", "tokens", sequence_length=2304, sequences=2, rounds=5)
     parser.add_argument("--ceiling-side", type=int, default=8192)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=contestants.default_dtype())
     parser.add_argument("--attn", default="sdpa")

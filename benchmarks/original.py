@@ -4,10 +4,10 @@ What Hon-Wong/VoRA computes at commit f138756, in its order and with its waste: 
 token by token, logits of every place, every hidden state, a number fetched for each loss. Checked against figures of
 that code in `tests/test_original.py`; its parameter names are those of its checkpoints.
 
-It differs on purpose in two points: an image that ends a row does not run on into the next row's mask, and only LLMs
-with `llm.model.layers` are taken.
+It differs on purpose in three points: each row has one image, which does not run on into the next row's mask, and only
+LLMs with `llm.model.layers` are taken.
 
-Dims: B rows, S ids of a row, T tokens of a row once images stand in it, N images, K patches of an image, D = LLM
+Dims: B rows and images, S ids of a row, T tokens of a row once the image stands in it, K patches of an image, D = LLM
 width, D_v = width of the patch embedding, V = vocabulary.
 """
 
@@ -25,15 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 IMAGE = -200  # stands for a whole image in input_ids
 MASKED = -100
-TARGETS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.up_proj",
-    "mlp.gate_proj",
-    "mlp.down_proj",
-)
+TARGETS = [*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("up", "gate", "down"))]
 
 
 class LoraLinear(nn.Linear):
@@ -61,7 +53,7 @@ class LoraLinear(nn.Linear):
 
 
 class Patchifier(nn.Module):
-    """float[N, 3, H, W] to normed patches float[N, K, D_v]."""
+    """float[B, 3, H, W] to normed patches float[B, K, D_v]."""
 
     def __init__(self, width, patch_size, eps):
         super().__init__()
@@ -73,26 +65,16 @@ class Patchifier(nn.Module):
 
 
 class VisionEmbedding(nn.Module):
-    """float[N, 3, H, W] to image tokens float[N, K, D].
-
-    A grid with fewer patches than the table takes the table's first rows; for a larger one it is resized.
-    """
+    """float[B, 3, H, W], of as many patches as the table of positions has, to image tokens float[B, K, D]."""
 
     def __init__(self, width, hidden_size, patch_size, image_size, eps):
         super().__init__()
-        self.grid_size = image_size // patch_size
         self.patchifier = Patchifier(width, patch_size, eps)
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid_size**2, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2, width))
         self.out_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, frames):
-        patches = self.patchifier(frames)
-        num_patches, table = patches.shape[1], self.pos_embed
-        if num_patches > table.shape[1]:
-            size = [side // self.patchifier.proj.kernel_size[0] for side in frames.shape[-2:]]
-            table = table.unflatten(1, (self.grid_size, self.grid_size)).permute(0, 3, 1, 2)
-            table = F.interpolate(table, size, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
-        return self.out_proj(patches + table[:, :num_patches])
+        return self.out_proj(self.patchifier(frames) + self.pos_embed)
 
 
 class AuxVision(nn.Module):
@@ -131,8 +113,7 @@ class OriginalVora(nn.Module):
     Args:
         llm: a causal LM of transformers with `llm.model.layers`; it is frozen and altered.
         width: D_v.
-        rank: of the low-rank pairs; None for a merged model.
-        num_blocks: how many blocks, from the first, have them.
+        rank: of the low-rank pairs, which the first `num_blocks` blocks have; None for a merged model.
         targets: paths of linear layers inside a block.
         teacher: a plain ViT of transformers, or None.
     """
@@ -155,84 +136,55 @@ class OriginalVora(nn.Module):
     def lora_layers(self):
         return [module for module in self.llm.modules() if isinstance(module, LoraLinear)]
 
-    def forward(self, input_ids, attention_mask, frames, labels=None, num_frames=None):
+    def forward(self, input_ids, attention_mask, frames, labels=None):
         """Logits, and losses if there are labels.
 
         Args:
-            input_ids: int[B, S], -200 for each image.
+            input_ids: int[B, S], -200 once in each row.
             attention_mask: int[B, S], 0 at padding.
-            frames: float[N, 3, H, W], in order of appearance.
+            frames: float[B, 3, H, W].
             labels: int[B, S], -100 where masked.
-            num_frames: list of B counts of images; one each by default.
 
         Returns:
             dict: `logits` float[B, T, V]; with labels also `loss` and `metrics`, {name: number} as the original logs
             them: llm_loss, loss_aux_layer_i, total_loss.
         """
-        embeds, valid, targets, is_image = self.insert_images(input_ids, attention_mask, frames, labels, num_frames)
+        embeds, valid, targets, is_image = self.insert_images(input_ids, attention_mask, frames, labels)
         outputs = self.llm(
             inputs_embeds=embeds,
             attention_mask=dense_mask(valid, is_image, embeds.dtype),
             labels=targets,
             output_hidden_states=True,
         )
-        found = {"logits": outputs.logits, "is_image": is_image}
         if labels is None:
-            return found
+            return {"logits": outputs.logits}
         loss, metrics = outputs.loss, {"llm_loss": outputs.loss.item()}
-        if self.aux_vision is not None and len(frames):
+        if self.aux_vision is not None:
             levels = self.aux_vision(frames, outputs.hidden_states, is_image)
             metrics |= {f"loss_aux_layer_{level}": value.item() for level, value in enumerate(levels)}
             loss = loss + sum(levels) / len(levels)
-        return found | {"loss": loss, "metrics": metrics | {"total_loss": loss.item()}}
+        return {"logits": outputs.logits, "loss": loss, "metrics": metrics | {"total_loss": loss.item()}}
 
-    def insert_images(self, input_ids, attention_mask, frames, labels=None, num_frames=None):
-        """Rows in which each image has become its tokens, padded on the right to the longest.
+    def insert_images(self, input_ids, attention_mask, frames, labels=None):
+        """Rows in which the image has become its tokens.
 
         Returns:
             (float[B, T, D], bool[B, T] True at tokens, int[B, T] labels or None, bool[B, T] True at image tokens).
         """
-        num_frames = [1] * len(input_ids) if num_frames is None else num_frames
-        images = iter(self.vision_embedding(frames) if len(frames) else ())
-        embedding = self.llm.get_input_embeddings()
+        images, embedding = self.vision_embedding(frames).to(self.llm.dtype), self.llm.get_input_embeddings()
         rows = []
-        for row, count in enumerate(num_frames):
-            ids = input_ids[row]
-            places = (ids == IMAGE).nonzero()[:, 0].tolist()
-            if len(places) != count:
-                raise ValueError(f"Row {row} has {len(places)} places for images but {count} images.")
-            parts, start = [], 0
-            for end in [*places, len(ids)]:
-                text = slice(start, end)
-                targets = ids.new_full((end - start,), MASKED) if labels is None else labels[row, text]
-                parts.append(
-                    (
-                        embedding(ids[text]),
-                        attention_mask[row, text] == 1,
-                        targets,
-                        targets.new_zeros(len(targets)).bool(),
-                    )
-                )
-                if end < len(ids):
-                    tokens = next(images)
-                    here = torch.ones(len(tokens), dtype=torch.bool, device=ids.device)
-                    parts.append((tokens, here, ids.new_full((len(tokens),), MASKED), here))
-                start = end + 1
-            rows.append([torch.cat(columns) for columns in zip(*[self._in_dtype(part) for part in parts])])
-        embeds, valid, targets, is_image = zip(*rows)
-        longest = max(map(len, valid))
-        padding = embedding(input_ids.new_tensor(self.llm.config.pad_token_id or 0))
-        embeds = [torch.cat([e, padding.to(e).expand(longest - len(e), -1)]) for e in embeds]
-
-        def padded(rows, value):
-            return torch.stack([F.pad(one, (0, longest - len(one)), value=value) for one in rows])
-
-        targets = None if labels is None else padded(targets, MASKED)
-        return torch.stack(embeds), padded(valid, False), targets, padded(is_image, False)
-
-    def _in_dtype(self, part):
-        embeds, *rest = part
-        return embeds.to(self.llm.dtype), *rest
+        wanted = torch.full_like(input_ids, MASKED) if labels is None else labels
+        for ids, seen, answer, image in zip(input_ids, attention_mask == 1, wanted, images):
+            place, here = (ids == IMAGE).nonzero().item(), seen.new_ones(len(image))
+            parts = [
+                (embedding(ids[:place]), image, embedding(ids[place + 1 :])),
+                (seen[:place], here, seen[place + 1 :]),
+                (answer[:place], ids.new_full((len(image),), MASKED), answer[place + 1 :]),
+                (here.new_zeros(place), here, here.new_zeros(len(ids) - place - 1)),
+            ]
+            rows.append([torch.cat(part) for part in parts])
+        embeds, valid, targets, is_image = (torch.stack(column) for column in zip(*rows))
+        return embeds, valid, None if labels is None else targets, is_image
 
     @torch.no_grad()
     def merge(self):
@@ -329,15 +281,13 @@ def collate(samples, pad_token_id=0):
     }
 
 
-def llm_of_fields(fields, dtype=torch.float32):
+def llm_of_fields(fields):
     """The bare LLM, with random weights, that the flat fields of a config.json describe."""
     family = {name: key for key, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if isinstance(name, str)}
     kind = family[fields["architectures"][0]]
-    known = AutoConfig.for_model(kind).to_dict().keys() | {"rope_theta", "rope_scaling"}
-    config = AutoConfig.for_model(
-        kind, **{name: value for name, value in fields.items() if name in known - {"model_type", "dtype"}}
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    known = (AutoConfig.for_model(kind).to_dict().keys() | {"rope_theta", "rope_scaling"}) - {"model_type", "dtype"}
+    config = AutoConfig.for_model(kind, **{name: value for name, value in fields.items() if name in known})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def load_original(folder):
@@ -358,10 +308,7 @@ def load_original(folder):
         teacher=teacher,
         skip_cls=fields["skip_aux_cls"],
     )
-    weights = load_file(folder / "model.safetensors")
-    if model.llm.config.tie_word_embeddings:
-        weights.setdefault("llm.lm_head.weight", weights["llm.model.embed_tokens.weight"])
-    model.load_state_dict(weights, strict=True)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()
 
 

@@ -12,11 +12,10 @@ Ratios are ours / baseline: of tokens a second above 1 is better, of millisecond
 """
 
 import torch
-from contestants import PATCH, SIZES, default_attention, default_dtype, device, image_token_id, random_vora
+from contestants import PATCH, SIZES, default_attention, default_dtype, device, image_token_id, random_vora, with_sight
 from rows import alternate, arguments, compared, parser_of, report
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from vora import VoraForConditionalGeneration
 from vora.model.modeling_vora import CACHE
 
 
@@ -60,15 +59,6 @@ def prompt_of(size, num_images, num_text_tokens, merge=1):
     }
 
 
-def merged_twin(vora, size):
-    """The same LLM with a patch embedding of patch_merge 2."""
-    twin = VoraForConditionalGeneration.from_llm(
-        vora.to_llm(), patch_size=PATCH, image_size=size.image_size, patch_merge=2, image_token_id=image_token_id(size)
-    )
-    twin.set_attn_implementation(default_attention())
-    return twin
-
-
 def bare_llm(vora):
     """The LLM of a VoRA model as anybody loads it."""
     llm = vora.to_llm()
@@ -76,28 +66,17 @@ def bare_llm(vora):
     return llm
 
 
-def llava_like(vora, size):
-    """LLaVA with the weights of the same LLM and a random ViT of the teacher's size."""
-    shape = {name: size.teacher[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
-    shape |= {"num_hidden_layers": size.teacher["num_hidden_layers"], "patch_size": PATCH, "projection_dim": 64}
-    llm = bare_llm(vora)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**shape, image_size=size.image_size),
-        text_config=llm.config,
-        image_token_index=image_token_id(size),
-    )
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower.to_empty(device=device())
-    model.model.multi_modal_projector.to_empty(device=device())
-    for part in (model.model.vision_tower, model.model.multi_modal_projector):
-        part.to(vora.dtype)
-        for parameter in part.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
-        for module in part.modules():  # to_empty leaves buffers without values
-            if isinstance(getattr(module, "position_ids", None), torch.Tensor):
-                module.position_ids = torch.arange(module.position_ids.shape[-1], device=device())[None]
+def llava_like(llm, size):
+    """LLaVA around an LLM with a random ViT of the teacher's size."""
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    shape = {name: size.teacher[name] for name in names} | {"patch_size": PATCH, "projection_dim": 64}
+    vision = CLIPVisionConfig(**shape, image_size=size.image_size)
+    small = type(llm.config)(hidden_size=llm.config.hidden_size, num_hidden_layers=0, vocab_size=1)
+    config = LlavaConfig(vision_config=vision, text_config=small, image_token_index=image_token_id(size))
+    with device():
+        model = LlavaForConditionalGeneration._from_config(config, dtype=llm.dtype)
     model.model.language_model, model.lm_head = llm.base_model, llm.lm_head
+    model.config.text_config = llm.config
     return model.eval()
 
 
@@ -121,8 +100,8 @@ def against_llava(vora, size, args):
     pixels = torch.randn(args.batch, 3, size.image_size, size.image_size, device=device()).to(vora.dtype)
     contestants = {
         1: Prefill(vora, **prompts[1]),
-        2: Prefill(merged_twin(vora, size), **prompts[2]),
-        "llava": Prefill(llava_like(vora, size), input_ids=prompts[1]["input_ids"], pixel_values=pixels),
+        2: Prefill(with_sight(vora.to_llm(), size, default_attention(), patch_merge=2), **prompts[2]),
+        "llava": Prefill(llava_like(bare_llm(vora), size), input_ids=prompts[1]["input_ids"], pixel_values=pixels),
     }
     times = alternate(contestants, args.rounds)
     for merge in (1, 2):
@@ -141,12 +120,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     args = arguments(parser)
     size = SIZES[args.size]
-    rows = []
-    for dtype in args.dtype:
-        vora = random_vora(size, getattr(torch, dtype), default_attention())
-        for one in (*against_bare_llm(vora, size, args), *against_llava(vora, size, args)):
-            rows.append({**one, "name": f"{one['name']}, {args.size}, {dtype}"})
-    report(rows, args.json)
+
+    def rows():
+        for dtype in args.dtype:
+            vora = random_vora(size, getattr(torch, dtype), default_attention())
+            for one in (*against_bare_llm(vora, size, args), *against_llava(vora, size, args)):
+                yield one | {"name": f"{one['name']}, {args.size}, {dtype}"}
+
+    report(rows(), args.json)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import torch
 
 from vora.cpu_threads import configure_cpu_threads
 
+LINE = "{:>10} {:>10} {:>8} {:12} {}"
+
 
 def parser_of(description):
     """An argument parser with what all benchmarks take; `description` is a module's docstring."""
@@ -40,52 +42,31 @@ def arguments(parser):
 def machine():
     """One line: what computes, on how many threads, with which torch."""
     if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
-    return f"{device}, torch {torch.__version__}"
-
-
-def _processor():
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    names = [line for line in lines if line.startswith("model name")]
-    name = names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    name = _noted("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+    threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {threads}, torch {torch.__version__}"
 
 
 def commit():
     """The commit that was measured, with a + where the working tree differs from it; "unknown" outside a clone."""
-
-    def git(*words):
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    head = git("rev-parse", "--short", "HEAD")
-    return "unknown" if not head else head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
 
 
-def row(name, ours, baseline, unit, ratio=None, **more):
-    """One comparison. `ratio` is ours / baseline unless it is given."""
-    if ratio is None and ours is not None and baseline:
-        ratio = ours / baseline
+def row(name, ours, baseline, unit, **more):
+    """One comparison, with the ratio ours / baseline where there are both."""
+    ratio = ours / baseline if ours is not None and baseline else None
     return {"name": name, "ours": ours, "baseline": baseline, "ratio": ratio, "unit": unit} | more
 
 
 def report(rows, json_file=None):
-    """Print rows as they come, and write those so far to a file, with `machine` and `commit` in each.
-
-    A benchmark that is stopped, or fails, leaves the rows that it had.
-
-    Args:
-        rows: any iterable of `row`s.
-
-    Returns:
-        list of the rows.
-    """
+    """Print rows as they come, and write those so far to a file, with `machine` and `commit` in each: a benchmark that
+    is stopped, or fails, leaves the rows that it had. Returns the list of all."""
     where = {"machine": machine(), "commit": commit()}
     print(f"{where['machine']}, commit {where['commit']}")
-    print_line("ours", "baseline", "ratio", "unit", "what")
+    print(LINE.format("ours", "baseline", "ratio", "unit", "what"))
     found = []
     for one in rows:
         found.append(one | where)
@@ -96,25 +77,13 @@ def report(rows, json_file=None):
 
 
 def print_row(one):
-    print_line(*(_short(one[figure]) for figure in ("ours", "baseline", "ratio")), one["unit"], one["name"])
-
-
-def print_line(ours, baseline, ratio, unit, name):
-    print(f"{ours:>10} {baseline:>10} {ratio:>8} {unit:12} {name}", flush=True)
-
-
-def _short(value):
-    return "-" if value is None else f"{value:.4g}"
-
-
-def synchronize():
-    """Wait for the GPU, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    figures = ("-" if one[figure] is None else f"{one[figure]:.4g}" for figure in ("ours", "baseline", "ratio"))
+    print(LINE.format(*figures, one["unit"], one["name"]), flush=True)
 
 
 def seconds(work):
     """Time of one call, to its end on the device."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else torch.cpu.synchronize
     synchronize()
     start = time.perf_counter()
     work()
@@ -142,24 +111,15 @@ def alternate(contestants, rounds, warmups=1):
     return times
 
 
-def medians(times):
-    """{name: median seconds} of `alternate`."""
-    return {name: median(values) for name, values in times.items()}
-
-
 def spread(times):
     """Half the range of a list of times as a share of its median: how noisy the machine was."""
     return (max(times) - min(times)) / 2 / median(times)
 
 
 def compared(name, times, unit, figure=float, ours="ours", baseline="original", **more):
-    """The `row` of two contestants of `alternate`, with how noisy each was.
-
-    Args:
-        figure: what a time in seconds means in this unit.
-    """
-    found, noise = medians(times), {"ours": spread(times[ours]), "baseline": spread(times[baseline])}
-    return row(name, figure(found[ours]), figure(found[baseline]), unit, noise=noise, **more)
+    """The `row` of two contestants of `alternate`, with how noisy each was; `figure` turns seconds into the unit."""
+    noise = {"ours": spread(times[ours]), "baseline": spread(times[baseline])}
+    return row(name, figure(median(times[ours])), figure(median(times[baseline])), unit, noise=noise, **more)
 
 
 def restart_peak():
@@ -174,21 +134,24 @@ def restart_peak():
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return peak_bytes()
-    return _status("VmRSS") or peak_bytes()
+    return _status_bytes("VmRSS") or peak_bytes()
 
 
 def peak_bytes():
     """Most memory held since `restart_peak`: of the GPU where there is one, else of this process (resident)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return _status("VmHWM") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _status_bytes("VmHWM") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _status(name):
-    """Bytes that Linux notes of this process under a name, else None."""
-    notes = Path("/proc/self/status")
-    lines = notes.read_text().splitlines() if notes.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
+def _status_bytes(name):
+    return 1024 * int(_noted("/proc/self/status", name).removesuffix("kB") or 0)
+
+
+def _noted(file, name):
+    """What Linux notes under a name, else empty."""
+    lines = Path(file).read_text().splitlines() if Path(file).exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
 def main():

@@ -1,13 +1,12 @@
 """Training steps a second: ours against the plain original, on the same images and the same text.
 
 The original pads each image to a black square and each row to the longest, adds a dense float mask made token by
-token, computes logits for every place and keeps all hidden states. On a CPU it computes in float32; on a GPU in
-bfloat16, as its recipe does. Ours packs the images without bars, computes logits where a label is, and
-computes in bfloat16 where that is faster. Both keep what trains in float32 and end each step with AdamW.
+token, computes logits for every place and keeps all hidden states: on a CPU in float32, on a GPU in bfloat16, as its
+recipe does. Ours packs images without bars, computes logits where a label is, and in bfloat16 where that is faster.
+Both keep what trains in float32 and end each step with AdamW.
 
 By default each image is as large as it is inside the square; with `--scale tokens` it fills as many tokens as the
-square has. The images are those of some packed sequences of ours from the middle of a stream. With `--questions` each
-has several short questions: a row each in the original, as in its data; ours lets them share the image.
+square has. With `--questions` each has several short ones: a row each in the original; ours lets them share the image.
 
 Then a check in float32 on square images: `lm_loss` agrees, and so does the distillation loss once the pairing is
 equalised: the levels 1, 2, ... of the original (level 0 compares what enters the first blocks, which ours leaves out)
@@ -16,47 +15,34 @@ against the pairs (0, 0), (1, 1), ... of ours, without subtracting the mean feat
     python benchmarks/train_step.py --json train_step.json
 """
 
+from itertools import islice
+
 import torch
 from contestants import (
     ANSWER_TOKENS,
     SIZES,
+    Contestant,
     add_precisions,
+    add_steps,
     batches_of_sequences,
     build_original,
     build_ours,
+    endless_samples,
     full_sequences,
-    make_samples,
-    optimizer_of,
     original_batches,
     our_sample,
     share_weights,
     squared,
-    train_step,
 )
 from rows import alternate, arguments, compared, parser_of, report, row
 
 SHORT_ANSWER_TOKENS = (2, 8)  # where there are several questions
 
 
-class Contestant:
-    """A model with its optimizer and batches; called, it trains on all of them once."""
-
-    def __init__(self, model, batches, dtype, fused):
-        self.model, self.batches, self.dtype = model, batches, dtype
-        self.optimizer = optimizer_of(model, fused)
-
-    def __call__(self):
-        for batch in self.batches:
-            train_step(self.model, batch, self.optimizer, self.dtype)
-
-    def warm_up(self):
-        train_step(self.model, self.batches[0], self.optimizer, self.dtype)
-
-
 def losses_in_float32(size, attn="sdpa", num_samples=2):
-    """{loss: (ours, original's)} on identical square images, with the pairing equalised."""
+    """Rows of both losses on identical square images, with the pairing equalised."""
     torch.backends.cudnn.allow_tf32 = False  # or a GPU rounds the original's convolution to 10 bits
-    samples = squared(make_samples(num_samples, size), size.image_size)
+    samples = squared(list(islice(endless_samples(size), num_samples)), size.image_size)
     pairs = [(block, block) for block in range(min(size.num_blocks, size.teacher["num_hidden_layers"]) - 1)]
     objective, original = build_ours(size, attn=attn, pairs=pairs, center=False), build_original(size)
     share_weights(original, objective)
@@ -67,10 +53,9 @@ def losses_in_float32(size, attn="sdpa", num_samples=2):
         (batch,) = original_batches(samples, size, num_samples)
         ours, theirs = objective(**packed), original(**batch)["metrics"]
     levels = [theirs[f"loss_aux_layer_{block + 1}"] for block, _ in pairs]
-    return {
-        "lm_loss": (float(ours["lm_loss"]), theirs["llm_loss"]),
-        "distill_loss": (float(ours["distill_loss"]), sum(levels) / len(levels)),
-    }
+    what = f"in float32, {attn}, square images"
+    yield row(f"lm_loss {what}", float(ours["lm_loss"]), theirs["llm_loss"], "nats")
+    yield row(f"distill_loss {what}", float(ours["distill_loss"]), sum(levels) / len(levels), "1 - cos")
 
 
 def compare_steps(size, args):
@@ -81,13 +66,12 @@ def compare_steps(size, args):
         size, args.sequence_length, args.sequences, args.scale == "pixels", answers, args.questions
     )
     packed = batches_of_sequences(sequences, size, args.sequence_length, args.sequences_per_batch)
-    padded = original_batches(samples, size, args.batch)
     contestants = {
-        "ours": Contestant(build_ours(size, ours, args.attn), packed, ours, fused=True),
-        "original": Contestant(build_original(size, plain), padded, plain, fused=False),
+        "ours": Contestant("ours", size, packed, ours, args.attn),
+        "original": Contestant("original", size, original_batches(samples, size, args.batch), plain, args.attn),
     }
     for contestant in contestants.values():
-        contestant.warm_up()
+        contestant.step(contestant.batches[0])
     times = alternate(contestants, args.rounds, warmups=0)
     num_tokens = sum(len(sample["input_ids"]) for sequence in sequences for sample in sequence)
     num_questions = args.questions * len(samples)
@@ -105,28 +89,21 @@ def compare_steps(size, args):
 
 def main():
     parser = parser_of(__doc__)
-    parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
-    parser.add_argument("--scale", choices=("pixels", "tokens"), default="pixels", help="what images have alike")
+    add_steps(parser, "smollm2-135m", "pixels", sequence_length=512, sequences=4, rounds=3)
     parser.add_argument("--questions", type=int, default=1, help="to each image; with 1 it has a caption")
-    parser.add_argument("--batch", type=int, default=4, help="samples in a step of the original")
-    parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a packed sequence of ours")
-    parser.add_argument("--sequences", type=int, default=4, help="packed sequences in a round")
-    parser.add_argument("--sequences-per-batch", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
     add_precisions(parser)
-    parser.add_argument("--no-check", action="store_true", help="leave out the losses in float32")
+    parser.add_argument("--only", choices=("steps", "check"), help="leave out the other; both by default")
     args = arguments(parser)
     size = SIZES[args.size]
 
     def rows():
-        yield compare_steps(size, args)
-        if not args.no_check:
-            for name, (ours, theirs) in losses_in_float32(size, args.attn).items():
-                unit = "nats" if name == "lm_loss" else "1 - cos"
-                yield row(f"{name} in float32, square images", ours, theirs, unit)
+        if args.only != "check":
+            yield compare_steps(size, args)
+        if args.only != "steps":
+            yield from losses_in_float32(size, args.attn)
 
-    for one in report(rows(), args.json)[1:]:
-        if abs(one["ours"] - one["baseline"]) > 1e-3:
+    for one in report(rows(), args.json):
+        if "in float32" in one["name"] and abs(one["ours"] - one["baseline"]) > 1e-3:
             raise SystemExit(f"{one['name']} differs: {one['ours']} and {one['baseline']}.")
 
 

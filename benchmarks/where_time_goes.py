@@ -17,8 +17,8 @@ KINDS = {
     "optimizer and clipping": r"adam|multi_tensor|foreach",
     "copies and casts": r"copy|memcpy|memset|cast|::cat|clone|index|gather|scatter|embedding",
     "norms, activations, sums": r"norm|silu|gelu|elementwise|reduce|mul|add|sum|mean|pow|rsqrt|div|sub|neg|triton",
+    "rest": "",
 }
-REST = "rest"
 
 
 def profiled(work):
@@ -32,23 +32,16 @@ def profiled(work):
 
 
 def seconds_by_kind(events):
-    """{kind of work: seconds} of a profile."""
-    times = dict.fromkeys([*KINDS, REST], 0.0)
-    for name, microseconds in own_times(events):
-        times[kind_of(name)] += microseconds / 1e6
+    """{kind of work: seconds} of a profile: of its kernels on a GPU, of its operations on a CPU."""
+    kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    times = dict.fromkeys(KINDS, 0.0)
+    for event in kernels or events:
+        times[kind_of(event.key)] += (event.self_device_time_total if kernels else event.self_cpu_time_total) / 1e6
     return times
 
 
-def own_times(events):
-    """(name, microseconds) of kernels on a GPU, of operations on a CPU."""
-    on_gpu = [event for event in events if event.device_type == DeviceType.CUDA]
-    if on_gpu:
-        return [(event.key, event.self_device_time_total) for event in on_gpu if not event.is_user_annotation]
-    return [(event.key, event.self_cpu_time_total) for event in events]
-
-
 def kind_of(name):
-    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name.lower())), REST)
+    return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name.lower()))
 
 
 def table(events, num_lines=25):

@@ -12,7 +12,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ from vora.build.base_llm import load_llm
 
 MARK = "\u2042"  # stands where a turn's text goes
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<s>", "<bos>")  # of documents, in pre-training
+Rows: TypeAlias = Iterator[dict[str, Any]]
 MAX_EMPTY_ROUNDS = 20  # in a row, before it gives up
 
 
@@ -45,25 +46,19 @@ def main() -> None:
     empty_rounds = 0
     while len(seen) < options.num:
         torch.manual_seed(options.seed + len(seen) + empty_rounds)
-        before = len(seen)
+        lines = dict.fromkeys(map(json.dumps, sample(llm, processor, options)))
+        new = [line for line in lines if line not in seen][: options.num - len(seen)]
         with options.out.open("a") as file:
-            for line in map(json.dumps, sample(llm, processor, options)):
-                if line not in seen and len(seen) < options.num:
-                    seen.add(line)
-                    file.write(line + "\n")
+            file.writelines(f"{line}\n" for line in new)
+        seen.update(new)
         print(f"{len(seen)} of {options.num} {options.kind}s", flush=True)
-        empty_rounds = empty_rounds + 1 if len(seen) == before else 0
+        empty_rounds = 0 if new else empty_rounds + 1
         if empty_rounds == MAX_EMPTY_ROUNDS:
             cure = "" if options.kind == "document" else ": raise --question-tokens, or take --kind document"
-            raise SystemExit(
-                f"{empty_rounds} rounds of {options.batch} brought no new {options.kind}{cure}. "
-                f"{options.out} has {before}."
-            )
+            raise SystemExit(f"{empty_rounds} rounds of {options.batch} brought no new {options.kind}{cure}.")
 
 
-def conversations(
-    llm: PreTrainedModel, processor: VoraProcessor, options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
+def conversations(llm: PreTrainedModel, processor: VoraProcessor, options: argparse.Namespace) -> Rows:
     """Yields rows with one question and its answer."""
     begun = processor.apply_chat_template([{"role": "user", "content": MARK}]).partition(MARK)[0]
     found = continued(llm, processor, [begun] * options.batch, options.question_tokens)
@@ -78,7 +73,7 @@ def conversations(
             yield {"messages": [*turn, {"role": "assistant", "content": answer}]}
 
 
-def documents(llm: PreTrainedModel, processor: VoraProcessor, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def documents(llm: PreTrainedModel, processor: VoraProcessor, options: argparse.Namespace) -> Rows:
     """Yields rows of plain text, as the LLM's pre-training had it."""
     tokenizer = processor.tokenizer
     known = tokenizer.get_vocab()
@@ -93,21 +88,12 @@ def continued(
     llm: PreTrainedModel, processor: VoraProcessor, prompts: list[str], max_new_tokens: int
 ) -> list[tuple[str, bool]]:
     """How each prompt goes on, sampled, to the end of the turn: list of (text, whether it ended by itself)."""
-    tokenizer, ends = processor.tokenizer, llm.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
+    tokenizer, ends = processor.tokenizer, torch.as_tensor(llm.generation_config.eos_token_id, device=llm.device)
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(llm.device)
-    tokens = llm.generate(
-        **inputs,
-        do_sample=True,
-        temperature=1.0,
-        top_p=0.95,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-    )[:, inputs["input_ids"].shape[1] :]
-    return [
-        (tokenizer.decode(row, skip_special_tokens=True).strip(), not set(ends).isdisjoint(row.tolist()))
-        for row in tokens
-    ]
+    how = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "pad_token_id": tokenizer.pad_token_id}
+    rows = llm.generate(**inputs, **how, max_new_tokens=max_new_tokens)[:, inputs["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return [(text.strip(), ended) for text, ended in zip(texts, torch.isin(rows, ends).any(1).tolist())]
 
 
 def whole_sentences(text: str) -> str:

@@ -6,7 +6,6 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import vora
 
@@ -16,13 +15,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def llm_folder(tmp_path_factory):
     """A tiny Llama with its tokenizer, saved as on the hub."""
-    folder = tmp_path_factory.mktemp("llm")
-    tokenizer = tiny.tiny_tokenizer()
-    shape = {**tiny.SHAPE, "vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return tiny.save_tiny_llm(tmp_path_factory.mktemp("llm"))
 
 
 @pytest.fixture(scope="session")
@@ -46,11 +39,9 @@ def model_folder(tmp_path_factory, llm_folder):
 @pytest.fixture
 def sources(tmp_path):
     """Paths of a source of twelve images with a question each, and of one of twelve texts."""
-    lines = []
-    for number in range(12):
-        Image.new("RGB", (12, 12), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
-        lines.append({"image": f"{number}.png", "question": "what?", "answer": "red"})
-    (tmp_path / "images.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    texts = ["blue red green " * (1 + 9 * (number % 3)) for number in range(12)]
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
-    return [str(tmp_path / name) for name in ("images.jsonl", "texts.jsonl")]
+    with (tmp_path / "images.jsonl").open("w") as images, (tmp_path / "texts.jsonl").open("w") as texts:
+        for number in range(12):
+            Image.new("RGB", (12, 12), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+            print(json.dumps({"image": f"{number}.png", "question": "what?", "answer": "red"}), file=images)
+            print(json.dumps({"text": "blue red green " * (1 + 9 * (number % 3))}), file=texts)
+    return [images.name, texts.name]

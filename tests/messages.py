@@ -1,5 +1,7 @@
 """Messages with small images, as people write them, and what a processor makes of them."""
 
+from itertools import groupby
+
 from PIL import Image
 
 SIZES = {"patch_size": 4, "image_size": 12}  # of the processors and models that these are for
@@ -11,13 +13,8 @@ def coloured(colour, size=(12, 12), mode="RGB"):
 
 def user(*parts):
     """A user's message of texts (str) and images (anything else, or a path ending in .png)."""
-    content = [
-        {"type": "text", "text": part}
-        if isinstance(part, str) and not part.endswith(".png")
-        else {"type": "image", "image": part}
-        for part in parts
-    ]
-    return {"role": "user", "content": content}
+    kinds = ["text" if isinstance(part, str) and not part.endswith(".png") else "image" for part in parts]
+    return {"role": "user", "content": [{"type": kind, kind: part} for kind, part in zip(kinds, parts)]}
 
 
 def assistant(text):
@@ -31,10 +28,5 @@ def encode(processor, messages, **kwargs):
 
 def spoken(processor, sample):
     """The text of each run of labels."""
-    labels, runs = sample["labels"], []
-    for before, label in zip([-100, *labels], labels):
-        if label != -100:
-            if before == -100:
-                runs.append([])
-            runs[-1].append(label)
-    return [processor.tokenizer.decode(run) for run in runs]
+    runs = groupby(sample["labels"], lambda label: label != -100)
+    return [processor.tokenizer.decode(list(run)) for has_label, run in runs if has_label]

@@ -30,8 +30,7 @@ def objective_of(family: str) -> Objective:
         llm.config.sliding_window = 64
         for layer in llm.model.layers:
             layer.self_attn.sliding_window = 64 if layer.self_attn.sliding_window else None
-    vora = tiny_vora(llm)
-    return Objective(vora)
+    return Objective(tiny_vora(llm))
 
 
 class Waits(TorchDispatchMode):
@@ -44,8 +43,7 @@ class Waits(TorchDispatchMode):
         self.found = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name() if hasattr(function, "name") else str(function)
-        name = name.replace("::", ".").rsplit(".", 1)[0] if name.count(".") else name.replace("::", ".")
+        name = ".".join(str(function).split(".")[:2])  # without its overload
         masked = name in ("aten.index", "aten.index_put", "aten.index_put_") and any(
             isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in args[1]
         )

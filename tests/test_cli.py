@@ -12,20 +12,26 @@ import pytest
 import torch
 import yaml
 from command import vora
+from original import OriginalVora, save_original
 from PIL import Image
 from tiny import command_line, save_tiny_vit, tiny_tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def succeeded(*arguments, **kwargs):
+    result = vora(*arguments, **kwargs)
+    assert result.returncode == 0, result.stderr
+    return result
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory, llm_folder):
     """A recipe, its data and its teacher in one folder."""
     folder = tmp_path_factory.mktemp("work")
-    lines = []
-    for name in ("red", "blue"):
-        Image.new("RGB", (16, 16), name).save(folder / f"{name}.png")
-        lines.append({"image": f"{name}.png", "question": "what?", "answer": name})
-    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with (folder / "train.jsonl").open("w") as file:
+        for name in ("red", "blue"):
+            Image.new("RGB", (16, 16), name).save(folder / f"{name}.png")
+            print(json.dumps({"image": f"{name}.png", "question": "what?", "answer": name}), file=file)
     save_tiny_vit(folder / "vit")
     recipe = {
         "model": {"llm": llm_folder},
@@ -40,11 +46,9 @@ def work(tmp_path_factory, llm_folder):
 
 @pytest.fixture(scope="module")
 def merged(work):
-    trained = vora("train", work / "recipe.yaml", "--out", work / "run")
-    assert trained.returncode == 0, trained.stderr
-    assert "vision LoRA" in trained.stderr and "samples/s" in trained.stderr and "red.png" in trained.stderr
-    result = vora("merge", work / "run", "-o", work / "model", "--llm-out", work / "llm")
-    assert result.returncode == 0, result.stderr
+    trained = succeeded("train", work / "recipe.yaml", "--out", work / "run").stderr
+    assert "vision LoRA" in trained and "samples/s" in trained and "red.png" in trained
+    succeeded("merge", work / "run", "-o", work / "model", "--llm-out", work / "llm")
     return work / "model"
 
 
@@ -54,105 +58,77 @@ def test_train_merge_chat(work, merged):
     text_alone = AutoTokenizer.from_pretrained(work / "llm")
     assert text_alone.chat_template == tiny_tokenizer().chat_template  # without images
     assert "processor_class" not in json.loads((work / "llm" / "tokenizer_config.json").read_text())
-    ask = ["chat", work / "red.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4]
-    alone, answer = command_line(*ask), vora(*ask)  # in a process of its own, and in this one
+    ask = ["chat", work / "red.png", "-m", merged, "--max-new-tokens", 4]
+    alone, answer = command_line(*ask, "-q", "what?"), succeeded(*ask, "-q", "what?")  # the first by itself
     assert alone.returncode == 0 and alone.stdout.endswith("\n") and alone.stdout == answer.stdout, alone.stderr
-    small = vora(*ask, "--max-image-tokens", 1)
-    assert small.returncode == 0, small.stderr
-    many = vora("chat", work / "red.png", work / "blue.png", "-m", merged, "-q", "what?", "--max-new-tokens", 4)
-    assert many.returncode == 0, many.stderr
+    succeeded(*ask, "-q", "what?", "--max-image-tokens", 1)
+    succeeded(*ask, work / "blue.png", "-q", "what?")
+    talk = succeeded(*ask, input=f"what?\n+ {work / 'blue.png'}\n+ nothing.png\nand now?\n\n")
+    assert talk.stdout.count("\n") == 2 and "nothing.png" in talk.stderr
 
 
 def test_inspect_draws_a_page_of_a_run_and_of_its_merged_model(work, merged, tmp_path):
     shutil.copytree(work / "vit", tmp_path / "vit")  # a teacher that has moved since
     page = tmp_path / "new" / "page.html"
-    of_run = vora("inspect", work / "red.png", "-m", work / "run", "-q", "what?", "--answer", "red or blue",
-                  "--teacher", tmp_path / "vit", "-o", page)  # fmt: skip
-    assert of_run.returncode == 0 and str(page) in of_run.stderr, of_run.stderr
+    of_run = succeeded("inspect", work / "red.png", "-m", work / "run", "-q", "what?", "--answer", "red or blue",
+                       "--teacher", tmp_path / "vit", "-o", page)  # fmt: skip
     figures = json.loads(page.with_suffix(".json").read_text())
+    assert str(page) in of_run.stderr and page.read_text().count("data:image/png") > 8
     assert [word["word"] for word in figures["attention"]["words"]] == ["red", "or", "blue"]
     assert figures["similarity"]["teacher"] == str(tmp_path / "vit") and figures["grid"] == [2, 2]
     assert [-1 <= pair["cosine"] <= 1 for pair in figures["similarity"]["pairs"]] == [True, True]
-    assert page.read_text().count("data:image/png") > 8
-    alone = vora("inspect", work / "red.png", "-m", merged, "-q", "what?", "--max-image-tokens", 1, cwd=tmp_path)
-    assert alone.returncode == 0 and "--teacher" in alone.stderr, alone.stderr
+    alone = succeeded("inspect", work / "red.png", "-m", merged, "-q", "what?", "--max-image-tokens", 1, cwd=tmp_path)
     figures = json.loads((tmp_path / "inspect.json").read_text())
     assert figures["similarity"] is None and figures["grid"] == [1, 1] and len(figures["remarks"]) == 1
+    assert "--teacher" in alone.stderr
 
 
 def test_data_shows_what_training_will_read(work, tmp_path):
-    (tmp_path / "extra.jsonl").write_text('{"image": "no.png", "question": "what?", "answer": "x"}\n' * 2)
-    recipe = yaml.safe_load((work / "recipe.yaml").read_text())
-    recipe["data"]["sources"] = [{"path": str(work / "train.jsonl")}, {"path": str(tmp_path / "extra.jsonl")}]
-    recipe["teacher"]["name"] = str(work / "vit")
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    result = vora("data", tmp_path / "recipe.yaml", "--out", tmp_path / "found")
-    assert result.returncode == 0, result.stderr
+    bad = tmp_path / "extra.jsonl"
+    bad.write_text('{"image": "no.png", "question": "what?", "answer": "x"}\n' * 2)
+    both = f"data.sources=[{{path: train.jsonl}}, {{path: {bad}}}]"
+    result = succeeded("data", work / "recipe.yaml", both, "--out", tmp_path / "found")
     summary = json.loads((tmp_path / "found" / "summary.json").read_text())
     assert (summary["num_samples"], summary["num_bad"], summary["num_images"]) == (2, 2, 2)
-    assert summary["shares_by_source"] == {str(work / "train.jsonl"): 1.0, str(tmp_path / "extra.jsonl"): 0.0}
+    assert summary["shares_by_source"] == {str(work / "train.jsonl"): 1.0, str(bad): 0.0}
     assert {"mean", "p50", "p95", "max"} <= summary["tokens_per_sample"].keys()
     assert 0.5 < summary["packing_efficiency"] <= 1
     page = (tmp_path / "found" / "samples.html").read_text()
     assert page.count("data:image/jpeg") == 2 and '<span class="label">red&lt;|im_end|&gt;</span>' in page
     assert page.count("no such file") == 2 and "A run would stop" in result.stderr
-    alone = vora("data", tmp_path / "recipe.yaml", f"data.sources=[{{path: {tmp_path / 'extra.jsonl'}}}]",
-                 "--out", tmp_path / "none")  # fmt: skip
+    alone = vora("data", work / "recipe.yaml", f"data.sources=[{{path: {bad}}}]", "--out", tmp_path / "none")
     assert alone.returncode == 1 and "All 2 samples are bad" in alone.stderr
 
 
 def test_plan_tells_what_a_run_needs(work):
-    shown = vora("plan", work / "recipe.yaml", "--gpu", "l4", "--num-gpus", 2)
-    assert shown.returncode == 0, shown.stderr
+    shown = succeeded("plan", work / "recipe.yaml", "--gpu", "l4", "--num-gpus", 2).stderr
     for line in ("vision LoRA", "student backward", "optimizer", "the bottleneck", "hours", "first 2 samples"):
-        assert line in shown.stderr
-    assert "Warning" not in shown.stderr
-    printed = vora("plan", work / "recipe.yaml", "lora.rank=2", "--json")
-    found = json.loads(printed.stdout)
+        assert line in shown
+    assert "Warning" not in shown
+    found = json.loads(succeeded("plan", work / "recipe.yaml", "lora.rank=2", "--json").stdout)
     assert found["device"] == "cpu" and found["steps"] == 4 and found["fits"]
     assert found["memory_bytes"]["total"] > found["memory_bytes"]["Python and its libraries"] > 1e8
-    unknown = vora("plan", work / "recipe.yaml", "--gpu", "h3000")
-    assert unknown.returncode == 1 and "choose among" in unknown.stderr
 
 
 def test_imported_checkpoints_chat_and_merge(tmp_path, llm_folder):
     """Stage 1 of the released code, with a tokenizer beside its LLM: opened unmerged, merged, opened again."""
-    from original import OriginalVora, save_original
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(0)
     llm = AutoModelForCausalLM.from_pretrained(llm_folder)
     save_original(OriginalVora(llm, width=20, patch_size=4, image_size=12, rank=3, num_blocks=2), tmp_path / "theirs")
     Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
-    came = vora("import-reference", tmp_path / "theirs", "--llm", llm_folder, "-o", tmp_path / "ours")
-    assert came.returncode == 0 and "vision LoRA" in came.stderr and "patch embedding" in came.stderr, came.stderr
-    merged = vora("merge", tmp_path / "ours", "-o", tmp_path / "merged", "--llm-out", tmp_path / "language")
-    assert merged.returncode == 0, merged.stderr
+    convert = ["import-reference", tmp_path / "theirs", "--llm", llm_folder, "-o"]
+    came = succeeded(*convert, tmp_path / "ours").stderr
+    assert "vision LoRA" in came and "patch embedding" in came
+    succeeded("merge", tmp_path / "ours", "-o", tmp_path / "merged", "--llm-out", tmp_path / "language")
     answers = set()
     for folder in ("ours", "merged"):
-        said = vora("chat", tmp_path / "red.png", "-m", tmp_path / folder, "-q", "what?", "--max-new-tokens", 4)
-        assert said.returncode == 0, said.stderr
-        answers.add(said.stdout)
+        ask = ["chat", tmp_path / "red.png", "-m", tmp_path / folder, "-q", "what?", "--max-new-tokens", 4]
+        answers.add(succeeded(*ask).stdout)
         assert (tmp_path / folder / "README.md").read_text().startswith("---")
     assert len(answers) == 1
     assert str(tmp_path) not in (tmp_path / "ours" / "README.md").read_text()
-    at_once = vora("import-reference", tmp_path / "theirs", "--llm", llm_folder, "-o", tmp_path / "at-once", "--merge")
-    assert at_once.returncode == 0 and not (tmp_path / "at-once" / "adapter_config.json").exists(), at_once.stderr
-    wrong = vora("import-reference", llm_folder, "--llm", llm_folder, "-o", tmp_path / "wrong")
-    assert wrong.returncode == 1 and "no checkpoint of the released code" in wrong.stderr
-
-
-def test_interactive_chat(work, merged):
-    lines = f"what?\n+ {work / 'blue.png'}\n+ nothing.png\nand now?\n\n"
-    talk = vora("chat", work / "red.png", "-m", merged, "--max-new-tokens", 3, input=lines)
-    assert talk.returncode == 0, talk.stderr
-    assert talk.stdout.count("\n") == 2 and "nothing.png" in talk.stderr
-
-
-def test_help_reads_well():
-    shown = vora("--help")
-    for verb in ("quickstart", "data", "plan", "train", "merge", "import-reference", "chat", "inspect"):
-        assert verb in shown.stdout
+    succeeded(*convert, tmp_path / "at-once", "--merge")
+    assert not (tmp_path / "at-once" / "adapter_config.json").exists()
 
 
 def test_interrupted_run_saves_and_says_how_to_go_on(work):
@@ -167,12 +143,9 @@ def test_interrupted_run_saves_and_says_how_to_go_on(work):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors, errors
-    checkpoint = next((work / "cut").glob("checkpoint-*"))
-    step = int(checkpoint.name.removeprefix("checkpoint-"))
-    again = vora(
-        "train", work / "cut" / "recipe.yaml", f"training.max_steps={step + 2}", "--out", work / "cut", "--resume"
-    )
-    assert again.returncode == 0, again.stderr
+    step = int(next((work / "cut").glob("checkpoint-*")).name.removeprefix("checkpoint-"))
+    more = [f"training.max_steps={step + 2}", "--out", work / "cut", "--resume"]
+    succeeded("train", work / "cut" / "recipe.yaml", *more)
     assert json.loads(log.read_text().splitlines()[-1])["step"] == step + 2
 
 
@@ -187,6 +160,8 @@ def test_interrupted_run_saves_and_says_how_to_go_on(work):
         (["inspect", "no.png", "-m", "{model}"], "no such file"),
         (["inspect", "{image}", "-m", "{model}", "--teacher", "no-vit"], "no hub id"),
         (["inspect", "{image}", "-m", "{model}", "-o", "page.png"], "ends in .html"),
+        (["plan", "{recipe}", "--gpu", "h3000"], "choose among"),
+        (["import-reference", "{llm}", "--llm", "{llm}", "-o", "{new}"], "no checkpoint of the released code"),
         (["train", "no-recipe.yaml"], "Cannot read recipe"),
         (["train", "{recipe}", "lora.rnak=3"], "did you mean rank?"),
         (["train", "{recipe}", "lora.target_modules=[no_proj]", "--out", "{new}"], "match no linear layer"),

@@ -5,7 +5,6 @@ import re
 import sys
 from pathlib import Path
 
-import click
 import pytest
 import typer
 from pydantic import BaseModel
@@ -19,6 +18,8 @@ SOURCE = ROOT / "src" / "vora"
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = sorted(SOURCE.rglob("*.py"))
+COMMANDS = typer.main.get_command(app).commands
+FENCE = re.compile(r"```[a-z]*\n(.*?)```", flags=re.S)
 
 ABOVE_MODEL = {"model", "build", "distill", "baselines", "checkpoint"}
 MAY_IMPORT = {
@@ -76,113 +77,85 @@ def test_what_ships_is_small_and_needs_only_torch_and_transformers():
 
 def test_no_file_is_long_and_no_name_says_nothing():
     scripts = [p for folder in ("src", "tests", "benchmarks", "examples") for p in (ROOT / folder).rglob("*.py")]
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in scripts}
-    assert not {name: length for name, length in lengths.items() if length > 400}
+    assert not [path for path in scripts if len(path.read_text().splitlines()) > 400]
     assert not {path.stem for path in scripts} & {"utils", "util", "common", "helpers", "helper", "misc"}
 
 
-def public_functions(path: Path):
-    """Functions and methods of a module whose own name, class and module are public."""
-
-    def walk(body, inside):
-        for node in body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                yield from walk(node.body, f"{inside}{node.name}.")
-            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
-                yield f"{inside}{node.name}", node
-
-    yield from walk(ast.parse(path.read_text()).body, "")
+def public_functions(body, inside):
+    """(name, node) of functions and methods whose own name and classes are public."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node.body, f"{inside}{node.name}.")
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            yield f"{inside}{node.name}", node
 
 
 def is_annotated(node) -> bool:
-    arguments = [
-        a for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs] if a.arg not in ("self", "cls")
-    ]
-    return node.returns is not None and all(argument.annotation for argument in arguments)
+    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    return node.returns is not None and all(a.annotation for a in arguments if a.arg not in ("self", "cls"))
 
 
 def test_public_functions_are_annotated():
-    found = {
-        f"{path.relative_to(SOURCE)}:{name}": is_annotated(n) for path in MODULES for name, n in public_functions(path)
-    }
-    bare = [name for name, annotated in found.items() if not annotated]
+    found = [pair for path in MODULES for pair in public_functions(ast.parse(path.read_text()).body, f"{path.stem}:")]
+    bare = [name for name, node in found if not is_annotated(node)]
     assert len(bare) <= 0.05 * len(found), f"{len(bare)} of {len(found)}: {bare[:20]}"
 
 
-def commands() -> dict[str, click.Command]:
-    return typer.main.get_command(app).commands
-
-
-def keys_of(model: type[BaseModel]):
-    """All keys of a recipe, those of its sections too."""
-    for name, field in model.model_fields.items():
-        yield name
-        for kind in [field.annotation, *ast_args(field.annotation)]:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from keys_of(kind)
-
-
-def ast_args(annotation):
-    for argument in getattr(annotation, "__args__", ()):
-        yield argument
-        yield from ast_args(argument)
+def keys_of(kind):
+    """All keys of a recipe, those of its sections too; `kind` is a model, or a type that may hold models."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield from kind.model_fields
+        kinds = [field.annotation for field in kind.model_fields.values()]
+    else:
+        kinds = getattr(kind, "__args__", ())
+    for one in kinds:
+        yield from keys_of(one)
 
 
 def test_words_are_those_of_the_ecosystem():
-    options = {option for command in commands().values() for p in command.params for option in [*p.opts, p.name]}
+    options = {option for command in COMMANDS.values() for p in command.params for option in [*p.opts, p.name]}
     names = options | set(keys_of(Recipe)) | set(keys_of(Spec))
     private = re.compile(rf"(^|[_-])({PRIVATE_WORDS})($|[_-])")
     assert not [name for name in names if private.search(name.lstrip("-"))]
     assert not re.findall(rf"\b(?:{PRIVATE_WORDS})\b", README.lower())
 
 
-def fences(text: str) -> list[str]:
-    return re.findall(r"```[a-z]*\n(.*?)```", text, flags=re.S)
-
-
 def test_readme_is_an_entrance():
     assert len(README.split()) <= 1500
-    first = fences(README)[0].strip().splitlines()
+    first = FENCE.search(README)[1].strip().splitlines()
     assert len(first) == 2 and "vora quickstart" in first[0] and "pytest" in first[1]
 
 
 def vora_commands():
     """(page, words of a `vora ...` command) of all code blocks and code spans of README and docs."""
+    start = r"(?:^|&& |-m vora\.cli |no-python )\s*(?:vora )(\w[\w-]*.*?)(?=&&|#|$)"
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
         spans = re.findall(r"`(vora [^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
-        for line in [*(line for fence in fences(text) for line in fence.splitlines()), *spans]:
-            for command in re.findall(
-                r"(?:^|&& |-m vora\.cli |no-python )\s*(?:vora )(\w[\w-]*.*?)(?=&&|#|$)", line.strip()
-            ):
-                yield page.name, command.split()
+        for line in ["\n".join(FENCE.findall(text)), *spans]:
+            yield from ((page.name, command.split()) for command in re.findall(start, line, flags=re.M))
 
 
 def test_every_vora_command_in_readme_and_docs_parses():
     found = list(vora_commands())
     assert {"quickstart", "train", "merge", "chat", "eval"} <= {words[0] for _, words in found}
-    known = commands()
     for page, (verb, *rest) in found:
-        assert verb in known, f"{page}: there is no vora {verb}"
-        options = {option for p in known[verb].params for option in [*p.opts, *p.secondary_opts]} | {"--help"}
-        for word in rest:
-            if re.match(r"--?[a-z]", word):
-                assert word.split("=")[0] in options, f"{page}: vora {verb} has no {word}"
+        assert verb in COMMANDS, f"{page}: there is no vora {verb}"
+        options = {option for p in COMMANDS[verb].params for option in [*p.opts, *p.secondary_opts]} | {"--help"}
+        unknown = [word for word in rest if re.match(r"--?[a-z]", word) and word.split("=")[0] not in options]
+        assert not unknown, f"{page}: vora {verb} has no {unknown}"
 
 
 def test_files_named_in_readme_and_docs_exist():
+    folders, kinds = "recipes|benchmarks|examples|requirements|tests", "yaml|sh|py|ipynb|jsonl|txt"
     for page in PAGES:
-        for name in re.findall(
-            r"\b(?:recipes|benchmarks|examples|requirements|tests)/[\w./-]+\.(?:yaml|sh|py|ipynb|jsonl|txt)\b",
-            page.read_text(),
-        ):
-            assert (ROOT / name).exists(), f"{page.name} names {name}"
+        names = re.findall(rf"\b(?:{folders})/[\w./-]+\.(?:{kinds})\b", page.read_text())
+        assert not [name for name in names if not (ROOT / name).exists()], page.name
 
 
 def test_table_of_places_is_true():
-    rows = re.findall(
-        r"^\| [^|]+ \| `([\w/]+\.py)(?:: ([\w.]+))?` \|$", (ROOT / "docs" / "design.md").read_text(), flags=re.M
-    )
+    page = (ROOT / "docs" / "design.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| `([\w/]+\.py)(?:: ([\w.]+))?` \|$", page, flags=re.M)
     assert len(rows) >= 20
     for file, name in rows:
         body = ast.parse((SOURCE / file).read_text()).body

@@ -1,6 +1,5 @@
 """`import vora` is light, changes nothing, and yet the auto classes know VoRA, whichever was imported first."""
 
-import json
 import subprocess
 import sys
 
@@ -18,15 +17,14 @@ def run(code, *arguments):
 
 def test_import_is_light_and_leaves_the_environment():
     code = """
-import json, os, sys, time
+import os, sys, time
 before, start = dict(os.environ), time.process_time()
 import vora
-seconds = time.process_time() - start
-assert set(vora.__all__) <= set(dir(vora))
-print(json.dumps([seconds, dict(os.environ) == before, [name for name in sys.modules if "." not in name]]))
+assert time.process_time() - start < 0.3
+assert set(vora.__all__) <= set(dir(vora)) and dict(os.environ) == before
+assert not {"torch", "transformers", "numpy", "typer", "rich"} & set(sys.modules)
 """
-    seconds, same, loaded = json.loads(run(code))
-    assert seconds < 0.3 and same and not {"torch", "transformers", "numpy", "typer", "rich"} & set(loaded)
+    run(code)
 
 
 def test_help_of_every_verb_loads_nothing_heavy():
@@ -35,19 +33,19 @@ import sys
 from typer.testing import CliRunner
 from vora.cli import app
 verbs = [command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands]
-for arguments in ([], *([verb] for verb in verbs)):
-    shown = CliRunner().invoke(app, [*arguments, "--help"])
-    assert shown.exit_code == 0 and "Usage" in shown.output, arguments
-print(len(verbs), [name for name in ("torch", "transformers", "numpy") if name in sys.modules])
+whole = CliRunner().invoke(app, ["--help"]).output
+for verb in verbs:
+    shown = CliRunner().invoke(app, [verb, "--help"])
+    assert shown.exit_code == 0 and "Usage" in shown.output and verb in whole, verb
+print(*verbs, [name for name in ("torch", "transformers", "numpy") if name in sys.modules])
 """
-    assert run(code) == "10 []\n"
+    assert run(code) == "quickstart data train ablate plan eval merge import-reference chat inspect []\n"
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # every other test has imported transformers first
     "first",
     [
         "import vora",
-        "from transformers import AutoModelForImageTextToText; import vora",
         "import vora, peft",  # imports transformers when it is half done, which then imports the auto classes
         "import vora.baselines.llava",  # so does this
     ],
@@ -68,7 +66,7 @@ assert not [finder for finder in sys.meta_path if "vora" in type(finder).__modul
     run(code, model_folder)
 
 
-def test_public_names_are_there():
+def test_public_names_are_there_and_documented():
     for name in vora.__all__:
         assert getattr(vora, name).__doc__ or name == "__version__", name
     assert callable(vora.train) and vora.train.recipe.load_recipe is vora.load_recipe

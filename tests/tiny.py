@@ -16,31 +16,19 @@ IMAGE = 5  # image token of the models built here
 PATCH, GRID = 4, 3  # side of a patch in pixels; side of the learned grid in patches
 
 SHAPE = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.15,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.15, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 WINDOW = {"sliding_window": 6}  # smaller than an image and than every row
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, **WINDOW}
 FAMILIES = {
     "llama": {},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
     "mistral": WINDOW,
-    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0, **WINDOW},
-    "gemma3_text": {
-        "head_dim": 8,
-        "query_pre_attn_scalar": 8,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        **WINDOW,
-    },
+    "gemma2": {"final_logit_softcapping": 2.0, **GEMMA},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], **GEMMA},
     "phi3": {"tie_word_embeddings": False},
     "smollm3": {"no_rope_layers": [1, 1, 0]},
     "gpt_neox": {},
@@ -73,7 +61,7 @@ def tiny_llm(family, **changes):
 
 
 def tiny_vora(llm):
-    """Fresh eyes on an LLM (or on the family of that name), seeded."""
+    """Fresh sight for an LLM (or the family of that name), seeded."""
     llm = tiny_llm(llm) if isinstance(llm, str) else llm
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -84,10 +72,10 @@ def tiny_vora(llm):
 
 def save_tiny_vit(folder, num_hidden_layers=2):
     """A ViT for images of 16 x 16 pixels, saved as on the hub."""
-    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2}
-    shape["num_hidden_layers"] = num_hidden_layers
+    shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
     torch.manual_seed(1)
-    ViTModel(ViTConfig(**shape, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(folder)
+    config = ViTConfig(**shape, num_hidden_layers=num_hidden_layers)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
 
 
 def command_line(*arguments, code="from vora.cli import main; main()", **kwargs):
@@ -107,12 +95,9 @@ def image(rows, columns, seed=0):
     return torch.randn(rows * columns, 3 * PATCH**2, generator=torch.Generator().manual_seed(seed))
 
 
-def prompt(*rows, grids=True):
-    """Model inputs of a left-padded batch.
-
-    Args:
-        rows: lists of words (int), images ((rows, columns, seed)) and videos ((rows, columns, seed, frames)).
-    """
+def prompt(*rows):
+    """Model inputs of a left-padded batch of lists of words (int), images ((rows, columns, seed)) and videos ((rows,
+    columns, seed, frames))."""
     ids, images, shapes = [], [], []
     for row in rows:
         ids.append([])
@@ -125,10 +110,9 @@ def prompt(*rows, grids=True):
                 images.append(image(frames * height, width, seed))
                 shapes.append((frames, height, width))
     longest = max(map(len, ids))
-    inputs = {
-        "input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in ids]),
-        "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids]),
-    }
+    masks = [[0] * (longest - len(row)) + [1] * len(row) for row in ids]
+    ids = [[0] * (longest - len(row)) + row for row in ids]
+    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(masks)}
     if images:
         inputs |= {"pixel_values": torch.cat(images), "image_grid_thw": torch.tensor(shapes)}
     return inputs
@@ -136,17 +120,23 @@ def prompt(*rows, grids=True):
 
 def states_of_blocks(vora, **inputs):
     """list of float[B, T, D]: the output of every block of the LLM."""
-    states = []
-
-    def keep(module, args, output):
-        states.append(output[0] if isinstance(output, tuple) else output)
-
-    hooks = [block.register_forward_hook(keep) for block in vora.model.blocks]
+    outputs = []
+    hooks = [block.register_forward_hook(lambda *given: outputs.append(given[-1])) for block in vora.model.blocks]
     with torch.no_grad():
         vora(**inputs, use_cache=False)
     for hook in hooks:
         hook.remove()
-    return states
+    return [output[0] if isinstance(output, tuple) else output for output in outputs]
+
+
+def save_tiny_llm(folder, tokenizer=None, **changes):
+    """A tiny Llama, its configuration changed, with its tokenizer, saved as on the hub; returns the folder."""
+    tokenizer = tokenizer or tiny_tokenizer()
+    torch.manual_seed(0)
+    shape = SHAPE | {"vocab_size": len(tokenizer)} | changes
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def train_a_little(peft_model):

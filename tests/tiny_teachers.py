@@ -5,8 +5,7 @@ from tiny import GRID, PATCH
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-TINY = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 3}
-TINY["patch_size"] = PATCH
+TINY = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=4, num_attention_heads=3, patch_size=PATCH)
 SIZED = {**TINY, "image_size": PATCH * GRID, "initializer_range": 0.2}
 # model_type: (configuration, tokens before the patches)
 TEACHERS = {

@@ -10,6 +10,8 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer import Argument, Option
+from typer.models import OptionInfo
 
 from vora import __version__
 from vora.cpu_threads import configure_cpu_threads
@@ -23,11 +25,15 @@ app = typer.Typer(
 console = Console(stderr=True)
 log = logging.getLogger("vora")
 
-RecipeArgument = Annotated[Path, typer.Argument(help="YAML file; see recipes/.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as training.max_steps=100.")]
-ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="Folder or hub id of a VoRA model.")]
-MinImageTokens = Annotated[int | None, typer.Option(help="Fewest tokens of an image; the model's own by default.")]
-MaxImageTokens = Annotated[int | None, typer.Option(help="Most tokens of an image; the model's own by default.")]
+RecipeArgument = Annotated[Path, Argument(help="YAML file; see recipes/.")]
+Overrides = Annotated[list[str] | None, Argument(help="key=value, such as training.max_steps=100.")]
+ModelOption = Annotated[str | None, Option("--model", "-m", help="Folder or hub id of a model, or run directory.")]
+MinImageTokens = Annotated[int | None, Option(help="Fewest tokens of an image; the model's own by default.")]
+MaxImageTokens = Annotated[int | None, Option(help="Most tokens of an image; the model's own by default.")]
+
+
+def out_option(help: str) -> OptionInfo:
+    return Option("--out", "-o", help=help)
 
 
 def _print_version(wanted: bool) -> None:
@@ -39,12 +45,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def start(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print it and exit.")
     ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Also messages of libraries, and tracebacks.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Also messages of libraries, and tracebacks.")] = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Errors only.")] = False,
 ) -> None:
     """Set how much is printed."""
     level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
@@ -58,12 +62,10 @@ def start(
 @app.command()
 def quickstart(
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="For result.json, report.html and the model.")] = Path(
-        "vora-quickstart"
-    ),
-    llm: Annotated[str, typer.Option(help="LLM to train: alias, folder or hub id.")] = "smollm2-135m",
-    minutes: Annotated[float, typer.Option(help="For everything; training is planned to fit.")] = 13.0,
-    seed: Annotated[int, typer.Option(help="Seed of data order and fresh weights.")] = 0,
+    out: Annotated[Path, out_option("For result.json, report.html and the model.")] = Path("vora-quickstart"),
+    llm: Annotated[str, Option(help="LLM to train: alias, folder or hub id.")] = "smollm2-135m",
+    minutes: Annotated[float, Option(help="For everything; training is planned to fit.")] = 13.0,
+    seed: Annotated[int, Option(help="Seed of data order and fresh weights.")] = 0,
 ) -> None:
     """Teach a small LLM to see in a quarter of an hour on two CPU cores: train, merge, measure, report."""
     from vora.quickstart.run import run_quickstart
@@ -75,12 +77,10 @@ def quickstart(
 def data(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="For summary.json, samples.html, bad_samples.jsonl.")
-    ] = Path("vora-data"),
-    show: Annotated[int, typer.Option(help="Samples on the page.")] = 20,
-    max_samples: Annotated[int | None, typer.Option(help="Only the first rows of each source.")] = None,
-    workers: Annotated[int, typer.Option(help="Worker processes; 0 reads in this one.")] = 2,
+    out: Annotated[Path, out_option("For summary.json, samples.html, bad_samples.jsonl.")] = Path("vora-data"),
+    show: Annotated[int, Option(help="Samples on the page.")] = 20,
+    max_samples: Annotated[int | None, Option(help="Only the first rows of each source.")] = None,
+    workers: Annotated[int, Option(help="Worker processes; 0 reads in this one.")] = 2,
 ) -> None:
     """Read a recipe's data before training: what is in it, what is bad, how it packs, and how it looks."""
     from vora.train.preview import preview
@@ -95,8 +95,8 @@ def data(
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; runs/RECIPE by default.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
+    out: Annotated[Path | None, out_option("Run directory; runs/RECIPE by default.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
 ) -> None:
     """Train by a recipe: stage pretrain (vision LoRA) or finetune (everything)."""
     from vora.train.recipe import load_recipe
@@ -109,13 +109,9 @@ def train(
 
 @app.command()
 def ablate(
-    spec: Annotated[Path, typer.Argument(help="YAML file of variants and seeds; see recipes/*/ablations/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value of the recipe, for all variants, such as data.folder=FOLDER.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="For runs, table and curves; runs/SPEC by default.")
-    ] = None,
+    spec: Annotated[Path, Argument(help="YAML file of variants and seeds; see recipes/*/ablations/.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, out_option("For runs, table and curves; runs/SPEC by default.")] = None,
 ) -> None:
     """Train a grid of variants and seeds and draw table and curves; the same command goes on after a stop."""
     from vora.ablate.run import ablate as run
@@ -134,14 +130,12 @@ def ablate(
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    gpu: Annotated[str | None, typer.Option(help="Such as h200 or l4; by default this machine.")] = None,
-    num_gpus: Annotated[int, typer.Option(min=1, help="How many, in machines of 8.")] = 1,
-    utilization: Annotated[float, typer.Option(min=0.01, max=1, help="Assumed share of the peak FLOP/s.")] = 0.4,
-    num_text_tokens: Annotated[
-        int, typer.Option(min=2, help="Text tokens of a sample, if the data is not here.")
-    ] = 150,
-    num_labels: Annotated[int, typer.Option(min=1, help="Those of them with a label.")] = 100,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    gpu: Annotated[str | None, Option(help="Such as h200 or l4; by default this machine.")] = None,
+    num_gpus: Annotated[int, Option(min=1, help="How many, in machines of 8.")] = 1,
+    utilization: Annotated[float, Option(min=0.01, max=1, help="Assumed share of the peak FLOP/s.")] = 0.4,
+    num_text_tokens: Annotated[int, Option(min=2, help="Text tokens of a sample, if the data is not here.")] = 150,
+    num_labels: Annotated[int, Option(min=1, help="Those of them with a label.")] = 100,
+    as_json: Annotated[bool, Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """What a run will need: parameters, FLOPs, memory, disk, hours, and what bounds it."""
     import json
@@ -156,14 +150,9 @@ def plan(
     read = load_recipe(recipe, overrides or ())
     device = device_at_hand(bool(read.training.get("bf16"))) if gpu is None else GPUS[gpu.lower()]
     found = run(
-        read,
-        device,
-        num_gpus,
-        beside=recipe.parent,
-        utilization=utilization,
-        num_text_tokens=num_text_tokens,
-        num_labels=num_labels,
-    )
+        read, device, num_gpus, beside=recipe.parent,
+        utilization=utilization, num_text_tokens=num_text_tokens, num_labels=num_labels,
+    )  # fmt: skip
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -174,42 +163,26 @@ def plan(
 
 @app.command(name="eval")
 def evaluate(
-    task: Annotated[
-        str, typer.Option(help="captions, vqa, exact, classify, statements, probe (does it look?), text.")
-    ],
-    data: Annotated[
-        list[str], typer.Option(help="Files, folders or datasets: all that recipes read; see `vora data`.")
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file of the report.")],
-    more_data: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help="More data.")] = None,
+    task: Annotated[str, Option(help="captions, vqa, exact, classify, statements, probe (does it look?), text.")],
+    data: Annotated[list[str], Option(help="Files, folders or datasets: all that recipes read; see `vora data`.")],
+    out: Annotated[Path, out_option("JSON file of the report.")],
+    more_data: Annotated[list[str] | None, Argument(metavar="[PATH]...", help="More data.")] = None,
     model: ModelOption = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="Instead of the task's own; {} is where a row's text goes.")
-    ] = None,
-    labels: Annotated[Path | None, typer.Option(help="Names of all classes, one per line.")] = None,
-    column: Annotated[list[str] | None, typer.Option(help="ours=theirs, such as captions=alt_text.")] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Of folders and datasets; test, else validation, else train.")
-    ] = None,
-    subset: Annotated[str | None, typer.Option(help="Of a dataset on the Hub.")] = None,
-    image_folder: Annotated[Path | None, typer.Option(help="Where paths of images start.")] = None,
-    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch images that rows name by URL.")] = False,
-    max_examples: Annotated[int | None, typer.Option(min=1, help="Only the first examples.")] = None,
+    prompt: Annotated[str | None, Option(help="Instead of the task's own; {} takes a row's text.")] = None,
+    labels: Annotated[Path | None, Option(help="Names of all classes, one per line.")] = None,
+    column: Annotated[list[str] | None, Option(help="ours=theirs, such as captions=alt_text.")] = None,
+    split: Annotated[str | None, Option(help="By default test, else validation, else train.")] = None,
+    subset: Annotated[str | None, Option(help="Of a dataset on the Hub.")] = None,
+    image_folder: Annotated[Path | None, Option(help="Where paths of images start.")] = None,
+    allow_urls: Annotated[bool, Option("--allow-urls", help="Fetch images that rows name by URL.")] = False,
+    max_examples: Annotated[int | None, Option(min=1, help="Only the first examples.")] = None,
     min_image_tokens: MinImageTokens = None,
     max_image_tokens: MaxImageTokens = None,
-    seed: Annotated[int, typer.Option(help="Of intervals and of what a probe shows.")] = 0,
-    of: Annotated[str | None, typer.Option(help="The probed task; by default the one that the columns fit.")] = None,
-    generate: Annotated[bool, typer.Option("--generate", help="A probe also generates answers; slow.")] = False,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            help="What a probe shows besides the right image, of other,blank,shuffled,none; other is fastest."
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="The LLM that --task text compares with; by default the one the model was made from."),
-    ] = None,
+    seed: Annotated[int, Option(help="Of intervals and of what a probe shows.")] = 0,
+    of: Annotated[str | None, Option(help="The probed task; by default the one that the columns fit.")] = None,
+    generate: Annotated[bool, Option("--generate", help="A probe also generates answers; slow.")] = False,
+    against: Annotated[str | None, Option(help="What else a probe shows: other,blank,shuffled,none.")] = None,
+    base: Annotated[str | None, Option(help="LLM that --task text compares with; else the model's own.")] = None,
 ) -> None:
     """Measure a model on a task, with 95 % intervals; the same command goes on after a stop."""
     from vora.checkpoint.pretrained import committed_model
@@ -218,28 +191,14 @@ def evaluate(
     if wrong := [pair for pair in column or () if "=" not in pair]:
         raise ValueError(f"--column {wrong[0]} is not of the form ours=theirs, such as captions=alt_text.")
     names = None if labels is None else [line.strip() for line in labels.read_text().splitlines() if line.strip()]
+    columns = dict(pair.split("=", 1) for pair in column or ()) or None
     report = run(
-        model or committed_model(),
-        task,
-        [*data, *(more_data or ())],
-        out,
-        split=split,
-        subset=subset,
-        image_folder=image_folder,
-        allow_urls=allow_urls,
-        columns=dict(pair.split("=", 1) for pair in column or ()) or None,
-        min_image_tokens=min_image_tokens,
-        max_image_tokens=max_image_tokens,
+        model or committed_model(), task, [*data, *(more_data or ())], out,
+        split=split, subset=subset, image_folder=image_folder, allow_urls=allow_urls, columns=columns,
+        min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, max_examples=max_examples, seed=seed,
+        prompt=prompt, labels=names, of=of, generate=generate, against=against and against.split(","), base=base,
         console=console,
-        of=of,
-        against=None if against is None else against.split(","),
-        generate=generate,
-        base=base,
-        prompt=prompt,
-        labels=names,
-        max_examples=max_examples,
-        seed=seed,
-    )
+    )  # fmt: skip
     console.print(report.table())
     if "verdict" in report.details:
         console.print(report.details["verdict"], highlight=False, markup=False)
@@ -248,11 +207,11 @@ def evaluate(
 
 @app.command()
 def merge(
-    path: Annotated[str, typer.Argument(metavar="RUN", help="Run directory of `vora train`, or an unmerged model.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
-    llm_out: Annotated[Path | None, typer.Option(help="Also write the LLM alone, in its own format.")] = None,
-    adapter_out: Annotated[Path | None, typer.Option(help="Also write the vision adapter alone.")] = None,
-    llm: Annotated[str | None, typer.Option(help="Base LLM of an adapter that does not name it.")] = None,
+    path: Annotated[str, Argument(metavar="RUN", help="Run directory of `vora train`, or an unmerged model.")],
+    out: Annotated[Path, out_option("Folder for the merged model.")],
+    llm_out: Annotated[Path | None, Option(help="Also write the LLM alone, in its own format.")] = None,
+    adapter_out: Annotated[Path | None, Option(help="Also write the vision adapter alone.")] = None,
+    llm: Annotated[str | None, Option(help="Base LLM of an adapter that does not name it.")] = None,
 ) -> None:
     """Fold vision LoRA into the LLM's weights and save an ordinary model."""
     from vora.checkpoint.save import merge as run
@@ -263,10 +222,10 @@ def merge(
 
 @app.command()
 def import_reference(
-    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a checkpoint of the paper's code.")],
-    llm: Annotated[str, typer.Option(help="The LLM it was made from: folder (config.json is enough) or hub id.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model.")],
-    merge: Annotated[bool, typer.Option("--merge", help="Fold a stage-1 checkpoint's LoRA into the weights.")] = False,
+    checkpoint: Annotated[str, Argument(help="Folder or hub id of a checkpoint of the paper's code.")],
+    llm: Annotated[str, Option(help="The LLM it was made from: folder (config.json is enough) or hub id.")],
+    out: Annotated[Path, out_option("Folder for the model.")],
+    merge: Annotated[bool, Option("--merge", help="Fold a stage-1 checkpoint's LoRA into the weights.")] = False,
 ) -> None:
     """Convert a checkpoint of the paper's released code, stage 1 or merged; its outputs stay the same."""
     from rich.table import Table
@@ -274,25 +233,22 @@ def import_reference(
     from vora.checkpoint.reference import import_reference as run
 
     reference = run(checkpoint, llm, out, merge)
-    table = Table(title="Where its tensors went")
-    for name in ("part", "tensors", "parameters"):
-        table.add_column(name, justify="left" if name == "part" else "right")
+    table = Table("part", "tensors", "parameters", title="Where its tensors went")
     for place, (count, size) in reference.places.items():
         table.add_row(place, f"{count:,}", f"{size:,}")
     console.print(table)
-    text_config = reference.model.config.text_config
-    has_tokenizer = (out / "processor_config.json").exists()
-    then = f"Ask it: vora chat IMAGE -m {out}" if has_tokenizer else "--llm has no tokenizer, so it cannot chat."
-    console.print(f"Saved {out}: the text architecture is {text_config.model_type}. {then}")
+    can_chat = (out / "processor_config.json").exists()
+    then = f"Ask it: vora chat IMAGE -m {out}" if can_chat else "--llm has no tokenizer, so it cannot chat."
+    console.print(f"Saved {out}: the text architecture is {reference.model.config.text_config.model_type}. {then}")
 
 
 @app.command()
 def chat(
-    images: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Paths or URLs.")] = None,
+    images: Annotated[list[str] | None, Argument(metavar="[IMAGE]...", help="Paths or URLs.")] = None,
     model: ModelOption = None,
-    question: Annotated[str | None, typer.Option("--question", "-q", help="Ask once instead of chatting.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 answers greedily.")] = 0.0,
+    question: Annotated[str | None, Option("--question", "-q", help="Ask once instead of chatting.")] = None,
+    max_new_tokens: Annotated[int, Option(help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, Option(help="0 answers greedily.")] = 0.0,
     min_image_tokens: MinImageTokens = None,
     max_image_tokens: MaxImageTokens = None,
 ) -> None:
@@ -315,19 +271,13 @@ def chat(
 
 @app.command()
 def inspect(
-    image: Annotated[str, typer.Argument(help="Path or URL.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Folder or hub id of a VoRA model, or run directory.")
-    ] = None,
-    question: Annotated[str, typer.Option("--question", "-q", help="What to ask.")] = "Describe the image.",
-    answer: Annotated[str | None, typer.Option(help="Answer to follow; the model's own by default.")] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="ViT to compare with: folder or hub id; by default the run's own.")
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="HTML page; its figures go beside it as JSON.")] = Path(
-        "inspect.html"
-    ),
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    image: Annotated[str, Argument(help="Path or URL.")],
+    model: ModelOption = None,
+    question: Annotated[str, Option("--question", "-q", help="What to ask.")] = "Describe the image.",
+    answer: Annotated[str | None, Option(help="Answer to follow; the model's own by default.")] = None,
+    teacher: Annotated[str | None, Option(help="ViT to compare with: folder or hub id; else the run's own.")] = None,
+    out: Annotated[Path, out_option("HTML page; its figures go beside it as JSON.")] = Path("inspect.html"),
+    max_new_tokens: Annotated[int, Option(help="Longest answer, in tokens.")] = 64,
     min_image_tokens: MinImageTokens = None,
     max_image_tokens: MaxImageTokens = None,
 ) -> None:

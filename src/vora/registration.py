@@ -47,8 +47,8 @@ def register_when_needed() -> None:
 class _Watch(MetaPathFinder):
     """Registers at the end of the import that brought the auto classes, and takes itself away.
 
-    The auto classes are often loaded in the middle of another import: `modeling_utils` imports them, and so do VoRA's
-    own modules. What these define is not there yet, so registering has to wait until the outermost import is through.
+    These are often loaded in the middle of another import, of `modeling_utils` or of VoRA's own modules, whose names
+    are not there yet: so registering waits until the outermost import is through.
     """
 
     def __init__(self) -> None:

@@ -17,11 +17,10 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "own_loop.py"
 
 
 def test_own_loop_learns(llm_folder, tmp_path, monkeypatch, capsys):
-    rows = []
-    for colour in ("red", "blue"):
-        Image.new("RGB", (16, 16), colour).save(tmp_path / f"{colour}.png")
-        rows.append({"image": f"{colour}.png", "question": "what colour?", "answer": colour})
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with (tmp_path / "data.jsonl").open("w") as file:
+        for colour in ("red", "blue"):
+            Image.new("RGB", (16, 16), colour).save(tmp_path / f"{colour}.png")
+            print(json.dumps({"image": f"{colour}.png", "question": "what colour?", "answer": colour}), file=file)
     save_tiny_vit(tmp_path / "vit")
     folders = [llm_folder, tmp_path / "vit", tmp_path / "data.jsonl", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, folders)])
@@ -30,9 +29,6 @@ def test_own_loop_learns(llm_folder, tmp_path, monkeypatch, capsys):
     assert len(losses) == 10 and losses[-1] < 0.8 * losses[0]
     chat = Chat(Engine(*vora.load_model(str(tmp_path / "out"))), max_new_tokens=4)
     assert "".join(chat.ask("what colour?", [Image.new("RGB", (16, 16), "red")]))
-
-
-def test_own_loop_is_short_and_stands_on_public_names():
     text = SCRIPT.read_text()
     assert len(text.splitlines()) <= 40 and "from vora" not in text
     assert set(re.findall(r"\bvora\.(\w+)", text)) <= set(vora.__all__)

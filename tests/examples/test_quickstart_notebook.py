@@ -2,14 +2,13 @@
 
 import json
 import shlex
+from itertools import cycle
 from pathlib import Path
 
 import pytest
-import tiny
-import torch
 from command import vora
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import save_tiny_llm
 
 NOTEBOOK = json.loads((Path(__file__).parents[2] / "examples" / "quickstart.ipynb").read_text())
 
@@ -21,17 +20,11 @@ def small(tmp_path, monkeypatch):
         folder = tmp_path / "cache" / "easy-vqa==1.0" / "easy_vqa" / "data" / split
         (folder / "images").mkdir(parents=True)
         questions = []
-        for number in range(count):
-            colour = ("red", "blue")[number % 2]
+        for number, (colour, is_red) in zip(range(count), cycle([("red", "yes"), ("blue", "no")])):
             Image.new("RGB", (64, 64), colour).save(folder / "images" / f"{number}.png")
-            is_red = "yes" if colour == "red" else "no"
             questions += [["what colour?", colour, number], ["is it red?", is_red, number]]
         (folder / "questions.json").write_text(json.dumps(questions))
-    tokenizer = tiny.tiny_tokenizer()
-    shape = {**tiny.SHAPE, "vocab_size": len(tokenizer), "num_hidden_layers": 16}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(tmp_path / "llm")
-    tokenizer.save_pretrained(tmp_path / "llm")
+    save_tiny_llm(tmp_path / "llm", num_hidden_layers=16)
     monkeypatch.setenv("VORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     settings = "max_minutes=null training.max_steps=4 training.warmup_steps=1 training.logging_steps=1"
@@ -63,6 +56,5 @@ def test_every_cell_runs(small, tmp_path, capsys):
     assert json.loads((tmp_path / "vora-quickstart" / "evaluation.json").read_text())["num_examples"] == 8
     page = (tmp_path / "vora-quickstart" / "report.html").read_text()
     assert page.count('class="card"') == 4 and page.count("data:image/png") == 6 and "text-only baseline" in page
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-    assert (tmp_path / "merged-llm" / "config.json").exists()
+    assert all((tmp_path / name).exists() for name in ("adapter/adapter_model.safetensors", "merged-llm/config.json"))
     assert isinstance(names["answer"], str) and "8 questions" in capsys.readouterr().out

@@ -7,9 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
-from tiny import SHAPE, tiny_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import save_tiny_llm, tiny_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "text_from_llm.py"
 
@@ -19,14 +17,8 @@ def folder_of_llm(folder, template):
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
     tokenizer.chat_template = template
-    shape = {**SHAPE, "vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2}
-    torch.manual_seed(0)
-    llm = LlamaForCausalLM(LlamaConfig(**shape))
-    with torch.no_grad():  # all tokens alike, whatever the text: the end of the turn comes in due course
-        llm.lm_head.weight.zero_()
-    llm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    # all tokens are alike, whatever the text: the end of the turn comes in due course
+    return save_tiny_llm(folder, tokenizer, initializer_range=0.0)
 
 
 def sampled(folder, out, *options):
@@ -37,22 +29,21 @@ def sampled(folder, out, *options):
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def test_turns_end_with_the_templates_own_token(tmp_path):
-    template = (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<end_of_turn>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
-    folder = folder_of_llm(tmp_path / "llm", template)
-    rows = sampled(folder, tmp_path / "text.jsonl", "--answer-tokens", "300")
-    assert len(rows) == 3 and all([turn["role"] for turn in row["messages"]] == ["user", "assistant"] for row in rows)
-    assert not any("end_of_turn" in turn["content"] for row in rows for turn in row["messages"])
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<end_of_turn>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 
 
-@pytest.mark.parametrize("kind", ["conversation", "document"])
-def test_an_llm_without_a_chat_template_is_sampled_as_it_is_trained(tmp_path, kind):
-    folder = folder_of_llm(tmp_path / "llm", None)
-    rows = sampled(folder, tmp_path / "text.jsonl", "--kind", kind, "--question-tokens", "300")
-    assert len(rows) == 3 and all(row.keys() == {"messages" if kind == "conversation" else "text"} for row in rows)
+@pytest.mark.parametrize("template, kind", [(TEMPLATE, "conversation"), (None, "conversation"), (None, "document")])
+def test_an_llm_is_sampled_as_it_is_trained(tmp_path, template, kind):
+    options = ["--kind", kind, "--question-tokens", "100", "--answer-tokens", "100"]
+    rows = sampled(folder_of_llm(tmp_path / "llm", template), tmp_path / "text.jsonl", *options)
+    assert len(rows) == 3 and "end_of_turn" not in str(rows)
+    if kind == "document":
+        assert all(row.keys() == {"text"} for row in rows)
+    else:
+        assert all([turn["role"] for turn in row["messages"]] == ["user", "assistant"] for row in rows)
 
 
 def test_it_gives_up_where_nothing_comes(tmp_path):

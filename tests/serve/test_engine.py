@@ -37,34 +37,28 @@ def test_a_model_that_nobody_listens_to_stops(model_folder, leave):
 
 
 def test_the_command_takes_animations_whole_and_addresses_of_files(tmp_path):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    frames[0].save(tmp_path / "a.png")
-    assert len(open_image(str(tmp_path / "a.gif")).frames) == 3
-    assert open_image(str(tmp_path / "a.png")).size == (8, 8)
-    assert fetch_image(f"file://{tmp_path}/a.png").getpixel((0, 0)) == (255, 0, 0)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    assert open_image(str(tmp_path / "red.png")).size == (8, 8)
+    assert fetch_image(f"file://{tmp_path}/red.png").getpixel((0, 0)) == (255, 0, 0)
     with pytest.raises(ValueError, match="there is no such file"):
         open_image(str(tmp_path / "none.png"))
-
-
-def noise(count):
-    return [Image.effect_noise((32, 32), 50).convert("RGB") for _ in range(count)]
-
-
-def test_pages_and_previews_are_no_animation(tmp_path):
     for name in ("photo.mpo", "scan.tif", "a.gif", "a.webp", "a.png"):
-        first, *rest = noise(3)
-        first.save(tmp_path / name, save_all=True, append_images=rest)
+        save_frames(tmp_path / name)
     (tmp_path / "photo.mpo").rename(tmp_path / "photo.jpg")
-    for name in ("photo.jpg", "scan.tif"):
+    for name in ("photo.jpg", "scan.tif"):  # previews and pages
         assert open_image(str(tmp_path / name)).size == (32, 32)
     for name in ("a.gif", "a.webp", "a.png"):
         assert is_animated(tmp_path / name) and is_animated(f"file://{tmp_path / name}")
+        assert len(open_image(str(tmp_path / name)).frames) == 3
+
+
+def save_frames(path):
+    first, *rest = (Image.effect_noise((32, 32), 50).convert("RGB") for _ in range(3))
+    first.save(path, save_all=True, append_images=rest)
 
 
 def test_what_cannot_be_read_is_no_animation(tmp_path, monkeypatch):
-    frames = noise(3)
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    save_frames(tmp_path / "a.gif")
     whole = (tmp_path / "a.gif").read_bytes()
     for end in range(len(whole) // 2, len(whole), 97):
         (tmp_path / "cut.gif").write_bytes(whole[:end])

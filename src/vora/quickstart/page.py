@@ -30,12 +30,7 @@ STYLE = """
 def write_report(
     out: Path, result: Mapping[str, Any], shown: Sequence[Sample], model: PreTrainedModel, processor: VoraProcessor
 ) -> None:
-    """Write `out`/report.html.
-
-    Args:
-        result: what goes into result.json.
-        shown: samples whose images and questions go on the page with the model's answers.
-    """
+    """Write `out`/report.html, on which the model answers questions about the samples `shown`."""
     log = read_log(out / "run" / "log.jsonl")
     figures = [
         (f"{100 * result['accuracy']:.1f} %", f"of {result['num_test_questions']:,} test questions right"),
@@ -43,9 +38,8 @@ def write_report(
         (f"{result['train_seconds'] / 60:.1f} min", f"of training, {result['num_samples_seen']:,} samples"),
         (f"{result['peak_rss_bytes'] / 1e9:.1f} GB", "peak memory"),
     ]
-    by_answer = ", ".join(
-        f"{kind} questions {100 * share:.1f} %" for kind, share in result["accuracy_by_answer"].items()
-    )
+    kinds = result["accuracy_by_answer"].items()
+    by_answer = ", ".join(f"{kind} questions {100 * share:.1f} %" for kind, share in kinds)
     losses = losses_figure(log, {"lm_loss": "lm_loss (answers)", "distill_loss": "distill_loss (teacher)"}, SIZE)
     engine = Engine(model, processor)
     body = f"""<p>{escape(result["llm"])}, without a vision encoder: vision LoRA and a patch embedding were trained,

@@ -5,22 +5,22 @@ import os
 import resource
 import sys
 import time
+import timeit
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
 from vora.build.base_llm import load_llm, load_tokenizer
-from vora.checkpoint.card import write_run_card
+from vora.checkpoint.card import Evaluation, write_run_card
 from vora.checkpoint.load import merge_run
 from vora.checkpoint.save import save_merged
 from vora.data.readers import load_source
 from vora.data.schema import Sample
-from vora.data.source import Source
 from vora.eval.run import evaluate
 from vora.eval.tasks.exact import majority_accuracy
 from vora.model.modeling_vora import VoraForConditionalGeneration
@@ -31,6 +31,8 @@ from vora.train.recipe import load_recipe
 from vora.train.run import train
 from vora.train.throughput import precision_overrides
 
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of `ru_maxrss`
+LoadedModel: TypeAlias = tuple[VoraForConditionalGeneration, VoraProcessor]
 NUM_SHOWN = 12
 MOST_TRAINING_MINUTES = 9.0
 TOKENS_PER_QUESTION = 10  # with the image's share, under the quickstart's chat template
@@ -46,17 +48,13 @@ def run_quickstart(
     overrides: Sequence[str] = (),
     console: Console,
 ) -> dict[str, Any]:
-    """Train a model that sees, measure it, and leave both in `out` with a report.
+    """Train a model that sees, measure it, and leave in `out` report.html, model/, the run directory run/,
+    evaluation.json, and result.json, whose content is returned.
 
     Args:
-        out: gets result.json, report.html, model/, the run directory of the training, run/, and what was measured,
-            evaluation.json.
         llm: alias, folder or hub id.
         minutes: for everything once the packages are fetched; a slow machine trains for fewer steps.
         overrides: of the recipe, `key=value`.
-
-    Returns:
-        The content of result.json.
 
     Raises:
         ValueError: `out` is not empty.
@@ -66,7 +64,8 @@ def run_quickstart(
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose another --out, or delete it.")
     out.mkdir(parents=True, exist_ok=True)
-    samples = {split: list_of(load_source("easy-vqa", split)) for split in ("train", "test")}
+    sources = {split: load_source("easy-vqa", split) for split in ("train", "test")}
+    samples = {split: [source[i] for i in range(len(source))] for split, source in sources.items()}
     num_questions = sum(len(sample.conversations) for sample in samples["test"])
     console.print("[1/5] Fetching and unpacking the LLM (once)")
     load_tokenizer(llm)
@@ -75,7 +74,6 @@ def run_quickstart(
     left = minutes - (time.monotonic() - start + asking_seconds) / 60 - 1  # a minute to merge and to write
     training_minutes = min(MOST_TRAINING_MINUTES, max(1.0, left))
     most_distill_steps = int(30 * training_minutes / (TOKENS_PER_DISTILL_STEP * token_seconds))  # half of the time
-
     precision = precision_overrides()
     dtype = precision["model.dtype"]
     settings = {"model.llm": llm, "training.seed": seed, "max_minutes": training_minutes} | precision
@@ -97,11 +95,11 @@ def run_quickstart(
     save_merged(model, processor, out / "model", out / "run")
 
     console.print(f"[4/5] Asking the merged model all {num_questions:,} test questions")
-    result = measured(model, processor, samples, out, console) | {
+    result = measured((model, processor), samples, out, console) | {
         "num_test_questions": num_questions,
         "train_seconds": train_seconds,
         "total_seconds": None,
-        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT,
         "num_samples_seen": trainer.num_samples_seen,
         "num_steps": trainer.state.global_step,
         "dtype": dtype,
@@ -124,23 +122,11 @@ def run_quickstart(
     return result
 
 
-def list_of(source: Source) -> list[Sample]:
-    """All samples of a source; their images are not read yet."""
-    return [source[index] for index in range(len(source))]
-
-
-def measured(
-    model: VoraForConditionalGeneration,
-    processor: VoraProcessor,
-    samples: dict[str, list[Sample]],
-    out: Path,
-    console: Console,
-) -> dict[str, Any]:
+def measured(loaded: LoadedModel, samples: dict[str, list[Sample]], out: Path, console: Console) -> dict[str, Any]:
     """Exact answers to the test questions, and the text-only baseline; see `vora.eval.tasks.exact`."""
     found = evaluate(
-        (model, processor), "exact", "easy-vqa", out / "evaluation.json",
-        split="test", model_name=out / "model", console=console,
-    ).metrics  # fmt: skip
+        loaded, "exact", "easy-vqa", out / "evaluation.json", split="test", model_name=out / "model", console=console
+    ).metrics
     blank = found["accuracy_with_blank"]["value"] or 0.0
     majority = majority_accuracy(samples["train"], samples["test"])
     kinds = {"yes / no": "accuracy_yes_no", "what": "accuracy_other"}
@@ -153,15 +139,15 @@ def measured(
     }
 
 
-def card_rows(result: dict[str, Any], command: str) -> list[tuple[str, str, float, int, str]]:
-    """What the model card says of the test, as fields of `vora.checkpoint.card.Evaluation`."""
+def card_rows(result: dict[str, Any], command: str) -> list[Evaluation]:
+    """What the model card says of the test."""
+    baseline = "the better of this model with blank images, and the most frequent answer"
     metrics = {
         "exact answers": result["accuracy"],
-        "exact answers of the text-only baseline (the better of this model with blank images, and the most frequent "
-        "answer)": result["text_only_accuracy"],
+        f"exact answers of the text-only baseline ({baseline})": result["text_only_accuracy"],
     }
-    num_questions = result["num_test_questions"]
-    return [("easy-VQA, test questions", metric, share, num_questions, command) for metric, share in metrics.items()]
+    count = result["num_test_questions"]
+    return [("easy-VQA, test questions", name, share, count, command) for name, share in metrics.items()]
 
 
 @torch.inference_mode()
@@ -169,15 +155,5 @@ def forward_seconds_per_token(llm: PreTrainedModel) -> float:
     """How long the bare LLM takes per token on this machine, to plan how long the questions will take."""
     most = min(1000, llm.get_input_embeddings().num_embeddings)
     ids = torch.randint(10, most, (8, 128), device=llm.device)
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        llm.base_model(input_ids=ids, use_cache=False)
-        seconds.append(time.perf_counter() - start)
+    seconds = timeit.repeat(lambda: llm.base_model(input_ids=ids, use_cache=False), number=1, repeat=3)
     return min(seconds) / ids.numel()
-
-
-def peak_rss_bytes() -> int:
-    """Most memory this process held at once."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

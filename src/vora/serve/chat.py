@@ -11,12 +11,7 @@ from vora.serve.engine import Engine, Message
 
 
 class Chat:
-    """The turns of one conversation; an answer that breaks off leaves them as they were.
-
-    Args:
-        max_new_tokens: at most so many per answer.
-        temperature: 0 for greedy answers.
-    """
+    """The turns of one conversation; an answer that breaks off leaves them as they were. Temperature 0 is greedy."""
 
     def __init__(self, engine: Engine, max_new_tokens: int = 256, temperature: float = 0.0) -> None:
         self.engine, self.max_new_tokens, self.temperature = engine, max_new_tokens, temperature

@@ -13,11 +13,7 @@ Message: TypeAlias = dict[str, Any]  # {"role": ..., "content": text, or a list 
 
 
 class Engine:
-    """The one road to an answer: messages in, pieces of text out as they are generated.
-
-    Args:
-        model, processor: from `vora.checkpoint.load_model`.
-    """
+    """The one road to an answer: messages in, pieces of text out as they are generated; see `load_model`."""
 
     def __init__(self, model: PreTrainedModel, processor: VoraProcessor) -> None:
         self.model, self.processor = model, processor
@@ -32,8 +28,7 @@ class Engine:
             temperature: 0 for greedy answers.
 
         Raises:
-            ValueError: at once, before any piece: the conversation exceeds the LLM's context, or an image cannot be
-                read.
+            ValueError: before any piece: the conversation exceeds the LLM's context, or an image cannot be read.
         """
         inputs = self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
