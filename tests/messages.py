@@ -10,13 +10,12 @@ def coloured(colour, size=(12, 12), mode="RGB"):
 
 
 def user(*parts):
-    """A user's message of texts (str) and images (anything else, or a path ending in .png)."""
-    content = [
-        {"type": "text", "text": part}
-        if isinstance(part, str) and not part.endswith(".png")
-        else {"type": "image", "image": part}
-        for part in parts
-    ]
+    """A user's message of texts (str), videos (lists) and images (anything else, or a path ending in .png)."""
+    kinds = {str: "text", list: "video"}
+    content = []
+    for part in parts:
+        kind = "image" if str(part).endswith(".png") else kinds.get(type(part), "image")
+        content.append({"type": kind, kind: part})
     return {"role": "user", "content": content}
 
 
