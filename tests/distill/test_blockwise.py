@@ -97,20 +97,17 @@ def test_standardized_channels_count_alike():
 
 def test_a_teacher_in_bf16_teaches_what_it_teaches_in_float32():
     """The quickstart's, which is trained; a student half way there."""
-    folder = Path(vora.__file__).parent / "quickstart" / "teacher"
-    generator = torch.Generator().manual_seed(0)
+    folder, generator = Path(vora.__file__).parent / "quickstart" / "teacher", torch.Generator().manual_seed(0)
     coarse = torch.rand(12, 3, 4, 4, generator=generator)
     images, grids = list(F.interpolate(coarse, (64, 64), mode="bicubic").clamp(0, 1)), [(4, 4)] * 12
-    exact, rounded = (Teacher.from_pretrained(folder, dtype)(images, grids, range(5))
-                      for dtype in (torch.float32, torch.bfloat16))  # fmt: skip
-    assert {features.dtype for features in rounded.values()} == {torch.bfloat16}
+    dtypes = torch.float32, torch.bfloat16
+    exact, rounded = (Teacher.from_pretrained(folder, dtype)(images, grids, range(5)) for dtype in dtypes)
     distillation = perfect(96, [(i, i) for i in range(5)]).train()
     distillation(exact, exact)  # finds the means
     distillation.eval()
-    means = {i: getattr(distillation, f"mean_{i}") for i in exact}
-    wanted = {i: features - means[i] for i, features in exact.items()}
+    wanted = {i: features - getattr(distillation, f"mean_{i}") for i, features in exact.items()}
     noise = {i: f + f.std() * torch.randn(f.shape, generator=generator) for i, f in wanted.items()}
     for student in (wanted, noise):
         (loss, pairs), (other, others) = (distillation(student, teacher) for teacher in (exact, rounded))
         assert abs(other - loss) < 2e-4 and (others - pairs).abs().max() < 5e-4
-    assert 0.2 < loss < 0.4
+    assert 0.2 < loss < 0.4 and rounded[0].dtype == torch.bfloat16

@@ -229,16 +229,12 @@ def test_urls_are_off_unless_asked_for(address, llm_folder, kind):
 @pytest.mark.parametrize(
     "path, cause",
     [
-        ("none", "the server answers 404 Not Found"),
-        ("loop", "redirects more than 4 times"),
-        ("file", "leads to file:///etc/passwd"),
-        ("zipped", "compresses it"),
-        ("long", "hung up in the middle"),
-        ("cut", "hung up in the middle"),
-        ("slow", "longer than 0.5 seconds"),
+        ("none", "the server answers 404 Not Found"), ("loop", "redirects more than 4 times"),
+        ("file", "leads to file:///etc/passwd"), ("zipped", "compresses it"), ("long", "hung up in the middle"),
+        ("cut", "hung up in the middle"), ("slow", "longer than 0.5 seconds"),
         ("endless", "larger than the limit of 10000 bytes"),
     ],
-)
+)  # fmt: skip
 def test_servers_that_cannot_be_trusted_are_left(address, path, cause):
     started = time.monotonic()
     assert cause in refused(f"{address}/{path}", **HERE)

@@ -120,10 +120,9 @@ class Objective(nn.Module):
 
     Args:
         student: a `VoraForConditionalGeneration`, or the `PeftModel` around it (`attach_vision_lora`).
-        image_processor: the student's, for its normalisation; needed with a teacher.
-        teacher: a `Teacher`, or whatever gives what `TeacherProtocol` says; None to learn from text alone.
-        distillation: a `BlockwiseDistillation`, or None with no teacher.
-        distill_weight: of the distillation (1 in the paper).
+        image_processor: the student's, for its normalisation; needed with a teacher, as is `distillation`.
+        teacher: None to learn from text alone.
+        distill_weight: 1 in the paper.
         text_kl_weight: of what keeps text as the LLM has it.
     """
 
@@ -204,11 +203,7 @@ class Objective(nn.Module):
         return [p for part in parts for p in part.parameters() if p.requires_grad]
 
     def freeze_vision(self) -> None:
-        """Leave what images alone can teach as it is: only text tokens are learned from, and no teacher is asked.
-
-        Raises:
-            ValueError: nothing else learns.
-        """
+        """Leave what images alone can teach as it is, and ask no teacher; ValueError if nothing else learns."""
         for parameter in self.vision_parameters():
             parameter.requires_grad_(False)
         self.set_teacher(None)
@@ -232,8 +227,8 @@ class Objective(nn.Module):
             targets: int[B, T], the token that each place should predict, -100 where masked.
             pixel_values, image_grid_thw, inputs: as for `VoraModel.forward`.
             label_places, image_places: int[L] and int[I], where in the flattened rows something is to be predicted
-                and where image tokens are, if that is known (`vora.data.packing.places`): then no GPU is waited for.
-            label_weights: float[L], how much each label counts (`vora.data.packing.label_weights`); None: all alike.
+                and where image tokens are, if that is known: then no GPU is waited for.
+            label_weights: float[L], how much each label counts; None: all alike.
             text_rows, text_places: int[R] and int[K], which rows hold text alone that is to stay as the LLM has it,
                 and where in them, flattened, its tokens are.
             distill_only: False where the steps that only distill are over, though this batch has nothing to predict.
@@ -243,10 +238,9 @@ class Objective(nn.Module):
             num_micro_batches: of the step, by which the other terms are divided in `loss`.
 
         Returns:
-            dict: `loss`; `lm_loss` if there are targets, each label counting alike, and with weights `answer_loss`,
-            which is what is learned then; with a teacher and images `distill_loss` and `pair_losses`
-            float[pairs]; with text to keep `text_loss`. With images alone only the blocks up to the last paired one
-            run: those above would learn nothing. Then text is kept after the last of them.
+            `loss`; `lm_loss` if there are targets, each label counting alike, and with weights `answer_loss`, which is
+            learned then; with a teacher and images `distill_loss` and `pair_losses` float[pairs]; with text to keep
+            `text_loss`. With images alone only the blocks up to the last paired one run, after which text is kept.
         """
         if label_places is None:
             label_places = (targets != -100).flatten().nonzero()[:, 0]

@@ -80,13 +80,10 @@ class Teacher(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> "Teacher":
-        """A ViT by hub id or folder (ViT, DeiT, CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3, AIMv2), with the
-        normalisation of its preprocessor_config.json (0.5, 0.5 where there is none). Half-precision files are read
-        as float32 by default: processors without half-precision arithmetic are many times slower on them; a run in
-        bf16 asks for bf16.
+        """A ViT by hub id or folder, with the normalisation of its preprocessor_config.json (0.5, 0.5 without one).
 
-        Raises:
-            ValueError: there is none, or it cannot teach; see `Teacher`.
+        Half-precision files are read as float32 by default, since processors without half-precision arithmetic are
+        many times slower on them. ValueError: there is none, or it cannot teach.
         """
         if not Path(name).exists() and (str(name).count("/") > 1 or str(name).startswith((".", "~"))):
             raise ValueError(
@@ -119,21 +116,18 @@ class Teacher(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        lists = (m for m in self.vit.modules() if isinstance(m, nn.ModuleList) and len(m) == self.num_blocks)
-        return next(lists)
+        return next(m for m in self.vit.modules() if isinstance(m, nn.ModuleList) and len(m) == self.num_blocks)
 
     @torch.inference_mode()
     def forward(self, images: list[Tensor], grids: list[Grid], blocks: Iterable[int | str]) -> dict[int | str, Tensor]:
         """Features of images at every patch of the student's grids, see `TeacherProtocol`."""
-        blocks = list(blocks)
-        features: dict[int | str, list] = {block: [None] * len(images) for block in blocks}
+        features: dict[int | str, dict[int, Tensor]] = {block: {} for block in blocks}
         for grid in sorted(set(grids)):
             members = [i for i, other in enumerate(grids) if other == grid]
-            alike = self.features_on_grid(self.resize([images[i] for i in members], grid), grid, blocks)
+            alike = self.features_on_grid(self.resize([images[i] for i in members], grid), grid, list(features))
             for block, tokens in alike.items():
-                for i, image_tokens in zip(members, tokens):
-                    features[block][i] = image_tokens
-        return {block: torch.cat(tokens) for block, tokens in features.items()}
+                features[block].update(zip(members, tokens))
+        return {block: torch.cat([of[i] for i in range(len(images))]) for block, of in features.items()}
 
     def resize(self, images: list[Tensor], grid: Grid) -> Tensor:
         """Images of one grid to float[n, C, rows * p_t, columns * p_t], normalised as the teacher expects."""

@@ -7,13 +7,13 @@ Dims: L tokens of text, D = LLM width, V = vocabulary.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from vora.model.label_loss import labels_at_once
+from vora.model.label_loss import by_parts, labels_at_once
 
 
 @contextmanager
@@ -47,19 +47,10 @@ def unexplained(states: Tensor, own: Tensor) -> Tensor:
 def divergence(logits_of: Callable[[Tensor], Tensor], states: Tensor, own: Tensor, vocab_size: int) -> Tensor:
     """KL divergence of the next token's distribution from the LLM's own, mean over tokens, in float32: float[].
 
-    As in `vora.model.label_loss`, logits are made part by part, and again for gradients, where all would be too many.
-
-    Args:
-        states, own: float[L, D], last hidden states with LoRA on and off.
+    Of last hidden states float[L, D] with LoRA on and off. Logits are made part by part, as in `losses_of_labels`.
     """
     size = labels_at_once(len(states), 2 * vocab_size)  # both models'
-    if size == len(states):
-        return _summed(logits_of, states, own) / size
-    sums = [
-        checkpoint(_summed, logits_of, *part, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(states.split(size), own.split(size))
-    ]
-    return torch.stack(sums).sum() / len(states)
+    return torch.stack(by_parts(partial(_summed, logits_of), size, states, own)).sum() / len(states)
 
 
 def _summed(logits_of: Callable[[Tensor], Tensor], states: Tensor, own: Tensor) -> Tensor:

@@ -52,11 +52,9 @@ def attention_masks(
     the image before them: a token of one is seen until this one ends, the image until the last one does.
 
     Args:
-        config: the LLM's; its sliding windows and chunks are kept.
         attention_mask: bool or int[B, K], False at padding.
         blocks: int[B, Q] from `image_blocks`.
-        seen_until: int[B, K], the last place that may see each token; None: all after it. All of an image may see it;
-            there is no cache.
+        seen_until: int[B, K], the last place that may see each token. All of an image may see it; there is no cache.
 
     Returns:
         What the LLM takes as `attention_mask`: a mask in the form of its attention implementation (for sdpa

@@ -86,8 +86,7 @@ class VoraModel(VoraPreTrainedModel):
     def blocks(self) -> nn.ModuleList:
         """The LLM's transformer blocks, whatever its family calls them."""
         depth = self.config.get_text_config().num_hidden_layers
-        lists = [m for m in self.language_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-        return lists[0]
+        return next(m for m in self.language_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
 
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """float[P, C*p*p] patches of N images to float[P / patch_merge^2, D] image tokens, raster order."""
@@ -225,12 +224,8 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         """Next-token cross-entropy of each label, float[L]; logits are made only there, see `losses_of_labels`.
 
         Args:
-            hidden_states: float[B, T, D].
-            targets: int[B, T], the token that each place should predict, -100 where masked.
+            targets: int[B, T], the token that each place should predict, -100 where masked, not everywhere.
             places: int[L], where in the flattened targets something is to be predicted, if that is known.
-
-        Raises:
-            ValueError: every target is masked.
         """
         if places is None:
             places = (targets != -100).flatten().nonzero()[:, 0]

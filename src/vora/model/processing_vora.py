@@ -73,11 +73,7 @@ class VoraProcessor(ProcessorMixin):
         return self
 
     def apply_chat_template(self, conversation: Sequence, *args: Any, **kwargs: Any) -> Any:
-        """As the library's, of messages or a batch of them.
-
-        Raises:
-            ValueError: a part of the content is neither text nor image nor video, so that it would be left out.
-        """
+        """As the library's; ValueError where a part is no text, image or video, so that it would be left out."""
         return super().apply_chat_template(self._normalised(conversation), *args, **kwargs)
 
     def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
@@ -129,7 +125,6 @@ class VoraProcessor(ProcessorMixin):
         return self.image_token * (num_patches // self.image_processor.patch_merge**2)
 
     def _get_num_multimodal_tokens(self, image_sizes: Iterable | None = None, **kwargs: Any) -> MultiModalData:
-        """Image tokens for images of (height, width) pixels, without reading them."""
         patches = [self.image_processor.get_number_of_image_patches(*size, kwargs) for size in image_sizes or []]
         tokens = [count // self.image_processor.patch_merge**2 for count in patches]
         return MultiModalData(num_image_tokens=tokens, num_image_patches=patches)
@@ -146,8 +141,8 @@ class VoraProcessor(ProcessorMixin):
             image_inputs: what the image processor made of the same images before, to spare it the work.
 
         Returns:
-            input_ids int[T], labels int[T] (-100 outside the assistant's turns), and, if there are images,
-            pixel_values float[P, C*p*p] and image_grid_thw int[N, 3].
+            input_ids and labels int[T] (-100 outside the assistant's turns), and, if there are images, pixel_values
+            float[P, C*p*p] and image_grid_thw int[N, 3].
 
         Raises:
             ValueError: the template does not render turns one after the other, no assistant speaks, or placeholders
@@ -169,9 +164,11 @@ class VoraProcessor(ProcessorMixin):
                 )
             request = self._ids_after(ids, done, prompt)
             answer = self._ids_after(ids + request, prompt, whole)
+            # up to its end-of-turn token; what the template puts after it is not learned
+            ends = [place + 1 for place, id in enumerate(answer) if id in self.end_ids] or [len(answer)]
+            learned = answer[: ends[-1]] if message.get("learn", True) else []
             ids += request + answer
-            learned = self._labels_of(answer, self.end_ids) if message.get("learn", True) else [-100] * len(answer)
-            labels += [-100] * len(request) + learned
+            labels += [-100] * len(request) + learned + [-100] * (len(answer) - len(learned))
             done = whole
         if not ids:
             raise ValueError("The conversation has no assistant turn, so there is nothing to learn from it.")
@@ -197,10 +194,9 @@ class VoraProcessor(ProcessorMixin):
 
     def text_sample(self, text: str) -> dict[str, np.ndarray]:
         """Plain text as `training_sample`, every token of it to be learned; ValueError where these are below two."""
-        end = self.tokenizer.eos_token_id
-        ids = [*self.tokenizer(text)["input_ids"], end]
-        if ids[-2:-1] == [end]:
-            ids.pop()  # the tokenizer ends texts by itself
+        ids, end = self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id
+        if ids[-1:] != [end]:  # some tokenizers end texts by themselves
+            ids = [*ids, end]
         if len(ids) < 2 or self.image_token_id in ids:
             raise ValueError(f"Its text {text[:50]!r} is empty, or holds the image token {self.image_token}.")
         return {"input_ids": np.array(ids), "labels": np.array(ids)}
@@ -302,9 +298,3 @@ class VoraProcessor(ProcessorMixin):
         known = model.generation_config.eos_token_id
         ends = sorted({*self.end_ids, *(known if isinstance(known, list) else [known])} - {None})
         model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
-
-    @staticmethod
-    def _labels_of(ids: list[int], ends: list[int]) -> list[int]:
-        """An assistant's turn up to its end-of-turn token; what the template puts after it is not learned."""
-        last = max((place for place, id in enumerate(ids) if id in ends), default=len(ids) - 1)
-        return ids[: last + 1] + [-100] * (len(ids) - last - 1)
