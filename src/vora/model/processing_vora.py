@@ -176,7 +176,8 @@ class VoraProcessor(ProcessorMixin):
         contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
         parts = [part for content in contents for part in content if part["type"] == "image"]
         images = [part[key] for part in parts for key in ("image", "url", "path", "base64") if key in part]
-        sample, counts = {}, 0
+        sample: Mapping = {}
+        counts: Any = 0
         if images:
             sample = image_inputs or self.image_processor(images, return_tensors="np", **images_kwargs)
             counts = sample["image_grid_thw"].prod(-1) // self.image_processor.patch_merge**2
