@@ -57,8 +57,11 @@ def own_inputs(kind, pixels):
 
 
 def test_features_are_the_vits_own_hidden_states_without_extra_tokens(kind, vit, teacher):
+    assert not any(module.training for module in torch.nn.ModuleList([teacher]).train()[0].modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
     images = noise_images(SQUARE, SQUARE)
-    found = teacher(images, [SQUARE, SQUARE], [0, 2, 3])
+    found = teacher([image.requires_grad_() for image in images], [SQUARE, SQUARE], [0, 2, 3])
+    assert not found[0].requires_grad
     with torch.no_grad():
         own = vit(**own_inputs(kind, torch.stack(images) * 2 - 1), output_hidden_states=True).hidden_states
     assert own[0].shape[1] == GRID**2 + TEACHERS[kind][1]
@@ -93,14 +96,6 @@ def test_positions_are_resampled_and_rows_and_columns_are_not_swapped(kind, teac
     bright[:, PATCH : 2 * PATCH, 2 * PATCH : 3 * PATCH] = 1
     moved = (teacher([bright], [(2, 5)], [0])[0] - teacher([dark], [(2, 5)], [0])[0]).norm(dim=-1)
     assert moved.argmax() == 7  # row 1, column 2
-
-
-def test_a_teacher_stays_in_eval_mode_and_without_gradients(teacher):
-    holder = torch.nn.ModuleList([teacher]).train()
-    assert not any(module.training for module in holder[0].modules())
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    pixels = noise_images(SQUARE)[0].requires_grad_()
-    assert not teacher([pixels], [SQUARE], [0])[0].requires_grad
 
 
 def test_the_students_patches_become_the_same_images_again():

@@ -273,14 +273,11 @@ def test_each_redirect_is_checked_and_the_checked_address_is_the_one_connected_t
     assert connected == ["93.184.216.34"] * 3
 
 
-@pytest.mark.parametrize(
-    "public, addresses",
-    [
-        (True, "8.8.8.8 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808"),
-        (False, "127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.1.1 100.64.0.1 0.0.0.0 224.0.0.1 240.0.0.1"),
-        (False, "::1 :: ::127.0.0.1 ::ffff:10.0.0.1 64:ff9b::7f00:1 2002:7f00:1:: 2001:0:1:: fe80::1%eth0 fc00::1"),
-        (False, "fec0::1 ff02::1 192.0.2.1 255.255.255.255"),
-    ],
-)
-def test_which_addresses_are_public(public, addresses):
-    assert {address: is_public(address) for address in addresses.split()} == dict.fromkeys(addresses.split(), public)
+PUBLIC = "8.8.8.8 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808"
+PRIVATE = """127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.1.1 100.64.0.1 0.0.0.0 224.0.0.1 240.0.0.1 192.0.2.1
+    255.255.255.255 ::1 :: ::127.0.0.1 ::ffff:10.0.0.1 64:ff9b::7f00:1 2002:7f00:1:: 2001:0:1:: fe80::1%eth0 fc00::1
+    fec0::1 ff02::1"""
+
+
+def test_which_addresses_are_public():
+    assert [address for address in f"{PUBLIC} {PRIVATE}".split() if is_public(address)] == PUBLIC.split()

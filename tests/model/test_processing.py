@@ -155,7 +155,7 @@ CONVERSATION = [
     {"role": "system", "content": "system"},
     user(coloured("red"), "what colour is the shape?"),
     assistant("red"),
-    user("Is there a circle?", coloured("blue", (8, 8))),
+    user("Is there a circle?", [coloured("blue", (8, 8)), coloured("teal", (8, 8))]),  # a video
     assistant("no, none"),
 ]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from messages import assistant, encode, user
+from messages import encode, user
 from PIL import Image
 
 from vora.model.image_processing_vora import Video
@@ -27,15 +27,6 @@ def test_a_video_is_an_image_of_several_frames(processor, model):
     with torch.no_grad():
         logits, expected = model(**inputs).logits, model(**apart).logits
     torch.testing.assert_close(logits, expected)  # and each frame is a block of attention of its own
-
-
-def test_training_takes_videos_as_chat_does(processor):
-    asked = [user("see", frames(), "what?")]
-    sample, inputs = processor.training_sample([*asked, assistant("it moves")]), encode(processor, asked)
-    prompt = inputs["input_ids"][0].tolist()
-    assert sample["input_ids"][: len(prompt)].tolist() == prompt
-    assert sample["image_grid_thw"].tolist() == [[3, 3, 2]]
-    assert np.array_equal(sample["pixel_values"], inputs["pixel_values"].numpy())
 
 
 def test_animated_images_arrays_and_paths_are_videos(processor, tmp_path):

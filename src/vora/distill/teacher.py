@@ -165,19 +165,19 @@ class Teacher(nn.Module):
 
     def inputs_on_grid(self, pixels: Tensor, grid: Grid) -> tuple[dict[str, Any], Grid]:
         """(what the ViT takes for normalised images of one grid, the grid on which it sees them)."""
-        parameter = next(self.vit.parameters())
+        parameter, side = next(self.vit.parameters()), self.patch_size
         pixels = pixels.to(parameter.device, parameter.dtype)
-        if "spatial_shapes" in self.accepts:  # SigLIP 2 takes patches, channel last
+        if "spatial_shapes" in self.accepts:  # SigLIP 2 takes patches float[n, rows * columns, p*p*C]
             # sizes on the host, where they are read; without padding there is nothing to mask, or to look for
             shapes = torch.tensor([grid] * len(pixels))
             mask = "pixel_attention_mask" if "pixel_attention_mask" in self.accepts else "attention_mask"
-            patches = pixel_patches(pixels, self.patch_size)
-            return {"pixel_values": patches, "spatial_shapes": shapes, mask: None}, grid
+            patches = pixels.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 4, 5, 1)
+            return {"pixel_values": patches.flatten(3).flatten(1, 2), "spatial_shapes": shapes, mask: None}, grid
         if "interpolate_pos_encoding" in self.accepts:
             return {"pixel_values": pixels, "interpolate_pos_encoding": True}, grid
         if not self.takes_any_grid:
             grid = self.own_grid
-            pixels = F.interpolate(pixels, (grid[0] * self.patch_size,) * 2, mode="bicubic", antialias=True)
+            pixels = F.interpolate(pixels, (grid[0] * side,) * 2, mode="bicubic", antialias=True)
         return {"pixel_values": pixels}, grid
 
 
@@ -224,12 +224,6 @@ def resample_features(features: Tensor, own_grid: Grid, grid: Grid) -> Tensor:
         return features
     table = resized(features.transpose(1, 2).unflatten(2, own_grid).float(), grid, "bilinear")
     return table.flatten(2).transpose(1, 2).to(features.dtype)
-
-
-def pixel_patches(pixels: Tensor, patch_size: int) -> Tensor:
-    """float[n, C, H, W] to float[n, patches, p*p*C], raster order, channel last."""
-    patches = pixels.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)  # n C rows columns p p
-    return patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
 
 
 def images_of_patches(
