@@ -12,9 +12,13 @@ def coloured(colour, size=(12, 12), mode="RGB"):
 
 
 def user(*parts):
-    """A user's message of texts (str) and images (anything else, or a path ending in .png)."""
-    kinds = ["text" if isinstance(part, str) and not part.endswith(".png") else "image" for part in parts]
-    return {"role": "user", "content": [{"type": kind, kind: part} for kind, part in zip(kinds, parts)]}
+    """A user's message of texts (str), videos (lists) and images (anything else, or a path ending in .png)."""
+    kinds = {str: "text", list: "video"}
+    content = []
+    for part in parts:
+        kind = "image" if str(part).endswith(".png") else kinds.get(type(part), "image")
+        content.append({"type": kind, kind: part})
+    return {"role": "user", "content": content}
 
 
 def assistant(text):

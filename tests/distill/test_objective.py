@@ -27,11 +27,27 @@ def objective():
     return objective_of()
 
 
-def batch():
+def batch(predicts=True):
     inputs = prompt([*text(3), (2, 3, 0), (3, 3, 1), *text(4, 2)])
     inputs["targets"] = torch.cat([inputs["input_ids"][:, 1:], torch.full((1, 1), -100)], 1)
-    inputs["targets"][:, :17] = -100
+    inputs["targets"][:, : 17 if predicts else None] = -100
     return inputs
+
+
+def gradients_of(objective, **inputs):
+    """(loss, {name: gradient}) of a step from the moments of the start."""
+    objective.zero_grad()
+    objective.distillation.num_updates.zero_()
+    loss = objective(**inputs)["loss"]
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+
+
+def disturb(objective):
+    torch.manual_seed(4)
+    for name, parameter in objective.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
 
 
 def test_losses_are_named_and_summed_once(objective):
@@ -45,12 +61,16 @@ def test_losses_are_named_and_summed_once(objective):
     torch.testing.assert_close(objective.vora(**inputs, labels=labels).loss, losses["lm_loss"])
 
 
-def test_gradients_reach_lora_patch_embedding_and_heads_and_nothing_else(objective):
+def test_gradients_reach_lora_patch_embedding_and_heads_and_nothing_else(objective, tmp_path):
     objective(**batch())["loss"].backward()
     for name, parameter in objective.named_parameters():
         trains = "lora_" in name or ".patch_embedding.modules_to_save." in name or name.startswith("distillation")
         assert (parameter.grad is not None) == trains == parameter.requires_grad, name
     assert all(parameter.grad is None for parameter in objective.teacher.parameters())
+    assert not any("teacher" in name or "vit" in name for name in objective.state_dict())
+    merge_vision_lora(objective.student).save_pretrained(tmp_path)  # nor do teacher and heads enter a saved model
+    saved = set(load_file(tmp_path / "model.safetensors"))
+    assert saved and saved <= set(tiny_vora("llama").state_dict())
 
 
 def test_student_and_teacher_are_compared_patch_by_patch(objective):
@@ -68,37 +88,19 @@ def test_student_and_teacher_are_compared_patch_by_patch(objective):
         torch.testing.assert_close(seen["teacher"][block], features)
 
 
-def test_teacher_and_heads_never_enter_a_saved_model(objective, tmp_path):
-    assert not any("teacher" in name or "vit" in name for name in objective.state_dict())
-    merged = merge_vision_lora(objective.student)
-    merged.save_pretrained(tmp_path)
-    saved = set(load_file(tmp_path / "model.safetensors"))
-    fresh = set(tiny_vora("llama").state_dict())
-    assert saved and saved <= fresh
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_distilling_alone_runs_the_first_blocks_and_finds_what_all_of_them_would(family):
-    objective, inputs = objective_of(family, pairs=[(0, 1), (1, 2)]), batch()
-    inputs["targets"].fill_(-100)
-    language_model, ran, found = objective.vora.model.language_model, [], []
-    names = list(objective.state_dict())
-    for number, block in enumerate(objective.vora.model.blocks):
+    objective, ran = objective_of(family, pairs=[(0, 1), (1, 2)]), []
+    blocks, names = objective.vora.model.blocks, list(objective.state_dict())
+    for number, block in enumerate(blocks):
         block.register_forward_hook(lambda *_, number=number: ran.append(number))
-    for distill_only in (True, False):
-        objective.zero_grad()
-        objective.distillation.num_updates.zero_()
-        losses = objective(**inputs, distill_only=distill_only)
-        losses["loss"].backward()
-        gradients = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
-        found.append((losses["loss"].detach(), {name: grad.clone() for name, grad in gradients.items()}))
+    early, whole = (gradients_of(objective, **batch(predicts=False), distill_only=only) for only in (True, False))
     assert ran == [0, 1, 0, 1, 2]
-    assert torch.equal(found[0][0], found[1][0])
-    assert len(found[0][1]) > 8 and all(torch.equal(grad, found[1][1][name]) for name, grad in found[0][1].items())
-    assert list(objective.state_dict()) == names and len(objective.vora.model.blocks) == 3
-    with pytest.raises(KeyError), only_first_blocks(language_model, objective.vora.model.blocks, 1):
+    assert torch.equal(early[0], whole[0])
+    assert len(early[1]) > 8 and all(torch.equal(grad, whole[1][name]) for name, grad in early[1].items())
+    with pytest.raises(KeyError), only_first_blocks(objective.vora.model.language_model, blocks, 1):
         raise KeyError
-    assert len(objective.vora.model.blocks) == 3  # whatever happens
+    assert list(objective.state_dict()) == names and len(objective.vora.model.blocks) == 3  # whatever happens
 
 
 class Shrink(Term):
@@ -113,9 +115,7 @@ class Shrink(Term):
 
 
 def test_terms_are_weighted_and_may_be_added(objective):
-    for name, parameter in objective.named_parameters():
-        if "lora_B" in name:
-            parameter.data.fill_(0.1)
+    disturb(objective)
     before = objective(**batch())
     objective.terms.append(Shrink(3.0))
     after = objective(**batch())
@@ -141,44 +141,25 @@ def test_the_summary_is_the_cls_token_at_every_token_of_its_own_image():
     assert objective.distillation.heads[SUMMARY][1].weight.grad.abs().sum() > 0
 
 
-def count_runs(objective):
-    """list of how often each block of the LLM computes, recomputation included, from now on."""
-    counts = [0] * len(objective.vora.model.blocks)
+@pytest.mark.parametrize("num_blocks", [None, 1, 2])
+@pytest.mark.parametrize("predicts", [False, True])
+def test_checkpointed_blocks_learn_the_same(objective, predicts, num_blocks):
+    disturb(objective)
+    objective.train()
+    _, expected = gradients_of(objective, **batch(predicts))
+    objective.gradient_checkpointing_enable(num_blocks=num_blocks)
+    ran = [0, 0, 0]  # how often each block computes, again for gradients included
     for block, module in enumerate(objective.vora.model.blocks):
 
         def count(*_, block=block):
-            counts[block] += 1
+            ran[block] += 1
 
         module.self_attn.register_forward_pre_hook(count)
-    return counts
-
-
-@pytest.mark.parametrize("num_blocks", [0, 4])
-def test_as_many_blocks_as_there_are_can_be_checkpointed(objective, num_blocks):
-    with pytest.raises(ValueError, match=f"{num_blocks} blocks .* the LLM has 3"):
-        objective.gradient_checkpointing_enable(num_blocks=num_blocks)
-
-
-@pytest.mark.parametrize("num_blocks", [None, 1, 2])
-@pytest.mark.parametrize("distill_only", [False, True])
-def test_checkpointed_blocks_learn_the_same(objective, distill_only, num_blocks):
-    inputs, found = batch(), []
-    if distill_only:
-        inputs["targets"].fill_(-100)
-    for name, parameter in objective.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.1)
-    objective.train()
-    for checkpointed in (False, True):
-        if checkpointed:
-            objective.gradient_checkpointing_enable(num_blocks=num_blocks)
-            ran = count_runs(objective)
-        objective.zero_grad()
-        objective.distillation.num_updates.zero_()
-        objective(**inputs)["loss"].backward()
-        found.append({name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None})
+    _, found = gradients_of(objective, **batch(predicts))
     assert objective.distillation.recomputes
     assert ran == [2 if num_blocks is None or block < num_blocks else 1 for block in range(3)]
-    assert found[0].keys() == found[1].keys() and len(found[0]) > 10
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)
+    assert len(found) > 10
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    for wrong in (0, 4):
+        with pytest.raises(ValueError, match=f"{wrong} blocks .* the LLM has 3"):
+            objective.gradient_checkpointing_enable(num_blocks=wrong)

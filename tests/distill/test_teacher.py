@@ -16,7 +16,7 @@ from vora.distill.objective import Objective
 from vora.distill.teacher import images_of_patches, resample_features
 
 SIDE = PATCH * GRID
-RESAMPLES_FEATURES = ("aimv2_vision_model",)
+SQUARE = (GRID, GRID)
 
 
 @pytest.fixture(scope="module", params=TEACHERS)
@@ -57,9 +57,11 @@ def own_inputs(kind, pixels):
 
 
 def test_features_are_the_vits_own_hidden_states_without_extra_tokens(kind, vit, teacher):
-    grid = (GRID, GRID)
-    images = noise_images(grid, grid)
-    found = teacher(images, [grid, grid], [0, 2, 3])
+    assert not any(module.training for module in torch.nn.ModuleList([teacher]).train()[0].modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    images = noise_images(SQUARE, SQUARE)
+    found = teacher([image.requires_grad_() for image in images], [SQUARE, SQUARE], [0, 2, 3])
+    assert not found[0].requires_grad
     with torch.no_grad():
         own = vit(**own_inputs(kind, torch.stack(images) * 2 - 1), output_hidden_states=True).hidden_states
     assert own[0].shape[1] == GRID**2 + TEACHERS[kind][1]
@@ -71,7 +73,7 @@ def test_features_are_the_vits_own_hidden_states_without_extra_tokens(kind, vit,
 
 
 def test_other_grids_have_a_feature_per_patch_in_order(kind, teacher):
-    grids = [(2, 5), (GRID, GRID), (4, 1), (2, 5)]
+    grids = [(2, 5), SQUARE, (4, 1), (2, 5)]
     images = noise_images(*grids)
     together = teacher(images, grids, [3])[3]
     assert together.shape == (10 + 9 + 4 + 10, 24) and together.isfinite().all()
@@ -79,41 +81,21 @@ def test_other_grids_have_a_feature_per_patch_in_order(kind, teacher):
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
-def test_rows_and_columns_are_not_swapped(kind, teacher):
+def test_positions_are_resampled_and_rows_and_columns_are_not_swapped(kind, teacher):
     """A bright patch moves the state at its own place most, in the first block, on a grid that is not square."""
-    if kind in RESAMPLES_FEATURES:
-        pytest.skip("its features are resampled, so a patch reaches its neighbours")
-    grid, place = (2, 5), 7  # row 1, column 2
+    square = teacher(noise_images(SQUARE), [SQUARE], [1])[1]
+    if kind == "aimv2_vision_model":  # its features are resampled, so that a patch reaches its neighbours
+        pixels = teacher.resize(noise_images(SQUARE), SQUARE)
+        assert torch.equal(square, teacher.features_on_grid(pixels, SQUARE, [1])[1][0])
+        return
+    assert (teacher.embedding.position is None) == (kind == "dinov3_vit")
+    found = teacher(noise_images((4, 4)), [(4, 4)], [1])[1]
+    assert not torch.allclose(found, resample_features(square[None], SQUARE, (4, 4))[0], atol=1e-2)
     dark = torch.zeros(3, 2 * PATCH, 5 * PATCH)
     bright = dark.clone()
     bright[:, PATCH : 2 * PATCH, 2 * PATCH : 3 * PATCH] = 1
-    moved = (teacher([bright], [grid], [0])[0] - teacher([dark], [grid], [0])[0]).norm(dim=-1)
-    assert moved.argmax() == place
-
-
-def test_positions_are_resampled_not_the_features(kind, teacher):
-    if kind in RESAMPLES_FEATURES:
-        assert torch.equal(teacher(noise_images((GRID, GRID)), [(GRID, GRID)], [1])[1], own_size(teacher))
-        return
-    table = teacher.embedding.position
-    assert (table is None) == (kind == "dinov3_vit")
-    found = teacher(noise_images((4, 4)), [(4, 4)], [1])[1]
-    square = teacher(noise_images((GRID, GRID)), [(GRID, GRID)], [1])[1][None]
-    coarse = resample_features(square, (GRID, GRID), (4, 4))[0]
-    assert not torch.allclose(found, coarse, atol=1e-2)
-
-
-def own_size(teacher):
-    pixels = teacher.resize(noise_images((GRID, GRID)), (GRID, GRID))
-    return teacher.features_on_grid(pixels, (GRID, GRID), [1])[1][0]
-
-
-def test_a_teacher_stays_in_eval_mode_and_without_gradients(teacher):
-    holder = torch.nn.ModuleList([teacher]).train()
-    assert not any(module.training for module in holder[0].modules())
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    pixels = noise_images((GRID, GRID))[0].requires_grad_()
-    assert not teacher([pixels], [(GRID, GRID)], [0])[0].requires_grad
+    moved = (teacher([bright], [(2, 5)], [0])[0] - teacher([dark], [(2, 5)], [0])[0]).norm(dim=-1)
+    assert moved.argmax() == 7  # row 1, column 2
 
 
 def test_the_students_patches_become_the_same_images_again():
@@ -125,44 +107,39 @@ def test_the_students_patches_become_the_same_images_again():
     torch.testing.assert_close(image, rounded, atol=1e-5, rtol=0)
 
 
-def test_from_pretrained_reads_weights_and_normalisation(kind, vit, teacher, tmp_path):
+def test_from_pretrained_reads_weights_and_normalisation(vit, teacher, tmp_path):
     vit.save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1] * 3, "image_std": [0.2] * 3}))
     loaded = Teacher.from_pretrained(str(tmp_path))
     assert (loaded.image_mean, loaded.image_std) == ([0.1] * 3, [0.2] * 3)
     assert (loaded.hidden_size, loaded.num_blocks, loaded.patch_size) == (24, 4, PATCH)
     loaded.image_mean, loaded.image_std = teacher.image_mean, teacher.image_std
-    images, grids = noise_images((GRID, GRID)), [(GRID, GRID)]
-    torch.testing.assert_close(loaded(images, grids, [1])[1], teacher(images, grids, [1])[1])
+    found, expected = (one(noise_images(SQUARE), [SQUARE], [1])[1] for one in (loaded, teacher))
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_fresh_patch_embedding_starts_as_the_teachers_own(kind, vit, teacher):
-    vora = VoraForConditionalGeneration.from_llm(tiny_llm("llama"), teacher=teacher, image_token_id=IMAGE)
+    how = {"teacher": teacher, "image_token_id": IMAGE}
+    vora = VoraForConditionalGeneration.from_llm(tiny_llm("llama"), **how)
     assert vora.config.patch_size == PATCH and vora.config.vision_hidden_size == 24
     assert vora.config.grid_size == GRID
     embedding = vora.model.patch_embedding
-    pixels = torch.stack(noise_images((GRID, GRID))) * 2 - 1
+    pixels = torch.stack(noise_images(SQUARE)) * 2 - 1
     inputs = own_inputs(kind, pixels)
     inputs.pop("pixel_attention_mask", None)
     with torch.no_grad():
         expected = vit.embeddings(**inputs)
         expected = expected[0] if isinstance(expected, tuple) else expected
-        expected = expected[0, TEACHERS[kind][1] :]
         patches = pixels.reshape(3, GRID, PATCH, GRID, PATCH).permute(1, 3, 0, 2, 4).reshape(GRID**2, -1)
         found = embedding.norm(embedding.patch(patches))
         if kind == "dinov3_vit":
             assert embedding.position.std() > 0  # rotary: nothing to copy, so they start at random
         else:
             found = found + embedding.positions([(1, GRID, GRID)])
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_sizes_that_do_not_fit_the_teacher(teacher):
+    torch.testing.assert_close(found, expected[0, TEACHERS[kind][1] :], atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=f"patch_size 7 .* {PATCH} pixels"):
-        VoraForConditionalGeneration.from_llm(tiny_llm("llama"), teacher=teacher, patch_size=7, image_token_id=IMAGE)
-    larger = VoraForConditionalGeneration.from_llm(
-        tiny_llm("llama"), teacher=teacher, image_size=2 * SIDE, image_token_id=IMAGE
-    )
+        VoraForConditionalGeneration.from_llm(tiny_llm("llama"), patch_size=7, **how)
+    larger = VoraForConditionalGeneration.from_llm(tiny_llm("llama"), image_size=2 * SIDE, **how)
     assert larger.model.patch_embedding.position.shape == (4 * GRID**2, 24)
 
 

@@ -1,7 +1,6 @@
 """Text alone: the LLM without LoRA teaches it, so that seeing does not cost language."""
 
 import copy
-import json
 import runpy
 import sysconfig
 from itertools import islice
@@ -20,36 +19,34 @@ from vora.distill.text_kl import lora_off, unexplained
 from vora.model import label_loss
 from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe import load_recipe
-from vora.train.run import train
 
 T = 24  # tokens of a row
+LENGTHS = (20, 13)
 
 
-def objective_of(disturbed=0.1, pairs=2):
-    """(objective whose LoRA and distillation reach the first `pairs` blocks, the LLM as it was)."""
+def objective_of(disturbed=0.1):
+    """(objective whose LoRA and distillation reach the first two blocks, the LLM as it was)."""
     vora = tiny_vora("llama")
     llm = copy.deepcopy(vora)
-    student = attach_vision_lora(vora, rank=4, num_blocks=pairs)
+    student = attach_vision_lora(vora, rank=4, num_blocks=2)
     torch.manual_seed(0)
     for name, parameter in student.named_parameters():
         if "lora_B" in name:
             parameter.data += disturbed * torch.randn_like(parameter)
-    distillation = BlockwiseDistillation(block_pairs(pairs, pairs), 32, 24)
+    distillation = BlockwiseDistillation(block_pairs(2, 2), 32, 24)
     return Objective(student, None, None, distillation, text_kl_weight=2.0), llm
 
 
-def batch(distill_only, lengths=(20, 13)):
+def batch(distill_only):
     """Rows of text to keep, the second one padded."""
-    ids = torch.tensor([text(length, seed) + [0] * (T - length) for seed, length in enumerate(lengths)])
-    places = [row * T + torch.arange(length) for row, length in enumerate(lengths)]
-    seen = torch.tensor([[length - 1] * length + list(range(length, T)) for length in lengths])
+    ids = torch.tensor([text(length, seed) + [0] * (T - length) for seed, length in enumerate(LENGTHS)])
     return {
         "input_ids": ids,
         "targets": torch.full_like(ids, -100),
-        "position_ids": torch.arange(T).expand(len(lengths), T),
-        "seen_until": seen,
-        "text_rows": torch.arange(len(lengths)),
-        "text_places": torch.cat(places),
+        "position_ids": torch.arange(T).expand(2, T),
+        "seen_until": torch.tensor([[length - 1] * length + list(range(length, T)) for length in LENGTHS]),
+        "text_rows": torch.arange(2),
+        "text_places": torch.cat([row * T + torch.arange(length) for row, length in enumerate(LENGTHS)]),
         "distill_only": torch.tensor(distill_only),
     }
 
@@ -65,7 +62,7 @@ def test_it_is_the_divergence_from_the_bare_llm():
     objective, llm = objective_of()
     losses = objective(**batch(distill_only=False))
     found = []
-    for seed, length in enumerate((20, 13)):
+    for seed, length in enumerate(LENGTHS):
         ids = torch.tensor([text(length, seed)])
         wanted, found_logits = (logits_of(model, input_ids=ids).log_softmax(-1)[0] for model in (llm, objective.vora))
         found.append((wanted.exp() * (wanted - found_logits)).sum(-1))
@@ -89,9 +86,8 @@ def test_divergence_in_parts_is_that_at_once(most, longest, monkeypatch):
     (loss, gradients, at_once), (same, equal, in_parts) = found
     assert at_once == [33, 33] and max(in_parts) == longest and sum(in_parts) == 4 * 33  # again for gradients
     torch.testing.assert_close(same, loss, rtol=1e-5, atol=0)
-    assert gradients.keys() == equal.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(equal[name], gradient, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(equal, gradients, rtol=1e-4, atol=1e-7)
+    assert max(gradient.abs().max() for gradient in gradients.values()) > 1e-4
 
 
 def test_with_images_alone_it_is_the_last_objective_block():
@@ -104,6 +100,9 @@ def test_with_images_alone_it_is_the_last_objective_block():
     loss.backward()
     grown = {name for name, p in objective.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert grown and all("lora" in name for name in grown)
+    # a batch with labels never ends there, as where planning by the clock measures words before images
+    found = objective(**batch(distill_only=True) | {"targets": torch.full((2, T), 7)})
+    assert "lm_loss" in found and "text_loss" in found
 
 
 def test_rare_large_channels_do_not_stand_for_the_others():
@@ -124,84 +123,31 @@ def test_lora_is_back_even_after_an_error():
     torch.testing.assert_close(logits_of(objective.vora, input_ids=ids), with_lora)
 
 
-def test_it_brings_the_language_back():
-    objective, _ = objective_of(disturbed=0.3)
-    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=2e-2)
-    losses = []
-    for _ in range(60):
-        loss = objective(**batch(distill_only=False))["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] / 10
-
-
 def test_rows_hold_text_to_keep_or_images(sources, llm_folder):
     processor = VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
     loaded = [load_source(path) for path in sources]
     rows = PackedSequences(loaded, processor, 64, distill_only_sequences=20, text_kl_weight=True)
-    drawn = rows.collate, iter(rows)
-    for number, samples in enumerate(islice(drawn[1], 60)):
-        kinds = {"pixel_values" in sample for sample in samples}
-        assert len(kinds) == 1
+    drawn, of_text = [], []
+    for number, samples in enumerate(islice(iter(rows), 60)):
+        (has_images,) = {"pixel_values" in sample for sample in samples}
+        drawn.append(samples)
+        of_text.append(not has_images)
         made = rows.collate([samples])
-        assert bool(made["distill_only"]) == (number < 20)
-        if kinds == {False}:
-            assert (made["targets"] == -100).all() and made["text_rows"].tolist() == [0]
-            length = sum(len(sample["input_ids"]) for sample in samples)
-            assert made["text_places"].tolist() == list(range(length))
-        else:
-            assert "text_rows" not in made and bool((made["targets"] != -100).any()) == (number >= 20)
+        assert bool(made["distill_only"]) == (number < 20) and ("text_rows" in made) != has_images
+        assert bool((made["targets"] != -100).any()) == (has_images and number >= 20)
+    assert all(any(kinds) and not all(kinds) for kinds in (of_text[:20], of_text[20:]))
+    made, kept = rows.collate(drawn), torch.tensor(of_text).nonzero()[:, 0]
+    assert torch.equal(made["text_rows"], kept)
+    expected = [token for index in kept for sample in drawn[index] for token in sample["input_ids"]]
+    assert made["input_ids"][kept].flatten()[made["text_places"]].tolist() == expected
     plain = PackedSequences(loaded, processor, 64)
     assert any((rows.collate([row])["targets"] != -100).any() for row in islice(iter(plain), 5))
-
-
-def test_text_to_keep_alone_teaches_nothing_and_is_refused(sources, llm_folder):
-    processor = VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
-    rows = PackedSequences([load_source(sources[1])], processor, 64, text_kl_weight=True)
+    alone = PackedSequences([load_source(sources[1])], processor, 64, text_kl_weight=True)
     with pytest.raises(ValueError, match="holds an image, and with lora.text_kl_weight text alone teaches nothing"):
-        list(islice(iter(rows), 30))
+        list(islice(iter(alone), 30))
     with pytest.raises(ValueError, match="data.text_only leaves text alone"):
         data = {"sources": [{"path": "x"}], "text_only": True}
         load_recipe({"model": {"llm": "x"}, "lora": {"text_kl_weight": 1}, "data": data})
-
-
-def test_rows_of_words_may_be_measured_before_those_of_images():
-    """As planning by the clock does: a batch with labels never ends at the teacher's depth."""
-    objective, _ = objective_of()
-    found = objective(**batch(distill_only=True) | {"targets": torch.full((2, T), 7)})
-    assert "lm_loss" in found and "text_loss" in found
-
-
-def test_places_are_those_of_the_text_rows_alone(sources, llm_folder):
-    processor = VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
-    rows = PackedSequences([load_source(path) for path in sources], processor, 64, text_kl_weight=True)
-    drawn = list(islice(iter(rows), 12))
-    made = rows.collate(drawn)
-    of_text = [index for index, samples in enumerate(drawn) if "pixel_values" not in samples[0]]
-    assert made["text_rows"].tolist() == of_text and 0 < len(of_text) < 12
-    kept = made["input_ids"][of_text].flatten()[made["text_places"]]
-    expected = [token for index in of_text for sample in drawn[index] for token in sample["input_ids"]]
-    assert kept.tolist() == expected
-
-
-def test_a_run_keeps_text_in_both_phases(sources, llm_folder, teacher_folder, tmp_path):
-    values = {
-        "stage": "pretrain",
-        "model": {"llm": llm_folder},
-        "teacher": {"name": teacher_folder, "distill_only_steps": 6},
-        "lora": {"rank": 4, "text_kl_weight": 1.0},
-        "data": {"sources": [{"path": path, "weight": 1} for path in sources], "sequence_length": 64},
-        "training": {"max_steps": 12, "logging_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3,
-                     "use_cpu": True, "save_steps": 100},
-    }  # fmt: skip
-    recipe_file = tmp_path / "recipe.yaml"
-    recipe_file.write_text(json.dumps(values))
-    train(load_recipe(recipe_file), tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    kept = [line["step"] for line in lines if "text_loss" in line]
-    assert min(kept) <= 6 < max(kept)
 
 
 def test_docstrings_become_texts_of_bounded_length(tmp_path):

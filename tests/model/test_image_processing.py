@@ -15,32 +15,17 @@ sides = st.integers(1, 5000)
 
 
 @given(sides, sides, st.integers(1, 32), st.integers(1, 64), st.integers(2, 20))
-@settings(deadline=None, max_examples=300)
-def test_grids_keep_to_the_budget(height, width, patch_size, min_tokens, factor):
-    rows, columns = fit_grid(height, width, patch_size, min_tokens, min_tokens * factor)
-    assert rows >= 1 and columns >= 1
-    assert min_tokens <= rows * columns <= min_tokens * factor
-
-
-@given(sides, sides, st.integers(1, 32))
 @settings(deadline=None, max_examples=200)
-def test_grids_within_the_budget_are_the_nearest_whole_patches(height, width, patch_size):
-    rows, columns = fit_grid(height, width, patch_size, 1, 10**9)
-    assert abs(rows - height / patch_size) <= 0.5 or (rows == 1 and height < patch_size)
-    assert abs(columns - width / patch_size) <= 0.5 or (columns == 1 and width < patch_size)
-
-
-@given(st.integers(200, 3000), st.floats(0.25, 4))
-@settings(deadline=None, max_examples=200)
-def test_shrinking_keeps_the_aspect_ratio(height, ratio):
-    width = round(height * ratio)
-    rows, columns = fit_grid(height, width, 4, 4, 256)
-    assert rows * columns >= 256 / 2
-    assert math.isclose(columns / rows, width / height, rel_tol=0.3)
+def test_grids_keep_to_the_budget_and_within_it_are_the_nearest_whole_patches(height, width, size, least, factor):
+    rows, columns = fit_grid(height, width, size, least, least * factor)
+    assert rows >= 1 and columns >= 1 and least <= rows * columns <= least * factor
+    rows, columns = fit_grid(height, width, size, 1, 10**9)
+    assert abs(rows - height / size) <= 0.5 or (rows == 1 and height < size)
+    assert abs(columns - width / size) <= 0.5 or (columns == 1 and width < size)
 
 
 @given(st.integers(1, 2000), st.integers(1, 2000), st.sampled_from([(4, 16), (4, 64), (16, 16), (64, 256), (9, 9)]))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_no_grid_of_as_many_tokens_is_clearly_nearer_in_aspect_ratio(height, width, budget):
     rows, columns = fit_grid(height, width, 14, *budget)
     own = max(1, round(height / 14)) * max(1, round(width / 14))
@@ -58,17 +43,10 @@ def test_no_grid_of_as_many_tokens_is_clearly_nearer_in_aspect_ratio(height, wid
 @pytest.mark.parametrize(
     "size, grid",
     [
-        ((1, 1), (2, 2)),
-        ((1, 4000), (1, 256)),
-        ((4000, 1), (256, 1)),
-        ((224, 224), (16, 16)),
-        ((225, 223), (16, 16)),
-        ((448, 448), (16, 16)),
-        ((28, 28), (2, 2)),
-        ((14, 14), (2, 2)),
-        ((140, 70), (10, 5)),
+        ((1, 1), (2, 2)), ((1, 4000), (1, 256)), ((4000, 1), (256, 1)), ((224, 224), (16, 16)), ((225, 223), (16, 16)),
+        ((448, 448), (16, 16)), ((28, 28), (2, 2)), ((14, 14), (2, 2)), ((140, 70), (10, 5)),
     ],
-)
+)  # fmt: skip
 def test_grids_of_some_sizes(size, grid):
     assert fit_grid(*size, 14, 4, 256) == grid
     image_processor = VoraImageProcessor(patch_size=14, max_image_tokens=256)
@@ -90,11 +68,6 @@ def test_patches_are_in_raster_order_channel_first():
             np.testing.assert_allclose(patches[row * 3 + column], expected.reshape(-1), rtol=1e-4, atol=1e-5)
 
 
-def test_an_impossible_budget_is_refused():
-    with pytest.raises(ValueError, match="min_image_tokens 9"):
-        VoraImageProcessor(min_image_tokens=9, max_image_tokens=4)
-
-
 @pytest.mark.parametrize(
     "steps", [{"do_rescale": False}, {"do_normalize": False}, {"do_resize": False}, {"size": 9}, {"image_mean": [0]}]
 )
@@ -112,6 +85,8 @@ def test_steps_that_cannot_be_left_out_or_changed_are_refused(steps):
 
 
 def test_no_configuration_allows_urls(tmp_path):
+    with pytest.raises(ValueError, match="min_image_tokens 9"):
+        VoraImageProcessor(min_image_tokens=9, max_image_tokens=4)
     allowed = VoraImageProcessor(patch_size=4)
     allowed.allow_urls = True
     allowed.save_pretrained(tmp_path)

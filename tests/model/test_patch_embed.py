@@ -9,8 +9,8 @@ from vora.model.patch_embed import PatchEmbedding, merge_neighbours
 
 
 def config(**changes):
-    text_config = tiny_llm("llama").config
-    return VoraConfig(text_config, patch_size=PATCH, image_size=PATCH * GRID, vision_hidden_size=16, **changes)
+    sizes = {"patch_size": PATCH, "image_size": PATCH * GRID, "vision_hidden_size": 16}
+    return VoraConfig(tiny_llm("llama").config, **sizes | changes)
 
 
 @pytest.fixture
@@ -38,10 +38,6 @@ def test_an_image_embeds_alike_in_any_company(embedding):
         torch.testing.assert_close(found, embedding(alone, grid[None]))
 
 
-def test_positions_are_the_learned_table_on_its_own_grid(embedding):
-    assert embedding.positions_of_grid(GRID, GRID) is embedding.position
-
-
 @pytest.mark.parametrize("axis", [0, 1])
 def test_positions_are_resampled_along_each_axis(embedding, axis):
     ramp = torch.arange(float(GRID)).view((GRID, 1) if axis == 0 else (1, GRID)).expand(GRID, GRID)
@@ -62,12 +58,10 @@ def test_a_single_column_keeps_its_rows(embedding):
     assert len(column.unique(dim=0)) == 7
 
 
-def test_frames_of_a_video_share_their_positions(embedding):
+def test_positions_learn_from_every_grid_and_frames_share_them(embedding):
+    assert embedding.positions_of_grid(GRID, GRID) is embedding.position
     found = embedding.positions([(2, 2, 2)])
     assert found.shape == (8, 16) and torch.equal(found[:4], found[4:])
-
-
-def test_positions_learn_from_every_grid(embedding):
     embedding(image(2, 5), torch.tensor([[1, 2, 5]])).sum().backward()
     assert (embedding.position.grad.abs().sum(1) > 0).all()
 
@@ -80,19 +74,25 @@ def test_fresh_image_tokens_are_as_large_as_words(family):
     assert 0.5 < tokens / words < 2
 
 
-def test_configurations_that_cannot_work_are_refused():
-    with pytest.raises(ValueError, match="image_size 3 holds no patch of 4"):
-        VoraConfig(tiny_llm("llama").config, patch_size=4, image_size=3)
-    for token in (-1, 128):
-        with pytest.raises(ValueError, match=f"image_token_id {token} lies outside the vocabulary of 128"):
-            config(image_token_id=token)
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"image_size": 3}, "image_size 3 holds no patch of 4"),
+        ({"image_token_id": -1}, "image_token_id -1 lies outside the vocabulary of 128"),
+        ({"image_token_id": 128}, "image_token_id 128 lies outside the vocabulary of 128"),
+        ({"image_attention": "both"}, "image_attention 'both' is unknown"),
+    ],
+)
+def test_configurations_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
 
 
 def test_a_configuration_goes_through_a_dict():
-    first = config(image_token_id=7, patch_norm=False)
+    first = config(image_token_id=7, patch_norm=False, patch_merge=2)
     again = VoraConfig(**{k: v for k, v in first.to_dict().items() if k != "model_type"})
-    assert again.to_dict() == first.to_dict()
-    assert type(again.text_config) is type(first.text_config) and again.grid_size == GRID
+    assert again.to_dict() == first.to_dict() and (again.patch_merge, again.grid_size) == (2, GRID)
+    assert type(again.text_config) is type(first.text_config)
 
 
 def test_neighbours_of_a_square_become_one_token():
@@ -102,26 +102,16 @@ def test_neighbours_of_a_square_become_one_token():
         [0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19], [20, 21, 22, 23],
     ]  # fmt: skip
     assert torch.equal(merge_neighbours(patches, [(1, 4, 6)], 1)[:, 0], patches)
-
-
-def test_a_grid_that_does_not_split_is_refused():
     with pytest.raises(ValueError, match="1 of 2 images have grids, such as 3 x 2 patches"):
-        merge_neighbours(torch.zeros(10, 1), [(1, 2, 2), (1, 3, 2)], 2)
+        merge_neighbours(patches[:10], [(1, 2, 2), (1, 3, 2)], 2)
 
 
-def test_a_merged_token_is_the_sum_of_what_its_patches_contribute():
+def test_a_merged_token_is_made_of_the_patches_of_its_square():
     torch.manual_seed(0)
-    merging, plain = PatchEmbedding(config(patch_merge=2)), PatchEmbedding(config())
-    plain.load_state_dict(merging.state_dict() | {"projection.weight": torch.zeros_like(plain.projection.weight)})
-    patches, grid = image(2, 4), torch.tensor([[1, 2, 4]])
-    parts = []
-    for corner in range(4):
-        plain.projection.weight.data = merging.projection.weight[:, corner * 16 : (corner + 1) * 16]
-        parts.append(plain(patches, grid))
-    expected = [
-        sum(parts[corner][patch] for corner, patch in enumerate(square)) for square in ([0, 1, 4, 5], [2, 3, 6, 7])
-    ]
-    torch.testing.assert_close(merging(patches, grid), torch.stack(expected))
+    merging, patches = PatchEmbedding(config(patch_merge=2)), image(2, 4)
+    features = merging.norm(merging.patch(patches)) + merging.positions([(1, 2, 4)])
+    expected = torch.stack([features[[0, 1, 4, 5]].flatten(), features[[2, 3, 6, 7]].flatten()])
+    torch.testing.assert_close(merging(patches, torch.tensor([[1, 2, 4]])), merging.projection(expected))
 
 
 def test_weights_stored_in_integers_make_no_integers_of_the_pixels(embedding):

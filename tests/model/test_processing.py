@@ -1,6 +1,5 @@
 """From messages and images, good and bad, to model inputs."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,11 +8,7 @@ import torch
 from messages import SIZES, assistant, coloured, encode, spoken, user
 from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, processors
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from vora import VoraForConditionalGeneration, VoraProcessor
 
@@ -35,10 +30,10 @@ def test_images_and_texts_become_tokens_in_order(processor, tmp_path):
     assert torch.equal(inputs["pixel_values"], torch.cat(alone))
 
 
-def test_batches_mix_image_and_text_rows_and_pad_left(processor, model):
+def test_batches_mix_images_videos_and_text_and_pad_left(processor, model):
     rows = [
         [user(coloured("red"), "what colour is the shape?")],
-        [user("what?")],
+        [user([coloured("red"), coloured("teal")], "what?")],
         [{"role": "user", "content": "Is there a teal shape in the image?"}],
         [user("first", coloured("blue", (8, 8)), "second", coloured("green", (8, 8)))],
     ]
@@ -46,42 +41,29 @@ def test_batches_mix_image_and_text_rows_and_pad_left(processor, model):
     mask = batch["attention_mask"]
     assert mask[:, -1].all() and (mask.diff(dim=1) >= 0).all() and not mask.all()
     with torch.no_grad():
-        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = model(**batch, position_ids=position_ids).logits
-        for row, found in zip(rows, logits):
+        logits = model(**batch, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
+        for row, ids, found in zip(rows, batch["input_ids"], logits):
             alone = encode(processor, row)
             length = alone["input_ids"].shape[1]
-            assert torch.equal(batch["input_ids"][rows.index(row), -length:], alone["input_ids"][0])
+            assert torch.equal(ids[-length:], alone["input_ids"][0])
             torch.testing.assert_close(found[-length:], model(**alone).logits[0], atol=1e-4, rtol=1e-4)
     answers = model.generate(**batch, max_new_tokens=2, suppress_tokens=[processor.image_token_id])
     assert answers.shape == (4, mask.shape[1] + 2)
 
 
-def test_text_alone_has_no_pixels_and_is_what_the_llm_gets(processor):
+def test_text_alone_has_no_pixels_and_is_what_the_llm_gets(processor, model):
     messages = [{"role": "user", "content": "what colour?"}]
     inputs = encode(processor, messages)
     assert set(inputs) == {"input_ids", "attention_mask"}
     own = tiny_tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert inputs["input_ids"][0].tolist() == own
-
-
-def test_the_budget_may_be_set_for_one_call(processor):
-    messages = [user(coloured("red", (40, 40)), "what?")]
-    assert encode(processor, messages)["image_grid_thw"].tolist() == [[1, 3, 3]]
-    less = encode(processor, messages, processor_kwargs={"images_kwargs": {"max_image_tokens": 4}})
-    assert less["image_grid_thw"].tolist() == [[1, 2, 2]]
-
-
-def test_from_llm_agrees_with_the_model_on_the_image_token(processor, model):
     assert processor.image_token == "<reponame>" and processor.image_token_id == model.config.image_token_id
     assert processor.tokenizer.pad_token is not None
 
 
 def test_an_llm_without_a_spare_token_grows_by_one(llm_folder, tmp_path):
-    tokenizer = tiny_tokenizer()
-    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str().replace("<reponame>", "<repository>"))
-    backend = Tokenizer.from_str(json.dumps(vocabulary))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    vocabulary = tiny_tokenizer().backend_tokenizer.to_str().replace("<reponame>", "<repository>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(vocabulary), eos_token="<|im_end|>")
     base = AutoModelForCausalLM.from_pretrained(llm_folder)
     base.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -99,19 +81,21 @@ def test_an_llm_without_a_spare_token_grows_by_one(llm_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "texts, counts, row",
-    [([1, 2], [2, 1], 0), ([1, 1], [1, 2], 1), ([1, 0], [1, 1], 1), ([0], [1], 0), ([2, 1], [[1, 0]], None)],
+    "places, counts, message",
+    [
+        ([1, 2], [2, 1], "Row 0: .* 1 places .* 2 images"),
+        ([1, 1], [1, 2], "Row 1: .* 1 places .* 2 images"),
+        ([1, 0], [1, 1], "Row 1: .* 0 places .* 1 images"),
+        ([0], [1], "Row 0: .* 0 places .* 1 images"),
+        ([2, 1], [3], "2 texts are given, but lists of images for 1"),
+        ([1], 2, "1 places .* 2 images"),
+    ],
 )
-def test_each_text_needs_its_own_images(processor, texts, counts, row):
-    images = [[coloured("red")] * count for count in counts] if row is not None else [[coloured("red")] * 3]
-    texts = [processor.image_token * places + "a" for places in texts]
-    if row is None:
-        message = "2 texts are given, but lists of images for 1"
-    else:
-        places = texts[row].count(processor.image_token)
-        message = f"Row {row}: .* {places} places .* {len(images[row])} images"
+def test_each_text_needs_its_own_images(processor, places, counts, message):
+    red = coloured("red")
+    images = [red] * counts if isinstance(counts, int) else [[red] * count for count in counts]
     with pytest.raises(ValueError, match=message):
-        processor(text=texts, images=images)
+        processor(text=[processor.image_token * count + "a" for count in places], images=images)
 
 
 def test_images_in_one_list_follow_each_other_through_the_texts(processor):
@@ -167,23 +151,27 @@ def test_control_tokens_that_a_message_spells_are_text(as_parts, sentencepiece):
 
 # Training samples
 
-
 CONVERSATION = [
     {"role": "system", "content": "system"},
     user(coloured("red"), "what colour is the shape?"),
     assistant("red"),
-    user("Is there a circle?", coloured("blue", (8, 8))),
+    user("Is there a circle?", [coloured("blue", (8, 8)), coloured("teal", (8, 8))]),  # a video
     assistant("no, none"),
 ]
 
 
-def test_labels_are_the_assistants_words_and_the_end_of_turn(processor):
-    sample = processor.training_sample(CONVERSATION)
-    assert spoken(processor, sample) == ["red<|im_end|>", "no, none<|im_end|>"]
+@pytest.mark.parametrize("turn", [2, 4])
+def test_labels_are_the_answers_and_follow_the_very_tokens_of_generation(processor, turn):
+    sample = processor.training_sample(CONVERSATION[: turn + 1])
+    assert spoken(processor, sample) == ["red<|im_end|>", "no, none<|im_end|>"][: turn // 2]
     learned = sample["labels"] != -100
     assert np.array_equal(sample["labels"][learned], sample["input_ids"][learned])
-    assert len(sample["input_ids"]) == len(sample["labels"])
-    assert sample["pixel_values"].shape == (13, 48)
+    inputs = encode(processor, CONVERSATION[:turn], return_tensors="np")
+    length = inputs["input_ids"].shape[1]
+    assert np.array_equal(sample["input_ids"][:length], inputs["input_ids"][0]) and learned[length]
+    assert all(np.array_equal(sample[name], inputs[name]) for name in ("pixel_values", "image_grid_thw"))
+    unlearned = [{**message, "learn": False} for message in CONVERSATION[: turn + 1]]
+    assert spoken(processor, processor.training_sample(unlearned)) == []
 
 
 def test_a_turn_ends_where_the_template_ends_it():
@@ -197,48 +185,36 @@ def test_a_turn_ends_where_the_template_ends_it():
     assert model.generation_config.eos_token_id == sorted({5, *processor.end_ids})
 
 
-def test_a_turn_that_no_special_token_ends_is_spoken_whole():
-    bare = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    processor = VoraProcessor.from_llm(tiny_tokenizer(chat_template=bare), **SIZES)
-    assert processor.end_ids == [processor.tokenizer.eos_token_id]
+def of_messages(answer):
+    return "{% for m in messages %}" + answer + "{% endfor %}"
+
+
+@pytest.mark.parametrize("sentencepiece", [True, False])
+@pytest.mark.parametrize(
+    "template",
+    [
+        of_messages("{{ m['role'] + ': ' + m['content'] + '\n' }}"),  # no special token ends a turn
+        of_messages("{{ ' ' + m['content'] + ' ' + eos_token }}"),  # a space is no end, though decoders leave it out
+        of_messages("{{ ' ' + m['content'] + '\n' + eos_token }}"),
+        of_messages("{{ ' ' + m['content'] + ' ' }}"),
+        "{{ '<|endoftext|>' }}"
+        + of_messages("{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}"),  # drops them
+        "{{ raise_exception('no') }}",
+    ],
+)
+def test_templates_whose_turns_the_tokenizers_own_token_ends(template, sentencepiece):
+    tokenizer = tiny_tokenizer(chat_template=template, sentencepiece=sentencepiece)
+    processor = VoraProcessor.from_llm(tokenizer, **SIZES)
+    assert processor.end_ids == [tokenizer.eos_token_id]
     model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=None))
     processor.end_turns_of(model)
-    assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
-
-
-@pytest.mark.parametrize("end", [" ", "\n"])
-def test_a_space_is_no_end_of_turn(end):
-    """SentencePiece's decoders leave spaces out, too; Llama 2's template puts one after an answer."""
-    template = "{% for m in messages %}{{ ' ' + m['content'] + '" + repr(end)[1:-1] + "' + eos_token }}{% endfor %}"
-    for chat_template in (template, template.replace(" + eos_token", "")):
-        tokenizer = tiny_tokenizer(chat_template=chat_template, sentencepiece=True)
-        processor = VoraProcessor.from_llm(tokenizer, **SIZES)
-        assert processor.end_ids == [tokenizer.eos_token_id]
-
-
-def test_a_template_that_drops_answers_or_raises_says_nothing_of_ends():
-    dropped = "{{ '<|endoftext|>' }}{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
-    for template in (dropped, "{{ raise_exception('no') }}"):
-        processor = VoraProcessor.from_llm(tiny_tokenizer(chat_template=template), **SIZES)
-        assert processor.end_ids == [processor.tokenizer.eos_token_id]
-
-
-@pytest.mark.parametrize("turn", [2, 4])
-def test_training_follows_the_very_tokens_of_generation(processor, turn):
-    sample = processor.training_sample(CONVERSATION[: turn + 1])
-    inputs = encode(processor, CONVERSATION[:turn], return_tensors="np")
-    length = inputs["input_ids"].shape[1]
-    assert np.array_equal(sample["input_ids"][:length], inputs["input_ids"][0])
-    assert sample["labels"][length] == sample["input_ids"][length]
-    assert np.array_equal(sample["pixel_values"], inputs["pixel_values"])
-    assert np.array_equal(sample["image_grid_thw"], inputs["image_grid_thw"])
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
 def begin_with_bos(tokenizer):
     """Let a tokenizer put <|endoftext|> before every text, as many do."""
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
-    )
+    before = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = before
 
 
 def test_the_template_alone_writes_special_tokens():
@@ -260,9 +236,8 @@ def test_a_base_llm_without_template_gets_a_plain_one(adds_bos):
     sample = processor.training_sample(messages)
     assert spoken(processor, sample) == [" red<|im_end|>", " no<|im_end|>"]
     assert (sample["input_ids"] == 0).sum() == adds_bos and (sample["input_ids"][0] == 0) == adds_bos
-    for turn in (1, 3):
-        inputs = encode(processor, messages[:turn])["input_ids"][0].tolist()
-        assert sample["input_ids"][: len(inputs)].tolist() == inputs
+    inputs = encode(processor, messages[:3])["input_ids"][0].tolist()
+    assert sample["input_ids"][: len(inputs)].tolist() == inputs
 
 
 @pytest.mark.parametrize("sentencepiece", [True, False])

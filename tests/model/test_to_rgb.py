@@ -25,11 +25,9 @@ def read_back(image, kind, tmp_path, **kwargs):
 def test_formats_of_the_list_are_read(tmp_path, kind):
     found = read_back(coloured("white"), kind, tmp_path)
     assert found.size == (12, 12) and min(found.getpixel((5, 5))) > 250
-
-
-def test_cmyk(tmp_path):
-    found = read_back(coloured((0, 255, 255, 0), (16, 16), "CMYK"), "JPEG", tmp_path).getpixel((8, 8))
-    assert found[0] > 200 and found[1] < 60 and found[2] < 60
+    if kind == "JPEG":
+        red = read_back(coloured((0, 255, 255, 0), (16, 16), "CMYK"), kind, tmp_path).getpixel((8, 8))
+        assert red[0] > 200 and max(red[1:]) < 60
 
 
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
@@ -46,28 +44,24 @@ def test_32_bit_and_float_grey(tmp_path):
         assert found[0, :, 1].tolist() == [0, 128, 255]
 
 
+@pytest.mark.parametrize(
+    "mode, colour, expected",
+    [
+        ("RGBA", (0, 0, 0, 0), (255, 255, 255)), ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+        ("RGBA", (0, 0, 0, 51), (204, 204, 204)), ("LA", (0, 0), (255, 255, 255)),
+        ("LA", (100, 255), (100, 100, 100)), ("L", 7, (7, 7, 7)), ("1", 1, (255, 255, 255)),
+    ],
+)  # fmt: skip
+def test_transparency_lies_on_white(tmp_path, mode, colour, expected):
+    assert read_back(coloured(colour, (4, 4), mode), "PNG", tmp_path).getpixel((2, 2)) == expected
+
+
 def test_palette_with_transparency_lies_on_white(tmp_path):
     image = Image.new("P", (4, 4), 0)
     image.putpalette([0, 0, 0, 255, 0, 0])
     image.putpixel((1, 1), 1)
     found = read_back(image, "PNG", tmp_path, transparency=0)
     assert found.getpixel((0, 0)) == (255, 255, 255) and found.getpixel((1, 1)) == (255, 0, 0)
-
-
-@pytest.mark.parametrize(
-    "mode, colour, expected",
-    [
-        ("RGBA", (0, 0, 0, 0), (255, 255, 255)),
-        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
-        ("RGBA", (0, 0, 0, 51), (204, 204, 204)),
-        ("LA", (0, 0), (255, 255, 255)),
-        ("LA", (100, 255), (100, 100, 100)),
-        ("L", 7, (7, 7, 7)),
-        ("1", 1, (255, 255, 255)),
-    ],
-)
-def test_transparency_lies_on_white(tmp_path, mode, colour, expected):
-    assert read_back(coloured(colour, (4, 4), mode), "PNG", tmp_path).getpixel((2, 2)) == expected
 
 
 def test_exif_rotation_is_applied(tmp_path):

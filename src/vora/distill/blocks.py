@@ -5,20 +5,16 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
 def only_first_blocks(model: nn.Module, blocks: nn.ModuleList, count: int) -> Iterator[None]:
-    """Have a model hold only the first of its blocks while the context lasts.
+    """Have a model hold only the first of its blocks, at least one, while the context lasts.
 
     The blocks themselves are untouched, so hooks, checkpointing, compiled blocks and wrappers around them work as
     ever. A forward pass then ends in the model's last norm, applied to what leaves the last block that is held.
-
-    Args:
-        model: holds `blocks` at some depth.
-        count: of blocks, at least one.
     """
     holder, name = next((m, n) for m in model.modules() for n, child in m.named_children() if child is blocks)
     holder._modules[name] = blocks[:count]
@@ -29,12 +25,12 @@ def only_first_blocks(model: nn.Module, blocks: nn.ModuleList, count: int) -> It
 
 
 @contextmanager
-def block_outputs(blocks: nn.ModuleList, wanted: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+def block_outputs(blocks: nn.ModuleList, wanted: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """Collect what leaves some blocks while a model runs: {block: its output}; -1 is what enters the first block.
 
     Nothing is computed on them here: inside a checkpointed block it would be done once and missed later.
     """
-    outputs: dict[int, torch.Tensor] = {}
+    outputs: dict[int, Tensor] = {}
     hooks = [hook_on_output(blocks, block, partial(outputs.__setitem__, block)) for block in wanted]
     try:
         yield outputs
@@ -43,14 +39,8 @@ def block_outputs(blocks: nn.ModuleList, wanted: Sequence[int]) -> Iterator[dict
             hook.remove()
 
 
-def hook_on_output(
-    blocks: nn.ModuleList, block: int, keep: Callable[[torch.Tensor], None]
-) -> torch.utils.hooks.RemovableHandle:
-    """Have `keep` called with a block's output at every forward; block -1 stands for what enters the first one.
-
-    Returns:
-        The handle that removes the hook.
-    """
+def hook_on_output(blocks: nn.ModuleList, block: int, keep: Callable[[Tensor], None]) -> RemovableHandle:
+    """Have `keep` called with a block's output at every forward; block -1 stands for what enters the first one."""
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         keep(args[0] if args else kwargs["hidden_states"])

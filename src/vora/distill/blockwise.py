@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 SUMMARY = "summary"  # in the place of a teacher's block: its CLS token's last state, at every image token
@@ -25,10 +25,9 @@ def block_pairs(
     the paper, without its released code's shift by one). With `spread`, the shallower one's blocks are spaced evenly
     over the deeper one's, last with last.
 
-    Two other values of `pairing` repeat the released code, which zips the student's list of hidden states, in which
-    entry i enters block i, with its teacher's. "inputs": what enters block i of the student imitates the output of
-    the teacher's block i (AIMv2's own code, whose list has no embeddings). "hidden_states": what enters block i
-    imitates what enters the teacher's block i (teachers of transformers, CLIP among them).
+    Two other values of `pairing` repeat the released code. "inputs": what enters block i of the student imitates the
+    output of the teacher's block i (AIMv2's own code). "hidden_states": what enters block i imitates what enters the
+    teacher's block i (teachers of transformers, CLIP among them).
 
     >>> block_pairs(3, 5)
     [(0, 0), (1, 1), (2, 2)]
@@ -78,47 +77,34 @@ class BlockwiseDistillation(nn.Module):
         ValueError: deviations are asked for without means.
     """
 
-    num_updates: torch.Tensor
+    num_updates: Tensor
 
     def __init__(
-        self,
-        pairs: Iterable[Pair],
-        student_size: int,
-        teacher_size: int,
-        center: bool = True,
-        standardize: bool = False,
-        momentum: float = 0.99,
-    ) -> None:
+        self, pairs: Iterable[Pair], student_size: int, teacher_size: int, center: bool = True,
+        standardize: bool = False, momentum: float = 0.99,
+    ) -> None:  # fmt: skip
         super().__init__()
         if standardize and not center:
             raise ValueError("To standardize the teacher's features is to center them too: set center=True.")
-        self.pairs = list(pairs)
-        self.center, self.standardize = center, standardize
-        self.momentum = momentum
+        self.pairs, self.center, self.standardize, self.momentum = list(pairs), center, standardize, momentum
         self.recomputes = False  # heads in the backward pass, see `Objective.gradient_checkpointing_enable`
-        self.heads = nn.ModuleDict(
-            {
-                name_of(pair): nn.Sequential(nn.RMSNorm(student_size, eps=1e-5), nn.Linear(student_size, teacher_size))
-                for pair in self.pairs
-            }
-        )
+        self.heads = nn.ModuleDict()
         for pair in self.pairs:
+            head = nn.Sequential(nn.RMSNorm(student_size, eps=1e-5), nn.Linear(student_size, teacher_size))
+            self.heads[name_of(pair)] = head
             self.register_buffer(f"mean_{name_of(pair)}", torch.zeros(teacher_size))
             if standardize:
                 self.register_buffer(f"variance_{name_of(pair)}", torch.ones(teacher_size))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
 
     def forward(
-        self, student_states: Mapping[int, torch.Tensor], teacher_states: Mapping[int | str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean loss and each pair's own.
+        self, student_states: Mapping[int, Tensor], teacher_states: Mapping[int | str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The mean loss float[] and each pair's own float[pairs]; 0 is perfect, 1 is chance.
 
         Args:
             student_states: {student block: float[T, D]}.
             teacher_states: {teacher block or SUMMARY: float[T, D_t]}.
-
-        Returns:
-            (float[], float[pairs]): the first is the mean of the second; 0 is perfect, 1 is chance.
         """
         if self.training and self.center:
             self._update_moments(teacher_states)
@@ -128,12 +114,12 @@ class BlockwiseDistillation(nn.Module):
         losses = torch.stack([loss_of(pair, student_states[pair[0]], teacher_states[pair[1]]) for pair in self.pairs])
         return losses.mean(), losses.detach()
 
-    def loss_of_pair(self, pair: Pair, states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    def loss_of_pair(self, pair: Pair, states: Tensor, features: Tensor) -> Tensor:
         """1 - cosine between what a pair's head makes of float[T, D] and its target of float[T, D_t], mean over T."""
-        predicted = self.heads[name_of(pair)](states.to(self._dtype))
+        predicted = self.heads[name_of(pair)](states.to(next(self.heads.parameters()).dtype))
         return 1 - F.cosine_similarity(predicted.float(), self.target(pair, features), dim=-1).mean()
 
-    def target(self, pair: Pair, features: torch.Tensor) -> torch.Tensor:
+    def target(self, pair: Pair, features: Tensor) -> Tensor:
         """What a pair's head is to point at: float[T, D_t], centred and standardized if so wished."""
         target = features.float()
         if self.center:
@@ -142,18 +128,8 @@ class BlockwiseDistillation(nn.Module):
             target = target * (getattr(self, f"variance_{name_of(pair)}") + 1e-6).rsqrt()
         return target
 
-    def features_of(self, pair: Pair, target: torch.Tensor) -> torch.Tensor:
-        """The teacher's features that a target stands for, float[T, D_t]: what `target` does, undone."""
-        if self.standardize:
-            target = target * (getattr(self, f"variance_{name_of(pair)}") + 1e-6).sqrt()
-        return target + getattr(self, f"mean_{name_of(pair)}") if self.center else target
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.heads.parameters()).dtype
-
     @torch.no_grad()
-    def _update_moments(self, teacher_states: Mapping[int | str, torch.Tensor]) -> None:
+    def _update_moments(self, teacher_states: Mapping[int | str, Tensor]) -> None:
         self.num_updates += 1
         # the first steps average evenly, so that the mean is right from the start
         weight = torch.clamp(1.0 / self.num_updates, min=1 - self.momentum)

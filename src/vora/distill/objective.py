@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vora.distill.blocks import block_outputs, only_first_blocks
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation
@@ -30,30 +30,21 @@ LOSSES = ("lm_loss", "answer_loss", "distill_loss", "text_loss")  # see `Objecti
 
 @dataclass
 class MicroBatch:
-    """A packed batch, and what the student made of it.
+    """A packed batch, see `Objective.forward`, and what the student made of it."""
 
-    Attributes:
-        inputs, images: of `VoraModel.forward`.
-        targets, label_places, label_weights, image_places, text_rows, text_places, num_items_in_batch,
-            num_micro_batches: see `Objective.forward`.
-        only_paired_blocks: whether the student ran no block above the last paired one.
-        hidden_states: float[B, T, D], after all blocks and the last norm; None with `only_paired_blocks`.
-        block_states: {paired block: float[B, T, D]}; empty where nobody needs them.
-    """
-
-    inputs: dict[str, torch.Tensor]
-    images: dict[str, torch.Tensor]
-    targets: torch.Tensor
-    label_places: torch.Tensor
-    image_places: torch.Tensor
-    label_weights: torch.Tensor | None = None
+    inputs: dict[str, Tensor]  # with `images` those of `VoraModel.forward`
+    images: dict[str, Tensor]
+    targets: Tensor
+    label_places: Tensor
+    image_places: Tensor
+    label_weights: Tensor | None = None
     text_rows: Any = None
     text_places: Any = None
-    num_items_in_batch: torch.Tensor | float | None = None
+    num_items_in_batch: Tensor | float | None = None
     num_micro_batches: int = 1
-    only_paired_blocks: bool = False
-    hidden_states: Any = None
-    block_states: dict[int, torch.Tensor] = field(default_factory=dict)
+    only_paired_blocks: bool = False  # the student ran no block above the last paired one
+    hidden_states: Any = None  # float[B, T, D] after all blocks and the last norm; None with `only_paired_blocks`
+    block_states: dict[int, Tensor] = field(default_factory=dict)  # {paired block: float[B, T, D]}
 
 
 @dataclass
@@ -66,7 +57,7 @@ class Term:
         """Whether a batch holds something that this term is of."""
         raise NotImplementedError
 
-    def __call__(self, objective: "Objective", batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __call__(self, objective: "Objective", batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """(this micro-batch's share of the step's loss, before the weight; the losses to report, by name)."""
         raise NotImplementedError
 
@@ -77,7 +68,7 @@ class LanguageModeling(Term):
     def applies(self, objective: "Objective", batch: MicroBatch) -> bool:
         return len(batch.label_places) > 0
 
-    def __call__(self, objective: "Objective", batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __call__(self, objective: "Objective", batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         each = objective.vora.label_losses(batch.hidden_states, batch.targets, batch.label_places)
         total = batch.num_items_in_batch
         if batch.label_weights is None:
@@ -94,7 +85,7 @@ class TextKL(Term):
     def applies(self, objective: "Objective", batch: MicroBatch) -> bool:
         return batch.text_rows is not None
 
-    def __call__(self, objective: "Objective", batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __call__(self, objective: "Objective", batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         vora, rows, inputs = objective.vora, batch.text_rows, batch.inputs
         of_rows = {name: tensor[rows] for name, tensor in inputs.items() if name in ("position_ids", "seen_until")}
         # embeddings, for with tokens alone a GPU would be waited for, to see whether images are missing
@@ -105,10 +96,8 @@ class TextKL(Term):
         own: Any = own_states[max(own_states)] if early else own_hidden
         reached = batch.block_states[max(batch.block_states)] if early else batch.hidden_states
         reached, own = (states.flatten(0, 1)[batch.text_places] for states in (reached[rows], own))
-        if early:
-            loss = unexplained(reached, own)
-        else:
-            loss = divergence(vora.logits, reached, own, vora.lm_head.out_features)
+        of_logits = vora.logits, reached, own, vora.lm_head.out_features
+        loss = unexplained(reached, own) if early else divergence(*of_logits)
         return loss / batch.num_micro_batches, {"text_loss": loss}
 
 
@@ -118,7 +107,7 @@ class Distillation(Term):
     def applies(self, objective: "Objective", batch: MicroBatch) -> bool:
         return objective.teacher is not None and len(batch.image_places) > 0
 
-    def __call__(self, objective: "Objective", batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __call__(self, objective: "Objective", batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         states = {block: hidden.flatten(0, 1)[batch.image_places] for block, hidden in batch.block_states.items()}
         loss, pair_losses = objective.distillation(states, objective.teach(**batch.images))
         return loss / batch.num_micro_batches, {"distill_loss": loss, "pair_losses": pair_losses}
@@ -131,24 +120,19 @@ class Objective(nn.Module):
 
     Args:
         student: a `VoraForConditionalGeneration`, or the `PeftModel` around it (`attach_vision_lora`).
-        image_processor: the student's, for its normalisation; needed with a teacher.
-        teacher: a `Teacher`, or whatever gives what `TeacherProtocol` says; None to learn from text alone.
-        distillation: a `BlockwiseDistillation`, or None with no teacher.
-        distill_weight: of the distillation (1 in the paper).
+        image_processor: the student's, for its normalisation; needed with a teacher, as is `distillation`.
+        teacher: None to learn from text alone.
+        distill_weight: 1 in the paper.
         text_kl_weight: of what keeps text as the LLM has it.
     """
 
     distillation: Any  # BlockwiseDistillation or None
 
     def __init__(
-        self,
-        student: "VoraForConditionalGeneration | PeftModel",
-        image_processor: "VoraImageProcessor | None" = None,
-        teacher: TeacherProtocol | None = None,
-        distillation: BlockwiseDistillation | None = None,
-        distill_weight: float = 1.0,
-        text_kl_weight: float = 0.0,
-    ) -> None:
+        self, student: "VoraForConditionalGeneration | PeftModel", image_processor: "VoraImageProcessor | None" = None,
+        teacher: TeacherProtocol | None = None, distillation: BlockwiseDistillation | None = None,
+        distill_weight: float = 1.0, text_kl_weight: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.student = student
         self.image_processor: Any = image_processor
@@ -161,7 +145,6 @@ class Objective(nn.Module):
         return self._teacher[0]
 
     def set_teacher(self, teacher: TeacherProtocol | None) -> None:
-        """Another teacher, or None."""
         self._teacher = [teacher]
 
     @property
@@ -184,18 +167,13 @@ class Objective(nn.Module):
         return self.vora.model._no_split_modules
 
     def gradient_checkpointing_enable(
-        self,
-        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
-        num_blocks: int | None = None,
-        **kwargs: Any,
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, num_blocks: int | None = None, **kwargs: Any
     ) -> None:
         """Keep only what enters a block, or a distill head, and compute the rest again when gradients are.
 
         Args:
-            gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
             num_blocks: of so many blocks, the first ones; all by default. The first are the right ones: they are
                 computed again last, when what the others kept is free, so any other choice of as many needs more.
-            kwargs: as for a model of transformers.
 
         Raises:
             ValueError: the LLM has fewer blocks, or they are recomputed all or none.
@@ -225,11 +203,7 @@ class Objective(nn.Module):
         return [p for part in parts for p in part.parameters() if p.requires_grad]
 
     def freeze_vision(self) -> None:
-        """Leave what images alone can teach as it is: only text tokens are learned from, and no teacher is asked.
-
-        Raises:
-            ValueError: nothing else learns.
-        """
+        """Leave what images alone can teach as it is, and ask no teacher; ValueError if nothing else learns."""
         for parameter in self.vision_parameters():
             parameter.requires_grad_(False)
         self.set_teacher(None)
@@ -241,50 +215,39 @@ class Objective(nn.Module):
             )
 
     def forward(
-        self,
-        targets: torch.Tensor,
-        pixel_values: torch.Tensor | None = None,
-        image_grid_thw: torch.Tensor | None = None,
-        label_places: torch.Tensor | None = None,
-        label_weights: torch.Tensor | None = None,
-        image_places: torch.Tensor | None = None,
-        text_rows: torch.Tensor | None = None,
-        text_places: torch.Tensor | None = None,
-        distill_only: torch.Tensor | bool | None = None,
-        num_samples: torch.Tensor | int | None = None,
-        num_items_in_batch: torch.Tensor | float | None = None,
-        num_micro_batches: int = 1,
-        **inputs: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
+        self, targets: Tensor, pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None,
+        label_places: Tensor | None = None, label_weights: Tensor | None = None, image_places: Tensor | None = None,
+        text_rows: Tensor | None = None, text_places: Tensor | None = None, distill_only: Tensor | bool | None = None,
+        num_samples: Tensor | int | None = None, num_items_in_batch: Tensor | float | None = None,
+        num_micro_batches: int = 1, **inputs: Tensor,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Named losses of a packed batch.
 
         Args:
             targets: int[B, T], the token that each place should predict, -100 where masked.
             pixel_values, image_grid_thw, inputs: as for `VoraModel.forward`.
             label_places, image_places: int[L] and int[I], where in the flattened rows something is to be predicted
-                and where image tokens are, if that is known (`vora.data.packing.places`): then no GPU is waited for.
-            label_weights: float[L], how much each label counts (`vora.data.packing.label_weights`); None: all alike.
+                and where image tokens are, if that is known: then no GPU is waited for.
+            label_weights: float[L], how much each label counts; None: all alike.
             text_rows, text_places: int[R] and int[K], which rows hold text alone that is to stay as the LLM has it,
-                and where in them, flattened, its tokens are; None: none.
+                and where in them, flattened, its tokens are.
             distill_only: False where the steps that only distill are over, though this batch has nothing to predict.
-            num_samples: of the batch; for who counts, not used here.
+            num_samples: for who counts, not used here.
             num_items_in_batch: label tokens of the whole optimizer step, or their summed weights, by which what the
                 language loss adds to `loss` is divided.
             num_micro_batches: of the step, by which the other terms are divided in `loss`.
 
         Returns:
-            dict: `loss`; `lm_loss` if there are targets, each label counting alike, and with weights `answer_loss`,
-            which is what is learned then; with a teacher and images `distill_loss` and `pair_losses`
-            float[pairs]; with text to keep `text_loss`. With images alone only the blocks up to the last paired one
-            run: those above would learn nothing. Then text is kept after the last of them.
+            `loss`; `lm_loss` if there are targets, each label counting alike, and with weights `answer_loss`, which is
+            learned then; with a teacher and images `distill_loss` and `pair_losses` float[pairs]; with text to keep
+            `text_loss`. With images alone only the blocks up to the last paired one run, after which text is kept.
         """
         if label_places is None:
             label_places = (targets != -100).flatten().nonzero()[:, 0]
         if image_places is None:
             image_places = (inputs["input_ids"] == self.config.image_token_id).flatten().nonzero()[:, 0]
-        images: dict[str, Any] = {}
-        if pixel_values is not None:
-            images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        images: Any = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        images = {} if pixel_values is None else images
         batch = MicroBatch(
             inputs, images, targets, label_places, image_places, label_weights, text_rows, text_places,
             num_items_in_batch, num_micro_batches,
@@ -303,15 +266,9 @@ class Objective(nn.Module):
         return losses
 
     def run_student(
-        self, inputs: dict[str, torch.Tensor], collects: bool, only_paired_blocks: bool
-    ) -> tuple[torch.Tensor | None, dict[int, torch.Tensor]]:
-        """The student's (`MicroBatch.hidden_states`, `MicroBatch.block_states`).
-
-        Args:
-            inputs: of `VoraModel.forward`.
-            collects: whether the paired blocks' outputs are kept.
-            only_paired_blocks: run no block above the last paired one.
-        """
+        self, inputs: dict[str, Tensor], collects: bool, only_paired_blocks: bool
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """The student's (`MicroBatch.hidden_states`, `MicroBatch.block_states`), the latter only if it `collects`."""
         model, wanted = self.vora.model, self.paired_blocks if collects else []
         held: AbstractContextManager[None] = nullcontext()
         if only_paired_blocks:
@@ -321,17 +278,14 @@ class Objective(nn.Module):
         return (None if only_paired_blocks else hidden_states), states
 
     def teach(
-        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, blocks: Iterable[int | str] | None = None
-    ) -> dict[int | str, torch.Tensor]:
+        self, pixel_values: Tensor, image_grid_thw: Tensor, blocks: Iterable[int | str] | None = None
+    ) -> dict[int | str, Tensor]:
         """What each image token is to say: the mean of the teacher's features of its m x m patches, which teaches
         better than all of them (dev/LOG.md).
 
-        Args:
-            pixel_values, image_grid_thw: of the student.
-            blocks: of the teacher, and `SUMMARY`; by default the paired ones.
-
         Returns:
-            {teacher block: float[P / m^2, D_t]}; the summary is the same at all tokens of an image.
+            {teacher block or `SUMMARY`, by default the paired ones: float[P / m^2, D_t]}; the summary is the same at
+            all tokens of an image.
         """
         if self.teacher.device != pixel_values.device:  # it is no part of what the Trainer moves
             self.teacher.to(pixel_values.device)
@@ -339,10 +293,8 @@ class Objective(nn.Module):
             blocks = dict.fromkeys(teacher for _, teacher in self.distillation.pairs)
         shapes, merge, processor = image_grid_thw.tolist(), self.config.patch_merge, self.image_processor
         grids = [(rows, columns) for frames, rows, columns in shapes for _ in range(frames)]
-        images = images_of_patches(
-            pixel_values, grids, self.config.patch_size, processor.image_mean, processor.image_std
-        )
-        features = self.teacher(images, grids, list(blocks))
+        how = self.config.patch_size, processor.image_mean, processor.image_std
+        features = self.teacher(images_of_patches(pixel_values, grids, *how), grids, list(blocks))
         summary = features.pop(SUMMARY, None)
         targets = {block: merge_neighbours(f, shapes, merge).mean(1) for block, f in features.items()}
         if summary is not None:

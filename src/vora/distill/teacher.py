@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel
 
 from vora.build.vit_init import vit_embedding
@@ -26,22 +26,13 @@ PROBE_GRID = (3, 4, 12)  # rows, columns, how many of its places are tried
 
 
 class TeacherProtocol(Protocol):
-    """What any teacher gives; `Teacher` is one, and so is an object of your own with these names.
+    """What any teacher gives; `Teacher` is one, and so is an object of your own with these names."""
 
-    Attributes:
-        name: hub id or folder, for the model card; None where it came from neither.
-        hidden_size: D_t, the width of its features.
-        num_blocks: its depth; features are asked of blocks 0 to num_blocks - 1.
-        patch_size: p_t, the side of its patches in pixels, which a fresh student takes.
-        image_mean, image_std: the normalisation that it expects, which a fresh student's image processor takes.
-        device: where it computes; `to` moves it to the student's images.
-    """
-
-    name: str | None
-    hidden_size: int
+    name: str | None  # hub id or folder, for the model card
+    hidden_size: int  # D_t
     num_blocks: int
-    patch_size: int
-    image_mean: list[float]
+    patch_size: int  # p_t, which a fresh student takes
+    image_mean: list[float]  # the normalisation that it expects, which a fresh student's image processor takes
     image_std: list[float]
 
     @property
@@ -49,16 +40,12 @@ class TeacherProtocol(Protocol):
 
     def to(self, device: torch.device) -> Any: ...
 
-    def __call__(
-        self, images: list[torch.Tensor], grids: list[Grid], blocks: list[int | str]
-    ) -> dict[int | str, torch.Tensor]:
+    def __call__(self, images: list[Tensor], grids: list[Grid], blocks: list[int | str]) -> dict[int | str, Tensor]:
         """Features of images, without gradients: of each block float[P, D_t], one vector for each patch of the
         student's grids, in raster order, image after image; of `SUMMARY` float[N, D_t].
 
         Args:
             images: N float[C, rows * p, columns * p] in 0..1.
-            grids: the student's patches of each image.
-            blocks: which of its blocks, `SUMMARY` perhaps among them.
         """
         ...
 
@@ -70,26 +57,17 @@ class Teacher(nn.Module):
     that both see the same pixels and their grids agree patch by patch. CLS and register tokens are dropped,
     but for the summary: the CLS token's last state, or the mean of all patches where there is none.
 
-    Args:
-        vit: model of transformers.
-        image_mean, image_std: per channel, what it expects.
-
     Raises:
         ValueError: it has no plain patch projection, or does not give one feature for each patch, in their order.
     """
 
     name: str | None = None
     vit: Any
-    hidden_size: int
-    num_blocks: int
-    patch_size: int
 
     def __init__(
-        self,
-        vit: nn.Module,
-        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        self, vit: nn.Module, image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.vit = getattr(vit, "vision_model", vit).requires_grad_(False).eval()
         config = getattr(self.vit.config, "vision_config", self.vit.config)
@@ -102,13 +80,10 @@ class Teacher(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> "Teacher":
-        """A ViT by hub id or folder (ViT, DeiT, CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3, AIMv2), with the
-        normalisation of its preprocessor_config.json (0.5, 0.5 where there is none). Half-precision files are read
-        as float32 by default: processors without half-precision arithmetic are many times slower on them; a run in
-        bf16 asks for bf16.
+        """A ViT by hub id or folder, with the normalisation of its preprocessor_config.json (0.5, 0.5 without one).
 
-        Raises:
-            ValueError: there is none, or it cannot teach; see `Teacher`.
+        Half-precision files are read as float32 by default, since processors without half-precision arithmetic are
+        many times slower on them. ValueError: there is none, or it cannot teach.
         """
         if not Path(name).exists() and (str(name).count("/") > 1 or str(name).startswith((".", "~"))):
             raise ValueError(
@@ -120,8 +95,7 @@ class Teacher(nn.Module):
         return teacher
 
     def train(self, mode: bool = True) -> "Teacher":
-        """A teacher never trains: it stays in eval mode whatever its surroundings do."""
-        return super().train(False)
+        return super().train(False)  # a teacher never trains, whatever its surroundings do
 
     @property
     def device(self) -> torch.device:
@@ -138,46 +112,37 @@ class Teacher(nn.Module):
     def own_grid(self) -> Grid:
         """The square grid that its table of positions is made for; (0, 0) without a table."""
         table = self.embedding.position
-        side = 0 if table is None else round(len(table) ** 0.5)
-        return side, side
+        return (0 if table is None else round(len(table) ** 0.5),) * 2
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The ViT's transformer blocks."""
-        lists = [m for m in self.vit.modules() if isinstance(m, nn.ModuleList) and len(m) == self.num_blocks]
-        return lists[0]
+        return next(m for m in self.vit.modules() if isinstance(m, nn.ModuleList) and len(m) == self.num_blocks)
 
     @torch.inference_mode()
-    def forward(
-        self, images: list[torch.Tensor], grids: list[Grid], blocks: Iterable[int | str]
-    ) -> dict[int | str, torch.Tensor]:
+    def forward(self, images: list[Tensor], grids: list[Grid], blocks: Iterable[int | str]) -> dict[int | str, Tensor]:
         """Features of images at every patch of the student's grids, see `TeacherProtocol`."""
-        blocks = list(blocks)
-        features: dict[int | str, list] = {block: [None] * len(images) for block in blocks}
+        features: dict[int | str, dict[int, Tensor]] = {block: {} for block in blocks}
         for grid in sorted(set(grids)):
             members = [i for i, other in enumerate(grids) if other == grid]
-            alike = self.features_on_grid(self.resize([images[i] for i in members], grid), grid, blocks)
+            alike = self.features_on_grid(self.resize([images[i] for i in members], grid), grid, list(features))
             for block, tokens in alike.items():
-                for i, image_tokens in zip(members, tokens):
-                    features[block][i] = image_tokens
-        return {block: torch.cat(tokens) for block, tokens in features.items()}
+                features[block].update(zip(members, tokens))
+        return {block: torch.cat([of[i] for i in range(len(images))]) for block, of in features.items()}
 
-    def resize(self, images: list[torch.Tensor], grid: Grid) -> torch.Tensor:
+    def resize(self, images: list[Tensor], grid: Grid) -> Tensor:
         """Images of one grid to float[n, C, rows * p_t, columns * p_t], normalised as the teacher expects."""
         size = tuple(side * self.patch_size for side in grid)
-        resized = [
-            image
-            if image.shape[1:] == size  # bicubic values overshoot
-            else F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-            for image in images
-        ]
-        pixels = torch.stack(resized)
+
+        def fitted(image: Tensor) -> Tensor:
+            if image.shape[1:] == size:
+                return image
+            return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)  # it overshoots
+
+        pixels = torch.stack([fitted(image) for image in images])
         mean, std = (channels(tuple(v), pixels.device) for v in (self.image_mean, self.image_std))
         return (pixels - mean) / std
 
-    def features_on_grid(
-        self, pixels: torch.Tensor, grid: Grid, blocks: Sequence[int | str]
-    ) -> dict[int | str, torch.Tensor]:
+    def features_on_grid(self, pixels: Tensor, grid: Grid, blocks: Sequence[int | str]) -> dict[int | str, Tensor]:
         """{block: float[n, rows * columns, D_t]} of normalised images of one grid; of `SUMMARY` float[n, 1, D_t].
 
         Positions are resampled to the grid where the ViT can; where it cannot (AIMv2's table), it runs at its own
@@ -188,7 +153,7 @@ class Teacher(nn.Module):
         with block_outputs(self.blocks, sorted(wanted)) as outputs:
             self.vit(**inputs)
         num_patches = own_grid[0] * own_grid[1]  # CLS and register tokens come first
-        features: dict[int | str, torch.Tensor] = {
+        features: dict[int | str, Tensor] = {
             block: resample_features(outputs[int(block)][:, -num_patches:], own_grid, grid)
             for block in blocks
             if block != SUMMARY
@@ -198,30 +163,27 @@ class Teacher(nn.Module):
             features[SUMMARY] = last[:, :1] if last.shape[1] > num_patches else last.mean(1, keepdim=True)
         return features
 
-    def inputs_on_grid(self, pixels: torch.Tensor, grid: Grid) -> tuple[dict[str, Any], Grid]:
+    def inputs_on_grid(self, pixels: Tensor, grid: Grid) -> tuple[dict[str, Any], Grid]:
         """(what the ViT takes for normalised images of one grid, the grid on which it sees them)."""
-        parameter = next(self.vit.parameters())
+        parameter, side = next(self.vit.parameters()), self.patch_size
         pixels = pixels.to(parameter.device, parameter.dtype)
-        if "spatial_shapes" in self.accepts:  # SigLIP 2 takes patches, channel last
+        if "spatial_shapes" in self.accepts:  # SigLIP 2 takes patches float[n, rows * columns, p*p*C]
             # sizes on the host, where they are read; without padding there is nothing to mask, or to look for
             shapes = torch.tensor([grid] * len(pixels))
             mask = "pixel_attention_mask" if "pixel_attention_mask" in self.accepts else "attention_mask"
-            patches = pixel_patches(pixels, self.patch_size)
-            return {"pixel_values": patches, "spatial_shapes": shapes, mask: None}, grid
+            patches = pixels.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 4, 5, 1)
+            return {"pixel_values": patches.flatten(3).flatten(1, 2), "spatial_shapes": shapes, mask: None}, grid
         if "interpolate_pos_encoding" in self.accepts:
             return {"pixel_values": pixels, "interpolate_pos_encoding": True}, grid
         if not self.takes_any_grid:
             grid = self.own_grid
-            pixels = F.interpolate(pixels, (grid[0] * self.patch_size,) * 2, mode="bicubic", antialias=True)
+            pixels = F.interpolate(pixels, (grid[0] * side,) * 2, mode="bicubic", antialias=True)
         return {"pixel_values": pixels}, grid
 
 
 def check_features(teacher: Teacher) -> None:
-    """Raise unless a ViT's features are those of the patches, one each, in raster order and always the same: then
-    each patch that brightens moves what enters the first block at its own place, and nowhere else.
-
-    Raises:
-        ValueError: says what a teacher must give; ViT-MAE, for one, drops patches and shuffles the others.
+    """Raise ValueError unless a ViT gives one feature for each patch, in raster order and always the same: then each
+    patch that brightens moves most what enters the first block at its own place. ViT-MAE, for one, shuffles patches.
     """
     parameter = next(teacher.vit.parameters())
     if parameter.device.type == "meta":  # only shapes are wanted of it
@@ -235,6 +197,7 @@ def check_features(teacher: Teacher) -> None:
     for number, place in enumerate(places.tolist()):
         top, left = side * (place // columns), side * (place % columns)
         pixels[1 + number, :, top : top + side, left : left + side] = 1
+    found = ""
     try:
         inputs, _ = teacher.inputs_on_grid(pixels, (rows, columns))
         blocks = teacher.blocks
@@ -242,51 +205,32 @@ def check_features(teacher: Teacher) -> None:
             teacher.vit(**inputs)
         features = outputs[-1][:, -rows * columns :].float()
         moved = (features[1:] - features[0]).norm(dim=-1).cpu()
-        found = None
         if features.shape[1] != rows * columns:
             found = f"for {rows * columns} patches it gives {features.shape[1]} features"
         elif wrong := int((moved.argmax(-1) != places).sum()):
             found = f"{wrong} of {len(places)} patches that change move the feature of another one"
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         found = " ".join(f"it takes no plain images ({error})".split())[:300]
-    if found is not None:
+    if found:
         raise ValueError(
             f"{type(teacher.vit).__name__} cannot teach: {found}. A teacher must give one feature for each patch, in "
             "raster order and at each run the same, as ViT, DeiT, CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3 and AIMv2 do."
         )
 
 
-def resample_features(features: torch.Tensor, own_grid: Grid, grid: Grid) -> torch.Tensor:
+def resample_features(features: Tensor, own_grid: Grid, grid: Grid) -> Tensor:
     """float[n, rows * columns, D] from one grid to another, bilinear."""
     if own_grid == grid:
         return features
-    table = features.transpose(1, 2).unflatten(2, own_grid).float()
-    table = resized(table, grid, "bilinear")
+    table = resized(features.transpose(1, 2).unflatten(2, own_grid).float(), grid, "bilinear")
     return table.flatten(2).transpose(1, 2).to(features.dtype)
 
 
-def pixel_patches(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """float[n, C, H, W] to float[n, patches, p*p*C], raster order, channel last."""
-    patches = pixels.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)  # n C rows columns p p
-    return patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-
-
 def images_of_patches(
-    pixel_values: torch.Tensor,
-    grids: Sequence[Grid],
-    patch_size: int,
-    image_mean: Sequence[float],
+    pixel_values: Tensor, grids: Sequence[Grid], patch_size: int, image_mean: Sequence[float],
     image_std: Sequence[float],
-) -> list[torch.Tensor]:
-    """The student's input turned back into images.
-
-    Args:
-        pixel_values: float[P, C*p*p], normalised, raster order, each flattened (C, p, p).
-        grids: list of N (rows, columns).
-
-    Returns:
-        list of N float[C, rows * p, columns * p] in 0..1.
-    """
+) -> list[Tensor]:  # fmt: skip
+    """The student's patches float[P, C*p*p] turned back into N images float[C, rows * p, columns * p] in 0..1."""
     images = []
     for (rows, columns), patches in zip(grids, pixel_values.split([r * c for r, c in grids])):
         patches = patches.float().view(rows, columns, -1, patch_size, patch_size)
@@ -297,7 +241,7 @@ def images_of_patches(
 
 
 @lru_cache
-def channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+def channels(values: tuple[float, ...], device: torch.device) -> Tensor:
     """float[C, 1, 1], made once per device: to copy numbers to a GPU is to wait for it."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device)[:, None, None]

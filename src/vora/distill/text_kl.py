@@ -1,20 +1,19 @@
 """Text stays what it was: the LLM without LoRA teaches the LLM with LoRA on rows of text.
 
-LoRA that learns to see changes what the same blocks make of text, and no other loss holds it (dev/LOG.md). No labels
-are needed, any text will do.
+LoRA that learns to see changes what the same blocks make of text, and no other loss holds it (dev/LOG.md).
 
 Dims: L tokens of text, D = LLM width, V = vocabulary.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
-from vora.model.label_loss import labels_at_once
+from vora.model.label_loss import by_parts, labels_at_once
 
 
 @contextmanager
@@ -33,7 +32,7 @@ def lora_off(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def unexplained(states: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+def unexplained(states: Tensor, own: Tensor) -> Tensor:
     """How far hidden states float[L, D] are from the LLM's own: float[].
 
     Per channel the squared difference is taken relative to the channel's variance, so that the few channels that hold
@@ -45,31 +44,17 @@ def unexplained(states: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     return ((states.float() - own).square() / variance).mean(-1).log1p().mean()
 
 
-def divergence(
-    logits_of: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, own: torch.Tensor, vocab_size: int
-) -> torch.Tensor:
+def divergence(logits_of: Callable[[Tensor], Tensor], states: Tensor, own: Tensor, vocab_size: int) -> Tensor:
     """KL divergence of the next token's distribution from the LLM's own, mean over tokens, in float32: float[].
 
-    As in `vora.model.label_loss`, logits are made part by part, and again for gradients, where all would be too many.
-
-    Args:
-        logits_of: function of float[l, D] to float[l, V].
-        states, own: float[L, D], last hidden states with LoRA on and off.
+    Of last hidden states float[L, D] with LoRA on and off. Logits are made part by part, as in `losses_of_labels`.
     """
     size = labels_at_once(len(states), 2 * vocab_size)  # both models'
-    if size == len(states):
-        return _summed(logits_of, states, own) / size
-    sums = [
-        checkpoint(_summed, logits_of, *part, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(states.split(size), own.split(size))
-    ]
-    return torch.stack(sums).sum() / len(states)
+    return torch.stack(by_parts(partial(_summed, logits_of), size, states, own)).sum() / len(states)
 
 
-def _summed(
-    logits_of: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, own: torch.Tensor
-) -> torch.Tensor:
+def _summed(logits_of: Callable[[Tensor], Tensor], states: Tensor, own: Tensor) -> Tensor:
     with torch.no_grad():
         wanted = logits_of(own).float().log_softmax(-1)
     found = logits_of(states).float().log_softmax(-1)
-    return torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
+    return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)

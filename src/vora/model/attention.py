@@ -14,17 +14,9 @@ from .segmented_sdpa import SEGMENTED_SDPA, cut
 
 
 def image_blocks(is_image: Tensor, image_grid_thw: Tensor, patch_merge: int = 1) -> Tensor:
-    """Number the image tokens by the frame they belong to.
+    """int[B, Q]: the number of its image (or frame of a video) at each image token, -1 at text.
 
-    Numbering follows the grids, not runs of neighbouring image tokens, so two images that touch stay apart.
-
-    Args:
-        is_image: bool[B, Q], True at image tokens.
-        image_grid_thw: int[N, 3], frames, patch rows and patch columns of each image, in order of appearance.
-        patch_merge: m; every m x m patches are one image token.
-
-    Returns:
-        int[B, Q]: the number of the image (or frame of a video) at image tokens, -1 at text.
+    Numbering follows the grids, int[N, 3], not runs of True in bool[B, Q], so two images that touch stay apart.
 
     Raises:
         ValueError: the prompt has another number of image tokens than the images given have.
@@ -60,11 +52,9 @@ def attention_masks(
     the image before them: a token of one is seen until this one ends, the image until the last one does.
 
     Args:
-        config: the LLM's configuration; its sliding windows and chunks are kept.
-        attention_mask: bool or int[B, K], False at padding, or None.
+        attention_mask: bool or int[B, K], False at padding.
         blocks: int[B, Q] from `image_blocks`.
-        seen_until: int[B, K], the last place that may see each token, or None: all after it. All of an image may see
-            it; there is no cache.
+        seen_until: int[B, K], the last place that may see each token. All of an image may see it; there is no cache.
 
     Returns:
         What the LLM takes as `attention_mask`: a mask in the form of its attention implementation (for sdpa

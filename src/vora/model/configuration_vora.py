@@ -19,23 +19,18 @@ class VoraConfig(PreTrainedConfig):
     """Configuration of [`VoraForConditionalGeneration`].
 
     Args:
-        text_config: configuration (object or dict) of the decoder LLM; any Hugging Face causal LM.
+        text_config: of the decoder LLM, an object or a dict.
         image_token_id: in-vocabulary id that stands for one image token in `input_ids`.
         patch_size: p, side of a patch in pixels.
         patch_merge: m; m x m neighbouring patches become one image token.
-        image_size: side in pixels of the square whose grid of patches the learned positions cover; other grids are
-            resampled from it.
-        num_channels: colour channels of a patch.
+        image_size: side in pixels of the square whose grid of patches the learned positions cover.
         vision_hidden_size: d_vit, width of the patch embedding before its projection to the LLM's width.
-        patch_norm: whether an RMSNorm follows the patch projection (the paper's does; a teacher's embedding that has
-            none is copied without one).
-        patch_norm_eps: of that RMSNorm.
+        patch_norm: whether an RMSNorm follows the patch projection, as in the paper.
         image_attention: "bidirectional", tokens of one image see all of it (the paper's), or "causal".
         lm_head_bias: whether the LLM's output layer has a bias.
 
     Raises:
-        ValueError: `image_size` is smaller than one patch, the image token lies outside the vocabulary, or
-            `image_attention` is neither of the two.
+        ValueError: a value that cannot work.
     """
 
     _auto_class = "AutoConfig"

@@ -1,7 +1,7 @@
 """The one policy for images from outside: which sources, formats and sizes are opened, and nothing else.
 
-A processor opens images wherever it runs, so this file ships with every checkpoint. It starts no program, and reaches
-nothing of the network but public hosts over http(s), and those only where the caller allows URLs.
+It starts no program, and reaches nothing of the network but public hosts over http(s), and those only where the
+caller allows URLs.
 """
 
 import base64
@@ -58,16 +58,12 @@ POLICY = ImagePolicy()
 
 
 def fetch_image(source: Any, *, allow_urls: bool = False, policy: ImagePolicy = POLICY) -> Image.Image:
-    """An RGB image from whatever people have.
-
-    EXIF rotation is applied, transparency laid on white, 16-bit grey scaled to 8 bits, CMYK converted, and of an
-    animation the first frame taken.
+    """An RGB image from whatever people have (`to_rgb`), of an animation the first frame.
 
     Args:
         source: PIL image, array [H, W], [H, W, C] or [C, H, W] of 0..255 or 0..1, encoded bytes, binary file object,
             path, `file://` address, base64 string, data URL, http(s) URL, or a dict of `datasets` (bytes, path).
         allow_urls: whether http(s) URLs are opened: only where a person asked for it, not since a file holds one.
-        policy: the limits.
 
     Raises:
         ValueError: the image is missing, damaged, or outside the policy; the message names it and the cause.
@@ -86,9 +82,9 @@ def fetch_frames(source: Any, *, allow_urls: bool = False, policy: ImagePolicy =
     Raises:
         ValueError: as `fetch_image`, and for too many frames or pixels in all.
     """
+    frames: list[Image.Image] = []
     cure = "Give its frames as a list of images, or an animated GIF, WebP or PNG."
     with _named(source, "video", cure), _opened(source, allow_urls, policy) as animation:
-        frames: list[Image.Image] = []
         for frame in ImageSequence.Iterator(animation):
             if len(frames) == policy.max_frames or frame.width * frame.height * len(frames) > policy.max_video_pixels:
                 raise ValueError(
@@ -96,29 +92,23 @@ def fetch_frames(source: Any, *, allow_urls: bool = False, policy: ImagePolicy =
                     f"{policy.max_frames} frames and {policy.max_video_pixels} pixels in all"
                 )
             frames.append(to_rgb(frame.copy()))
-        return frames
+    return frames
 
 
 def is_animated(path: str | os.PathLike) -> bool:
     """Whether a path is that of an animation; a URL, or what cannot be read, is none."""
-    try:
-        with _opened(_local_path(os.fspath(path)), False, POLICY) as image:
-            return image.format in ANIMATED and getattr(image, "n_frames", 1) > 1
-    except Exception:  # PIL's decoders raise many kinds
-        return False
+    with suppress(Exception), _opened(_local_path(os.fspath(path)), False, POLICY) as image:
+        return image.format in ANIMATED and getattr(image, "n_frames", 1) > 1
+    return False
 
 
 def is_base64(text: str) -> bool:
     """Whether a text is base64 and no path: it is longer than paths are, or holds what PIL knows as an image."""
     if not BASE64.fullmatch(text) or os.path.isfile(text):
         return False
-    if len(text) > LONGEST_PATH:
-        return True
-    try:
-        _decoder(base64.b64decode(text), POLICY).close()
-        return True
-    except Exception:  # PIL's decoders raise many kinds
-        return False
+    with suppress(Exception):  # PIL's decoders raise many kinds
+        return len(text) > LONGEST_PATH or bool(_decoder(base64.b64decode(text), POLICY))
+    return False
 
 
 @contextmanager
@@ -144,8 +134,9 @@ def _name_of(source: Any) -> str:
         return f"of {len(source)} bytes"
     if isinstance(source, Mapping):
         source = source.get("path") or source.get("url") or source
-    given = isinstance(source, (str, os.PathLike))
-    return str(source if given else getattr(source, "filename", "") or type(source).__name__)[:200]
+    if not isinstance(source, (str, os.PathLike)):
+        source = getattr(source, "filename", "") or type(source).__name__
+    return str(source)[:200]
 
 
 @contextmanager
@@ -185,7 +176,6 @@ def _check_scans(content: bytes, policy: ImagePolicy) -> None:
 
 
 def _content_of(source: Any, allow_urls: bool, policy: ImagePolicy) -> bytes:
-    """The encoded bytes of an image that is none in memory yet."""
     if isinstance(source, Mapping):
         source = source.get("bytes") or source.get("path") or source.get("url") or b""
     if isinstance(source, (str, os.PathLike)):
@@ -254,14 +244,13 @@ def _downloaded(url: str, policy: ImagePolicy) -> bytes:
 def _answer(parts: SplitResult, host: str, deadline: float, policy: ImagePolicy) -> tuple[str | None, bytes]:
     """(where a URL redirects to, its content), one of them."""
     is_https = parts.scheme == "https"
-    standard_port = 443 if is_https else 80
-    port = parts.port or standard_port
-    channel: Any = _connected(host, port, deadline, policy)
+    connection = http.client.HTTPConnection(host, parts.port or (443 if is_https else 80))
+    connection.default_port = 443 if is_https else 80  # for the header Host
+    channel: Any = _connected(host, connection.port, deadline, policy)
     if is_https:
         context = ssl.create_default_context()
         channel = context.wrap_socket(channel, server_hostname=host, do_handshake_on_connect=False)
-    connection = http.client.HTTPConnection(host, port)
-    connection.sock, connection.default_port = channel, standard_port  # the port for the header Host
+    connection.sock = channel
     # a timeout of the socket would begin anew with each byte that a slow server sends
     timer = threading.Timer(max(0.0, deadline - time.monotonic()), _hang_up, [channel])
     timer.daemon = True
@@ -290,8 +279,7 @@ def _answer(parts: SplitResult, host: str, deadline: float, policy: ImagePolicy)
 def _connected(host: str, port: int, deadline: float, policy: ImagePolicy) -> socket.socket:
     """A connection to a host, all of whose addresses must be public ones.
 
-    It goes to the address that was checked, so that no second look-up of the name can lead elsewhere; the proxies that
-    the environment names are not used for the same reason. Forms such as 0x7f000001 are what they resolve to.
+    It goes to an address that was checked, so that no second look-up of the name, and no proxy, can lead elsewhere.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))

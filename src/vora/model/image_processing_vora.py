@@ -22,18 +22,15 @@ ALWAYS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")  # what o
 class Video:
     """Frames that are one image of several times: `image_grid_thw` counts them, and each is a block of attention.
 
-    Known by `is_video`, not by its class: remote code is loaded file by file, and each file has a class of its own.
-
     Args:
         source: list of frames (anything `fetch_image` takes), array [T, H, W, 3], or an animated image: PIL image,
             path, URL, base64 string or bytes.
-        allow_urls: see `fetch_image`.
 
     Raises:
         ValueError: there are no frames, or one cannot be read.
     """
 
-    is_video = True
+    is_video = True  # remote code is loaded file by file, and each file has a class `Video` of its own
 
     def __init__(self, source: Any, allow_urls: bool = False):
         if isinstance(source, (str, os.PathLike, bytes, Image.Image)):
@@ -60,16 +57,11 @@ def on_black_square(image: Image.Image) -> Image.Image:
 def fit_grid(
     height: int, width: int, token_size: int, min_image_tokens: int, max_image_tokens: int
 ) -> tuple[int, int]:
-    """The grid of whole image tokens near an image's size and aspect ratio within a budget.
+    """(rows, columns) of whole image tokens, of so many pixels each way, near an image's size and aspect ratio.
 
-    Args:
-        height, width: pixels.
-        token_size: side of an image token in pixels, patch_size * patch_merge.
-
-    Returns:
-        (rows, columns): the image's own size in tokens if that is within budget, else of the grids near the budget's
-        bound the one nearest in aspect ratio and number of tokens. rows * columns <= max_image_tokens always, and
-        >= min_image_tokens wherever a grid near is both (always where the budget spans a factor of two).
+    The image's own size in tokens if that is within budget, else of the grids near the budget's bound the one nearest
+    in aspect ratio and number of tokens. rows * columns <= max_image_tokens always, and >= min_image_tokens wherever
+    a grid near is both (always where the budget spans a factor of two).
     """
     rows, columns = height / token_size, width / token_size
     own = max(1, round(rows)), max(1, round(columns))
@@ -99,7 +91,6 @@ def _grids_near(first: float, second: float, fewest: int, most: int) -> set[tupl
 
 
 def is_video(image: Any) -> TypeGuard[Video]:
-    """Whether it is a `Video`."""
     return getattr(image, "is_video", False)
 
 
@@ -119,12 +110,12 @@ def flat_images(images: Any) -> Iterator[Any]:
 
 def _check_steps(kwargs: dict[str, Any]) -> None:
     """Raise ValueError for arguments of other image processors that would change nothing here."""
-    ignored = [name for name, value in kwargs.items() if value is not None and not (name in ALWAYS and value)]
+    ignored = {name: value for name, value in kwargs.items() if value is not None and not (name in ALWAYS and value)}
     if ignored:
         raise ValueError(
-            f"{', '.join(f'{name}={kwargs[name]!r}' for name in ignored)}: not supported. Images are always resized, "
-            "scaled to 0..1 (arrays may be so already) and normalised: set image_mean, image_std, resample or the "
-            "budget of tokens on the image processor instead."
+            f"{', '.join(f'{name}={value!r}' for name, value in ignored.items())}: not supported. Images are always "
+            "resized, scaled to 0..1 (arrays may be so already) and normalised: set image_mean, image_std, resample "
+            "or the budget of tokens on the image processor instead."
         )
 
 
@@ -142,16 +133,13 @@ class VoraImageProcessor(BaseImageProcessor):
         patch_size: p, side of a patch in pixels.
         patch_merge: m; m x m patches become one image token.
         min_image_tokens, max_image_tokens: budget of image tokens per image; never cropped.
-        pad_to_square: lay each image on a black square first, as the paper's released code does. Its weights expect
-            that; otherwise bars are wasted tokens.
+        pad_to_square: lay each image on a black square first. The paper's released weights expect that; otherwise bars
+            are wasted tokens.
         image_mean, image_std: per channel, of values in 0..1; a teacher's own, if there is one.
         resample: PIL resampling filter.
-
-    Attributes:
-        allow_urls: whether images at http(s) URLs are fetched; not, unless set here, and never saved.
     """
 
-    allow_urls = False
+    allow_urls = False  # whether images at http(s) URLs are fetched; never saved
     _auto_class = "AutoImageProcessor"
     valid_kwargs = VoraImagesKwargs
     model_input_names = ["pixel_values", "image_grid_thw"]
@@ -186,9 +174,7 @@ class VoraImageProcessor(BaseImageProcessor):
     ) -> BatchFeature:  # fmt: skip
         """Patches of one image or `Video`, or of a (nested) list or an array [N, H, W, C] of them.
 
-        Args:
-            min_image_tokens, max_image_tokens: budget of each image, of a video of each frame; where only the second
-                is given and lies below the processor's own first, that one gives way.
+        The budget is of each image, of a video of each frame; see `set_budget`.
 
         Returns:
             pixel_values float[P, C*p*p]: patches of all images, raster order, each flattened (C, p, p).
@@ -210,7 +196,7 @@ class VoraImageProcessor(BaseImageProcessor):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def set_budget(self, min_image_tokens: int | None = None, max_image_tokens: int | None = None) -> None:
-        """Change the budget of all images to come; what is None stays, as far as it fits the other."""
+        """Change the budget of all images to come. What is None stays, but for a least above the new most."""
         self.min_image_tokens, self.max_image_tokens = self._budget(min_image_tokens, max_image_tokens)
 
     def _budget(self, min_image_tokens: int | None, max_image_tokens: int | None) -> tuple[int, int]:

@@ -4,6 +4,7 @@ Dims: L labels, D = LLM width, V = vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +19,25 @@ def labels_at_once(num_labels: int, vocab_size: int) -> int:
     return -(-num_labels // num_parts)
 
 
+def by_parts(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> list[Tensor]:
+    """What a function makes of each so many rows; where these are several parts, again when gradients are made."""
+    if size == len(tensors[0]):
+        return [function(*tensors)]
+    parts = zip(*(tensor.split(size) for tensor in tensors))
+    # nothing here is random, so no random state is kept for the second time
+    return [checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+
+
 def losses_of_labels(
     logits_of: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, vocab_size: int
 ) -> Tensor:
-    """Cross-entropy of each label, in float32: float[L].
+    """Cross-entropy of each label of int[L], from states float[L, D], in float32: float[L].
 
-    Where all logits would be more than `MOST_LOGITS` they are made part by part, and each part again when gradients
-    are, so that memory grows with the labels' states and not with L x V.
-
-    Args:
-        logits_of: function of float[l, D] to float[l, V].
-        states: float[L, D].
-        targets: int[L].
+    Where all logits would be more than `MOST_LOGITS` they are made part by part, so that memory grows with the
+    labels' states and not with L x V.
     """
     size = labels_at_once(len(targets), vocab_size)
-    if size == len(targets):
-        return _losses(logits_of, states, targets)
-    parts = zip(states.split(size), targets.split(size))
-    # nothing here is random, so no random state is kept for the second time
-    found = [checkpoint(_losses, logits_of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-    return torch.cat(found)
+    return torch.cat(by_parts(partial(_losses, logits_of), size, states, targets))
 
 
 def _losses(logits_of: Callable, states: Tensor, targets: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .configuration_vora import VoraConfig
 from .label_loss import losses_of_labels
 from .patch_embed import PatchEmbedding, put_tokens
 
-# What this release of transformers calls a cache, given and returned; `forward` and `generate` here take both names
+# What this release of transformers calls a cache; `forward` and `generate` here take both names
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__annotations__ else "past_key_values"
 
 
@@ -45,11 +45,7 @@ class VoraPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """As any model's.
-
-        Raises:
-            ValueError: it would lie beside another model's adapter, which `from_pretrained` would add to it.
-        """
+        """Raises ValueError beside another model's adapter, which `from_pretrained` would add to this one."""
         if os.path.exists(os.path.join(save_directory, "adapter_config.json")):
             raise ValueError(
                 f"{save_directory} holds an adapter, which would be added to this model whenever it is loaded: save "
@@ -90,11 +86,10 @@ class VoraModel(VoraPreTrainedModel):
     def blocks(self) -> nn.ModuleList:
         """The LLM's transformer blocks, whatever its family calls them."""
         depth = self.config.get_text_config().num_hidden_layers
-        lists = [m for m in self.language_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-        return lists[0]
+        return next(m for m in self.language_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
 
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """float[P, C*p*p] patches of N images to float[P / m^2, D] image tokens, raster order (m: patch_merge)."""
+        """float[P, C*p*p] patches of N images to float[P / patch_merge^2, D] image tokens, raster order."""
         return self.patch_embedding(pixel_values, image_grid_thw)
 
     def image_token_mask(self, input_ids: Tensor | None, inputs_embeds: Any) -> Tensor:
@@ -118,8 +113,7 @@ class VoraModel(VoraPreTrainedModel):
             attention_mask: int[B, T], 0 at padding; None for packed sequences, whose `position_ids` restart.
             pixel_values: float[P, C*p*p], normalised patches of all images, raster order, each flattened (C, p, p).
             image_grid_thw: int[N, 3], frames, patch rows, patch columns of each image.
-            image_numbers: int[B, T], what `image_blocks` makes of the grids, if that is known; otherwise a GPU is
-                waited for, to check that image tokens and images match.
+            image_numbers: int[B, T] from `image_blocks`, if known; to find and check it, a GPU is waited for.
             seen_until: int[B, T], see `attention_masks`.
 
         Raises:
@@ -129,7 +123,6 @@ class VoraModel(VoraPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if (pixel_values is None) != (image_grid_thw is None):
             raise ValueError("Give pixel_values and image_grid_thw together, as the processor returns them.")
-        config = self.config.get_text_config()
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         cache = past_key_values if cache is None else cache
@@ -147,9 +140,8 @@ class VoraModel(VoraPreTrainedModel):
 
         # Text alone takes the LLM's own road, mask included, so its logits stay the LLM's to the last bit.
         if blocks is not None or seen_until is not None:
-            attention_mask = attention_masks(
-                config, inputs_embeds, attention_mask, cache, position_ids, blocks, seen_until
-            )
+            given = inputs_embeds, attention_mask, cache, position_ids, blocks, seen_until
+            attention_mask = attention_masks(self.config.get_text_config(), *given)
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache}
         outputs = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
         kept = getattr(outputs, CACHE), outputs.hidden_states, outputs.attentions
@@ -195,8 +187,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
 
         Args:
             labels: int[B, T], the token at each place, -100 where none is to be predicted.
-            logits_to_keep: int, only the logits of that many last tokens (0: all), or int[K] indices into T.
-            num_items_in_batch: see `lm_loss`.
+            logits_to_keep: only the logits of that many last tokens (0: all), or int[K] indices into T.
         """
         cache = past_key_values if cache is None else cache
         inputs = input_ids, attention_mask, position_ids, cache, inputs_embeds, pixel_values, image_grid_thw
@@ -225,11 +216,7 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
     def lm_loss(
         self, hidden_states: Tensor, targets: Tensor, num_items_in_batch: float | Tensor | None = None
     ) -> Tensor:
-        """The mean of `label_losses`.
-
-        Args:
-            num_items_in_batch: label tokens to divide by (all micro-batches of a step); None: those present.
-        """
+        """The sum of `label_losses` by the label tokens of a step's micro-batches; None: by those present."""
         losses = self.label_losses(hidden_states, targets)
         return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
 
@@ -237,12 +224,8 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         """Next-token cross-entropy of each label, float[L]; logits are made only there, see `losses_of_labels`.
 
         Args:
-            hidden_states: float[B, T, D].
-            targets: int[B, T], the token that each place should predict, -100 where masked.
+            targets: int[B, T], the token that each place should predict, -100 where masked, not everywhere.
             places: int[L], where in the flattened targets something is to be predicted, if that is known.
-
-        Raises:
-            ValueError: every target is masked, so nothing could be learned.
         """
         if places is None:
             places = (targets != -100).flatten().nonzero()[:, 0]
@@ -260,19 +243,17 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         cache = kwargs.pop("cache", kwargs.pop("past_key_values", None))
         if cache is not None:
             kwargs[CACHE] = cache
-        if ids is not None and kwargs.get("pixel_values") is None and cache is None:
+        elif ids is not None and kwargs.get("pixel_values") is None:
             self.model._check_no_image_tokens(ids)
         if "suppress_tokens" in kwargs:  # the generation config's hold it already
-            given = kwargs["suppress_tokens"]
-            kwargs["suppress_tokens"] = [*([] if given is None else given), self.config.image_token_id]
+            kwargs["suppress_tokens"] = [*(kwargs["suppress_tokens"] or []), self.config.image_token_id]
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-        )
+        kwargs |= {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if inputs.get("pixel_values") is not None:
             inputs["attention_mask"] = attention_mask  # still two-dimensional: forward adds the blocks of the images
         else:
@@ -282,7 +263,10 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Repeat whole images, not patches, for beams and several returned sequences."""
         pixel_values, grids = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_grid_thw", None)
-        if pixel_values is not None and expand_size > 1:
+        expanded = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        if pixel_values is None:
+            return expanded
+        if expand_size > 1:
             embeds = model_kwargs.get("inputs_embeds")
             is_image = self.model.image_token_mask(input_ids if embeds is None else None, embeds)
             image_blocks(is_image, grids, self.config.patch_merge)  # raises where tokens and images do not match
@@ -292,9 +276,4 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             grids_of_rows = grids.split(row_of_image.bincount(minlength=len(num_patches)).tolist())
             pixel_values = torch.cat([one for one in pixels_of_rows for _ in range(expand_size)])
             grids = torch.cat([one for one in grids_of_rows for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
-        if pixel_values is not None:
-            model_kwargs.update(pixel_values=pixel_values, image_grid_thw=grids)
-        return input_ids, model_kwargs
+        return expanded[0], expanded[1] | {"pixel_values": pixel_values, "image_grid_thw": grids}

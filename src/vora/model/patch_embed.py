@@ -18,9 +18,8 @@ Grid = tuple[int, int, int] | list[int]  # frames, patch rows, patch columns
 class PatchEmbedding(nn.Module):
     """Everything that VoRA adds to an LLM for good (arXiv 2503.20680, section 3.1).
 
-    The `nn.Linear` over flattened patches equals the strided convolution of a ViT. Positions are learned on a G x G
-    grid and resampled in two dimensions to the grid of each image. With `patch_merge` m, the m x m neighbours of a
-    square go through the projection together and become one token.
+    The `nn.Linear` over flattened patches equals the strided convolution of a ViT. With `patch_merge` m, the m x m
+    neighbours of a square go through the projection together and become one token.
     """
 
     def __init__(self, config: VoraConfig):
@@ -53,7 +52,7 @@ class PatchEmbedding(nn.Module):
         return self.projection(merge_neighbours(tokens + self.positions(grids), grids, self.patch_merge).flatten(1))
 
     def positions(self, grids: Sequence[Grid]) -> Tensor:
-        """Learned positions of every patch, float[P, D_v]."""
+        """float[P, D_v] of every patch."""
         resampled = {(h, w): self.positions_of_grid(h, w) for _, h, w in grids}
         return torch.cat([resampled[h, w].repeat(t, 1) for t, h, w in grids])
 
@@ -67,13 +66,9 @@ class PatchEmbedding(nn.Module):
 
 
 def put_tokens(inputs_embeds: Tensor, is_image: Tensor, image_tokens: Tensor) -> Tensor:
-    """Image tokens in the places that wait for them: float[B, T, D].
+    """Image tokens float[P / m^2, D], in order, where bool[B, T] is True: float[B, T, D].
 
     What `masked_scatter` does, whose gradient makes the host wait for a GPU to count the places.
-
-    Args:
-        is_image: bool[B, T], with as many True as there are image tokens.
-        image_tokens: float[P / m^2, D], in order.
     """
     order = is_image.flatten().cumsum(0).sub(1).clamp(min=0)  # at text any token, which is not taken
     tokens = image_tokens.to(inputs_embeds).index_select(0, order).view_as(inputs_embeds)
@@ -92,10 +87,7 @@ def resized(table: Tensor, grid: tuple[int, int], mode: str) -> Tensor:
 
 
 def merge_neighbours(features: Tensor, grids: Sequence[Grid], patch_merge: int) -> Tensor:
-    """Features float[P, D] of patches, raster order, grouped by the image token that they become.
-
-    Returns:
-        float[P / m^2, m^2, D]: tokens in raster order, the patches of each in raster order too.
+    """float[P, D] of patches by the image token that they become, float[P / m^2, m^2, D]; both in raster order.
 
     Raises:
         ValueError: a side of a grid is no multiple of m.

@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,6 @@ FLATTEN_CONTENT = """\
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """
-
-
 TEXT_PARTS = ("text", "input_text", "output_text")  # the latter two of OpenAI's newer schema
 SPELT = "\ufdd0"  # no text's character: stands within a control token that a person spelt, where tokenizing is parted
 
@@ -48,14 +46,8 @@ class VoraProcessor(ProcessorMixin):
     """Image processor and tokenizer in one; `apply_chat_template` makes model inputs from messages.
 
     Content is text, or a list of texts, images and videos: `{"type": "video", "video": frames}` with all that `Video`
-    takes. A video is an image of several frames; no second processor is needed for it. Control tokens that a message
-    spells (the image token, and those with which the template marks roles and ends) are plain text.
-
-    Args:
-        image_processor: a `VoraImageProcessor`.
-        tokenizer: the LLM's.
-        chat_template: Jinja template that takes content as strings or as lists of images and texts.
-        image_token: the token that stands for one patch; one stands for a whole image in text given by hand.
+    takes. Control tokens that a message spells (the image token, and those with which the template marks roles and
+    ends) are plain text. In texts given by hand one `image_token` stands for a whole image.
     """
 
     _auto_class = "AutoProcessor"
@@ -72,21 +64,16 @@ class VoraProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         # left, so that generation continues right after every prompt of a batch; calls and saving read init_kwargs
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-        self._ends: tuple[str | None, list[int]] = None, []
-        self._control: tuple[str | None, str] = None, ""  # each of a template, see `end_ids`, `_control_tokens`
+        self._found: dict[tuple, Any] = {}  # see `_once`
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def set_template(self, template: str) -> "VoraProcessor":
-        """Write turns by this Jinja template from now on; content may be a list of images and texts. Gives itself."""
+        """Write turns by an LLM's Jinja template from now on; gives itself."""
         self.chat_template = FLATTEN_CONTENT.replace("IMAGE_TOKEN", self.image_token) + template
         return self
 
     def apply_chat_template(self, conversation: Sequence, *args: Any, **kwargs: Any) -> Any:
-        """As the library's, of messages or a batch of them.
-
-        Raises:
-            ValueError: a part of the content is neither text nor image nor video, so that it would be left out.
-        """
+        """As the library's; ValueError where a part is no text, image or video, so that it would be left out."""
         return super().apply_chat_template(self._normalised(conversation), *args, **kwargs)
 
     def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
@@ -110,24 +97,18 @@ class VoraProcessor(ProcessorMixin):
     def validate_inputs(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> None:
-        """Images and their places must match; the library's own check knows no `Video`.
-
-        Raises:
-            ValueError: they do not, or videos or audio come outside messages.
-        """
+        """Raise ValueError unless images and their places match; the library's own check knows no `Video`."""
         if videos is not None or audio is not None:
             raise ValueError("Videos go into messages as {'type': 'video', 'video': frames}; audio is not understood.")
         super().validate_inputs(text=None if text is None and images is None else [""], **kwargs)
-        given = [] if images is None else images
         if text is None:
             return
-        if isinstance(given, list) and given and all(isinstance(row, list) for row in given):
-            if len(given) != len(text):
-                raise ValueError(f"{len(text)} texts are given, but lists of images for {len(given)}.")
-            rows = list(zip(text, given))
-        else:  # in one list: they follow each other through all texts
-            rows = [("".join(text), given)]
-        for number, (one, row) in enumerate(rows):
+        given = [] if images is None else images
+        if not (isinstance(given, list) and given and all(isinstance(row, list) for row in given)):
+            text, given = ["".join(text)], [given]  # in one list they follow each other through all texts
+        if len(given) != len(text):
+            raise ValueError(f"{len(text)} texts are given, but lists of images for {len(given)}.")
+        for number, (one, row) in enumerate(zip(text, given)):
             num_places, num_images = one.count(self.image_token), sum(1 for _ in flat_images(row))
             if num_places != num_images:
                 raise ValueError(
@@ -140,12 +121,10 @@ class VoraProcessor(ProcessorMixin):
         return inputs, [self.replace_image_token(inputs, index) for index in range(len(inputs["image_grid_thw"]))]
 
     def replace_image_token(self, image_inputs: Mapping, image_idx: int, **kwargs: Any) -> str:
-        """One placeholder to as many image tokens as the image makes."""
         num_patches = math.prod(image_inputs["image_grid_thw"][image_idx].tolist())
         return self.image_token * (num_patches // self.image_processor.patch_merge**2)
 
     def _get_num_multimodal_tokens(self, image_sizes: Iterable | None = None, **kwargs: Any) -> MultiModalData:
-        """Image tokens for images of (height, width) pixels, without reading them."""
         patches = [self.image_processor.get_number_of_image_patches(*size, kwargs) for size in image_sizes or []]
         tokens = [count // self.image_processor.patch_merge**2 for count in patches]
         return MultiModalData(num_image_tokens=tokens, num_image_patches=patches)
@@ -155,24 +134,22 @@ class VoraProcessor(ProcessorMixin):
     ) -> dict[str, np.ndarray]:
         """One conversation as unpadded model inputs with labels on the assistant's tokens.
 
-        The conversation is rendered up to each assistant turn and past it, so that labels are exact for any template
-        that renders a conversation's beginning as the beginning of the whole, and so that each turn is learned after
-        the very tokens that `apply_chat_template` makes of its prompt. A message with `learn: False` is not learned.
+        The conversation is rendered up to each assistant turn and past it, so that each turn is learned after the very
+        tokens that `apply_chat_template` makes of its prompt. A message with `learn: False` is not learned.
 
         Args:
             image_inputs: what the image processor made of the same images before, to spare it the work.
 
         Returns:
-            input_ids int[T], labels int[T] (-100 outside the assistant's turns), and, if there are images,
-            pixel_values float[P, C*p*p] and image_grid_thw int[N, 3], as numpy arrays.
+            input_ids and labels int[T] (-100 outside the assistant's turns), and, if there are images, pixel_values
+            float[P, C*p*p] and image_grid_thw int[N, 3].
 
         Raises:
             ValueError: the template does not render turns one after the other, no assistant speaks, or placeholders
                 and images do not match.
         """
         messages, done = self._normalised(messages), ""
-        ids: list[int] = []
-        labels: list[int] = []
+        ids, labels = list[int](), list[int]()
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -187,9 +164,11 @@ class VoraProcessor(ProcessorMixin):
                 )
             request = self._ids_after(ids, done, prompt)
             answer = self._ids_after(ids + request, prompt, whole)
+            # up to its end-of-turn token; what the template puts after it is not learned
+            ends = [place + 1 for place, id in enumerate(answer) if id in self.end_ids] or [len(answer)]
+            learned = answer[: ends[-1]] if message.get("learn", True) else []
             ids += request + answer
-            learned = self._labels_of(answer, self.end_ids) if message.get("learn", True) else [-100] * len(answer)
-            labels += [-100] * len(request) + learned
+            labels += [-100] * len(request) + learned + [-100] * (len(answer) - len(learned))
             done = whole
         if not ids:
             raise ValueError("The conversation has no assistant turn, so there is nothing to learn from it.")
@@ -215,15 +194,10 @@ class VoraProcessor(ProcessorMixin):
         return {**sample, "input_ids": input_ids.repeat(repeats), "labels": targets.repeat(repeats)}
 
     def text_sample(self, text: str) -> dict[str, np.ndarray]:
-        """Plain text as `training_sample`, every token of it to be learned.
-
-        Raises:
-            ValueError: it has fewer than two tokens.
-        """
-        end = self.tokenizer.eos_token_id
-        ids = [*self.tokenizer(text)["input_ids"], end]
-        if ids[-2:-1] == [end]:
-            ids.pop()  # the tokenizer ends texts by itself
+        """Plain text as `training_sample`, every token of it to be learned; ValueError where these are below two."""
+        ids, end = self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id
+        if ids[-1:] != [end]:  # some tokenizers end texts by themselves
+            ids = [*ids, end]
         if len(ids) < 2 or self.image_token_id in ids:
             raise ValueError(f"Its text {text[:50]!r} is empty, or holds the image token {self.image_token}.")
         return {"input_ids": np.array(ids), "labels": np.array(ids)}
@@ -242,17 +216,22 @@ class VoraProcessor(ProcessorMixin):
 
     def _spelt(self, text: str, role: str | None) -> str:
         """The text of a message, the control tokens in it marked as letters; of an answer the image token alone."""
-        tokens = re.escape(self.image_token) if role == "assistant" else self._control_tokens()
+        tokens = re.escape(self.image_token) if role == "assistant" else self._once(self._control_tokens)
         return re.sub(tokens, lambda found: found[0][:1] + SPELT + found[0][1:], text.replace(SPELT, ""))
 
     def _control_tokens(self) -> str:
         """A pattern of the image token and of those with which the chat template marks roles and ends."""
-        if self._control[0] != self.chat_template:
-            special = (str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special)
-            known = {self.image_token, self.tokenizer.bos_token, self.tokenizer.eos_token} - {None}
-            known.update(token for token in special if token in (self.chat_template or ""))
-            self._control = self.chat_template, "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
-        return self._control[1]
+        special = (str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        known = {self.image_token, self.tokenizer.bos_token, self.tokenizer.eos_token} - {None}
+        known.update(token for token in special if token in (self.chat_template or ""))
+        return "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+
+    def _once(self, find: Callable[[], Any]) -> Any:
+        """What a method finds, asked once for each chat template."""
+        key = find.__name__, self.chat_template
+        if key not in self._found:
+            self._found[key] = find()
+        return self._found[key]
 
     def _normalised(self, conversation: Sequence) -> list:
         """Messages, or a batch of them, as the template and the library take them."""
@@ -299,9 +278,7 @@ class VoraProcessor(ProcessorMixin):
     def end_ids(self) -> list[int]:
         """Tokens that end an assistant's turn, a sorted list: the tokenizer's own, and the special token that the chat
         template writes after an answer, which is another one in base models such as Qwen2.5's."""
-        if self._ends[0] != self.chat_template:
-            self._ends = self.chat_template, self._ends_of_template()
-        return self._ends[1]
+        return self._once(self._ends_of_template)
 
     def _ends_of_template(self) -> list[int]:
         tokenizer, answer = self.tokenizer, "yes"
@@ -320,12 +297,5 @@ class VoraProcessor(ProcessorMixin):
     def end_turns_of(self, model: PreTrainedModel) -> None:
         """Let the answers of a model end where this chat template ends a turn."""
         known = model.generation_config.eos_token_id
-        known = known if isinstance(known, list) else [known]
-        ends = sorted({*self.end_ids, *known} - {None})
+        ends = sorted({*self.end_ids, *(known if isinstance(known, list) else [known])} - {None})
         model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
-
-    @staticmethod
-    def _labels_of(ids: list[int], ends: list[int]) -> list[int]:
-        """An assistant's turn up to its end-of-turn token; what the template puts after it is not learned."""
-        last = max((place for place, id in enumerate(ids) if id in ends), default=len(ids) - 1)
-        return ids[: last + 1] + [-100] * (len(ids) - last - 1)

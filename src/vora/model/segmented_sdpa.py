@@ -29,29 +29,18 @@ SHORT = 64  # sequences that are not longer are soonest all together, by `sdpa`
 
 
 def use_segmented_sdpa_on_cpu(model: PreTrainedModel, device: torch.device) -> None:
-    """Have a model that is to run on a processor, and attends by `sdpa`, attend segment by segment.
-
-    Args:
-        model: a `VoraForConditionalGeneration`.
-        device: where it will run. On others than processors, and with other kinds of attention, nothing changes.
-    """
+    """Have a model that is to run on a processor, and attends by `sdpa`, attend segment by segment."""
     if device.type == "cpu" and model.config.get_text_config()._attn_implementation == "sdpa":
         model.set_attn_implementation(SEGMENTED_SDPA)
 
 
 @dataclass
 class Segment:
-    """Neighbouring queries of a sequence.
-
-    Attributes:
-        queries: which; the segments of a sequence cover all of them, in order.
-        keys: from the first to the last that any of them sees.
-        added: float[1, L, S] to add to scores; None where all see all.
-    """
+    """Neighbouring queries of a sequence, whose segments cover all of them in order."""
 
     queries: slice
-    keys: slice
-    added: Tensor | None
+    keys: slice  # from the first to the last that any of them sees
+    added: Tensor | None  # float[1, L, S] to add to scores; None where all see all
 
 
 def cut(mask: Tensor, blocks: Tensor | None, seen_until: Tensor | None, states: Tensor) -> None:
@@ -59,8 +48,8 @@ def cut(mask: Tensor, blocks: Tensor | None, seen_until: Tensor | None, states: 
 
     Args:
         mask: bool[B, 1, Q, K], True = sees.
-        blocks: int[B, Q] from `image_blocks`, or None.
-        seen_until: int[B, K], see `attention_masks`, or None.
+        blocks: int[B, Q] from `image_blocks`.
+        seen_until: int[B, K], see `attention_masks`.
         states: of the dtype that attention will be computed in, but for autocast.
     """
     if mask.shape[2] <= SHORT:
@@ -109,10 +98,7 @@ def _cut_long(start: int, end: int, borders: list[int], dtype: torch.dtype) -> I
 def _segment(sees: np.ndarray, start: int, end: int, dtype: torch.dtype, device: torch.device) -> Segment:
     """The segment of the queries from start to end of a sequence, of which `sees` is bool[Q, K]."""
     columns = np.asarray(sees[start:end].any(0))
-    first, last = (
-        int(columns.argmax()),
-        len(columns) - int(columns[::-1].argmax()),
-    )  # all, of padding that sees nothing
+    first, last = int(columns.argmax()), len(columns) - int(columns[::-1].argmax())  # all, of padding that sees none
     sees, added = sees[start:end, first:last], None
     if not sees.all():
         added = torch.full((1, *sees.shape), torch.finfo(dtype).min, dtype=dtype, device=device)
@@ -123,15 +109,9 @@ def _segment(sees: np.ndarray, start: int, end: int, dtype: torch.dtype, device:
 def segmented_sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """`sdpa` on each segment of each sequence by itself. Without segments it is `sdpa`.
+    """`sdpa` on each segment (`cut`) of each sequence by itself; without segments it is `sdpa`.
 
-    Args:
-        query: float[B, H, Q, W].
-        key, value: float[B, G, K, W].
-        attention_mask: from `attention_masks`, with an attribute `segments`, see `cut`.
-
-    Returns:
-        (float[B, Q, H, W], None).
+    Queries float[B, H, Q, W], keys and values float[B, G, K, W] make (float[B, Q, H, W], None).
     """
     segments_of_batch = getattr(attention_mask, "segments", None)
     if segments_of_batch is None or any(kwargs.get(name) is not None for name in CHANGES_SCORES):
@@ -145,11 +125,9 @@ def segmented_sdpa(
     for segments, queries, keys, values in zip(segments_of_batch, query, key, value):
         parts = queries.split([segment.queries.stop - segment.queries.start for segment in segments], dim=1)
         for segment, part in zip(segments, parts):
-            seen = keys[:, segment.keys], values[:, segment.keys]
-            if seen[0].shape[1] <= most_keys:
-                outputs.append(_products(part, *seen, segment.added, scale))
-            else:
-                outputs.append(_sdpa(part, *seen, segment.added, scale, dropout))
+            given = part, keys[:, segment.keys], values[:, segment.keys], segment.added, scale
+            in_products = given[1].shape[1] <= most_keys
+            outputs.append(_products(*given) if in_products else _sdpa(*given, dropout))
     return torch.cat([output.transpose(0, 1) for output in outputs]).unflatten(0, (len(query), -1)), None
 
 
