@@ -14,11 +14,9 @@ if TYPE_CHECKING:
 
 def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
     """A figure of so many inches, drawn without a display, and its axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.subplots()
 
 
@@ -28,7 +26,6 @@ def losses_figure(log: Sequence[Mapping[str, Any]], labels: Mapping[str, str], s
     Args:
         log: lines with `samples_seen` and, each under its name, some of the losses.
         labels: {name of a loss: its name in the legend}.
-        size: in inches.
     """
     figure, axes = new_figure(*size)
     for name, label in labels.items():
