@@ -116,10 +116,11 @@ class Killed(BaseException):
     """Like SIGKILL, nothing catches it: what is on the disk stays as it was."""
 
 
-def test_a_grid_goes_on_after_a_signal_and_after_a_kill(work, tmp_path, monkeypatch):
-    spec = work(variants=VARIANTS, seeds=[0], set=["training.max_steps=5", "training.save_steps=2"])
-    out = tmp_path / "out"
-    ablate(spec, tmp_path / "whole", [], QUIET)
+def test_a_grid_goes_on_after_a_signal_a_kill_and_a_failure(work, tmp_path, monkeypatch):
+    lasting = {"seeds": [0], "set": ["training.max_steps=5", "training.save_steps=2"]}
+    ablate(work(variants=VARIANTS, **lasting), tmp_path / "whole", [], QUIET)
+    spec, out = work(variants={**VARIANTS, "bad": ["data.sequence_length=512"]}, **lasting), tmp_path / "out"
+    taught, untaught = (out / variant / "seed-0" for variant in VARIANTS)
 
     class EndAt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -132,7 +133,6 @@ def test_a_grid_goes_on_after_a_signal_and_after_a_kill(work, tmp_path, monkeypa
         return train(recipe, folder, resume, console, [*callbacks, *([] if resume else [EndAt()])])
 
     monkeypatch.setattr(runs_module, "train", ended)
-    taught, untaught = (out / variant / "seed-0" for variant in VARIANTS)
     with pytest.raises(Killed):
         ablate(spec, out, [], QUIET)
     assert (taught / "checkpoint-2").exists() and not (out / "table.md").exists()
@@ -142,26 +142,21 @@ def test_a_grid_goes_on_after_a_signal_and_after_a_kill(work, tmp_path, monkeypa
         ablate(spec, out, [], QUIET)
     assert list(untaught.glob("checkpoint-*")) and not (taught / "final" / "half").exists()
     first = (taught / "run.json").stat().st_mtime_ns
-    ablate(spec, out, [], QUIET)
+    result = command(spec, "--out", out)
     assert first == (taught / "run.json").stat().st_mtime_ns
     for variant in VARIANTS:
         assert losses(out / variant / "seed-0") == losses(tmp_path / "whole" / variant / "seed-0")
     assert [step for step, *_ in losses(taught)] == [1, 2, 3, 4, 5]
-
-
-def test_a_failing_variant_is_named_and_the_others_go_on(work, tmp_path):
-    variants = {"bad": ["data.sequence_length=512", "lora.rank=2"], "taught": []}
-    out = tmp_path / "out"
-    result = command(work(variants=variants, baseline="taught", seeds=[0]), "--out", out)
+    # a variant that fails is named, and is tried again
     assert result.exit_code == 1 and "1 runs failed" in str(result.exception)
     found = json.loads((out / "table.json").read_text())
-    bad, taught = found["variants"]
+    good, _, bad = found["variants"]
     assert "context holds 256" in bad["failed"]["0"] and bad["lm_loss"]["mean"] is None
-    assert taught["lm_loss"]["mean"] > 0 and "context holds 256" in (out / "table.md").read_text()
+    assert good["lm_loss"]["mean"] > 0 and "context holds 256" in (out / "table.md").read_text()
     assert any("finished seeds" in warning for warning in found["warnings"])
-    mended = work(variants={**variants, "bad": ["lora.rank=2"]}, baseline="taught", seeds=[0])
-    assert command(mended, "--out", out).exit_code == 0
-    assert not json.loads((out / "table.json").read_text())["variants"][0]["failed"]
+    monkeypatch.undo()
+    mended = ablate(work(variants={**VARIANTS, "bad": ["lora.rank=2"]}, **lasting), out, [], QUIET)
+    assert not mended["variants"][2]["failed"] and not mended["warnings"]
 
 
 def test_runs_end_at_equal_samples(work, tmp_path):
@@ -225,9 +220,8 @@ def test_what_cannot_be_done_is_refused_before_any_work(work, tmp_path, values, 
 
 def test_a_grid_is_all_combinations_and_variants_override_the_command_line(work, tmp_path):
     spec = load_spec(work(grid={"lora.rank": [2, 4], "training.learning_rate": [1e-3, 0.01]}))
-    assert list(spec.variants) == [
-        f"rank={rank},learning_rate={rate}" for rank in (2, 4) for rate in ("0.001", "0.01")
-    ]  # fmt: skip
+    names = [f"rank={rank},learning_rate={rate}" for rank in (2, 4) for rate in ("0.001", "0.01")]
+    assert list(spec.variants) == names
     runs = runs_of(spec, ["lora.rank=3", "data.sequence_length=32"], tmp_path)
     assert [run.recipe.lora.rank for run in runs[:4]] == [2, 2, 4, 4]
     assert [run.recipe.training["learning_rate"] for run in runs[:2]] == [1e-3, 1e-2]
@@ -273,16 +267,13 @@ def test_curves_of_hand_made_logs(tmp_path):
 
 
 def test_table_of_hand_made_logs(tmp_path):
-    def curves(slopes, **kwargs):
-        return {seed: read_curve(log(tmp_path, np.linspace(10, 10 - slope, 11), **kwargs), 0.01)
-                for seed, slope in enumerate(slopes)}  # fmt: skip
-
-    slow, fast, short = curves([4, 5, 6]), curves([8, 10, 11]), curves([1, 1, 1], size=5)
-    every = {(name, seed): c for name, own in (("slow", slow), ("fast", fast), ("short", short))
-             for seed, c in own.items()}  # fmt: skip
+    curves = {}
+    for name, size, slopes in (("slow", 10, (4, 5, 6)), ("fast", 10, (8, 10, 11)), ("short", 5, (1, 1, 1))):
+        for seed, slope in enumerate(slopes):
+            curves[name, seed] = read_curve(log(tmp_path, np.linspace(10, 10 - slope, 11), size), 0.01)
     scores = {("slow", 0): {"vqa a": 0.5}, ("fast", 0): {"vqa a": 0.75}, ("fast", 1): {"vqa a": 0.25}}
     variants = {"slow": [], "fast": ["a=1"], "short": [], "broken": []}
-    found = summary(variants, "slow", every, scores, {("broken", 2): "it broke"})
+    found = summary(variants, "slow", curves, scores, {("broken", 2): "it broke"})
     baseline, row, short_row, broken = found["variants"]
     half, by_seed = pytest.approx(4.303 / 3**0.5), {"0": 6.0, "1": 5.0, "2": 4.0}
     assert baseline["lm_loss"] == {"mean": 5.0, "half": half, "by_seed": by_seed}

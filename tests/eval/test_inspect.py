@@ -25,6 +25,8 @@ from vora.eval.inspect.page import write_inspection
 from vora.eval.inspect.teacher import take_teacher
 from vora.eval.metrics.cka import linear_cka, of_one_length
 
+NOISE, PAIRS = Image.effect_noise((40, 24), 90).convert("RGB"), [(0, 0), (1, 1)]
+
 
 def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -157,32 +159,25 @@ def seeing(llm_folder):
 
 
 @pytest.fixture(scope="module")
-def image():
-    generator = torch.Generator().manual_seed(3)
-    return Image.fromarray(torch.randint(0, 255, (24, 40, 3), generator=generator).numpy().astype("uint8"))
+def found(seeing):
+    return inspect_image(*seeing, NOISE, "what?", "teal shape", PAIRS)
 
 
-PAIRS = [(0, 0), (1, 1)]
-
-
-@pytest.fixture(scope="module")
-def found(seeing, image):
-    return inspect_image(*seeing, image, "what?", "teal shape", PAIRS)
-
-
-def question(processor, image):
-    content = [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]
+@pytest.fixture
+def inputs(seeing):
+    """A question about the image, as the model takes it."""
+    content = [{"type": "image", "image": NOISE}, {"type": "text", "text": "what?"}]
     kwargs = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    return processor.apply_chat_template([{"role": "user", "content": content}], **kwargs)
+    inputs = seeing[1].apply_chat_template([{"role": "user", "content": content}], **kwargs)
+    del inputs["attention_mask"]
+    return inputs
 
 
-def test_likeness_is_what_training_maximises_and_the_mirror_is_the_control(seeing, image, found):
+def test_likeness_is_what_training_maximises_and_the_mirror_is_the_control(seeing, inputs, found):
     learner, processor = seeing
     assert found.grid == (3, 5) and found.image.size == (40, 24)  # of 8 pixels a token, as it came
-    inputs = question(processor, image)
-    inputs.pop("attention_mask")
     is_image = inputs["input_ids"][0] == processor.image_token_id
-    mirrored = learner.teach(**processor.image_processor(ImageOps.mirror(image), return_tensors="pt"))
+    mirrored = learner.teach(**processor.image_processor(ImageOps.mirror(NOISE), return_tensors="pt"))
     with torch.no_grad():
         losses = learner(torch.full_like(inputs["input_ids"], -100), **inputs)
         said = learner.distillation.heads["1"](tiny.states_of_blocks(learner.vora, **inputs)[1][0, is_image])
@@ -201,17 +196,15 @@ def test_likeness_is_what_training_maximises_and_the_mirror_is_the_control(seein
         silent.distillation.mean_0.fill_(-50)
         silent.distillation.heads["0"][1].weight.zero_()
         silent.distillation.heads["0"][1].bias.fill_(1.0)
-    flattered = inspect_image(silent, processor, image, "what?", "blue", PAIRS).pair_likeness[0]
+    flattered = inspect_image(silent, processor, NOISE, "what?", "blue", PAIRS).pair_likeness[0]
     assert flattered["cosine"] > 0.95 and abs(flattered["centred_cosine"]) < 1e-4
 
 
-def test_blocks_are_compared_token_by_token_with_the_merged_patches(seeing, image, found):
-    learner, processor = seeing
+def test_blocks_are_compared_token_by_token_with_the_merged_patches(seeing, inputs, found):
     assert found.cka["blocks"] == [-1, 0, 1, 2] and found.cka["teacher_blocks"] == [0, 1]
-    images = processor.image_processor(image, return_tensors="pt")
-    taught = learner.teach(**images, blocks=[0, 1])
+    images = inputs["pixel_values"], inputs["image_grid_thw"]
     with torch.no_grad():
-        tokens = learner.vora.get_image_features(images["pixel_values"], images["image_grid_thw"])
+        tokens, taught = seeing[0].vora.get_image_features(*images), seeing[0].teach(*images, blocks=[0, 1])
     torch.testing.assert_close(found.cka["cka"][:1], linear_cka([tokens], [taught[0], taught[1]]), atol=1e-4, rtol=0)
     assert found.pair_likeness[1]["cka"] == found.cka["cka"][2, 1]
     assert set(found.colours) == {-1, 0, 1, 2} and set(found.teacher_colours) == {0, 1}
@@ -220,41 +213,34 @@ def test_blocks_are_compared_token_by_token_with_the_merged_patches(seeing, imag
         assert (sides[:3, 3:].diag() > -0.05).all()
 
 
-def test_a_word_looked_from_the_place_where_it_was_chosen(seeing, image, found):
+def test_a_word_looked_from_the_place_where_it_was_chosen(seeing, inputs, found):
     learner, processor = seeing
     assert found.answer == "teal shape" and [word.text for word in found.words] == ["teal", "shape"]
-    inputs = question(processor, image)
-    length = inputs["input_ids"].shape[1]
+    prompt, model = inputs["input_ids"], copy.deepcopy(learner.vora)
     spoken = processor.tokenizer("teal shape", add_special_tokens=False, return_tensors="pt")["input_ids"]
-    ids = torch.cat([inputs["input_ids"], spoken], 1)
-    images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
-    model = copy.deepcopy(learner.vora)
     model.set_attn_implementation("eager")
+    inputs["input_ids"] = torch.cat([prompt, spoken], 1)
     with torch.no_grad():
-        blocks = model.model(input_ids=ids, **images, output_attentions=True, use_cache=False).attentions
+        blocks = model.model(**inputs, output_attentions=True, use_cache=False).attentions
     tokens = dict(words_of_tokens(spoken[0].tolist(), processor.tokenizer))["teal"]
-    places = [length - 1 + token for token in tokens]
-    image_places = (ids[0] == processor.image_token_id).nonzero()[:, 0]
+    places = [prompt.shape[1] - 1 + token for token in tokens]
+    image_places = (prompt[0] == processor.image_token_id).nonzero()[:, 0]
     expected = [weights[0].mean(0)[places][:, image_places].mean(0) for weights in blocks]
     torch.testing.assert_close(torch.stack(list(found.words[0].attention.values())), torch.stack(expected))
     assert found.words[0].even_share == pytest.approx(sum(15 / (place + 1) for place in places) / len(places))
 
 
-def test_the_models_own_answer_is_greedy_and_may_be_nothing(seeing, image, monkeypatch):
+def test_the_models_own_answer_is_greedy_may_be_nothing_and_needs_room(seeing, inputs, monkeypatch):
     learner, processor = seeing
-    own = inspect_image(learner, processor, image, "what?", pairs=PAIRS, max_new_tokens=4)
-    inputs = question(processor, image)
+    own = inspect_image(learner, processor, NOISE, "what?", pairs=PAIRS, max_new_tokens=4)
     said = learner.vora.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert own.answer == processor.tokenizer.decode(said, skip_special_tokens=True).strip()
     end = torch.tensor([[processor.tokenizer.eos_token_id]])
     monkeypatch.setattr(type(learner.vora), "generate", lambda self, input_ids, **_: torch.cat([input_ids, end], 1))
-    silent = inspect_image(learner, processor, image, "what?", pairs=PAIRS)
+    silent = inspect_image(learner, processor, NOISE, "what?", pairs=PAIRS)
     assert silent.answer == "" and silent.words == [] and silent.as_json()["attention"]["words"] == []
-
-
-def test_too_long_a_question_is_refused_before_any_work(seeing, image):
     with pytest.raises(ValueError, match="context holds 256"):
-        inspect_image(*seeing, image, "what? " * 300)
+        inspect_image(*seeing, NOISE, "what? " * 300)
 
 
 @pytest.mark.parametrize("size", [(40, 24), (8, 200), (300, 9), (8, 8)])
@@ -277,8 +263,8 @@ def test_the_page_needs_nothing_beside_it(seeing, tmp_path, size):
     assert [pair["student"] for pair in figures["similarity"]["pairs"]] == [0, 1]
 
 
-def test_without_a_teacher_the_student_is_shown_alone(seeing, image, tmp_path):
-    found = inspect_image(fresh(seeing), seeing[1], image, "what?", "blue")
+def test_without_a_teacher_the_student_is_shown_alone(seeing, tmp_path):
+    found = inspect_image(fresh(seeing), seeing[1], NOISE, "what?", "blue")
     write_inspection(tmp_path / "page.html", found, seeing[1].image_processor, "a.png", "model")
     figures = json.loads((tmp_path / "page.json").read_text())
     assert figures["similarity"] is None and figures["attention"]["words"] and "teacher" not in figures
@@ -316,7 +302,7 @@ def test_the_teacher_is_the_one_asked_for_or_the_cards(seeing, tmp_path, model):
 
 
 @pytest.mark.parametrize("pairing", ["outputs", "hidden_states"])
-def test_heads_beside_a_model_are_used_with_their_teacher_alone(seeing, image, tmp_path, model, pairing):
+def test_heads_beside_a_model_are_used_with_their_teacher_alone(seeing, tmp_path, model, pairing):
     pairs, width = block_pairs(2, 2, pairing=pairing), seeing[0].config.text_config.hidden_size
     heads = BlockwiseDistillation(pairs, width, 24)
     save_file(heads.state_dict(), tmp_path / "model" / HEADS_FILE)
@@ -324,7 +310,7 @@ def test_heads_beside_a_model_are_used_with_their_teacher_alone(seeing, image, t
     assert take_teacher(learner, model, str(tmp_path / "vit"))[0] == pairs
     for name, tensor in learner.distillation.state_dict().items():
         assert torch.equal(tensor, heads.state_dict()[name])
-    found = inspect_image(learner, seeing[1], image, "what?", "blue", pairs)
+    found = inspect_image(learner, seeing[1], NOISE, "what?", "blue", pairs)
     assert [(one["student"], one["teacher"]) for one in found.pair_likeness] == pairs
     assert all("cosine" in one for one in found.pair_likeness)
     (tmp_path / "vit").rename(tmp_path / "other")  # another teacher, whom the heads were not trained for

@@ -12,16 +12,11 @@ from vora.eval.metrics.cka import of_one_length
 
 
 def principal_components(states: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
-    """The first three principal components of tokens, largest first.
+    """The first three principal components of tokens, float[T, D]: (float[T, 3], centred and without fixed signs, 0
+    where there are fewer; [3 shares of the variance]).
 
     Each token is brought to the same length first, as every block does to what it reads: otherwise the few tokens of
     enormous length that LLMs make would be all that is seen.
-
-    Args:
-        states: float[T, D].
-
-    Returns:
-        (float[T, 3], centred and without fixed signs, 0 where there are fewer; [3 shares of the variance]).
     """
     states = of_one_length(states)
     states = states - states.mean(0)

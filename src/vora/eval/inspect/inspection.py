@@ -46,11 +46,6 @@ class Inspection:
     """All that is shown of one image. Blocks count from 0; -1 is what enters the first one.
 
     Args:
-        image: as the model sees it, cut to whole tokens.
-        grid: (rows, columns) of image tokens.
-        colours, teacher_colours: {block: float[I, 3]} in 0..1.
-        variance, teacher_variance: {block: [3 shares]} that those colours show of what differs between tokens.
-        pairs: (student block, teacher block) side by side.
         cka: {"blocks", "teacher_blocks": lists, "cka", "cka_mirrored": float[blocks, teacher blocks]}. The image
             that the teacher is given is mirrored: the control, for that is another image of the same kind.
         pair_likeness: one dict per pair: "student", "teacher", "cka"; with heads "cosine" (what training maximises)
@@ -58,12 +53,12 @@ class Inspection:
             "_mirrored".
     """
 
-    image: Image.Image
-    grid: tuple[int, int]
+    image: Image.Image  # as the model sees it, cut to whole tokens
+    grid: tuple[int, int]  # rows and columns of image tokens
     question: str
     answer: str
-    colours: dict[int, torch.Tensor]
-    variance: dict[int, list[float]]
+    colours: dict[int, torch.Tensor]  # {block: float[I, 3]} in 0..1
+    variance: dict[int, list[float]]  # {block: [3 shares]} that these show of what differs between tokens
     words: list[Word]
     teacher: str | None = None
     pairs: list[Pair] = field(default_factory=list)

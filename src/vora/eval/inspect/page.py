@@ -96,12 +96,10 @@ def _seen(found: Inspection, image_processor: VoraImageProcessor) -> str:
 
 
 def _components(found: Inspection) -> str:
-    teacher_of = dict(found.pairs)
-    tiles = []
+    teacher_of, tiles = dict(found.pairs), []
     for block, colours in found.colours.items():
         image, label = _tile(colours, found.grid, TILE), _percent(sum(found.variance[block]))
-        if block in teacher_of:
-            other = teacher_of[block]
+        if (other := teacher_of.get(block)) is not None:
             image = _stacked(image, _tile(found.teacher_colours[other], found.grid, TILE))
             label += f"\nteacher {int(other) + 1}: {_percent(sum(found.teacher_variance[other]))}"
         tiles.append((_block_name(block), label, image))
@@ -192,7 +190,6 @@ def _blocks(found: Inspection) -> str:
 
 
 def _block_name(block: int) -> str:
-    """Blocks are counted from 1 for readers; -1 is what enters the first."""
     return "input" if block == -1 else f"block {block + 1}"
 
 
@@ -213,7 +210,7 @@ def _tile(colours: torch.Tensor | np.ndarray, grid: Grid, side: int) -> Image.Im
 
 
 def _mapped(values: torch.Tensor | np.ndarray, name: str) -> np.ndarray:
-    """Values through a colour map, whose ends stand for all below 0 and above 1: float[..., 3]."""
+    """Values in 0..1 through a colour map: float[..., 3]."""
     return colormaps[name](np.asarray(values))[..., :3]
 
 
@@ -226,22 +223,18 @@ def _lit(found: Inspection, attention: torch.Tensor, side: int) -> Image.Image:
 
 
 def _stacked(*images: Image.Image) -> Image.Image:
-    """Images one above the other, with a gap."""
-    height = sum(image.height for image in images) + GAP * (len(images) - 1)
-    whole, top = Image.new("RGB", (max(image.width for image in images), height), "white"), 0
-    for image in images:
-        whole.paste(image, (0, top))
-        top += image.height + GAP
-    return whole
+    """Images of one width one above the other, with a gap."""
+    gap = np.full((GAP, images[0].width, 3), 255, np.uint8)
+    return Image.fromarray(np.vstack([part for image in images for part in (gap, np.asarray(image))][1:]))
 
 
 def _likeness_lines(found: Inspection) -> Image.Image:
     figure, axes = new_figure(5.6, 3.6)
     blocks = [likeness["student"] + 1 for likeness in found.pair_likeness]
     for colour, (name, label) in enumerate(LINES):
-        if name in found.pair_likeness[0]:
-            for mark, style in (("", "-o"), ("_mirrored", "--")):
-                values = [float(likeness[name + mark]) for likeness in found.pair_likeness]
+        for mark, style in (("", "-o"), ("_mirrored", "--")):
+            values = [float(likeness[name + mark]) for likeness in found.pair_likeness if name in likeness]
+            if values:
                 shown = None if mark else label
                 axes.plot(blocks, values, style, color=f"C{colour}", label=shown, markersize=3)
     axes.axhline(0, color="#5b6b7b", linewidth=0.8)

@@ -14,14 +14,13 @@ def take_teacher(objective: Objective, model: str, name: str | None = None) -> t
     """Give an objective the teacher to compare it with, and of a model with distill heads beside it these.
 
     Args:
-        objective: it may have a teacher and heads already.
         model: folder, run directory or hub id that it comes from.
         name: folder or hub id of a teacher; by default the one that the objective has, else the one that the model
             names, if that can be found.
 
     Returns:
-        ([(student block, teacher block)] to show side by side, what a reader must know about the choice or None).
-        The pairs are those of the heads; without heads, those that the model names; else `block_pairs`.
+        ((student block, teacher block) pairs to show side by side: of the heads, else as the model names them, else
+        `block_pairs`; what a reader must know about the choice or None).
 
     Raises:
         ValueError: the teacher that `name` asks for cannot be loaded.

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from vora.eval.rows import Example, SkippedRows
-from vora.model.image_processing_vora import VoraImageProcessor, on_black_square
+from vora.model.image_processing_vora import VoraImageProcessor
+from vora.report.images import image_of_patches
 
 CONDITIONS = ("right", "other", "blank", "shuffled", "none")
 Images = Callable[[], list[Image.Image]]  # opens them
@@ -26,43 +27,32 @@ MOST_PASSES = 10  # over the images whose stand-in shares a fact with them
 
 @dataclass
 class ImageGroup:
-    """An image (or several that belong together) and all that is asked about it.
+    """An image (or several that belong together) and all that is asked about it."""
 
-    Args:
-        key: of its pixels.
-        examples: numbers of the examples about it.
-        facts: (prompt, answer) of all of them.
-    """
-
-    key: str
+    key: str  # of its pixels
     images: Images
-    examples: list[int] = field(default_factory=list)
-    facts: set[tuple[str, str]] = field(default_factory=set)
+    examples: list[int] = field(default_factory=list)  # their numbers
+    facts: set[tuple[str, str]] = field(default_factory=set)  # (prompt, answer) of all of them
 
 
 def image_groups_of(examples: Sequence[Example], skipped: SkippedRows) -> tuple[list[Example], list[ImageGroup]]:
-    """Examples by image; rows that hold the same pixels are one group.
-
-    Returns:
-        (the examples whose images can be read, their groups); the others are added to `skipped`.
-    """
+    """Examples by image, rows that hold the same pixels as one group: (the examples whose images can be read, their
+    groups); the others are added to `skipped`."""
     groups: dict[str, ImageGroup] = {}
     kept: list[Example] = []
     key_of: dict[Images, str | None] = {}
     for example in examples:
         if example.images not in key_of:
+            key_of[example.images] = None
             try:
                 key_of[example.images] = _key_of(example.images())
             except ValueError as error:
-                key_of[example.images] = None
                 skipped.add(example.name, error)
-        key = key_of[example.images]
-        if key is None:
-            continue
-        group = groups.setdefault(key, ImageGroup(key, example.images))
-        group.examples.append(len(kept))
-        group.facts |= {(example.prompt, str(reference).strip().lower()) for reference in example.references}
-        kept.append(example)
+        if key := key_of[example.images]:
+            group = groups.setdefault(key, ImageGroup(key, example.images))
+            group.examples.append(len(kept))
+            group.facts |= {(example.prompt, str(reference).strip().lower()) for reference in example.references}
+            kept.append(example)
     return kept, list(groups.values())
 
 
@@ -133,15 +123,11 @@ def blank(image: Image.Image) -> Image.Image:
 
 def shuffled(image: Image.Image, image_processor: VoraImageProcessor, seed: int) -> Image.Image:
     """An image at the size at which the model reads it, its image tokens (squares of the grid) in another order."""
-    budget = image_processor.min_image_tokens, image_processor.max_image_tokens
-    rows, columns = image_processor.patch_grid(image.height, image.width, *budget)
-    if image_processor.pad_to_square:
-        image = on_black_square(image)
-    side, merge = image_processor.patch_size, image_processor.patch_merge
-    size = columns * side, rows * side
-    if image.size != size:
-        image = image.resize(size, image_processor.resample)
-    rows, columns, side = rows // merge, columns // merge, side * merge
+    inputs = image_processor.preprocess(image, return_tensors="np")
+    _, rows, columns = inputs["image_grid_thw"][0].tolist()
+    image = image_of_patches(inputs["pixel_values"], rows, columns, image_processor)
+    merge = image_processor.patch_merge
+    rows, columns, side = rows // merge, columns // merge, image_processor.patch_size * merge
     squares = np.asarray(image).reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
     draw, order = np.random.default_rng(seed), np.arange(len(squares))
     while len(squares) > 1 and (order == np.arange(len(squares))).all():

@@ -31,11 +31,8 @@ class ImageCondition:
 
 
 class RequestRecords:
-    """Images under their conditions as records, each made when it is asked for.
-
-    Args:
-        answers: for each example its references.
-    """
+    """Images under their conditions as records, each made when it is asked for; `answers` has the references of each
+    example."""
 
     def __init__(
         self, shown: Sequence[ImageCondition], examples: Sequence[Example], answers: Sequence[Sequence[str]]
@@ -65,17 +62,14 @@ def image_conditions(
 ) -> list[ImageCondition]:
     """All that is to be read. An image stands once for what is asked of it rightly and, as another one, wrongly.
 
-    Args:
-        answers: for each example its references.
-        others: of `other_groups`.
+    `answers` has the references of each example, `others` is of `other_groups`.
     """
     own = [
         [(example, reference) for example in group.examples for reference in range(len(answers[example]))]
         for group in groups
     ]
     shown_for = {other: number for number, other in enumerate(others)}
-    found: list[ImageCondition] = []
-    without: list[Request] = []
+    found, without = [], []
     for number, group in enumerate(groups):
         for condition in conditions:
             requests = [(*pair, condition) for pair in own[number]]
@@ -101,10 +95,9 @@ def examples_under(
     group_of = {example: number for number, group in enumerate(groups) for example in group.examples}
     found = []
     for condition in conditions:
-        opens = [
-            images_under(condition, group, groups[other], image_processor, seed)
-            for group, other in zip(groups, others)
+        opens = [images_under(condition, one, groups[n], image_processor, seed) for one, n in zip(groups, others)]
+        found += [
+            replace(example, name=f"{example.name}, {condition}", images=opens[group_of[number]])
+            for number, example in enumerate(examples)
         ]
-        for number, example in enumerate(examples):
-            found.append(replace(example, name=f"{example.name}, {condition}", images=opens[group_of[number]]))
     return found

@@ -21,15 +21,11 @@ CHANCE, LITTLE, FEWEST_GROUPS = 0.5, 0.6, 10
 def verdict_of(
     metrics: dict[str, Estimate], scores: Sequence[str], num_groups: int, num_references: int
 ) -> tuple[bool | None, str]:
-    """What a probe's metrics say.
+    """What a probe's metrics say: (True, False or None, the verdict).
 
     Args:
-        metrics: of `probe_metrics`.
-        scores: names of the task's scores in it.
+        scores: names of the task's scores in the metrics.
         num_groups: images, those that are drawn together counting as one.
-
-    Returns:
-        (True, False or None, the verdict).
     """
     beats, gain = metrics["right_beats_other"], metrics["gain_over_other"]
     value, low, high = numbers(beats)
