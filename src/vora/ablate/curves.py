@@ -13,27 +13,19 @@ from vora.train.run_log import read_log
 
 @dataclass
 class Curve:
-    """What one run's log says.
+    """What one run's log says, of the whole run where nothing else is said."""
 
-    Args:
-        samples: int[L], samples seen at each line.
-        smooth: float[L], losses as means over the window that ends at each line; see `smoothed`.
-        distill_only: samples seen before there was a language loss.
-        samples_seen, tokens, seconds: of the whole run, images alone included; seconds of steps, not of starting.
-        distill_loss: mean over the last window; None without a teacher.
-    """
-
-    samples: np.ndarray
-    smooth: np.ndarray
-    distill_only: int
+    samples: np.ndarray  # float[L], seen at each line
+    smooth: np.ndarray  # float[L], language losses as means over the window that ends at each line; see `smoothed`
+    distill_only: int  # samples seen before there was a language loss
     samples_seen: int
     tokens: int
-    seconds: float
-    distill_loss: float | None
+    seconds: float  # of steps, not of starting
+    distill_loss: float | None  # mean over the last window; None without a teacher
 
     @property
     def final(self) -> float:
-        """The language loss at the end: the mean over the last window."""
+        """The language loss over the last window."""
         return float(self.smooth[-1])
 
 
@@ -62,10 +54,8 @@ def read_curve(log_file: Path, window: float) -> Curve:
 
 
 def smoothed(samples: np.ndarray, losses: np.ndarray, width: float, start: int = 0) -> np.ndarray:
-    """float[L]: at each line the mean over the last `width` samples, each line weighted by its own.
-
-    `start` is how many samples were seen before the first line's.
-    """
+    """float[L]: at each line the mean over the last `width` samples, each line weighted by its own; `start` were seen
+    before those of the first line."""
     sizes = np.diff(samples, prepend=start)
     sizes = np.where(sizes > 0, sizes, 1)
     windows = [(samples > last - width) & (samples <= last) for last in samples]

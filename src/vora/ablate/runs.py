@@ -50,19 +50,14 @@ def check_same(run: Run, samples: int | None) -> None:
     if differ:
         changes = "; ".join(f"{key} was {there.get(key)}, is {wanted.get(key)}" for key in differ[:4])
         raise ValueError(f"{run.folder} was run by another recipe ({len(differ)} keys differ: {changes}): {cure}")
-    ended_at = json.loads((run.folder / "run.json").read_text())["samples"] if run.is_finished else samples
-    if ended_at != samples:
-        raise ValueError(
-            f"{run.folder} was ended by samples: {ended_at}, and the specification says {samples}: {cure}"
-        )
+    ended = json.loads((run.folder / "run.json").read_text())["samples"] if run.is_finished else samples
+    if ended != samples:
+        raise ValueError(f"{run.folder} was ended by samples: {ended}, and the specification says {samples}: {cure}")
 
 
 def train_run(run: Run, samples: int | None, console: Console) -> None:
-    """Train a run, from its newest checkpoint if it has one; nothing to do if it has ended.
-
-    Raises:
-        InterruptedError: a signal stopped the run; the next command goes on.
-    """
+    """Train a run, from its newest checkpoint if it has one; nothing to do if it has ended. InterruptedError where a
+    signal stopped it."""
     if not run.is_finished:
         resume = newest_checkpoint(run.folder) is not None
         unfinished = run.folder / "final" if resume else run.folder  # killed before run.json: it may not be whole
@@ -96,8 +91,7 @@ def measure_run(run: Run, sections: Sequence[EvaluateSection], beside: Path, con
 
 
 def check_unread(runs: Sequence[Run], section: EvaluateSection, beside: Path) -> None:
-    """Raise ValueError if what is to be measured yet of runs cannot be: no base for text, or data that cannot be
-    opened."""
+    """Raise ValueError if what is to be measured yet cannot be: no base for text, or data that cannot be opened."""
     opened = []
     for run in runs:
         evaluation, data = section.evaluation(base_of(run, section)), _data_of(run, section, beside)

@@ -126,11 +126,8 @@ def load_spec(path: str | Path) -> Spec:
 def runs_of(spec: Spec, overrides: Sequence[str], out: str | Path) -> list[Run]:
     """All runs of a specification with their recipes, seed by seed: a stopped grid still compares its variants.
 
-    Args:
-        overrides: of the command line, for all variants; a variant's own overrides go over them.
-
-    Raises:
-        ValueError: a recipe is bad, or plans its steps by the clock; the message names the variant.
+    A variant's own overrides go over `overrides`, which are of the command line. ValueError names a variant whose
+    recipe is bad, or plans its steps by the clock.
     """
     runs = []
     for seed, (variant, own) in product(spec.seeds, (spec.variants or {}).items()):
@@ -156,5 +153,5 @@ def _combinations(grid: dict[str, list[Any]]) -> dict[str, list[str]]:
         if not texts or len(set(texts)) < len(texts):
             raise ValueError(f"grid.{key} has {'a value twice' if texts else 'no values'}: {values}")
         axes.append([f"{key}={text}" for text in texts])
-    return {",".join(f"{one.partition('=')[0].rpartition('.')[2]}={one.partition('=')[2]}" for one in own): list(own)
-            for own in product(*axes)}  # fmt: skip
+    names = {one: one[one.rfind(".", 0, one.index("=")) + 1 :] for axis in axes for one in axis}
+    return {",".join(names[one] for one in own): list(own) for own in product(*axes)}

@@ -42,15 +42,8 @@ def summary(
     scores: Scores,
     failures: Mapping[Key, str],
 ) -> dict[str, Any]:
-    """All figures of a table.
-
-    Args:
-        variants: {variant: overrides}.
-        scores: {(variant, seed): {metric: value}}.
-        failures: {(variant, seed): cause}.
-
-    Returns:
-        dict: `variants`, a list of what is known of each, and `warnings`, what keeps it from being a fair comparison.
+    """All figures of a table: `variants`, a list of what is known of each, and `warnings`, what keeps it from being a
+    fair comparison. Given are {variant: overrides}, and of runs their curves, {metric: value} and causes of failure.
     """
     theirs, compared = _of(curves, baseline), _compared_figures(curves, scores, baseline)
     rows = []
@@ -91,10 +84,8 @@ def _compared_figures(curves: Mapping[Key, Curve], scores: Scores, variant: str)
 
 
 def _to_baseline(own: Mapping[int, Curve], theirs: Mapping[int, Curve]) -> dict[str, Any]:
-    """After how many samples a variant is at the loss that the baseline of the same seed ends with.
-
-    The baseline's own number is read off its curve in the same way, for it may be there before its end.
-    """
+    """After how many samples a variant is at the loss that the baseline of the same seed ends with; the baseline's own
+    number is read off its curve in the same way, for it may be there before its end."""
     samples, fewer, missed = {}, {}, []
     for seed in sorted(own.keys() & theirs.keys()):
         needed, least = (samples_until(curve, theirs[seed].final) for curve in (own[seed], theirs[seed]))

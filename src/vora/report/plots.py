@@ -21,12 +21,8 @@ def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
 
 
 def losses_figure(log: Sequence[Mapping[str, Any]], labels: Mapping[str, str], size: tuple[float, float]) -> "Figure":
-    """Losses against samples seen.
-
-    Args:
-        log: lines with `samples_seen` and, each under its name, some of the losses.
-        labels: {name of a loss: its name in the legend}.
-    """
+    """Losses against samples seen, of log lines with `samples_seen` and, each under its name, some of the losses;
+    `labels` are {name of a loss: its name in the legend}."""
     figure, axes = new_figure(*size)
     for name, label in labels.items():
         points = [(line["samples_seen"], line[name]) for line in log if name in line]

@@ -2,8 +2,7 @@
 
 right     the image itself
 other     that of another example of the set: each is used once, so all that is seen is seen as often
-blank     its mean colour, at its size: as many image tokens, as bright an image, and nothing on it. White or black
-          would be an image unlike all others, and a model may do badly for that alone.
+blank     its mean colour, at its size: as bright, for a model may do badly with white or black alone
 shuffled  its own image tokens in another order: the same pixels, and nothing where it was
 none      no image at all
 """
@@ -57,18 +56,13 @@ def image_groups_of(examples: Sequence[Example], skipped: SkippedRows) -> tuple[
 
 
 def _key_of(images: Sequence[Image.Image]) -> str:
-    found = hashlib.sha256()
-    for image in images:
-        found.update(repr(image.size).encode() + image.tobytes())
-    return found.hexdigest()[:16]
+    pixels = b"".join(repr(image.size).encode() + image.tobytes() for image in images)
+    return hashlib.sha256(pixels).hexdigest()[:16]
 
 
 def other_groups(groups: Sequence[ImageGroup], seed: int = 0) -> list[int]:
     """For each group the number of another: a permutation in which none stays, drawn anew until as few as possible
-    share a fact (a caption, a label, the answer to a question) with what stands in for them.
-
-    Raises:
-        ValueError: there is but one image.
+    share a fact (a caption, a label, the answer to a question) with what stands in for them. ValueError of one image.
     """
     count = len(groups)
     if count < 2:
@@ -81,10 +75,9 @@ def other_groups(groups: Sequence[ImageGroup], seed: int = 0) -> list[int]:
     def cost(number: int, other: int) -> int:
         return SAME_IMAGE if number == other else len(groups[number].facts & groups[other].facts)
 
-    # pairs change places wherever that costs less
     costs = np.array([cost(number, other) for number, other in enumerate(others)])
     for _ in range(MOST_PASSES):
-        before, costly = costs.sum(), np.flatnonzero(costs)
+        before, costly = costs.sum(), np.flatnonzero(costs)  # pairs change places wherever that costs less
         for number in costly:
             for partner in draw.permutation(count)[: max(256, 200_000 // len(costly))]:
                 if not costs[number]:
@@ -103,16 +96,24 @@ def num_alike(groups: Sequence[ImageGroup], others: Sequence[int]) -> int:
     return sum(len(group.facts & groups[other].facts) for group, other in zip(groups, others))
 
 
-def images_under(
-    condition: str, group: ImageGroup, other: ImageGroup, image_processor: VoraImageProcessor, seed: int = 0
-) -> Images:
-    """What opens the images that are shown for a group; the model's image processor knows its grid."""
-    if condition == "blank":
-        return lambda: [blank(image) for image in group.images()]
-    if condition == "shuffled":
-        number = int(group.key, 16) ^ seed
-        return lambda: [shuffled(image, image_processor, number) for image in group.images()]
-    return {"right": group.images, "other": other.images, "none": list}[condition]
+@dataclass
+class Substitutes:
+    """Images, and what each is replaced by."""
+
+    groups: Sequence[ImageGroup]
+    others: Sequence[int]  # of `other_groups`
+    image_processor: VoraImageProcessor  # of the model, whose grid it knows
+    seed: int = 0
+
+    def images(self, condition: str, number: int) -> Images:
+        """What opens the images that are shown for a group."""
+        group, other = self.groups[number], self.groups[self.others[number]]
+        if condition == "blank":
+            return lambda: [blank(image) for image in group.images()]
+        if condition == "shuffled":
+            seed = int(group.key, 16) ^ self.seed
+            return lambda: [shuffled(image, self.image_processor, seed) for image in group.images()]
+        return {"right": group.images, "other": other.images, "none": list}[condition]
 
 
 def blank(image: Image.Image) -> Image.Image:

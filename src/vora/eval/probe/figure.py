@@ -65,8 +65,7 @@ def _bars(axes: "Axes", shown: Sequence[str], values: Sequence[Estimate], label:
 
 def _spreads(all_axes: Sequence["Axes"], scores: ProbeScores, metrics: dict[str, Estimate]) -> None:
     """One histogram below the other, on an axis that is linear around 0 and logarithmic further out."""
-    right = scores.log_probs["right"]
-    gains = {name: right - values for name, values in scores.log_probs.items() if name != "right"}
+    gains = {name: scores.log_probs["right"] - scores.log_probs[name] for name in list(scores.log_probs)[1:]}
     low, high = np.quantile(np.concatenate(list(gains.values())), [0.005, 0.995])
     low, high = min(low, -LINEAR), max(high, LINEAR)
     edges = LINEAR * np.sinh(np.linspace(np.arcsinh(low / LINEAR), np.arcsinh(high / LINEAR), 51))

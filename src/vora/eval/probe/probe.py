@@ -11,7 +11,7 @@ import numpy as np
 
 from vora.eval.evaluation import Evaluation, Job
 from vora.eval.prediction_cache import Line, PredictionCache
-from vora.eval.probe.conditions import CONDITIONS, image_groups_of, num_alike, other_groups
+from vora.eval.probe.conditions import CONDITIONS, Substitutes, image_groups_of, num_alike, other_groups
 from vora.eval.probe.figure import draw_probe
 from vora.eval.probe.requests import RequestRecords, examples_under, image_conditions
 from vora.eval.probe.scores import ProbeScores, drawn_together, probe_metrics
@@ -50,7 +50,7 @@ class Probe(Evaluation):
         return "probe"
 
     def run(self, job: Job) -> Report:
-        task, rows, image_processor = self.task, job.data.rows(), job.processor.image_processor
+        task, rows = self.task, job.data.rows()
         shown = [condition for condition in CONDITIONS if condition == "right" or condition in self.against]
         found = examples_of(task, rows, job.skipped)
         conditions = conditions_of(task, found, job, rows.files)
@@ -58,7 +58,8 @@ class Probe(Evaluation):
         seen = hashlib.sha256(" ".join(group.key for group in groups).encode()).hexdigest()[:16]  # of those that open
         conditions |= {"task": "probe", "of": task.name, "generate": self.generate, "shown": shown, "images": seen}
         others = other_groups(groups, task.seed)
-        under = examples_under(shown, examples, groups, others, image_processor, task.seed)
+        substitutes = Substitutes(groups, others, job.processor.image_processor, task.seed)
+        under = examples_under(shown, examples, substitutes)
         if task.chooses:
             cache = job.open_cache(conditions, len(under))
             scores = _choose(task, examples, _answer_all(job, task, shown, under, cache))
@@ -66,7 +67,7 @@ class Probe(Evaluation):
             answers = [
                 one.references if task.name == "captions" else [most_common(one.references)] for one in examples
             ]
-            reads = image_conditions(shown, answers, groups, others, image_processor, task.seed)
+            reads = image_conditions(shown, answers, substitutes)
             cache = job.open_cache(conditions, len(reads))
             scores = _read(job, RequestRecords(reads, examples, answers), shown, cache)
             if task.name == "captions":

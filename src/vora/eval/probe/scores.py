@@ -61,15 +61,16 @@ def ratio(sums: np.ndarray) -> np.ndarray:
 
 def drawn_together(examples: Sequence[Example], groups: Sequence[ImageGroup]) -> list[int]:
     """A number for each example; those of one image have the same, and those of one group of their task."""
-    above: dict[tuple[str, object], tuple[str, object]] = {}
+    above = list(range(len(groups)))  # of each image one that it is drawn with, at the top itself
 
-    def top(name: tuple[str, object]) -> tuple[str, object]:
-        while above.setdefault(name, name) != name:
-            name = above[name]
-        return name
+    def top(image: int) -> int:
+        while above[image] != image:
+            image = above[image]
+        return image
 
-    for number, group in enumerate(groups):
-        for example in group.examples:
-            above[top(("group", str(examples[example].group)))] = top(("image", number))
-    numbers: dict[tuple[str, object], int] = {}
-    return [numbers.setdefault(top(("group", str(example.group))), len(numbers)) for example in examples]
+    image_of = {example: number for number, group in enumerate(groups) for example in group.examples}
+    first: dict[str, int] = {}
+    for example, image in image_of.items():
+        above[top(image)] = top(first.setdefault(str(examples[example].group), image))
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(top(image_of[example]), len(numbers)) for example in range(len(examples))]
