@@ -45,12 +45,8 @@ class Word:
 class Inspection:
     """All that is shown of one image. Blocks count from 0; -1 is what enters the first one.
 
-    Args:
-        cka: {"blocks", "teacher_blocks": lists, "cka", "cka_mirrored": float[blocks, teacher blocks]}. The image
-            that the teacher is given is mirrored: the control, for that is another image of the same kind.
-        pair_likeness: one dict per pair: "student", "teacher", "cka"; with heads "cosine" (what training maximises)
-            and "centred_cosine" (of what is left when each side's mean over the image is taken off); and each with
-            "_mirrored".
+    Each likeness to the teacher stands also under its name with "_mirrored": that with what the teacher makes of the
+    mirrored image, another one of the same kind, as a control.
     """
 
     image: Image.Image  # as the model sees it, cut to whole tokens
@@ -64,21 +60,18 @@ class Inspection:
     pairs: list[Pair] = field(default_factory=list)
     teacher_colours: dict[int | str, torch.Tensor] = field(default_factory=dict)
     teacher_variance: dict[int | str, list[float]] = field(default_factory=dict)
-    cka: dict[str, Any] = field(default_factory=dict)
+    cka: dict[str, Any] = field(default_factory=dict)  # "blocks", "teacher_blocks", "cka": float[of these, of those]
+    # per pair "student", "teacher", "cka"; with heads "cosine", what training maximises, and "centred_cosine", of what
+    # is left when each side's mean over the image is taken off
     pair_likeness: list[dict[str, Any]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Every figure of the page, with lists for tensors and None for what is not a number."""
-        words = [
-            {
-                "word": word.text,
-                "share": fmean(word.share_by_block().values()),
-                "even_share": word.even_share,
-                "share_by_block": list(word.share_by_block().values()),
-                "map": word.map().view(self.grid),
-            }
-            for word in self.words
-        ]
+        words = []
+        for word in self.words:
+            shares = list(word.share_by_block().values())
+            looked = {"share": fmean(shares), "even_share": word.even_share, "share_by_block": shares}
+            words.append({"word": word.text, **looked, "map": word.map().view(self.grid)})
         similarity = {"teacher": self.teacher, **self.cka, "pairs": self.pair_likeness}
         return _plain(
             {
@@ -103,15 +96,10 @@ def inspect_image(
     pairs: Sequence[Pair] = (),
     max_new_tokens: int = 64,
 ) -> Inspection:
-    """Look into a model while it looks at an image.
+    """Look into a model while it looks at an image, and compare `pairs` of its blocks with those of its teacher.
 
-    Args:
-        objective: around the model; its teacher and heads, if it has them, are compared with.
-        answer: to follow; by default the model's own, greedy, of at most `max_new_tokens`.
-        pairs: to compare one by one with a teacher, see `take_teacher`.
-
-    Raises:
-        ValueError: question and answer exceed the LLM's context.
+    `answer` is to be followed; by default it is the model's own, greedy. ValueError where question and answer exceed
+    the LLM's context.
     """
     objective.eval()
     vora, tokenizer = objective.vora, processor.tokenizer

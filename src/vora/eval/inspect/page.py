@@ -19,14 +19,12 @@ from PIL import Image, ImageOps
 from vora.eval.inspect.inspection import Inspection
 from vora.eval.metrics.cka import FEWEST_TOKENS, MOST_TOKENS
 from vora.model.image_processing_vora import VoraImageProcessor
-from vora.report.html import page
+from vora.report.html import facts, page
 from vora.report.images import data_url, with_grid
-from vora.report.plots import new_figure
 
 STYLE = """\
 h2{margin:2.2rem 0 .2rem}.caption{color:#5b6b7b;font-size:.88rem;margin:.2rem 0 .9rem}
-.known{display:flex;gap:1rem;flex-wrap:wrap}.known div{background:#f2f5f8;border-radius:.6rem;padding:.8rem 1.2rem}
-.known b{display:block;font-size:1.3rem}.remark{background:#f7e3c6;border-radius:.6rem;padding:.6rem 1rem}
+.remark{background:#f7e3c6;border-radius:.6rem;padding:.6rem 1rem}
 .tiles{display:flex;gap:.8rem;flex-wrap:wrap;align-items:flex-start}figure{margin:0;font-size:.78rem;line-height:1.35}
 figcaption{white-space:pre-line;overflow-wrap:anywhere;color:#5b6b7b}figcaption b{color:#1c2733;font-size:.9rem}
 img{display:block;margin-bottom:.2rem}
@@ -57,17 +55,15 @@ def write_inspection(
     be shown, `remarks` sentences that a reader must know."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = {"question": found.question, "answer": found.answer or "(nothing)", "model": model}
+    known = [(found.question, "question"), (found.answer or "(nothing)", "answer"), (model, "model")]
     panels = [_seen(found, image_processor), _components(found)]
     if found.teacher is not None:
-        known["teacher"] = found.teacher
+        known.append((found.teacher, "teacher"))
         panels.append(_likeness(found))
     if found.words:
         panels += [_words(found), _blocks(found)]
     body = "".join(f'<p class="remark">{escape(remark)}</p>' for remark in remarks)
-    facts = "".join(f"<div>{name}<b>{escape(fact)}</b></div>" for name, fact in known.items())
-    body += f'<div class="known">{facts}</div>{"".join(panels)}'
-    path.write_text(page("How a model sees an image", body, STYLE), encoding="utf-8")
+    path.write_text(page("How a model sees an image", body + facts(known) + "".join(panels), STYLE), encoding="utf-8")
     figures = {"image": image, "model": model, **found.as_json(), "remarks": list(remarks)}
     path.with_suffix(".json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -140,7 +136,7 @@ def _likeness(found: Inspection) -> str:
         "image. What is left there comes from what no mirror changes (averages, symmetry, rows) and not from what "
         f"is where in this image; that is the distance between a line and its dashes.{rough} One image is no "
         "measurement of a model. On the map, dots are the pairs of blocks that stand side by side.",
-        [("", "", _likeness_lines(found)), ("", "", _likeness_map(found))],
+        [("", "", _likeness_figure(found))],
     )
 
 
@@ -228,8 +224,10 @@ def _stacked(*images: Image.Image) -> Image.Image:
     return Image.fromarray(np.vstack([part for image in images for part in (gap, np.asarray(image))][1:]))
 
 
-def _likeness_lines(found: Inspection) -> Image.Image:
-    figure, axes = new_figure(5.6, 3.6)
+def _likeness_figure(found: Inspection) -> Image.Image:
+    """Likeness of the pairs as lines, and that of all blocks as a map."""
+    figure = Figure(figsize=(11.2, 3.6), layout="constrained")
+    axes, heat = figure.subplots(1, 2)
     blocks = [likeness["student"] + 1 for likeness in found.pair_likeness]
     for colour, (name, label) in enumerate(LINES):
         for mark, style in (("", "-o"), ("_mirrored", "--")):
@@ -238,27 +236,18 @@ def _likeness_lines(found: Inspection) -> Image.Image:
                 shown = None if mark else label
                 axes.plot(blocks, values, style, color=f"C{colour}", label=shown, markersize=3)
     axes.axhline(0, color="#5b6b7b", linewidth=0.8)
-    axes.set(xlabel="block of the model (0: what enters the first)", ylabel="likeness to the teacher's block")
-    axes.set_ylim(top=1.02)
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.set(ylabel="likeness to the teacher's block", ylim=(None, 1.02))
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    return _drawn(figure)
-
-
-def _likeness_map(found: Inspection) -> Image.Image:
-    figure, axes = new_figure(5.6, 3.6)
     blocks, teacher_blocks = ([block + 1 for block in found.cka[name]] for name in ("blocks", "teacher_blocks"))
     values = np.asarray(found.cka["cka"]).T
-    mesh = axes.pcolormesh(blocks, teacher_blocks, values, cmap="viridis", vmin=0, vmax=1, shading="nearest")
-    axes.plot(*([block + 1 for block in side] for side in zip(*found.pairs)), "o", color="white", mec="black", ms=4)
-    axes.set(xlabel="block of the model (0: what enters the first)", ylabel="block of the teacher")
-    axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    mesh = heat.pcolormesh(blocks, teacher_blocks, values, cmap="viridis", vmin=0, vmax=1, shading="nearest")
+    heat.plot(*([block + 1 for block in side] for side in zip(*found.pairs)), "o", color="white", mec="black", ms=4)
+    heat.set(ylabel="block of the teacher")
     figure.colorbar(mesh, label="CKA")
-    return _drawn(figure)
-
-
-def _drawn(figure: Figure) -> Image.Image:
+    for axis in (axes.xaxis, heat.xaxis, heat.yaxis):
+        axis.set_major_locator(MaxNLocator("auto", integer=True))
+    figure.supxlabel("block of the model (0: what enters the first)", fontsize=10)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=96)
     return Image.open(buffer).convert("RGB")
