@@ -48,8 +48,8 @@ def read_curve(log_file: Path, window: float) -> Curve:
         seconds, tokens, before = seconds + took, tokens + took * line["tokens_per_second"], line["samples_seen"]
         distill_only = distill_only if "lm_loss" in line else before
     width = window * before
-    distill_loss = float(smoothed(*distill_losses, width)[-1]) if distill_losses.size else None
-    smooth = smoothed(*losses, width, distill_only)
+    distill_loss = float(smoothed(distill_losses[0], distill_losses[1], width)[-1]) if distill_losses.size else None
+    smooth = smoothed(losses[0], losses[1], width, distill_only)
     return Curve(losses[0], smooth, distill_only, before, round(tokens), seconds, distill_loss)
 
 

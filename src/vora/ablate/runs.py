@@ -138,10 +138,9 @@ def _request_file(report: Path) -> Path:
 def _is_same_request(report: Path, section: EvaluateSection) -> bool:
     """Whether a report answers what a section asks for; which of its figures are shown is no matter."""
     file = _request_file(report)
-    if not file.exists():
-        return False
-    before = EvaluateSection(**json.loads(file.read_text()))
-    return before == section.model_copy(update={"metrics": before.metrics})
+    before = json.loads(file.read_text()) if file.exists() else {}
+    given = {key: value for key, value in before.items() if value is not None and key != "metrics"}
+    return given == section.model_dump(mode="json", exclude_none=True, exclude={"metrics"})
 
 
 def _data_of(run: Run, section: EvaluateSection, beside: Path) -> Data:

@@ -24,9 +24,8 @@ CUT = "\ufffd"  # what a tokenizer writes for a character whose last bytes are s
 def attention_at(model: VoraForConditionalGeneration, places: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
     """Collect the attention weights of some places while a model, merged or with LoRA, runs on one sequence.
 
-    Within, the model attends eagerly: that is the implementation of which transformers has each family's own (with
-    its scaling, soft caps and sinks), which makes its own mask of numbers, and which returns its weights. Each block's
-    are cut down to the chosen places as soon as they are there, so that no more than one block's square is held.
+    Within, the model attends eagerly, with its family's own scaling, soft caps and sinks. Each block's weights are cut
+    down to the chosen places as soon as they are there, so that no more than one block's square is held.
 
     Yields:
         {block: float[R, T]}, filled by the forward pass: how each place shares its attention out over it all, mean

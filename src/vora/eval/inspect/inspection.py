@@ -203,7 +203,8 @@ def _comparison(
     likeness = []
     for student, teacher in pairs:
         place = list(states).index(student), blocks.index(teacher)
-        one = {"student": student, "teacher": teacher, **{name: values[place] for name, values in cka.items()}}
+        one: dict[str, Any] = {"student": student, "teacher": teacher}
+        one |= {name: values[place] for name, values in cka.items()}
         if heads is not None:
             said = heads.heads[name_of((student, teacher))](states[student]).float()
             for mark, side in features.items():

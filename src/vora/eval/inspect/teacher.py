@@ -61,10 +61,8 @@ def _choose(objective: Objective, info: CheckpointInfo, name: str | None, named:
         return f"{cause}, so nothing is compared: name its folder with --teacher."
     if has is None and _is_same(name or named, named):
         heads = distillation_of(info)
-        fit = heads is not None and all(
-            len(head[1].weight) == objective.teacher.hidden_size for head in heads.heads.values()
-        )
-        objective.distillation = heads if fit else None
+        sizes = {len(head.get_parameter("1.weight")) for head in heads.heads.values()} if heads is not None else set()
+        objective.distillation = heads if sizes == {objective.teacher.hidden_size} else None
     elif has is not None or info.has_heads:
         return f"The heads were trained with {has or named}, not with {name}, and are left aside."
     return None
