@@ -10,7 +10,6 @@ import pytest
 import yaml
 from PIL import Image
 from rich.console import Console
-from tiny import save_tiny_vit
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
@@ -31,24 +30,16 @@ QUIET = Console(quiet=True)
 
 
 @pytest.fixture
-def work(tmp_path, llm_folder):
-    """A folder with a recipe of two steps, its data and its teacher; a function that writes a specification."""
-    lines = []
-    for name in ("red", "blue"):
-        Image.new("RGB", (16, 16), name).save(tmp_path / f"{name}.png")
-        lines.append({"image": f"{name}.png", "question": "what?", "answer": name})
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    save_tiny_vit(tmp_path / "vit")
+def work(tmp_path, llm_folder, teacher_folder, sources):
+    """A folder with a recipe of two steps and its data; a function that writes a specification."""
+    training = {"max_steps": 2, "per_device_train_batch_size": 1, "logging_steps": 1, "save_steps": 1, "use_cpu": True}
     recipe = {
         "model": {"llm": llm_folder},
-        "teacher": {"name": "vit"},
+        "teacher": {"name": teacher_folder},
         "lora": {"rank": 4},
-        "data": {"sources": [{"path": "train.jsonl"}], "sequence_length": 64},
-        "training": {
-            "max_steps": 2, "per_device_train_batch_size": 1, "logging_steps": 1, "save_steps": 1, "use_cpu": True,
-            "learning_rate": 1e-3,
-        },
-    }  # fmt: skip
+        "data": {"sources": [{"path": "images.jsonl"}], "sequence_length": 64},
+        "training": {**training, "learning_rate": 1e-3},
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
     def write(**values):
@@ -72,9 +63,8 @@ def command(*arguments):
 
 
 def test_two_variants_two_seeds_end_to_end(work, tmp_path):
-    vqa, text = {"task": "vqa", "data": "train.jsonl", "max_examples": 2}, {"task": "text", "data": "text.jsonl"}
-    probe = {"task": "probe", "of": "vqa", "data": "train.jsonl", "metrics": ["right_beats_other"]}
-    (tmp_path / "text.jsonl").write_text('{"text": "what? red. what? blue."}\n')
+    vqa, text = {"task": "vqa", "data": "images.jsonl", "max_examples": 2}, {"task": "text", "data": "texts.jsonl"}
+    probe = {"task": "probe", "of": "vqa", "data": "images.jsonl", "max_examples": 4, "metrics": ["right_beats_other"]}
     spec, out = work(variants=VARIANTS, baseline="untaught", evaluate=[vqa, text, probe]), tmp_path / "out"
     result = command(spec, "--out", out)
     assert result.exit_code == 0, (result.output, result.exception)
@@ -172,7 +162,7 @@ def test_runs_end_at_equal_samples(work, tmp_path):
 
 
 def measured(**section):
-    return {"evaluate": [{"task": "vqa", "data": "train.jsonl", **section}]}
+    return {"evaluate": [{"task": "vqa", "data": "images.jsonl", **section}]}
 
 
 @pytest.mark.parametrize(
@@ -197,8 +187,8 @@ def measured(**section):
         ({"variants": {"a": [], "b": ["lora.rnk=3"]}}, "variant b: .*did you mean rank"),
         ({"variants": {"a": [], "b": ["max_minutes=3"]}}, "leave it out"),
         ({"set": ["model.llm=null", "model.vora=a"], **measured(task="text")}, "say evaluate's base"),
-        (measured(data="trian.jsonl"), "evaluate's vqa: its data cannot be read: .*no such file"),
-        (measured(task="text", data=["train.jsonl", "a.txt"]), "evaluate's text: its data cannot be read: .*no such"),
+        (measured(data="imgaes.jsonl"), "evaluate's vqa: its data cannot be read: .*no such file"),
+        (measured(task="text", data=["images.jsonl", "a.txt"]), "evaluate's text: its data cannot be read: .*no such"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_any_work(work, tmp_path, values, message):

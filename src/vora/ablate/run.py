@@ -73,10 +73,9 @@ def draw(
     """Table and curves of the runs that have ended; `failures` are of those that could not."""
     curves: dict[Key, Curve] = {}
     scores: dict[Key, dict[str, float | None]] = {}
-    failures = dict(failures)
     commits: dict[str, None] = {}
     unknown: dict[str, None] = {}
-    variants, baseline = spec.variants or {}, spec.baseline or ""
+    failures, variants, baseline = dict(failures), spec.variants or {}, spec.baseline or ""
     for run in runs:
         if not run.is_finished:
             continue

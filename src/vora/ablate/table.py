@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 from vora.ablate.curves import Curve, samples_until
 
@@ -15,24 +15,14 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Studen
 UNEQUAL = 0.05  # variants whose samples differ by more are no fair comparison
 
 
-class OverSeeds(TypedDict):
-    """A mean over seeds, and half the width of its 95 % interval; None where there are too few."""
-
-    mean: float | None
-    half: float | None
-    by_seed: dict[str, float]
-
-
-def over_seeds(by_seed: Mapping[int, float]) -> OverSeeds:
-    """The mean with its interval by Student's t; more than ten seeds are given that of ten, a little too wide."""
+def over_seeds(by_seed: Mapping[int, float]) -> dict[str, Any]:
+    """The mean over seeds, and half the width of its 95 % interval by Student's t (more than ten seeds are given that
+    of ten, a little too wide); None where there are too few."""
     values, half = list(by_seed.values()), None
     if len(values) > 1:
         half = T95[min(len(values) - 1, len(T95)) - 1] * stdev(values) / math.sqrt(len(values))
-    return {
-        "mean": fmean(values) if values else None,
-        "half": half,
-        "by_seed": {str(seed): value for seed, value in by_seed.items()},
-    }
+    seeds = {str(seed): value for seed, value in by_seed.items()}
+    return {"mean": fmean(values) if values else None, "half": half, "by_seed": seeds}
 
 
 def summary(
@@ -50,11 +40,9 @@ def summary(
     for variant, overrides in variants.items():
         own, figures = _of(curves, variant), _compared_figures(curves, scores, variant)
         differences = {}
-        for name, values in (figures if variant != baseline else {}).items():
+        for name, values in figures.items():
             base = compared.get(name, {})
-            differences[name] = over_seeds(
-                {seed: value - base[seed] for seed, value in values.items() if seed in base}
-            )
+            differences[name] = over_seeds({one: values[one] - base[one] for one in values if one in base})
         row = {
             "variant": variant,
             "overrides": overrides,
@@ -65,7 +53,9 @@ def summary(
         for name in ("samples_seen", "distill_only", "tokens", "seconds"):
             row[name] = over_seeds({seed: getattr(curve, name) for seed, curve in own.items()})
         row["metrics"] = {name: over_seeds(values) for name, values in figures.items()}
-        rows.append(row | {"difference": differences, "to_baseline": _to_baseline(own, theirs)})
+        rows.append(
+            row | {"difference": differences if variant != baseline else {}, "to_baseline": _to_baseline(own, theirs)}
+        )
     return {"variants": rows, "warnings": _warnings(rows)}
 
 

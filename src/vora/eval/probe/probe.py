@@ -23,11 +23,7 @@ from vora.eval.scoring.teacher_forced import score_answers
 from vora.eval.tasks.evaluation import conditions_of, examples_of, scores_of
 from vora.eval.tasks.task import Task
 
-SPOKEN_SCORES = {
-    "captions": ["cider_d"],
-    "vqa": ["exact_accuracy", "vqa_accuracy"],
-    "classify": ["generated_accuracy"],
-}
+SPOKEN = {"captions": ["cider_d"], "vqa": ["exact_accuracy", "vqa_accuracy"], "classify": ["generated_accuracy"]}
 
 
 @dataclass
@@ -104,12 +100,12 @@ def read_requests(job: Job, records: RequestRecords, cache: PredictionCache) -> 
     with job.progress("answers read", total, done) as advance:
         for batch in score_answers(job.model, job.processor, records, cache.done):
             seconds = (time.monotonic() - began) / len(batch)
-            lines = []
+            lines: list[Line] = []
             for index, score in batch.items():
-                shown = records.shown[index]
-                line: Line = {"index": index, "name": shown.name, "requests": shown.requests}
-                line |= {"log_probs": score.log_probs.round(5).tolist(), "num_tokens": score.num_tokens.tolist()}
-                lines.append(line | {"right": score.right, "seconds": round(seconds, 4)})
+                shown, log_probs = records.shown[index], score.log_probs.round(5).tolist()
+                line = {"index": index, "name": shown.name, "requests": shown.requests, "log_probs": log_probs}
+                answered = {"num_tokens": score.num_tokens.tolist(), "right": score.right}
+                lines.append(line | answered | {"seconds": round(seconds, 4)})
                 advance(len(score.right))
             cache.add(lines)
             began = time.monotonic()
@@ -165,5 +161,5 @@ def _task_scores(
     of_each = {condition: scores_of(task, examples, found) for condition, found in lines.items()}
     return {
         name: {condition: np.array([one[name] for one in scores]) for condition, scores in of_each.items()}
-        for name in SPOKEN_SCORES[task.name]
+        for name in SPOKEN[task.name]
     }
