@@ -10,18 +10,17 @@ import pytest
 import yaml
 from PIL import Image
 from rich.console import Console
-from tiny import save_tiny_vit
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from vora.ablate import runs as runs_module
 from vora.ablate.curves import read_curve, samples_until, smoothed
 from vora.ablate.page import markdown
-from vora.ablate.plot import Line, _frame
+from vora.ablate.plot import limits
 from vora.ablate.run import ablate
 from vora.ablate.runs import base_of
 from vora.ablate.spec import load_spec, runs_of
-from vora.ablate.table import over_seeds, summary
+from vora.ablate.table import summary
 from vora.cli import app
 from vora.train.recipe import load_recipe
 from vora.train.run import train
@@ -31,24 +30,16 @@ QUIET = Console(quiet=True)
 
 
 @pytest.fixture
-def work(tmp_path, llm_folder):
-    """A folder with a recipe of two steps, its data and its teacher; a function that writes a specification."""
-    lines = []
-    for name in ("red", "blue"):
-        Image.new("RGB", (16, 16), name).save(tmp_path / f"{name}.png")
-        lines.append({"image": f"{name}.png", "question": "what?", "answer": name})
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    save_tiny_vit(tmp_path / "vit")
+def work(tmp_path, llm_folder, teacher_folder, sources):
+    """A folder with a recipe of two steps and its data; a function that writes a specification."""
+    training = {"max_steps": 2, "per_device_train_batch_size": 1, "logging_steps": 1, "save_steps": 1, "use_cpu": True}
     recipe = {
         "model": {"llm": llm_folder},
-        "teacher": {"name": "vit"},
+        "teacher": {"name": teacher_folder},
         "lora": {"rank": 4},
-        "data": {"sources": [{"path": "train.jsonl"}], "sequence_length": 64},
-        "training": {
-            "max_steps": 2, "per_device_train_batch_size": 1, "logging_steps": 1, "save_steps": 1, "use_cpu": True,
-            "learning_rate": 1e-3,
-        },
-    }  # fmt: skip
+        "data": {"sources": [{"path": "images.jsonl"}], "sequence_length": 64},
+        "training": {**training, "learning_rate": 1e-3},
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
     def write(**values):
@@ -72,79 +63,66 @@ def command(*arguments):
 
 
 def test_two_variants_two_seeds_end_to_end(work, tmp_path):
-    vqa, text = {"task": "vqa", "data": "train.jsonl", "max_examples": 2}, {"task": "text", "data": "text.jsonl"}
-    (tmp_path / "text.jsonl").write_text('{"text": "what? red. what? blue."}\n')
-    spec, out = work(variants=VARIANTS, baseline="untaught", evaluate=[vqa, text]), tmp_path / "out"
+    vqa, text = {"task": "vqa", "data": "images.jsonl", "max_examples": 2}, {"task": "text", "data": "texts.jsonl"}
+    probe = {"task": "probe", "of": "vqa", "data": "images.jsonl", "max_examples": 4, "metrics": ["right_beats_other"]}
+    spec, out = work(variants=VARIANTS, baseline="untaught", evaluate=[vqa, text, probe]), tmp_path / "out"
     result = command(spec, "--out", out)
     assert result.exit_code == 0, (result.output, result.exception)
     found = json.loads((out / "table.json").read_text())
     taught, untaught = found["variants"]
     assert set(taught["lm_loss"]["by_seed"]) == {"0", "1"} and not found["warnings"]
     assert taught["distill_loss"]["mean"] > 0 and untaught["distill_loss"]["mean"] is None
-    assert any(name.startswith("vqa ") for name in taught["metrics"])
+    assert {"vqa vqa_accuracy", "probe right_beats_other"} < taught["metrics"].keys()
+    assert [name for name in taught["metrics"] if name.startswith("probe ")] == ["probe right_beats_other"]
     assert 0.9 < taught["metrics"]["text perplexity_ratio"]["mean"] < 1.1  # of the recipe's LLM, after two steps
     for seed in (0, 1):
         folder = out / "taught" / f"seed-{seed}"
-        assert found["variants"][0]["lm_loss"]["by_seed"][str(seed)] == losses(folder)[-1][1]
+        assert taught["lm_loss"]["by_seed"][str(seed)] == losses(folder)[-1][1]
         assert not list(folder.glob("checkpoint-*")) and (folder / "final").exists()
-        assert (folder / "eval" / "vqa.json").exists()
-    assert losses(out / "taught" / "seed-0") != losses(out / "taught" / "seed-1")
     page = (out / "table.md").read_text()
     assert "untaught (baseline)" in page and "vora ablate" in page and "commit" in page
     assert Image.open(out / "curves.png").width > 500
     # each run is the run that `vora train` makes
     train(load_recipe(tmp_path / "recipe.yaml", ["training.seed=1"]), tmp_path / "alone", console=QUIET)
-    assert losses(tmp_path / "alone") == losses(out / "taught" / "seed-1")
+    assert losses(tmp_path / "alone") == losses(out / "taught" / "seed-1") != losses(out / "taught" / "seed-0")
     # the same command again draws the same, without training or asking
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if "seed-" in str(path) and path.is_file()}
     drawn = {name: (out / name).read_bytes() for name in ("table.md", "table.json", "curves.png")}
     assert command(spec, "--out", out).exit_code == 0
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert drawn == {name: (out / name).read_bytes() for name in drawn}
-    # a measurement of other words is done anew; another recipe is refused
-    assert command(work(variants=VARIANTS, evaluate=[{**vqa, "max_examples": 1}, text]), "--out", out).exit_code == 0
-    assert json.loads((out / "taught" / "seed-0" / "eval" / "vqa.json").read_text())["num_examples"] == 1
+    # a measurement of other words is done anew, other figures of one are not; another recipe is refused
+    asked = [{**vqa, "max_examples": 1}, text, {**probe, "metrics": ["gain_over_other", "gain"]}]
+    found = ablate(work(variants=VARIANTS, seeds=[0], evaluate=asked), out, [], QUIET)
+    reports = out / "taught" / "seed-0" / "eval"
+    assert json.loads((reports / "vqa.json").read_text())["num_examples"] == 1
+    assert before[reports / "probe.json"] == (reports / "probe.json").stat().st_mtime_ns
+    assert "probe gain_over_other" in found["variants"][0]["metrics"] and "name: gain." in found["warnings"][0]
     other = command(spec, "lora.rank=8", "--out", out)
     assert other.exit_code == 1 and "lora.rank was 4, is 8" in str(other.exception)
-
-
-def test_variants_are_probed_and_the_table_has_the_figures_that_are_asked_for(work, tmp_path):
-    probe = {"task": "probe", "of": "vqa", "data": "train.jsonl", "metrics": ["right_beats_other", "gain"]}
-    found = ablate(work(variants=VARIANTS, seeds=[0], evaluate=[probe]), tmp_path / "out", [], QUIET)
-    assert [list(row["metrics"]) for row in found["variants"]] == [["probe right_beats_other"]] * 2
-    assert any("metrics name: gain." in warning for warning in found["warnings"])
-    report = tmp_path / "out" / "taught" / "seed-0" / "eval" / "probe.json"
-    before = report.stat().st_mtime_ns
-    assert json.loads(report.read_text())["settings"]["max_examples"] is None
-    probe["metrics"] = ["gain_over_other"]  # other figures of the same report: nothing is asked again
-    found = ablate(work(variants=VARIANTS, seeds=[0], evaluate=[probe]), tmp_path / "out", [], QUIET)
-    assert list(found["variants"][0]["metrics"]) == ["probe gain_over_other"] and not found["warnings"]
-    assert report.stat().st_mtime_ns == before
 
 
 class Killed(BaseException):
     """Like SIGKILL, nothing catches it: what is on the disk stays as it was."""
 
 
-def test_a_grid_goes_on_after_a_signal_and_after_a_kill(work, tmp_path, monkeypatch):
-    spec, out = (
-        work(variants=VARIANTS, seeds=[0], set=["training.max_steps=5", "training.save_steps=2"]),
-        tmp_path / "out",
-    )
-    ablate(spec, tmp_path / "whole", [], QUIET)
+def test_a_grid_goes_on_after_a_signal_a_kill_and_a_failure(work, tmp_path, monkeypatch):
+    lasting = {"seeds": [0], "set": ["training.max_steps=5", "training.save_steps=2"]}
+    ablate(work(variants=VARIANTS, **lasting), tmp_path / "whole", [], QUIET)
+    spec, out = work(variants={**VARIANTS, "wrong": ["data.sequence_length=512"]}, **lasting), tmp_path / "out"
+    taught, untaught = (out / variant / "seed-0" for variant in VARIANTS)
 
     class EndAt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if "untaught" in args.output_dir and state.global_step == 3:
+            if state.global_step == 3 and "untaught" in args.output_dir:
                 os.kill(os.getpid(), signal.SIGTERM)
-            elif "untaught" not in args.output_dir and state.global_step == 3:
+            elif state.global_step == 3:
                 raise Killed
 
     def ended(recipe, folder, resume, console, callbacks):
         return train(recipe, folder, resume, console, [*callbacks, *([] if resume else [EndAt()])])
 
     monkeypatch.setattr(runs_module, "train", ended)
-    taught, untaught = (out / variant / "seed-0" for variant in VARIANTS)
     with pytest.raises(Killed):
         ablate(spec, out, [], QUIET)
     assert (taught / "checkpoint-2").exists() and not (out / "table.md").exists()
@@ -154,26 +132,21 @@ def test_a_grid_goes_on_after_a_signal_and_after_a_kill(work, tmp_path, monkeypa
         ablate(spec, out, [], QUIET)
     assert list(untaught.glob("checkpoint-*")) and not (taught / "final" / "half").exists()
     first = (taught / "run.json").stat().st_mtime_ns
-    ablate(spec, out, [], QUIET)
+    result = command(spec, "--out", out)
     assert first == (taught / "run.json").stat().st_mtime_ns
     for variant in VARIANTS:
         assert losses(out / variant / "seed-0") == losses(tmp_path / "whole" / variant / "seed-0")
     assert [step for step, *_ in losses(taught)] == [1, 2, 3, 4, 5]
-
-
-def test_a_failing_variant_is_named_and_the_others_go_on(work, tmp_path):
-    variants = {"bad": ["data.sequence_length=512", "lora.rank=2"], **VARIANTS}
-    spec, out = work(variants=variants, baseline="untaught", seeds=[0]), tmp_path / "out"
-    result = command(spec, "--out", out)
+    # a variant that fails is named, and is tried again
     assert result.exit_code == 1 and "1 runs failed" in str(result.exception)
     found = json.loads((out / "table.json").read_text())
-    bad, taught, _ = found["variants"]
+    good, _, bad = found["variants"]
     assert "context holds 256" in bad["failed"]["0"] and bad["lm_loss"]["mean"] is None
-    assert taught["lm_loss"]["mean"] > 0 and "context holds 256" in (out / "table.md").read_text()
+    assert good["lm_loss"]["mean"] > 0 and "context holds 256" in (out / "table.md").read_text()
     assert any("finished seeds" in warning for warning in found["warnings"])
-    mended = work(variants={**variants, "bad": ["lora.rank=2"]}, baseline="untaught", seeds=[0])
-    assert command(mended, "--out", out).exit_code == 0
-    assert not (out / "bad" / "seed-0" / "failed.json").exists()
+    monkeypatch.undo()
+    mended = ablate(work(variants={**VARIANTS, "wrong": ["lora.rank=2"]}, **lasting), out, [], QUIET)
+    assert not mended["variants"][2]["failed"] and not mended["warnings"]
 
 
 def test_runs_end_at_equal_samples(work, tmp_path):
@@ -188,65 +161,46 @@ def test_runs_end_at_equal_samples(work, tmp_path):
         ablate(other, tmp_path / "out", [], QUIET)
 
 
+def measured(**section):
+    return {"evaluate": [{"task": "vqa", "data": "images.jsonl", **section}]}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"variants": VARIANTS, "sed": [1]}, "unknown key sed (did you mean seeds?)"),
-        ({"variants": VARIANTS, "evaluate": [{"task": "vqa", "dat": "x"}]}, "did you mean data?"),
-        ({"arms": VARIANTS}, "arms are called variants"),
-        (
-            {"variants": VARIANTS, "evaluate": [{"task": "text", "prompt": "a", "data": "b"}]},
-            "--prompt is for the task",
-        ),
-        ({}, "exactly one of variants"),
-        ({"variants": VARIANTS, "grid": {"lora.rank": [1]}}, "exactly one of variants"),
+        ({"sed": [1]}, r"spec.yaml: .*unknown key sed \(did you mean seeds\?\)"),
+        (measured(dat="x"), "did you mean data?"),
+        ({"variants": None}, "exactly one of variants"),
+        ({"grid": {"lora.rank": [1]}}, "exactly one of variants"),
         ({"variants": {"a": ["lora.rank"]}}, "no override"),
         ({"variants": {"../a": []}}, "no name for a variant"),
-        ({"variants": {"a": ["training.seed=3"]}}, "seeds"),
-        ({"variants": VARIANTS, "baseline": "b"}, "choose among taught, untaught"),
-        ({"variants": VARIANTS, "seeds": [1, 1]}, "twice"),
-        ({"grid": {"lora.rank": [2, 2]}}, "a value twice"),
-        (
-            {"variants": VARIANTS, "evaluate": [{"task": "vqa", "data": "a"}, {"task": "vqa", "data": "b"}]},
-            "give each a name",
-        ),
-        ({"variants": VARIANTS, "evaluate": [{"task": "probe", "data": "a"}]}, "A probe needs --of"),
-        (
-            {"variants": VARIANTS, "evaluate": [{"task": "vqa", "of": "vqa", "data": "a"}]},
-            "--of is for the task probe",
-        ),
-        (
-            {"variants": VARIANTS, "evaluate": [{"task": "probe", "of": "vqa", "data": "a", "against": ["none"]}]},
-            "other",
-        ),
+        ({"variants": {"a": ["training.seed=3"]}}, "seeds stand under seeds"),
+        ({"baseline": "b"}, "choose among taught, untaught"),
+        ({"seeds": [1, 1]}, "twice"),
+        ({"variants": None, "grid": {"lora.rank": [2, 2]}}, "a value twice"),
+        ({"evaluate": 2 * measured()["evaluate"]}, "give each a name"),
+        (measured(task="probe"), "A probe needs --of"),
+        (measured(task="probe", of="vqa", against=["none"]), "other is needed"),
+        (measured(of="vqa"), "--of is for the task probe"),
+        (measured(task="text", prompt="a"), "--prompt is for the task"),
+        (measured(task="vqx"), "evaluate.*captions.*text"),
+        ({"variants": {"a": [], "b": ["lora.rnk=3"]}}, "variant b: .*did you mean rank"),
+        ({"variants": {"a": [], "b": ["max_minutes=3"]}}, "leave it out"),
+        ({"set": ["model.llm=null", "model.vora=a"], **measured(task="text")}, "say evaluate's base"),
+        (measured(data="imgaes.jsonl"), "evaluate's vqa: its data cannot be read: .*no such file"),
+        (measured(task="text", data=["images.jsonl", "a.txt"]), "evaluate's text: its data cannot be read: .*no such"),
     ],
 )
-def test_a_bad_specification_is_refused(work, values, message):
-    with pytest.raises(ValueError) as error:
-        load_spec(work(**values))
-    assert message in str(error.value) and "spec.yaml" in str(error.value)
-
-
-def test_bad_variants_are_refused_before_any_work(work, tmp_path):
-    for variant, message in {"lora.rnk=3": "variant b: .*did you mean rank", "max_minutes=3": "leave it out"}.items():
-        with pytest.raises(ValueError, match=message):
-            ablate(work(variants={"a": [], "b": [variant]}), tmp_path / "out", [], QUIET)
-    with pytest.raises(ValueError, match="evaluate.*captions.*text"):
-        ablate(work(variants=VARIANTS, evaluate=[{"task": "vqx", "data": "a"}]), tmp_path / "out", [], QUIET)
-    blank = work(variants=VARIANTS, set=["model.llm=null", "model.vora=a"], evaluate=[{"task": "text", "data": "a"}])
-    with pytest.raises(ValueError, match="say evaluate's base"):
-        ablate(blank, tmp_path / "out", [], QUIET)
-    for section in ({"task": "vqa", "data": "trian.jsonl"}, {"task": "text", "data": ["train.jsonl", "a.txt"]}):
-        with pytest.raises(ValueError, match=f"evaluate's {section['task']}: its data cannot be read: .*no such file"):
-            ablate(work(variants=VARIANTS, evaluate=[section]), tmp_path / "out", [], QUIET)
+def test_what_cannot_be_done_is_refused_before_any_work(work, tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        ablate(work(**{"variants": VARIANTS, **values}), tmp_path / "out", [], QUIET)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_grid_is_all_combinations_and_variants_override_the_command_line(work, tmp_path):
     spec = load_spec(work(grid={"lora.rank": [2, 4], "training.learning_rate": [1e-3, 0.01]}))
-    assert list(spec.variants) == [
-        f"rank={rank},learning_rate={rate}" for rank in (2, 4) for rate in ("0.001", "0.01")
-    ]  # fmt: skip
+    names = [f"rank={rank},learning_rate={rate}" for rank in (2, 4) for rate in ("0.001", "0.01")]
+    assert list(spec.variants) == names
     runs = runs_of(spec, ["lora.rank=3", "data.sequence_length=32"], tmp_path)
     assert [run.recipe.lora.rank for run in runs[:4]] == [2, 2, 4, 4]
     assert [run.recipe.training["learning_rate"] for run in runs[:2]] == [1e-3, 1e-2]
@@ -268,15 +222,14 @@ def test_every_specification_of_the_repository_loads(path, tmp_path):
         assert section.evaluation(base_of(runs[0], section)).name == section.task
 
 
-def log(folder, values, size=10, alone=0, rate=5.0, name="log.jsonl"):
+def log(folder, values, size=10, alone=0):
     """A hand-made log: `alone` lines of images alone, then one per loss, each of `size` samples."""
-    lines = []
-    for number, loss in enumerate([None] * alone + list(values), 1):
-        line = {"step": number, "samples_seen": size * number, "samples_per_second": rate, "tokens_per_second": 100.0}
-        line |= {} if loss is None else {"lm_loss": loss}
-        lines.append(line | {"distill_loss": 0.5})
-    (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder / name
+    speeds = {"samples_per_second": 5.0, "tokens_per_second": 100.0, "distill_loss": 0.5}
+    with (folder / "log.jsonl").open("w") as file:
+        for number, loss in enumerate([None] * alone + list(values), 1):
+            line = {"step": number, "samples_seen": size * number, **speeds}
+            file.write(json.dumps(line if loss is None else {**line, "lm_loss": loss}) + "\n")
+    return folder / "log.jsonl"
 
 
 def test_curves_of_hand_made_logs(tmp_path):
@@ -284,64 +237,41 @@ def test_curves_of_hand_made_logs(tmp_path):
     assert curve.samples.tolist() == [70, 80, 90, 100] and curve.smooth.tolist() == [8, 7, 5, 3]
     assert (curve.final, curve.distill_only, curve.samples_seen) == (3.0, 60, 100)
     assert (curve.seconds, curve.tokens, curve.distill_loss) == (20.0, 2000, 0.5)
-    assert samples_until(curve, 6.0) == 85 and samples_until(curve, 3.0) == 100 and samples_until(curve, 8.5) == 70
-    assert samples_until(curve, 2.9) is None
+    assert [samples_until(curve, loss) for loss in (6.0, 3.0, 8.5, 2.9)] == [85, 100, 70, None]
     with pytest.raises(ValueError, match="no line with lm_loss"):
         read_curve(log(tmp_path, [], alone=2), 0.1)
     # a long line weighs more than a short one
     assert smoothed(np.array([30, 40]), np.array([1.0, 5.0]), 100).tolist() == [1.0, 2.0]
+    # curves are framed by what each does after its own first third
+    falling = np.r_[np.full(100, 6.0), np.linspace(0.5, 0.3, 200)]
+    found = limits([(np.linspace(first, 600, 300), falling[None]) for first in (300, 10)])
+    low, high = found["ylim"]
+    assert 0.25 < low < 0.3 and 0.5 < high < 0.6 and found["xlim"] == (0, 600)
 
 
 def test_table_of_hand_made_logs(tmp_path):
-    def curves(slopes, **kwargs):
-        return {seed: read_curve(log(tmp_path, np.linspace(10, 10 - slope, 11), **kwargs), 0.01)
-                for seed, slope in enumerate(slopes)}  # fmt: skip
-
-    slow, fast, short = curves([4, 5, 6]), curves([8, 10, 11]), curves([1, 1, 1], size=5)
-    every = {
-        (variant, seed): c
-        for variant, own in (("slow", slow), ("fast", fast), ("short", short))
-        for seed, c in own.items()
-    }
+    curves = {}
+    for name, size, slopes in (("slow", 10, (4, 5, 6)), ("fast", 10, (8, 10, 11)), ("short", 5, (1, 1, 1))):
+        for seed, slope in enumerate(slopes):
+            curves[name, seed] = read_curve(log(tmp_path, np.linspace(10, 10 - slope, 11), size), 0.01)
     scores = {("slow", 0): {"vqa a": 0.5}, ("fast", 0): {"vqa a": 0.75}, ("fast", 1): {"vqa a": 0.25}}
     variants = {"slow": [], "fast": ["a=1"], "short": [], "broken": []}
-    found = summary(variants, "slow", every, scores, {("broken", 2): "it broke"})
+    found = summary(variants, "slow", curves, scores, {("broken", 2): "it broke"})
     baseline, row, short_row, broken = found["variants"]
-    assert baseline["lm_loss"] == {
-        "mean": 5.0,
-        "half": pytest.approx(4.303 / 3**0.5),
-        "by_seed": {"0": 6.0, "1": 5.0, "2": 4.0},
-    }
+    half, by_seed = pytest.approx(4.303 / 3**0.5), {"0": 6.0, "1": 5.0, "2": 4.0}
+    assert baseline["lm_loss"] == {"mean": 5.0, "half": half, "by_seed": by_seed}
     assert baseline["difference"] == {} and baseline["to_baseline"]["samples"]["mean"] == 110
-    differences = {"0": -4.0, "1": -5.0, "2": -5.0}
-    assert row["difference"]["lm_loss"]["by_seed"] == differences
-    assert row["difference"]["lm_loss"]["half"] == pytest.approx(
-        4.303 / 3
-    )  # far narrower than of either variant's own
+    assert row["difference"]["lm_loss"]["by_seed"] == {"0": -4.0, "1": -5.0, "2": -5.0}
+    assert row["difference"]["lm_loss"]["half"] == pytest.approx(4.303 / 3)  # far narrower than either variant's own
     assert row["difference"]["vqa a"] == {"mean": 0.25, "half": None, "by_seed": {"0": 0.25}}
+    assert row["metrics"]["vqa a"]["half"] == pytest.approx(12.706 * 0.25)  # of two seeds
     needed = row["to_baseline"]["samples"]["by_seed"]  # the first line is at 10 samples, each next 10 further
     assert needed == pytest.approx({"0": 60.0, "1": 60.0, "2": 10 + 100 * 6 / 11})
     assert row["to_baseline"]["fewer_share"]["by_seed"]["0"] == pytest.approx(1 - 60 / 110)
     assert short_row["to_baseline"]["seeds_not_reached"] == [0, 1, 2]
     assert broken["failed"] == {"2": "it broke"} and broken["lm_loss"]["mean"] is None
     assert any("unequal samples (slow 110, fast 110, short 55)" in warning for warning in found["warnings"])
-    page = markdown({"name": "x", "baseline": "slow", "window": 0.01, "set": [], "seeds": [0, 1, 2], "command": "c",
-                     "commit": None, "commit_is_changed": None, "trained_at": [], **found})  # fmt: skip
+    page = markdown({**dict.fromkeys(("commit", "commit_is_changed")), "name": "x", "baseline": "slow", "window": 0.01,
+                     "set": [], "seeds": [0, 1, 2], "command": "c", "trained_at": [], **found})  # fmt: skip
     assert "not reached by 3 of 3" in page and "-4.6667 ± 1.4343" in page and "broken, seed 2: it broke" in page
     assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 1
-
-
-def test_intervals():
-    assert over_seeds({0: 1.0}) == {"mean": 1.0, "half": None, "by_seed": {"0": 1.0}}
-    assert over_seeds({0: 1.0, 1: 3.0})["half"] == pytest.approx(12.706)
-
-
-def test_curves_are_framed_by_what_each_variant_does_after_its_own_first_third():
-    from matplotlib.figure import Figure
-
-    falling = np.r_[np.full(100, 6.0), np.linspace(0.5, 0.3, 200)]
-    taught, untaught = (Line("variant", "red", np.linspace(first, 600, 300), falling[None]) for first in (300, 10))
-    axes = Figure().subplots()
-    _frame(axes, [taught, untaught])
-    low, high = axes.get_ylim()
-    assert 0.25 < low < 0.3 and 0.5 < high < 0.6 and axes.get_xlim() == (0, 600)

@@ -21,9 +21,8 @@ def opened(url):
 def test_pages_escape_what_they_hold():
     page = html.page("a < b", html.facts([("1 < 2", "x & y")]) + html.table(["<h>"], [["<i>"], [3]], "kind"), ".x{}")
     assert "a &lt; b" in page and "1 &lt; 2" in page and "x &amp; y" in page and ".x{}" in page
-    assert (
-        '<table class="kind"><tr><th>&lt;h&gt;</th></tr><tr><td>&lt;i&gt;</td></tr><tr><td>3</td></tr></table>' in page
-    )
+    rows = "<tr><th>&lt;h&gt;</th></tr><tr><td>&lt;i&gt;</td></tr><tr><td>3</td></tr>"
+    assert f'<table class="kind">{rows}</table>' in page
 
 
 def test_a_histogram_has_a_bar_for_each_count():
@@ -32,18 +31,14 @@ def test_a_histogram_has_a_bar_for_each_count():
     assert html.histogram([], []) == "<p>None.</p>"
 
 
-def test_patches_become_the_image_again():
+def test_images_come_back_whole_and_grids_mark_their_cells():
     processor = VoraImageProcessor(patch_size=4)
-    patches = processor.patchify(NOISE, 3, 5)
-    found = np.asarray(image_of_patches(patches, 3, 5, processor), int)
+    found = np.asarray(image_of_patches(processor.patchify(NOISE, 3, 5), 3, 5, processor), int)
     assert np.abs(found - np.asarray(NOISE, int)).max() <= 1
-
-
-def test_images_travel_whole_and_grids_mark_their_cells():
     assert np.array_equal(opened(data_url(NOISE, "png")), np.asarray(NOISE))
     shown = np.asarray(with_grid(Image.new("RGB", (8, 8)), 4, side=16))
     assert shown.shape == (16, 16, 3) and shown[0, 8].min() > 100 and shown[8, 0].min() > 100
-    assert {tuple(pixel) for pixel in shown[1:7, 1:7].reshape(-1, 3)} == {(0, 0, 0)}
+    assert not shown[1:7, 1:7].any()
 
 
 def test_losses_are_drawn_where_they_are_logged(tmp_path):

@@ -3,10 +3,8 @@
 Dims: L log lines with a language loss.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,44 +13,34 @@ from vora.train.run_log import read_log
 
 @dataclass
 class Curve:
-    """What one run's log says.
+    """What one run's log says, of the whole run where nothing else is said."""
 
-    Args:
-        samples: int[L], samples seen at each line.
-        lm_loss: float[L], of each line, the mean since the one before.
-        smooth: float[L], means over the window that ends at each line; see `smoothed`.
-        distill_only: samples seen before there was a language loss.
-        samples_seen, tokens, seconds: of the whole run, images alone included; seconds of steps, not of starting.
-        distill_loss: mean over the last window; None without a teacher.
-    """
-
-    samples: np.ndarray
-    lm_loss: np.ndarray
-    smooth: np.ndarray
-    distill_only: int
+    samples: np.ndarray  # float[L], seen at each line
+    smooth: np.ndarray  # float[L], language losses as means over the window that ends at each line; see `smoothed`
+    distill_only: int  # samples seen before there was a language loss
     samples_seen: int
     tokens: int
-    seconds: float
-    distill_loss: float | None
+    seconds: float  # of steps, not of starting
+    distill_loss: float | None  # mean over the last window; None without a teacher
 
     @property
     def final(self) -> float:
-        """The language loss at the end: the mean over the last window."""
+        """The language loss over the last window."""
         return float(self.smooth[-1])
 
 
 def read_curve(log_file: Path, window: float) -> Curve:
-    """A run's curve.
-
-    Args:
-        window: share of all its samples that means are taken over.
+    """A run's curve; means are over `window`, a share of all its samples.
 
     Raises:
         ValueError: the log has no line with a language loss.
     """
     lines = read_log(log_file)
-    with_text = [line for line in lines if "lm_loss" in line]
-    if not with_text:
+    losses, distill_losses = (
+        np.array([(line["samples_seen"], line[name]) for line in lines if name in line], float).reshape(-1, 2).T
+        for name in ("lm_loss", "distill_loss")
+    )
+    if not losses.size:
         raise ValueError(f"{log_file} has no line with lm_loss: raise training.max_steps, or log more often.")
     before, seconds, tokens, distill_only = 0, 0.0, 0.0, 0
     for line in lines:  # speeds are of the steps since the line before, so that they give back time and tokens
@@ -60,26 +48,18 @@ def read_curve(log_file: Path, window: float) -> Curve:
         seconds, tokens, before = seconds + took, tokens + took * line["tokens_per_second"], line["samples_seen"]
         distill_only = distill_only if "lm_loss" in line else before
     width = window * before
-    distilled = [line for line in lines if "distill_loss" in line]
-    distill_loss = float(smoothed(*_columns(distilled, "distill_loss"), width)[-1]) if distilled else None
-    samples, losses = _columns(with_text, "lm_loss")
-    smooth = smoothed(samples, losses, width, distill_only)
-    return Curve(samples, losses, smooth, distill_only, before, round(tokens), seconds, distill_loss)
+    distill_loss = float(smoothed(distill_losses[0], distill_losses[1], width)[-1]) if distill_losses.size else None
+    smooth = smoothed(losses[0], losses[1], width, distill_only)
+    return Curve(losses[0], smooth, distill_only, before, round(tokens), seconds, distill_loss)
 
 
 def smoothed(samples: np.ndarray, losses: np.ndarray, width: float, start: int = 0) -> np.ndarray:
-    """float[L]: at each line the mean over the last `width` samples, each line weighted by its own.
-
-    Args:
-        start: samples seen before the first line's.
-    """
+    """float[L]: at each line the mean over the last `width` samples, each line weighted by its own; `start` were seen
+    before those of the first line."""
     sizes = np.diff(samples, prepend=start)
     sizes = np.where(sizes > 0, sizes, 1)
-    means = [
-        np.average(losses[inside], weights=sizes[inside])
-        for inside in ((samples > last - width) & (samples <= last) for last in samples)
-    ]
-    return np.array(means)
+    windows = [(samples > last - width) & (samples <= last) for last in samples]
+    return np.array([np.average(losses[inside], weights=sizes[inside]) for inside in windows])
 
 
 def samples_until(curve: Curve, loss: float) -> float | None:
@@ -88,12 +68,5 @@ def samples_until(curve: Curve, loss: float) -> float | None:
     below = np.flatnonzero(curve.smooth <= loss)
     if not len(below):
         return None
-    i = below[0]
-    if i == 0:
-        return float(curve.samples[0])
-    share = (curve.smooth[i - 1] - loss) / (curve.smooth[i - 1] - curve.smooth[i])
-    return float(curve.samples[i - 1] + share * (curve.samples[i] - curve.samples[i - 1]))
-
-
-def _columns(lines: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([line["samples_seen"] for line in lines]), np.array([line[name] for line in lines], float)
+    ends = slice(max(below[0] - 1, 0), below[0] + 1)
+    return float(np.interp(-loss, -curve.smooth[ends], curve.samples[ends]))

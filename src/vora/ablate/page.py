@@ -6,39 +6,30 @@ from vora.report.markdown import table
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The page of a grid.
-
-    Args:
-        found: what table.json holds.
-    """
-    metrics = list(dict.fromkeys(name for row in found["variants"] for name in row["metrics"]))
-    has_teacher = any(row["distill_loss"]["mean"] is not None for row in found["variants"])
+    """The page of what table.json holds."""
+    variants = found["variants"]
+    metrics = list(dict.fromkeys(name for row in variants for name in row["metrics"]))
+    has_teacher = any(row["distill_loss"]["mean"] is not None for row in variants)
     columns = ["variant", "seeds", "lm_loss", "against baseline", "samples to the baseline's loss"]
     columns += ["distill_loss"] * has_teacher
     for name in metrics:
         columns += [name, "against baseline"]
     columns += ["samples", "images alone", "tokens", "seconds"]
     lines = []
-    for row in found["variants"]:
+    for row in variants:
         is_baseline = row["variant"] == found["baseline"]
         cells = [row["variant"] + " (baseline)" * is_baseline, str(len(row["lm_loss"]["by_seed"]))]
-        cells += [_figure(row["lm_loss"]), _difference(row, "lm_loss"), _needed(row, is_baseline)]
+        cells += [_figure(row["lm_loss"]), _figure(row["difference"].get("lm_loss"), "+.4f")]
+        cells += [_figure(row["to_baseline"]["samples"], ",.0f") if is_baseline else _needed(row["to_baseline"])]
         cells += [_figure(row["distill_loss"])] * has_teacher
         for name in metrics:
-            cells += [_figure(row["metrics"].get(name)), _difference(row, name)]
-        cells += [_count(row[name]) for name in ("samples_seen", "distill_only", "tokens", "seconds")]
-        lines.append(cells)
+            cells += [_figure(row["metrics"].get(name)), _figure(row["difference"].get(name), "+.4f")]
+        counts = ("samples_seen", "distill_only", "tokens", "seconds")
+        lines.append(cells + [_figure({**row[name], "half": None}, ",.0f") for name in counts])
     warnings = "".join(f"* **{text}**\n" for text in found["warnings"])
-    failed = "".join(
-        f"* {row['variant']}, seed {seed}: {cause}\n"
-        for row in found["variants"]
-        for seed, cause in row["failed"].items()
-    )
-    variants = "".join(
-        f"* {row['variant']}: `{' '.join(row['overrides']) or 'the recipe'}`\n" for row in found["variants"]
-    )
+    failed = "".join(f"* {row['variant']}, seed {n}: {why}\n" for row in variants for n, why in row["failed"].items())
+    overrides = "".join(f"* {row['variant']}: `{' '.join(row['overrides']) or 'the recipe'}`\n" for row in variants)
     changed = " (with changes since)" if found["commit_is_changed"] else ""
-    trained = ", ".join(found["trained_at"]) or "unknown"
     return f"""# {found["name"]}
 
 {table(columns, lines, "lr")}
@@ -54,28 +45,21 @@ teacher, pairs and targets. Seconds are of steps, on the machine at hand, withou
 
 Variants, all with `{" ".join(found["set"]) or "the recipe as it is"}`, seeds {", ".join(map(str, found["seeds"]))}:
 
-{variants}
-Made by `{found["command"]}` at commit {found["commit"] or "unknown"}{changed}; trained at {trained}.
+{overrides}
+Made by `{found["command"]}` at commit {found["commit"] or "unknown"}{changed}; trained at \
+{", ".join(found["trained_at"]) or "unknown"}.
 """
 
 
-def _figure(found: dict[str, Any] | None) -> str:
+def _figure(found: dict[str, Any] | None, form: str = ".4f") -> str:
+    """A mean over seeds, with half of its interval where there is one."""
     if found is None or found["mean"] is None:
         return "-"
-    return f"{found['mean']:.4f}" + ("" if found["half"] is None else f" ± {found['half']:.4f}")
+    return f"{found['mean']:{form}}" + ("" if found["half"] is None else f" ± {found['half']:{form.lstrip('+')}}")
 
 
-def _difference(row: dict[str, Any], name: str) -> str:
-    found = row["difference"].get(name)
-    if found is None or found["mean"] is None:
-        return "-"
-    return f"{found['mean']:+.4f}" + ("" if found["half"] is None else f" ± {found['half']:.4f}")
-
-
-def _needed(row: dict[str, Any], is_baseline: bool) -> str:
-    found = row["to_baseline"]
-    if is_baseline:
-        return _count(found["samples"])
+def _needed(found: dict[str, Any]) -> str:
+    """When a variant is at the baseline's loss."""
     if missed := found["seeds_not_reached"]:
         return f"not reached by {len(missed)} of {len(missed) + len(found['samples']['by_seed'])}"
     share = found["fewer_share"]
@@ -84,7 +68,3 @@ def _needed(row: dict[str, Any], is_baseline: bool) -> str:
     half = "" if share["half"] is None else f" ± {100 * share['half']:.0f}"
     word = "fewer" if share["mean"] >= 0 else "more"
     return f"{found['samples']['mean']:,.0f} ({100 * abs(share['mean']):.0f}{half} % {word})"
-
-
-def _count(found: dict[str, Any]) -> str:
-    return "-" if found["mean"] is None else f"{found['mean']:,.0f}"

@@ -1,12 +1,10 @@
 """One run of the grid: trained, measured, or resumed where it stood.
 
-RUN/log.jsonl, recipe.yaml, final/, ...    of `vora.train.run.train`, without its checkpoints once it has ended
+RUN/log.jsonl, recipe.yaml, final/, ...   of `vora.train.run.train`, without its checkpoints once it has ended
 RUN/run.json                              written last: the run is whole; the commit that it was trained at
-RUN/failed.json                            why it could not end; it is tried again by the next command
-RUN/eval/NAME.json                         reports of `vora eval`, each beside its predictions
+RUN/eval/NAME.json                        reports of `vora eval`, each beside its predictions
 """
 
-import gc
 import json
 import shutil
 from collections.abc import Sequence
@@ -40,49 +38,31 @@ class EnoughSamples(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def is_finished(run: Run) -> bool:
-    """Whether a run's training has ended."""
-    return (run.folder / "run.json").exists()
-
-
 def check_same(run: Run, samples: int | None) -> None:
-    """Raise if a run's folder holds a run of another recipe than the specification's, or one that was ended by another
-    number of samples.
-
-    Raises:
-        ValueError: names the keys that differ.
-    """
+    """Raise ValueError if a run's folder holds a run of another recipe than the specification's, or one that was ended
+    by another number of samples."""
     file = run.folder / "recipe.yaml"
-    if not file.exists() or not (is_finished(run) or newest_checkpoint(run.folder)):
+    if not file.exists() or not (run.is_finished or newest_checkpoint(run.folder)):
         return  # nothing would be lost
-    there, wanted = _flat(load_recipe(file).model_dump(mode="json")), _flat(run.recipe.model_dump(mode="json"))
+    cure = "choose another --out, or delete that folder to run it anew."
+    there, wanted = (_flat(recipe.model_dump(mode="json")) for recipe in (load_recipe(file), run.recipe))
     differ = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
     if differ:
         changes = "; ".join(f"{key} was {there.get(key)}, is {wanted.get(key)}" for key in differ[:4])
-        raise ValueError(
-            f"{run.folder} was run by another recipe ({len(differ)} keys differ: {changes}): choose another --out, or "
-            "delete that folder to run it anew."
-        )
-    ended_at = json.loads((run.folder / "run.json").read_text())["samples"] if is_finished(run) else samples
-    if ended_at != samples:
-        raise ValueError(
-            f"{run.folder} was ended by samples: {ended_at}, and the specification says {samples}: choose another "
-            "--out, or delete that folder to run it anew."
-        )
+        raise ValueError(f"{run.folder} was run by another recipe ({len(differ)} keys differ: {changes}): {cure}")
+    ended = json.loads((run.folder / "run.json").read_text())["samples"] if run.is_finished else samples
+    if ended != samples:
+        raise ValueError(f"{run.folder} was ended by samples: {ended}, and the specification says {samples}: {cure}")
 
 
 def train_run(run: Run, samples: int | None, console: Console) -> None:
-    """Train a run, from its newest checkpoint if it has one; nothing to do if it has ended.
-
-    Raises:
-        InterruptedError: a signal stopped the run; the next command goes on.
-    """
-    if not is_finished(run):
+    """Train a run, from its newest checkpoint if it has one; nothing to do if it has ended. InterruptedError where a
+    signal stopped it."""
+    if not run.is_finished:
         resume = newest_checkpoint(run.folder) is not None
         unfinished = run.folder / "final" if resume else run.folder  # killed before run.json: it may not be whole
         shutil.rmtree(unfinished, ignore_errors=True)
-        callbacks = [] if samples is None else [EnoughSamples(samples)]
-        train(run.recipe, run.folder, resume, console, callbacks)
+        train(run.recipe, run.folder, resume, console, [] if samples is None else [EnoughSamples(samples)])
         facts = {"variant": run.variant, "seed": run.seed, "samples": samples, **commit()}
         write_whole(run.folder / "run.json", facts)
     for checkpoint in run.folder.glob("checkpoint-*"):  # final/ has what was learned; optimizers fill disks
@@ -90,11 +70,7 @@ def train_run(run: Run, samples: int | None, console: Console) -> None:
 
 
 def measure_run(run: Run, sections: Sequence[EvaluateSection], beside: Path, console: Console) -> None:
-    """Do those of a specification's measurements that have not been done yet.
-
-    Args:
-        beside: folder that paths of data may start from.
-    """
+    """Do those of a specification's measurements that have not been done yet; data's paths may start `beside` it."""
     todo = [section for section in sections if report_of(run, section) is None]
     if not todo:
         return
@@ -115,15 +91,10 @@ def measure_run(run: Run, sections: Sequence[EvaluateSection], beside: Path, con
 
 
 def check_unread(runs: Sequence[Run], section: EvaluateSection, beside: Path) -> None:
-    """Raise if what is to be measured yet of runs cannot be: no base for text, or data that cannot be opened.
-
-    Raises:
-        ValueError: names the measurement.
-    """
+    """Raise ValueError if what is to be measured yet cannot be: no base for text, or data that cannot be opened."""
     opened = []
     for run in runs:
-        evaluation = section.evaluation(base_of(run, section))
-        data = _data_of(run, section, beside)
+        evaluation, data = section.evaluation(base_of(run, section)), _data_of(run, section, beside)
         if report_of(run, section) is None and data not in opened:
             try:
                 evaluation.check_data(data)
@@ -133,50 +104,20 @@ def check_unread(runs: Sequence[Run], section: EvaluateSection, beside: Path) ->
 
 
 def base_of(run: Run, section: EvaluateSection) -> str | None:
-    """The LLM that a run's text is held against; None of other measurements.
-
-    Raises:
-        ValueError: neither the measurement nor the run's recipe names one.
-    """
+    """The LLM that a run's text is held against, None of other measurements; ValueError where nothing names it."""
     if section.task != "text":
         return None
-    base = section.base or run.recipe.model.llm
-    if base is None:
-        raise ValueError(f"{run.name}: the recipe goes on from model.vora; say evaluate's base, the LLM that text is "
-                         "held against.")  # fmt: skip
-    return base
+    if base := section.base or run.recipe.model.llm:
+        return base
+    raise ValueError(
+        f"{run.name}: the recipe goes on from model.vora; say evaluate's base, the LLM that text is held against."
+    )
 
 
 def report_of(run: Run, section: EvaluateSection) -> dict[str, Any] | None:
     """The report of a measurement; None if it has not been done, or was another of that name."""
     file = _report_file(run, section)
     return json.loads(file.read_text()) if file.exists() and _is_same_request(file, section) else None
-
-
-def note_failure(run: Run, error: Exception) -> str:
-    """Write down why a run could not end."""
-    known = isinstance(error, (ValueError, OSError, ArithmeticError))
-    cause = ("" if known else f"{type(error).__name__}: ") + " ".join(str(error).split())
-    run.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(run.folder / "failed.json", {"variant": run.variant, "seed": run.seed, "cause": cause})
-    return cause
-
-
-def failure_of(run: Run) -> str | None:
-    """Why a run could not end; None if it did not fail."""
-    file = run.folder / "failed.json"
-    return json.loads(file.read_text())["cause"] if file.exists() else None
-
-
-def forget_failure(run: Run) -> None:
-    (run.folder / "failed.json").unlink(missing_ok=True)
-
-
-def free_memory() -> None:
-    """What a run leaves is given back before the next one, as if each had a process of its own."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def write_whole(file: Path, values: dict[str, Any]) -> None:
@@ -197,25 +138,25 @@ def _request_file(report: Path) -> Path:
 def _is_same_request(report: Path, section: EvaluateSection) -> bool:
     """Whether a report answers what a section asks for; which of its figures are shown is no matter."""
     file = _request_file(report)
-    if not file.exists():
-        return False
-    before = {name: value for name, value in json.loads(file.read_text()).items() if value is not None}
-    before.pop("metrics", None)
-    return before == section.model_dump(mode="json", exclude_none=True, exclude={"metrics"})
+    before = json.loads(file.read_text()) if file.exists() else {}
+    given = {key: value for key, value in before.items() if value is not None and key != "metrics"}
+    return given == section.model_dump(mode="json", exclude_none=True, exclude={"metrics"})
 
 
 def _data_of(run: Run, section: EvaluateSection, beside: Path) -> Data:
     """A measurement's data; its paths start in the recipe's folder of data, or beside the specification."""
     paths = [section.data] if isinstance(section.data, str) else section.data
-    found = [_data_path(path, [run.recipe.data.folder, beside]) for path in paths]
-    return Data(found, section.split, section.subset, section.image_folder, section.columns, section.allow_urls)
+    folders = [Path(folder) for folder in (run.recipe.data.folder, beside) if folder is not None]
 
+    def found(path: str) -> str:
+        if Path(path).is_absolute():
+            return path
+        return next((str(folder / path) for folder in folders if list(folder.glob(path))), path)
 
-def _data_path(path: str, folders: Sequence[str | Path | None]) -> str:
-    for folder in folders:
-        if folder is not None and not Path(path).is_absolute() and list(Path(folder).glob(path)):
-            return str(Path(folder, path))
-    return path
+    return Data(
+        list(map(found, paths)),
+        **section.model_dump(include={"split", "subset", "image_folder", "columns", "allow_urls"}),
+    )
 
 
 def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:

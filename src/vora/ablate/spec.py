@@ -47,17 +47,10 @@ class EvaluateSection(Section):
 
     def evaluation(self, base: str | None = None) -> Evaluation:
         """What is to be measured; `base` as of `evaluation_of`."""
-        return evaluation_of(
-            self.task,
-            of=self.of,
-            against=self.against or (["other"] if self.task == "probe" else None),
-            generate=bool(self.generate),
-            base=base or self.base,
-            prompt=self.prompt,
-            labels=self.labels,
-            max_examples=self.max_examples,
-            seed=self.seed,
-        )
+        options = self.model_dump(include={"of", "against", "base", "prompt", "labels", "max_examples", "seed"})
+        if self.task == "probe":
+            options["against"] = self.against or ["other"]
+        return evaluation_of(self.task, **options | {"generate": bool(self.generate), "base": base or self.base})
 
 
 class Spec(Section):
@@ -83,29 +76,16 @@ class Spec(Section):
                 raise ValueError(f"{override!r}: seeds stand under seeds, and all variants run as long; leave it out")
         return value
 
-    @model_validator(mode="before")
-    @classmethod
-    def old_names(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "arms" in values:
-            raise ValueError("arms are called variants: rename the key")
-        return values
-
     @model_validator(mode="after")
     def sensible(self) -> "Spec":
         if (self.variants is None) == (self.grid is None):
             raise ValueError("give exactly one of variants ({name: [overrides]}) and grid ({key: [values]})")
-        if self.grid is not None:
-            for key, values in self.grid.items():
-                if not values or len(set(map(str, values))) < len(values):
-                    raise ValueError(f"grid.{key} has {'a value twice' if values else 'no values'}: {values}")
-            axes = [[(key, value) for value in values] for key, values in self.grid.items()]
-            self.variants = dict(map(_combined, product(*axes)))
-        self.variants = self.variants or {}
+        if self.variants is None:
+            self.variants = _combinations(self.grid or {})
         for name in self.variants:
             if not re.fullmatch(VARIANT, name):
                 raise ValueError(f"{name!r} is no name for a variant: letters, digits and = . , + - _ make a folder")
-        if self.baseline is None:
-            self.baseline = next(iter(self.variants))
+        self.baseline = self.baseline or next(iter(self.variants))
         if self.baseline not in self.variants:
             raise ValueError(f"baseline {self.baseline!r} is no variant: choose among {', '.join(self.variants)}")
         if len(set(self.seeds)) < len(self.seeds):
@@ -126,20 +106,17 @@ class Run:
     folder: Path
 
     @property
-    def key(self) -> tuple[str, int]:
-        return self.variant, self.seed
-
-    @property
     def name(self) -> str:
         return f"{self.variant}/seed-{self.seed}"
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether its training has ended."""
+        return (self.folder / "run.json").exists()
+
 
 def load_spec(path: str | Path) -> Spec:
-    """Read and check a specification; its recipe is taken from beside it.
-
-    Raises:
-        ValueError: unknown or missing keys, values of the wrong kind, all named in one message.
-    """
+    """Read a specification, whose recipe lies beside it; ValueError names all that is wrong in one message."""
     path = Path(path)
     spec = validated(Spec, read_yaml(path), str(path))
     spec.recipe = str(path.parent / spec.recipe)
@@ -149,31 +126,32 @@ def load_spec(path: str | Path) -> Spec:
 def runs_of(spec: Spec, overrides: Sequence[str], out: str | Path) -> list[Run]:
     """All runs of a specification with their recipes, seed by seed: a stopped grid still compares its variants.
 
-    Args:
-        overrides: of the command line, for all variants; a variant's own overrides go over them.
-        out: folder; each run is at OUT/VARIANT/seed-N.
-
-    Raises:
-        ValueError: a recipe is bad, or plans its steps by the clock; the message names the variant.
+    A variant's own overrides go over `overrides`, which are of the command line. ValueError names a variant whose
+    recipe is bad, or plans its steps by the clock.
     """
     runs = []
-    for seed in spec.seeds:
-        for variant, own in (spec.variants or {}).items():
-            try:
-                recipe = load_recipe(Path(spec.recipe), [*spec.set, *overrides, *own, f"training.seed={seed}"])
-                check_recipe(recipe)
-            except ValueError as error:
-                raise ValueError(f"variant {variant}: {error}") from None
+    for seed, (variant, own) in product(spec.seeds, (spec.variants or {}).items()):
+        try:
+            recipe = load_recipe(Path(spec.recipe), [*spec.set, *overrides, *own, f"training.seed={seed}"])
+            check_recipe(recipe)
             if recipe.max_minutes is not None:
                 raise ValueError(
-                    f"variant {variant}: max_minutes plans steps by the clock, so that variants would see "
-                    "unequal samples: leave it out and say training.max_steps, or samples in the specification."
+                    "max_minutes plans steps by the clock, so that variants would see unequal samples: leave it out "
+                    "and say training.max_steps, or samples in the specification."
                 )
-            runs.append(Run(variant, seed, recipe, Path(out) / variant / f"seed-{seed}"))
+        except ValueError as error:
+            raise ValueError(f"variant {variant}: {error}") from None
+        runs.append(Run(variant, seed, recipe, Path(out) / variant / f"seed-{seed}"))
     return runs
 
 
-def _combined(pairs: Sequence[tuple[str, Any]]) -> tuple[str, list[str]]:
-    """A variant of a grid: its name, from the last parts of the keys, and its overrides."""
-    texts = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in pairs]
-    return ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in texts), [f"{k}={v}" for k, v in texts]
+def _combinations(grid: dict[str, list[Any]]) -> dict[str, list[str]]:
+    """The variants of a grid: names, from the last parts of the keys, and overrides."""
+    axes = []
+    for key, values in grid.items():
+        texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+        if not texts or len(set(texts)) < len(texts):
+            raise ValueError(f"grid.{key} has {'a value twice' if texts else 'no values'}: {values}")
+        axes.append([f"{key}={text}" for text in texts])
+    names = {one: one[one.rfind(".", 0, one.index("=")) + 1 :] for axis in axes for one in axis}
+    return {",".join(names[one] for one in own): list(own) for own in product(*axes)}

@@ -40,15 +40,14 @@ def histogram(counts: Sequence[int], edges: Sequence[float], width: int = 900, h
     """Bars as SVG; `edges` has one more entry than `counts`."""
     if not counts:
         return "<p>None.</p>"
-    step, scale = width / len(counts), height / max(counts)
-    bars = "".join(
+    step, scale, every = width / len(counts), height / max(counts), max(1, len(counts) // 8)
+    marks = [
         f'<rect x="{i * step + 1:.1f}" y="{height - scale * count:.1f}" width="{step - 2:.1f}" '
         f'height="{scale * count:.1f}" fill="#4a7fb5"><title>{count}</title></rect>'
         for i, count in enumerate(counts)
-    )
-    labels = "".join(
-        f'<text x="{i * step:.1f}" y="{height + 16}">{edges[i]:,.0f}</text>'
-        for i in range(0, len(counts), max(1, len(counts) // 8))
-    )
-    last = f'<text x="{width}" y="{height + 16}" text-anchor="end">{edges[-1]:,.0f}</text>'
-    return f'<svg viewBox="0 0 {width} {height + 22}" width="100%">{bars}{labels}{last}</svg>'
+    ]
+    marks += [
+        f'<text x="{i * step:.1f}" y="{height + 16}">{edges[i]:,.0f}</text>' for i in range(0, len(counts), every)
+    ]
+    marks.append(f'<text x="{width}" y="{height + 16}" text-anchor="end">{edges[-1]:,.0f}</text>')
+    return f'<svg viewBox="0 0 {width} {height + 22}" width="100%">{"".join(marks)}</svg>'

@@ -2,20 +2,12 @@
 
 import base64
 from io import BytesIO
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 LIGHT, DARK = (255, 255, 255, 130), (0, 0, 0, 70)  # lines of a grid, to be seen on dark and on light
-
-
-class Patches(Protocol):
-    """What of an image processor says how images became patches."""
-
-    patch_size: int
-    image_mean: list[float]
-    image_std: list[float]
 
 
 def data_url(image: Image.Image, kind: str = "jpeg") -> str:
@@ -30,12 +22,8 @@ def bytes_url(data: bytes, mime_type: str) -> str:
     return f"data:{mime_type};base64," + base64.b64encode(data).decode()
 
 
-def image_of_patches(patches: np.ndarray, rows: int, columns: int, image_processor: Patches) -> Image.Image:
-    """Normalised patches back to the image they were cut from.
-
-    Args:
-        patches: float[rows * columns, C*p*p].
-    """
+def image_of_patches(patches: np.ndarray, rows: int, columns: int, image_processor: Any) -> Image.Image:
+    """Normalised patches, float[rows * columns, C*p*p], back to the image that an image processor cut them from."""
     p = image_processor.patch_size
     pixels = patches.reshape(rows, columns, 3, p, p).transpose(0, 3, 1, 4, 2).reshape(rows * p, columns * p, 3)
     pixels = pixels * np.asarray(image_processor.image_std, np.float32)

@@ -14,22 +14,15 @@ if TYPE_CHECKING:
 
 def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
     """A figure of so many inches, drawn without a display, and its axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.subplots()
 
 
 def losses_figure(log: Sequence[Mapping[str, Any]], labels: Mapping[str, str], size: tuple[float, float]) -> "Figure":
-    """Losses against samples seen.
-
-    Args:
-        log: lines with `samples_seen` and, each under its name, some of the losses.
-        labels: {name of a loss: its name in the legend}.
-        size: in inches.
-    """
+    """Losses against samples seen, of log lines with `samples_seen` and, each under its name, some of the losses;
+    `labels` are {name of a loss: its name in the legend}."""
     figure, axes = new_figure(*size)
     for name, label in labels.items():
         points = [(line["samples_seen"], line[name]) for line in log if name in line]

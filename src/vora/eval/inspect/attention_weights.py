@@ -22,15 +22,10 @@ CUT = "\ufffd"  # what a tokenizer writes for a character whose last bytes are s
 
 @contextmanager
 def attention_at(model: VoraForConditionalGeneration, places: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect the attention weights of some places while a model runs on one sequence.
+    """Collect the attention weights of some places while a model, merged or with LoRA, runs on one sequence.
 
-    Within, the model attends eagerly: that is the implementation of which transformers has each family's own (with
-    its scaling, soft caps and sinks), which makes its own mask of numbers, and which returns its weights. Each block's
-    are cut down to the chosen places as soon as they are there, so that no more than one block's square is held.
-
-    Args:
-        model: merged, or with its vision LoRA on.
-        places: R places in the sequence; negative ones count from its end.
+    Within, the model attends eagerly, with its family's own scaling, soft caps and sinks. Each block's weights are cut
+    down to the chosen places as soon as they are there, so that no more than one block's square is held.
 
     Yields:
         {block: float[R, T]}, filled by the forward pass: how each place shares its attention out over it all, mean
@@ -60,12 +55,8 @@ def _keep_weights(
 
 
 def words_of_tokens(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
-    """An answer's tokens put together into words.
-
-    Returns:
-        Each word with the indices of its tokens. A token that reaches into two words belongs to both; special tokens
-        and blanks belong to none.
-    """
+    """An answer's words, each with the indices of its tokens. A token that reaches into two words belongs to both;
+    special tokens and blanks belong to none."""
     spans, start, text = [], 0, ""
     for count in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False)

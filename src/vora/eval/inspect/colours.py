@@ -6,22 +6,17 @@ Dims: T image tokens, D their width.
 from itertools import permutations
 
 import torch
+import torch.nn.functional as F
 
 from vora.eval.metrics.cka import of_one_length
 
 
 def principal_components(states: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
-    """The first three principal components of tokens, largest first.
+    """The first three principal components of tokens, float[T, D]: (float[T, 3], centred and without fixed signs, 0
+    where there are fewer; [3 shares of the variance]).
 
     Each token is brought to the same length first, as every block does to what it reads: otherwise the few tokens of
     enormous length that LLMs make would be all that is seen.
-
-    Args:
-        states: float[T, D].
-
-    Returns:
-        (float[T, 3], centred and without fixed signs; [3 shares of the variance that they hold]). Components that
-        there are not are 0.
     """
     states = of_one_length(states)
     states = states - states.mean(0)
@@ -36,29 +31,16 @@ def principal_components(states: torch.Tensor) -> tuple[torch.Tensor, list[float
 
 
 def aligned(scores: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Components in the order and with the signs that agree best with those of another block.
-
-    Args:
-        scores, others: float[T, 3].
-    """
-    alike = _unit(scores).T @ _unit(others)
+    """float[T, 3] in the order and with the signs that agree best with the components of another block."""
+    alike = F.normalize(scores, dim=0).T @ F.normalize(others, dim=0)
     order = max(permutations(range(3)), key=lambda order: sum(float(alike[c, i].abs()) for i, c in enumerate(order)))
     signs = torch.tensor([-1.0 if alike[component, i] < 0 else 1.0 for i, component in enumerate(order)])
     return scores[:, list(order)] * signs
 
 
-def _unit(scores: torch.Tensor) -> torch.Tensor:
-    return scores / scores.norm(dim=0).clamp(min=1e-12)
-
-
 def colours(scores: torch.Tensor, outside: float = 0.02) -> torch.Tensor:
-    """Components as red, green and blue, float[T, 3] in 0..1, stretched between percentiles of each; grey where one
-    says nothing.
-
-    Args:
-        scores: float[T, 3].
-        outside: share of the tokens left outside at either end.
-    """
+    """Components as red, green and blue, float[T, 3] in 0..1, stretched between percentiles of each, with a share of
+    the tokens left `outside` at either end; grey where one says nothing."""
     low, high = (scores.quantile(share, dim=0) for share in (outside, 1 - outside))
     flat = high - low < 1e-6 * scores.abs().max().clamp(min=1e-12)
     stretched = ((scores - low) / torch.where(flat, 1.0, high - low)).clamp(0, 1)

@@ -1,21 +1,19 @@
 """`vora inspect`, the figures: what each block makes of an image, beside its teacher, and where the answer looked.
 
-Dims: I image tokens, T tokens of the sequence, R places, C channels, p patch side.
+Dims: I image tokens, D width of the LLM, D_t of the teacher.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from transformers import PreTrainedTokenizerBase
 
-from vora.distill.blocks import hook_on_output
+from vora.distill.blocks import block_outputs
 from vora.distill.blockwise import Pair, name_of
 from vora.distill.objective import Objective
 from vora.eval.inspect.attention_weights import attention_at, words_of_tokens
@@ -28,16 +26,11 @@ from vora.report.images import image_of_patches
 
 @dataclass
 class Word:
-    """A word of the answer and where the model looked when it chose its tokens, mean over them and over heads.
-
-    Args:
-        attention: {block: float[I]}, shares of all attention.
-        even_share: what would fall on the image if attention were spread evenly over all that could be seen.
-    """
+    """A word of the answer and where the model looked when it chose its tokens, mean over them and over heads."""
 
     text: str
-    attention: dict[int, torch.Tensor]
-    even_share: float
+    attention: dict[int, torch.Tensor]  # {block: float[I]}, shares of all attention
+    even_share: float  # what would fall on the image if attention were spread evenly over all that could be seen
 
     def map(self) -> torch.Tensor:
         """float[I]: the mean over blocks."""
@@ -52,59 +45,43 @@ class Word:
 class Inspection:
     """All that is shown of one image. Blocks count from 0; -1 is what enters the first one.
 
-    Args:
-        image: as the model sees it, cut to whole tokens.
-        grid: (rows, columns) of image tokens.
-        colours, teacher_colours: {block: float[I, 3]} in 0..1.
-        variance, teacher_variance: {block: [3 shares]} that those colours show of what differs between tokens.
-        pairs: (student block, teacher block) side by side.
-        cka: {"blocks", "teacher_blocks": lists, "cka", "cka_mirrored": float[blocks, teacher blocks]}. The image
-            that the teacher is given is mirrored: the control, for that is another image of the same kind.
-        pair_likeness: one dict per pair: "student", "teacher", "cka"; with heads "cosine" (what training maximises)
-            and "centred_cosine" (of what is left when each side's mean over the image is taken off); and each with
-            "_mirrored".
+    Each likeness to the teacher stands also under its name with "_mirrored": that with what the teacher makes of the
+    mirrored image, another one of the same kind, as a control.
     """
 
-    image: Image.Image
-    grid: tuple[int, int]
+    image: Image.Image  # as the model sees it, cut to whole tokens
+    grid: tuple[int, int]  # rows and columns of image tokens
     question: str
     answer: str
-    colours: dict[int, torch.Tensor]
-    variance: dict[int, list[float]]
+    colours: dict[int, torch.Tensor]  # {block: float[I, 3]} in 0..1
+    variance: dict[int, list[float]]  # {block: [3 shares]} that these show of what differs between tokens
     words: list[Word]
     teacher: str | None = None
     pairs: list[Pair] = field(default_factory=list)
     teacher_colours: dict[int | str, torch.Tensor] = field(default_factory=dict)
     teacher_variance: dict[int | str, list[float]] = field(default_factory=dict)
-    cka: dict[str, Any] = field(default_factory=dict)
+    cka: dict[str, Any] = field(default_factory=dict)  # "blocks", "teacher_blocks", "cka": float[of these, of those]
+    # per pair "student", "teacher", "cka"; with heads "cosine", what training maximises, and "centred_cosine", of what
+    # is left when each side's mean over the image is taken off
     pair_likeness: list[dict[str, Any]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Every figure of the page, with lists for tensors and None for what is not a number."""
-        rows, columns = self.grid
-        similarity = None
-        if self.teacher is not None:
-            similarity = {"teacher": self.teacher, **self.cka, "pairs": self.pair_likeness}
-        words = [
-            {
-                "word": word.text,
-                "share": sum(word.share_by_block().values()) / len(word.attention),
-                "even_share": word.even_share,
-                "share_by_block": list(word.share_by_block().values()),
-                "map": word.map().view(rows, columns),
-            }
-            for word in self.words
-        ]
-        blocks = list(self.words[0].attention) if self.words else []
+        words = []
+        for word in self.words:
+            shares = list(word.share_by_block().values())
+            looked = {"share": fmean(shares), "even_share": word.even_share, "share_by_block": shares}
+            words.append({"word": word.text, **looked, "map": word.map().view(self.grid)})
+        similarity = {"teacher": self.teacher, **self.cka, "pairs": self.pair_likeness}
         return _plain(
             {
                 "question": self.question,
                 "answer": self.answer,
-                "image_size": list(self.image.size),
-                "grid": [rows, columns],
+                "image_size": self.image.size,
+                "grid": self.grid,
                 "variance": [{"block": block, "shares": shares} for block, shares in self.variance.items()],
-                "similarity": similarity,
-                "attention": {"blocks": blocks, "words": words},
+                "similarity": None if self.teacher is None else similarity,
+                "attention": {"blocks": list(self.words[0].attention) if self.words else [], "words": words},
             }
         )
 
@@ -119,20 +96,13 @@ def inspect_image(
     pairs: Sequence[Pair] = (),
     max_new_tokens: int = 64,
 ) -> Inspection:
-    """Look into a model while it looks at an image.
+    """Look into a model while it looks at an image, and compare `pairs` of its blocks with those of its teacher.
 
-    Args:
-        objective: around the model; its teacher and heads, if it has them, are compared with.
-        image: RGB.
-        answer: to follow; by default the model's own, greedy.
-        pairs: (student block, teacher block) to compare one by one with a teacher, see `take_teacher`.
-        max_new_tokens: of the model's own answer.
-
-    Raises:
-        ValueError: question and answer exceed the LLM's context.
+    `answer` is to be followed; by default it is the model's own, greedy. ValueError where question and answer exceed
+    the LLM's context.
     """
     objective.eval()
-    vora = objective.vora
+    vora, tokenizer = objective.vora, processor.tokenizer
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     inputs = processor.apply_chat_template(
@@ -146,55 +116,45 @@ def inspect_image(
         labels = processor.training_sample([*messages, {"role": "assistant", "content": answer}])["labels"]
         ids = labels[labels != -100].tolist()
         _check_length(vora, prompt.shape[1], len(ids))
-    while ids and ids[-1] in processor.tokenizer.all_special_ids:  # the end of the turn is no word
+    while ids and ids[-1] in tokenizer.all_special_ids:  # the end of the turn is no word
         ids.pop()
     inputs["input_ids"] = torch.cat([prompt, prompt.new_tensor([ids])], 1) if ids else prompt
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    image_places = (prompt[0] == vora.config.image_token_id).nonzero()[:, 0]
 
-    first = prompt.shape[1] - 1  # from where the answer's first token is chosen
-    chosen_at = [first + index for index in range(len(ids))]
+    chosen_at = range(prompt.shape[1] - 1, prompt.shape[1] - 1 + len(ids))  # each token, at the place before it
     blocks = range(-1, len(vora.model.blocks))
-    with attention_at(vora, chosen_at) as attention, states_at(vora, blocks, image_places) as states:
+    with attention_at(vora, chosen_at) as attention, block_outputs(vora.model.blocks, blocks) as outputs:
         vora.model(**inputs, use_cache=False)
-
+    image_places = (prompt[0] == vora.config.image_token_id).nonzero()[:, 0].cpu()
+    states = {block: outputs[block][0, image_places].float() for block in blocks}
+    words = [
+        Word(
+            text,
+            {block: weights[tokens][:, image_places].mean(0) for block, weights in sorted(attention.items())},
+            fmean(len(image_places) / (chosen_at[token] + 1) for token in tokens),
+        )
+        for text, tokens in words_of_tokens(ids, tokenizer)
+        if attention  # there is none where all blocks are linear
+    ]
+    shown, variance = _components(states)
     images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
     _, patch_rows, patch_columns = images["image_grid_thw"][0].tolist()
-    merge = vora.config.patch_merge
-    shown, variance = _coloured(states)
-    found = Inspection(
+    comparison = {}
+    if objective.teacher is not None:
+        mirrored = processor.image_processor(ImageOps.mirror(image), return_tensors="pt").to(vora.device)
+        comparison = _comparison(objective, list(pairs), states, shown, {"": images, "_mirrored": mirrored})
+    return Inspection(
         image=image_of_patches(
             images["pixel_values"].float().cpu().numpy(), patch_rows, patch_columns, processor.image_processor
         ),
-        grid=(patch_rows // merge, patch_columns // merge),
+        grid=(patch_rows // vora.config.patch_merge, patch_columns // vora.config.patch_merge),
         question=question,
-        answer=processor.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+        answer=tokenizer.decode(ids, skip_special_tokens=True).strip(),
         colours={block: colours(scores) for block, scores in shown.items()},
         variance=variance,
-        words=_words(ids, processor.tokenizer, attention, chosen_at, image_places.cpu()),
+        words=words,
+        **comparison,
     )
-    if objective.teacher is not None:
-        mirrored = processor.image_processor(ImageOps.mirror(image), return_tensors="pt").to(vora.device)
-        _compare(found, objective, states, shown, images, mirrored, list(pairs))
-    return found
-
-
-@contextmanager
-def states_at(
-    model: VoraForConditionalGeneration, blocks: Sequence[int], places: torch.Tensor
-) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect blocks' outputs at some places while a model runs on one sequence: yields {block: float[R, D]}."""
-    states: dict[int, torch.Tensor] = {}
-
-    def keep(block: int, hidden: torch.Tensor) -> None:
-        states[block] = hidden[0, places].float()
-
-    hooks = [hook_on_output(model.model.blocks, block, partial(keep, block)) for block in blocks]
-    try:
-        yield states
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _check_length(vora: VoraForConditionalGeneration, length: int, more: int) -> None:
@@ -206,17 +166,12 @@ def _check_length(vora: VoraForConditionalGeneration, length: int, more: int) ->
         )
 
 
-def _coloured(
+def _components(
     states: dict[Any, torch.Tensor], references: dict[Any, torch.Tensor] | None = None
 ) -> tuple[dict[Any, torch.Tensor], dict[Any, list[float]]]:
-    """Principal components of each block, in the order and with the signs of the one before it, or of a reference's.
-
-    Returns:
-        ({block: float[I, 3]}, {block: [3 shares of the variance]}).
-    """
-    shown: dict[Any, torch.Tensor] = {}
-    variance: dict[Any, list[float]] = {}
-    before: torch.Tensor | None = None
+    """Principal components of each block, {block: float[I, 3]}, in the order and with the signs of the one before it,
+    or of a reference's, and {block: [3 shares of the variance]}."""
+    shown, variance, before = {}, {}, None
     for block, tokens in states.items():
         scores, variance[block] = principal_components(tokens.cpu())
         before = before if references is None else references[block]
@@ -224,84 +179,59 @@ def _coloured(
     return shown, variance
 
 
-def _words(
-    ids: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    attention: dict[int, torch.Tensor],
-    chosen_at: list[int],
-    image_places: torch.Tensor,
-) -> list[Word]:
-    if not attention:  # no block attends: all are linear
-        return []
-    words = []
-    for text, tokens in words_of_tokens(ids, tokenizer):
-        maps = {block: weights[tokens][:, image_places].mean(0) for block, weights in sorted(attention.items())}
-        even = sum(len(image_places) / (chosen_at[token] + 1) for token in tokens) / len(tokens)
-        words.append(Word(text, maps, even))
-    return words
-
-
-def _compare(
-    found: Inspection,
+def _comparison(
     objective: Objective,
+    pairs: list[Pair],
     states: dict[int, torch.Tensor],
     shown: dict[int, torch.Tensor],
-    images: dict[str, torch.Tensor],
-    mirrored: dict[str, torch.Tensor],
-    pairs: list[Pair],
-) -> None:
-    """Fill in what concerns the teacher.
-
-    Args:
-        states: {student block: float[I, D]}.
-        shown: {student block: float[I, 3]}, its components.
-        mirrored: the same image, left and right exchanged, as image inputs.
-    """
-    teacher_model, heads = objective.teacher, objective.distillation
-    assert teacher_model is not None
-    teacher_model.to(objective.vora.device)
-    blocks = sorted({*range(teacher_model.num_blocks), *(teacher for _, teacher in pairs)})
-    features, mirrored_features = (
-        {block: tokens.float() for block, tokens in objective.teach(**inputs, blocks=blocks).items()}
-        for inputs in (images, mirrored)
-    )
+    inputs: dict[str, Any],
+) -> dict[str, Any]:
+    """What an `Inspection` says of the teacher. `states` are {block: float[I, D]}, `shown` their components, `inputs`
+    those of the image under "" and of its mirror image under "_mirrored"."""
+    blocks = sorted({*range(objective.teacher.num_blocks), *(teacher for _, teacher in pairs)})
+    features = {
+        mark: {block: tokens.float() for block, tokens in objective.teach(**images, blocks=blocks).items()}
+        for mark, images in inputs.items()
+    }
     paired = {teacher: shown[student] for student, teacher in pairs}
-    components, found.teacher_variance = _coloured({block: features[block] for block in sorted(paired)}, paired)
-    found.teacher_colours = {block: colours(scores) for block, scores in components.items()}
-    found.teacher, found.pairs = teacher_model.name, pairs
-    values, control = (
-        linear_cka([states[block].cpu() for block in states], [others[block].cpu() for block in blocks])
-        for others in (features, mirrored_features)
-    )
-    found.cka = {"blocks": list(states), "teacher_blocks": blocks, "cka": values, "cka_mirrored": control}
-    rows, columns = list(states), blocks
+    components, variance = _components({block: features[""][block] for block in sorted(paired)}, paired)
+    cka = {
+        f"cka{mark}": linear_cka([one.cpu() for one in states.values()], [side[block].cpu() for block in blocks])
+        for mark, side in features.items()
+    }
+    heads = objective.distillation and objective.distillation.to(objective.vora.device)
+    likeness = []
     for student, teacher in pairs:
-        place = rows.index(student), columns.index(teacher)
-        found.pair_likeness.append(
-            {"student": student, "teacher": teacher, "cka": values[place], "cka_mirrored": control[place]}
-        )
-    if heads is not None:
-        heads = heads.to(objective.vora.device)
-        for likeness, pair in zip(found.pair_likeness, pairs):
-            said = heads.heads[name_of(pair)](states[pair[0]]).float()
-            for mark, others in (("", features), ("_mirrored", mirrored_features)):
-                target = heads.target(pair, others[pair[1]])
-                likeness[f"cosine{mark}"] = _cosine(said, target)
-                likeness[f"centred_cosine{mark}"] = _cosine(said - said.mean(0), target - target.mean(0))
-
-
-def _cosine(said: torch.Tensor, target: torch.Tensor) -> float:
-    return float(F.cosine_similarity(said, target, dim=-1).mean())
+        place = list(states).index(student), blocks.index(teacher)
+        one: dict[str, Any] = {"student": student, "teacher": teacher}
+        one |= {name: values[place] for name, values in cka.items()}
+        if heads is not None:
+            said = heads.heads[name_of((student, teacher))](states[student]).float()
+            for mark, side in features.items():
+                target = heads.target((student, teacher), side[teacher])
+                centred = said - said.mean(0), target - target.mean(0)
+                one[f"cosine{mark}"] = float(F.cosine_similarity(said, target).mean())
+                one[f"centred_cosine{mark}"] = float(F.cosine_similarity(*centred).mean())
+        likeness.append(one)
+    return {
+        "teacher": objective.teacher.name,
+        "pairs": pairs,
+        "teacher_colours": {block: colours(scores) for block, scores in components.items()},
+        "teacher_variance": variance,
+        "cka": {"blocks": list(states), "teacher_blocks": blocks, **cka},
+        "pair_likeness": likeness,
+    }
 
 
 def _plain(value: Any) -> Any:
     """Nested figures as JSON can hold them, rounded."""
-    if isinstance(value, torch.Tensor):
-        return _plain(value.tolist())
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
+    match value:
+        case torch.Tensor():
+            return _plain(value.tolist())
+        case dict():
+            return {key: _plain(entry) for key, entry in value.items()}
+        case list() | tuple():
+            return [_plain(entry) for entry in value]
+        case float():
+            return round(value, 6) if math.isfinite(value) else None
     return value

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from vora.checkpoint.layout import CheckpointInfo, read_info
-from vora.checkpoint.lineage import read_card
 from vora.checkpoint.load import distillation_of
 from vora.checkpoint.names import is_hub_id
 from vora.distill.blockwise import SUMMARY, Pair, block_pairs
@@ -15,15 +14,13 @@ def take_teacher(objective: Objective, model: str, name: str | None = None) -> t
     """Give an objective the teacher to compare it with, and of a model with distill heads beside it these.
 
     Args:
-        objective: it may have a teacher and heads already.
         model: folder, run directory or hub id that it comes from.
         name: folder or hub id of a teacher; by default the one that the objective has, else the one that the model
             names, if that can be found.
 
     Returns:
-        ([(student block, teacher block)] to show side by side, what a reader must know about the choice or None).
-        The pairs are those of the heads; without heads, those that the model or the recipe on its card names; else
-        `block_pairs`.
+        ((student block, teacher block) pairs to show side by side: of the heads, else as the model names them, else
+        `block_pairs`; what a reader must know about the choice or None).
 
     Raises:
         ValueError: the teacher that `name` asks for cannot be loaded.
@@ -31,30 +28,21 @@ def take_teacher(objective: Objective, model: str, name: str | None = None) -> t
     info = read_info(model)
     named = info.teacher or "not stated"
     remark = _choose(objective, info, name, named)
-    if objective.teacher is None:
+    teacher = objective.teacher
+    if teacher is None:
         return [], remark
+    pairs = info.block_pairs if _is_same(teacher.name, named) else ()
     if objective.distillation is not None:
-        return [pair for pair in objective.distillation.pairs if pair[1] != SUMMARY], remark
-    if info.block_pairs and _is_same(objective.teacher.name, named):
-        return [pair for pair in info.block_pairs if pair[1] != SUMMARY], remark
-    card = read_card(info.path) or {}
-    depth, teacher_depth = len(objective.vora.model.blocks), objective.teacher.num_blocks
-    recipes = [stage["recipe"] for stage in card.get("stages", []) if (stage.get("recipe") or {}).get("teacher")]
-    how = recipes[0]["teacher"] if recipes else {"spread": teacher_depth > depth}
-    num_blocks = (recipes[0].get("lora") or {}).get("num_blocks") if recipes else None
-    pairing = how.get("pairing", "outputs")
-    if pairing != "outputs" or num_blocks is None:
-        num_blocks = min(depth, teacher_depth)
-    return block_pairs(num_blocks, teacher_depth, how.get("spread", False), pairing), remark
+        pairs = objective.distillation.pairs
+    if pairs:
+        return [pair for pair in pairs if pair[1] != SUMMARY], remark
+    depth = len(objective.vora.model.blocks)
+    return block_pairs(depth, teacher.num_blocks, spread=teacher.num_blocks > depth), remark
 
 
 def _choose(objective: Objective, info: CheckpointInfo, name: str | None, named: str) -> str | None:
-    """Put teacher and heads into an objective; what there is to say about it.
-
-    Args:
-        named: the teacher that the model names.
-    """
-    has = objective.teacher.name if objective.teacher is not None else None
+    """Put teacher and heads into an objective; what there is to say about it. `named` is the model's own teacher."""
+    has = None if objective.teacher is None else objective.teacher.name
     if has is not None and name in (None, has):
         return None
     is_there = info.run is not None and Path(named).is_dir()  # only a run's recipe keeps a folder's whole path
@@ -73,8 +61,7 @@ def _choose(objective: Objective, info: CheckpointInfo, name: str | None, named:
         return f"{cause}, so nothing is compared: name its folder with --teacher."
     if has is None and _is_same(name or named, named):
         heads = distillation_of(info)
-        state = heads.state_dict() if heads is not None else {}
-        sizes = {len(tensor) for name, tensor in state.items() if name.endswith(".1.weight")}
+        sizes = {len(head.get_parameter("1.weight")) for head in heads.heads.values()} if heads is not None else set()
         objective.distillation = heads if sizes == {objective.teacher.hidden_size} else None
     elif has is not None or info.has_heads:
         return f"The heads were trained with {has or named}, not with {name}, and are left aside."

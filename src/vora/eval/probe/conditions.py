@@ -2,8 +2,7 @@
 
 right     the image itself
 other     that of another example of the set: each is used once, so all that is seen is seen as often
-blank     its mean colour, at its size: as many image tokens, as bright an image, and nothing on it. White or black
-          would be an image unlike all others, and a model may do badly for that alone.
+blank     its mean colour, at its size: as bright, for a model may do badly with white or black alone
 shuffled  its own image tokens in another order: the same pixels, and nothing where it was
 none      no image at all
 """
@@ -16,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from vora.eval.rows import Example, SkippedRows
-from vora.model.image_processing_vora import VoraImageProcessor, on_black_square
+from vora.model.image_processing_vora import VoraImageProcessor
+from vora.report.images import image_of_patches
 
 CONDITIONS = ("right", "other", "blank", "shuffled", "none")
 Images = Callable[[], list[Image.Image]]  # opens them
@@ -26,59 +26,43 @@ MOST_PASSES = 10  # over the images whose stand-in shares a fact with them
 
 @dataclass
 class ImageGroup:
-    """An image (or several that belong together) and all that is asked about it.
+    """An image (or several that belong together) and all that is asked about it."""
 
-    Args:
-        key: of its pixels.
-        examples: numbers of the examples about it.
-        facts: (prompt, answer) of all of them.
-    """
-
-    key: str
+    key: str  # of its pixels
     images: Images
-    examples: list[int] = field(default_factory=list)
-    facts: set[tuple[str, str]] = field(default_factory=set)
+    examples: list[int] = field(default_factory=list)  # their numbers
+    facts: set[tuple[str, str]] = field(default_factory=set)  # (prompt, answer) of all of them
 
 
 def image_groups_of(examples: Sequence[Example], skipped: SkippedRows) -> tuple[list[Example], list[ImageGroup]]:
-    """Examples by image; rows that hold the same pixels are one group.
-
-    Returns:
-        (the examples whose images can be read, their groups); the others are added to `skipped`.
-    """
+    """Examples by image, rows that hold the same pixels as one group: (the examples whose images can be read, their
+    groups); the others are added to `skipped`."""
     groups: dict[str, ImageGroup] = {}
     kept: list[Example] = []
     key_of: dict[Images, str | None] = {}
     for example in examples:
         if example.images not in key_of:
+            key_of[example.images] = None
             try:
                 key_of[example.images] = _key_of(example.images())
             except ValueError as error:
-                key_of[example.images] = None
                 skipped.add(example.name, error)
-        key = key_of[example.images]
-        if key is None:
-            continue
-        group = groups.setdefault(key, ImageGroup(key, example.images))
-        group.examples.append(len(kept))
-        group.facts |= {(example.prompt, str(reference).strip().lower()) for reference in example.references}
-        kept.append(example)
+        if key := key_of[example.images]:
+            group = groups.setdefault(key, ImageGroup(key, example.images))
+            group.examples.append(len(kept))
+            group.facts |= {(example.prompt, str(reference).strip().lower()) for reference in example.references}
+            kept.append(example)
     return kept, list(groups.values())
 
 
 def _key_of(images: Sequence[Image.Image]) -> str:
-    found = hashlib.sha256()
-    for image in images:
-        found.update(repr(image.size).encode() + image.tobytes())
-    return found.hexdigest()[:16]
+    pixels = b"".join(repr(image.size).encode() + image.tobytes() for image in images)
+    return hashlib.sha256(pixels).hexdigest()[:16]
 
 
 def other_groups(groups: Sequence[ImageGroup], seed: int = 0) -> list[int]:
     """For each group the number of another: a permutation in which none stays, drawn anew until as few as possible
-    share a fact (a caption, a label, the answer to a question) with what stands in for them.
-
-    Raises:
-        ValueError: there is but one image.
+    share a fact (a caption, a label, the answer to a question) with what stands in for them. ValueError of one image.
     """
     count = len(groups)
     if count < 2:
@@ -91,10 +75,9 @@ def other_groups(groups: Sequence[ImageGroup], seed: int = 0) -> list[int]:
     def cost(number: int, other: int) -> int:
         return SAME_IMAGE if number == other else len(groups[number].facts & groups[other].facts)
 
-    # pairs change places wherever that costs less
     costs = np.array([cost(number, other) for number, other in enumerate(others)])
     for _ in range(MOST_PASSES):
-        before, costly = costs.sum(), np.flatnonzero(costs)
+        before, costly = costs.sum(), np.flatnonzero(costs)  # pairs change places wherever that costs less
         for number in costly:
             for partner in draw.permutation(count)[: max(256, 200_000 // len(costly))]:
                 if not costs[number]:
@@ -113,16 +96,24 @@ def num_alike(groups: Sequence[ImageGroup], others: Sequence[int]) -> int:
     return sum(len(group.facts & groups[other].facts) for group, other in zip(groups, others))
 
 
-def images_under(
-    condition: str, group: ImageGroup, other: ImageGroup, image_processor: VoraImageProcessor, seed: int = 0
-) -> Images:
-    """What opens the images that are shown for a group; the model's image processor knows its grid."""
-    if condition == "blank":
-        return lambda: [blank(image) for image in group.images()]
-    if condition == "shuffled":
-        number = int(group.key, 16) ^ seed
-        return lambda: [shuffled(image, image_processor, number) for image in group.images()]
-    return {"right": group.images, "other": other.images, "none": list}[condition]
+@dataclass
+class Substitutes:
+    """Images, and what each is replaced by."""
+
+    groups: Sequence[ImageGroup]
+    others: Sequence[int]  # of `other_groups`
+    image_processor: VoraImageProcessor  # of the model, whose grid it knows
+    seed: int = 0
+
+    def images(self, condition: str, number: int) -> Images:
+        """What opens the images that are shown for a group."""
+        group, other = self.groups[number], self.groups[self.others[number]]
+        if condition == "blank":
+            return lambda: [blank(image) for image in group.images()]
+        if condition == "shuffled":
+            seed = int(group.key, 16) ^ self.seed
+            return lambda: [shuffled(image, self.image_processor, seed) for image in group.images()]
+        return {"right": group.images, "other": other.images, "none": list}[condition]
 
 
 def blank(image: Image.Image) -> Image.Image:
@@ -133,15 +124,11 @@ def blank(image: Image.Image) -> Image.Image:
 
 def shuffled(image: Image.Image, image_processor: VoraImageProcessor, seed: int) -> Image.Image:
     """An image at the size at which the model reads it, its image tokens (squares of the grid) in another order."""
-    budget = image_processor.min_image_tokens, image_processor.max_image_tokens
-    rows, columns = image_processor.patch_grid(image.height, image.width, *budget)
-    if image_processor.pad_to_square:
-        image = on_black_square(image)
-    side, merge = image_processor.patch_size, image_processor.patch_merge
-    size = columns * side, rows * side
-    if image.size != size:
-        image = image.resize(size, image_processor.resample)
-    rows, columns, side = rows // merge, columns // merge, side * merge
+    inputs = image_processor.preprocess(image, return_tensors="np")
+    _, rows, columns = inputs["image_grid_thw"][0].tolist()
+    image = image_of_patches(inputs["pixel_values"], rows, columns, image_processor)
+    merge = image_processor.patch_merge
+    rows, columns, side = rows // merge, columns // merge, image_processor.patch_size * merge
     squares = np.asarray(image).reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
     draw, order = np.random.default_rng(seed), np.arange(len(squares))
     while len(squares) > 1 and (order == np.arange(len(squares))).all():

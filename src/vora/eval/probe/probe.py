@@ -1,10 +1,5 @@
-"""Does a model look at the image? How it takes each example with the right image and with others instead.
-
-Two measures, for any task: how much likelier the right image makes what is right (a caption, an answer, a class,
-true or false), and what the task's own score loses without it. See `vora.eval.probe.conditions` for what is shown.
-
-Dims: E examples, R references.
-"""
+"""Does a model look at the image? How much likelier the right image (see `vora.eval.probe.conditions`) makes what is
+right (a caption, an answer, a class, true or false), and what the task's own score loses without it."""
 
 import hashlib
 import time
@@ -16,7 +11,7 @@ import numpy as np
 
 from vora.eval.evaluation import Evaluation, Job
 from vora.eval.prediction_cache import Line, PredictionCache
-from vora.eval.probe.conditions import CONDITIONS, image_groups_of, num_alike, other_groups
+from vora.eval.probe.conditions import CONDITIONS, Substitutes, image_groups_of, num_alike, other_groups
 from vora.eval.probe.figure import draw_probe
 from vora.eval.probe.requests import RequestRecords, examples_under, image_conditions
 from vora.eval.probe.scores import ProbeScores, drawn_together, probe_metrics
@@ -28,29 +23,16 @@ from vora.eval.scoring.teacher_forced import score_answers
 from vora.eval.tasks.evaluation import conditions_of, examples_of, scores_of
 from vora.eval.tasks.task import Task
 
-SPOKEN_SCORES = {
-    "captions": ["cider_d"],
-    "vqa": ["exact_accuracy", "vqa_accuracy"],
-    "classify": ["generated_accuracy"],
-}
+SPOKEN = {"captions": ["cider_d"], "vqa": ["exact_accuracy", "vqa_accuracy"], "classify": ["generated_accuracy"]}
 
 
 @dataclass
 class Probe(Evaluation):
-    """Probe whether a model looks. Its report has a `verdict` in words, and `looks`: true, false or, unclear, null.
-
-    Args:
-        task: that the data is for.
-        generate: also let the model speak freely, and score that as the task does; slow.
-        against: what the right image is held against: some of `CONDITIONS`, `other` among them.
-
-    Raises:
-        ValueError: `against` is wrong.
-    """
+    """Probe whether a model looks. Its report has a `verdict` in words, and `looks`: true, false or, unclear, null."""
 
     task: Task
-    generate: bool = False
-    against: Sequence[str] = CONDITIONS[1:]
+    generate: bool = False  # also let the model speak freely, and score that as the task does; slow
+    against: Sequence[str] = CONDITIONS[1:]  # some of these, `other` among them
 
     def __post_init__(self) -> None:
         wrong = [condition for condition in self.against if condition not in CONDITIONS[1:]]
@@ -64,7 +46,7 @@ class Probe(Evaluation):
         return "probe"
 
     def run(self, job: Job) -> Report:
-        task, rows, image_processor = self.task, job.data.rows(), job.processor.image_processor
+        task, rows = self.task, job.data.rows()
         shown = [condition for condition in CONDITIONS if condition == "right" or condition in self.against]
         found = examples_of(task, rows, job.skipped)
         conditions = conditions_of(task, found, job, rows.files)
@@ -72,16 +54,16 @@ class Probe(Evaluation):
         seen = hashlib.sha256(" ".join(group.key for group in groups).encode()).hexdigest()[:16]  # of those that open
         conditions |= {"task": "probe", "of": task.name, "generate": self.generate, "shown": shown, "images": seen}
         others = other_groups(groups, task.seed)
-        under = examples_under(shown, examples, groups, others, image_processor, task.seed)
+        substitutes = Substitutes(groups, others, job.processor.image_processor, task.seed)
+        under = examples_under(shown, examples, substitutes)
         if task.chooses:
             cache = job.open_cache(conditions, len(under))
-            scores = _choose(job, task, examples, shown, under, cache)
+            scores = _choose(task, examples, _answer_all(job, task, shown, under, cache))
         else:
             answers = [
-                example.references if task.name == "captions" else [most_common(example.references)]
-                for example in examples
+                one.references if task.name == "captions" else [most_common(one.references)] for one in examples
             ]
-            reads = image_conditions(shown, answers, groups, others, image_processor, task.seed)
+            reads = image_conditions(shown, answers, substitutes)
             cache = job.open_cache(conditions, len(reads))
             scores = _read(job, RequestRecords(reads, examples, answers), shown, cache)
             if task.name == "captions":
@@ -99,13 +81,8 @@ class Probe(Evaluation):
         draw_probe(image, metrics, scores, verdict, f"{task.name}, {Path(job.model_name).name}")
         return job.report(
             len(examples), metrics, conditions, cache, rows.files,
-            of=task.name,
-            num_images=len(groups),
-            num_references=len(scores.examples),
-            num_alike=num_alike(groups, others),
-            looks=looks,
-            verdict=verdict,
-            image=image.name,
+            of=task.name, num_images=len(groups), num_references=len(scores.examples),
+            num_alike=num_alike(groups, others), looks=looks, verdict=verdict, image=image.name,
         )  # fmt: skip
 
 
@@ -123,12 +100,12 @@ def read_requests(job: Job, records: RequestRecords, cache: PredictionCache) -> 
     with job.progress("answers read", total, done) as advance:
         for batch in score_answers(job.model, job.processor, records, cache.done):
             seconds = (time.monotonic() - began) / len(batch)
-            lines = []
+            lines: list[Line] = []
             for index, score in batch.items():
-                shown = records.shown[index]
-                line: Line = {"index": index, "name": shown.name, "requests": shown.requests}
-                line |= {"log_probs": score.log_probs.round(5).tolist(), "num_tokens": score.num_tokens.tolist()}
-                lines.append(line | {"right": score.right, "seconds": round(seconds, 4)})
+                shown, log_probs = records.shown[index], score.log_probs.round(5).tolist()
+                line = {"index": index, "name": shown.name, "requests": shown.requests, "log_probs": log_probs}
+                answered = {"num_tokens": score.num_tokens.tolist(), "right": score.right}
+                lines.append(line | answered | {"seconds": round(seconds, 4)})
                 advance(len(score.right))
             cache.add(lines)
             began = time.monotonic()
@@ -137,31 +114,21 @@ def read_requests(job: Job, records: RequestRecords, cache: PredictionCache) -> 
 def _read(job: Job, records: RequestRecords, shown: Sequence[str], cache: PredictionCache) -> ProbeScores:
     """Scores of references that are read, not chosen among; the task's is whether a greedy model says them."""
     read_requests(job, records, cache)
-    place: dict[tuple[int, int], int] = {}
-    for example, texts in enumerate(records.answers):
-        for reference in range(len(texts)):
-            place[example, reference] = len(place)
-    log_probs = {condition: np.full(len(place), np.nan) for condition in shown}
-    right = {condition: np.zeros(len(place)) for condition in shown}
-    num_tokens = np.zeros(len(place), int)
+    pairs = [(example, reference) for example, texts in enumerate(records.answers) for reference in range(len(texts))]
+    place = {pair: number for number, pair in enumerate(pairs)}
+    log_probs = {condition: np.full(len(pairs), np.nan) for condition in shown}
+    right = {condition: np.zeros(len(pairs)) for condition in shown}
+    num_tokens = np.zeros(len(pairs), int)
     for line in cache.done.values():
         answers = zip(line["requests"], line["log_probs"], line["num_tokens"], line["right"])
         for (example, reference, condition), log_prob, count, is_right in answers:
             at = place[example, reference]
             log_probs[condition][at], num_tokens[at], right[condition][at] = log_prob, count, is_right
-    return ProbeScores(np.array([example for example, _ in place]), log_probs, num_tokens, {"accuracy": right})
+    return ProbeScores(np.array([example for example, _ in pairs]), log_probs, num_tokens, {"accuracy": right})
 
 
-def _choose(
-    job: Job,
-    task: Task,
-    examples: Sequence[Example],
-    shown: Sequence[str],
-    under: Sequence[Example],
-    cache: PredictionCache,
-) -> ProbeScores:
+def _choose(task: Task, examples: Sequence[Example], lines: dict[str, list[Line]]) -> ProbeScores:
     """Scores of a task whose answers are chosen by likelihood."""
-    lines = _answer_all(job, task, shown, under, cache)
     log_probs = {name: np.array([line["reference_log_prob"] for line in found]) for name, found in lines.items()}
     num_tokens = np.array([line["reference_tokens"] for line in lines["right"]])
     wanted = [example.references[0] for example in examples]
@@ -176,16 +143,13 @@ def _choose(
 def _answer_all(
     job: Job, task: Task, shown: Sequence[str], under: Sequence[Example], cache: PredictionCache
 ) -> dict[str, list[Line]]:
-    """{condition: lines of its examples} of all that is asked under all conditions.
-
-    Raises:
-        ValueError: one cannot be asked.
-    """
+    """{condition: lines of its examples} of all that is asked; ValueError where one cannot be."""
     with job.progress(task.name, len(under), len(cache.done)) as advance:
         predict(job.model, job.processor, task, under, cache, advance)
     lines = [cache.done[index] for index in range(len(under))]
-    if wrong := [line for line in lines if "bad" in line]:
-        raise ValueError(f"{wrong[0]['name']}: {wrong[0]['bad']}")
+    for line in lines:
+        if "bad" in line:
+            raise ValueError(f"{line['name']}: {line['bad']}")
     count = len(under) // len(shown)
     return {condition: lines[place * count : (place + 1) * count] for place, condition in enumerate(shown)}
 
@@ -197,5 +161,5 @@ def _task_scores(
     of_each = {condition: scores_of(task, examples, found) for condition, found in lines.items()}
     return {
         name: {condition: np.array([one[name] for one in scores]) for condition, scores in of_each.items()}
-        for name in SPOKEN_SCORES[task.name]
+        for name in SPOKEN[task.name]
     }

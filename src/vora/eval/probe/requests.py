@@ -1,15 +1,12 @@
 """All that a probe asks: each image as it is shown, with the questions that are read beside it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-from PIL import Image
 
 from vora.data.schema import Sample
 from vora.data.turns import question_and_answer
-from vora.eval.probe.conditions import ImageGroup, images_under
+from vora.eval.probe.conditions import Images, Substitutes
 from vora.eval.rows import Example
-from vora.model.image_processing_vora import VoraImageProcessor
 
 MOST_REQUESTS = 64  # of an image in one pass
 
@@ -21,7 +18,7 @@ class ImageCondition:
     """One image as it is shown, and all that is asked about it."""
 
     name: str
-    images: Callable[[], list[Image.Image]]
+    images: Images
     requests: list[Request]
 
     def parts(self) -> list["ImageCondition"]:
@@ -30,17 +27,13 @@ class ImageCondition:
         return [replace(self, requests=self.requests[start : start + MOST_REQUESTS]) for start in starts]
 
 
+@dataclass
 class RequestRecords:
-    """Images under their conditions as records, each made when it is asked for.
+    """Images under their conditions as records, each made when it is asked for."""
 
-    Args:
-        answers: for each example its references.
-    """
-
-    def __init__(
-        self, shown: Sequence[ImageCondition], examples: Sequence[Example], answers: Sequence[Sequence[str]]
-    ) -> None:
-        self.shown, self.examples, self.answers = shown, examples, answers
+    shown: Sequence[ImageCondition]
+    examples: Sequence[Example]
+    answers: Sequence[Sequence[str]]  # of each example its references
 
     def __len__(self) -> int:
         return len(self.shown)
@@ -56,27 +49,16 @@ class RequestRecords:
 
 
 def image_conditions(
-    conditions: Sequence[str],
-    answers: Sequence[Sequence[str]],
-    groups: Sequence[ImageGroup],
-    others: Sequence[int],
-    image_processor: VoraImageProcessor,
-    seed: int,
+    conditions: Sequence[str], answers: Sequence[Sequence[str]], substitutes: Substitutes
 ) -> list[ImageCondition]:
-    """All that is to be read. An image stands once for what is asked of it rightly and, as another one, wrongly.
-
-    Args:
-        answers: for each example its references.
-        others: of `other_groups`.
-    """
+    """All that is to be read. An image stands once for what is asked of it rightly and, as another one, wrongly."""
     own = [
         [(example, reference) for example in group.examples for reference in range(len(answers[example]))]
-        for group in groups
+        for group in substitutes.groups
     ]
-    shown_for = {other: number for number, other in enumerate(others)}
-    found: list[ImageCondition] = []
-    without: list[Request] = []
-    for number, group in enumerate(groups):
+    shown_for = {other: number for number, other in enumerate(substitutes.others)}
+    found, without = [], []
+    for number, group in enumerate(substitutes.groups):
         for condition in conditions:
             requests = [(*pair, condition) for pair in own[number]]
             if condition == "none":
@@ -84,27 +66,19 @@ def image_conditions(
             elif condition != "other":  # which stands beside what is right for that image
                 if condition == "right":
                     requests += [(*pair, "other") for pair in own[shown_for[number]]]
-                opens = images_under(condition, group, group, image_processor, seed)
+                opens = substitutes.images(condition, number)
                 found += ImageCondition(f"{group.key}, {condition}", opens, requests).parts()
     return found + ImageCondition("no image", list, without).parts()
 
 
-def examples_under(
-    conditions: Sequence[str],
-    examples: Sequence[Example],
-    groups: Sequence[ImageGroup],
-    others: Sequence[int],
-    image_processor: VoraImageProcessor,
-    seed: int,
-) -> list[Example]:
+def examples_under(conditions: Sequence[str], examples: Sequence[Example], substitutes: Substitutes) -> list[Example]:
     """Examples under each condition in turn: E of the first, E of the next."""
-    group_of = {example: number for number, group in enumerate(groups) for example in group.examples}
+    group_of = {example: number for number, group in enumerate(substitutes.groups) for example in group.examples}
     found = []
     for condition in conditions:
-        opens = [
-            images_under(condition, group, groups[other], image_processor, seed)
-            for group, other in zip(groups, others)
+        opens = [substitutes.images(condition, number) for number in range(len(substitutes.groups))]
+        found += [
+            replace(example, name=f"{example.name}, {condition}", images=opens[group_of[number]])
+            for number, example in enumerate(examples)
         ]
-        for number, example in enumerate(examples):
-            found.append(replace(example, name=f"{example.name}, {condition}", images=opens[group_of[number]]))
     return found

@@ -17,21 +17,13 @@ TIE = 1e-4  # nats; what a batch's padding may change
 
 @dataclass
 class ProbeScores:
-    """What a model makes of references under each condition.
+    """What a model makes of references under each condition."""
 
-    Args:
-        examples: int[R], the example that a reference belongs to.
-        log_probs: {condition: float[R]}.
-        num_tokens: int[R].
-        task_scores: {name of a score: {condition: float[E]}}.
-        groups: of each example a name; examples of one group are drawn together.
-    """
-
-    examples: np.ndarray
-    log_probs: dict[str, np.ndarray]
-    num_tokens: np.ndarray
-    task_scores: dict[str, dict[str, np.ndarray]]
-    groups: list[int] = field(default_factory=list)
+    examples: np.ndarray  # int[R], the example that a reference belongs to
+    log_probs: dict[str, np.ndarray]  # {condition: float[R]}
+    num_tokens: np.ndarray  # int[R]
+    task_scores: dict[str, dict[str, np.ndarray]]  # {name of a score: {condition: float[E]}}
+    groups: list[int] = field(default_factory=list)  # of each example; those of one group are drawn together
 
 
 def probe_metrics(scores: ProbeScores, seed: int = 0) -> dict[str, Estimate]:
@@ -41,8 +33,8 @@ def probe_metrics(scores: ProbeScores, seed: int = 0) -> dict[str, Estimate]:
     and `gain_over_C_per_token`; `right_beats_C` the share of references that it makes likelier, ties counting half;
     and of each of the task's scores its value `with_C` and its paired `drop` from the right image to C.
     """
-    shown = list(scores.log_probs)
-    found, of_references = {}, [scores.groups[example] for example in scores.examples]
+    shown, of_references = list(scores.log_probs), [scores.groups[example] for example in scores.examples]
+    found: dict[str, Estimate] = {}
     for condition in shown:
         found[f"log_likelihood_with_{condition}"] = mean(scores.log_probs[condition], of_references, seed)
     for condition in shown[1:]:
@@ -69,15 +61,16 @@ def ratio(sums: np.ndarray) -> np.ndarray:
 
 def drawn_together(examples: Sequence[Example], groups: Sequence[ImageGroup]) -> list[int]:
     """A number for each example; those of one image have the same, and those of one group of their task."""
-    above: dict[tuple[str, object], tuple[str, object]] = {}
+    above = list(range(len(groups)))  # of each image one that it is drawn with, at the top itself
 
-    def top(name: tuple[str, object]) -> tuple[str, object]:
-        while above.setdefault(name, name) != name:
-            name = above[name]
-        return name
+    def top(image: int) -> int:
+        while above[image] != image:
+            image = above[image]
+        return image
 
-    for number, group in enumerate(groups):
-        for example in group.examples:
-            above[top(("group", str(examples[example].group)))] = top(("image", number))
-    numbers: dict[tuple[str, object], int] = {}
-    return [numbers.setdefault(top(("group", str(example.group))), len(numbers)) for example in examples]
+    image_of = {example: number for number, group in enumerate(groups) for example in group.examples}
+    first: dict[str, int] = {}
+    for example, image in image_of.items():
+        above[top(image)] = top(first.setdefault(str(examples[example].group), image))
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(top(image_of[example]), len(numbers)) for example in range(len(examples))]

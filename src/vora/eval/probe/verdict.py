@@ -1,17 +1,14 @@
-"""A probe's figures in words, by a rule.
-
-The rule looks at one figure, the share of references that the right image makes likelier than another one of the
-set does (chance: one half), and at its 95 % interval:
+"""A probe's figures in words, by a rule that looks at one of them, the share of references that the right image makes
+likelier than another one of the set does (chance: one half), and at its 95 % interval:
 
 * "It looks" where all of the interval lies above one half; "but little" where the share itself is below 60 %.
 * "It does not look" where all of it lies below 60 %, and one half or less is possible.
-* "Too few examples to tell" otherwise, and of fewer than 10 images always. Images that are
-  drawn together, as those of one sentence, count once.
+* "Too few examples to tell" otherwise, and of fewer than 10 images (those drawn together count once) always.
 
 Blank, shuffled and missing images decide nothing: a model may do badly with one only because it never saw the like.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from vora.eval.metrics.intervals import Estimate, in_words, numbers
 
@@ -21,15 +18,11 @@ CHANCE, LITTLE, FEWEST_GROUPS = 0.5, 0.6, 10
 def verdict_of(
     metrics: dict[str, Estimate], scores: Sequence[str], num_groups: int, num_references: int
 ) -> tuple[bool | None, str]:
-    """What a probe's metrics say.
+    """What a probe's metrics say: (True, False or None, the verdict).
 
     Args:
-        metrics: of `probe_metrics`.
-        scores: names of the task's scores in it.
+        scores: names of the task's scores in the metrics.
         num_groups: images, those that are drawn together counting as one.
-
-    Returns:
-        (True, False or None, the verdict).
     """
     beats, gain = metrics["right_beats_other"], metrics["gain_over_other"]
     value, low, high = numbers(beats)
@@ -43,22 +36,16 @@ def verdict_of(
         return None, f"Too few examples to tell: of {num_groups:,} independent images ({wanted}), {found}"
     if low <= CHANCE:
         return False, f"It does not look: {found}"
-    opening = "It looks, but little: " if value < LITTLE else "It looks: "
-    return True, " ".join([opening + found, *_drops(metrics, scores), *_order(metrics)])
-
-
-def _drops(metrics: dict[str, Estimate], scores: Sequence[str]) -> Iterator[str]:
+    words = [("It looks, but little: " if value < LITTLE else "It looks: ") + found]
     for name in scores:
         right, other = (numbers(metrics[f"{name}_with_{which}"])[0] for which in ("right", "other"))
         _, low, high = numbers(metrics[f"{name}_drop_other"])
         verb = "falls" if low > 0 else "rises" if high < 0 else "is not shown to change,"
-        title = name.replace("_", " ").capitalize()
-        yield (f"{title} {verb} from {right:.3f} to {other:.3f} with another image (drop {low:.3f} to {high:.3f}).")
-
-
-def _order(metrics: dict[str, Estimate]) -> Iterator[str]:
-    if "gain_over_shuffled" not in metrics:
-        return
-    _, low, high = numbers(metrics["gain_over_shuffled"])
-    what = "matters" if low > 0 else "helps not" if high < 0 else "is not shown to matter"
-    yield f"Where things are in it {what} (gain over shuffled patches {low:.3g} to {high:.3g} nats)."
+        title, drop = name.replace("_", " ").capitalize(), f"(drop {low:.3f} to {high:.3f})"
+        words.append(f"{title} {verb} from {right:.3f} to {other:.3f} with another image {drop}.")
+    if "gain_over_shuffled" in metrics:
+        _, low, high = numbers(metrics["gain_over_shuffled"])
+        verb = "matters" if low > 0 else "helps not" if high < 0 else "is not shown to matter"
+        gain_in_words = f"gain over shuffled patches {low:.3g} to {high:.3g} nats"
+        words.append(f"Where things are in it {verb} ({gain_in_words}).")
+    return True, " ".join(words)
