@@ -3,24 +3,21 @@
 import numpy as np
 import pytest
 import torch
-from packed import Waits, objective_of, questions, sample
+from packed import objective_of, questions, sample
 from PIL import Image
 from tiny import GRID, IMAGE, PATCH, states_of_blocks, text, tiny_vora
-from transformers import ViTConfig, ViTModel
 
-from vora import Teacher, VoraForConditionalGeneration, VoraImageProcessor, VoraProcessor
+from vora import VoraForConditionalGeneration, VoraProcessor
 from vora.data.packing import (
     collate_sequences,
-    cut_text,
     label_weights,
     next_sequence,
-    next_targets,
     places,
     share_prefixes,
     tokenize_sample,
+    without_targets,
 )
 from vora.data.schema import Sample
-from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.objective import Objective
 from vora.model import label_loss, segmented_sdpa
 from vora.model.segmented_sdpa import SEGMENTED_SDPA, trees
@@ -38,6 +35,14 @@ def losses_of_samples(learner, samples):
     return torch.stack(losses)
 
 
+def loss_of(learner, batch):
+    return learner(**batch, num_items_in_batch=1)["loss"]
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
 def gradients(learner, loss):
     learner.zero_grad()
     loss.backward()
@@ -53,34 +58,14 @@ def assert_same(found, expected, tolerance=1e-5):
         assert (found[name] - expected[name]).abs().max() <= tolerance * scale, name
 
 
-def path_to(end, seen_until):
-    """bool[B, T]: the tokens of the sample that ends there."""
-    return (torch.arange(seen_until.shape[1]) <= end) & (end <= seen_until)
-
-
-@FAMILIES
-def test_questions_that_share_an_image_learn_as_they_would_alone(family):
-    learner, samples = objective_of(family), questions()
-    shared = share_prefixes(samples)
-    assert (shared["input_ids"] == IMAGE).sum() == 6  # the image stands once
-    batch = collate_sequences([[shared]], len(shared["input_ids"]) + 3, pad_token_id=0)
-
-    alone = losses_of_samples(learner, samples)
-    together = learner(**batch, num_items_in_batch=1)["loss"]
-    torch.testing.assert_close(together, alone.sum(), rtol=1e-5, atol=0)
-    for end, expected in zip(shared["ends"], alone):
-        only = {**batch, "targets": batch["targets"].where(path_to(end, batch["seen_until"]), -100)}
-        torch.testing.assert_close(learner(**only, num_items_in_batch=1)["loss"], expected, rtol=1e-5, atol=0)
-    assert_same(gradients(learner, together), gradients(learner, alone.sum()))
-
-
 @FAMILIES
 def test_packed_sequences_learn_as_their_samples_would_alone(family):
     learner = objective_of(family)
     groups = [
-        questions(0),
+        questions(0),  # they share an image
         [sample(*text(9, 3))],  # text only
         questions(1, count=2),
+        questions(1, count=1) * 2,  # the same one twice
         [sample(*text(2, 4), (3, 3, 5), (2, 2, 6), *text(5, 5))],  # two images that touch
         [sample((2, 2, 7), *text(5, 6))],  # begins with its image, right after the one before
         [sample(*text(2, 7), (1, 2, 8), *text(2, 8), (2, 1, 9), *text(2, 9), (1, 1, 10), *text(4, 10))],  # many
@@ -88,30 +73,27 @@ def test_packed_sequences_learn_as_their_samples_would_alone(family):
         [sample((1, 2, 12, 2), (1, 2, 13), *text(4, 13))],  # a video that touches an image
     ]
     shared = [share_prefixes(group) for group in groups]
+    assert (shared[0]["input_ids"] == IMAGE).sum() == 6  # the image stands once
     lengths, rows, left = [len(one["input_ids"]) for one in shared], [], list(range(len(groups)))
     while left:
-        row = [left[i] for i in next_sequence([lengths[i] for i in left], 48)]
-        rows.append(row)
-        left = [i for i in left if i not in row]
+        rows.append([left[i] for i in next_sequence([lengths[i] for i in left], 48)])
+        left = [i for i in left if i not in rows[-1]]
     assert len(rows) < len(groups) - 3
     batch = collate_sequences([[shared[i] for i in row] for row in rows], 48, pad_token_id=0)
-    together = learner(**batch, num_items_in_batch=1)["loss"]
-    alone = losses_of_samples(learner, sum(groups, []))
-    torch.testing.assert_close(together, alone.sum(), rtol=1e-5, atol=0)
+    together, alone = loss_of(learner, batch), losses_of_samples(learner, sum(groups, []))
+    close(together, alone.sum())
     assert_same(gradients(learner, together), gradients(learner, alone.sum()))
 
-    number = 0
-    for index, group in enumerate(groups):  # each sample's own loss, by masking all others
-        row = next(r for r, members in enumerate(rows) if index in members)
+    found, place = [], torch.arange(48)
+    for index, one in enumerate(shared):  # each sample's own loss, by masking all others
+        row = next(number for number, members in enumerate(rows) if index in members)
         start = sum(lengths[i] for i in rows[row][: rows[row].index(index)])
-        for end in start + shared[index]["ends"]:
+        for end in start + one["ends"]:
             own = torch.zeros_like(batch["targets"], dtype=torch.bool)
-            own[row] = path_to(end, batch["seen_until"])[row] & (torch.arange(48) >= start)
-            only = {**batch, "targets": batch["targets"].where(own, -100)}
+            own[row] = (start <= place) & (place <= end) & (end <= batch["seen_until"][row])
             with torch.no_grad():
-                found = learner(**only, num_items_in_batch=1)["loss"]
-            torch.testing.assert_close(found, alone[number], rtol=1e-5, atol=0)
-            number += 1
+                found.append(loss_of(learner, {**batch, "targets": batch["targets"].where(own, -100)}))
+    close(torch.stack(found), alone.detach())
 
 
 @pytest.mark.parametrize("most", [None, 128])
@@ -128,19 +110,19 @@ def test_short_answers_count_as_much_as_long_ones(most, monkeypatch):
         whole = (lengths**-balance * lengths).sum()
         torch.testing.assert_close(weights.sum(), whole)
         alone = losses_of_samples(learner, samples)
-        expected, every = (lengths**-balance * alone).sum() / whole, alone.sum() / lengths.sum()
+        expected = (lengths**-balance * alone).sum() / whole
         if most:
             monkeypatch.setattr(label_loss, "MOST_LOGITS", most)  # each label's logits for themselves
         found = learner(**batch, label_weights=weights)
-        torch.testing.assert_close(found["loss"], expected, rtol=1e-5, atol=0)
-        torch.testing.assert_close(found["lm_loss"], every, rtol=1e-5, atol=0)  # tells the same whatever counts
+        close(found["loss"], expected)
+        close(found["lm_loss"], alone.sum() / lengths.sum())  # tells the same whatever counts
         assert_same(gradients(learner, found["loss"]), gradients(learner, expected))
 
 
 def test_answers_are_told_apart_by_where_they_stand():
     twice = sample(*text(3), (2, 3, 0), *text(12, 1), answer=0)
     twice["labels"][-9:-5], twice["labels"][-2:] = twice["input_ids"][-9:-5], twice["input_ids"][-2:]  # two turns
-    silent = cut_text(share_prefixes([sample(*text(4))]), 48)
+    silent = without_targets(share_prefixes([sample(*text(4))]), 48)
     row = [share_prefixes([twice]), share_prefixes([sample(*text(4), answer=4)])]
     batch = collate_sequences([row, [silent]], sum(len(one["input_ids"]) for one in row), pad_token_id=0)
     expected = [1 / 4] * 4 + [1 / 2] * 2 + [1 / 3] * 3  # a first token has nothing before it that could predict it
@@ -151,12 +133,10 @@ def test_answers_are_told_apart_by_where_they_stand():
 
 @FAMILIES
 def test_nothing_leaks_between_branches_and_documents(family):
-    learner = objective_of(family)
-    batch = collate_sequences(
-        [[share_prefixes(questions(0)), share_prefixes(questions(1, count=2))]], 64, pad_token_id=0
-    )
+    learner, row = objective_of(family), [share_prefixes(questions(0)), share_prefixes(questions(1, count=2))]
+    batch = collate_sequences([row], 64, pad_token_id=0)
     del batch["targets"], batch["num_samples"]
-    own = batch["seen_until"][0] == share_prefixes(questions(0))["ends"].min()  # one question's, without the image
+    own = batch["seen_until"][0] == row[0]["ends"].min()  # one question's, without the image
     assert own.sum() >= 3
     before = states_of_blocks(learner.vora, **batch)
     for place in own.nonzero()[:, 0]:
@@ -174,19 +154,7 @@ def test_branches_beyond_a_sliding_window_are_refused():
         learner(**batch)
 
 
-def test_targets_are_the_next_labels_and_the_silent_end_is_dropped():
-    one = {"input_ids": np.array([4, 5, 6, 7, 8]), "labels": np.array([-100, -100, 6, 7, -100])}
-    found = next_targets(one)
-    assert found["input_ids"].tolist() == [4, 5, 6] and found["targets"].tolist() == [-100, 6, 7]
-
-
-def test_one_question_alone_is_all_trunk_up_to_its_first_prediction():
-    shared = share_prefixes(questions(count=1))
-    assert shared["position_ids"].tolist() == list(range(len(shared["input_ids"])))
-    assert set(shared["seen_until"].tolist()) == {len(shared["input_ids"]) - 1}
-
-
-def test_text_that_questions_begin_with_alike_stand_once():
+def test_text_that_questions_begin_with_alike_stands_once():
     samples = [sample(*ids, answer=1) for ids in ([9, 8, 7, 40], [9, 8, 6, 41], [9, 5, 42], [9, 8, 7, 43])]
     shared = share_prefixes(samples)
     assert shared["input_ids"].tolist() == [9, 5, 8, 6, 7, 7]
@@ -194,33 +162,13 @@ def test_text_that_questions_begin_with_alike_stand_once():
     assert shared["seen_until"].tolist() == [5, 1, 5, 3, 4, 5]
     assert shared["targets"].tolist() == [-100, 42, -100, 41, 40, 43]  # 7 predicts, so it is not shared
     assert shared["ends"].tolist() == [4, 3, 1, 5] and shared["num_samples"] == 4
-
-
-def test_same_question_twice_counts_twice():
-    learner, samples = objective_of("llama"), questions(count=1) * 2
-    batch = collate_sequences([[share_prefixes(samples)]], 40, pad_token_id=0)
-    together = learner(**batch, num_items_in_batch=1)["loss"]
-    torch.testing.assert_close(together, losses_of_samples(learner, samples).sum(), rtol=1e-5, atol=0)
-
-
-def test_samples_of_the_processor_pack_as_well(llm_folder):
-    """From messages to packed loss: the whole journey, but for files."""
-    processor = VoraProcessor.from_llm(llm_folder, patch_size=PATCH, image_size=PATCH * GRID)
-    vora = VoraForConditionalGeneration.from_llm(llm_folder, patch_size=PATCH, image_size=PATCH * GRID)
-    learner = Objective(vora, processor.image_processor)
-    red = Image.new("RGB", (12, 12), "red")
-
-    def messages(question, answer):
-        content = [{"type": "image", "image": red}, {"type": "text", "text": question}]
-        return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-
-    pairs = [("what colour is the shape?", "red"), ("Is there a circle?", "no"), ("what?", "a red square")]
-    samples = [processor.training_sample(messages(*pair)) for pair in pairs]
-    batch = collate_sequences([[share_prefixes(samples)]], 80, processor.tokenizer.pad_token_id)
-    alone = losses_of_samples(learner, samples)
-    torch.testing.assert_close(learner(**batch, num_items_in_batch=1)["loss"], alone.sum(), rtol=1e-5, atol=0)
-    spoken = sum((one["labels"] != -100).sum() for one in samples)
-    assert (batch["targets"] != -100).sum() == spoken
+    one = {"input_ids": np.array([4, 5, 6, 7, 8]), "labels": np.array([-100, -100, 6, 7, -100])}
+    alone = share_prefixes([one])  # its end predicts nothing
+    assert alone["input_ids"].tolist() == [4, 5, 6] and alone["targets"].tolist() == [-100, 6, 7]
+    assert alone["position_ids"].tolist() == [0, 1, 2] and alone["seen_until"].tolist() == [2, 2, 2]
+    silent = {"input_ids": np.array([4, 5]), "labels": np.array([-100, -100])}
+    with pytest.raises(ValueError, match="All labels of 1 of its 2 conversations are masked"):
+        share_prefixes([one, silent])
 
 
 def test_a_row_takes_the_oldest_then_the_longest_that_fit():
@@ -229,84 +177,64 @@ def test_a_row_takes_the_oldest_then_the_longest_that_fit():
     assert next_sequence([10, 1], 10) == [0]
 
 
-def test_conversations_whose_images_stand_elsewhere_share_nothing(llm_folder):
+def test_conversations_share_images_only_where_these_stand_alike(llm_folder):
+    """From messages to packed loss: the whole journey, but for files."""
     processor = VoraProcessor.from_llm(llm_folder, patch_size=PATCH, image_size=PATCH * GRID)
     vora = VoraForConditionalGeneration.from_llm(llm_folder, patch_size=PATCH, image_size=PATCH * GRID)
-    place, images = {"type": "image"}, [Image.new("RGB", (12, 12), colour) for colour in ("red", "blue")]
-
-    def request(*parts):
-        parts = [place if part is None else {"type": "text", "text": part} for part in parts]
-        return [{"role": "user", "content": parts}, {"role": "assistant", "content": "no"}]
-
-    conversations = [
-        request(None, "is it", None),
-        request("is", None, "like", None),
-        request(None, "is it", None, "?"),
-    ]
-    whole = Sample("r", images, conversations)
     learner = Objective(vora, processor.image_processor)
+    images = [Image.new("RGB", (12, 12), colour) for colour in ("red", "blue")]
+
+    def asked(*parts):
+        content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+        return [{"role": "user", "content": content}, {"role": "assistant", "content": "no"}]
+
+    conversations = [asked(None, "is it", None), asked("is", None, "like", None), asked(None, "is it", None, "?")]
+    whole = Sample("r", images, conversations)
     for chosen, num_copies in ((conversations, 3), (conversations[::2], 1)):
         one = tokenize_sample(whole, processor, chosen)
         assert len(one["image_grid_thw"]) == 2 * num_copies and one["num_samples"] == len(chosen)
-        batch = collate_sequences([[one]], len(one["input_ids"]) + 3, 0)
+        batch = collate_sequences([[one]], len(one["input_ids"]) + 3, processor.tokenizer.pad_token_id)
         samples = [processor.training_sample(whole.messages(images, c)) for c in chosen]
-        alone = losses_of_samples(learner, samples)
-        torch.testing.assert_close(learner(**batch, num_items_in_batch=1)["loss"], alone.sum(), rtol=1e-5, atol=0)
+        close(loss_of(learner, batch), losses_of_samples(learner, samples).sum())
+        assert (batch["targets"] != -100).sum() == sum((one["labels"] != -100).sum() for one in samples)
 
 
-def test_a_sample_that_predicts_nothing_is_refused():
-    silent = {"input_ids": np.array([4, 5]), "labels": np.array([-100, -100])}
-    with pytest.raises(ValueError, match="All labels of 1 of its 2 conversations are masked"):
-        share_prefixes([sample(*text(5)), silent])
+ROWS = [[share_prefixes(questions(0)), share_prefixes([sample(*text(9, 3))])], [share_prefixes(questions(1, 1))]]
 
 
 @FAMILIES
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_attention_by_segment_is_attention_in_rows(family, checkpointed, monkeypatch):
+def test_attention_by_segment_learns_as_attention_in_rows(family, monkeypatch):
+    """In bf16 as exactly as sdpa: both are compared with sdpa in float32."""
     monkeypatch.setattr(segmented_sdpa, "SHORT", 0)
-    learner, found = objective_of(family), []
-    rows = [[share_prefixes(questions(0)), share_prefixes([sample(*text(9, 3))])], [share_prefixes(questions(1, 1))]]
-    batch = collate_sequences(rows, 64, pad_token_id=0)
-    calls = []
-    for attention in ("sdpa", SEGMENTED_SDPA):
+    batch, masks = collate_sequences(ROWS, 64, pad_token_id=0), []
+
+    def learned(attention, bf16=False, checkpointed=False):
+        learner = objective_of(family)
         learner.vora.set_attn_implementation(attention)
         if checkpointed:
             learner.gradient_checkpointing_enable()
         learner.train()
-        hook = learner.vora.model.language_model.register_forward_pre_hook(
-            lambda module, args, kwargs: calls.append(kwargs["attention_mask"]), with_kwargs=True
+        learner.vora.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
         )
-        losses = learner(**batch, num_items_in_batch=1)
-        found.append({"loss": losses["loss"].detach(), **gradients(learner, losses["loss"])})
-        hook.remove()
-    assert_same(found[1], found[0])
-    masks = [one if isinstance(one, torch.Tensor) else one["full_attention"] for one in calls]
-    assert not hasattr(masks[0], "segments")
-    lengths = [[s.queries.stop - s.queries.start for s in row] for row in masks[1].segments]
-    assert lengths == [
-        [len(one["input_ids"]) for one in row] + [64 - sum(len(o["input_ids"]) for o in row)] for row in rows
-    ]
-    assert all(segment.keys == segment.queries for row in masks[1].segments for segment in row)
-
-
-@FAMILIES
-def test_attention_by_segment_in_bf16_is_as_exact_as_sdpa(family, monkeypatch):
-    """Both are compared with sdpa in float32."""
-    monkeypatch.setattr(segmented_sdpa, "SHORT", 0)
-    rows = [[share_prefixes(questions(0)), share_prefixes([sample(*text(9, 3))])], [share_prefixes(questions(1, 1))]]
-    batch, found = collate_sequences(rows, 64, pad_token_id=0), {}
-    for name, attention, bf16 in (("exact", "sdpa", False), ("sdpa", "sdpa", True), ("ours", SEGMENTED_SDPA, True)):
-        learner = objective_of(family)
-        learner.vora.set_attn_implementation(attention)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = learner(**batch, num_items_in_batch=1)["loss"]
-        found[name] = gradients(learner, loss)
+            loss = loss_of(learner, batch)
+        return {"loss": loss.detach(), **gradients(learner, loss)}
 
-    def distance(name):
-        parts = [(found[name][key] - exact).norm() / exact.norm() for key, exact in found["exact"].items()]
-        return torch.stack(parts).mean()
+    exact = learned("sdpa")
+    assert_same(learned(SEGMENTED_SDPA), exact)
+    in_rows, by_segment = (one if isinstance(one, torch.Tensor) else one["full_attention"] for one in masks)
+    assert not hasattr(in_rows, "segments")
+    used = [[len(one["input_ids"]) for one in row] for row in ROWS]
+    found = [[segment.queries.stop - segment.queries.start for segment in row] for row in by_segment.segments]
+    assert found == [lengths + [64 - sum(lengths)] for lengths in used]
+    assert all(segment.keys == segment.queries for row in by_segment.segments for segment in row)
+    assert_same(learned(SEGMENTED_SDPA, checkpointed=True), exact)
 
-    assert 0 < distance("ours") < 1.5 * distance("sdpa")
+    def distance(found):
+        return torch.stack([(found[name] - one).norm() / one.norm() for name, one in exact.items()]).mean()
+
+    assert 0 < distance(learned(SEGMENTED_SDPA, bf16=True)) < 1.5 * distance(learned("sdpa", bf16=True))
 
 
 def test_trees_of_a_row():
@@ -314,28 +242,8 @@ def test_trees_of_a_row():
     assert trees(seen_until) == [[(0, 4), (4, 6), (6, 9)], [(0, 9)]]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_a_step_never_waits_for_the_device(family):
-    learner = objective_of(family)
-    config = ViTConfig(
-        hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3, patch_size=PATCH
-    )
-    learner.set_teacher(Teacher(ViTModel(config, add_pooling_layer=False).requires_grad_(False)))
-    learner.image_processor = VoraImageProcessor(patch_size=PATCH)
-    learner.distillation = BlockwiseDistillation(block_pairs(3, 2), 32, 24)
-    batch = collate_sequences([[share_prefixes(questions(0))], [share_prefixes(questions(1, 1))]], 64, pad_token_id=0)
-    located = batch | places(batch, IMAGE)
-    learner.train()
-    without = learner(**batch)["loss"]
-    with Waits() as waits:
-        losses = learner(**located)
-        losses["loss"].backward()
-    assert losses["loss"].item() == pytest.approx(without.item(), rel=1e-3) and {"lm_loss", "distill_loss"} < set(
-        losses
-    )
-    assert waits.found == []
-    with Waits() as waits:
-        learner(**batch)
-    assert len(waits.found) > 2
+def test_places_that_are_found_before_a_step_change_nothing():
+    learner, batch = objective_of("llama"), collate_sequences(ROWS, 64, pad_token_id=0)
+    close(loss_of(learner, batch | places(batch, IMAGE)), loss_of(learner, batch))
     with pytest.raises(ValueError, match="image tokens"):
         places({**batch, "image_grid_thw": batch["image_grid_thw"][:1]}, IMAGE)

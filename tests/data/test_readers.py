@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from functools import partial
 
 import datasets
 import pyarrow as pa
@@ -13,7 +14,7 @@ from test_schema import BLUE, LAYOUTS, RED, RED_PNG, TELL, content_of, turns
 
 import vora
 from vora.data.columns import RowOptions
-from vora.data.json_source import JsonArray, elements
+from vora.data.json_source import elements
 from vora.data.packing import tokenize_sample
 from vora.data.readers import load_source
 from vora.data.source import Source
@@ -21,56 +22,44 @@ from vora.data.tar_source import row_of_files
 
 EXPECTED = {
     "captions.jsonl": [
-        ([RED], [["user: |Tell.", "assistant: A red field."]]),
-        ([BLUE], [["user: |Tell.", "assistant: A blue field."], ["user: |Tell.", "assistant: All is blue."]]),
+        ([RED], ["user: |Tell. / assistant: A red field."]),
+        ([BLUE], ["user: |Tell. / assistant: A blue field.", "user: |Tell. / assistant: All is blue."]),
     ],
     "questions.jsonl": [
-        ([RED], [["user: |what colour?", "assistant: red"]]),
-        ([BLUE], [["user: |what colour?", "assistant: blue"], ["user: |is it red?", "assistant: no"]]),
+        ([RED], ["user: |what colour? / assistant: red"]),
+        ([BLUE], ["user: |what colour? / assistant: blue", "user: |is it red? / assistant: no"]),
     ],
     "messages.jsonl": [
-        (
-            [RED, BLUE],
-            [
-                [
-                    "system: Be brief.",
-                    "user: |and |: which is red?",
-                    "assistant: the first",
-                    "user: sure?",
-                    "assistant: yes",
-                ]
-            ],
-        ),
-        ([BLUE], [["user: |what colour?", "assistant: blue"]]),
+        ([RED, BLUE], ["system: Be brief. / user: |and |: which is red? / assistant: the first / user: sure? / "
+                       "assistant: yes"]),
+        ([BLUE], ["user: |what colour? / assistant: blue"]),
     ],
     "llava.json": [
-        ([RED], [["user: |what colour?", "assistant: red", "user: sure?", "assistant: yes"]]),
-        ([RED, BLUE], [["user: is | or|blue?", "assistant: the second"]]),
-        ([], [["user: how many legs has an ant? é中", "assistant: six"]]),
+        ([RED], ["user: |what colour? / assistant: red / user: sure? / assistant: yes"]),
+        ([RED, BLUE], ["user: is | or|blue? / assistant: the second"]),
+        ([], ["user: how many legs has an ant? é中 / assistant: six"]),
     ],
     "text_only.jsonl": [
-        ([], [["user: hello", "assistant: good day"]]),
-        ([], [["user: Translate.\nrouge", "assistant: red"]]),
-        ([], [["user: two and two?", "assistant: four"]]),
-        ([], [["text: plain words to go on"]]),
+        ([], ["user: hello / assistant: good day"]),
+        ([], ["user: Translate.\nrouge / assistant: red"]),
+        ([], ["user: two and two? / assistant: four"]),
+        ([], ["text: plain words to go on"]),
     ],
-    "cauldron.jsonl": [
-        ([RED], [["user: |what colour?", "assistant: red", "user: sure?", "assistant: yes"]]),
-    ],
+    "cauldron.jsonl": [([RED], ["user: |what colour? / assistant: red / user: sure? / assistant: yes"])],
     "recap.parquet": [
-        ([RED], [["user: |Describe.", "assistant: A red field."]]),
-        ([BLUE], [["user: Describe.|", "assistant: A blue field."]]),
+        ([RED], ["user: |Describe. / assistant: A red field."]),
+        ([BLUE], ["user: Describe.| / assistant: A blue field."]),
     ],
     "frames.parquet": [
-        ([RED], [["user: |Describe.", "assistant: A red field."]]),
-        ([[RED, BLUE, RED]], [["user: |What happens?", "assistant: It blinks."]]),
+        ([RED], ["user: |Describe. / assistant: A red field."]),
+        ([[RED, BLUE, RED]], ["user: |What happens? / assistant: It blinks."]),
     ],
     "shard-000.tar": [
-        ([RED], [["user: |Tell.", "assistant: A red field."]]),
-        ([BLUE], [["user: |what colour?", "assistant: blue"]]),
-        ([RED, BLUE], [["user: ||same?", "assistant: no"]]),
+        ([RED], ["user: |Tell. / assistant: A red field."]),
+        ([BLUE], ["user: |what colour? / assistant: blue"]),
+        ([RED, BLUE], ["user: ||same? / assistant: no"]),
     ],
-}
+}  # fmt: skip
 
 
 def opened(path, split="train", columns=None, **further):
@@ -85,11 +74,11 @@ def answers(source):
     return [sample.conversations[0][1]["content"] for sample in source]
 
 
-def write(path, *rows):
+def write(path, *rows, **options):
     """Rows in the kind of file that its ending says; the path again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(list(rows)), path)
+        pq.write_table(pa.Table.from_pylist(list(rows)), path, **options)
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
     else:
@@ -107,25 +96,16 @@ def write_tar(path, files):
     return path
 
 
-def layout(name):
-    return opened(LAYOUTS / name, image_folder=LAYOUTS / "images" if name == "llava.json" else None)
-
-
 @pytest.mark.parametrize("name", EXPECTED)
-def test_each_layout_reads_as_it_is(name):
-    source = layout(name)
+def test_each_layout_reads_as_it_is_and_becomes_tokens_and_labels(name, llm_folder):
+    source = opened(LAYOUTS / name, image_folder=LAYOUTS / "images" if name == "llava.json" else None)
     assert [content_of(source[i]) for i in range(len(source))] == EXPECTED[name]
     assert content_of(source[0]) == EXPECTED[name][0]  # nothing of a block is used up
-
-
-@pytest.mark.parametrize("name", EXPECTED)
-def test_each_layout_becomes_tokens_and_labels(name, llm_folder):
     processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
-    tokenizer = processor.tokenizer
-    for sample in layout(name):
+    for sample in source:
         for conversation in sample.conversations:
             found = tokenize_sample(sample, processor, [conversation])
-            learned = tokenizer.decode(found["targets"][found["targets"] != -100])
+            learned = processor.tokenizer.decode(found["targets"][found["targets"] != -100])
             said = [m["content"] for m in conversation if m["role"] in ("assistant", "text")]
             expected = "".join(answer + "<|im_end|>" for answer in said)
             assert learned == (expected[1:] if conversation[0]["role"] == "text" else expected)  # nothing before its p
@@ -149,24 +129,24 @@ def test_kinds_of_files_and_folders_agree(tmp_path):
         assert read(str(tmp_path / place)) == EXPECTED["questions.jsonl"], place
     with pytest.raises(ValueError, match="no files of the split 'dev'"):
         opened(tmp_path / "hub", "dev")
+    for number in range(3):  # shards without names of splits are all read
+        write_tar(tmp_path / f"{number:05d}.tar", {"0.txt": b"a", "1.txt": b"b"})
+    assert len(opened(tmp_path)) == 6 and len(opened(tmp_path, max_samples=3)) == 3
 
 
-def test_shards_without_names_of_splits_are_all_read(tmp_path):
-    for number in range(3):
-        (tmp_path / f"{number:05d}.tar").write_bytes((LAYOUTS / "shard-000.tar").read_bytes())
-    assert len(opened(tmp_path)) == 9 and len(opened(tmp_path, max_samples=4)) == 4
-
-
-def test_many_blocks_keep_their_order_and_names(tmp_path):
+def test_many_blocks_keep_their_order_and_names(tmp_path, monkeypatch):
+    monkeypatch.setattr("vora.data.parquet_source.BYTES_PER_BLOCK", 2000)  # large row groups are read in parts
     rows = [{"question": f"number {i}? é", "answer": str(i)} for i in range(1000)]
+    plain = {"compression": "none", "use_dictionary": False}
     write(tmp_path / "a.jsonl", *rows)
     write(tmp_path / "b.json", *rows)
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet", row_group_size=77)
-    write_tar(tmp_path / "d.tar", {f"{number:04d}.json": json.dumps(row).encode() for number, row in enumerate(rows)})
-    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "e")
-    for place in ("a.jsonl", "b.json", "c.parquet", "d.tar", "e"):
+    write(tmp_path / "c.parquet", *rows, row_group_size=77)
+    write(tmp_path / "d.parquet", *rows, **plain)
+    write_tar(tmp_path / "e.tar", {f"{number:04d}.json": json.dumps(row).encode() for number, row in enumerate(rows)})
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "f")
+    for place in ("a.jsonl", "b.json", "c.parquet", "d.parquet", "e.tar", "f"):
         source = opened(tmp_path / place)
-        assert len(source.block_sizes) > 5 and len(source) == 1000
+        assert len(source.block_sizes) > 4 and len(source) == 1000, place
         assert answers(source) == [str(i) for i in range(1000)] and source[777].name.endswith(":777")
 
 
@@ -175,26 +155,25 @@ def test_a_json_list_is_read_in_small_parts(tmp_path, monkeypatch):
     file = write(tmp_path / "a.json", *rows)
     assert list(elements(file, chunk_bytes=37)) == list(elements(file))
     monkeypatch.setattr(Source, "rows_per_block", 7)
-    assert answers(JsonArray("a", [file])) == [row["answer"] for row in rows]
+    assert answers(opened(file)) == [row["answer"] for row in rows]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
 def test_a_row_in_another_encoding_is_bad_and_the_others_are_read(tmp_path, kind):
     """As it is, and not learned with characters that stand for nothing."""
-    lines = [json.dumps(row, ensure_ascii=False) for row in [{"text": "naïve"}, {"text": "café"}, {"text": "ça"}]]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in ("naïve", "café", "ça")]
     encoded = [line.encode("latin-1" if number == 1 else "utf-8") for number, line in enumerate(lines)]
     data = b"\n".join(encoded) if kind == "jsonl" else b"[" + b",\n".join(encoded) + b"]"
     (tmp_path / f"a.{kind}").write_bytes(data)
     source = opened(tmp_path / f"a.{kind}")
-    assert [content_of(source[number])[1] for number in (0, 2)] == [[["text: naïve"]], [["text: ça"]]]
+    assert [content_of(source[number])[1] for number in (0, 2)] == [["text: naïve"], ["text: ça"]]
     with pytest.raises(ValueError, match="not in UTF-8: its byte 13 is 0xe9"):
         source[1]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
 def test_the_nan_of_python_is_null(tmp_path, kind):
-    file = write(tmp_path / f"a.{kind}", {"question": "a?", "answer": 1.5}, {"question": "b?", "answer": float("nan")})
-    source = opened(file)
+    source = opened(write(tmp_path / f"a.{kind}", *({"question": "a?", "answer": one} for one in (1.5, float("nan")))))
     assert answers([source[0]]) == ["1.5"]
     with pytest.raises(ValueError, match="fit none of the layouts"):
         source[1]
@@ -202,20 +181,20 @@ def test_the_nan_of_python_is_null(tmp_path, kind):
 
 def test_class_labels_alone_and_in_lists_are_names(tmp_path):
     names = datasets.ClassLabel(names=["ox", "ass"])
-    features = datasets.Features({"question": datasets.Value("string"), "answer": names})
-    rows = {"question": ["a?", "b?", "c?"], "answer": [1, 0, -1]}
+    lists = datasets.Sequence(names)
+    features = datasets.Features({"question": datasets.Value("string"), "answer": names, "answers": lists})
+    rows = {"question": ["a?", "b?", "c?"], "answer": [1, 0, -1], "answers": [[1, 1, 0], [0], [-1]]}
     dataset = datasets.Dataset.from_dict(rows, features=features)
     dataset.to_parquet(tmp_path / "train.parquet")
     dataset.save_to_disk(tmp_path / "saved")
     for place in ("train.parquet", "saved"):
-        source = opened(tmp_path / place)
-        assert answers([source[0], source[1]]) == ["ass", "ox"]
-        with pytest.raises(ValueError, match="fit none of the layouts"):  # a class that is withheld
-            source[2]
-    lists = {"questions": datasets.Sequence(datasets.Value("string")), "answers": datasets.Sequence(names)}
-    rows = {"questions": [["a?", "b?"]], "answers": [[1, 0]]}
-    datasets.Dataset.from_dict(rows, features=datasets.Features(lists)).to_parquet(tmp_path / "t.parquet")
-    assert [pair[1] for pair in read(tmp_path / "t.parquet")[0][1]] == ["assistant: ass", "assistant: ox"]
+        for column in ("answer", "answers"):
+            source = opened(tmp_path / place, columns={column: column})
+            assert answers([source[0], source[1]]) == ["ass", "ox"]
+            with pytest.raises(
+                ValueError, match="fit none of the layouts|answer is empty"
+            ):  # a class that is withheld
+                source[2]
 
 
 def test_tars_as_people_pack_them(tmp_path):
@@ -232,40 +211,13 @@ def test_tars_as_people_pack_them(tmp_path):
 
 def test_samples_of_a_tar_that_are_not_read_whole_are_bad(tmp_path):
     files = {"0.mp4": b"x", "0.txt": b"a clip", "1.txt": b"a text", "2.txt": b"caf\xe9"}
+    files |= {"3.json": b'{"text": "hi"}', "3.md5": b"x"}  # beside a whole row
     source = opened(write_tar(tmp_path / "t.tar", files))
     with pytest.raises(ValueError, match="no image, and its files mp4 are not read"):
         source[0]
-    assert content_of(source[1])[1] == [["text: a text"]]
     with pytest.raises(ValueError, match="txt is not in UTF-8: byte 3 is 0xe9"):
         source[2]
-    others = {"0.json": b'{"text": "hi"}', "0.md5": b"x", "1.json": b'{"text": "ho"}'}  # beside a whole row
-    assert [found for _, found in read(write_tar(tmp_path / "u.tar", others))] == [[["text: hi"]], [["text: ho"]]]
-
-
-def test_large_row_groups_are_read_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("vora.data.parquet_source.BYTES_PER_BLOCK", 2000)
-    rows = [{"question": "what? " * (i % 9), "answer": str(i)} for i in range(1000)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", compression="none", use_dictionary=False)
-    source = opened(tmp_path / "a.parquet")
-    assert len(source.block_sizes) > 10 and answers(source) == [str(i) for i in range(1000)]
-
-
-def test_small_blocks_keep_no_whole_batches_in_memory(tmp_path, monkeypatch):
-    file = write(tmp_path / "t.parquet", *({"image": bytes([i]) * 4096, "caption": "x"} for i in range(200)))
-    monkeypatch.setattr("vora.data.parquet_source.BYTES_PER_BLOCK", 1)
-    monkeypatch.setattr("vora.data.parquet_source.MOST_ROWS", 8)
-    source = opened(file)
-    monkeypatch.undo()
-    block = source.read_block(3)
-    assert block.num_rows == source.block_sizes[3] and block.get_total_buffer_size() < 1.5 * block.nbytes
-
-
-def test_large_row_groups_are_warned_of_once(tmp_path, monkeypatch):
-    pq.write_table(pa.table({"text": ["a b", "c d"]}), tmp_path / "t.parquet", row_group_size=1)
-    monkeypatch.setattr("vora.data.parquet_source.LARGE_GROUP", 10)
-    with pytest.warns(UserWarning, match="2 row groups of up to 0 MB.*row_group_size=100") as warned:
-        opened(tmp_path / "t.parquet")
-    assert len(warned) == 1
+    assert [content_of(source[number])[1] for number in (1, 3)] == [["text: a text"], ["text: hi"]]
 
 
 @pytest.mark.parametrize(
@@ -279,33 +231,26 @@ def test_large_row_groups_are_warned_of_once(tmp_path, monkeypatch):
         ("f.tar", (LAYOUTS / "shard-000.tar").read_bytes()[:1100], "cut off|no whole tar"),
         ("g.csv", b"a,b\n", "none of the kinds"),
         ("h.json", '[{"text": "é"}]'.encode("utf-16"), "no list of JSON objects in UTF-8"),
+        ("nothing-here", None, "neither a file nor a folder"),
+        ("*.tar.gz", None, "matches 0 files"),
     ],
 )
 def test_files_that_cannot_be_used_are_refused_before_work_starts(tmp_path, name, content, cause):
-    (tmp_path / name).write_bytes(content)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=cause):
         opened(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    ("path", "cause"), [("nothing-here", "neither a file nor a folder"), ("*.tar.gz", "matches 0 files")]
-)
-def test_what_is_not_there_is_refused(tmp_path, path, cause):
-    with pytest.raises(ValueError, match=cause):
-        opened(tmp_path / path)
-
-
 def test_bad_rows_among_good_ones_refuse_no_source(tmp_path, monkeypatch):
-    good = json.dumps({"question": "what?", "answer": "x"})
-    (tmp_path / "a.jsonl").write_text(f"{good}\n{{broken\n{good}\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{broken\n{"text": "b"}\n')
     source = opened(tmp_path / "a.jsonl")
     assert len(source) == 3 and source[2].conversations
     with pytest.raises(ValueError, match="It is no JSON"):
         source[1]
     rows = [{"question": "?", "answer": ""}] * 3 + [{"question": "?", "answer": "yes"}]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=1)
-    source = opened(tmp_path / "t.parquet")
-    assert list(source.block_sizes) == [1] * 4 and content_of(source[3])[1] == [["user: ?", "assistant: yes"]]
+    source = opened(write(tmp_path / "t.parquet", *rows, row_group_size=1))
+    assert list(source.block_sizes) == [1] * 4 and content_of(source[3])[1] == ["user: ? / assistant: yes"]
     monkeypatch.setattr("vora.data.source.FIRST_ROWS", 3)
     with pytest.raises(ValueError, match="None of the first 3 rows of .* can be used"):
         opened(tmp_path / "t.parquet")
@@ -318,24 +263,20 @@ def test_paths_of_images_start_beside_the_file_that_names_them(tmp_path):
     assert [images for images, _ in read(f"{tmp_path}/*/t.jsonl")] == [[RED], [BLUE]]
 
 
-def test_splits_are_found_wherever_they_are_named(tmp_path):
-    row = {"question": "what?", "answer": "x"}
-    write(tmp_path / "nlvr_train.jsonl", *[row] * 5)
-    write(tmp_path / "nlvr_dev.JSONL", *[row] * 3)
-    write(tmp_path / "folders" / "train" / "0.jsonl", *[row] * 4).rename(tmp_path / "folders" / "train" / "0.json")
-    assert len(opened(tmp_path)) == 5 and len(opened(tmp_path, "dev")) == 3
-    assert len(opened(tmp_path / "folders")) == 4  # JSON Lines by another name
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("Train.jsonl", "Test.jsonl"), ("training.jsonl", "testing.jsonl"), ("TRAIN-0.jsonl", "x_test.JSONL"),
+     ("train/0.jsonl", "test.jsonl"), ("Training/0.json", "Test/0.json")],  # JSON Lines by another name
+)  # fmt: skip
+def test_splits_are_found_wherever_and_however_they_are_named(tmp_path, train, test):
+    for name in (train, test):
+        write(tmp_path / "lines.jsonl", {"text": name}).rename(_made(tmp_path / name))
+    assert read(tmp_path) == [([], [f"text: {train}"])] and read(tmp_path, "test") == [([], [f"text: {test}"])]
 
 
-@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("TRAIN-0", "eval")])
-def test_splits_are_known_in_capitals_and_as_people_call_them(tmp_path, names):
-    for name in names:
-        write(tmp_path / f"{name}.jsonl", {"text": name})
-    assert read(tmp_path) == [([], [[f"text: {names[0]}"]])]
-    if names[1] != "eval":
-        assert read(tmp_path, "test") == [([], [[f"text: {names[1]}"]])]
-    write(tmp_path / "Training" / "x.jsonl", {"text": "own folder"})
-    assert read(tmp_path) == [([], [["text: own folder"]])]
+def _made(path):
+    path.parent.mkdir(exist_ok=True)
+    return path
 
 
 def test_a_saved_dataset_of_another_split_is_refused(tmp_path):
@@ -346,26 +287,22 @@ def test_a_saved_dataset_of_another_split_is_refused(tmp_path):
 
 
 def test_hidden_files_are_left_out_and_compressed_ones_refused_where_they_belong_to_the_data(tmp_path):
-    write(tmp_path / "train.jsonl", {"text": "good"})
-    (tmp_path / "._train.jsonl").write_bytes(b"\x00\x05\x16\x07")
-    for name in ("images.tar.gz", "train.jsonl.gz", "test.jsonl.gz"):
-        (tmp_path / name).write_bytes(b"")
-    assert len(opened(tmp_path)) == 1
-    (tmp_path / "train-2.jsonl.gz").write_bytes(b"")
-    for path in (tmp_path, f"{tmp_path}/train*"):
-        with pytest.raises(ValueError, match="1 compressed files, such as .*train-2.jsonl.gz, are not read: unpack"):
+    refused = partial(pytest.raises, ValueError)
+    file = write(tmp_path / "data" / "train.jsonl", {"text": "good"})
+    (tmp_path / "old.jsonl.gz").write_bytes(b"")  # beside the folder with the data
+    for name in ("._train.jsonl", "images.tar.gz", "train.jsonl.gz", "test.jsonl.gz"):
+        (tmp_path / "data" / name).write_bytes(b"\x00\x05\x16\x07")
+    assert len(opened(tmp_path)) == len(opened(tmp_path / "data")) == 1
+    (tmp_path / "data" / "train-2.jsonl.gz").write_bytes(b"")
+    for path in (tmp_path, tmp_path / "data", f"{tmp_path}/data/train*"):
+        with refused(match="1 compressed files, such as .*train-2.jsonl.gz, are not read: unpack"):
             opened(path)
-
-
-def test_compressed_files_beside_the_folder_that_holds_the_data_hinder_nothing(tmp_path):
-    write(tmp_path / "data" / "train.jsonl", {"text": "good"})
-    (tmp_path / "old.jsonl.gz").write_bytes(b"")
-    assert len(opened(tmp_path)) == 1
-    (tmp_path / "data" / "train.jsonl").unlink()
-    with pytest.raises(ValueError, match="1 compressed files, such as .*old.jsonl.gz, are not read"):
+    for packed in (tmp_path / "data").iterdir():
+        packed.unlink()
+    with refused(match="1 compressed files, such as .*old.jsonl.gz, are not read"):
         opened(tmp_path)
-    write(tmp_path / "train.jsonl", {"text": "good"})
-    with pytest.raises(ValueError, match="no files of the split 'test'"):
+    write(file, {"text": "good"})
+    with refused(match="no files of the split 'test'"):
         opened(tmp_path, "test")
 
 
@@ -390,8 +327,9 @@ def test_columns_that_are_not_understood_are_seen_in_parquet_too(tmp_path, colum
 def test_named_columns_are_checked_as_far_as_they_are_known(tmp_path):
     Image.new("RGB", (4, 4), RED).save(tmp_path / "a.png")
     file = write(tmp_path / "t.jsonl", {"image": "a.png", "caption": "raw"})
-    wrong = "caption is to be read from 'recpa', but none of 1 rows .* they have caption"
-    with pytest.raises(ValueError, match=wrong):
+    with pytest.raises(
+        ValueError, match="caption is to be read from 'recpa', but none of 1 rows .* they have caption"
+    ):
         opened(file, columns={"caption": "recpa"})
     row = {"question": "q", "answer": "a"}
     later = read(write(tmp_path / "u.jsonl", *[row] * 600, row | {"pic": "a.png"}), columns={"image": "pic"})

@@ -19,12 +19,13 @@ from vora.data.schema import to_sample
 LAYOUTS = Path(__file__).parent / "layouts"
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 RED_PNG = (LAYOUTS / "images" / "red.png").read_bytes()
-RED_URL = "data:image/png;base64," + base64.b64encode(RED_PNG).decode()
-TELL = Prompts(["Tell."], ["Which?"], ["So: {}"])
+RED_BASE64 = base64.b64encode(RED_PNG).decode()
+TELL = Prompts(("Tell.",), ("Which?",), ("So: {}",))
 
 
 def content_of(sample):
-    """A sample as its images' colours (a list for a video) and its conversations as `role: text`, | for an image."""
+    """(colours of a sample's images, a list for a video; its conversations as "user: |what? / assistant: x", | for an
+    image)."""
 
     def colour(image):
         return [colour(frame) for frame in image] if isinstance(image, list) else image.getpixel((0, 0))
@@ -34,7 +35,7 @@ def content_of(sample):
 
     opened = sample.open_images()
     conversations = [one if one[0]["role"] == "text" else sample.messages(opened, one) for one in sample.conversations]
-    said = [[f"{message['role']}: {text(message['content'])}" for message in one] for one in conversations]
+    said = [" / ".join(f"{message['role']}: {text(message['content'])}" for message in one) for one in conversations]
     return [colour(image) for image in opened], said
 
 
@@ -59,56 +60,58 @@ def folder(tmp_path):
 
 
 GOOD = {"question": "what?", "answer": "x"}
-GIVEN = ["user: |what?", "assistant: x"]
+GIVEN, ALONE = "user: |what? / assistant: x", "user: what? / assistant: x"
 FILM = [[RED, BLUE]]
 
 
 @pytest.mark.parametrize(
     ("row", "images", "conversation"),
     [
-        ({"image": "red.png", "question": "<image>\nwhat?", "answer": 3}, [RED], ["user: |what?", "assistant: 3"]),
+        ({"image": "red.png", "question": "<image>\nwhat?", "answer": 3}, [RED], "user: |what? / assistant: 3"),
         ({"image": "red.png", "question": "what?", "answers": ["a", "x", "x"]}, [RED], GIVEN),
-        ({"question": "what?", "answers": [{"answer": "b"}, {"answer": "b"}, {"answer": "a"}]}, [],
-         ["user: what?", "assistant: b"]),
-        ({"question": "q", "answers": {"answer": ["red", "red", "blue"], "answer_id": [1, 2, 3]}}, [],
-         ["user: q", "assistant: red"]),
+        ({"question": "what?", "answers": [{"answer": "x"}, {"answer": "x"}, {"answer": "a"}]}, [], ALONE),
+        ({"question": "what?", "answers": {"answer": ["x", "x", "blue"], "answer_id": [1, 2, 3]}}, [], ALONE),
         ({"image": "", "conversations": [{"from": "gpt", "value": "Hi!"}, {"from": "human", "value": "a <video> tag?"},
                                          {"from": "gpt", "value": "<video>"}]}, [],
-         ["user: a <video> tag?", "assistant: <video>"]),
-        ({"conversations": {"from": ["human", "gpt"], "value": ["what?", "x"]}}, [], ["user: what?", "assistant: x"]),
+         "user: a <video> tag? / assistant: <video>"),
+        ({"conversations": {"from": ["human", "gpt"], "value": ["what?", "x"]}}, [], ALONE),
         ({"conversations": json.dumps([{"from": "human", "value": "what?"}, {"from": "gpt", "value": "x"}])}, [],
-         ["user: what?", "assistant: x"]),
-        ({"messages": turns([{"type": "image_url", "image_url": {"url": RED_URL}},
+         ALONE),
+        ({"messages": turns([{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{RED_BASE64}"}},
                              {"type": "text", "text": "what?", "image": None}], "x")}, [RED], GIVEN),
-        ({"messages": turns([{"type": "image", "base64": base64.b64encode(RED_PNG).decode()},
-                             {"type": "input_text", "text": "what?"}], [{"type": "output_text", "text": "x"}])},
-         [RED], GIVEN),
+        ({"messages": turns([{"type": "image", "base64": RED_BASE64}, {"type": "input_text", "text": "what?"}],
+                            [{"type": "output_text", "text": "x"}])}, [RED], GIVEN),
         ({"messages": turns([{"type": "image", "image": "red.png"}, {"type": "text", "text": "what?"}], "x"),
           "image_path": "red.png", "file_name": "red.png"}, [RED], GIVEN),  # images in messages need no column
+        ({"image": RED_BASE64, **GOOD}, [RED], GIVEN),
         ({"video": ["red.png", "blue.png"], **GOOD}, FILM, GIVEN),
         ({"messages": turns([{"type": "video", "video": ["red.png", "blue.png"]}, {"type": "text", "text": "what?"}],
                             "x")}, FILM, GIVEN),
         ({"video": "film.png", "question": "<video>what?", "answer": "x"}, FILM, GIVEN),
         ({"videos": ["film.png", ["red.png"]], "question": "<video><video>what?", "answer": "x"},
-         [[RED, BLUE], [RED]], ["user: ||what?", "assistant: x"]),
+         [[RED, BLUE], [RED]], "user: ||what? / assistant: x"),
         ({"system": "Be brief.", "history": [["a?", "b"]], "instruction": "what?", "input": "now", "output": "x"}, [],
-         ["system: Be brief.", "user: a?", "assistant: b", "user: what?\nnow", "assistant: x"]),
-        ({"system": "Be brief.", "messages": turns("what?", "x")}, [],
-         ["system: Be brief.", "user: what?", "assistant: x"]),
-        ({"questions": ["a?", "b?"], "answers": ["", "yes"], "captions": []}, [], ["user: b?", "assistant: yes"]),
+         "system: Be brief. / user: a? / assistant: b / user: what?\nnow / assistant: x"),
+        ({"system": "Be brief.", "messages": turns("what?", "x")}, [], f"system: Be brief. / {ALONE}"),
+        ({"questions": ["a?", "b?"], "answers": ["", "yes"], "captions": []}, [], "user: b? / assistant: yes"),
         ({"image": "red.png", "captions": ["good", None, " "], "messages": [], "label": math.nan}, [RED],
-         ["user: |Tell.", "assistant: good"]),
-        ({"question": "how many?", "answer": 3.0, "audio": None, "videos": []}, [],
-         ["user: how many?", "assistant: 3"]),
-        ({"image": "red.png", "label": "tabby cat"}, [RED], ["user: |Which?", "assistant: tabby cat"]),
+         "user: |Tell. / assistant: good"),
+        ({"question": "how many?", "answer": 3.0, "audio": None, "videos": []}, [], "user: how many? / assistant: 3"),
+        ({"image": "red.png", "label": "tabby cat"}, [RED], "user: |Which? / assistant: tabby cat"),
         ({"image": "red.png", "sentence": "It is {r}.", "label": True}, [RED],
-         ["user: |So: It is {r}.", "assistant: true"]),
-        ({"image": "red.png", "statement": "No.", "label": 0}, [RED], ["user: |So: No.", "assistant: false"]),
-        ({"file_name": "blue.png", "text": "a sky"}, [BLUE], ["user: |Tell.", "assistant: a sky"]),
-        ({"text": "a", "image_id": 3, "file_name": "a.py", "url": "http://x.org/a.png", "video": None}, [],
-         ["text: a"]),
+         "user: |So: It is {r}. / assistant: true"),
+        ({"image": "red.png", "statement": "No.", "label": 0}, [RED], "user: |So: No. / assistant: false"),
+        ({"file_name": "blue.png", "text": "a sky"}, [BLUE], "user: |Tell. / assistant: a sky"),
+        ({"text": "a", "image_id": 3, "file_name": "a.py", "url": "http://x.org/a.png", "video": None}, [], "text: a"),
         ({"text": "a", "file_name": "scan1.png", "video_url": "https://x.org/v/1", "image_license": "https://x.org"},
-         [], ["text: a"]),  # names what is not there
+         [], "text: a"),  # names what is not there
+        # answers beside choices
+        ({"question": "Q? A. x B. y", "choices": ["x", "y"], "answer": "A"}, [], "user: Q? A. x B. y / assistant: A"),
+        ({"question": "what?", "choices": [1.0, 2.0], "answer": 2.0}, [], "user: what? / assistant: 2"),
+        ({"question": "what?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answer": "x"}, [], ALONE),
+        ({"question": "what?", "options": "[]", "answer": "x"}, [], ALONE),
+        ({"question": "what?", "choices": ["X", "no"], "answer": "x"}, [], ALONE),
+        ({"question": "what?", "choices": ["x", "y"], "answers": ["x", None, "x"]}, [], ALONE),
     ],
 )  # fmt: skip
 def test_rows_as_people_have_them(folder, row, images, conversation):
@@ -128,6 +131,8 @@ NOTHING, UNREAD = "answer is empty", "which is not understood"
         ({"question": math.nan, "answer": "x"}, "fit none of the layouts"),
         ({"questions": ["what?", math.nan], "answers": ["a", "b"]}, "question is null"),
         ({"question": "what?", "answers": ["a", "b"], "questions": ["what?"]}, "1 questions, but 2 answers"),
+        ({"question": "which?", "choices": ["this", "that"], "answer": 1}, "answer 1 is none of its 2 choices"),
+        ({"question": "which?", "choices": ["this", "that"], "answer": "B"}, "answer 'B' is none of its 2 choices"),
         ({"question": "is it \ud83d?", "answer": "x"}, r"holds '\\ud83d', half of a surrogate pair, at place 6"),
         ({"messages": turns("what?", "\udc00")}, "column 'messages' holds .* half of a surrogate pair"),
         ({"conversations": [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "x"}]}, "1 places"),
@@ -178,24 +183,18 @@ def test_bad_rows_say_why(folder, row, cause):
 def test_marked_turns_are_read_but_not_learned(llm_folder, mark):
     processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
     said = turns("one?", "no", "two?", "yes")
+    said[0] |= mark
     said[1] |= mark
     said[3] |= dict.fromkeys(mark, 1)
     sample = to_sample({"messages": said})
     found = tokenize_sample(sample, processor, sample.conversations)
     assert processor.tokenizer.decode(found["targets"][found["targets"] != -100]) == "yes<|im_end|>"
     assert "no<|im_end|>" in processor.tokenizer.decode(found["input_ids"])
-    said[3] |= mark
-    sample = to_sample({"messages": said})
-    with pytest.raises(ValueError, match="All labels of 1 of its 1 conversations are masked"):
-        tokenize_sample(sample, processor, sample.conversations)
 
 
 def test_urls_are_fetched_only_if_asked_for():
-    row = {"image": "http://127.0.0.1:9/a.png", **GOOD}
-    with pytest.raises(ValueError, match="data.allow_urls"):
-        read(row)
     with pytest.raises(ValueError) as refused:  # no server of this machine, even so
-        read(row, allow_urls=True)
+        read({"image": "http://127.0.0.1:9/a.png", **GOOD}, allow_urls=True)
     assert "allow_urls" not in str(refused.value) and "127.0.0.1" in str(refused.value)
 
 
@@ -207,49 +206,28 @@ def test_an_animation_as_bytes_is_a_video(given):
     assert read({"video": given(data.getvalue()), "caption": "x"})[0] == FILM
 
 
-def test_addresses_of_files_and_short_base64_are_images(folder):
-    assert len(small := base64.b64encode(RED_PNG).decode()) < 250
-    for row, images in (
-        ({"image": f"file://{folder}/red.png"}, [RED]),
-        ({"image": small}, [RED]),
-        ({"video": f"file://{folder}/film.png"}, FILM),
-    ):
-        assert read(row | GOOD, folder / "elsewhere")[0] == images
+def test_addresses_of_files_are_images(folder):
+    assert read({"image": f"file://{folder}/red.png", **GOOD}, folder / "elsewhere")[0] == [RED]
+    assert read({"video": f"file://{folder}/film.png", **GOOD}, folder / "elsewhere")[0] == FILM
 
 
 @pytest.mark.parametrize(
-    "row",
+    ("row", "columns", "wanted"),
     [
-        {"question": "Q? A. cat B. dog", "choices": ["cat", "dog"], "answer": "A"},
-        {"question": "how much?", "choices": [1.0, 2.0], "answer": 2.0},
-        {"question": "which?", "choices": {"text": ["cat", "dog"], "label": ["A", "B"]}, "answer": "cat"},
-        {"question": "which?", "options": "[]", "answer": "42 km"},
-        {"question": "is it?", "choices": ["yes", "no"], "answer": "Yes"},
-        {"question": "which?", "choices": ["cat", "dog"], "answers": ["cat", None, "cat"]},
+        ({"image": "red.png", "messages": turns("q", "a"), "recap": "a red one", "caption": "raw"},
+         {"caption": "recap"}, "user: |Tell. / assistant: a red one"),
+        ({"question": "x", "answer": "what?"}, {"question": "answer", "answer": "question"}, ALONE),
+        ({"question": "what?", "answers": [{"answer": "many"}], "best": "x", "captions": ["no"]}, {"answer": "best"},
+         ALONE),
+        ({**GOOD, "opts": ["x", "y"]}, {"choices": "opts"}, ALONE),
     ],
-)
-def test_answers_beside_choices_are_read(row):
-    assert len(to_sample(row).conversations) == 1
-
-
-@pytest.mark.parametrize("answer", [1, "B"])
-def test_the_number_of_a_choice_is_no_answer(answer):
-    with pytest.raises(ValueError, match=f"answer {answer!r} is none of its 2 choices"):
-        to_sample({"question": "which?", "choices": ["this", "that"], "answer": answer})
-
-
-def test_named_columns_go_before_layouts_and_synonyms():
-    row = {"image": "red.png", "messages": turns("q", "a"), "recap": "a red one", "caption": "raw"}
-    assert read(row, columns={"caption": "recap"})[1] == [["user: |Tell.", "assistant: a red one"]]
-    swapped = {"question": "answer", "answer": "question"}
-    assert read({"question": "x", "answer": "what?"}, columns=swapped)[1] == [["user: what?", "assistant: x"]]
-    row = {"question": "what?", "answers": [{"answer": "many"}], "best": "x", "captions": ["no"]}
-    assert read(row, columns={"answer": "best"})[1] == [["user: what?", "assistant: x"]]
-    assert read({**GOOD, "opts": ["x", "y"]}, columns={"choices": "opts"})[1] == [["user: what?", "assistant: x"]]
+)  # fmt: skip
+def test_named_columns_go_before_layouts_and_synonyms(row, columns, wanted):
+    assert read(row, columns=columns)[1] == [wanted]
 
 
 def test_all_captions_of_an_image_share_one_prompt_and_images_differ():
-    options = RowOptions(Prompts(["Tell.", "Say.", "Look."]))
+    options = RowOptions(Prompts(("Tell.", "Say.", "Look.")))
     row = {"image": RED_PNG, "captions": ["A.", "B.", "C.", "D."]}
     samples = [to_sample(row, f"f:{number}", options=options) for number in range(20)]
     prompts = [{conversation[0]["content"] for conversation in sample.conversations} for sample in samples]
@@ -257,7 +235,7 @@ def test_all_captions_of_an_image_share_one_prompt_and_images_differ():
 
 
 @pytest.mark.parametrize(
-    ("lists", "cause"), [(dict(caption=[]), "0 caption"), (dict(statement=["True?"]), "needs one")]
+    ("lists", "cause"), [({"caption": ()}, "0 caption"), ({"statement": ("True?",)}, "needs one")]
 )
 def test_prompts_are_checked(lists, cause):
     with pytest.raises(ValueError, match=cause):

@@ -30,13 +30,9 @@ class Statement:
 
 
 def captions_of(row: Row) -> list[str]:
-    """The captions of a row's image that say something, as they are.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The captions of a row's image that say something, as they are; ValueError if there is none."""
     given = as_list(first_of(row, "captions", "caption", "text"))
-    captions = [caption for caption in (text_of(one, "caption") for one in given) if caption.strip()]
+    captions = [caption for one in given if (caption := text_of(one, "caption")).strip()]
     if not captions:
         raise ValueError("It has 0 captions.")
     return captions
@@ -54,25 +50,26 @@ def questions_of(row: Row) -> list[Question | ValueError]:
         ValueError: the row has no questions, or not as many answers.
     """
     if "questions" in row or "answers" not in row:
-        questions, answers = as_list(first_of(row, "questions", "question")), first_of(row, "answers", "answer")
-        answers = as_list(answers)
+        questions = as_list(first_of(row, "questions", "question"))
+        answers = as_list(first_of(row, "answers", "answer"))
         if len(questions) != len(answers):
             raise ValueError(f"It has {len(questions)} questions, but {len(answers)} answers.")
     else:  # several people's answers to one question
         questions, answers = [first_of(row, "question")], [row["answers"]]
-    found: list[Question | ValueError] = []
-    for question, given in zip(questions, answers):
-        try:
-            if question is None:
-                raise ValueError("Its question is null.")
-            said = [answer for answer in map(_said, as_list(given)) if answer is not None]
-            texts = [text for text in (text_of(answer, "answer") for answer in said) if text.strip()]
-            if len(texts) == 1:  # several people's numbers are what they counted
-                _check_names_no_choice(row, said)
-            found.append(Question(text_of(question, "question"), texts))
-        except ValueError as error:
-            found.append(error)
-    return found
+    return [_question_of(row, question, given) for question, given in zip(questions, answers)]
+
+
+def _question_of(row: Row, question: Any, answers: Any) -> Question | ValueError:
+    try:
+        if question is None:
+            raise ValueError("Its question is null.")
+        said = [answer for answer in map(_said, as_list(answers)) if answer is not None]
+        texts = [text for answer in said if (text := text_of(answer, "answer")).strip()]
+        if len(texts) == 1:  # several people's numbers are what they counted
+            _check_names_no_choice(row, said)
+        return Question(text_of(question, "question"), texts)
+    except ValueError as error:
+        return error
 
 
 def class_of(row: Row, classes: Sequence[str] | None) -> str:
@@ -100,17 +97,8 @@ def class_of(row: Row, classes: Sequence[str] | None) -> str:
     return classes[int(name)]
 
 
-def has_statement(row: Row) -> bool:
-    """Whether a row holds a statement that is true or false."""
-    return has_any(row, "sentence", "statement") and has_any(row, "label", "answer")
-
-
 def statement_of(row: Row) -> Statement:
-    """The statement of a row.
-
-    Raises:
-        ValueError: there is none, or it is neither true nor false.
-    """
+    """The statement of a row; ValueError if there is none, or it is neither true nor false."""
     sentence = text_of(first_of(row, "sentence", "statement", "question", "text"), "sentence")
     truth = text_of(first_of(row, "label", "answer"), "label").strip().lower()
     if truth not in ("true", "false", "1", "0", "yes", "no"):
@@ -125,7 +113,7 @@ def tasks_of(row: Row) -> list[str]:
     fits = {
         "captions": has_any(row, "captions", "caption") or ("text" in row and "label" not in row),
         "vqa": has_questions(row),
-        "statements": has_statement(row),
+        "statements": states and has_any(row, "label", "answer"),
         "classify": "label" in row and not states,
     }
     return [name for name, fit in fits.items() if fit]
@@ -138,43 +126,34 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def as_text(value: Any) -> Any:
-    """Text, a number or a truth value as text; anything else stays."""
-    if isinstance(value, float) and value.is_integer():  # a column of whole numbers of which some are missing
-        value = int(value)
-    return str(value) if isinstance(value, (bool, int, float)) else value
-
-
 def text_of(value: Any, what: str) -> str:
     """Text of a text, a number, or of one person's caption or answer as COCO and VQA have them; of nothing, none.
-
-    Args:
-        what: it is, for the message.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    ValueError, which names `what` it is, of something else."""
     value = _said(value)
-    text = "" if value is None else as_text(value)
-    if not isinstance(text, str):
+    if value is None:
+        return ""
+    if not isinstance(value, (str, bool, int, float)):
         raise ValueError(f"Its {what} is a {type(value).__name__}, not text.")
-    return text
+    return _written(value)
 
 
-def _said(value):
+def _said(value: Any) -> Any:
     """What one person said, whose name or number stands beside it."""
     known = [value[name] for name in ("answer", "raw") if name in value] if isinstance(value, dict) else []
     return known[0] if known else value
 
 
-def _check_names_no_choice(row, answers):
+def _written(value: Any) -> str:
+    """A value as text; of a whole number without a point, as it has in a column of which some are missing."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def _check_names_no_choice(row: Row, answers: Sequence[Any]) -> None:
     """Raise ValueError where an answer is the number or the letter of a choice, and the choices are not shown."""
     choices = next((row[column] for column in CHOICE_COLUMNS if column in row), None)
     choices = choices.get("text") if isinstance(choices, dict) else choices
     choices = [_plain(choice) for choice in choices] if isinstance(choices, (list, tuple)) else []
-    if not choices:
-        return
-    shown = _plain(" ".join(str(question) for question in as_list(row.get("question", row.get("questions", "")))))
+    shown = _plain(" ".join(map(str, as_list(row.get("question", row.get("questions", ""))))))
     if all(choice in shown for choice in choices):
         return
     for answer in answers:
@@ -186,5 +165,5 @@ def _check_names_no_choice(row, answers):
             )
 
 
-def _plain(value):
-    return str(as_text(value)).strip().casefold()
+def _plain(value: Any) -> str:
+    return _written(value).strip().casefold()

@@ -30,30 +30,25 @@ SYNONYMS: tuple[Set[str], ...] = (  # of these one is read
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How rows are read.
+    """How rows are read."""
 
-    Args:
-        prompts: one is drawn for each row that comes without a question, always the same.
-        columns: {our name: the file's}; what is named so goes before its `SYNONYMS`.
-        allow_urls: fetch images from URLs; otherwise a row that names one is bad.
-    """
-
-    prompts: Prompts = DEFAULT_PROMPTS
-    columns: Mapping[str, str] = field(default_factory=dict)
-    allow_urls: bool = False
+    prompts: Prompts = DEFAULT_PROMPTS  # one is drawn for each row that comes without a question, always the same
+    columns: Mapping[str, str] = field(default_factory=dict)  # {our name: the file's}, which go before `SYNONYMS`
+    allow_urls: bool = False  # fetch images from URLs; otherwise a row that names one is bad
 
 
 def usable(row: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
     """A row under our names, without columns that hold nothing: null, NaN, empty lists, as merged schemas have them.
-
-    Raises:
-        ValueError: a text is none, or sound belongs to it.
-    """
+    ValueError if a text is none, or sound belongs to it."""
     given = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
     overruled: set[str] = set().union(*(alike for alike in SYNONYMS if alike & given.keys())) | {*columns.values()}
     row = {name: value for name, value in row.items() if name not in overruled} | given
-    found = {name: _without_nan(value, name) for name, value in row.items()}
-    found = {name: value for name, value in found.items() if value is not None and not _is_empty(name, value)}
+    found = {}
+    for name, value in row.items():
+        value = _without_nan(value, name)
+        is_empty = not value and (name in IMAGE_COLUMNS or isinstance(value, (list, dict)))
+        if value is not None and not is_empty:
+            found[name] = value
     if sounds := [name for name in SOUND_COLUMNS if name in found]:
         raise ValueError(f"Its column {sounds[0]!r} holds sound, which is not understood: leave the row out.")
     return found
@@ -67,11 +62,7 @@ def without_layouts_before(row: Row, named: Set[str]) -> Row:
 
 
 def first_of(row: Mapping[str, Any], *names: str) -> Any:
-    """What stands in the first of these columns that a row has.
-
-    Raises:
-        ValueError: it has none of them.
-    """
+    """What stands in the first of these columns that a row has; ValueError if it has none of them."""
     for name in names:
         if row.get(name) is not None:
             return row[name]
@@ -82,11 +73,7 @@ def has_any(row: Mapping[str, Any], *names: str) -> bool:
     return any(name in row for name in names)
 
 
-def _is_empty(name, value):
-    return not value and (name in IMAGE_COLUMNS or isinstance(value, (list, tuple, dict)))
-
-
-def _without_nan(value, column):
+def _without_nan(value: Any, column: str) -> Any:
     """A value in which NaN, which is how tables and JSON of Python write null, is None."""
     if isinstance(value, dict):
         return {key: _without_nan(one, column) for key, one in value.items()}

@@ -9,15 +9,12 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 
 
 def files_of(path: str, split: str, kinds: Sequence[str]) -> list[Path] | None:
-    """The files that a path means, or None if it is a dataset's folder or id.
+    """The files that a path means, or None if it is a dataset's folder or id; ValueError if none are there, or some
+    that belong to them are compressed.
 
     Args:
         path: of a file, a pattern, or a folder with files, in itself, in `data/`, or in a folder named as the split.
-        split: of those that the names of files or folders tell.
         kinds: endings of files that are read, such as `.parquet`.
-
-    Raises:
-        ValueError: none of them are there, or some that belong to them are compressed.
     """
     place = Path(path)
     if place.is_file():
@@ -33,22 +30,18 @@ def files_of(path: str, split: str, kinds: Sequence[str]) -> list[Path] | None:
         return files
     if not place.is_dir() or (place / "state.json").exists() or (place / "dataset_dict.json").exists():
         return None
+    own = [one for one in sorted(place.iterdir()) if one.is_dir() and re.fullmatch(_named_as(split), one.name)]
     every: list[Path] = []
-    own = [
-        folder for folder in sorted(place.iterdir()) if folder.is_dir() and re.fullmatch(_named_as(split), folder.name)
-    ]
     for folder in (*own, place, place / "data"):
         found = sorted(folder.glob("*"))
         every += found
         files = [file for file in _readable(found, kinds) if file.name != "dataset_info.json"]
-        of_split = [file for file in files if folder in own or _is_named(file, split)]
-        named = any(_is_named(file, known) for file in files for known in SPLITS)
-        if files and (of_split or not named):
-            by_name = bool(of_split) and folder not in own
-            _check_not_compressed(
-                [file for file in found if not by_name or _is_named(file, split)], of_split or files, kinds
-            )
-            return of_split or files
+        if folder not in own and any(_is_named(file, known) for file in files for known in (*SPLITS, split)):
+            files = [file for file in files if _is_named(file, split)]
+            found = [file for file in found if _is_named(file, split)]
+        if files:
+            _check_not_compressed(found, files, kinds)
+            return files
     if not _readable(every, kinds):
         _check_not_compressed(every, [], kinds)
     raise ValueError(

@@ -21,8 +21,7 @@ UNREAD_ENDINGS = (
 MEDIA_NAMES = re.compile(
     r"(img|image|pic|photo|pixel|frame|video|clip|audio|sound|file_?name|jpe?g$|png$)", re.IGNORECASE
 )
-REMOTE = ("http://", "https://")
-LONGEST_PATH = 250
+REMOTE = ("http://", "https://", "data:")
 
 
 class VideoPath(str):
@@ -34,11 +33,7 @@ class VideoBytes(bytes):
 
 
 def open_source(source: ImageSource, allow_urls: bool = False) -> "Image.Image | list[Image.Image]":
-    """The RGB image of a source; of a video its frames.
-
-    Raises:
-        ValueError: it cannot be read, or it is at a URL and these are not allowed.
-    """
+    """The RGB image of a source, of a video its frames; ValueError as `fetch_image`."""
     if isinstance(source, (list, VideoPath, VideoBytes)):
         return Video(source, allow_urls).frames
     return fetch_image(source, allow_urls=allow_urls)
@@ -46,54 +41,37 @@ def open_source(source: ImageSource, allow_urls: bool = False) -> "Image.Image |
 
 def images_of_row(row: Row, image_folder: str | Path) -> list[ImageSource]:
     """What a row's columns of images hold, paths from where they start; else the image that `file_name` names, as in
-    metadata.jsonl of the image folders of `datasets`.
-
-    Raises:
-        ValueError: an image is empty, or it has images and videos.
-    """
-    found = _in_columns(row)
-    name = row.get("file_name")
-    if not found and isinstance(name, str) and _ends_as(name, IMAGE_ENDINGS) and Path(image_folder, name).is_file():
+    metadata.jsonl of the image folders of `datasets`. ValueError if one is empty, or it has images and videos."""
+    columns = [column for column in IMAGE_COLUMNS if column in row]
+    moving = [column for column in columns if column not in ("image", "images")]
+    if 0 < len(moving) < len(columns):
+        raise ValueError(
+            f"It has images in {columns[0]!r} and a video in {moving[0]!r}, and nothing says which comes where: put "
+            "them into its messages, or leave one of the columns out."
+        )
+    value, name = row[columns[0]] if columns else [], row.get("file_name")
+    found = list(value) if isinstance(value, (list, tuple)) else [value]
+    if columns[:1] == ["videos"]:
+        found = [_as_video(video) for video in found]
+    elif columns[:1] == ["video"]:
+        video = _as_video(value)
+        found = video if isinstance(video, list) else [video]
+    elif not found and isinstance(name, str) and _ends_as(name, IMAGE_ENDINGS) and Path(image_folder, name).is_file():
         found = [name]
     return [located(image, image_folder) for image in found]
 
 
-def has_images(row: Row) -> bool:
-    """Whether a row has images in a column of their own."""
-    return any(column in row for column in IMAGE_COLUMNS)
-
-
 def located(image: Any, folder: str | Path) -> ImageSource:
     """An image as `open_source` takes it, of what a row holds: path, URL, base64, bytes, PIL image, or a dict as the
-    Image feature of `datasets` or OpenAI's image_url; paths start at `folder`.
-
-    Raises:
-        ValueError: it is empty.
-    """
+    Image feature of `datasets` or OpenAI's image_url; paths start at `folder`. ValueError if it is empty."""
     if isinstance(image, (list, tuple)):
         return [located(frame, folder) for frame in image]
     image = _content(image)
     if image is None:
         raise ValueError("One of its images is empty.")
-    if not isinstance(image, str) or image.startswith((*REMOTE, "data:")):
-        return image
-    if len(image) > LONGEST_PATH or is_base64(image):
+    if not isinstance(image, str) or image.startswith(REMOTE) or is_base64(image):
         return image
     return type(image)(Path(folder) / image.removeprefix("file://"))  # an absolute path stays
-
-
-def as_video(video: Any) -> Any:
-    """One animated image, of which all frames are meant, or a list of frames."""
-    if isinstance(video, (list, tuple)) and len(video) != 1:
-        return list(video)
-    if isinstance(video, (list, tuple)):
-        video = video[0]
-        if isinstance(video, str) and video.startswith((*REMOTE, "data:")):
-            return [video]  # one frame
-    video = _content(video)
-    if isinstance(video, str):
-        return VideoPath(video)
-    return VideoBytes(video) if isinstance(video, bytes) else video
 
 
 def looks_like_media(column: str) -> bool:
@@ -111,37 +89,27 @@ def check_unread_media(row: Row) -> None:
             )
 
 
-def _in_columns(row):
-    columns = [column for column in IMAGE_COLUMNS if column in row]
-    still = [column for column in columns if column in ("image", "images")]
-    if 0 < len(still) < len(columns):
-        moving = next(column for column in columns if column not in still)
-        raise ValueError(
-            f"It has images in {still[0]!r} and a video in {moving!r}, and nothing says which comes where: put them "
-            "into its messages, or leave one of the columns out."
-        )
-    if not columns:
-        return []
-    value = row[columns[0]]
-    if columns[0] == "videos":
-        return [as_video(video) for video in (value if isinstance(value, (list, tuple)) else [value])]
-    if columns[0] == "video":
-        found = as_video(value)
-        return found if isinstance(found, list) else [found]
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def _as_video(video: Any) -> Any:
+    """One animated image, of which all frames are meant, or a list of frames."""
+    if isinstance(video, (list, tuple)):
+        if len(video) != 1 or (isinstance(video[0], str) and video[0].startswith(REMOTE)):
+            return list(video)  # of one frame, where it is an address
+        video = video[0]
+    video = _content(video)
+    if isinstance(video, str):
+        return VideoPath(video)
+    return VideoBytes(video) if isinstance(video, bytes) else video
 
 
-def _content(image):
-    if isinstance(image, dict):
-        return image.get("bytes") or image.get("path") or image.get("url")
-    return image
+def _content(image: Any) -> Any:
+    return image.get("bytes") or image.get("path") or image.get("url") if isinstance(image, dict) else image
 
 
-def _is_media(value):
+def _is_media(value: Any) -> bool:
     if isinstance(value, str):
         return _ends_as(value, IMAGE_ENDINGS + UNREAD_ENDINGS) or value.startswith("data:image")
     return isinstance(value, bytes) or (isinstance(value, dict) and not {"bytes", "path", "url"}.isdisjoint(value))
 
 
-def _ends_as(text, endings):
+def _ends_as(text: str, endings: tuple[str, ...]) -> bool:
     return text.partition("?")[0].lower().endswith(tuple(f".{ending}" for ending in endings))

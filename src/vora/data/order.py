@@ -43,15 +43,14 @@ class SourceOrder:
         """(rows before each group, blocks of each group) of an epoch."""
         shuffled = np.random.default_rng([*self.seed, epoch]).permutation(len(self.block_sizes))
         ends = self.block_sizes[shuffled].cumsum()
-        first = 0
         starts: list[int] = []
         groups: list[np.ndarray] = []
+        first = before = 0
         while first < len(shuffled):
-            before = int(ends[first - 1]) if first else 0
             last = min(int(np.searchsorted(ends, before + ROWS_PER_GROUP)), len(shuffled) - 1)
             starts.append(before)
             groups.append(shuffled[first : last + 1])
-            first = last + 1
+            first, before = last + 1, int(ends[last])
         return starts, groups
 
     def _rows(self, epoch: int, group: int, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

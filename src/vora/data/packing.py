@@ -4,7 +4,7 @@ Dims: B packed sequences of a batch, T their tokens, L label tokens, I image tok
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from vora.model.attention import image_blocks
 from vora.model.processing_vora import VoraProcessor
 
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw")
+PLACES = ("seen_until", "ends")  # count tokens, so they move with them
 
 
 class TokenSample(TypedDict, total=False):
@@ -81,26 +82,29 @@ def tokenize_sample(
 def _begin_with_images(samples: Sequence[dict[str, Any]], image_token_id: int) -> bool:
     """Whether all agree up to their last image token, so that their images can stand once."""
     first = samples[0]["input_ids"]
-    length = int(np.flatnonzero(first == image_token_id).max()) + 1
+    length = _length_of_images(first, image_token_id)
     return all(
         np.array_equal(sample["input_ids"][:length], first[:length]) and (sample["labels"][: length + 1] == -100).all()
         for sample in samples
     )
 
 
+def _length_of_images(input_ids: np.ndarray, image_token_id: int) -> int:
+    """How many tokens there are up to the last image token."""
+    return int(np.flatnonzero(input_ids == image_token_id).max()) + 1
+
+
 def side_by_side(samples: Sequence[TokenSample]) -> TokenSample:
     """Samples as one that shares nothing."""
     starts = np.cumsum([0, *(len(sample["input_ids"]) for sample in samples)])
-    names = ("input_ids", "targets", "position_ids", *(name for name in IMAGE_INPUTS if name in samples[0]))
     each: list[dict[str, Any]] = [dict(sample) for sample in samples]
-    whole = {name: np.concatenate([one[name] for one in each]) for name in names}
-    for name in ("seen_until", "ends"):
-        whole[name] = np.concatenate([start + one[name] for start, one in zip(starts, each)])
-    return _token_sample(whole | {"num_samples": sum(one["num_samples"] for one in each)})
-
-
-def _token_sample(arrays: dict[str, Any]) -> TokenSample:
-    return TokenSample(**arrays)  # type: ignore[typeddict-item]
+    whole: dict[str, Any] = {"num_samples": sum(one.pop("num_samples") for one in each)}
+    for name in {name: None for one in each for name in one}:
+        arrays = [
+            one[name] + start if name in PLACES else one[name] for start, one in zip(starts, each) if name in one
+        ]
+        whole[name] = np.concatenate(arrays)
+    return cast(TokenSample, whole)
 
 
 def share_prefixes(samples: Sequence[dict[str, Any]]) -> TokenSample:
@@ -121,83 +125,63 @@ def share_prefixes(samples: Sequence[dict[str, Any]]) -> TokenSample:
     Raises:
         ValueError: a sample has nothing to predict.
     """
-    samples = [{**sample, **next_targets(sample)} for sample in samples]
-    if silent := sum(len(sample["input_ids"]) == 0 for sample in samples):
+    aimed = [_next_targets(sample) for sample in samples]
+    if silent := sum(len(ids) == 0 for ids, _ in aimed):
         raise ValueError(
             f"All labels of {silent} of its {len(samples)} conversations are masked: no token of an assistant is left "
             "to learn."
         )
-    order = sorted(range(len(samples)), key=lambda i: samples[i]["input_ids"].tolist())
-    path = np.zeros(0, int)
+    order = sorted(range(len(samples)), key=lambda index: aimed[index][0].tolist())
+    path, num_tokens = np.zeros(0, int), 0
     paths: dict[int, np.ndarray] = {}
-    parts: list[dict[str, np.ndarray]] = []
+    parts: list[tuple[np.ndarray, ...]] = []
     for index, before in zip(order, [None, *order]):
-        sample = samples[index]
-        shared = 0 if before is None else _num_shared(samples[before], sample)
-        start, length = sum(len(part["input_ids"]) for part in parts), len(sample["input_ids"])
-        path = np.concatenate([path[:shared], np.arange(start, start + length - shared)])
-        paths[index] = path
-        parts.append(
-            {name: sample[name][shared:] for name in ("input_ids", "targets")}
-            | {"position_ids": np.arange(shared, length)}
-        )
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    whole["seen_until"] = np.zeros(len(whole["input_ids"]), int)
+        ids, targets = aimed[index]
+        shared = 0 if before is None else _num_shared(aimed[before], aimed[index])
+        parts.append((ids[shared:], targets[shared:], np.arange(shared, len(ids))))
+        path = np.concatenate([path[:shared], num_tokens + np.arange(len(ids) - shared)])
+        paths[index], num_tokens = path, num_tokens + len(ids) - shared
+    seen_until = np.zeros(num_tokens, int)
     for path in paths.values():  # depth first, so each ends later than those before
-        whole["seen_until"][path] = path[-1]
-    images = {name: samples[0][name] for name in IMAGE_INPUTS if name in samples[0]}
-    ends = np.array([paths[index][-1] for index in range(len(samples))])
-    return _token_sample(whole | {"ends": ends, "num_samples": len(samples)} | images)
+        seen_until[path] = path[-1]
+    whole = dict(zip(("input_ids", "targets", "position_ids"), map(np.concatenate, zip(*parts))))
+    whole |= {"seen_until": seen_until, "ends": np.array([paths[index][-1] for index in range(len(samples))])}
+    whole |= {name: samples[0][name] for name in IMAGE_INPUTS if name in samples[0]}
+    return cast(TokenSample, whole | {"num_samples": len(samples)})
+
+
+def _next_targets(sample: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, what each should predict); those that predict nothing at the end are dropped."""
+    targets = np.append(sample["labels"][1:], -100)
+    length = int(np.flatnonzero(targets != -100).max(initial=-1)) + 1
+    return sample["input_ids"][:length], targets[:length]
+
+
+def _num_shared(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> int:
+    """Leading tokens that are the same in both and predict nothing in either."""
+    length = min(len(first[0]), len(second[0]))
+    apart = first[0][:length] != second[0][:length]
+    apart |= (first[1][:length] != -100) | (second[1][:length] != -100)
+    return int(apart.argmax()) if apart.any() else length
 
 
 def cut_after_images(sample: TokenSample, image_token_id: int) -> TokenSample:
     """A sample cut after its last image token, with nothing to predict: enough to distill from."""
-    length = int(np.flatnonzero(sample["input_ids"] == image_token_id).max()) + 1
-    return {**_without_targets(sample, length), "num_samples": 1}
+    found = without_targets(sample, _length_of_images(sample["input_ids"], image_token_id))
+    return {**found, "num_samples": 1}
 
 
-def cut_text(sample: TokenSample, sequence_length: int) -> TokenSample:
-    """A sample of text alone with nothing to predict, cut to a packed sequence: enough to be kept as it was."""
-    return _without_targets(sample, min(len(sample["input_ids"]), sequence_length))
-
-
-def _without_targets(sample: TokenSample, length: int) -> TokenSample:
-    """The first so many tokens of a sample, with nothing to predict."""
-    found = sample.copy()
-    found["input_ids"], found["targets"] = sample["input_ids"][:length], np.full(length, -100)
-    found["position_ids"] = sample["position_ids"][:length]
-    found["seen_until"] = sample["seen_until"][:length].clip(max=length - 1)
-    found["ends"] = np.array([length - 1])
-    return found
-
-
-def places_of_text(sequences: Sequence[PackedSequence], sequence_length: int) -> Batch:
-    """Where a batch has text without images, which is to be kept: text_rows and text_places, if there is any.
-
-    Args:
-        sequences: those with such text have nothing else.
-    """
-    text = [index for index, samples in enumerate(sequences) if "pixel_values" not in samples[0]]
-    if not text:
-        return {}
-    lengths = [sum(len(sample["input_ids"]) for sample in sequences[index]) for index in text]
-    found = [number * sequence_length + torch.arange(length) for number, length in enumerate(lengths)]
-    return {"text_rows": torch.tensor(text), "text_places": torch.cat(found)}
-
-
-def next_targets(sample: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Labels to targets: what each place should predict. Tokens that predict nothing at the end are dropped."""
-    targets = np.append(sample["labels"][1:], -100)
-    length = int(np.flatnonzero(targets != -100).max(initial=-1)) + 1
-    return {"input_ids": sample["input_ids"][:length], "targets": targets[:length]}
-
-
-def _num_shared(first: dict[str, Any], second: dict[str, Any]) -> int:
-    """Leading tokens that are the same in both and predict nothing in either."""
-    length = min(len(first["input_ids"]), len(second["input_ids"]))
-    apart = first["input_ids"][:length] != second["input_ids"][:length]
-    apart |= (first["targets"][:length] != -100) | (second["targets"][:length] != -100)
-    return int(apart.argmax()) if apart.any() else length
+def without_targets(sample: TokenSample, max_length: int) -> TokenSample:
+    """At most so many first tokens of a sample, with nothing to predict: enough for text to be kept as it was."""
+    length = min(len(sample["input_ids"]), max_length)
+    return {
+        **sample,
+        "input_ids": sample["input_ids"][:length],
+        "targets": np.full(length, -100),
+        "position_ids": sample["position_ids"][:length],
+        "seen_until": sample["seen_until"][:length].clip(max=length - 1),
+        "ends": np.array([length - 1]),
+    }
 
 
 def next_sequence(lengths: Sequence[int], sequence_length: int) -> list[int]:
@@ -221,24 +205,17 @@ def next_sequence(lengths: Sequence[int], sequence_length: int) -> list[int]:
 
 def collate_sequences(sequences: Sequence[PackedSequence], sequence_length: int, pad_token_id: int) -> Batch:
     """Packed sequences to one batch, its images together, if there are any. Padding is seen by itself alone."""
+    packed: list[dict[str, Any]] = [dict(side_by_side(samples)) for samples in sequences]
     fill: dict[str, Any] = {"input_ids": pad_token_id, "targets": -100, "position_ids": 0}
     fill["seen_until"] = np.arange(sequence_length)
     batch = {name: np.full((len(sequences), sequence_length), value) for name, value in fill.items()}
-    for number, samples in enumerate(sequences):
-        start = 0
-        for sample in samples:
-            end = start + len(sample["input_ids"])
-            batch["input_ids"][number, start:end] = sample["input_ids"]
-            batch["targets"][number, start:end] = sample["targets"]
-            batch["position_ids"][number, start:end] = sample["position_ids"]
-            batch["seen_until"][number, start:end] = start + sample["seen_until"]
-            start = end
-    every = [sample for samples in sequences for sample in samples]
-    batch["num_samples"] = np.array(sum(sample["num_samples"] for sample in every))
-    if seeing := [sample for sample in every if "pixel_values" in sample]:
-        batch["pixel_values"] = np.concatenate([sample["pixel_values"] for sample in seeing])
-        batch["image_grid_thw"] = np.concatenate([sample["image_grid_thw"] for sample in seeing])
-    return Batch(**{name: torch.from_numpy(array) for name, array in batch.items()})  # type: ignore[typeddict-item]
+    for name, array in batch.items():
+        for number, one in enumerate(packed):
+            array[number, : len(one[name])] = one[name]
+    batch["num_samples"] = np.array(sum(one["num_samples"] for one in packed))
+    if seeing := [one for one in packed if "pixel_values" in one]:
+        batch |= {name: np.concatenate([one[name] for one in seeing]) for name in IMAGE_INPUTS}
+    return cast(Batch, {name: torch.from_numpy(array) for name, array in batch.items()})
 
 
 def label_weights(batch: Batch, answer_balance: float) -> torch.Tensor:
@@ -259,17 +236,21 @@ def label_weights(batch: Batch, answer_balance: float) -> torch.Tensor:
 
 
 def places(batch: Batch, image_token_id: int, patch_merge: int = 1) -> Batch:
-    """What a step must know of a batch before it can go on, found on the CPU, so that it never waits for a GPU.
-
-    Returns:
-        label_places and, with images, image_places and image_numbers, see `VoraModel.forward`.
-
-    Raises:
-        ValueError: image tokens and images do not match.
-    """
+    """label_places and, with images, image_places and image_numbers, see `VoraModel.forward`: found on the CPU before
+    a step, so that it never waits for a GPU. ValueError if image tokens and images do not match."""
     found: Batch = {"label_places": (batch["targets"] != -100).flatten().nonzero()[:, 0]}
     if "image_grid_thw" in batch:
         is_image = batch["input_ids"] == image_token_id
         found["image_places"] = is_image.flatten().nonzero()[:, 0]
         found["image_numbers"] = image_blocks(is_image, batch["image_grid_thw"], patch_merge)
     return found
+
+
+def places_of_text(sequences: Sequence[PackedSequence], sequence_length: int) -> Batch:
+    """text_rows and text_places of the sequences of text alone, which is to be kept, if there are any."""
+    text = [index for index, samples in enumerate(sequences) if "pixel_values" not in samples[0]]
+    if not text:
+        return {}
+    lengths = [sum(len(sample["input_ids"]) for sample in sequences[index]) for index in text]
+    found = [number * sequence_length + torch.arange(length) for number, length in enumerate(lengths)]
+    return {"text_rows": torch.tensor(text), "text_places": torch.cat(found)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ STYLE = """
 .image{background:#f7e3c6}.bad td{text-align:left}
 """
 NUM_BAD_SHOWN = 1000
+SOURCE_COLUMNS = ("source", "rows", "bad", "share of samples", "share of tokens", "tokens per sample")
 SIZES = ("tokens_per_sample", "label_tokens_per_sample", "image_tokens_per_image", "image_width", "image_height")
 
 
@@ -29,35 +31,50 @@ def write_page(
     shown: Sequence[tuple[str, TokenSample]],
     processor: Any,
 ) -> None:
-    """Write samples.html.
-
-    Args:
-        summary, bad: from `dataset_statistics`.
-        shown: (name, sample of `share_prefixes`) of each sample.
-    """
+    """Write samples.html of the `summary` and `bad` of `dataset_statistics` and some named samples."""
+    counts = [(f"{summary[f'num_{what}']:,}", what) for what in ("samples", "conversations", "images")]
+    filled = f"of a packed sequence's {summary['sequence_length']:,} tokens are filled"
     figures = [
-        (f"{summary['num_samples']:,}", "samples"),
-        (f"{summary['num_conversations']:,}", "conversations"),
-        (f"{summary['num_images']:,}", "images"),
+        *counts,
         (f"{summary['num_bad']:,}", "bad samples"),
-        (
-            f"{100 * summary['packing_efficiency']:.1f} %",
-            f"of a packed sequence's {summary['sequence_length']:,} tokens are filled",
-        ),
+        (f"{100 * summary['packing_efficiency']:.1f} %", filled),
         (f"{summary['samples_per_second']:,.0f}", "samples read per second"),
     ]
-    tokens = summary["token_histogram"]
+    tokens, columns = summary["token_histogram"], list(summary["tokens_per_sample"])
+    sizes = [
+        (key.replace("_", " "), *(f"{summary[key][column]:,.0f}" for column in columns))
+        for key in SIZES
+        if summary[key]
+    ]
+    causes = [(_short(one["record"]), one["cause"]) for one in bad[:NUM_BAD_SHOWN]]
+    if len(bad) > NUM_BAD_SHOWN:
+        causes.append((f"and {len(bad) - NUM_BAD_SHOWN:,} more", "see bad_samples.jsonl"))
     body = f"""{facts(figures)}
-<h2>Sources</h2>{_sources(summary)}
+<h2>Sources</h2>{table(SOURCE_COLUMNS, source_rows(summary))}
 <h2>Tokens per sample</h2>{histogram(tokens["counts"], tokens["edges"])}
-<h2>Sizes</h2>{_sizes(summary)}
+<h2>Sizes</h2>{table(["", *columns], sizes)}
 <h2>The first {len(shown)} samples</h2>
 <p>As the model sees them: each image at the size it is given, with the grid of its image tokens;
 <span class="image">image tokens</span>, <span class="prompt">what is given</span>,
 <span class="label">what is to be learned</span>. Questions that share an image share its tokens.</p>
 {"".join(_sample(name, sample, processor) for name, sample in shown)}
-<h2>Bad samples</h2>{_bad(bad)}"""
+<h2>Bad samples</h2>{table(("where", "why"), causes, "bad") if causes else "<p>None.</p>"}"""
     path.write_text(page("What training will read", body, STYLE), encoding="utf-8")
+
+
+def source_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row of `SOURCE_COLUMNS` for each source of a summary."""
+    return [
+        (
+            _short(one["name"]),
+            f"{one['num_rows']:,}",
+            f"{one['num_bad']:,}",
+            f"{100 * one['share_of_samples']:.1f} %",
+            f"{100 * one['share_of_tokens']:.1f} %",
+            f"{one['mean_tokens'] or 0:,.0f}",
+        )
+        for one in summary["sources"]
+    ]
 
 
 def token_runs(sample: TokenSample, tokenizer: Any, image_token_id: int) -> list[list[tuple[str, str]]]:
@@ -66,27 +83,24 @@ def token_runs(sample: TokenSample, tokenizer: Any, image_token_id: int) -> list
     Kinds: `image` with its number of tokens, `prompt`, and `label`: tokens that the place before each has to predict.
     """
     ids, targets, until = sample["input_ids"], sample["targets"], sample["seen_until"]
+
+    def kind_of(token: int, target: int) -> str:
+        return "image" if token == image_token_id else "prompt" if target == -100 else "label"
+
     conversations = []
     for end in sample["ends"]:
         path = np.flatnonzero((np.arange(len(ids)) <= end) & (until >= end))
-        wanted = targets[path]
-        kinds = ["prompt", *["label" if target != -100 else "prompt" for target in wanted[:-1]]]
-        tokens = list(zip(ids[path].tolist(), kinds))
-        if wanted[-1] != -100:
-            tokens.append((int(wanted[-1]), "label"))
-        runs: list[tuple[str, list[int]]] = []
-        for token, kind in tokens:
-            kind = "image" if token == image_token_id else kind
-            if not runs or runs[-1][0] != kind:
-                runs.append((kind, []))
-            runs[-1][1].append(token)
-        conversations.append(
-            [(kind, f"[{len(run)} image tokens]" if kind == "image" else tokenizer.decode(run)) for kind, run in runs]
-        )
+        aims = [-100, *targets[path].tolist()]  # of each token, what the place before it predicts
+        tokens = [*ids[path].tolist(), *(aims[-1:] if aims[-1] != -100 else [])]
+        runs: list[tuple[str, str]] = []
+        for kind, run in groupby(zip(tokens, aims), lambda pair: kind_of(*pair)):
+            found = [token for token, _ in run]
+            runs.append((kind, f"[{len(found)} image tokens]" if kind == "image" else tokenizer.decode(found)))
+        conversations.append(runs)
     return conversations
 
 
-def _sample(name, sample, processor):
+def _sample(name: str, sample: TokenSample, processor: Any) -> str:
     images, first, image_processor = [], 0, processor.image_processor
     for frames, rows, columns in sample.get("image_grid_thw", np.zeros((0, 3), int)).tolist():
         for _ in range(frames):
@@ -105,41 +119,6 @@ def _sample(name, sample, processor):
     )
 
 
-def _sources(summary):
-    heads = ("source", "rows", "bad", "share of samples", "share of tokens", "tokens per sample")
-    rows = [
-        (
-            _short(one["name"]),
-            f"{one['num_rows']:,}",
-            f"{one['num_bad']:,}",
-            f"{100 * one['share_of_samples']:.1f} %",
-            f"{100 * one['share_of_tokens']:.1f} %",
-            f"{one['mean_tokens'] or 0:,.0f}",
-        )
-        for one in summary["sources"]
-    ]
-    return table(heads, rows)
-
-
-def _sizes(summary):
-    columns = list(summary["tokens_per_sample"])
-    rows = [
-        (key.replace("_", " "), *(f"{summary[key][column]:,.0f}" for column in columns))
-        for key in SIZES
-        if summary[key]
-    ]
-    return table(["", *columns], rows)
-
-
-def _bad(bad):
-    if not bad:
-        return "<p>None.</p>"
-    rows = [(_short(one["record"]), one["cause"]) for one in bad[:NUM_BAD_SHOWN]]
-    if len(bad) > NUM_BAD_SHOWN:
-        rows.append((f"and {len(bad) - NUM_BAD_SHOWN:,} more", "see bad_samples.jsonl"))
-    return table(("where", "why"), rows, "bad")
-
-
-def _short(name):
+def _short(name: str) -> str:
     """A name without the folder that the command ran in."""
     return name.removeprefix(f"{Path.cwd()}/")

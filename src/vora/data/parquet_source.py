@@ -1,12 +1,10 @@
 """Parquet files, and the Arrow files of `datasets`."""
 
 import json
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -16,7 +14,6 @@ from vora.data.images import looks_like_media
 from vora.data.source import Source
 
 BYTES_PER_BLOCK, MOST_ROWS = 8 << 20, 512  # larger row groups of Parquet are read in parts
-LARGE_GROUP = 512 << 20  # bytes of a row group, above which reading its parts is worth a warning
 IMAGES = frozenset(IMAGE_COLUMNS)
 
 
@@ -26,12 +23,6 @@ class Parquet(Source):
     def _scanned(self, file: str) -> Iterator[Sequence[int]]:
         with pq.ParquetFile(file) as parquet:
             groups = [parquet.metadata.row_group(group) for group in range(parquet.num_row_groups)]
-        if large := [group.total_byte_size for group in groups if group.total_byte_size > LARGE_GROUP]:
-            warnings.warn(
-                f"{file} has {len(large)} row groups of up to {max(large) >> 20:,} MB, each part of which is read "
-                "from the group's beginning: write it again with row_group_size=100, and it is read much faster.",
-                stacklevel=2,
-            )
         for number, group in enumerate(groups):
             num_parts = max(-(-group.total_byte_size // BYTES_PER_BLOCK), -(-group.num_rows // MOST_ROWS), 1)
             size = max(1, -(-group.num_rows // num_parts))
@@ -39,7 +30,7 @@ class Parquet(Source):
                 last = min(first + size, group.num_rows)
                 yield number, first, last, last - first
 
-    def _read(self, file: str, *place: int) -> pa.Table:
+    def _read(self, file: str, *place: int) -> list[Row]:
         group, first, last = place
         columns = self.options.columns
         wanted = {*self.wanted, *(theirs for ours, theirs in columns.items() if ours in self.wanted)}
@@ -48,23 +39,16 @@ class Parquet(Source):
             names = [name for name in every if name in wanted] or every
             if IMAGES <= {*self.wanted} and not IMAGES & {*names, *columns}:  # to be refused rather than missed
                 names = [name for name in every if name in names or looks_like_media(name)]
-            batches, done, at_once = [], 0, min(256, last - first)
+            rows: list[Row] = []
+            done, at_once = 0, min(256, last - first)
             for batch in parquet.iter_batches(at_once, row_groups=[group], columns=names, use_threads=False):
                 if done + len(batch) > first:
                     skipped = max(0, first - done)
-                    batches.append(batch.slice(skipped, last - done - skipped))
+                    rows += _rows_of(pa.Table.from_batches([batch]).slice(skipped, last - done - skipped))
                 done += len(batch)
                 if done >= last:
                     break
-        table = pa.Table.from_batches(batches)
-        try:
-            table = table.take(np.arange(len(table)))  # a slice would keep whole batches in memory
-        except pa.ArrowNotImplementedError:
-            pass  # of some kinds of columns it can be no other
-        return _named_classes(table)
-
-    def row(self, rows: pa.Table, offset: int) -> Row:
-        return rows.slice(offset, 1).to_pylist()[0]
+        return rows
 
 
 class Arrow(Source):
@@ -77,15 +61,12 @@ class Arrow(Source):
 
     def _read(self, file: str, *place: int) -> list[Row]:
         # opened anew each time, so that what was mapped into memory goes again
-        return _named_classes(_arrow_table(file).slice(place[0], self.rows_per_block)).to_pylist()
+        return _rows_of(_arrow_table(file).slice(place[0], self.rows_per_block))
 
 
 def prepared_files(path: str, subset: str | None, split: str) -> list[str]:
-    """The Arrow files of a dataset that was saved to disk, or is fetched from the Hub and prepared once.
-
-    Raises:
-        ValueError: there is none, or it is of another split.
-    """
+    """The Arrow files of a dataset that was saved to disk, or is fetched from the Hub and prepared once; ValueError if
+    there is none, or it is of another split."""
     import datasets
 
     try:
@@ -116,27 +97,25 @@ def _arrow_table(file: str) -> pa.Table:
     return MemoryMappedTable.from_file(file).table
 
 
-def _named_classes(table: pa.Table) -> pa.Table:
-    """A table whose class labels (a feature of `datasets`), alone or in lists, are names instead of numbers."""
+def _rows_of(table: pa.Table) -> list[Row]:
+    """The rows of a table, in which class labels (a feature of `datasets`), alone or in lists, are names."""
     features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    rows = table.to_pylist()
     for column, feature in features.items():
-        known, kind = _class_names(feature)
-        if column in table.column_names and known is not None:
-            values = [_named(value, known) for value in table.column(column).to_pylist()]
-            table = table.set_column(table.column_names.index(column), column, pa.array(values, kind))
-    return table
+        if column in table.column_names and (names := _class_names(feature)):
+            for row in rows:
+                row[column] = _named(row[column], names)
+    return rows
 
 
-def _class_names(feature: Any) -> tuple[list[str] | None, Any]:
-    """The names of a feature's classes and the type of a column of them; (None, None) of what has none."""
-    if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-        return feature["names"], pa.string()
-    inner = feature.get("feature") if isinstance(feature, dict) else feature
-    inner = inner[0] if isinstance(inner, list) and len(inner) == 1 else inner
-    if not isinstance(inner, dict):
-        return None, None
-    names, kind = _class_names(inner)
-    return names, names and pa.list_(kind)
+def _class_names(feature: Any) -> list[str] | None:
+    """The names of the classes that a feature holds, itself or in lists; None of what has none."""
+    match feature:
+        case {"_type": "ClassLabel", "names": names}:
+            return names
+        case {"feature": inner} | [inner]:
+            return _class_names(inner)
+    return None
 
 
 def _named(value: Any, names: list[str]) -> Any:

@@ -1,30 +1,19 @@
 """What is asked where a row of a file holds an answer but no question; training and evaluation ask the same."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """For each kind of row, the prompts of which one is drawn; evaluation takes the first.
-
-    Args:
-        caption: asked where the row has captions.
-        label: asked where it has the name of a class.
-        statement: asked where it has a sentence that is true or false, which stands at `{}`.
-
-    Raises:
-        ValueError: a list is empty, or a prompt for statements has no place for one.
-    """
+    """For each kind of row, the prompts of which one is drawn; evaluation takes the first. ValueError for none."""
 
     caption: tuple[str, ...] = ("Describe the image.",)
-    label: tuple[str, ...] = ("What is this?",)
-    statement: tuple[str, ...] = ("True or false? {}",)
+    label: tuple[str, ...] = ("What is this?",)  # of the name of a class
+    statement: tuple[str, ...] = ("True or false? {}",)  # of a sentence, which stands at {}
 
     def __post_init__(self) -> None:
-        for name in ("caption", "label", "statement"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-            if not getattr(self, name):
-                raise ValueError(f"There are 0 {name} prompts: give at least one.")
+        if empty := [field.name for field in fields(self) if not getattr(self, field.name)]:
+            raise ValueError(f"There are 0 {empty[0]} prompts: give at least one.")
         if wrong := [prompt for prompt in self.statement if prompt.count("{}") != 1]:
             raise ValueError(f"The statement prompt {wrong[0]!r} needs one {{}}, where the statement goes.")
 

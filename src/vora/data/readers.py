@@ -24,12 +24,8 @@ KINDS: dict[str, type[Source]] = {
 
 
 class EasyVqa(Source):
-    """The images and questions of the package easy-vqa 1.0 (MIT): 64-pixel shapes, 13 answers.
-
-    Args:
-        split: `train` (4,000 images, 38,575 questions) or `test` (1,000 and 9,673).
-        further: for `Source`.
-    """
+    """The images and questions of the package easy-vqa 1.0 (MIT): 64-pixel shapes, 13 answers. Its splits are `train`
+    (4,000 images, 38,575 questions) and `test` (1,000 and 9,673)."""
 
     def __init__(self, split: str, **further: Any) -> None:
         self.folder = wheel_files("easy-vqa==1.0") / "easy_vqa" / "data" / split
@@ -64,7 +60,7 @@ def load_source(
     wanted: Collection[str] = COLUMNS,
     is_checked: bool = True,
 ) -> Source:
-    """Open what a recipe's source names.
+    """Open what a recipe's source names, by default as a sequence of `Sample`s.
 
     Args:
         path: the name `easy-vqa`; a file or a pattern such as `shards/*.tar`; a folder of files, named after splits or
@@ -73,16 +69,13 @@ def load_source(
         subset: of a dataset on the Hub.
         options, image_folder, max_samples, read_row, wanted, is_checked: see `Source`.
 
-    Returns:
-        By default, a sequence of `Sample`s.
-
     Raises:
         ValueError: nothing usable is there.
     """
-    given: dict[str, Any] = {"max_samples": max_samples, "read_row": read_row, "wanted": wanted}
+    given: dict[str, Any] = {"options": options, "max_samples": max_samples, "read_row": read_row, "wanted": wanted}
     if path == EASY_VQA:
-        return EasyVqa(split, options=RowOptions(options.prompts), **given)
-    given |= {"image_folder": image_folder, "options": options, "is_checked": is_checked}
+        return EasyVqa(split, **given | {"options": RowOptions(options.prompts)})
+    given |= {"image_folder": image_folder, "is_checked": is_checked}
     files = files_of(str(path), split, tuple(KINDS))
     if files is None:
         return Arrow(str(path), prepared_files(str(path), subset, split), **given)

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any, TypeAlias
 
@@ -12,7 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vora.data.augment import augmented
 from vora.data.order import Mixture, SourceOrder
-from vora.data.packing import TokenSample, cut_after_images, cut_text, tokenize_sample
+from vora.data.packing import TokenSample, cut_after_images, tokenize_sample, without_targets
 from vora.data.schema import Sample, without_images
 from vora.data.source import Source
 from vora.model.processing_vora import VoraProcessor
@@ -24,62 +25,50 @@ Drawn: TypeAlias = tuple[str, TokenSample | ValueError | None]
 Chunk: TypeAlias = tuple[list[Drawn], torch.Tensor | None]
 
 
+@dataclass(eq=False)
 class SampleMaker:
-    """Rows of sources to samples for packing.
+    """Rows of sources to samples for packing."""
 
-    Args:
-        sequence_length: T; longer samples are bad.
-        questions_per_image: conversations drawn per row and epoch; None for all.
-        image_tokens: (fewest, most); each row's budget is drawn anew between them in each epoch, its logarithm
-            evenly, so that one model serves many resolutions. None: the processor's own budget.
-        augment: per source None or the arguments of `vora.data.augment.augmented`; drawn anew in each epoch.
-        text_only: leave the images out of each sample.
-        text_kl_weight: of text without images nothing is to be predicted: it is there to be kept as it was
-            (`vora.distill.text_kl`), cut where a packed sequence ends.
-    """
+    sources: Sequence[Source]
+    processor: VoraProcessor
+    sequence_length: int  # T; longer samples are bad
+    questions_per_image: int | None = None  # conversations drawn per row and epoch; None for all
+    # (fewest, most): each row's budget is drawn anew between them in each epoch, its logarithm evenly, so that one
+    # model serves many resolutions; None: the processor's own budget
+    image_tokens: tuple[int, int] | None = None
+    # per source None or the arguments of `vora.data.augment.augmented`, drawn anew in each epoch
+    augment: Sequence[Mapping[str, Any] | None] | None = None
+    text_only: bool = False  # leave the images out of each sample
+    # of text without images nothing is to be predicted: it is there to be kept as it was (`vora.distill.text_kl`), cut
+    # where a packed sequence ends
+    text_kl_weight: bool = False
+    seed: int = 0
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        processor: VoraProcessor,
-        sequence_length: int,
-        questions_per_image: int | None = None,
-        image_tokens: tuple[int, int] | None = None,
-        augment: Sequence[Mapping[str, Any] | None] | None = None,
-        text_only: bool = False,
-        text_kl_weight: bool = False,
-        seed: int = 0,
-    ) -> None:
-        self.sources, self.processor, self.sequence_length = sources, processor, sequence_length
-        self.questions_per_image, self.image_tokens, self.seed = questions_per_image, image_tokens, seed
-        self.augment, self.text_only = augment or [None] * len(sources), text_only
-        self.text_kl_weight = text_kl_weight
-        self.orders = [SourceOrder(source.block_sizes, (seed, number)) for number, source in enumerate(sources)]
-        self._open: list[tuple[Any, dict[int, Any]]] = [(None, {}) for _ in sources]
+    def __post_init__(self) -> None:
+        self.augment = self.augment or [None] * len(self.sources)
+        self.orders = [
+            SourceOrder(source.block_sizes, (self.seed, number)) for number, source in enumerate(self.sources)
+        ]
+        self._open: list[tuple[Any, dict[int, Any]]] = [(None, {}) for _ in self.sources]
 
     def draw(self, source: int, number: int, distill_only: bool = False) -> Drawn:
-        """The sample that is drawn from a source as the `number`-th.
-
-        Args:
-            distill_only: cut after the images, with nothing to predict; None where there are none, but text to keep.
-        """
+        """The sample that is drawn from a source as the `number`-th; if `distill_only`, cut after the images, with
+        nothing to predict, and None where there are none, but text to keep."""
         epoch, group, block, offset = self.orders[source].draw(number)
         rows = self._rows(source, (epoch, group), block)
         rng = random.Random(f"{self.seed}/{source}/{number}")
-        most = 1 if distill_only else self.questions_per_image
         found: TokenSample | ValueError | None
         try:
-            sample, changes = self.sources[source].item(block, offset, rows), self.augment[source]
-            if changes and not self.text_only:
+            sample = self.sources[source].item(block, offset, rows)
+            if (changes := self.augment and self.augment[source]) and not self.text_only:
                 sample = augmented(sample, rng, **changes)
-            found = self.tokenized(sample, rng, most)
+            found = self.tokenized(sample, rng, 1 if distill_only else self.questions_per_image)
+            if distill_only and "pixel_values" in found:
+                found = cut_after_images(found, self.processor.image_token_id)
+            elif distill_only and not self.text_kl_weight:
+                found = None
         except Exception as error:
             found = as_bad(error)
-        if distill_only and isinstance(found, dict):
-            if "pixel_values" in found:
-                found = cut_after_images(found, self.processor.image_token_id)
-            elif not self.text_kl_weight:
-                found = None
         return self.sources[source].row_name(block, offset), found
 
     def _rows(self, source: int, group: tuple[int, int], block: int) -> Any:
@@ -92,33 +81,25 @@ class SampleMaker:
         return blocks[block]
 
     def tokenized(self, sample: Sample, rng: random.Random, max_conversations: int | None) -> TokenSample:
-        """A sample as tokens for packing, with some of its conversations (None: all).
-
-        Raises:
-            ValueError: an image cannot be read, it teaches nothing, or it is longer than a packed sequence.
-        """
+        """A sample as tokens for packing, with some of its conversations (None: all); ValueError if an image cannot be
+        read, it teaches nothing, or it is longer than a packed sequence."""
         if self.text_only:
             sample = without_images(sample)
-        conversations = sample.conversations
+        conversations, budget = sample.conversations, {}
         if max_conversations is not None and len(conversations) > max_conversations:
             conversations = rng.sample(conversations, max_conversations)
-        found = tokenize_sample(sample, self.processor, conversations, **self.draw_budget(rng))
+        if self.image_tokens is not None:
+            most = round(math.exp(rng.uniform(*map(math.log, self.image_tokens))))
+            budget = {"min_image_tokens": max(1, most // 2), "max_image_tokens": most}
+        found = tokenize_sample(sample, self.processor, conversations, **budget)
         if self.text_kl_weight and "pixel_values" not in found:
-            return cut_text(found, self.sequence_length)
+            return without_targets(found, self.sequence_length)
         if len(found["input_ids"]) > self.sequence_length:
             raise ValueError(
                 f"Its {len(found['input_ids'])} tokens exceed the {self.sequence_length} of a packed sequence: raise "
                 "data.sequence_length, or lower data.questions_per_image or model.max_image_tokens."
             )
         return found
-
-    def draw_budget(self, rng: random.Random) -> dict[str, int]:
-        """The image processor's arguments for one sample: at most n tokens an image, at least half as many."""
-        if self.image_tokens is None:
-            return {}
-        least, most = self.image_tokens
-        drawn = round(math.exp(rng.uniform(math.log(least), math.log(most))))
-        return {"min_image_tokens": max(1, drawn // 2), "max_image_tokens": drawn}
 
 
 def as_bad(error: Exception) -> ValueError:
@@ -145,21 +126,16 @@ class Chunks(IterableDataset):
     def __iter__(self) -> Iterator[tuple[int, Chunk]]:
         worker = get_worker_info()
         start, step = (self.first_chunk, 1) if worker is None else (self.first_chunk + worker.id, worker.num_workers)
-        place = (start * self.num_ranks + self.rank) * CHUNK_SAMPLES
+        place, stride = (start * self.num_ranks + self.rank) * CHUNK_SAMPLES, step * self.num_ranks * CHUNK_SAMPLES
         counts = self.mixture.counts(place)
         for number in count(start, step):
-            sources = self.mixture.sources(place, CHUNK_SAMPLES)
-            yield number, _for_travel(self._samples(sources, counts.copy()))
-            for first in range(place, place + step * self.num_ranks * CHUNK_SAMPLES, CHUNK_SAMPLES):
-                counts += np.bincount(self.mixture.sources(first, CHUNK_SAMPLES), minlength=len(counts))
-            place += step * self.num_ranks * CHUNK_SAMPLES
-
-    def _samples(self, sources: np.ndarray, counts: np.ndarray) -> list[Drawn]:
-        samples = []
-        for source in sources.tolist():
-            samples.append(self.maker.draw(source, int(counts[source]), self.distill_only))
-            counts[source] += 1
-        return samples
+            samples, next_of = [], counts.copy()
+            for source in self.mixture.sources(place, CHUNK_SAMPLES).tolist():
+                samples.append(self.maker.draw(source, int(next_of[source]), self.distill_only))
+                next_of[source] += 1
+            yield number, _for_travel(samples)
+            counts += np.bincount(self.mixture.sources(place, stride), minlength=len(counts))
+            place += stride
 
 
 def _for_travel(samples: list[Drawn]) -> Chunk:

@@ -7,8 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vora.data.answers import captions_of, class_of, has_questions, questions_of, statement_of, text_of
-from vora.data.columns import TURN_COLUMNS, Row, RowOptions, has_any, usable, without_layouts_before
-from vora.data.images import ImageSource, check_unread_media, has_images, images_of_row, located, open_source
+from vora.data.columns import (
+    IMAGE_COLUMNS,
+    TURN_COLUMNS,
+    Row,
+    RowOptions,
+    first_of,
+    has_any,
+    usable,
+    without_layouts_before,
+)
+from vora.data.images import ImageSource, check_unread_media, images_of_row, located, open_source
 from vora.data.prompts import TRUE_FALSE, Prompts
 from vora.data.turns import (
     NOTHING_TO_LEARN,
@@ -30,35 +39,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class Sample:
-    """Images (or none) and independent conversations about them.
+    """Images (or none) and independent conversations about them, see `vora.data.turns`. Without places, images go
+    before the first user's text. Plain text to go on alone is one message of the role `text`."""
 
-    Args:
-        name: says where the sample stands, for messages about bad ones.
-        images: a list in it is a video, frame by frame, and so are `VideoPath` and `VideoBytes`.
-        conversations: see `vora.data.turns`. Without places, images go before the first user's text. Plain text to go
-            on alone is one message of the role `text`.
-        allow_urls: whether images are fetched from URLs.
-    """
-
-    name: str
+    name: str  # says where it stands, for messages about bad ones
     images: Sequence[ImageSource]
     conversations: list[Conversation]
-    allow_urls: bool = False
+    allow_urls: bool = False  # whether images are fetched from URLs
 
     def open_images(self) -> "list[Image.Image | list[Image.Image]]":
-        """The images as RGB images; a video as a list of them.
-
-        Raises:
-            ValueError: one cannot be read.
-        """
+        """The images as RGB images, a video as a list of them; ValueError if one cannot be read."""
         return [open_source(image, self.allow_urls) for image in self.images]
 
     def messages(self, opened: Sequence[Any], conversation: Conversation) -> Conversation:
-        """A conversation with the opened images in it, as the processor takes it.
-
-        Raises:
-            ValueError: it has another number of places than there are images; both are named.
-        """
+        """A conversation with the opened images in it, as the processor takes it; ValueError if it has another number
+        of places than there are images."""
         count = num_places(conversation)
         if count == 0 and opened:
             conversation = with_places_first(conversation, len(opened))
@@ -76,7 +71,7 @@ def without_images(sample: Sample) -> Sample:
 
 
 def to_sample(row: Row, name: str = "", image_folder: str | Path = ".", options: RowOptions = RowOptions()) -> Sample:
-    """A row of a file as a `Sample`.
+    """A row of a file as a `Sample`; paths of images start at `image_folder`.
 
     Layouts: `messages`; `conversations` (LLaVA, VoRA: `from` and `value`, `<image>` in the text); `question(s)` and
     `answer(s)`; `caption(s)`; `sentence` and `label` (true or false, as NLVR); `label`, the name of a class;
@@ -84,28 +79,25 @@ def to_sample(row: Row, name: str = "", image_folder: str | Path = ".", options:
     `text`: a caption beside an image, plain text to go on alone. Each with `image`, `images`, `frames`, `video`,
     `videos` or none; several frames for one place are a video. `system` and `history` go before what is said.
 
-    Args:
-        image_folder: where paths of images start.
-
     Raises:
         ValueError: the row fits no layout, or what it holds is not as the layout says.
     """
     row = without_layouts_before(usable(row, options.columns), options.columns.keys())
-    images: list[ImageSource] = []
-    if has_any(row, *TURN_COLUMNS):
+    inline: list[Any] = []
+    if has_turns := has_any(row, *TURN_COLUMNS):
         if row.get("tools") not in (None, "", "[]"):
             raise ValueError("Its assistant has tools, which is not understood: leave the row out.")
-        conversation, inline = conversation_of(next(row[column] for column in TURN_COLUMNS if column in row))
-        if inline and has_images(row):
+        conversation, inline = conversation_of(first_of(row, *TURN_COLUMNS))
+        if inline and has_any(row, *IMAGE_COLUMNS):
             raise ValueError("It has images both in its messages and in a column of their own.")
-        conversations, images = [conversation], [located(image, image_folder) for image in inline]
-    images = images or images_of_row(row, image_folder)
-    if not has_any(row, *TURN_COLUMNS):
+    images = [located(image, image_folder) for image in inline] or images_of_row(row, image_folder)
+    if has_turns:
+        conversations = [conversation]
+    else:
         conversations = _conversations_of(row, bool(images), random.Random(Path(name).name), options.prompts)
     if not images:
         check_unread_media(row)
-    speaks = has_any(row, *TURN_COLUMNS, "texts", "instruction") or has_questions(row)
-    lead = lead_of(row) if speaks else []
+    lead = lead_of(row) if has_turns or has_any(row, "texts", "instruction") or has_questions(row) else []
     conversations = [
         with_places(one if one[0]["role"] == "text" else with_lead(lead, one), bool(images)) for one in conversations
     ]
@@ -115,11 +107,7 @@ def to_sample(row: Row, name: str = "", image_folder: str | Path = ".", options:
 
 
 def _conversations_of(row: Row, has_image: bool, draw: random.Random, prompts: Prompts) -> list[Conversation]:
-    """The conversations of a row that is not made of turns.
-
-    Args:
-        draw: the same for a row wherever its file lies.
-    """
+    """The conversations of a row that is not made of turns; `draw` is the same wherever its file lies."""
     if "texts" in row:
         pairs = [question_and_answer(turn["user"], turn["assistant"]) for turn in row["texts"]]
         return [sum(pairs, [])]

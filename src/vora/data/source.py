@@ -6,6 +6,7 @@ how many rows each of its blocks holds, and nothing else of what is in them.
 
 import tarfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ from vora.data.columns import COLUMNS, Row, RowOptions
 from vora.data.schema import to_sample
 
 ReadRow: TypeAlias = Callable[[Row, str, str, RowOptions], Any]  # row, its name, folder of its images
+Rows: TypeAlias = Sequence[Row | ValueError]  # of a broken row, what is wrong with it
 FIRST_ROWS = 512  # of which one must be of use
 
 
@@ -25,10 +27,8 @@ class Source:
     Args:
         name: of the source, for messages.
         image_folder: where paths of images start; by default the folder of the file that names them.
-        options: how rows are read.
         max_samples: the first so many rows only.
-        read_row: what makes an item of a row, see `to_sample`.
-        wanted: the columns that it looks at; files that allow it are read no further.
+        wanted: the columns that `read_row` looks at; files that allow it are read no further.
         is_checked: whether one of the first rows must be of use.
 
     Raises:
@@ -58,7 +58,7 @@ class Source:
             sizes = np.diff(np.minimum(sizes.cumsum(), max_samples), prepend=0)
         self.blocks, self.block_sizes = self.blocks[sizes > 0], sizes[sizes > 0]
         self.starts = self.block_sizes.cumsum() - self.block_sizes
-        self._cached: tuple[int | None, Any] = (None, None)
+        self._cached: tuple[int | None, Rows] = (None, [])
         if len(self) == 0:
             raise ValueError(f"{name} holds 0 rows: an empty dataset cannot be trained on.")
         if is_checked:
@@ -81,13 +81,9 @@ class Source:
         first = np.searchsorted(self.blocks[:, 0], file)
         return f"{self.files[file]}:{self.starts[block] - self.starts[first] + offset}"
 
-    def item(self, block: int, offset: int, rows: Any) -> Any:
-        """What a row of a block that `read_block` has read becomes.
-
-        Raises:
-            ValueError: the row is not what a layout says.
-        """
-        row = rows[offset] if isinstance(rows, list) else self.row(rows, offset)
+    def item(self, block: int, offset: int, rows: Rows) -> Any:
+        """What a row of a block that `read_block` has read becomes; ValueError if it is not what a layout says."""
+        row = rows[offset]
         if isinstance(row, ValueError):
             raise row
         folder = self.image_folder or str(Path(self.files[self.blocks[block, 0]]).parent)
@@ -96,27 +92,25 @@ class Source:
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f"It is not built as its layout is: {type(error).__name__}: {error}") from None
 
-    def read_block(self, number: int) -> Any:
-        """The rows of a block: a list of dicts, and of ValueErrors for broken ones; or what `row` takes.
-
-        A block that cannot be read is a block of bad rows: a long run goes on.
-        """
+    def read_block(self, number: int) -> Rows:
+        """The rows of a block. One that cannot be read is a block of bad rows: a long run goes on."""
         try:
             return self._read(self.files[self.blocks[number, 0]], *self.blocks[number, 1:].tolist())
         except (OSError, ValueError, RecursionError, pa.ArrowException, tarfile.TarError) as error:
             cause = ValueError(f"Its part of the file cannot be read: {' '.join(str(error).split())[:200]}")
             return [cause] * int(self.block_sizes[number])
 
-    def row(self, rows: Any, offset: int) -> Row:
-        """A row of a block, where that is no list."""
-        raise NotImplementedError
-
     def _scanned(self, file: str) -> Iterator[Sequence[int]]:
         """(places..., number of rows) of each block of a file."""
         raise NotImplementedError
 
-    def _read(self, file: str, *place: int) -> Any:
+    def _read(self, file: str, *place: int) -> Rows:
         raise NotImplementedError
+
+    def _in_blocks(self, rows: Iterator[tuple[int, int]]) -> Iterator[Sequence[int]]:
+        """(first byte, byte after the last, number of rows) of each block, of those bytes of each row."""
+        while block := list(islice(rows, self.rows_per_block)):
+            yield block[0][0], block[-1][1], len(block)
 
     def _check_layout(self) -> None:
         """Raise ValueError unless one of the first rows can be used, and the names in `columns` are not misspelt."""
@@ -125,7 +119,7 @@ class Source:
         known: set[str] = set()
         for block, size in enumerate(self.block_sizes):
             rows = self.read_block(block)
-            known |= _columns_of(rows)
+            known |= {name for row in rows if isinstance(row, dict) for name in row}
             for offset in range(size if not is_used else 0):
                 try:
                     self.item(block, offset, rows)
@@ -147,8 +141,8 @@ class Source:
             raise ValueError(f"None of the first {count} rows of {self.name} can be used. The first: {cause}")
 
 
-def _columns_of(rows: Any) -> set[str]:
-    """The names of columns in what `read_block` gives."""
-    if not isinstance(rows, list):
-        return set(rows.column_names)
-    return {name for row in rows if isinstance(row, dict) for name in row}
+def bytes_of(file: str, start: int, end: int) -> bytes:
+    """A part of a file."""
+    with open(file, "rb") as content:
+        content.seek(start)
+        return content.read(end - start)

@@ -11,7 +11,7 @@ images of its own samples alone.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from vora.data.samples import CHUNK_SAMPLES, Chunks, SampleMaker, unpacked
 from vora.data.source import Source
 from vora.model.processing_vora import VoraProcessor
 
-FIRST_SAMPLES = 16  # by which a source is known to have text without images
 WAITING = 48  # samples among which sequences are filled; more would pack tighter and read further ahead
 
 
@@ -48,15 +47,11 @@ class PackedSequences:
         sequence_length: T, tokens of a sequence.
         weights: share of the samples that comes from each source; by default, their numbers of rows.
         distill_only_sequences: so many at the start hold images alone, with nothing to predict, to distill from.
-        bad_samples: path of the file that names bad samples.
-        max_bad_share: stop when more than this share of the samples read is bad.
+        bad_samples, max_bad_share: see `BadSamples`.
         num_workers: processes that read and decode; 0 does it in this one.
         rank, num_ranks: which part of all chunks is read.
         answer_balance: how much answers of few tokens count, see `vora.data.packing.label_weights`.
         sample_options: further arguments of `SampleMaker`.
-
-    Raises:
-        ValueError: as many weights as sources are needed.
     """
 
     def __init__(
@@ -80,10 +75,9 @@ class PackedSequences:
         if len(weights) != len(sources):
             raise ValueError(f"{len(weights)} weights for {len(sources)} sources: give one each, or none.")
         self.maker = SampleMaker(sources, processor, sequence_length, seed=seed, **sample_options)
-        self.weights, self.mixture = weights, Mixture(weights, seed)
+        self.mixture, self.bad = Mixture(weights, seed), BadSamples(bad_samples, max_bad_share)
         self.sequence_length, self.distill_only_sequences = sequence_length, distill_only_sequences
-        self.answer_balance, self.bad = answer_balance, BadSamples(bad_samples, max_bad_share)
-        self.num_workers, self.rank, self.num_ranks = num_workers, rank, num_ranks
+        self.answer_balance, self.num_workers, self.rank, self.num_ranks = answer_balance, num_workers, rank, num_ranks
         shares = np.array(weights) / sum(weights)
         self._longest_gap = 2 * int((np.array(sizes) / shares).max()) + CHUNK_SAMPLES
         images = processor.image_processor
@@ -93,8 +87,7 @@ class PackedSequences:
             "sequence_length": sequence_length, "questions_per_image": self.maker.questions_per_image,
             "image_tokens": self.maker.image_tokens and list(self.maker.image_tokens),
             "distill_only_sequences": distill_only_sequences, "processes": num_ranks,
-            "patch_merge": images.patch_merge,
-            "budget": [images.min_image_tokens, images.max_image_tokens],
+            "patch_merge": images.patch_merge, "budget": [images.min_image_tokens, images.max_image_tokens],
             "augment": self.maker.augment, "text_only": self.maker.text_only or None,
             "text_kl_weight": self.maker.text_kl_weight or None,
             "prompts": [[list(prompts) for prompts in astuple(source.options.prompts)] for source in sources],
@@ -115,11 +108,7 @@ class PackedSequences:
         return {**self._position, **counts, "data": self.fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a run with the same data was.
-
-        Raises:
-            ValueError: the data or what is made of them is not the same; what differs is named.
-        """
+        """Go on where a run with the same data was; ValueError, naming what differs, if they are not the same."""
         state = dict(state)
         then = state.pop("data")
         for name, now in self.fingerprint.items():
@@ -133,17 +122,8 @@ class PackedSequences:
 
     def named_samples(self) -> Iterator[tuple[str, TokenSample]]:
         """(name, sample) in the order of training from the beginning, bad ones left out; the position stays."""
-        return self._samples_of(self.mixture, self.rank, self.num_ranks)
-
-    def texts(self) -> Iterator[TokenSample]:
-        """Samples of text alone, from the beginning and the same in each process; the position stays. They come from
-        the sources that have some among their first samples, in these sources' proportions: no endless search for a
-        text among images, and no image decoded for it. None where no source has."""
-        have = [any(map(_is_text, self._first_of(source))) for source in range(len(self.maker.sources))]
-        if any(have):
-            weights = [weight * has for weight, has in zip(self.weights, have)]
-            named = self._samples_of(Mixture(weights, self.maker.seed), 0, 1)
-            yield from (sample for _, sample in named if _is_text(sample))
+        for _, chunk in Chunks(self.maker, self.mixture, 0, False, self.rank, self.num_ranks):
+            yield from ((name, sample) for name, sample in unpacked(chunk) if isinstance(sample, dict))
 
     def distill_sequences(self) -> Iterator[PackedSequence]:
         """Sequences of images alone from the beginning; the position stays."""
@@ -166,13 +146,6 @@ class PackedSequences:
             batch["distill_only"] = torch.tensor(self._position["distill_only"])
         return batch | places(batch, processor.image_token_id, processor.image_processor.patch_merge)
 
-    def _first_of(self, source: int) -> Iterator[Any]:
-        return (self.maker.draw(source, number)[1] for number in range(FIRST_SAMPLES))
-
-    def _samples_of(self, mixture: Mixture, rank: int, num_ranks: int) -> Iterator[tuple[str, TokenSample]]:
-        for _, chunk in Chunks(self.maker, mixture, 0, False, rank, num_ranks):
-            yield from ((name, sample) for name, sample in unpacked(chunk) if isinstance(sample, dict))
-
     @staticmethod
     def _beginning(distill_only: bool) -> dict[str, Any]:
         return {"distill_only": distill_only, "num_sequences": 0, "next": [0, 0], "waiting": []}
@@ -183,14 +156,14 @@ class PackedSequences:
             waiting.append((place, sample))
             if len(waiting) < WAITING:
                 continue
-            fitting = list(range(len(waiting)))
+            fitting = waiting
             if self.maker.text_kl_weight:  # its sequences run twice, so nothing else is in them
-                kinds = ["pixel_values" in sample for _, sample in waiting]
-                fitting = [index for index in fitting if kinds[index] == kinds[0]]
-            lengths = [len(waiting[index][1]["input_ids"]) for index in fitting]
-            chosen = [fitting[number] for number in next_sequence(lengths, self.sequence_length)]
-            samples = [waiting[index][1] for index in chosen]
-            waiting = [one for index, one in enumerate(waiting) if index not in {*chosen}]
+                is_image = "pixel_values" in waiting[0][1]
+                fitting = [one for one in waiting if ("pixel_values" in one[1]) == is_image]
+            chosen = next_sequence([len(sample["input_ids"]) for _, sample in fitting], self.sequence_length)
+            taken = {fitting[index][0] for index in chosen}
+            samples = [sample for place, sample in waiting if place in taken]
+            waiting = [one for one in waiting if one[0] not in taken]
             if remember:
                 self._position = {
                     "distill_only": position["distill_only"],
@@ -203,24 +176,22 @@ class PackedSequences:
     def _samples(self, position: dict[str, Any], num_workers: int) -> Iterator[tuple[tuple[int, int], TokenSample]]:
         """((chunk, index), sample) of a position's waiting samples and of all from its next one on, in order."""
         waiting, following = {tuple(place) for place in position["waiting"]}, tuple(position["next"])
-        first_chunk = min({following, *waiting})[0]
-        chunks = Chunks(self.maker, self.mixture, first_chunk, position["distill_only"], self.rank, self.num_ranks)
-        own = torch.Generator().manual_seed(0)  # a loader's draw from torch's own would shift a resumed run's dropout
+        first_chunk, distill_only = min({following, *waiting})[0], position["distill_only"]
         loader = DataLoader(
-            chunks,
+            Chunks(self.maker, self.mixture, first_chunk, distill_only, self.rank, self.num_ranks),
             batch_size=None,
             num_workers=num_workers,
             collate_fn=as_it_is,
-            worker_init_fn=_few_threads,
-            generator=own,
+            worker_init_fn=_use_one_thread,
+            generator=torch.Generator().manual_seed(0),  # torch's own would shift a resumed run's dropout
         )
-        num_fruitless = 0
+        only_images_teach, num_fruitless = distill_only or self.maker.text_kl_weight, 0
         for number, chunk in loader:
-            for index, (name, sample) in enumerate(unpacked(chunk)):
-                place = (number, index)
-                num_fruitless = 0 if self._teaches(sample, position["distill_only"]) else num_fruitless + 1
+            for place, (name, sample) in zip(product([number], range(CHUNK_SAMPLES)), unpacked(chunk)):
+                teaches = isinstance(sample, dict) and ("pixel_values" in sample or not only_images_teach)
+                num_fruitless = 0 if teaches else num_fruitless + 1
                 if num_fruitless > self._longest_gap:
-                    raise ValueError(self._fruitless(num_fruitless, position["distill_only"]))
+                    raise ValueError(self._fruitless(num_fruitless, distill_only))
                 if place >= following:
                     self.bad.num_read += 1
                     if isinstance(sample, ValueError):
@@ -228,28 +199,13 @@ class PackedSequences:
                 if isinstance(sample, dict) and (place >= following or place in waiting):
                     yield place, sample
 
-    def _teaches(self, sample: object, distill_only: bool) -> bool:
-        """Whether something can be learned from a sample, and not only kept."""
-        return isinstance(sample, dict) and (
-            "pixel_values" in sample or not (distill_only or self.maker.text_kl_weight)
-        )
-
     def _fruitless(self, count: int, distill_only: bool) -> str:
+        if not (distill_only or self.maker.text_kl_weight):
+            return f"All of the last {count} samples are bad: bad_samples.jsonl of the run says why."
+        why, cure = "with lora.text_kl_weight text alone teaches nothing", "leave lora.text_kl_weight out"
         if distill_only:
-            return (
-                f"None of the last {count} samples holds an image, but the first steps distill images alone: set "
-                "teacher.distill_only_steps=0, or add a source with images."
-            )
-        if self.maker.text_kl_weight:
-            return (
-                f"None of the last {count} samples holds an image, and with lora.text_kl_weight text alone teaches "
-                "nothing: add a source with images, or leave lora.text_kl_weight out."
-            )
-        return f"All of the last {count} samples are bad: bad_samples.jsonl of the run says why."
-
-
-def _is_text(sample: object) -> bool:
-    return isinstance(sample, dict) and "pixel_values" not in sample
+            why, cure = "the first steps distill images alone", "set teacher.distill_only_steps=0"
+        return f"None of the last {count} samples holds an image, but {why}: {cure}, or add a source with images."
 
 
 def _digest(block_sizes: np.ndarray) -> str:
@@ -262,7 +218,7 @@ def as_it_is(item: Any) -> Any:
     return item
 
 
-def _few_threads(worker: int) -> None:
+def _use_one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 

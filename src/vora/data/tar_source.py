@@ -4,12 +4,13 @@ import io
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from vora.data.columns import IMAGE_COLUMNS, TURN_COLUMNS, Row
 from vora.data.images import IMAGE_ENDINGS, UNREAD_ENDINGS
 from vora.data.json_source import json_row
-from vora.data.source import Source
+from vora.data.source import Source, bytes_of
 
 
 class WebDataset(Source):
@@ -19,50 +20,44 @@ class WebDataset(Source):
     """
 
     def _scanned(self, file: str) -> Iterator[Sequence[int]]:
-        start = end = count = 0
-        last: str | None = None
-        first_keys: set[str] = set()
-        try:
-            with tarfile.open(file, "r:") as tar:
-                for member in tar:
-                    setattr(tar, "members", [])  # it would remember all
-                    key = _split_key(member.name)[0]
-                    if _belongs_to_a_sample(member) and key != last:
-                        if key in first_keys:
-                            raise ValueError(
-                                f"The files of sample {key} do not follow each other in {file}: pack it again with "
-                                "tar --sort=name."
-                            )
-                        if len(first_keys) < 1000:
-                            first_keys.add(key)
-                        if count == self.rows_per_block:
-                            yield start, end, count
-                            start, count = end, 0
-                        count, last = count + 1, key
-                    end = member.offset_data + (member.size + 511) // 512 * 512
-        except tarfile.TarError as error:
-            raise ValueError(f"{file} is no whole tar file (compressed ones are to be unpacked): {error}") from None
-        with open(file, "rb") as shard:
-            shard.seek(end)
-            rest = shard.read(512)
-        if end > Path(file).stat().st_size or rest not in (b"", bytes(512)):
-            raise ValueError(f"{file} is cut off in or after its last sample {last}: fetch or write it again.")
-        yield start, end, count
+        return self._in_blocks(_samples(file))
 
     def _read(self, file: str, *place: int) -> list[Row | ValueError]:
-        start, end = place
-        with open(file, "rb") as shard:
-            shard.seek(start)
-            data = shard.read(end - start)
-        samples: list[tuple[str, dict[str, bytes]]] = []
-        with tarfile.open(fileobj=io.BytesIO(data + bytes(1024)), mode="r:") as tar:
-            for member in filter(_belongs_to_a_sample, tar):
-                key, ending = _split_key(member.name)
-                if not samples or samples[-1][0] != key:
-                    samples.append((key, {}))
-                content = tar.extractfile(member)
-                samples[-1][1][ending] = content.read() if content else b""
-        return [row_of_files(key, files) for key, files in samples]
+        data = bytes_of(file, *place) + bytes(1024)
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            members = ((*_split_key(member.name), member) for member in tar if _belongs_to_a_sample(member))
+            contents = [(key, ending, _content_of(tar, member)) for key, ending, member in members]
+        samples = groupby(contents, key=lambda content: content[0])
+        return [row_of_files(key, {ending: data for _, ending, data in files}) for key, files in samples]
+
+
+def _samples(file: str) -> Iterator[tuple[int, int]]:
+    """(first byte, byte after the last) of each sample of a tar file; ValueError if it is not whole."""
+    start, end, last = 0, 0, None
+    first_keys: set[str] = set()
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                setattr(tar, "members", [])  # it would remember all
+                key = _split_key(member.name)[0]
+                if _belongs_to_a_sample(member) and key != last:
+                    if key in first_keys:
+                        raise ValueError(
+                            f"The files of sample {key} do not follow each other in {file}: pack it again with tar "
+                            "--sort=name."
+                        )
+                    if len(first_keys) < 1000:
+                        first_keys.add(key)
+                    if last is not None:
+                        yield start, end
+                    start, last = end, key
+                end = member.offset_data + (member.size + 511) // 512 * 512
+    except tarfile.TarError as error:
+        raise ValueError(f"{file} is no whole tar file (compressed ones are to be unpacked): {error}") from None
+    if end > Path(file).stat().st_size or bytes_of(file, end, end + 512) not in (b"", bytes(512)):
+        raise ValueError(f"{file} is cut off in or after its last sample {last}: fetch or write it again.")
+    if last is not None:
+        yield start, end
 
 
 def row_of_files(key: str, files: Mapping[str, bytes]) -> Row | ValueError:
@@ -99,7 +94,13 @@ def _belongs_to_a_sample(member: tarfile.TarInfo) -> bool:
     return member.isfile() and not Path(member.name).name.startswith("._")  # macOS packs such beside each file
 
 
+def _content_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    content = tar.extractfile(member)
+    return content.read() if content else b""
+
+
 def _split_key(path: str) -> tuple[str, str]:
+    """(name up to the first dot, ending)."""
     folder, slash, name = path.rpartition("/")
     stem, _, ending = name.partition(".")
     return folder + slash + stem, ending.lower()

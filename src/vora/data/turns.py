@@ -2,7 +2,7 @@
 
 A message has a `role`, and as `content` text, or parts: `{"type": "text", "text": ...}` and places
 `{"type": "image"}`, which the images of a sample fill in order. An assistant's message with `learn: False` is read but
-not learned.
+not learned. All functions that read turns raise ValueError for what is not understood.
 """
 
 import base64
@@ -30,11 +30,7 @@ NOTHING_TO_LEARN = "Its answer is empty: there is nothing to learn."
 
 
 def question_and_answer(question: Any, answer: Any) -> Conversation:
-    """Two messages.
-
-    Raises:
-        ValueError: one is no text, or the answer is empty.
-    """
+    """Two messages; ValueError if one is no text, or the answer is empty."""
     if question is None:
         raise ValueError("Its question is null.")
     answer = text_of(answer, "answer")
@@ -44,19 +40,14 @@ def question_and_answer(question: Any, answer: Any) -> Conversation:
 
 
 def conversation_of(turns: Any) -> tuple[Conversation, list[Any]]:
-    """Turns in the form of OpenAI (`role`, `content`) or ShareGPT (`from`, `value`), also as JSON or by columns.
-
-    Returns:
-        The conversation, and the images that stand in it.
-
-    Raises:
-        ValueError: a turn is not understood, or an assistant says nothing.
-    """
+    """Turns in the form of OpenAI (`role`, `content`) or ShareGPT (`from`, `value`), also as JSON or by columns: the
+    conversation, and the images that stand in it."""
     messages, images = [], []
     for turn in as_list(json.loads(turns) if isinstance(turns, str) else turns):
-        role = ROLES.get(turn.get("role") or turn.get("from"))
+        speaker = turn.get("role") or turn.get("from")
+        role = ROLES.get(speaker)
         if role is None:
-            raise ValueError(f"Who is {turn.get('role') or turn.get('from')!r}? Known are {', '.join(ROLES)}.")
+            raise ValueError(f"Who is {speaker!r}? Known are {', '.join(ROLES)}.")
         if any(turn.get(key) for key in CALLS):
             raise ValueError(f"Its {role} calls tools, which is not understood: leave the row out.")
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
@@ -64,8 +55,8 @@ def conversation_of(turns: Any) -> tuple[Conversation, list[Any]]:
             content, given = _parts_and_images(content or [], role)
             images += given
         messages.append({"role": role, "content": content} | _mark(turn, role))
-    first = next((i for i, message in enumerate(messages) if message["role"] != "assistant"), len(messages))
-    messages = messages[first:]  # an answer to nothing, as in ShareGPT, is left out, as LLaVA does
+    while messages and messages[0]["role"] == "assistant":  # an answer to nothing, as in ShareGPT, LLaVA leaves out
+        messages.pop(0)
     answers = [text_in(message) for message in messages if message["role"] == "assistant"]
     if not answers:
         raise ValueError("It has no answer of an assistant: there is nothing to learn.")
@@ -75,11 +66,8 @@ def conversation_of(turns: Any) -> tuple[Conversation, list[Any]]:
 
 
 def lead_of(row: Row) -> Conversation:
-    """What stands before a row's conversations: its columns `system`, and `history` of earlier questions and answers.
-
-    Raises:
-        ValueError: they hold something else.
-    """
+    """What stands before a row's conversations: its columns `system`, and `history` of earlier questions and
+    answers."""
     lead = [{"role": "system", "content": text_of(row["system"], "system")}] if row.get("system") else []
     for turn in row.get("history", []):
         if not isinstance(turn, (list, tuple)) or len(turn) != 2:
@@ -89,11 +77,7 @@ def lead_of(row: Row) -> Conversation:
 
 
 def with_lead(lead: Conversation, conversation: Conversation) -> Conversation:
-    """A conversation that goes on after what leads to it.
-
-    Raises:
-        ValueError: a system speaks in both, and not alike.
-    """
+    """A conversation that goes on after what leads to it; ValueError if a system speaks in both, and not alike."""
     if lead and conversation[0]["role"] == "system":
         if lead[0]["role"] == "system" and lead[0] != conversation[0]:
             raise ValueError("It has a system's text in its messages and another in a column of its own.")
@@ -102,11 +86,8 @@ def with_lead(lead: Conversation, conversation: Conversation) -> Conversation:
 
 
 def with_places(conversation: Conversation, has_images: bool) -> Conversation:
-    """A conversation whose users' `<image>` (and, beside images, `<video>`) have become places.
-
-    Raises:
-        ValueError: without images, there is a place for a video or for sound.
-    """
+    """A conversation whose users' `<image>` (and, beside images, `<video>`) have become places; ValueError for a place
+    for a video or for sound that nothing fills."""
     found = []
     for message in conversation:
         parts = message["content"]
@@ -114,7 +95,7 @@ def with_places(conversation: Conversation, has_images: bool) -> Conversation:
             tag = UNFILLED.search(text_in(message))
             if tag and (tag[1] == "audio" or not has_images):
                 raise ValueError(f"It has a place for {tag[1]}, <{tag[1]}>, but none to stand there.")
-            parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+            parts = _as_parts(parts)
             if has_images or any("<image>" in part.get("text", "") for part in parts):
                 parts = [one for p in parts for one in (_split_at_places(p["text"]) if p["type"] == "text" else [p])]
         if not isinstance(parts, str) and all(part["type"] == "text" for part in parts):
@@ -124,42 +105,32 @@ def with_places(conversation: Conversation, has_images: bool) -> Conversation:
 
 
 def with_places_first(conversation: Conversation, count: int) -> Conversation:
-    """A conversation with so many places before the first user's text.
-
-    Raises:
-        ValueError: there is no user.
-    """
+    """A conversation with so many places before the first user's text; ValueError if there is no user."""
     first = next((i for i, message in enumerate(conversation) if message["role"] == "user"), None)
     if first is None:
         raise ValueError("It has images, but no message of a user to stand in.")
-    content = conversation[first]["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    message = {**conversation[first], "content": [{"type": "image"}] * count + parts}
-    return [*conversation[:first], message, *conversation[first + 1 :]]
+    parts = [{"type": "image"}] * count + _as_parts(conversation[first]["content"])
+    return [*conversation[:first], {**conversation[first], "content": parts}, *conversation[first + 1 :]]
 
 
 def num_places(conversation: Conversation) -> int:
     """How many images go into a conversation."""
-    return sum(part["type"] == "image" for message in conversation for part in _parts(message))
+    return sum(part["type"] == "image" for message in conversation for part in _as_parts(message["content"]))
 
 
 def filled(conversation: Conversation, images: Sequence[Any]) -> Conversation:
     """A conversation with opened images in its places; a list of frames becomes a video."""
     left = iter(images)
     return [
-        message if isinstance(message["content"], str) else {**message, "content": [*_filled(message, left)]}
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [*_filled(message["content"], left)]}
         for message in conversation
     ]
 
 
-def text_in(message: Message) -> str:
-    """The text of a message, without its images."""
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-
-
-def _filled(message: Message, images: Iterator[Any]) -> Iterator[dict[str, Any]]:
-    for part in message["content"]:
+def _filled(parts: Sequence[dict[str, Any]], images: Iterator[Any]) -> Iterator[dict[str, Any]]:
+    for part in parts:
         if part["type"] == "image":
             image = next(images)
             kind = "video" if isinstance(image, list) else "image"
@@ -167,21 +138,26 @@ def _filled(message: Message, images: Iterator[Any]) -> Iterator[dict[str, Any]]
         yield part
 
 
-def _parts(message):
-    return [] if isinstance(message["content"], str) else message["content"]
+def text_in(message: Message) -> str:
+    """The text of a message, without its images."""
+    return "".join(part.get("text", "") for part in _as_parts(message["content"]))
 
 
-def _mark(turn, role):
+def _as_parts(content: Any) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _mark(turn: dict[str, Any], role: str) -> dict[str, bool]:
     """What says whether an assistant's turn is learned."""
     marks = {key: turn[key] for key in LEARN_KEYS if turn.get(key) is not None}
-    if role != "assistant" or not marks:
+    if role != "assistant":
         return {}
     if wrong := [f"{key} {value!r}" for key, value in marks.items() if value not in (0, 1)]:
         raise ValueError(f"Its turns are weighed by {wrong[0]}: a turn counts (1) or does not (0).")
     return {} if all(marks.values()) else {"learn": False}
 
 
-def _parts_and_images(content, role):
+def _parts_and_images(content: Any, role: str) -> tuple[list[dict[str, Any]], list[Any]]:
     """Parts with places for images, and the images that stand in them."""
     parts, images = [], []
     for part in content:
@@ -204,10 +180,10 @@ def _parts_and_images(content, role):
     return parts, images
 
 
-def _split_at_places(text):
+def _split_at_places(text: str) -> list[dict[str, Any]]:
     """Text to parts; a line break beside a place belongs to it, as people ask without one."""
-    parts = []
+    parts: list[dict[str, Any]] = []
     for number, piece in enumerate(PLACE.split(text)):
         parts += [{"type": "image"}] if number else []
-        parts += [{"type": "text", "text": piece}] if piece else []
+        parts += _as_parts(piece) if piece else []
     return parts

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vora.data.page import write_page
+from vora.data.page import SOURCE_COLUMNS, source_rows, write_page
 from vora.data.stats import dataset_statistics, write_summary
 from vora.data.stream import PackedSequences
 from vora.model.processing_vora import VoraProcessor
@@ -62,12 +62,10 @@ def source_names(data: DataSection) -> list[str]:
 def table_of(summary: dict[str, Any]) -> Table:
     """The summary as a table for the terminal."""
     table = Table(title=f"{summary['num_samples']:,} samples, {summary['num_bad']:,} bad")
-    for name in ("source", "rows", "bad", "share of samples", "share of tokens", "tokens per sample"):
+    for name in SOURCE_COLUMNS:
         table.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
-    for one in summary["sources"]:
-        name, counts = one["name"].removeprefix(f"{Path.cwd()}/"), [f"{one[key]:,}" for key in ("num_rows", "num_bad")]
-        shares = [f"{100 * one[key]:.1f} %" for key in ("share_of_samples", "share_of_tokens")]
-        table.add_row(name, *counts, *shares, f"{one['mean_tokens'] or 0:,.0f}")
+    for row in source_rows(summary):
+        table.add_row(*row)
     length, share = summary["sequence_length"], 100 * summary["packing_efficiency"]
     speed = f"{summary['samples_per_second']:,.0f} samples read per second"
     table.caption = f"packed sequences of {length:,} tokens are {share:.1f} % full; {speed}"
