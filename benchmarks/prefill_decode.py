@@ -71,7 +71,7 @@ def llava_like(llm, size):
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
     shape = {name: size.teacher[name] for name in names} | {"patch_size": PATCH, "projection_dim": 64}
     vision = CLIPVisionConfig(**shape, image_size=size.image_size)
-    small = type(llm.config)(hidden_size=llm.config.hidden_size, num_hidden_layers=0, vocab_size=1)
+    small = type(llm.config)(hidden_size=llm.config.hidden_size, num_hidden_layers=0, vocab_size=8)
     config = LlavaConfig(vision_config=vision, text_config=small, image_token_index=image_token_id(size))
     with device():
         model = LlavaForConditionalGeneration._from_config(config, dtype=llm.dtype)
