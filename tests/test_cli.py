@@ -164,6 +164,7 @@ def test_interrupted_run_saves_and_says_how_to_go_on(work):
         (["import-reference", "{llm}", "--llm", "{llm}", "-o", "{new}"], "no checkpoint of the released code"),
         (["train", "no-recipe.yaml"], "Cannot read recipe"),
         (["train", "{recipe}", "lora.rnak=3"], "did you mean rank?"),
+        (["train", "{recipe}", "teacher.name={run}", "--out", "{new}"], "The teacher"),
         (["train", "{recipe}", "lora.target_modules=[no_proj]", "--out", "{new}"], "match no linear layer"),
         (["train", "{recipe}", "data.sources.0.path=x"], "neither a file nor a folder"),
         (["train", "{recipe}", "data.sequence_length=99999", "--out", "{new}"], "context holds"),

@@ -143,7 +143,7 @@ def test_rows_hold_text_to_keep_or_images(sources, llm_folder):
     plain = PackedSequences(loaded, processor, 64)
     assert any((rows.collate([row])["targets"] != -100).any() for row in islice(iter(plain), 5))
     alone = PackedSequences([load_source(sources[1])], processor, 64, text_kl_weight=True)
-    with pytest.raises(ValueError, match="holds an image, and with lora.text_kl_weight text alone teaches nothing"):
+    with pytest.raises(ValueError, match="holds an image, but with lora.text_kl_weight text alone teaches nothing"):
         list(islice(iter(alone), 30))
     with pytest.raises(ValueError, match="data.text_only leaves text alone"):
         data = {"sources": [{"path": "x"}], "text_only": True}

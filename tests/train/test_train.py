@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from io import StringIO
 
 import pytest
 import tiny
 import torch
 from peft import get_peft_model_state_dict
+from rich.console import Console
 from runs import COLOURS, close_to, losses, run, write_lines
 from safetensors.torch import load_file, safe_open
 from tiny_teachers import tiny_vit
@@ -21,6 +23,7 @@ from vora.data.stream import PackedSequences
 from vora.train.from_recipe import training_arguments
 from vora.train.plan.meta_model import meta_model
 from vora.train.recipe import load_recipe
+from vora.train.run import train
 from vora.train.run_log import read_log
 from vora.train.stages import build_objective, check_trainable, load_vit, lora_depth, trainable_counts
 from vora.train.throughput import precision_overrides, steps_that_fit
@@ -259,6 +262,12 @@ def test_two_stages_leave_what_they_promise_and_merge_where_their_starts_are_gon
     assert len(changed) > 0.9 * len(list(found.parameters()))
     with pytest.raises(ValueError, match="There is no ViT at .*vit: name a folder or a hub id"):
         run(first, tmp_path / "three")
+
+
+def test_a_run_that_only_distills_says_so(recipe, tmp_path):
+    console = Console(record=True, file=StringIO(), width=300)
+    train(recipe(max_steps=2), tmp_path / "run", console=console)
+    assert "Warning: all 2 steps only distill, so that no text is learned" in console.export_text()
 
 
 def test_diverging_training_stops_and_says_so(recipe, tmp_path):

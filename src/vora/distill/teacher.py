@@ -89,7 +89,13 @@ class Teacher(nn.Module):
             raise ValueError(
                 f"There is no ViT at {name}: name a folder or a hub id, such as google/vit-base-patch16-224."
             )
-        vit = AutoModel.from_pretrained(name, dtype=dtype, **kwargs)
+        try:
+            vit = AutoModel.from_pretrained(name, dtype=dtype, **kwargs)
+        except (OSError, ValueError) as error:  # nothing there, or a model of another kind
+            cause = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"The teacher {name} cannot be loaded: {cause} Name another hub id or a folder."
+            ) from None
         teacher = cls(vit, **_normalisation(name))
         teacher.name = str(name)
         return teacher

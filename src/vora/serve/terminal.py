@@ -27,7 +27,7 @@ def print_answer(chat: Chat, question: str, images: Sequence[Image.Image | Video
 def converse(chat: Chat, images: Sequence[Image.Image | Video], console: Console) -> None:
     """Answer what is typed; a question or image that is refused ends nothing."""
     pending = list(images)
-    console.print(f"{len(pending)} images given. Ask away; `+ IMAGE` adds an image, an empty line ends.")
+    console.print(f"Images: {len(pending)}. Ask away; `+ IMAGE` adds an image, an empty line ends.")
     while line := read_line():
         try:
             if line.startswith("+"):

@@ -68,6 +68,11 @@ def train(
     recipe = with_planned_steps(recipe, objective, sequences, arguments, checkpoint)
     write_what_runs(recipe, directory)
     console.print(trainable_table(objective, recipe.stage))
+    if recipe.distill_only_steps >= arguments.max_steps:
+        console.print(
+            f"Warning: all {arguments.max_steps} steps only distill, so that no text is learned: raise "
+            "training.max_steps, or lower teacher.distill_only_steps.", highlight=False,
+        )  # fmt: skip
     stop, progress = StopOnSignal(), ProgressCallback(console, directory / "log.jsonl")
     answers = directory / "sample_generations.jsonl"
     samples = SampleGenerationCallback(recipe.sample_generations, processor, answers, console)

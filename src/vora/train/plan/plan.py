@@ -210,7 +210,8 @@ def tables(found: dict[str, Any]) -> Table:
     )
     add("parameters", trained, counts["parts"], "{:,.0f}")
     table.add_row(
-        "tokens per sample", f"{tokens['per_sample']:,.0f} ({tokens['samples_per_row']:.1f} samples per row)"
+        "tokens per sample",
+        f"{tokens['per_sample']:,.0f} ({tokens['samples_per_row']:.1f} samples per packed sequence)",
     )
     flops = found["flops_per_sample"]
     add("FLOPs per sample", f"{flops['total'] / 1e12:,.2f} T", flops, "{:,.2f} T", 1e12)
