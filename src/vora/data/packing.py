@@ -205,15 +205,17 @@ def next_sequence(lengths: Sequence[int], sequence_length: int) -> list[int]:
 
 def collate_sequences(sequences: Sequence[PackedSequence], sequence_length: int, pad_token_id: int) -> Batch:
     """Packed sequences to one batch, its images together, if there are any. Padding is seen by itself alone."""
-    packed: list[dict[str, Any]] = [dict(side_by_side(samples)) for samples in sequences]
+    every: list[Any] = [sample for samples in sequences for sample in samples]
     fill: dict[str, Any] = {"input_ids": pad_token_id, "targets": -100, "position_ids": 0}
     fill["seen_until"] = np.arange(sequence_length)
     batch = {name: np.full((len(sequences), sequence_length), value) for name, value in fill.items()}
-    for name, array in batch.items():
-        for number, one in enumerate(packed):
-            array[number, : len(one[name])] = one[name]
-    batch["num_samples"] = np.array(sum(one["num_samples"] for one in packed))
-    if seeing := [one for one in packed if "pixel_values" in one]:
+    for number, samples in enumerate(sequences):
+        texts: Any = [{name: v for name, v in one.items() if name not in IMAGE_INPUTS} for one in samples]
+        packed: dict[str, Any] = dict(side_by_side(texts))  # the pixels are copied once, below
+        for name, array in batch.items():
+            array[number, : len(packed[name])] = packed[name]
+    batch["num_samples"] = np.array(sum(one["num_samples"] for one in every))
+    if seeing := [one for one in every if "pixel_values" in one]:
         batch |= {name: np.concatenate([one[name] for one in seeing]) for name in IMAGE_INPUTS}
     return cast(Batch, {name: torch.from_numpy(array) for name, array in batch.items()})
 
