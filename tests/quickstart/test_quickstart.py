@@ -17,6 +17,23 @@ def test_an_existing_folder_is_not_overwritten(tmp_path):
         run_quickstart(tmp_path, llm="smollm2-135m", minutes=1, seed=0, console=Console(quiet=True))
 
 
+@pytest.mark.parametrize(("token_seconds", "steps"), [(0.01, 51), (0.001, 320)])
+def test_a_slow_machine_distills_for_at_most_half_of_its_time(tmp_path, monkeypatch, token_seconds, steps):
+    planned = []
+
+    def train(recipe, folder, console):
+        planned.append(recipe.distill_only_steps)
+        raise InterruptedError
+
+    for name in ("load_source", "load_tokenizer", "load_llm"):
+        monkeypatch.setattr(f"vora.quickstart.run.{name}", lambda *arguments: [])
+    monkeypatch.setattr("vora.quickstart.run.forward_seconds_per_token", lambda llm: token_seconds)
+    monkeypatch.setattr("vora.quickstart.run.train", train)
+    with pytest.raises(InterruptedError):
+        run_quickstart(tmp_path / "out", minutes=7, console=Console(quiet=True))  # six of them to train
+    assert planned == [steps]
+
+
 @pytest.mark.slow
 def test_quickstart_sees(tmp_path):
     result = run_quickstart(tmp_path / "out", llm="smollm2-135m", minutes=13.5, seed=0, console=Console())

@@ -60,7 +60,7 @@ def interval_of(
 def mean(scores: ArrayLike, groups: Sequence[Hashable], seed: int = 0) -> Estimate:
     """The mean of any scores."""
     scores = np.asarray(scores, float)
-    return interval_of(_ratio, np.stack([scores, np.ones(len(scores))], 1), groups, seed)
+    return interval_of(ratio, np.stack([scores, np.ones(len(scores))], 1), groups, seed)
 
 
 def share(scores: ArrayLike, groups: Sequence[Hashable], seed: int = 0) -> Estimate:
@@ -86,7 +86,8 @@ def in_words(interval: Sequence[float | None], form: str = ".4f", scale: float =
     return "-" if low is None or high is None else f"{scale * low:{form}} to {scale * high:{form}}"
 
 
-def _ratio(sums: np.ndarray) -> np.ndarray:
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """float[..., 2] to the first by the second, NaN of nothing."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return sums[..., 0] / sums[..., 1]
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vora.eval.metrics.intervals import Estimate, in_words, interval_of
-from vora.eval.probe.scores import ProbeScores, ratio
+from vora.eval.metrics.intervals import Estimate, in_words, interval_of, ratio
+from vora.eval.probe.scores import ProbeScores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

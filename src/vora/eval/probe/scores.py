@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vora.eval.metrics.intervals import Estimate, interval_of, mean, share
+from vora.eval.metrics.intervals import Estimate, interval_of, mean, ratio, share
 from vora.eval.probe.conditions import ImageGroup
 from vora.eval.rows import Example
 
@@ -52,11 +52,6 @@ def probe_metrics(scores: ProbeScores, seed: int = 0) -> dict[str, Estimate]:
         for condition in shown[1:]:
             found[f"{name}_drop_{condition}"] = mean(values["right"] - values[condition], scores.groups, seed)
     return found
-
-
-def ratio(sums: np.ndarray) -> np.ndarray:
-    """float[..., 2] to the first by the second."""
-    return sums[..., 0] / sums[..., 1]
 
 
 def drawn_together(examples: Sequence[Example], groups: Sequence[ImageGroup]) -> list[int]:

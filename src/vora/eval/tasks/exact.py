@@ -9,11 +9,11 @@ from PIL import Image
 
 from vora.data.schema import Sample
 from vora.eval.evaluation import Evaluation, Job
-from vora.eval.metrics.intervals import interval_of, share
+from vora.eval.metrics.intervals import interval_of, ratio, share
 from vora.eval.probe.conditions import image_groups_of
 from vora.eval.probe.probe import most_common, read_requests
 from vora.eval.probe.requests import ImageCondition, RequestRecords
-from vora.eval.probe.scores import drawn_together, ratio
+from vora.eval.probe.scores import drawn_together
 from vora.eval.report import Report
 from vora.eval.tasks.evaluation import conditions_of, examples_of
 from vora.eval.tasks.vqa import Vqa
