@@ -8,7 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
+
+import vora
 
 
 @pytest.fixture
@@ -36,6 +39,19 @@ def report_of(command, model_folder, tmp_path):
         return json.loads(out.read_text())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def seeing(llm_folder):
+    """A tiny model that is sure of its answers, its processor, and four images of noise."""
+    torch.manual_seed(0)
+    model = vora.VoraForConditionalGeneration.from_llm(llm_folder, patch_size=4, image_size=12)
+    for parameter in model.parameters():
+        parameter.data *= 1.5
+    processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+    draw = np.random.default_rng(0)
+    images = [Image.fromarray(draw.integers(0, 255, (8, 4 * n, 3), dtype=np.uint8)) for n in (1, 2, 3, 4)]
+    return model, processor, images
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import vora
+from vora.checkpoint import load_model
 from vora.eval.tasks.text_windows import windows_of
 
 WORDS = "what colour is the shape blue red green circle square triangle yes no two one none image".split()
@@ -19,18 +19,15 @@ def sentence(seed, length=30):
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory, llm_folder):
-    """{how far from its base: folder} of models."""
-    folders = {}
-    for change in (0, 2):
-        torch.manual_seed(0)
-        model = vora.VoraForConditionalGeneration.from_llm(llm_folder, patch_size=4, image_size=12)
-        for parameter in model.model.language_model.parameters():
-            parameter.data *= 1 + change  # too sure of what it knows nothing of
-        folders[change] = tmp_path_factory.mktemp(f"merged{change}")
-        model.save_pretrained(folders[change])
-        vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12).save_pretrained(folders[change])
-    return folders
+def changed(tmp_path_factory, model_folder):
+    """The folder of a model that is far from its base: too sure of what it knows nothing of."""
+    model, processor = load_model(str(model_folder))
+    for parameter in model.model.language_model.parameters():
+        parameter.data *= 3
+    folder = tmp_path_factory.mktemp("changed")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +42,9 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def measured(report_of, merged, llm_folder):
-    """The report of a model that is so far from its base."""
-    return lambda change, *data: report_of("text", data, "--base", llm_folder, model=merged[change])
+def measured(report_of, llm_folder):
+    """The report of a model held against the tiny LLM."""
+    return lambda model, *data: report_of("text", data, "--base", llm_folder, model=model)
 
 
 @torch.no_grad()
@@ -60,20 +57,20 @@ def surprise(llm_folder, text):
     return float(llm(ids, labels=ids).loss) * count, count, num_bytes
 
 
-def test_a_model_that_is_its_base_has_its_figures(data, measured):
+def test_a_model_that_is_its_base_has_its_figures(model_folder, data, measured):
     files = data / "held.jsonl", data / "turns.jsonl"
-    report = measured(0, *files)
+    report = measured(model_folder, *files)
     metrics = report["metrics"]
     assert report["task"] == "text" and report["num_documents"] == 12
     assert report["drawn"] == "documents" and report["verdict"].startswith("Language is kept")
     assert metrics["perplexity_ratio"]["value"] == pytest.approx(1, abs=1e-6)
     assert metrics["perplexity_ratio"]["interval"] == pytest.approx([1, 1], abs=1e-6)
-    again = measured(0, *files)
+    again = measured(model_folder, *files)
     assert again["metrics"] == metrics and again["num_resumed"] == 2 * 12
 
 
-def test_perplexity_is_that_of_transformers(llm_folder, data, measured):
-    report = measured(2, data / "held.jsonl")
+def test_perplexity_is_that_of_transformers(llm_folder, changed, data, measured):
+    report = measured(changed, data / "held.jsonl")
     nats, count, num_bytes = np.sum([surprise(llm_folder, sentence(n)) for n in range(1, 12)], axis=0)
     metrics = {name: one["value"] for name, one in report["metrics"].items()}
     assert metrics["base_perplexity"] == pytest.approx(np.exp(nats / count), rel=1e-5)
@@ -82,9 +79,9 @@ def test_perplexity_is_that_of_transformers(llm_folder, data, measured):
     assert metrics["perplexity_ratio"] > 1.02 and report["verdict"].startswith("Language is lost")
 
 
-def test_a_long_text_goes_in_windows(llm_folder, data, measured, tmp_path, monkeypatch):
+def test_a_long_text_goes_in_windows(llm_folder, model_folder, data, measured, tmp_path, monkeypatch):
     monkeypatch.setattr("vora.eval.tasks.text.WINDOW", 64)
-    report = measured(0, data / "held.txt")
+    report = measured(model_folder, data / "held.txt")
     assert report["drawn"] == "windows" and report["num_documents"] == 1
     lines = [json.loads(line) for line in (tmp_path / "r.predictions.jsonl").read_text().splitlines()[1:]]
     tokens = AutoTokenizer.from_pretrained(llm_folder)((data / "held.txt").read_text())["input_ids"]
@@ -107,8 +104,8 @@ def test_every_token_is_scored_once_with_half_a_window_before_it(count):
     assert found == ids[scored].tolist() and num_bytes == pytest.approx(120)
 
 
-def test_what_is_wrong_is_said(merged, llm_folder, data, tmp_path, command, capsys):
-    arguments = ["eval", "-m", merged[0], "--task", "text", "-o", tmp_path / "r.json", "--data"]
+def test_what_is_wrong_is_said(model_folder, llm_folder, data, tmp_path, command, capsys):
+    arguments = ["eval", "-m", model_folder, "--task", "text", "-o", tmp_path / "r.json", "--data"]
     assert command(*arguments, data / "held.txt") == 1
     assert "name it with --base" in " ".join(capsys.readouterr().err.split())
     other = tmp_path / "other"
@@ -120,9 +117,9 @@ def test_what_is_wrong_is_said(merged, llm_folder, data, tmp_path, command, caps
     assert "splits text into other tokens" in " ".join(capsys.readouterr().err.split())
 
 
-def test_one_text_tells_too_little_and_a_broken_row_is_bad(measured, tmp_path):
+def test_one_text_tells_too_little_and_a_broken_row_is_bad(changed, measured, tmp_path):
     rows = [{"text": sentence(1)}, {"messages": ["hi"]}]
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = measured(2, tmp_path / "few.jsonl")
+    report = measured(changed, tmp_path / "few.jsonl")
     assert report["num_bad"] == 1 and "not built as its layout" in report["bad"][0]["cause"]
     assert report["verdict"].startswith("Too little text to tell")

@@ -2,92 +2,39 @@
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-import vora
+from vora.data.packing import share_prefixes
 from vora.data.schema import Sample
 from vora.data.turns import question_and_answer
-from vora.eval.scoring.teacher_forced import AnswerScore, score_answers
+from vora.eval.rows import Example
+from vora.eval.scoring.generate import padded, prompt_of
+from vora.eval.scoring.teacher_forced import AnswerScore, score_samples
 from vora.eval.tasks.exact import majority_accuracy
 
 
-def right_answers(model, processor, records):
-    """Of each record and conversation, whether a greedy model gives that answer."""
-    scores = {index: one for batch in score_answers(model, processor, records) for index, one in batch.items()}
-    return [scores[index].right for index in range(len(records))]
-
-
-@pytest.fixture(scope="module")
-def seeing(llm_folder):
-    """A tiny random model, its processor, and three noise images."""
-    torch.manual_seed(0)
-    model = vora.VoraForConditionalGeneration.from_llm(llm_folder, patch_size=4, image_size=12)
-    processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
-    noise = np.random.default_rng(0).integers(0, 255, (3, 12, 12, 3), dtype=np.uint8)
-    return model, processor, [Image.fromarray(pixels) for pixels in noise]
-
-
-def greedy_answer(model, processor, image, question, max_new_tokens):
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-    )  # fmt: skip
-    new = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    return new.tolist()
-
-
-def test_exact_answers_agree_with_greedy_generation(seeing, monkeypatch):
+@pytest.mark.parametrize("question", ["what?", "which?"])
+def test_exact_answers_agree_with_greedy_generation(seeing, question):
     model, processor, images = seeing
-    end = processor.tokenizer.eos_token_id
-    spoken = []
-
-    def given_answer(ids):  # answers as token ids, so that a random model's own words can be right
-        return lambda messages, *_: {**original(messages), **_with_answer(original(messages), ids, end)}
-
-    original = processor.training_sample
     for image in images:
-        for question in ("what?", "which?"):
-            ids = greedy_answer(model, processor, image, question, 3)
-            spoken.append((image, question, [i for i in ids if i != end][:3]))
-    for image, question, ids in spoken:
-        record = Sample("r", [image], [question_and_answer(question, "x")])
-        full = greedy_answer(model, processor, image, question, len(ids) + 1)
-        monkeypatch.setattr(processor, "training_sample", given_answer(ids))
-        assert right_answers(model, processor, [record]) == [[full == [*ids, end]]]
-        monkeypatch.setattr(processor, "training_sample", given_answer([*ids[:-1], (ids[-1] + 1) % 50 + 10]))
-        assert right_answers(model, processor, [record]) == [[False]]
-        monkeypatch.setattr(processor, "training_sample", original)
-
-
-def _with_answer(sample, ids, end):
-    prompt = int(np.flatnonzero(sample["labels"] != -100).min())
-    return {
-        "input_ids": np.array([*sample["input_ids"][:prompt], *ids, end]),
-        "labels": np.array([-100] * prompt + [*ids, end]),
-    }
-
-
-def test_answers_do_not_depend_on_how_records_are_batched(seeing, monkeypatch):
-    model, processor, images = seeing
-    monkeypatch.setattr(model, "logits", lambda states: states @ torch.eye(states.shape[-1], 400))
-    questions = [("what?", "a"), ("which shape?", "b c"), ("is it?", "yes")]
-    records = [
-        Sample("r", [image], [question_and_answer(*q) for q in questions[: i + 1]]) for i, image in enumerate(images)
-    ]
-    together = right_answers(model, processor, records)
-    alone = [right_answers(model, processor, [record])[0] for record in records]
-    assert together == alone and [len(row) for row in together] == [1, 2, 3]
+        prompt = prompt_of(processor, Example("x", question, [], lambda image=image: [image], 0))
+        inputs = padded([prompt], processor.tokenizer.eos_token_id, model.device)
+        said = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, len(prompt) :].tolist()
+        for answer, is_right in ((said, True), ([*said[:-1], (said[-1] + 1) % 50 + 10], False)):
+            ids = np.append(prompt.inputs["input_ids"], answer)
+            labels = np.where(np.arange(len(ids)) < len(prompt), -100, ids)
+            images_of = {name: value.numpy() for name, value in prompt.image_inputs.items()}
+            sample = share_prefixes([{"input_ids": ids, "labels": labels, **images_of}])
+            (found,) = score_samples(model, [("a", sample)])
+            assert found["a"].right == [is_right]
 
 
 def test_accuracies_count_questions_and_each_is_asked_once_of_a_blank_image(parquet, png, report_of, monkeypatch):
     asked = []
 
-    def red_is_right(model, processor, records, done=()):
-        for index in range(len(records)):
-            answers = [conversation[-1]["content"] for conversation in records[index].conversations]
-            asked.append((records[index].images[0].getcolors() == [(96, (255, 255, 255))], answers))
+    def red_is_right(model, processor, records):
+        for index, record in records:
+            answers = [conversation[-1]["content"] for conversation in record.conversations]
+            asked.append((record.images[0].getcolors() == [(96, (255, 255, 255))], answers))
             right = [answer == "red" for answer in answers]
             yield {index: AnswerScore(np.zeros(len(answers)), np.ones(len(answers), int), right)}
 

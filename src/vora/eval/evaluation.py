@@ -27,7 +27,7 @@ class Data:
 
     Args:
         paths: files, folders or datasets, as `vora.data.readers.load_source` takes them.
-        split: of folders and datasets; None: test, else validation, else train.
+        split: of folders and datasets; None: the first of `vora.eval.rows.SPLITS` that is there.
         subset: of a dataset on the Hub.
         image_folder: where paths of images start.
         columns: {our name: the files' name}.
@@ -114,6 +114,7 @@ class Job:
             files: that were read.
             details: see `Report`.
         """
+        stages = (read_card(self.model_name) or {}).get("stages", [])
         report = Report(
             task=conditions["task"],
             num_bad=self.skipped.count,
@@ -122,7 +123,7 @@ class Job:
             model=self.model_name,
             **commit(),
             predicted_at=cache.states,
-            recipe=recipes_of(self.model_name),
+            recipe=[stage["recipe"] for stage in stages if stage.get("recipe")] or None,
             seed=conditions["settings"]["seed"],
             settings=conditions["settings"],
             data=[{"file": str(file), "fingerprint": fingerprint(file)} for file in files],
@@ -157,9 +158,3 @@ class Evaluation(ABC):
         Raises:
             ValueError: the data holds nothing to ask, or the predictions found are not of this model and data.
         """
-
-
-def recipes_of(model_name: str) -> list[dict[str, Any]] | None:
-    """The recipes of a model's stages, as its card has them, the last one last; None where it has none."""
-    stages = (read_card(model_name) or {}).get("stages", [])
-    return [stage["recipe"] for stage in stages if stage.get("recipe")] or None

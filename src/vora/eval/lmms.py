@@ -95,12 +95,10 @@ class VoraForTasks(lmms):
         version 0.7.3 turns bare pairs into text, for any model."""
         found: list[Any] = [None] * len(requests)
         shown = tqdm(total=len(requests), desc="Likelihoods", disable=self.rank != 0)
-        for start in range(0, len(requests), AT_ONCE):
-            samples = [self._sample(request) for request in requests[start : start + AT_ONCE]]
-            for batch in score_answers(self.model, self.processor, samples):
-                for index, score in batch.items():
-                    found[start + index] = GenerationResult((-float(score.log_probs[0]), score.right[0]))
-                shown.update(len(batch))
+        for batch in score_answers(self.model, self.processor, enumerate(map(self._sample, requests))):
+            for index, score in batch.items():
+                found[index] = GenerationResult((-float(score.log_probs[0]), score.right[0]))
+            shown.update(len(batch))
         shown.close()
         return found
 
@@ -123,10 +121,7 @@ class VoraForTasks(lmms):
         context, continuation, doc_to_visual, doc_id, task, split = request.args
         document = self.task_dict[task][split][doc_id]
         answer = continuation(document) if callable(continuation) else continuation
-        conversation = [
-            {"role": "user", "content": context},
-            {"role": "assistant", "content": answer.strip()},
-        ]
+        conversation = [{"role": "user", "content": context}, {"role": "assistant", "content": answer.strip()}]
         return Sample(f"{task} {doc_id}", _images(doc_to_visual(document), request), [conversation])
 
     def _batches(self, lengths: Sequence[int], extra: int) -> Iterator[list[int]]:

@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -58,7 +58,7 @@ class Report:
     vora_version: str
     device: str
     model_fingerprint: str
-    versions: dict[str, str | None] = field(default_factory=lambda: library_versions())
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
     details: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,13 +136,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def library_versions() -> dict[str, str | None]:
+def library_versions() -> dict[str, str]:
     """Of Python, and of the libraries that predictions may depend on."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES}
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}

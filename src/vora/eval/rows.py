@@ -74,18 +74,8 @@ class SkippedRows:
 
 
 class Rows:
-    """The rows of all files, in order.
-
-    Args:
-        paths: what `load_source` takes, each.
-        split: of folders and datasets; None: the first of `SPLITS` that is there.
-        subset: of a dataset on the Hub.
-        columns: {our name: the files' name}.
-        allow_urls: fetch images from URLs; otherwise a row that names one is bad.
-
-    Raises:
-        ValueError: a path cannot be read.
-    """
+    """The rows of all files, in order; for the arguments see `vora.eval.evaluation.Data`. ValueError if a path cannot
+    be read."""
 
     def __init__(
         self,

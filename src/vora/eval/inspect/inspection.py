@@ -19,9 +19,11 @@ from vora.distill.objective import Objective
 from vora.eval.inspect.attention_weights import attention_at, words_of_tokens
 from vora.eval.inspect.colours import aligned, colours, principal_components
 from vora.eval.metrics.cka import linear_cka
-from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.eval.scoring.generate import check_context_length
 from vora.model.processing_vora import VoraProcessor
 from vora.report.images import image_of_patches
+
+CURE = "lower --max-image-tokens or --max-new-tokens"
 
 
 @dataclass
@@ -110,12 +112,12 @@ def inspect_image(
     ).to(vora.device)
     prompt = inputs["input_ids"]
     if answer is None:
-        _check_length(vora, prompt.shape[1], max_new_tokens)
+        check_context_length(vora, prompt.shape[1] + max_new_tokens, CURE)
         ids = vora.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0, prompt.shape[1] :].tolist()
     else:
         labels = processor.training_sample([*messages, {"role": "assistant", "content": answer}])["labels"]
         ids = labels[labels != -100].tolist()
-        _check_length(vora, prompt.shape[1], len(ids))
+        check_context_length(vora, prompt.shape[1] + len(ids), CURE)
     while ids and ids[-1] in tokenizer.all_special_ids:  # the end of the turn is no word
         ids.pop()
     inputs["input_ids"] = torch.cat([prompt, prompt.new_tensor([ids])], 1) if ids else prompt
@@ -155,15 +157,6 @@ def inspect_image(
         words=words,
         **comparison,
     )
-
-
-def _check_length(vora: VoraForConditionalGeneration, length: int, more: int) -> None:
-    limit = getattr(vora.config.get_text_config(), "max_position_embeddings", None)
-    if limit and length + more > limit:
-        raise ValueError(
-            f"Image and question have {length} tokens and the answer may take {more} more, but the LLM's context "
-            f"holds {limit}: lower --max-image-tokens or --max-new-tokens."
-        )
 
 
 def _components(

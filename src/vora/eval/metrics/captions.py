@@ -47,36 +47,6 @@ def ngrams_of(words: Sequence[str]) -> list[Ngrams]:
     return [Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)) for n in range(1, LONGEST + 1)]
 
 
-class CiderD:
-    """CIDEr-D against the references of a corpus, over which is counted how much an n-gram says.
-
-    Args:
-        references: of each of N images; each reference a list of words.
-    """
-
-    def __init__(self, references: Sequence[Sequence[Sequence[str]]]) -> None:
-        seen_in: Ngrams = Counter()
-        self.log_images = math.log(max(1, len(references)))
-        for row in references:
-            seen_in.update({ngram for words in row for counts in ngrams_of(words) for ngram in counts})
-        self.log_seen_in = {ngram: math.log(count) for ngram, count in seen_in.items()}
-
-    def score(self, caption: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-        """CIDEr-D of one image's caption, a list of words as its references are: 0 to 10."""
-        wanted = [self._weighted(ngrams_of(words)) for words in references]
-        said = self._weighted(ngrams_of(caption))
-        return float(SCALE * np.mean([_similarity(said, other) for other in wanted]))
-
-    def _weighted(self, counts: list[Ngrams]) -> Weighted:
-        """Per n the n-grams' weights and their norm; and the number of bigrams."""
-        vectors = [
-            {ngram: count * (self.log_images - self.log_seen_in.get(ngram, 0.0)) for ngram, count in one.items()}
-            for one in counts
-        ]
-        norms = [math.sqrt(sum(weight**2 for weight in vector.values())) for vector in vectors]
-        return vectors, norms, sum(counts[1].values())
-
-
 def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
     """CIDEr-D of each caption; their mean is the corpus's.
 
@@ -88,9 +58,25 @@ def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.
     Returns:
         float[N], 0 to 10.
     """
-    wanted = [[words_of(reference) for reference in row] for row in references]
-    corpus = CiderD(wanted)
-    return np.array([corpus.score(words_of(caption), row) for caption, row in zip(captions, wanted)])
+    wanted = [[ngrams_of(words_of(reference)) for reference in row] for row in references]
+    seen_in: Ngrams = Counter()
+    for row in wanted:
+        seen_in.update({ngram for counts in row for one in counts for ngram in one})
+    log_images = math.log(max(1, len(references)))
+    log_seen_in = {ngram: math.log(count) for ngram, count in seen_in.items()}
+
+    def weighted(counts: list[Ngrams]) -> Weighted:
+        """Per n the n-grams' weights and their norm; and the number of bigrams."""
+        vectors = [
+            {ngram: count * (log_images - log_seen_in.get(ngram, 0.0)) for ngram, count in one.items()}
+            for one in counts
+        ]
+        norms = [math.sqrt(sum(weight**2 for weight in vector.values())) for vector in vectors]
+        return vectors, norms, sum(counts[1].values())
+
+    said = [weighted(ngrams_of(words_of(caption))) for caption in captions]
+    scores = [[_similarity(one, weighted(counts)) for counts in row] for one, row in zip(said, wanted)]
+    return np.array([float(SCALE * np.mean(row)) for row in scores])
 
 
 def _similarity(said: Weighted, wanted: Weighted) -> float:

@@ -62,9 +62,5 @@ def soft_accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 def _items(answer: str) -> frozenset[str]:
-    return frozenset(item for item in map(normalised, _apart(answer)) if item)
-
-
-def _apart(answer: str) -> list[str]:
-    """`book, carton` in two; `1,000` stays."""
-    return [answer] if THOUSANDS.search(answer) else answer.split(",")
+    parts = [answer] if THOUSANDS.search(answer) else answer.split(",")  # `book, carton` in two; `1,000` stays
+    return frozenset(item for item in map(normalised, parts) if item)

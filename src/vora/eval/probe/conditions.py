@@ -44,7 +44,8 @@ def image_groups_of(examples: Sequence[Example], skipped: SkippedRows) -> tuple[
         if example.images not in key_of:
             key_of[example.images] = None
             try:
-                key_of[example.images] = _key_of(example.images())
+                pixels = b"".join(repr(image.size).encode() + image.tobytes() for image in example.images())
+                key_of[example.images] = hashlib.sha256(pixels).hexdigest()[:16]
             except ValueError as error:
                 skipped.add(example.name, error)
         if key := key_of[example.images]:
@@ -53,11 +54,6 @@ def image_groups_of(examples: Sequence[Example], skipped: SkippedRows) -> tuple[
             group.facts |= {(example.prompt, str(reference).strip().lower()) for reference in example.references}
             kept.append(example)
     return kept, list(groups.values())
-
-
-def _key_of(images: Sequence[Image.Image]) -> str:
-    pixels = b"".join(repr(image.size).encode() + image.tobytes() for image in images)
-    return hashlib.sha256(pixels).hexdigest()[:16]
 
 
 def other_groups(groups: Sequence[ImageGroup], seed: int = 0) -> list[int]:

@@ -3,7 +3,7 @@ right (a caption, an answer, a class, true or false), and what the task's own sc
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from vora.eval.evaluation import Evaluation, Job
 from vora.eval.prediction_cache import Line, PredictionCache
 from vora.eval.probe.conditions import CONDITIONS, Substitutes, image_groups_of, num_alike, other_groups
 from vora.eval.probe.figure import draw_probe
-from vora.eval.probe.requests import RequestRecords, examples_under, image_conditions
+from vora.eval.probe.requests import ImageCondition, examples_under, image_conditions, record_of
 from vora.eval.probe.scores import ProbeScores, drawn_together, probe_metrics
 from vora.eval.probe.verdict import verdict_of
 from vora.eval.report import Report
@@ -33,6 +33,7 @@ class Probe(Evaluation):
     task: Task
     generate: bool = False  # also let the model speak freely, and score that as the task does; slow
     against: Sequence[str] = CONDITIONS[1:]  # some of these, `other` among them
+    name = "probe"
 
     def __post_init__(self) -> None:
         wrong = [condition for condition in self.against if condition not in CONDITIONS[1:]]
@@ -40,10 +41,6 @@ class Probe(Evaluation):
             cause = f"there is no {', '.join(wrong)}" if wrong else "other is needed for the verdict"
             raise ValueError(f"--against {','.join(self.against)}: {cause}; choose among {', '.join(CONDITIONS[1:])}.")
         self.task.generates = self.task.generates and self.generate
-
-    @property
-    def name(self) -> str:
-        return "probe"
 
     def run(self, job: Job) -> Report:
         task, rows = self.task, job.data.rows()
@@ -65,7 +62,8 @@ class Probe(Evaluation):
             ]
             reads = image_conditions(shown, answers, substitutes)
             cache = job.open_cache(conditions, len(reads))
-            scores = _read(job, RequestRecords(reads, examples, answers), shown, cache)
+            read_requests(job, reads, examples, answers, cache)
+            scores = _scores_of_lines(answers, shown, cache.done.values())
             if task.name == "captions":
                 scores.task_scores = {}  # to say one of a person's captions word by word is no score
             if task.generates:
@@ -91,18 +89,26 @@ def most_common(references: Sequence[str]) -> str:
     return max(references, key=references.count)
 
 
-def read_requests(job: Job, records: RequestRecords, cache: PredictionCache) -> None:
+def read_requests(
+    job: Job,
+    reads: Sequence[ImageCondition],
+    examples: Sequence[Example],
+    answers: Sequence[Sequence[str]],
+    cache: PredictionCache,
+) -> None:
     """Read all answers that a cache has no line of; a line has the `requests` of an image, and of each `log_probs`,
     `num_tokens` and whether a greedy model would say it, `right`."""
-    total = sum(len(shown.requests) for shown in records.shown)
-    done = sum(len(records.shown[index].requests) for index in cache.done)
+    total = sum(len(shown.requests) for shown in reads)
+    done = sum(len(reads[index].requests) for index in cache.done)
+    left = [index for index in range(len(reads)) if index not in cache.done]
+    records = ((index, record_of(reads[index], examples, answers)) for index in left)
     began = time.monotonic()
     with job.progress("answers read", total, done) as advance:
-        for batch in score_answers(job.model, job.processor, records, cache.done):
+        for batch in score_answers(job.model, job.processor, records):
             seconds = (time.monotonic() - began) / len(batch)
             lines: list[Line] = []
             for index, score in batch.items():
-                shown, log_probs = records.shown[index], score.log_probs.round(5).tolist()
+                shown, log_probs = reads[index], score.log_probs.round(5).tolist()
                 line = {"index": index, "name": shown.name, "requests": shown.requests, "log_probs": log_probs}
                 answered = {"num_tokens": score.num_tokens.tolist(), "right": score.right}
                 lines.append(line | answered | {"seconds": round(seconds, 4)})
@@ -111,17 +117,16 @@ def read_requests(job: Job, records: RequestRecords, cache: PredictionCache) -> 
             began = time.monotonic()
 
 
-def _read(job: Job, records: RequestRecords, shown: Sequence[str], cache: PredictionCache) -> ProbeScores:
+def _scores_of_lines(answers: Sequence[Sequence[str]], shown: Sequence[str], lines: Iterable[Line]) -> ProbeScores:
     """Scores of references that are read, not chosen among; the task's is whether a greedy model says them."""
-    read_requests(job, records, cache)
-    pairs = [(example, reference) for example, texts in enumerate(records.answers) for reference in range(len(texts))]
+    pairs = [(example, reference) for example, texts in enumerate(answers) for reference in range(len(texts))]
     place = {pair: number for number, pair in enumerate(pairs)}
     log_probs = {condition: np.full(len(pairs), np.nan) for condition in shown}
     right = {condition: np.zeros(len(pairs)) for condition in shown}
     num_tokens = np.zeros(len(pairs), int)
-    for line in cache.done.values():
-        answers = zip(line["requests"], line["log_probs"], line["num_tokens"], line["right"])
-        for (example, reference, condition), log_prob, count, is_right in answers:
+    for line in lines:
+        found = zip(line["requests"], line["log_probs"], line["num_tokens"], line["right"])
+        for (example, reference, condition), log_prob, count, is_right in found:
             at = place[example, reference]
             log_probs[condition][at], num_tokens[at], right[condition][at] = log_prob, count, is_right
     return ProbeScores(np.array([example for example, _ in pairs]), log_probs, num_tokens, {"accuracy": right})

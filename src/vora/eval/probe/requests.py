@@ -27,25 +27,14 @@ class ImageCondition:
         return [replace(self, requests=self.requests[start : start + MOST_REQUESTS]) for start in starts]
 
 
-@dataclass
-class RequestRecords:
-    """Images under their conditions as records, each made when it is asked for."""
-
-    shown: Sequence[ImageCondition]
-    examples: Sequence[Example]
-    answers: Sequence[Sequence[str]]  # of each example its references
-
-    def __len__(self) -> int:
-        return len(self.shown)
-
-    def __getitem__(self, index: int) -> Sample:
-        shown = self.shown[index]
-        conversations = [
-            question_and_answer(self.examples[example].prompt, self.answers[example][reference])
-            for example, reference, _ in shown.requests
-        ]
-        row = self.examples[shown.requests[0][0]].name
-        return Sample(f"{row} and what else is asked of its image", shown.images(), conversations)
+def record_of(shown: ImageCondition, examples: Sequence[Example], answers: Sequence[Sequence[str]]) -> Sample:
+    """An image under a condition as a record; `answers` are the references of each example."""
+    conversations = [
+        question_and_answer(examples[example].prompt, answers[example][reference])
+        for example, reference, _ in shown.requests
+    ]
+    row = examples[shown.requests[0][0]].name
+    return Sample(f"{row} and what else is asked of its image", shown.images(), conversations)
 
 
 def image_conditions(

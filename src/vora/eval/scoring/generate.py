@@ -3,8 +3,8 @@
 Dims: B rows, T tokens, P patches, N images.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,13 @@ class Prompt:
 
     Args:
         inputs: input_ids int[T] and, with images, pixel_values float[P, C*p*p] and image_grid_thw int[N, 3].
-        messages: what it was made of, for `answer_ids`.
+        messages: what it was made of.
+        answers: tokens of each candidate, where there are some; see `answer_ids`.
     """
 
     inputs: dict[str, Any]
     messages: list[dict[str, Any]]
+    answers: list[list[int]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.inputs["input_ids"])
@@ -38,44 +40,42 @@ class Prompt:
         return {name: value for name, value in self.inputs.items() if name != "input_ids"}
 
 
-def prompt_of(processor: VoraProcessor, example: Example, **images_kwargs: Any) -> Prompt:
+def prompt_of(processor: VoraProcessor, example: Example) -> Prompt:
     """An example's `Prompt`: its images, then its text, as a user says them.
 
     Raises:
         ValueError: an image cannot be read.
     """
     images = example.images()
-    content = [
-        *({"type": "image", "image": image} for image in images),
-        {"type": "text", "text": example.prompt},
-    ]
-    return prompt_of_messages(
-        processor, [{"role": "user", "content": content if images else example.prompt}], **images_kwargs
-    )
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": example.prompt}]
+    return prompt_of_messages(processor, [{"role": "user", "content": content if images else example.prompt}])
 
 
-def prompt_of_messages(processor: VoraProcessor, messages: list[dict[str, Any]], **images_kwargs: Any) -> Prompt:
+def prompt_of_messages(processor: VoraProcessor, messages: list[dict[str, Any]]) -> Prompt:
     """A conversation that waits for its answer as a `Prompt`."""
     inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **images_kwargs
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     kept = {"input_ids": np.array(inputs["input_ids"][0])}
     kept |= {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
     return Prompt(kept, messages)
 
 
-def batches(lengths: Sequence[int], device: torch.device, extra: int = 0) -> Iterator[list[int]]:
+def batches(
+    lengths: Sequence[int], device: torch.device, extra: int = 0, most: Mapping[str, int] | None = None
+) -> Iterator[list[int]]:
     """Indices in batches of about equal cost, the longest first, so that memory runs out at once or never.
 
     Args:
         lengths: tokens of each prompt.
         extra: tokens that each will get besides.
+        most: tokens of a batch on each kind of device, padding included.
     """
     kind, longest = "cuda" if device.type == "cuda" else "cpu", 0
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         longest = longest if batch else lengths[index] + extra
-        if batch and (longest * (len(batch) + 1) > TOKENS_PER_BATCH[kind] or len(batch) == MOST_ROWS[kind]):
+        if batch and (longest * (len(batch) + 1) > (most or TOKENS_PER_BATCH)[kind] or len(batch) == MOST_ROWS[kind]):
             yield batch
             batch, longest = [], lengths[index] + extra
         batch.append(index)
@@ -147,11 +147,7 @@ def free_answers(
     greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     greedy["repetition_penalty"] = 1.0
     said = model.generate(
-        **inputs,
-        **(greedy | sampling),
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=pad,
+        **inputs, **(greedy | sampling), max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), pad_token_id=pad
     )
     said = said[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]

@@ -3,21 +3,19 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vora.eval.prediction_cache import Line, PredictionCache
 from vora.eval.rows import Example
-from vora.eval.scoring.candidates import AnswerTree, answer_ids, candidate_scores
+from vora.eval.scoring.candidates import answer_ids, candidate_scores
 from vora.eval.scoring.generate import Prompt, batches, check_context_length, free_answers, prompt_of
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
 if TYPE_CHECKING:
     from vora.eval.tasks.task import Task
-
-Trees = dict[tuple[str, bool, tuple[str, ...]], AnswerTree]
 
 MOST_AT_ONCE, BYTES_AT_ONCE = 512, 256 << 20  # examples, and their pixels, that are sorted by length together
 
@@ -29,18 +27,15 @@ def predict(
     examples: Sequence[Example],
     cache: PredictionCache,
     progress: Callable[[int], None] | None = None,
-    **images_kwargs: Any,
 ) -> None:
     """Answer all examples that a cache has no line of.
 
     Args:
         task: says how its answers come about.
         progress: called with the number of examples after each batch.
-        images_kwargs: for the image processor, such as `max_image_tokens`.
     """
     model.eval()
-    trees: Trees = {}
-    for prompts in _prompts(model, processor, task, examples, cache, trees, images_kwargs):
+    for prompts in _prompts(model, processor, task, examples, cache):
         indices = list(prompts)
         beams, extra = (task.num_beams, task.max_new_tokens) if task.generates else (1, 0)
         for batch in batches([beams * len(prompts[index]) for index in indices], model.device, beams * extra):
@@ -53,8 +48,7 @@ def predict(
                 for line, text in zip(lines, said):
                     line["generated"] = text
             if task.chooses:
-                of_each = [_tree_of(processor, examples[index], prompts[index], trees) for index in chosen]
-                _choose(model, processor, task, [examples[index] for index in chosen], requests, lines, of_each)
+                _choose(model, processor, [examples[index] for index in chosen], requests, lines)
             seconds = (time.monotonic() - began) / len(batch)
             cache.add([line | {"seconds": round(seconds, 4)} for line in lines])
             if progress is not None:
@@ -67,20 +61,23 @@ def _prompts(
     task: "Task",
     examples: Sequence[Example],
     cache: PredictionCache,
-    trees: Trees,
-    images_kwargs: dict[str, Any],
 ) -> Iterator[dict[int, Prompt]]:
     """Yields {index: prompt} of some examples at a time; those that cannot be asked are noted in the cache."""
+    known: dict[tuple[str, bool, tuple[str, ...]], list[list[int]]] = {}  # tokens of candidates
     prompts: dict[int, Prompt] = {}
     num_bytes = 0
     for index, example in enumerate(examples):
         if index in cache.done:
             continue
         try:
-            prompt = prompt_of(processor, example, **images_kwargs)
+            prompt = prompt_of(processor, example)
             longest = task.max_new_tokens if task.generates else 0
             if task.chooses:
-                longest = max(longest, _tree_of(processor, example, prompt, trees).depth)
+                key = (example.prompt, bool(prompt.image_inputs), example.candidates)
+                if key not in known:
+                    known[key] = answer_ids(processor, prompt, example.candidates)
+                prompt.answers = known[key]
+                longest = max(longest, *map(len, prompt.answers))
             check_context_length(model, len(prompt) + longest)
         except ValueError as error:
             cache.add([{"index": index, "name": example.name, "bad": " ".join(str(error).split())}])
@@ -102,30 +99,18 @@ def _line(index: int, example: Example, prompt: Prompt) -> Line:
     return line | ({"kind": example.kind} if example.kind else {})
 
 
-def _tree_of(processor: VoraProcessor, example: Example, prompt: Prompt, trees: Trees) -> AnswerTree:
-    """The `AnswerTree` of an example's candidates, made once for all that are asked alike."""
-    key = (example.prompt, bool(prompt.image_inputs), example.candidates)
-    if key not in trees:
-        trees[key] = AnswerTree(answer_ids(processor, prompt, example.candidates))
-    return trees[key]
-
-
 def _choose(
     model: VoraForConditionalGeneration,
     processor: VoraProcessor,
-    task: "Task",
     examples: Sequence[Example],
     prompts: Sequence[Prompt],
     lines: Sequence[Line],
-    of_each: Sequence[AnswerTree],
 ) -> None:
     """Write into lines which candidate is the likeliest, and how likely the right one is."""
     right = [example.candidates.index(example.references[0]) for example in examples]
-    scored = candidate_scores(model, processor, prompts, of_each, task.top, [[number] for number in right])
-    for example, line, scores, tree, number in zip(examples, lines, scored, of_each, right):
+    scored = candidate_scores(model, processor, prompts, [example.candidates for example in examples], right)
+    for example, prompt, line, scores, number in zip(examples, prompts, lines, scored, right):
         line["chosen"] = example.candidates[int(scores.argmax())]
-        line["reference_log_prob"], line["reference_tokens"] = float(scores[number]), len(tree.paths[number])
-        order = scores.argsort()[::-1][:5]
-        line["log_probs"] = {
-            example.candidates[i]: round(float(scores[i]), 4) for i in order if scores[i] > float("-inf")
-        }
+        line["reference_log_prob"], line["reference_tokens"] = float(scores[number]), len(prompt.answers[number])
+        order = [number for number in scores.argsort()[::-1][:5] if scores[number] > float("-inf")]
+        line["log_probs"] = {example.candidates[number]: round(float(scores[number]), 4) for number in order}

@@ -6,16 +6,17 @@ of that answer, end of turn included. So no token is generated, and all question
 Dims: A answers about one image.
 """
 
-from collections.abc import Container, Hashable, Iterable, Iterator
+import math
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from vora.data.packing import TokenSample, collate_sequences, tokenize_sample
 from vora.data.schema import Sample
-from vora.eval.scoring.generate import check_context_length, check_log_probs, sliding_window
+from vora.eval.scoring.generate import batches, check_context_length, check_log_probs, sliding_window
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
@@ -24,14 +25,6 @@ Index = TypeVar("Index", bound=Hashable)
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
 ROWS_OF_LOGITS = 512  # made at once
 MOST_AT_ONCE, BYTES_AT_ONCE = 1024, 512 << 20  # records, and their pixels, that are sorted by length together
-
-
-class Records(Protocol):
-    """A sequence of records, which may be made as they are asked for."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Sample: ...
 
 
 @dataclass
@@ -50,18 +43,12 @@ class AnswerScore:
 
 
 def score_answers(
-    model: VoraForConditionalGeneration,
-    processor: VoraProcessor,
-    records: Records,
-    done: Container[int] = (),
-    **images_kwargs: Any,
+    model: VoraForConditionalGeneration, processor: VoraProcessor, records: Iterable[tuple[int, Sample]]
 ) -> Iterator[dict[int, AnswerScore]]:
     """The scores of all answers of records, batch by batch.
 
     Args:
-        records: whose conversations are one question and one answer each.
-        done: indices that are left out.
-        images_kwargs: for the image processor, such as `max_image_tokens`.
+        records: with an index each; their conversations are one question and one answer.
 
     Yields:
         {index of the record: score} for each batch.
@@ -73,14 +60,12 @@ def score_answers(
     waiting: dict[int, list[AnswerScore | None]] = {}  # what is known of each part of a record
 
     def samples() -> Iterator[tuple[tuple[int, int], TokenSample]]:
-        for index in range(len(records)):
-            if index not in done:
-                record = records[index]
-                parts = _samples_within(window, record, processor, record.conversations, **images_kwargs)
-                longest = max(int(sample["position_ids"].max()) for sample in parts) + 2
-                check_context_length(model, longest, f"lower --max-image-tokens, or leave out {record.name}")
-                waiting[index] = [None] * len(parts)
-                yield from (((index, number), sample) for number, sample in enumerate(parts))
+        for index, record in records:
+            parts = _samples_within(window, record, processor, record.conversations)
+            longest = max(int(sample["position_ids"].max()) for sample in parts) + 2
+            check_context_length(model, longest, f"lower --max-image-tokens, or leave out {record.name}")
+            waiting[index] = [None] * len(parts)
+            yield from (((index, number), sample) for number, sample in enumerate(parts))
 
     for batch in score_samples(model, samples()):
         for (index, number), score in batch.items():
@@ -91,19 +76,15 @@ def score_answers(
 
 
 def _samples_within(
-    window: int | None,
-    record: Sample,
-    processor: VoraProcessor,
-    conversations: list[Any],
-    **images_kwargs: Any,
+    window: int | None, record: Sample, processor: VoraProcessor, conversations: list[Any]
 ) -> list[TokenSample]:
     """A record's conversations as samples of at most `window` tokens each; one that exceeds it alone stands alone."""
-    sample = tokenize_sample(record, processor, conversations, **images_kwargs)
+    sample = tokenize_sample(record, processor, conversations)
     if window is None or len(sample["input_ids"]) <= window or len(conversations) == 1:
         return [sample]
     half = len(conversations) // 2
     halves = conversations[:half], conversations[half:]
-    return [one for part in halves for one in _samples_within(window, record, processor, part, **images_kwargs)]
+    return [one for part in halves for one in _samples_within(window, record, processor, part)]
 
 
 def _joined(parts: Iterable[AnswerScore | None]) -> AnswerScore:
@@ -136,7 +117,7 @@ def score_samples(
     window = sliding_window(model)
     for batch in _batches(samples, model.device, window):
         rows: dict[str, Any] = {
-            **collate_sequences([[sample] for _, sample in batch], len(batch[-1][1]["input_ids"]), 0)
+            **collate_sequences([[sample] for _, sample in batch], len(batch[0][1]["input_ids"]), 0)
         }
         rows.pop("num_samples")
         if window and rows["input_ids"].shape[1] > window:
@@ -175,21 +156,14 @@ def _at_targets(model: VoraForConditionalGeneration, states: torch.Tensor, targe
 
 
 def _batches(
-    samples: Iterable[tuple[Index, TokenSample]], device: torch.device, window: int | None = None
+    samples: Iterable[tuple[Index, TokenSample]], device: torch.device, window: int | None
 ) -> Iterator[list[tuple[Index, TokenSample]]]:
-    """Samples, of many at a time the shortest first, in batches of about equal cost: lists of (index, sample). Those
-    that exceed a window are apart."""
-    most = TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"]
+    """Samples, of many at a time, in batches of about equal cost; those that exceed a window are apart."""
     for part in _parts(samples):
-        batch: list[tuple[Index, TokenSample]] = []
-        for index, sample in sorted(part, key=lambda pair: len(pair[1]["input_ids"])):
-            length = len(sample["input_ids"])
-            exceeds = window is not None and batch and len(batch[-1][1]["input_ids"]) <= window < length
-            if batch and (length * (len(batch) + 1) > most or exceeds):
-                yield batch
-                batch = []
-            batch.append((index, sample))
-        yield batch
+        for exceeds in (False, True):
+            some = [pair for pair in part if (len(pair[1]["input_ids"]) > (window or math.inf)) is exceeds]
+            for batch in batches([len(sample["input_ids"]) for _, sample in some], device, most=TOKENS_PER_BATCH):
+                yield [some[place] for place in batch]
 
 
 def _parts(samples: Iterable[tuple[Index, TokenSample]]) -> Iterator[list[tuple[Index, TokenSample]]]:

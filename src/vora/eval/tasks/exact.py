@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 from PIL import Image
@@ -12,7 +13,7 @@ from vora.eval.evaluation import Evaluation, Job
 from vora.eval.metrics.intervals import interval_of, ratio, share
 from vora.eval.probe.conditions import image_groups_of
 from vora.eval.probe.probe import most_common, read_requests
-from vora.eval.probe.requests import ImageCondition, RequestRecords
+from vora.eval.probe.requests import ImageCondition
 from vora.eval.probe.scores import drawn_together
 from vora.eval.report import Report
 from vora.eval.tasks.evaluation import conditions_of, examples_of
@@ -27,10 +28,7 @@ class ExactAnswers(Evaluation):
     model scores when every image is white, where each distinct question is asked once."""
 
     task: Vqa
-
-    @property
-    def name(self) -> str:
-        return "exact"
+    name = "exact"
 
     def run(self, job: Job) -> Report:
         rows = job.data.rows()
@@ -44,21 +42,12 @@ class ExactAnswers(Evaluation):
         first: dict[tuple[str, str], int] = {}
         for number, pair in enumerate(pairs):
             first.setdefault(pair, number)
-        size = examples[0].images()[0].size
-        shown = [
-            ImageCondition(group.key, group.images, [(number, 0, "right") for number in group.examples])
-            for group in groups
-        ]
-        shown.append(
-            ImageCondition(
-                BLANK,
-                lambda: [Image.new("RGB", size, "white")],
-                [(number, 0, BLANK) for number in first.values()],
-            )
-        )
+        shown = [ImageCondition(one.key, one.images, [(n, 0, "right") for n in one.examples]) for one in groups]
+        white = Image.new("RGB", examples[0].images()[0].size, "white")
+        shown.append(ImageCondition(BLANK, lambda: [white], [(number, 0, BLANK) for number in first.values()]))
         shown = [part for whole in shown for part in whole.parts()]
         cache = job.open_cache(conditions, len(shown))
-        read_requests(job, RequestRecords(shown, examples, answers), cache)
+        read_requests(job, shown, examples, answers, cache)
         right, right_blank = np.zeros(len(examples)), {}
         for line in cache.done.values():
             for (number, _, condition), is_right in zip(line["requests"], line["right"]):
@@ -78,16 +67,12 @@ class ExactAnswers(Evaluation):
 
 def majority_accuracy(train_records: Sequence[Sample], test_records: Sequence[Sample]) -> float:
     """What guessing the most frequent training answer to the same question scores."""
+    train, test = (
+        [(asked["content"], said["content"]) for n in range(len(records)) for asked, said in records[n].conversations]
+        for records in (train_records, test_records)
+    )
     seen: dict[str, Counter[str]] = defaultdict(Counter)
-    overall: Counter[str] = Counter()
-    for index in range(len(train_records)):
-        for question, answer in train_records[index].conversations:
-            seen[question["content"]][answer["content"]] += 1
-            overall[answer["content"]] += 1
-    hits = total = 0
-    for index in range(len(test_records)):
-        for question, answer in test_records[index].conversations:
-            counts = seen.get(question["content"], overall)
-            hits += counts.most_common(1)[0][0] == answer["content"]
-            total += 1
-    return hits / total
+    for question, answer in train:
+        seen[question][answer] += 1
+    overall = Counter(answer for _, answer in train)
+    return fmean(seen.get(question, overall).most_common(1)[0][0] == answer for question, answer in test)

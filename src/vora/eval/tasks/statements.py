@@ -16,7 +16,6 @@ class Statements(Task):
     name: ClassVar[str] = "statements"
     generates = False
     chooses: ClassVar[bool] = True
-    top: ClassVar[int | None] = None
     by_image: ClassVar[bool] = False  # but those of one sentence
     default_prompt: ClassVar[str] = DEFAULT_PROMPTS.statement[0]
 
@@ -51,8 +50,7 @@ class Statements(Task):
 
     def _all_right(self, right: Sequence[float], together: Sequence[Hashable], groups: Sequence[Hashable]) -> Any:
         worst: dict[Hashable, float] = {}
-        group_of: dict[Hashable, Hashable] = {}
-        for score, name, group in zip(right, together, groups):
+        for score, name in zip(right, together):
             worst[name] = min(score, worst.get(name, 1.0))
-            group_of[name] = group
+        group_of = dict(zip(together, groups))
         return share(list(worst.values()), [group_of[name] for name in worst], self.seed)

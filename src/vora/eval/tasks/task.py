@@ -33,7 +33,6 @@ class Task:
     num_beams: ClassVar[int] = 1  # of that answer's search; 1: each token the likeliest
     chooses: ClassVar[bool] = False  # predictions have `chosen`, the likeliest candidate
     by_image: ClassVar[bool] = True  # examples of one image are drawn together
-    top: ClassVar[int | None] = 1  # of the candidates, so many of the best are scored for certain; None: all
     default_prompt: ClassVar[str] = "{}"
 
     def __post_init__(self) -> None:

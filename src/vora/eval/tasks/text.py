@@ -35,17 +35,16 @@ class TextAbility(Evaluation):
     base: str | None = None
     max_examples: int | None = None
     seed: int = 0
-
-    @property
-    def name(self) -> str:
-        return "text"
+    name = "text"
 
     def check_data(self, data: Data) -> None:
         open_texts(data.paths, **data.options)
 
     def run(self, job: Job) -> Report:
         model, processor, skipped, seed = job.model, job.processor, job.skipped, self.seed
-        base = self.base or base_of(job.model_name)
+        base = self.base or read_info(job.model_name).base_llm
+        if base is None:
+            raise ValueError(f"{job.model_name} does not say what its base LLM is: name it with --base.")
         length = window_length(model)
         windows, files = read_windows(
             job.data.paths, processor, length, skipped, self.max_examples, **job.data.options
@@ -85,18 +84,6 @@ class TextAbility(Evaluation):
             drawn="documents" if len(documents) >= FEW_DOCUMENTS else "windows",
             verdict=_verdict(metrics["perplexity_ratio"], max(len(documents), len(windows))),
         )  # fmt: skip
-
-
-def base_of(model_name: str) -> str:
-    """The base LLM that a model names.
-
-    Raises:
-        ValueError: it names none.
-    """
-    name = read_info(model_name).base_llm
-    if name is None:
-        raise ValueError(f"{model_name} does not say what its base LLM is: name it with --base.")
-    return name
 
 
 def window_length(model: VoraForConditionalGeneration) -> int:

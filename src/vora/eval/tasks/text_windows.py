@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vora.data.columns import Row
-from vora.data.packing import TokenSample
+from vora.data.packing import TokenSample, share_prefixes
 from vora.data.schema import to_sample
 from vora.data.turns import text_in
 from vora.eval.rows import Rows, SkippedRows
@@ -95,18 +95,10 @@ def windows_of(
     while done < len(ids):
         end = min(len(ids), length if not found else done + length // 2)
         start = max(0, end - length)
-        targets = np.where(scored, ids, -100)[start + 1 : end]
-        targets[: done - start - 1] = -100
-        if count := int((targets != -100).sum()):
-            last = end - start - 2
-            sample: TokenSample = {
-                "input_ids": ids[start : end - 1],
-                "targets": targets,
-                "position_ids": np.arange(last + 1),
-                "seen_until": np.full(last + 1, last),
-                "ends": np.array([last]),
-                "num_samples": 1,
-            }
+        labels = np.where(scored, ids, -100)[start:end]
+        labels[: done - start] = -100
+        if count := int((labels != -100).sum()):
+            sample = share_prefixes([{"input_ids": ids[start:end], "labels": labels}])
             found.append(Window(name, sample, document, per_token * count))
         done = end
     return found
