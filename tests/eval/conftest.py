@@ -67,16 +67,15 @@ def png():
     return make
 
 
+def written(file, rows, png, **options):
+    """A Parquet file of rows, each with an image of its own unless it names one."""
+    pq.write_table(pa.Table.from_pylist([{"image": png(n), **row} for n, row in enumerate(rows)]), file, **options)
+    return file
+
+
 @pytest.fixture
 def parquet(tmp_path, png):
-    """Writes rows, each with an image of its own unless it names one, to a Parquet file."""
-
-    def write(name, rows):
-        table = pa.Table.from_pylist([{"image": png(number), **row} for number, row in enumerate(rows)])
-        pq.write_table(table, tmp_path / f"{name}.parquet")
-        return tmp_path / f"{name}.parquet"
-
-    return write
+    return lambda name, rows: written(tmp_path / f"{name}.parquet", rows, png)
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +92,5 @@ def task_data(tmp_path_factory, png):
     }
     folder = tmp_path_factory.mktemp("tasks")
     for task, rows in layouts.items():
-        table = pa.Table.from_pylist([{"image": png(n), **row} for n, row in enumerate(rows)])
-        pq.write_table(table, folder / f"{task}.parquet", row_group_size=3)
+        written(folder / f"{task}.parquet", rows, png, row_group_size=3)
     return folder

@@ -78,8 +78,9 @@ def test_captions_are_searched_with_beams_and_batched_for_them(asked, max_new_to
         return [""] * len(prompts)
 
     monkeypatch.setattr("vora.eval.scoring.predict.free_answers", spy)
-    predict(model, processor, Captions(), examples[:3], PredictionCache(tmp_path / "lines.jsonl", {}))
-    assert calls == [(2, {"num_beams": 3}), (1, {"num_beams": 3})]
+    cache, batches_done = PredictionCache(tmp_path / "lines.jsonl", {}), []
+    predict(model, processor, Captions(), examples[:3], cache, batches_done.append)
+    assert batches_done == [2, 1] and calls == [(2, {"num_beams": 3}), (1, {"num_beams": 3})]
 
 
 def test_batches_hold_all_and_no_more_tokens_than_allowed(monkeypatch):

@@ -11,16 +11,8 @@ from vora.eval.scoring import generate
 from vora.eval.scoring.generate import free_answers, without_thinking
 from vora.eval.tasks.vqa import Vqa
 
-METRICS = {
-    "captions": ["cider_d", "bleu_4"],
-    "vqa": ["exact_accuracy", "vqa_accuracy"],
-    "classify": ["accuracy", "generated_accuracy"],
-    "statements": ["accuracy", "consistency", "ordering_consistency"],
-    "exact": ["accuracy", "accuracy_yes_no", "accuracy_other", "accuracy_with_blank"],
-}
 
-
-@pytest.mark.parametrize("task", METRICS)
+@pytest.mark.parametrize("task", ["captions", "vqa", "classify", "statements", "exact"])
 def test_every_task_leaves_a_report_and_goes_on(task, task_data, model_folder, report_of, tmp_path, capsys):
     files = [task_data / f"{'vqa' if task == 'exact' else task}.parquet"] * 2  # several are one set
     report = report_of(task, files)
@@ -29,10 +21,8 @@ def test_every_task_leaves_a_report_and_goes_on(task, task_data, model_folder, r
     assert report["task"] == task and report["num_bad"] == 0
     images = 14 if task == "captions" else 28  # whose rows of one image are one
     assert report["num_examples"] == (2 * images if task in ("vqa", "exact") else images)
-    for name in METRICS[task]:
-        value, (low, high) = report["metrics"][name]["value"], report["metrics"][name]["interval"]
-        if value is not None:
-            assert 0 <= low <= value <= high
+    for found in report["metrics"].values():
+        assert found["value"] is None or 0 <= found["interval"][0] <= found["value"] <= found["interval"][1]
     assert report["commit"] is None or len(report["commit"]) >= 40
     assert report["seconds"] > 0 and report["model"] == str(model_folder) and report["seed"] == 0
     if task != "exact":

@@ -171,11 +171,9 @@ def _alike(kwargs: Sequence[dict[str, Any]]) -> list[list[int]]:
 def _sampling(kwargs: dict[str, Any]) -> dict[str, Any]:
     """A task's generation arguments as `generate` takes them; a temperature of 0 is greedy."""
     sampling = {name: kwargs[name] for name in SAMPLING if kwargs.get(name) is not None}
-    if not sampling.get("temperature"):
-        sampling = {name: value for name, value in sampling.items() if name in ("num_beams", "repetition_penalty")}
-    else:
-        sampling.setdefault("do_sample", True)
-    return sampling
+    if sampling.get("temperature"):
+        return {"do_sample": True} | sampling
+    return {name: value for name, value in sampling.items() if name in ("num_beams", "repetition_penalty")}
 
 
 def _cut(text: str, until: str | Sequence[str] | None) -> str:

@@ -88,15 +88,8 @@ class Report:
 
 
 def check_overwrites_nothing(out: Path, endings: tuple[str, ...] = ()) -> None:
-    """Raise if what is to be written is there and holds something, and no run of ours wrote it.
-
-    Args:
-        out: JSON file of the report.
-        endings: of further files of its name, such as `.png`.
-
-    Raises:
-        ValueError: names the file.
-    """
+    """Raise ValueError if `out`, the JSON file of a report, or a file of its name with one of the endings, such as
+    `.png`, is there and holds something, and no run of ours wrote it."""
     if out.with_suffix(".predictions.jsonl").exists() or _is_report(out):
         return
     for file in (out, *map(out.with_suffix, endings)):

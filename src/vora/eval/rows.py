@@ -121,11 +121,11 @@ class Rows:
 
 def _opened(path: str, split: str | None, given: dict[str, Any]) -> Source:
     """A source by the split that is named, or by the first of `SPLITS` that it has."""
-    is_pattern = any(mark in path for mark in "*?[")
-    if not Path(path).exists() and Path(path).suffix.lower() in KINDS and not is_pattern:
+    is_here = Path(path).exists() or path == EASY_VQA or any(mark in path for mark in "*?[")
+    if not is_here and Path(path).suffix.lower() in KINDS:
         raise ValueError(f"{path}: there is no such file.")
     if split or not Path(path).is_dir():
-        return load_source(path, split or _split_on_hub(path, given["subset"]), **given)
+        return load_source(path, split or (SPLITS[0] if is_here else _split_on_hub(path, given["subset"])), **given)
     for name in SPLITS:
         try:
             return load_source(path, name, **given)
@@ -137,9 +137,7 @@ def _opened(path: str, split: str | None, given: dict[str, Any]) -> Source:
 
 
 def _split_on_hub(path: str, subset: str | None) -> str:
-    """The first of `SPLITS` of a dataset on the Hub; of a file, any."""
-    if Path(path).exists() or path == EASY_VQA or any(mark in path for mark in "*?["):
-        return SPLITS[0]
+    """The first of `SPLITS` of a dataset on the Hub."""
     import datasets
 
     try:

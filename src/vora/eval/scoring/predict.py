@@ -26,14 +26,10 @@ def predict(
     task: "Task",
     examples: Sequence[Example],
     cache: PredictionCache,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None],
 ) -> None:
-    """Answer all examples that a cache has no line of.
-
-    Args:
-        task: says how its answers come about.
-        progress: called with the number of examples after each batch.
-    """
+    """Answer all examples that a cache has no line of, in the way of their task; `progress` is called with the number
+    of examples after each batch."""
     model.eval()
     for prompts in _prompts(model, processor, task, examples, cache):
         indices = list(prompts)
@@ -48,11 +44,14 @@ def predict(
                 for line, text in zip(lines, said):
                     line["generated"] = text
             if task.chooses:
-                _choose(model, processor, [examples[index] for index in chosen], requests, lines)
+                asked = [examples[index] for index in chosen]
+                right = [example.candidates.index(example.references[0]) for example in asked]
+                scored = candidate_scores(model, processor, requests, [example.candidates for example in asked], right)
+                choices = map(_choice, asked, requests, scored)
+                lines = [line | choice for line, choice in zip(lines, choices)]
             seconds = (time.monotonic() - began) / len(batch)
             cache.add([line | {"seconds": round(seconds, 4)} for line in lines])
-            if progress is not None:
-                progress(len(batch))
+            progress(len(batch))
 
 
 def _prompts(
@@ -99,18 +98,13 @@ def _line(index: int, example: Example, prompt: Prompt) -> Line:
     return line | ({"kind": example.kind} if example.kind else {})
 
 
-def _choose(
-    model: VoraForConditionalGeneration,
-    processor: VoraProcessor,
-    examples: Sequence[Example],
-    prompts: Sequence[Prompt],
-    lines: Sequence[Line],
-) -> None:
-    """Write into lines which candidate is the likeliest, and how likely the right one is."""
-    right = [example.candidates.index(example.references[0]) for example in examples]
-    scored = candidate_scores(model, processor, prompts, [example.candidates for example in examples], right)
-    for example, prompt, line, scores, number in zip(examples, prompts, lines, scored, right):
-        line["chosen"] = example.candidates[int(scores.argmax())]
-        line["reference_log_prob"], line["reference_tokens"] = float(scores[number]), len(prompt.answers[number])
-        order = [number for number in scores.argsort()[::-1][:5] if scores[number] > float("-inf")]
-        line["log_probs"] = {example.candidates[number]: round(float(scores[number]), 4) for number in order}
+def _choice(example: Example, prompt: Prompt, scores: np.ndarray) -> Line:
+    """Which candidate is the likeliest, and how likely the right one is."""
+    right = example.candidates.index(example.references[0])
+    order = [number for number in scores.argsort()[::-1][:5] if scores[number] > float("-inf")]
+    return {
+        "chosen": example.candidates[int(scores.argmax())],
+        "reference_log_prob": float(scores[right]),
+        "reference_tokens": len(prompt.answers[right]),
+        "log_probs": {example.candidates[number]: round(float(scores[number]), 4) for number in order},
+    }

@@ -50,22 +50,15 @@ class TaskEvaluation(Evaluation):
 
 
 def make_task(name: str, **options: Any) -> Task:
-    """A task by its name.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """A task by its name; ValueError if there is none of it."""
     if name not in TASKS:
         raise ValueError(f"There is no task {name!r}: choose among {', '.join(TASKS)}.")
     return TASKS[name](**options)
 
 
 def task_of(rows: Rows) -> str:
-    """The name of the task that data is for, by the columns of its first readable row.
-
-    Raises:
-        ValueError: it is for several, or for none.
-    """
+    """The name of the task that data is for, by the columns of its first readable row; ValueError if it is for
+    several, or for none."""
     for row in rows.read(SkippedRows()):
         found = tasks_of(row.values)
         if len(found) == 1:
@@ -119,11 +112,8 @@ def scores_of(task: Task, examples: Sequence[Example], lines: Sequence[Line]) ->
 def _answered(
     examples: Sequence[Example], cache: PredictionCache, skipped: SkippedRows
 ) -> tuple[list[Example], list[Line]]:
-    """The examples that could be asked, and their lines; the others are added to `skipped`.
-
-    Raises:
-        ValueError: none could be asked.
-    """
+    """The examples that could be asked, and their lines; the others are added to `skipped`. ValueError if there is
+    none."""
     for line in (line for _, line in sorted(cache.done.items()) if "bad" in line):
         skipped.add(line["name"], line["bad"])
     pairs = [(example, cache.done[index]) for index, example in enumerate(examples) if "bad" not in cache.done[index]]

@@ -45,7 +45,9 @@ class TextAbility(Evaluation):
         base = self.base or read_info(job.model_name).base_llm
         if base is None:
             raise ValueError(f"{job.model_name} does not say what its base LLM is: name it with --base.")
-        length = window_length(model)
+        config = model.config.get_text_config()
+        limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
+        length = min(WINDOW, *(limit for limit in limits if limit), WINDOW)  # what the LLM holds and sees at once
         windows, files = read_windows(
             job.data.paths, processor, length, skipped, self.max_examples, **job.data.options
         )
@@ -84,13 +86,6 @@ class TextAbility(Evaluation):
             drawn="documents" if len(documents) >= FEW_DOCUMENTS else "windows",
             verdict=_verdict(metrics["perplexity_ratio"], max(len(documents), len(windows))),
         )  # fmt: skip
-
-
-def window_length(model: VoraForConditionalGeneration) -> int:
-    """Tokens of a window: `WINDOW`, or what the LLM holds or sees at once."""
-    config = model.config.get_text_config()
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
-    return min(WINDOW, *(limit for limit in limits if limit), WINDOW)
 
 
 def _read(

@@ -69,11 +69,7 @@ def read_windows(
 
 
 def open_texts(paths: Sequence[str | Path], **rows_options: Any) -> tuple[list[Path], Rows]:
-    """(files of text, `Rows` of all others).
-
-    Raises:
-        ValueError: one is not there.
-    """
+    """(files of text, `Rows` of all others); ValueError if one is not there."""
     texts = [Path(path) for path in paths if str(path).lower().endswith(".txt")]
     if missing := [file for file in texts if not file.exists()]:
         raise ValueError(f"{missing[0]}: there is no such file.")
