@@ -1,18 +1,13 @@
 """Changed images: the same for the same seed, as much as was asked for, and nothing that makes its text untrue."""
 
 import random
-from itertools import islice
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_readers import write
 
-import vora
 from vora.data.augment import augmented
-from vora.data.readers import load_source
 from vora.data.schema import Sample
-from vora.data.stream import PackedSequences
 from vora.data.turns import question_and_answer
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8))
@@ -48,25 +43,3 @@ def test_half_of_the_images_are_mirrored_but_none_with_a_side_in_its_text(answer
     mirrored = np.asarray(IMAGE)[:, ::-1]
     count = sum(np.array_equal(changed(seed, answer, flip=True)[0], mirrored) for seed in range(100))
     assert 30 < count < 70 if mirrors else count == 0
-
-
-def test_a_stream_changes_images_anew_each_epoch_and_resumes(tmp_path, llm_folder):
-    for number in range(4):
-        IMAGE.rotate(90 * number).save(tmp_path / f"{number}.png")
-    write(tmp_path / "t.jsonl", *({"image": f"{n}.png", "question": "what?", "answer": "it"} for n in range(4)))
-    processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
-
-    def stream(augment=ALL, **options):
-        return PackedSequences([load_source(tmp_path / "t.jsonl")], processor, 200, augment=[augment], **options)
-
-    def sums(sequences):
-        return [float(one["pixel_values"].sum()) for sequence in islice(sequences, 6) for one in sequence]
-
-    whole = stream()
-    before, state = sums(whole), whole.state_dict()
-    assert len(set(before)) == len(before) > 8  # four images, and never twice the same
-    again = stream(num_workers=2)
-    again.load_state_dict(state)
-    assert sums(again) == sums(whole)
-    with pytest.raises(ValueError, match="augment"):
-        stream(augment=None).load_state_dict(state)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import tarfile
 from functools import partial
 
@@ -17,48 +18,39 @@ from vora.data.columns import RowOptions
 from vora.data.json_source import elements
 from vora.data.packing import tokenize_sample
 from vora.data.readers import load_source
-from vora.data.source import Source
 from vora.data.tar_source import row_of_files
 
 EXPECTED = {
     "captions.jsonl": [
         ([RED], ["user: |Tell. / assistant: A red field."]),
-        ([BLUE], ["user: |Tell. / assistant: A blue field.", "user: |Tell. / assistant: All is blue."]),
-    ],
+        ([BLUE], ["user: |Tell. / assistant: A blue field.", "user: |Tell. / assistant: All is blue."])],
     "questions.jsonl": [
         ([RED], ["user: |what colour? / assistant: red"]),
-        ([BLUE], ["user: |what colour? / assistant: blue", "user: |is it red? / assistant: no"]),
-    ],
+        ([BLUE], ["user: |what colour? / assistant: blue", "user: |is it red? / assistant: no"])],
     "messages.jsonl": [
         ([RED, BLUE], ["system: Be brief. / user: |and |: which is red? / assistant: the first / user: sure? / "
                        "assistant: yes"]),
-        ([BLUE], ["user: |what colour? / assistant: blue"]),
-    ],
+        ([BLUE], ["user: |what colour? / assistant: blue"])],
     "llava.json": [
         ([RED], ["user: |what colour? / assistant: red / user: sure? / assistant: yes"]),
         ([RED, BLUE], ["user: is | or|blue? / assistant: the second"]),
-        ([], ["user: how many legs has an ant? é中 / assistant: six"]),
-    ],
+        ([], ["user: how many legs has an ant? é中 / assistant: six"])],
     "text_only.jsonl": [
         ([], ["user: hello / assistant: good day"]),
         ([], ["user: Translate.\nrouge / assistant: red"]),
         ([], ["user: two and two? / assistant: four"]),
-        ([], ["text: plain words to go on"]),
-    ],
+        ([], ["text: plain words to go on"])],
     "cauldron.jsonl": [([RED], ["user: |what colour? / assistant: red / user: sure? / assistant: yes"])],
     "recap.parquet": [
         ([RED], ["user: |Describe. / assistant: A red field."]),
-        ([BLUE], ["user: Describe.| / assistant: A blue field."]),
-    ],
+        ([BLUE], ["user: Describe.| / assistant: A blue field."])],
     "frames.parquet": [
         ([RED], ["user: |Describe. / assistant: A red field."]),
-        ([[RED, BLUE, RED]], ["user: |What happens? / assistant: It blinks."]),
-    ],
+        ([[RED, BLUE, RED]], ["user: |What happens? / assistant: It blinks."])],
     "shard-000.tar": [
         ([RED], ["user: |Tell. / assistant: A red field."]),
         ([BLUE], ["user: |what colour? / assistant: blue"]),
-        ([RED, BLUE], ["user: ||same? / assistant: no"]),
-    ],
+        ([RED, BLUE], ["user: ||same? / assistant: no"])],
 }  # fmt: skip
 
 
@@ -119,7 +111,7 @@ def test_kinds_of_files_and_folders_agree(tmp_path):
         for name in ("question", "answer"):
             row[name + "s"] = [row.pop(name)] if name in row else row[name + "s"]
         row["image"] = {"bytes": (LAYOUTS / row["image"]).read_bytes(), "path": None}
-    dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    dataset = datasets.Dataset.from_list(rows, split="train").cast_column("image", datasets.Image())
     (tmp_path / "hub" / "data").mkdir(parents=True)
     for split in ("train", "test"):
         dataset.to_parquet(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet")
@@ -129,6 +121,8 @@ def test_kinds_of_files_and_folders_agree(tmp_path):
         assert read(str(tmp_path / place)) == EXPECTED["questions.jsonl"], place
     with pytest.raises(ValueError, match="no files of the split 'dev'"):
         opened(tmp_path / "hub", "dev")
+    with pytest.raises(ValueError, match="is the split 'train' and holds no files of the split 'validation'"):
+        opened(tmp_path / "saved", "validation")
     for number in range(3):  # shards without names of splits are all read
         write_tar(tmp_path / f"{number:05d}.tar", {"0.txt": b"a", "1.txt": b"b"})
     assert len(opened(tmp_path)) == 6 and len(opened(tmp_path, max_samples=3)) == 3
@@ -136,7 +130,7 @@ def test_kinds_of_files_and_folders_agree(tmp_path):
 
 def test_many_blocks_keep_their_order_and_names(tmp_path, monkeypatch):
     monkeypatch.setattr("vora.data.parquet_source.BYTES_PER_BLOCK", 2000)  # large row groups are read in parts
-    rows = [{"question": f"number {i}? é", "answer": str(i)} for i in range(1000)]
+    rows = [{"question": f"number [{i}], {{? é", "answer": str(i), "label": math.nan} for i in range(1000)]
     plain = {"compression": "none", "use_dictionary": False}
     write(tmp_path / "a.jsonl", *rows)
     write(tmp_path / "b.json", *rows)
@@ -148,14 +142,7 @@ def test_many_blocks_keep_their_order_and_names(tmp_path, monkeypatch):
         source = opened(tmp_path / place)
         assert len(source.block_sizes) > 4 and len(source) == 1000, place
         assert answers(source) == [str(i) for i in range(1000)] and source[777].name.endswith(":777")
-
-
-def test_a_json_list_is_read_in_small_parts(tmp_path, monkeypatch):
-    rows = [{"question": "q" * (i % 50), "answer": f"[{i}], {{"} for i in range(300)]
-    file = write(tmp_path / "a.json", *rows)
-    assert list(elements(file, chunk_bytes=37)) == list(elements(file))
-    monkeypatch.setattr(Source, "rows_per_block", 7)
-    assert answers(opened(file)) == [row["answer"] for row in rows]
+    assert list(elements(tmp_path / "b.json", chunk_bytes=37)) == list(elements(tmp_path / "b.json"))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
@@ -171,14 +158,6 @@ def test_a_row_in_another_encoding_is_bad_and_the_others_are_read(tmp_path, kind
         source[1]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
-def test_the_nan_of_python_is_null(tmp_path, kind):
-    source = opened(write(tmp_path / f"a.{kind}", *({"question": "a?", "answer": one} for one in (1.5, float("nan")))))
-    assert answers([source[0]]) == ["1.5"]
-    with pytest.raises(ValueError, match="fit none of the layouts"):
-        source[1]
-
-
 def test_class_labels_alone_and_in_lists_are_names(tmp_path):
     names = datasets.ClassLabel(names=["ox", "ass"])
     lists = datasets.Sequence(names)
@@ -191,10 +170,8 @@ def test_class_labels_alone_and_in_lists_are_names(tmp_path):
         for column in ("answer", "answers"):
             source = opened(tmp_path / place, columns={column: column})
             assert answers([source[0], source[1]]) == ["ass", "ox"]
-            with pytest.raises(
-                ValueError, match="fit none of the layouts|answer is empty"
-            ):  # a class that is withheld
-                source[2]
+            with pytest.raises(ValueError, match="fit none of the layouts|answer is empty"):
+                source[2]  # a class that is withheld
 
 
 def test_tars_as_people_pack_them(tmp_path):
@@ -207,9 +184,7 @@ def test_tars_as_people_pack_them(tmp_path):
         opened(write_tar(tmp_path / "b.tar", mixed))
     named = {f"{i}.png": bytes([i]) for i in (0, 1, 10, 11, 2)}
     assert [image[0] for image in row_of_files("0", named)["images"]] == [0, 1, 2, 10, 11]
-
-
-def test_samples_of_a_tar_that_are_not_read_whole_are_bad(tmp_path):
+    # samples that are not read whole are bad
     files = {"0.mp4": b"x", "0.txt": b"a clip", "1.txt": b"a text", "2.txt": b"caf\xe9"}
     files |= {"3.json": b'{"text": "hi"}', "3.md5": b"x"}  # beside a whole row
     source = opened(write_tar(tmp_path / "t.tar", files))
@@ -270,20 +245,9 @@ def test_paths_of_images_start_beside_the_file_that_names_them(tmp_path):
 )  # fmt: skip
 def test_splits_are_found_wherever_and_however_they_are_named(tmp_path, train, test):
     for name in (train, test):
-        write(tmp_path / "lines.jsonl", {"text": name}).rename(_made(tmp_path / name))
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / "lines.jsonl", {"text": name}).rename(tmp_path / name)
     assert read(tmp_path) == [([], [f"text: {train}"])] and read(tmp_path, "test") == [([], [f"text: {test}"])]
-
-
-def _made(path):
-    path.parent.mkdir(exist_ok=True)
-    return path
-
-
-def test_a_saved_dataset_of_another_split_is_refused(tmp_path):
-    datasets.Dataset.from_dict({"text": ["a b"]}, split="train").save_to_disk(tmp_path / "set")
-    assert len(opened(tmp_path / "set")) == 1
-    with pytest.raises(ValueError, match="is the split 'train' and holds no files of the split 'validation'"):
-        opened(tmp_path / "set", "validation")
 
 
 def test_hidden_files_are_left_out_and_compressed_ones_refused_where_they_belong_to_the_data(tmp_path):
@@ -327,9 +291,7 @@ def test_columns_that_are_not_understood_are_seen_in_parquet_too(tmp_path, colum
 def test_named_columns_are_checked_as_far_as_they_are_known(tmp_path):
     Image.new("RGB", (4, 4), RED).save(tmp_path / "a.png")
     file = write(tmp_path / "t.jsonl", {"image": "a.png", "caption": "raw"})
-    with pytest.raises(
-        ValueError, match="caption is to be read from 'recpa', but none of 1 rows .* they have caption"
-    ):
+    with pytest.raises(ValueError, match="caption is to be read from 'recpa', but none of 1 rows .* have caption"):
         opened(file, columns={"caption": "recpa"})
     row = {"question": "q", "answer": "a"}
     later = read(write(tmp_path / "u.jsonl", *[row] * 600, row | {"pic": "a.png"}), columns={"image": "pic"})

@@ -28,7 +28,7 @@ def test_pages_escape_what_they_hold():
 def test_a_histogram_has_a_bar_for_each_count():
     found = html.histogram([1, 4, 2], [0, 10, 20, 30], width=300, height=100)
     assert found.count("<rect") == 3 and 'height="100.0" fill="#4a7fb5"><title>4' in found and ">30</text>" in found
-    assert html.histogram([], []) == "<p>None.</p>"
+    assert html.histogram([], []) == html.histogram([0], [0, 1]) == "<p>None.</p>"
 
 
 def test_images_come_back_whole_and_grids_mark_their_cells():

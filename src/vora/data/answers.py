@@ -44,11 +44,8 @@ def has_questions(row: Row) -> bool:
 
 
 def questions_of(row: Row) -> list[Question | ValueError]:
-    """The questions of a row; of one that is none the error, so that the others can be asked.
-
-    Raises:
-        ValueError: the row has no questions, or not as many answers.
-    """
+    """The questions of a row; of one that is none the error, so that the others can be asked. ValueError if the row
+    has no questions, or not as many answers."""
     if "questions" in row or "answers" not in row:
         questions = as_list(first_of(row, "questions", "question"))
         answers = as_list(first_of(row, "answers", "answer"))
@@ -73,14 +70,8 @@ def _question_of(row: Row, question: Any, answers: Any) -> Question | ValueError
 
 
 def class_of(row: Row, classes: Sequence[str] | None) -> str:
-    """The name of a row's class, which it gives by name or by number.
-
-    Args:
-        classes: names of all classes in the order of their numbers, if they are known.
-
-    Raises:
-        ValueError: there is no label, or its number has no name.
-    """
+    """The name of a row's class, which it gives by name, or by number in `classes`, the names of all, if they are
+    known; ValueError if there is no label, or its number has no name."""
     label = first_of(row, "label")
     name = " ".join(text_of(label, "label").split())
     if not name:

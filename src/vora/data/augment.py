@@ -9,7 +9,7 @@ from dataclasses import replace
 from PIL import Image, ImageEnhance
 
 from vora.data.schema import Sample
-from vora.data.turns import Conversation, text_in
+from vora.data.turns import text_in
 
 SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 LONGEST_RATIO = 4 / 3  # of a crop's sides, relative to the image's own
@@ -18,18 +18,16 @@ LONGEST_RATIO = 4 / 3  # of a crop's sides, relative to the image's own
 def augmented(
     sample: Sample, rng: random.Random, crop: float = 1.0, flip: bool = False, colour: float = 0.0
 ) -> Sample:
-    """A sample whose images are opened and changed; all frames of a video alike.
+    """A sample whose images are opened and changed, all frames of a video alike; ValueError if one cannot be read.
 
     Args:
         rng: the same one gives the same images.
         crop: the least share of an image's area that is kept; 1 keeps all.
         flip: mirror half of the images, but none that is spoken of with "left" or "right".
         colour: brightness, contrast and saturation are each multiplied by up to 1 + colour or down to 1 - colour.
-
-    Raises:
-        ValueError: an image cannot be read.
     """
-    may_flip = flip and not _names_a_side(sample.conversations)
+    texts = (text_in(message) for conversation in sample.conversations for message in conversation)
+    may_flip = flip and not any(map(SIDES.search, texts))
     images = []
     for opened in sample.open_images():
         frames = opened if isinstance(opened, list) else [opened]
@@ -39,10 +37,6 @@ def augmented(
         frames = [_changed(frame, box, mirror, factors) for frame in frames]
         images.append(frames if isinstance(opened, list) else frames[0])
     return replace(sample, images=images)
-
-
-def _names_a_side(conversations: Sequence[Conversation]) -> bool:
-    return any(SIDES.search(text_in(message)) for conversation in conversations for message in conversation)
 
 
 def _crop_box(size: tuple[int, int], least: float, rng: random.Random) -> tuple[int, int, int, int]:

@@ -9,13 +9,9 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 
 
 def files_of(path: str, split: str, kinds: Sequence[str]) -> list[Path] | None:
-    """The files that a path means, or None if it is a dataset's folder or id; ValueError if none are there, or some
-    that belong to them are compressed.
-
-    Args:
-        path: of a file, a pattern, or a folder with files, in itself, in `data/`, or in a folder named as the split.
-        kinds: endings of files that are read, such as `.parquet`.
-    """
+    """The files of some `kinds` (endings, as `.parquet`) that a path means: of a file, a pattern, or a folder with
+    files, in itself, in `data/`, or in a folder named as the split; None if it is a dataset's folder or id. ValueError
+    if none are there, or some that belong to them are compressed."""
     place = Path(path)
     if place.is_file():
         if place.suffix.lower() not in kinds:

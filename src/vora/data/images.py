@@ -32,7 +32,7 @@ class VideoBytes(bytes):
     """An animated image of which all frames are meant."""
 
 
-def open_source(source: ImageSource, allow_urls: bool = False) -> "Image.Image | list[Image.Image]":
+def open_source(source: ImageSource, allow_urls: bool = False) -> Image.Image | list[Image.Image]:
     """The RGB image of a source, of a video its frames; ValueError as `fetch_image`."""
     if isinstance(source, (list, VideoPath, VideoBytes)):
         return Video(source, allow_urls).frames

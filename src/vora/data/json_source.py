@@ -12,6 +12,7 @@ from vora.data.columns import Row
 from vora.data.source import Source, bytes_of
 
 SPACE = re.compile(r"[\s,]*")
+DECODER = json.JSONDecoder()
 UTF8_MARK = b"\xef\xbb\xbf"
 
 
@@ -36,7 +37,7 @@ class JsonArray(Source):
         found, text = [], data.decode("latin-1")  # one to one, so that places in it are places in the file
         while end < len(text):
             first = _next(text, end)
-            end = _end_of(text, first)
+            end = DECODER.raw_decode(text, first)[1]
             found.append(json_row(data[first:end]))
         return found
 
@@ -78,7 +79,7 @@ def elements(file: str, chunk_bytes: int = 1 << 24) -> Iterator[tuple[int, int]]
             if buffer[place : place + 1] == "]":
                 return
             try:
-                end = _end_of(buffer, place)
+                end = DECODER.raw_decode(buffer, place)[1]
             except ValueError as error:
                 more = text.read(chunk_bytes)
                 if not more:
@@ -92,8 +93,3 @@ def elements(file: str, chunk_bytes: int = 1 << 24) -> Iterator[tuple[int, int]]
 def _next(text: str, place: int) -> int:
     """Where the next element begins."""
     return SPACE.match(text, place).end()  # type: ignore[union-attr]
-
-
-def _end_of(text: str, place: int) -> int:
-    """Where the element that begins there ends."""
-    return json.JSONDecoder().raw_decode(text, place)[1]

@@ -13,12 +13,9 @@ GOLDEN = (5**0.5 - 1) / 2
 class SourceOrder:
     """The rows of one source, epoch after epoch, each once per epoch.
 
-    In each epoch the blocks are shuffled, then cut into groups of some 512 rows, then the rows of each group shuffled:
-    so a reader needs one group at a time, and any position is reached without walking there.
-
-    Args:
-        block_sizes: int[K], rows of each block.
-        seed: a sequence of ints; orders of different seeds are independent.
+    In each epoch the blocks (`block_sizes` int[K] are their numbers of rows) are shuffled, then cut into groups of
+    some 512 rows, then the rows of each group shuffled: so a reader needs one group at a time, and any position is
+    reached without walking there. Orders of different seeds are independent.
     """
 
     def __init__(self, block_sizes: Sequence[int] | np.ndarray, seed: Iterable[int]) -> None:
@@ -43,9 +40,7 @@ class SourceOrder:
         """(rows before each group, blocks of each group) of an epoch."""
         shuffled = np.random.default_rng([*self.seed, epoch]).permutation(len(self.block_sizes))
         ends = self.block_sizes[shuffled].cumsum()
-        starts: list[int] = []
-        groups: list[np.ndarray] = []
-        first = before = 0
+        starts, groups, first, before = [], [], 0, 0
         while first < len(shuffled):
             last = min(int(np.searchsorted(ends, before + ROWS_PER_GROUP)), len(shuffled) - 1)
             starts.append(before)
@@ -65,16 +60,14 @@ class Mixture:
     """Which source each sample comes from: shares as the weights say, spread as evenly as can be.
 
     Points of a golden-ratio sequence fall into intervals as long as the weights, so that any run of samples has
-    nearly the shares of the whole.
-
-    Args:
-        weights: one per source, positive; they need not add up to one.
+    nearly the shares of the whole. Weights are positive, one per source; they need not add up to one.
     """
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
         shares = np.asarray(weights, float) / sum(weights)
         self.borders, self.num_sources = shares.cumsum()[:-1], len(shares)
         self.offset = np.random.default_rng(seed).random()
+        self._counted = (0, np.zeros(self.num_sources, int))
 
     def sources(self, first: int, count: int) -> np.ndarray:
         """int[count]: the sources of samples `first`, `first` + 1, ..."""
@@ -82,9 +75,10 @@ class Mixture:
         return np.searchsorted(self.borders, points, side="right")
 
     def counts(self, number: int) -> np.ndarray:
-        """int[S]: how many of the first `number` samples come from each source."""
-        counts, step = np.zeros(self.num_sources, int), 1 << 20
-        for first in range(0, number, step):
+        """int[S]: how many of the first `number` samples come from each source; it goes on from the last count."""
+        known, counts = self._counted if self._counted[0] <= number else (0, np.zeros(self.num_sources, int))
+        for first in range(known, number, step := 1 << 20):
             drawn = self.sources(first, min(step, number - first))
-            counts += np.bincount(drawn, minlength=self.num_sources)
+            counts = counts + np.bincount(drawn, minlength=self.num_sources)
+        self._counted = (number, counts)
         return counts

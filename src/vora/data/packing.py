@@ -56,14 +56,9 @@ class Batch(TypedDict, total=False):
 def tokenize_sample(
     sample: Sample, processor: VoraProcessor, conversations: Sequence[Conversation], **images_kwargs: Any
 ) -> TokenSample:
-    """A sample with some of its conversations as tokens; its images are read once.
-
-    Args:
-        images_kwargs: for the image processor, such as `max_image_tokens`.
-
-    Raises:
-        ValueError: an image cannot be read, or a conversation does not fit the images.
-    """
+    """A sample with some of its conversations as tokens; its images are read once. `images_kwargs`, such as
+    `max_image_tokens`, are the image processor's. ValueError if an image cannot be read, or a conversation does not
+    fit the images."""
     if not conversations:
         raise ValueError("It has 0 conversations: there is nothing to learn.")
     opened, found, image_inputs = sample.open_images(), [], None
@@ -113,17 +108,12 @@ def share_prefixes(samples: Sequence[dict[str, Any]]) -> TokenSample:
 
     The samples become a tree, written depth first: a token is seen by what follows it up to `seen_until`, the last
     token below it, and no further. So under `attention_masks` each question computes exactly what its sample computes
-    alone, at a fraction of the tokens. What has something to predict is never shared.
-
-    Args:
-        samples: of `VoraProcessor.training_sample`; they begin with the same images.
+    alone, at a fraction of the tokens. What has something to predict is never shared. The samples are of
+    `VoraProcessor.training_sample` and begin with the same images; ValueError if one has nothing to predict.
 
     Returns:
         input_ids, targets, position_ids, seen_until int[T]; ends, the place of each sample's last token, in the order
         given; num_samples; and the images of the first sample.
-
-    Raises:
-        ValueError: a sample has nothing to predict.
     """
     aimed = [_next_targets(sample) for sample in samples]
     if silent := sum(len(ids) == 0 for ids, _ in aimed):
@@ -185,15 +175,8 @@ def without_targets(sample: TokenSample, max_length: int) -> TokenSample:
 
 
 def next_sequence(lengths: Sequence[int], sequence_length: int) -> list[int]:
-    """Choose the samples of the next sequence: the oldest, then again and again the longest that still fits.
-
-    Args:
-        lengths: tokens of each waiting sample, oldest first.
-        sequence_length: T, at least as many as the oldest has.
-
-    Returns:
-        Indices into `lengths`, in order.
-    """
+    """Which of the waiting samples, whose `lengths` are given oldest first, the next sequence holds: the oldest, which
+    fits, then again and again the longest that still fits. Their indices, in order."""
     sizes = np.asarray(lengths)
     chosen, room = [0], sequence_length - sizes[0]
     for index in 1 + np.argsort(-sizes[1:], kind="stable"):

@@ -32,19 +32,13 @@ def write_page(
     processor: Any,
 ) -> None:
     """Write samples.html of the `summary` and `bad` of `dataset_statistics` and some named samples."""
-    counts = [(f"{summary[f'num_{what}']:,}", what) for what in ("samples", "conversations", "images")]
+    figures = [(f"{summary[f'num_{what}']:,}", what) for what in ("samples", "conversations", "images")]
     filled = f"of a packed sequence's {summary['sequence_length']:,} tokens are filled"
-    figures = [
-        *counts,
-        (f"{summary['num_bad']:,}", "bad samples"),
-        (f"{100 * summary['packing_efficiency']:.1f} %", filled),
-        (f"{summary['samples_per_second']:,.0f}", "samples read per second"),
-    ]
+    figures += [(f"{summary['num_bad']:,}", "bad samples"), (f"{100 * summary['packing_efficiency']:.1f} %", filled)]
+    figures.append((f"{summary['samples_per_second']:,.0f}", "samples read per second"))
     tokens, columns = summary["token_histogram"], list(summary["tokens_per_sample"])
     sizes = [
-        (key.replace("_", " "), *(f"{summary[key][column]:,.0f}" for column in columns))
-        for key in SIZES
-        if summary[key]
+        (key.replace("_", " "), *(f"{one:,.0f}" for one in summary[key].values())) for key in SIZES if summary[key]
     ]
     causes = [(_short(one["record"]), one["cause"]) for one in bad[:NUM_BAD_SHOWN]]
     if len(bad) > NUM_BAD_SHOWN:
@@ -83,18 +77,16 @@ def token_runs(sample: TokenSample, tokenizer: Any, image_token_id: int) -> list
     Kinds: `image` with its number of tokens, `prompt`, and `label`: tokens that the place before each has to predict.
     """
     ids, targets, until = sample["input_ids"], sample["targets"], sample["seen_until"]
-
-    def kind_of(token: int, target: int) -> str:
-        return "image" if token == image_token_id else "prompt" if target == -100 else "label"
-
     conversations = []
     for end in sample["ends"]:
         path = np.flatnonzero((np.arange(len(ids)) <= end) & (until >= end))
         aims = [-100, *targets[path].tolist()]  # of each token, what the place before it predicts
         tokens = [*ids[path].tolist(), *(aims[-1:] if aims[-1] != -100 else [])]
+        kinds = ["prompt" if aim == -100 else "label" for aim in aims]
+        kinds = ["image" if token == image_token_id else kind for token, kind in zip(tokens, kinds)]
         runs: list[tuple[str, str]] = []
-        for kind, run in groupby(zip(tokens, aims), lambda pair: kind_of(*pair)):
-            found = [token for token, _ in run]
+        for kind, run in groupby(zip(kinds, tokens), key=lambda pair: pair[0]):
+            found = [token for _, token in run]
             runs.append((kind, f"[{len(found)} image tokens]" if kind == "image" else tokenizer.decode(found)))
         conversations.append(runs)
     return conversations

@@ -60,7 +60,7 @@ def load_source(
     wanted: Collection[str] = COLUMNS,
     is_checked: bool = True,
 ) -> Source:
-    """Open what a recipe's source names, by default as a sequence of `Sample`s.
+    """Open what a recipe's source names, by default as a sequence of `Sample`s; ValueError if nothing usable is there.
 
     Args:
         path: the name `easy-vqa`; a file or a pattern such as `shards/*.tar`; a folder of files, named after splits or
@@ -68,9 +68,6 @@ def load_source(
         split: of those the folder or the dataset has.
         subset: of a dataset on the Hub.
         options, image_folder, max_samples, read_row, wanted, is_checked: see `Source`.
-
-    Raises:
-        ValueError: nothing usable is there.
     """
     given: dict[str, Any] = {"options": options, "max_samples": max_samples, "read_row": read_row, "wanted": wanted}
     if path == EASY_VQA:

@@ -2,14 +2,13 @@
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 
 from vora.data.augment import augmented
 from vora.data.order import Mixture, SourceOrder
@@ -110,39 +109,25 @@ def as_bad(error: Exception) -> ValueError:
     return error if type(error) is ValueError else ValueError(f"{type(error).__name__}: {error}")
 
 
-class Chunks(IterableDataset):
-    """The samples of one rank in chunks, from a position on; in a worker, its share of the chunks.
+@dataclass(eq=False)
+class Chunks(Dataset):
+    """The samples of one rank in chunks: chunk k of rank r is chunk k R + r of all R ranks. All patches of a chunk are
+    in one tensor: between processes it goes through shared memory. `unpacked` gives them back."""
 
-    Yields (chunk number of the rank, the chunk). Chunk k of rank r is chunk k R + r of all R ranks. All patches of a
-    chunk are in one tensor: between processes it goes through shared memory. `unpacked` gives them back.
-    """
+    maker: SampleMaker
+    mixture: Mixture
+    distill_only: bool
+    rank: int
+    num_ranks: int
 
-    def __init__(
-        self, maker: SampleMaker, mixture: Mixture, first_chunk: int, distill_only: bool, rank: int, num_ranks: int
-    ) -> None:
-        self.maker, self.mixture, self.first_chunk = maker, mixture, first_chunk
-        self.distill_only, self.rank, self.num_ranks = distill_only, rank, num_ranks
-
-    def __iter__(self) -> Iterator[tuple[int, Chunk]]:
-        worker = get_worker_info()
-        start, step = (self.first_chunk, 1) if worker is None else (self.first_chunk + worker.id, worker.num_workers)
-        place, stride = (start * self.num_ranks + self.rank) * CHUNK_SAMPLES, step * self.num_ranks * CHUNK_SAMPLES
-        counts = self.mixture.counts(place)
-        for number in count(start, step):
-            samples, next_of = [], counts.copy()
-            for source in self.mixture.sources(place, CHUNK_SAMPLES).tolist():
-                samples.append(self.maker.draw(source, int(next_of[source]), self.distill_only))
-                next_of[source] += 1
-            yield number, _for_travel(samples)
-            counts += np.bincount(self.mixture.sources(place, stride), minlength=len(counts))
-            place += stride
-
-
-def _for_travel(samples: list[Drawn]) -> Chunk:
-    patches = [
-        sample.pop("pixel_values") for _, sample in samples if isinstance(sample, dict) and "pixel_values" in sample
-    ]
-    return samples, torch.from_numpy(np.concatenate(patches)) if patches else None
+    def __getitem__(self, number: int) -> tuple[int, Chunk]:
+        place = (number * self.num_ranks + self.rank) * CHUNK_SAMPLES
+        next_of, samples = self.mixture.counts(place).copy(), []
+        for source in self.mixture.sources(place, CHUNK_SAMPLES).tolist():
+            samples.append(self.maker.draw(source, int(next_of[source]), self.distill_only))
+            next_of[source] += 1
+        patches = [one.pop("pixel_values") for _, one in samples if isinstance(one, dict) and "pixel_values" in one]
+        return number, (samples, torch.from_numpy(np.concatenate(patches)) if patches else None)
 
 
 def unpacked(chunk: Chunk) -> list[Drawn]:

@@ -4,37 +4,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from PIL import Image
+
+from vora.data import columns, turns
 from vora.data.answers import captions_of, class_of, has_questions, questions_of, statement_of, text_of
-from vora.data.columns import (
-    IMAGE_COLUMNS,
-    TURN_COLUMNS,
-    Row,
-    RowOptions,
-    first_of,
-    has_any,
-    usable,
-    without_layouts_before,
-)
+from vora.data.columns import IMAGE_COLUMNS, TURN_COLUMNS, Row, RowOptions, first_of, has_any
 from vora.data.images import ImageSource, check_unread_media, images_of_row, located, open_source
 from vora.data.prompts import TRUE_FALSE, Prompts
-from vora.data.turns import (
-    NOTHING_TO_LEARN,
-    Conversation,
-    conversation_of,
-    filled,
-    lead_of,
-    num_places,
-    question_and_answer,
-    text_in,
-    with_lead,
-    with_places,
-    with_places_first,
-)
-
-if TYPE_CHECKING:
-    from PIL import Image
+from vora.data.turns import NOTHING_TO_LEARN, Conversation, question_and_answer
 
 
 @dataclass
@@ -47,27 +26,25 @@ class Sample:
     conversations: list[Conversation]
     allow_urls: bool = False  # whether images are fetched from URLs
 
-    def open_images(self) -> "list[Image.Image | list[Image.Image]]":
+    def open_images(self) -> list[Image.Image | list[Image.Image]]:
         """The images as RGB images, a video as a list of them; ValueError if one cannot be read."""
         return [open_source(image, self.allow_urls) for image in self.images]
 
     def messages(self, opened: Sequence[Any], conversation: Conversation) -> Conversation:
         """A conversation with the opened images in it, as the processor takes it; ValueError if it has another number
         of places than there are images."""
-        count = num_places(conversation)
+        count = turns.num_places(conversation)
         if count == 0 and opened:
-            conversation = with_places_first(conversation, len(opened))
+            conversation = turns.with_places_first(conversation, len(opened))
         elif count != len(opened):
             raise ValueError(f"It has {count} places for images, but {len(opened)} images.")
-        return filled(conversation, opened)
+        return turns.filled(conversation, opened)
 
 
 def without_images(sample: Sample) -> Sample:
     """A sample without its images and their places: only the text is left."""
-    conversations = [
-        [{**message, "content": text_in(message)} for message in conversation] for conversation in sample.conversations
-    ]
-    return replace(sample, images=[], conversations=conversations)
+    texts = [[{**turn, "content": turns.text_in(turn)} for turn in said] for said in sample.conversations]
+    return replace(sample, images=[], conversations=texts)
 
 
 def to_sample(row: Row, name: str = "", image_folder: str | Path = ".", options: RowOptions = RowOptions()) -> Sample:
@@ -78,16 +55,14 @@ def to_sample(row: Row, name: str = "", image_folder: str | Path = ".", options:
     `instruction`, `input` and `output` (Alpaca); `texts` (the Cauldron, FineVision: turns of `user` and `assistant`);
     `text`: a caption beside an image, plain text to go on alone. Each with `image`, `images`, `frames`, `video`,
     `videos` or none; several frames for one place are a video. `system` and `history` go before what is said.
-
-    Raises:
-        ValueError: the row fits no layout, or what it holds is not as the layout says.
+    ValueError if the row fits no layout, or what it holds is not as the layout says.
     """
-    row = without_layouts_before(usable(row, options.columns), options.columns.keys())
+    row = columns.without_layouts_before(columns.usable(row, options.columns), options.columns.keys())
     inline: list[Any] = []
     if has_turns := has_any(row, *TURN_COLUMNS):
         if row.get("tools") not in (None, "", "[]"):
             raise ValueError("Its assistant has tools, which is not understood: leave the row out.")
-        conversation, inline = conversation_of(first_of(row, *TURN_COLUMNS))
+        conversation, inline = turns.conversation_of(first_of(row, *TURN_COLUMNS))
         if inline and has_any(row, *IMAGE_COLUMNS):
             raise ValueError("It has images both in its messages and in a column of their own.")
     images = [located(image, image_folder) for image in inline] or images_of_row(row, image_folder)
@@ -97,11 +72,12 @@ def to_sample(row: Row, name: str = "", image_folder: str | Path = ".", options:
         conversations = _conversations_of(row, bool(images), random.Random(Path(name).name), options.prompts)
     if not images:
         check_unread_media(row)
-    lead = lead_of(row) if has_turns or has_any(row, "texts", "instruction") or has_questions(row) else []
+    lead = turns.lead_of(row) if has_turns or has_any(row, "texts", "instruction") or has_questions(row) else []
     conversations = [
-        with_places(one if one[0]["role"] == "text" else with_lead(lead, one), bool(images)) for one in conversations
+        turns.with_places(one if one[0]["role"] == "text" else turns.with_lead(lead, one), bool(images))
+        for one in conversations
     ]
-    if has_any(row, "frames", "video") and len(images) > 1 and num_places(conversations[0]) < 2:
+    if has_any(row, "frames", "video") and len(images) > 1 and turns.num_places(conversations[0]) < 2:
         images = [images]  # frames of one video
     return Sample(name, images, conversations, options.allow_urls)
 

@@ -22,17 +22,15 @@ FIRST_ROWS = 512  # of which one must be of use
 
 
 class Source:
-    """Rows in blocks; `source[i]` is what `read_row` makes of a row, by default a `Sample`.
+    """Rows in blocks; `source[i]` is what `read_row` makes of a row, by default a `Sample`. ValueError if there are no
+    rows, a file cannot be read, or none of the first rows has a layout.
 
     Args:
-        name: of the source, for messages.
+        name: for messages.
         image_folder: where paths of images start; by default the folder of the file that names them.
         max_samples: the first so many rows only.
         wanted: the columns that `read_row` looks at; files that allow it are read no further.
         is_checked: whether one of the first rows must be of use.
-
-    Raises:
-        ValueError: no row is there, a file cannot be read, or none of the first rows has a layout.
     """
 
     rows_per_block = 128  # where the file itself has no blocks
@@ -142,7 +140,6 @@ class Source:
 
 
 def bytes_of(file: str, start: int, end: int) -> bytes:
-    """A part of a file."""
     with open(file, "rb") as content:
         content.seek(start)
         return content.read(end - start)

@@ -4,14 +4,14 @@ import json
 import random
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from vora.data.packing import next_sequence
 from vora.data.samples import SampleMaker, as_bad
@@ -21,23 +21,23 @@ PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 PACKED_AT_MOST = 20_000  # samples of the mixture that are packed to see how full sequences get
 
 
-class Blocks(IterableDataset):
-    """Every row of every source, made into a sample and measured, block by block; a worker takes its share.
-
-    Yields (source, first row of the block, list of dicts of measures, or of `record` and `cause` of a bad one).
-    """
+class Blocks(Dataset):
+    """Every row of every source, made into a sample and measured, block by block: (source, first row of the block,
+    list of dicts of measures, or of `record` and `cause` of a bad one)."""
 
     def __init__(self, maker: SampleMaker) -> None:
         self.maker = maker
+        self.places = [(s, b) for s, source in enumerate(maker.sources) for b in range(len(source.block_sizes))]
 
-    def __iter__(self) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
-        worker = get_worker_info()
-        blocks = ((s, b) for s, source in enumerate(self.maker.sources) for b in range(len(source.block_sizes)))
-        for number, block in islice(blocks, worker.id, None, worker.num_workers) if worker else blocks:
-            source = self.maker.sources[number]
-            rows = source.read_block(block)
-            measured = [self._measured(number, block, i, rows) for i in range(source.block_sizes[block])]
-            yield number, int(source.starts[block]), measured
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[int, int, list[dict[str, Any]]]:
+        number, block = self.places[index]
+        source = self.maker.sources[number]
+        rows = source.read_block(block)
+        measured = [self._measured(number, block, i, rows) for i in range(source.block_sizes[block])]
+        return number, int(source.starts[block]), measured
 
     def _measured(self, number: int, block: int, offset: int, rows: Any) -> dict[str, Any]:
         source, maker = self.maker.sources[number], self.maker
@@ -64,17 +64,10 @@ def dataset_statistics(
     num_workers: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """Read every row of a mixture once; the position of `sequences` stays.
-
-    Args:
-        names: of the sources.
-        progress: called with the number of rows done.
-
-    Returns:
-        A summary for JSON, and for each bad sample its `record`, which is its name, and `cause`. `shares_by_source`
-        are of the samples of the mixture, `packing_efficiency` is the share of the places in packed sequences that
-        hold a token.
-    """
+    """Read every row of a mixture once, `progress` called with the number of rows done; the position of `sequences`
+    stays. A summary for JSON, and for each bad sample its `record`, which is its name, and `cause`.
+    `shares_by_source` are of the samples of the mixture, `packing_efficiency` is the share of the places in packed
+    sequences that hold a token."""
     start, sources = time.monotonic(), sequences.maker.sources
     rows = [np.zeros((len(source), 3), np.int32) for source in sources]  # tokens (0: bad), label tokens, conversations
     image_tokens, image_sizes = [array("i") for _ in sources], array("i")  # sizes: width and height in turns
@@ -95,7 +88,7 @@ def dataset_statistics(
     shares = num_drawn / max(num_drawn.sum(), 1)
     good = [one[one[:, 0] > 0] for one in rows]
     tokens, labels, conversations = np.concatenate(good).T
-    edges: Any = np.histogram_bin_edges(tokens, min(24, len(np.unique(tokens)))) if len(tokens) else []
+    counts, edges = np.histogram(tokens, np.clip(len(np.unique(tokens)), 1, 24))
     summary = {
         "num_samples": len(tokens),
         "num_bad": sum(map(len, bad)),
@@ -124,10 +117,7 @@ def dataset_statistics(
             }
             for number, name in enumerate(names)
         ],
-        "token_histogram": {
-            "edges": [float(edge) for edge in edges],
-            "counts": np.histogram(tokens, edges)[0].tolist() if len(tokens) else [],
-        },
+        "token_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
         "seconds": seconds,
         "samples_per_second": len(tokens) / seconds,
     }
@@ -135,31 +125,27 @@ def dataset_statistics(
 
 
 def packed_mixture(sequences: PackedSequences, lengths: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:
-    """What the first packed sequences of a mixture hold: samples of each source int[S], their tokens int[S], and the
+    """What the first packed sequences of a mixture hold: samples of each source int[S], their tokens, and the
     share of filled places. Of each source `lengths` has int[rows], tokens of each sample, 0 where it is bad."""
-    maker, num_sources = sequences.maker, len(lengths)
-    numbers, drawn, num_tokens = ([0] * num_sources, np.zeros(num_sources, int), np.zeros(num_sources, int))
-    sizes: list[int] = []
+    maker, numbers, drawn, sizes = sequences.maker, [count() for _ in lengths], [], []
     num_drawn = min(PACKED_AT_MOST, max(sum(map(len, lengths)), 200))
     for source in sequences.mixture.sources(0, num_drawn).tolist():
-        _, _, block, offset = maker.orders[source].draw(numbers[source])
-        numbers[source] += 1
-        size = int(lengths[source][maker.sources[source].starts[block] + offset])
-        if size:
-            drawn[source] += 1
-            num_tokens[source] += size
+        _, _, block, offset = maker.orders[source].draw(next(numbers[source]))
+        if size := int(lengths[source][maker.sources[source].starts[block] + offset]):
+            drawn.append(source)
             sizes.append(size)
+    num_samples = np.bincount(np.array(drawn, int), minlength=len(lengths))
+    num_tokens = np.bincount(np.array(drawn, int), sizes, minlength=len(lengths))
     if len(sizes) < WAITING:  # training would draw them again and again
         sizes = (sizes * WAITING)[:WAITING]
-    waiting: list[int] = []
-    filled: list[int] = []
+    waiting, filled = [], []
     for size in sizes:
         waiting.append(size)
         if len(waiting) == WAITING:
             chosen = {*next_sequence(waiting, sequences.sequence_length)}
             filled.append(sum(waiting[index] for index in chosen))
             waiting = [one for index, one in enumerate(waiting) if index not in chosen]
-    return drawn, num_tokens, sum(filled) / (max(len(filled), 1) * sequences.sequence_length)
+    return num_samples, num_tokens, sum(filled) / (max(len(filled), 1) * sequences.sequence_length)
 
 
 def percentiles(values: "Sequence[int] | np.ndarray | array[int]") -> dict[str, float]:

@@ -11,7 +11,7 @@ images of its own samples alone.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
-from itertools import islice, product
+from itertools import count, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from vora.data import packing
 from vora.data.bad_samples import BadSamples
 from vora.data.order import Mixture
-from vora.data.packing import (
-    Batch,
-    PackedSequence,
-    TokenSample,
-    collate_sequences,
-    label_weights,
-    next_sequence,
-    places,
-    places_of_text,
-)
+from vora.data.packing import Batch, PackedSequence, TokenSample
 from vora.data.samples import CHUNK_SAMPLES, Chunks, SampleMaker, unpacked
 from vora.data.source import Source
 from vora.model.processing_vora import VoraProcessor
@@ -41,16 +33,13 @@ WAITING = 48  # samples among which sequences are filled; more would pack tighte
 class PackedSequences:
     """Sequences of whole samples, endlessly, the same for the same seed, also after a restart from a `state_dict`.
 
-    A bad sample is written to `bad_samples.jsonl` with its cause and skipped; too many stop the run.
-
     Args:
-        sequence_length: T, tokens of a sequence.
         weights: share of the samples that comes from each source; by default, their numbers of rows.
         distill_only_sequences: so many at the start hold images alone, with nothing to predict, to distill from.
-        bad_samples, max_bad_share: see `BadSamples`.
+        bad_samples, max_bad_share: see `BadSamples`; bad ones are skipped.
         num_workers: processes that read and decode; 0 does it in this one.
         rank, num_ranks: which part of all chunks is read.
-        answer_balance: how much answers of few tokens count, see `vora.data.packing.label_weights`.
+        answer_balance: see `vora.data.packing.label_weights`.
         sample_options: further arguments of `SampleMaker`.
     """
 
@@ -81,8 +70,9 @@ class PackedSequences:
         shares = np.array(weights) / sum(weights)
         self._longest_gap = 2 * int((np.array(sizes) / shares).max()) + CHUNK_SAMPLES
         images = processor.image_processor
+        digests = [hashlib.sha256(source.block_sizes.tobytes()).hexdigest()[:16] for source in sources]
         self.fingerprint = {
-            "rows of the sources": sizes, "blocks of the sources": [_digest(source.block_sizes) for source in sources],
+            "rows of the sources": sizes, "blocks of the sources": digests,
             "weights": [float(w) for w in weights], "seed": seed,
             "sequence_length": sequence_length, "questions_per_image": self.maker.questions_per_image,
             "image_tokens": self.maker.image_tokens and list(self.maker.image_tokens),
@@ -122,7 +112,8 @@ class PackedSequences:
 
     def named_samples(self) -> Iterator[tuple[str, TokenSample]]:
         """(name, sample) in the order of training from the beginning, bad ones left out; the position stays."""
-        for _, chunk in Chunks(self.maker, self.mixture, 0, False, self.rank, self.num_ranks):
+        chunks = Chunks(self.maker, self.mixture, False, self.rank, self.num_ranks)
+        for _, chunk in map(chunks.__getitem__, count()):
             yield from ((name, sample) for name, sample in unpacked(chunk) if isinstance(sample, dict))
 
     def distill_sequences(self) -> Iterator[PackedSequence]:
@@ -138,13 +129,13 @@ class PackedSequences:
         processor, length = self.maker.processor, self.sequence_length
         tokenizer = processor.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        batch = collate_sequences(sequences, length, pad)
+        batch = packing.collate_sequences(sequences, length, pad)
         if self.answer_balance:
-            batch["label_weights"] = label_weights(batch, self.answer_balance)
+            batch["label_weights"] = packing.label_weights(batch, self.answer_balance)
         if self.maker.text_kl_weight:
-            batch |= places_of_text(sequences, length)
+            batch |= packing.places_of_text(sequences, length)
             batch["distill_only"] = torch.tensor(self._position["distill_only"])
-        return batch | places(batch, processor.image_token_id, processor.image_processor.patch_merge)
+        return batch | packing.places(batch, processor.image_token_id, processor.image_processor.patch_merge)
 
     @staticmethod
     def _beginning(distill_only: bool) -> dict[str, Any]:
@@ -160,7 +151,8 @@ class PackedSequences:
             if self.maker.text_kl_weight:  # its sequences run twice, so nothing else is in them
                 is_image = "pixel_values" in waiting[0][1]
                 fitting = [one for one in waiting if ("pixel_values" in one[1]) == is_image]
-            chosen = next_sequence([len(sample["input_ids"]) for _, sample in fitting], self.sequence_length)
+            lengths = [len(sample["input_ids"]) for _, sample in fitting]
+            chosen = packing.next_sequence(lengths, self.sequence_length)
             taken = {fitting[index][0] for index in chosen}
             samples = [sample for place, sample in waiting if place in taken]
             waiting = [one for one in waiting if one[0] not in taken]
@@ -178,11 +170,11 @@ class PackedSequences:
         waiting, following = {tuple(place) for place in position["waiting"]}, tuple(position["next"])
         first_chunk, distill_only = min({following, *waiting})[0], position["distill_only"]
         loader = DataLoader(
-            Chunks(self.maker, self.mixture, first_chunk, distill_only, self.rank, self.num_ranks),
+            Chunks(self.maker, self.mixture, distill_only, self.rank, self.num_ranks),
             batch_size=None,
+            sampler=count(first_chunk),
             num_workers=num_workers,
             collate_fn=as_it_is,
-            worker_init_fn=_use_one_thread,
             generator=torch.Generator().manual_seed(0),  # torch's own would shift a resumed run's dropout
         )
         only_images_teach, num_fruitless = distill_only or self.maker.text_kl_weight, 0
@@ -208,18 +200,9 @@ class PackedSequences:
         return f"None of the last {count} samples holds an image, but {why}: {cure}, or add a source with images."
 
 
-def _digest(block_sizes: np.ndarray) -> str:
-    """Of sizes of blocks, on which the order depends."""
-    return hashlib.sha256(np.asarray(block_sizes, np.int64).tobytes()).hexdigest()[:16]
-
-
 def as_it_is(item: Any) -> Any:
     """A DataLoader's `collate_fn` that leaves arrays arrays."""
     return item
-
-
-def _use_one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
 
 
 class PackedBatches:

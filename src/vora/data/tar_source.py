@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from vora.data.columns import IMAGE_COLUMNS, TURN_COLUMNS, Row
 from vora.data.images import IMAGE_ENDINGS, UNREAD_ENDINGS
@@ -14,10 +15,8 @@ from vora.data.source import Source, bytes_of
 
 
 class WebDataset(Source):
-    """Tar shards; files with the same name up to its first dot are one sample.
-
-    An image's ending (jpg, png, ...) makes it an image, `txt` its caption; the keys of `json` are columns.
-    """
+    """Tar shards; files with the same name up to its first dot are one sample. An image's ending (jpg, png, ...) makes
+    it an image, `txt` its caption; the keys of `json` are columns."""
 
     def _scanned(self, file: str) -> Iterator[Sequence[int]]:
         return self._in_blocks(_samples(file))
@@ -25,8 +24,9 @@ class WebDataset(Source):
     def _read(self, file: str, *place: int) -> list[Row | ValueError]:
         data = bytes_of(file, *place) + bytes(1024)
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            members = ((*_split_key(member.name), member) for member in tar if _belongs_to_a_sample(member))
-            contents = [(key, ending, _content_of(tar, member)) for key, ending, member in members]
+            extract: Any = tar.extractfile  # never None of what belongs to a sample
+            members = [member for member in tar if _belongs_to_a_sample(member)]
+            contents = [(*_split_key(member.name), extract(member).read()) for member in members]
         samples = groupby(contents, key=lambda content: content[0])
         return [row_of_files(key, {ending: data for _, ending, data in files}) for key, files in samples]
 
@@ -61,11 +61,11 @@ def _samples(file: str) -> Iterator[tuple[int, int]]:
 
 
 def row_of_files(key: str, files: Mapping[str, bytes]) -> Row | ValueError:
-    """The row that {ending: content} of one sample make, images in the order in which people count."""
+    """The row that {ending: content} of one sample make, images as people count, 2.png before 10.png."""
     row: Row = {"id": key}
     images, unread = [], []
-    for ending, data in sorted(files.items(), key=_as_people_count):
-        last = ending.rpartition(".")[2]
+    for ending in sorted(files, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]):
+        last, data = ending.rpartition(".")[2], files[ending]
         if last in IMAGE_ENDINGS:
             images.append(data)
         elif last == "txt":
@@ -94,18 +94,8 @@ def _belongs_to_a_sample(member: tarfile.TarInfo) -> bool:
     return member.isfile() and not Path(member.name).name.startswith("._")  # macOS packs such beside each file
 
 
-def _content_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    content = tar.extractfile(member)
-    return content.read() if content else b""
-
-
 def _split_key(path: str) -> tuple[str, str]:
     """(name up to the first dot, ending)."""
     folder, slash, name = path.rpartition("/")
     stem, _, ending = name.partition(".")
     return folder + slash + stem, ending.lower()
-
-
-def _as_people_count(named: tuple[str, bytes]) -> list[int | str]:
-    """2.png before 10.png."""
-    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", named[0])]

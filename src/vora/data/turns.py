@@ -8,7 +8,7 @@ not learned. All functions that read turns raise ValueError for what is not unde
 import base64
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from vora.data.answers import as_list, text_of
@@ -121,21 +121,17 @@ def num_places(conversation: Conversation) -> int:
 def filled(conversation: Conversation, images: Sequence[Any]) -> Conversation:
     """A conversation with opened images in its places; a list of frames becomes a video."""
     left = iter(images)
-    return [
-        message
-        if isinstance(message["content"], str)
-        else {**message, "content": [*_filled(message["content"], left)]}
-        for message in conversation
-    ]
 
+    def with_image(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] != "image":
+            return part
+        image = next(left)
+        kind = "video" if isinstance(image, list) else "image"
+        return {"type": kind, kind: image}
 
-def _filled(parts: Sequence[dict[str, Any]], images: Iterator[Any]) -> Iterator[dict[str, Any]]:
-    for part in parts:
-        if part["type"] == "image":
-            image = next(images)
-            kind = "video" if isinstance(image, list) else "image"
-            part = {"type": kind, kind: image}
-        yield part
+    contents = [message["content"] for message in conversation]
+    parts = [content if isinstance(content, str) else list(map(with_image, content)) for content in contents]
+    return [{**message, "content": content} for message, content in zip(conversation, parts)]
 
 
 def text_in(message: Message) -> str:

@@ -38,7 +38,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]], kind: str = ""
 
 def histogram(counts: Sequence[int], edges: Sequence[float], width: int = 900, height: int = 180) -> str:
     """Bars as SVG; `edges` has one more entry than `counts`."""
-    if not counts:
+    if not any(counts):
         return "<p>None.</p>"
     step, scale, every = width / len(counts), height / max(counts), max(1, len(counts) // 8)
     marks = [

@@ -18,14 +18,8 @@ class Chat:
         self.messages: list[Message] = []
 
     def ask(self, text: str, images: Sequence[str | Image.Image | Video] = ()) -> Generator[str, None, None]:
-        """Stream the answer to a question, piece by piece.
-
-        Args:
-            images: paths, PIL images or videos, which come before the text of this turn; fetch those at URLs first.
-
-        Raises:
-            ValueError: an image cannot be read, or the conversation exceeds the LLM's context.
-        """
+        """Stream the answer to a question, piece by piece. The images (paths, PIL images or videos; fetch those at
+        URLs first) come before its text. ValueError if one cannot be read, or the LLM's context is exceeded."""
         content: list[Message] = [
             {"type": "video", "video": image} if is_video(image) else {"type": "image", "image": fetch_image(image)}
             for image in images

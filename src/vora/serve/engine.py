@@ -21,15 +21,9 @@ class Engine:
     def submit(
         self, messages: list[Message], *, max_new_tokens: int = 256, temperature: float = 0.0
     ) -> Generator[str, None, None]:
-        """Answer the last of some messages; closing the iterator stops the model.
-
-        Args:
-            messages: as `VoraProcessor.apply_chat_template` takes them.
-            temperature: 0 for greedy answers.
-
-        Raises:
-            ValueError: before any piece: the conversation exceeds the LLM's context, or an image cannot be read.
-        """
+        """Answer the last of some messages, as `VoraProcessor.apply_chat_template` takes them; closing the iterator
+        stops the model. Temperature 0 is greedy. ValueError, before any piece, if the conversation exceeds the LLM's
+        context, or an image cannot be read."""
         inputs = self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
