@@ -162,10 +162,7 @@ def test_the_packages_own_is_small_and_over_a_named_llm():
     with safe_open(OWN_MODEL / "adapter_model.safetensors", "pt") as file:
         assert {str(file.get_slice(name).get_dtype()) for name in file.keys()} == {"BF16"}
         assert any("patch_embedding" in name for name in file.keys())
-
-
-def test_its_card_says_what_it_is_and_what_it_scores():
-    card = ModelCard((OWN_MODEL / "README.md").read_text())
+    card = ModelCard((OWN_MODEL / "README.md").read_text())  # what it is and what it scores
     assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert len(card.data.to_dict()["vora"]["stages"]) == 9
     assert all(f"| {task}" in card.text for task in ("Tiny ImageNet", "Flickr8k", "DAQUAR"))
