@@ -128,9 +128,8 @@ def train_as(rank, store, recipe, folder, overrides, stop_at=None, **options):
     """As one of two processes, the first of which alone may catch a signal."""
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
     os.environ |= {name: str(value) for name, value in places.items()}
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=100)
-    )
+    group = {"rank": rank, "world_size": 2, "timeout": timedelta(seconds=100)}
+    dist.init_process_group("gloo", init_method=f"file://{store}", **group)
     if stop_at is None:
         trainer = run(load_recipe(recipe, overrides), folder, **options)
         assert fewest_of_processes(30 - rank, trainer.args) == 29  # of steps that each measured

@@ -7,10 +7,12 @@ from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
 from pydantic import TypeAdapter
+from safetensors import safe_open
 
-from vora.checkpoint.names import is_hub_id, loadable, published
+from vora.checkpoint.lineage import read_card
+from vora.checkpoint.names import HUB_ID_OF_ALIAS, is_hub_id, loadable, published
 from vora.checkpoint.run_directory import newest_weights, read_recipe, run_of
-from vora.distill.blockwise import Pair
+from vora.distill.blockwise import SHIFTS, SUMMARY, Pair
 
 INFO_FILE = "vora.json"
 HEADS_FILE = "distillation.safetensors"
@@ -72,7 +74,7 @@ def read_info(path: Path | str) -> CheckpointInfo:
             f"{path} holds no config.json and no recipe.yaml, so it is no saved model and no run of vora train: check "
             "the path, or name a hub id (owner/name)."
         )
-    info = _written_info(folder) if (folder / INFO_FILE).exists() else _undescribed(folder)
+    info = _written_info(folder) if (folder / INFO_FILE).exists() else _older_info(folder)
     has_processor = (folder / "processor_config.json").exists() and (folder / "tokenizer_config.json").exists()
     info = replace(info, has_heads=(folder / HEADS_FILE).exists(), has_processor=has_processor)
     return info if run is None else as_run_names(info, run)
@@ -110,10 +112,8 @@ def _written_info(folder: Path) -> CheckpointInfo:
         values = json.loads((folder / INFO_FILE).read_text())
         return TypeAdapter(CheckpointInfo).validate_python(values | {"path": folder})
     except (ValueError, TypeError) as error:
-        cause = " ".join(str(error).split())
-        raise ValueError(
-            f"{folder / INFO_FILE} is no description of a model ({cause}): delete it, and it is read from the files."
-        ) from None
+        cause = f"{folder / INFO_FILE} is no description of a model ({' '.join(str(error).split())})"
+        raise ValueError(f"{cause}: delete it, and it is read from the files.") from None
 
 
 def as_run_names(info: CheckpointInfo, run: Path) -> CheckpointInfo:
@@ -131,21 +131,59 @@ def as_run_names(info: CheckpointInfo, run: Path) -> CheckpointInfo:
     )
 
 
-def _undescribed(folder: Path) -> CheckpointInfo:
-    """Of a folder that transformers or PEFT saved alone: by its files."""
+def _older_info(folder: Path) -> CheckpointInfo:
+    """Of a folder that was saved without a description: by its files, and its card."""
     config = json.loads((folder / "config.json").read_text())
-    text, model_type, adapter = config.get("text_config") or config, config.get("model_type", ""), None
+    text, card, adapter = config.get("text_config") or config, read_card(folder) or {}, None
     if (folder / "adapter_config.json").exists():
         lora = json.loads((folder / "adapter_config.json").read_text())
         adapter = adapter_info(lora["r"], lora["layers_to_transform"], lora["target_modules"])
-    kind: Kind = "merged" if model_type.startswith("vora") else "llm"
-    if kind == "merged" and adapter is not None:
+    kind: Kind = "merged"
+    if not config.get("model_type", "").startswith("vora"):
+        kind = "llm"
+    elif adapter is not None:
         kind = "unmerged" if weight_files(folder) else "adapter"
-    dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32"
-    base_llm = loadable(text.get("_name_or_path"))
-    return CheckpointInfo(kind, folder, model_type, dtype, base_llm=base_llm, adapter=adapter)
+    recipes = [stage["recipe"] for stage in card.get("stages", []) if (stage.get("recipe") or {}).get("teacher")]
+    run = run_of(folder)
+    teacher = (read_recipe(run).get("teacher") if run else None) or (recipes[-1]["teacher"] if recipes else {})
+    named = {name: value for name, value in card.items() if value not in ("none", "not stated")}
+    known_llm = named.get("base_llm", "") if is_hub_id(named.get("base_llm", "")) else None
+    known_llm = {hub_id: alias for alias, hub_id in HUB_ID_OF_ALIAS.items()}.get(known_llm or "", known_llm)
+    return CheckpointInfo(
+        kind=kind,
+        path=folder,
+        model_type=config.get("model_type", ""),
+        dtype=config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32",
+        stage=card["stages"][-1]["stage"] if card else None,
+        base_llm=loadable(text.get("_name_or_path")) or known_llm,
+        llm_digest=config.get("llm_digest"),
+        adapter=adapter,
+        encoder=named.get("encoder"),
+        teacher=named.get("teacher"),
+        block_pairs=_pairs_of_heads(folder, teacher, named.get("teacher", "")),
+    )
 
 
 def adapter_info(rank: int, blocks: list[int], target_modules: Any) -> AdapterInfo:
     """As PEFT's configuration says it."""
     return AdapterInfo(rank, len(blocks), tuple(sorted(target_modules)))
+
+
+def _pairs_of_heads(folder: Path, teacher: dict[str, Any], name: str) -> tuple[Pair, ...]:
+    """The pairs that distill heads were trained for; none where only the teacher's depth would tell.
+
+    Args:
+        teacher: section of the recipe, empty where that is not known: then heads that begin with what enters block 0
+            come from the released code (see `block_pairs`).
+        name: of the teacher.
+    """
+    if not (folder / HEADS_FILE).exists() or teacher.get("spread"):
+        return ()
+    with safe_open(folder / HEADS_FILE, "pt") as file:
+        heads = {key.split(".")[1] for key in file.keys() if key.startswith("heads.")}
+    blocks, pairing = sorted(int(head) for head in heads - {SUMMARY}), teacher.get("pairing") or "outputs"
+    if -1 in blocks and pairing == "outputs":
+        pairing = "inputs" if "aimv2" in name.lower() else "hidden_states"
+    student, teachers = SHIFTS[pairing]
+    pairs: list[Pair] = [(block, block + teachers - student) for block in blocks]
+    return (*pairs, (blocks[-1], SUMMARY)) if blocks and SUMMARY in heads else tuple(pairs)
