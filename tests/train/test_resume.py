@@ -22,7 +22,7 @@ from torch.multiprocessing import start_processes
 from transformers import TrainerCallback
 
 from vora.checkpoint.layout import read_info
-from vora.checkpoint.run_directory import find_checkpoint
+from vora.checkpoint.run_directory import find_checkpoint, newest_checkpoint
 from vora.train.from_recipe import fewest_of_processes
 from vora.train.recipe import load_recipe
 from vora.train.run_log import read_log
@@ -65,6 +65,7 @@ def test_a_longer_run_hides_its_first_end_and_keeps_the_planned_steps(recipe, tm
 
 # a fork has at once what a fresh process imports in seconds; where there is a GPU, autograd refuses to run in one
 START = "spawn" if torch.cuda.is_available() else "fork"
+torch.set_num_threads(1)  # also in what is spawned
 STEPS = 30
 NAMES = ("lm_loss", "distill_loss", "samples_seen")
 OF_TWO = ("lm_loss", "answer_loss", "distill_loss", "text_loss", "samples_seen")
@@ -73,7 +74,7 @@ OF_TWO = ("lm_loss", "answer_loss", "distill_loss", "text_loss", "samples_seen")
 def train_alone(recipe, folder):
     """In a process group of its own, which is to be killed whole."""
     os.setsid()
-    run(load_recipe(recipe), folder, resume=any(folder.glob("checkpoint-*")))
+    run(load_recipe(recipe), folder, resume=newest_checkpoint(folder) is not None)
 
 
 def steps_done(folder):
@@ -85,15 +86,15 @@ def kill_and_resume(recipe, whole, folder, num_kills):
     """Kills at random moments, then the run to its end; how often it was killed."""
     kills, process, rng = 0, None, random.Random(num_kills)
     while process is None or process.exitcode == -signal.SIGKILL:
-        if not any(folder.glob("checkpoint-*")):
-            shutil.rmtree(folder, ignore_errors=True)  # killed before the first checkpoint: a fresh run
+        if newest_checkpoint(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)  # killed before the first checkpoint was whole: a fresh run
         process = get_context(START).Process(target=train_alone, args=(recipe, folder))
         process.start()
         if kills < num_kills:
-            until = steps_done(folder) + rng.randint(1, 2 * STEPS // (num_kills + 1))
+            until = steps_done(folder) + rng.randint(1, STEPS // (num_kills + 1))
             while process.is_alive() and steps_done(folder) < until:
                 time.sleep(0.005)
-            time.sleep(rng.random() * 0.3)
+            time.sleep(rng.random() * 0.2)
             if process.is_alive():
                 os.killpg(process.pid, signal.SIGKILL)
                 kills += 1

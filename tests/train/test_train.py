@@ -171,14 +171,14 @@ def test_frozen_vision_stays_as_it_is_and_asks_no_teacher(recipe, vision, tmp_pa
 
 
 def test_it_learns_what_only_the_images_tell_and_says_it(recipe, data_file, tmp_path):
-    learned = recipe(max_steps=150, learning_rate=1e-2, lr_scheduler_type="linear").model_dump()
+    learned = recipe(max_steps=100, learning_rate=1e-2, lr_scheduler_type="linear").model_dump()
     learned["lora"]["num_blocks"] = 3
     images = [data_file.replace("train.jsonl", f"{name}.png") for name in COLOURS]
     learned["sample_generations"] = [{"image": image, "question": "which?"} for image in images]
     run(load_recipe(learned), tmp_path / "run")
     seen = losses(tmp_path / "run")
-    assert seen[150][0] < 0.5 * seen[3][0] and seen[150][1] < 0.5 * seen[1][1]
-    assert read_log(tmp_path / "run" / "sample_generations.jsonl") == [{"step": 150, "answers": [*COLOURS]}]
+    assert seen[100][0] < 0.5 * seen[3][0] and seen[100][1] < 0.5 * seen[1][1]
+    assert read_log(tmp_path / "run" / "sample_generations.jsonl") == [{"step": 100, "answers": [*COLOURS]}]
 
 
 def test_checkpointed_blocks_train_alike(recipe, tmp_path):
