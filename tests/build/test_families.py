@@ -174,9 +174,12 @@ def test_saves_and_loads_exactly(vora, tmp_path):
     assert is_tied(loaded) == is_tied(vora) == vora.config.text_config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("family", ["bloom", "opt", "gemma4_text"])
-def test_families_that_cannot_see_are_refused(family):
-    extra = {"word_embed_proj_dim": 32, "ffn_dim": 48} if family == "opt" else {}
+OTHERS = {"bloom": {}, "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48}}
+OTHERS |= {"gemma4_text": {"vocab_size_per_layer_input": 128}}
+
+
+@pytest.mark.parametrize(("family", "extra"), OTHERS.items())
+def test_families_that_cannot_see_are_refused(family, extra):
     config = AutoConfig.for_model(family, **{**tiny.SHAPE, **extra})
     with pytest.raises(ValueError, match=f"{family} .*not supported"):
         tiny_vora(AutoModelForCausalLM.from_config(config).eval())

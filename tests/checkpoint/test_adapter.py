@@ -23,16 +23,16 @@ from vora.cli import app
 from vora.model.processing_vora import VoraProcessor
 
 OWN_MODEL = Path(committed_model())
+SIZES = {"patch_size": PATCH, "image_size": PATCH * GRID, "patch_merge": 2}
 
 
 @pytest.fixture(scope="module")
 def adapter(llm_folder, tmp_path_factory):
     """(folder of an adapter, the merged model it comes from, its processor)."""
     folder = tmp_path_factory.mktemp("made") / "adapter"
-    options = {"patch_size": PATCH, "image_size": PATCH * GRID, "patch_merge": 2}
     torch.manual_seed(0)
-    model = VoraForConditionalGeneration.from_llm(str(llm_folder), **options)
-    processor = VoraProcessor.from_llm(str(llm_folder), **options)
+    model = VoraForConditionalGeneration.from_llm(str(llm_folder), **SIZES)
+    processor = VoraProcessor.from_llm(str(llm_folder), **SIZES)
     with_lora = attach_vision_lora(model, rank=4, num_blocks=2)
     train_a_little(with_lora)
     save_adapter(with_lora, processor, folder)
@@ -130,9 +130,7 @@ def test_an_llm_of_other_weights_is_refused(adapter, llm_folder, tmp_path):
 
 
 def test_numbers_beyond_the_precision_are_refused(llm_folder, tmp_path):
-    model = VoraForConditionalGeneration.from_llm(
-        str(llm_folder), dtype=torch.float16, patch_size=PATCH, image_size=12
-    )
+    model = VoraForConditionalGeneration.from_llm(str(llm_folder), dtype=torch.float16, **SIZES)
     with_lora = attach_vision_lora(model, rank=2)
     name, parameter = next((n, p) for n, p in with_lora.named_parameters() if "lora_B" in n)
     parameter.data = torch.full_like(parameter.data, 1e6, dtype=torch.float32)
@@ -162,10 +160,7 @@ def test_the_packages_own_is_small_and_over_a_named_llm():
     with safe_open(OWN_MODEL / "adapter_model.safetensors", "pt") as file:
         assert {str(file.get_slice(name).get_dtype()) for name in file.keys()} == {"BF16"}
         assert any("patch_embedding" in name for name in file.keys())
-
-
-def test_its_card_says_what_it_is_and_what_it_scores():
-    card = ModelCard((OWN_MODEL / "README.md").read_text())
+    card = ModelCard((OWN_MODEL / "README.md").read_text())  # what it is and what it scores
     assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert len(card.data.to_dict()["vora"]["stages"]) == 9
     assert all(f"| {task}" in card.text for task in ("Tiny ImageNet", "Flickr8k", "DAQUAR"))

@@ -207,14 +207,7 @@ def test_saving_never_fails_for_the_card(tmp_path, caplog):
 def test_what_a_name_becomes_in_public(tmp_path, monkeypatch):
     (tmp_path / "here" / "llm").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    paths = (
-        "/home/me/models/llm",
-        "~/models/llm/",
-        "../models/llm",
-        "here/llm",
-        "C:\\models\\llm",
-        "file:///home/me/llm",
-    )
+    paths = "/home/me/models/llm ~/models/llm/ ../models/llm here/llm C:\\models\\llm file:///home/me/llm".split()
     assert {published(path) for path in paths} == {"llm"}
     assert published("Qwen/Qwen3-1.7B") == "Qwen/Qwen3-1.7B"
     assert published("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 from runs import COLOURS, write_lines
-from tiny import save_tiny_vit
 
-from vora.train.recipe import Recipe, load_recipe
+from vora.train.recipe import Recipe, load_recipe, save_recipe
 
 gc.freeze()  # the Trainer collects garbage after each run: not among all that was imported
 
@@ -44,24 +42,20 @@ def recipe(llm_folder: str, data_file: str, teacher_folder: str) -> Callable[...
 
 
 @pytest.fixture(scope="session")
-def two_sources(tmp_path_factory: pytest.TempPathFactory, llm_folder: str) -> Path:
+def two_sources(tmp_path_factory: pytest.TempPathFactory, recipe: Callable[..., Recipe]) -> Path:
     """A recipe's file: two sources, two workers, drawn budgets, steps that only distill, a checkpoint every third."""
     folder, rng = tmp_path_factory.mktemp("two"), np.random.default_rng(0)
     for number in range(40):
         Image.fromarray(rng.integers(0, 255, (16, 24, 3), np.uint8)).save(folder / f"{number}.png")
     images = [{"image": f"{n}.png", "question": "what?", "answer": f"it is {n}"} for n in range(40)]
-    write_lines(folder / "images.jsonl", images)
-    write_lines(folder / "texts.jsonl", [{"question": f"say {n}", "answer": f"{n}"} for n in range(50)])
-    save_tiny_vit(folder / "vit")
-    sources = [{"path": "images.jsonl", "weight": 2}, {"path": "texts.jsonl", "weight": 1}]
-    values = {
-        "model": {"llm": llm_folder},
-        "teacher": {"name": "vit", "distill_only_steps": 8},
-        "data": {"sources": sources, "sequence_length": 128, "image_tokens": [2, 9]},
-        "training": {
-            "max_steps": 30, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1,
-            "save_steps": 3, "dataloader_num_workers": 2, "use_cpu": True, "learning_rate": 1e-3,
-        },
-    }  # fmt: skip
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    texts = [{"question": f"say {n}", "answer": f"{n}"} for n in range(50)]
+    sources = [
+        {"path": write_lines(folder / "images.jsonl", images), "weight": 2},
+        {"path": write_lines(folder / "texts.jsonl", texts), "weight": 1},
+    ]
+    steps = {"max_steps": 30, "gradient_accumulation_steps": 2, "save_steps": 3, "learning_rate": 1e-3}
+    values = recipe(dataloader_num_workers=2, **steps).model_dump()
+    values["teacher"]["distill_only_steps"] = 8
+    values["data"] |= {"sources": sources, "image_tokens": [2, 9]}
+    save_recipe(load_recipe(values), folder / "recipe.yaml")
     return folder / "recipe.yaml"

@@ -1,9 +1,6 @@
-"""Short runs for the tests: started here or as processes of their own, and what they logged."""
+"""Short runs for the tests, and what they logged."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +20,7 @@ def run(recipe: Recipe, folder: Path, draws: bool = False, **kwargs: object) -> 
     with pytest.MonkeyPatch.context() as patch:
         if not draws:
             patch.setattr("vora.train.run_log.save_figure", lambda figure, file: None)
-        return train(recipe, folder, console=Console(quiet=True), **kwargs)
+        return train(recipe, folder, **{"console": Console(quiet=True), **kwargs})
 
 
 def losses(folder: Path, names: tuple[str, ...] = NAMED) -> dict[int, list[float | None]]:
@@ -34,20 +31,6 @@ def losses(folder: Path, names: tuple[str, ...] = NAMED) -> dict[int, list[float
 def close_to(found: dict[int, list[float | None]], **tolerance: float) -> dict:
     """What `losses` gave, to be compared with another run's."""
     return {step: pytest.approx(values, **tolerance) for step, values in found.items()}
-
-
-def start(recipe: Path, folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    """`vora train` in a process of its own, perhaps under a launcher such as torchrun."""
-    command = [sys.executable, *(launcher or ("-m",)), "vora.cli", "train", str(recipe), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*command, "--out", str(folder)], env=environment, start_new_session=True, **streams)
-
-
-def finish(process: subprocess.Popen) -> None:
-    """Wait for a process, which has to end well."""
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors.decode()[-3000:]
 
 
 def write_lines(path: Path, lines: list[dict]) -> str:

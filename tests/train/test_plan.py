@@ -1,6 +1,7 @@
 """What a run will need follows from its recipe; FLOPs and memory agree with what PyTorch counts and saves."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,23 +28,30 @@ SIDE = 6  # patches of an image's side
 NUM_TEXT = 40
 
 
-def small_models(tmp_path: Path, family: str = "llama", **changes: object) -> None:
+def save_models(folder: Path, family: str = "llama", **changes: object) -> Path:
     """An LLM and a ViT as folders."""
     shape = tiny.SHAPE | {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 400} | tiny.FAMILIES[family]
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **shape | changes)
-    AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(tmp_path / "llm")
-    tiny.tiny_tokenizer().save_pretrained(tmp_path / "llm")
+    AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(folder / "llm")
+    tiny.tiny_tokenizer().save_pretrained(folder / "llm")
     vit = ViTConfig(hidden_size=48, intermediate_size=96, num_attention_heads=3, num_hidden_layers=2, image_size=48,
                     patch_size=8)  # fmt: skip
-    ViTModel(vit, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
+    ViTModel(vit, add_pooling_layer=False).save_pretrained(folder / "vit")
+    return folder
 
 
-def recipe_of(tmp_path: Path, **sections: object) -> Recipe:
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Their folder, of a Llama."""
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+def recipe_of(folder: Path, **sections: object) -> Recipe:
     """Of a run that trains them on data that is not here."""
     values = {
-        "model": {"llm": str(tmp_path / "llm"), "attn_implementation": "eager"},
-        "teacher": {"name": str(tmp_path / "vit")},
+        "model": {"llm": str(folder / "llm"), "attn_implementation": "eager"},
+        "teacher": {"name": str(folder / "vit")},
         "lora": {"rank": 8, "num_blocks": 2},
         "data": {"sources": [{"path": "nowhere.jsonl"}], "sequence_length": 2 * SIDE**2 + NUM_TEXT},
         "training": {"max_steps": 10},
@@ -83,8 +91,8 @@ def batch(config, num_labels=NUM_LABELS):
      ("gemma3_text", 1, 0, NUM_LABELS), ("gpt2", 1, 1, NUM_LABELS), ("phi3", 1, 0, NUM_LABELS)],
 )  # fmt: skip
 def test_flops_are_those_that_pytorch_counts(tmp_path, family, patch_merge, recomputed, num_labels):
-    small_models(tmp_path, family, **({"sliding_window": 256} if family == "gemma3_text" else {}))
-    recipe = recipe_of(tmp_path, **({"teacher": None} if family == "gpt2" else {}))
+    folder = save_models(tmp_path, family, **({"sliding_window": 256} if family == "gemma3_text" else {}))
+    recipe = recipe_of(folder, **({"teacher": None} if family == "gpt2" else {}))
     recipe.model.patch_merge = patch_merge
     objective = real_objective(recipe)
     if recomputed:
@@ -92,9 +100,8 @@ def test_flops_are_those_that_pytorch_counts(tmp_path, family, patch_merge, reco
     inputs = batch(objective.config, num_labels)
     with FlopCounterMode(display=False) as counter:
         objective(**inputs)["loss"].backward()
-    counted = sequence_flops(
-        objective, Row(inputs["input_ids"].numel(), 2, (SIDE // patch_merge) ** 2, num_labels), recomputed
-    )
+    row = Row(inputs["input_ids"].numel(), 2, (SIDE // patch_merge) ** 2, num_labels)
+    counted = sequence_flops(objective, row, recomputed)
     assert counted["total"] == pytest.approx(counter.get_total_flops(), rel=0.02)
     assert (counted["recomputation"] > 0) == (recomputed > 0)
 
@@ -108,13 +115,12 @@ def test_flops_of_a_teacher(kind):
     assert teacher_flops(teacher, 36) == pytest.approx(counter.get_total_flops(), rel=0.015)
 
 
-def test_flops_of_stage_2(tmp_path):
-    small_models(tmp_path)
-    first = recipe_of(tmp_path)
+def test_flops_of_stage_2(models, tmp_path):
+    first = recipe_of(models)
     build_student(first, Teacher.from_pretrained(first.teacher.name)).save_pretrained(tmp_path / "run" / "final")
     (tmp_path / "run" / "recipe.yaml").write_text("model: {}")
     model = {"vora": str(tmp_path / "run"), "attn_implementation": "eager"}
-    recipe = recipe_of(tmp_path, stage="finetune", model=model, teacher=None)
+    recipe = recipe_of(models, stage="finetune", model=model, teacher=None)
     objective = real_objective(recipe)
     with FlopCounterMode(display=False) as counter:
         objective(**batch(objective.config))["loss"].backward()
@@ -126,21 +132,32 @@ def test_flops_of_stage_2(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("recomputed", "bf16", "in_parts"),
-    [(0, False, False), (0, True, True), (1, True, False), (1, False, True), (3, False, False), (3, True, True)],
-)
-def test_activations_are_those_that_autograd_saves(tmp_path, recomputed, bf16, in_parts, monkeypatch):
-    small_models(tmp_path)
+    ("recomputed", "bf16", "in_parts", "segments"),
+    [(0, False, False, 1), (0, True, True, 1), (1, True, False, 1), (1, False, True, 1), (3, False, False, 1),
+     (3, True, True, 1), (0, False, False, 2), (0, True, False, 2)],
+)  # fmt: skip
+def test_activations_are_those_that_autograd_saves(models, recomputed, bf16, in_parts, segments, monkeypatch):
     if in_parts:
         monkeypatch.setattr("vora.model.label_loss.MOST_LOGITS", 10 * 400)
-    recipe = recipe_of(tmp_path)
+    recipe = recipe_of(models)
     recipe.model.attn_implementation = "sdpa"
     objective = real_objective(recipe)
+    inputs, row = batch(objective.config), replace(ROW, num_segments=segments)
+    if segments == 2:  # two samples, neither of which sees the other
+        objective.vora.set_attn_implementation(SEGMENTED_SDPA)
+        half = SIDE**2 + NUM_TEXT // 2
+        inputs["position_ids"] = torch.arange(half).repeat(2)[None]
+        inputs["seen_until"] = torch.tensor([[half - 1] * half + [2 * half - 1] * half])
     if recomputed:
         objective.gradient_checkpointing_enable(num_blocks=recomputed)
-    with Saved(objective) as saved, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        losses = objective(**batch(objective.config))
-    found = traced(meta_model(recipe)[0], ROW, 1, bf16, recomputed)
+    in_place = {torch.ops.aten.baddbmm_: lambda scores, q, k, **_: 2 * q[0] * q[1] * q[2] * k[2]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        with Saved(objective) as saved, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            losses = objective(**inputs)
+        losses["loss"].backward()
+    if segments == 2 and bf16:  # sdpa of fp32 on processors is not in PyTorch's counter
+        assert sequence_flops(objective, row)["total"] == pytest.approx(counter.get_total_flops(), rel=0.02)
+    found = traced(meta_model(recipe)[0], row, 1, bf16, recomputed)
     at_once = (8 if in_parts else NUM_LABELS) * 400  # logits; three parts of 8 labels
     later = at_once * (4 + (2 if bf16 else 4))  # their gradients
     if in_parts:  # are made again later, with the head's weights in bf16
@@ -151,7 +168,7 @@ def test_activations_are_those_that_autograd_saves(tmp_path, recomputed, bf16, i
         with Saved(heads) as one, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             heads.loss_of_pair(heads.pairs[0], *states)
         later += one.num_bytes
-    assert found.activations + found.loss - later == pytest.approx(saved.num_bytes, rel=0.05) and losses
+    assert found.activations + found.loss - later == pytest.approx(saved.num_bytes, rel=0.05)
     if recomputed == 3:
         assert found.recomputing == found.activations + found.one_block
 
@@ -166,33 +183,8 @@ def test_an_optimizer_keeps_what_its_name_says():
     assert {name: optimizer_bytes(layer, name) / 15 for name in bytes_each} == bytes_each
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_segments_attend_and_save_by_themselves(tmp_path, bf16):
-    small_models(tmp_path)
-    recipe = recipe_of(tmp_path)
-    recipe.model.attn_implementation = "sdpa"
-    objective = real_objective(recipe)
-    objective.vora.set_attn_implementation(SEGMENTED_SDPA)
-    half = SIDE**2 + NUM_TEXT // 2  # two samples, neither of which sees the other
-    inputs = batch(objective.config)
-    inputs["position_ids"] = torch.arange(half).repeat(2)[None]
-    inputs["seen_until"] = torch.tensor([[half - 1] * half + [2 * half - 1] * half])
-    row = Row(2 * half, 2, SIDE**2, NUM_LABELS, num_segments=2)
-    in_place = {torch.ops.aten.baddbmm_: lambda scores, q, k, **_: 2 * q[0] * q[1] * q[2] * k[2]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        with Saved(objective) as saved, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            losses = objective(**inputs)
-        losses["loss"].backward()
-    if bf16:  # sdpa of fp32 on processors is not in PyTorch's counter
-        assert sequence_flops(objective, row)["total"] == pytest.approx(counter.get_total_flops(), rel=0.02)
-    found = traced(meta_model(recipe)[0], row, 1, bf16, 0)
-    logits_gradient = row.num_labels * 400 * (4 + (2 if bf16 else 4))
-    assert found.activations + found.loss - logits_gradient == pytest.approx(saved.num_bytes, rel=0.05)
-
-
-def test_memory_of_several_devices_and_at_each_moment_of_a_step(tmp_path, monkeypatch):
-    small_models(tmp_path)
-    objective, large = meta_model(recipe_of(tmp_path))[0], 10**9
+def test_memory_of_several_devices_and_at_each_moment_of_a_step(models, monkeypatch):
+    objective, large = meta_model(recipe_of(models))[0], 10**9
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
 
     def parts(*found, **options):
@@ -253,17 +245,16 @@ def test_the_papers_model_has_its_parameters_and_its_cost():
     json.dumps(found)
 
 
-def test_tokens_are_counted_in_data_that_is_here(tmp_path, untraced):
-    small_models(tmp_path)
+def test_tokens_are_counted_in_data_that_is_here(models, tmp_path, untraced):
     Image.new("RGB", (48, 48)).save(tmp_path / "a.png")
     images = write_lines(tmp_path / "train.jsonl", [{"image": "a.png", "question": "what?", "answer": "red"}] * 8)
     data = {"sources": [{"path": images}], "sequence_length": 128}
-    found = plan(recipe_of(tmp_path, data=data), L4)["tokens"]
+    found = plan(recipe_of(models, data=data), L4)["tokens"]
     assert found["counted_in"] == "data" and found["tokens_per_image"] == 36
     assert found["num_images"] == pytest.approx(found["samples_per_row"])
     texts = write_lines(tmp_path / "text.jsonl", [{"text": "red " * n} for n in range(1, 9)])
     data["sources"] = [{"path": str(tmp_path / "tr*.jsonl"), "weight": 3}, {"path": texts, "weight": 1}]
-    mixed = plan(recipe_of(tmp_path, data=data), L4)["tokens"]  # a pattern, and weights
+    mixed = plan(recipe_of(models, data=data), L4)["tokens"]  # a pattern, and weights
     assert mixed["counted_in"] == "data" and mixed["tokens_per_image"] == 36
     assert mixed["num_images"] == pytest.approx(0.75 * mixed["samples_per_row"], rel=0.02)
 
@@ -291,38 +282,35 @@ def test_shapes_have_the_published_sizes():
     }  # fmt: skip
 
 
-def test_what_cannot_be_planned_is_named(tmp_path, monkeypatch):
+def test_what_cannot_be_planned_is_named(models, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "llm").mkdir()
     with pytest.raises(ValueError, match="holds no config.json"):
         plan(recipe_of(tmp_path, teacher=None), L4)
     with pytest.raises(ValueError, match="max_steps is missing"):
-        small_models(tmp_path)
-        plan(recipe_of(tmp_path, training={}), L4)
+        plan(recipe_of(models, training={}), L4)
     with pytest.raises(ValueError, match="does not exist"):
-        plan(recipe_of(tmp_path, stage="finetune", model={"vora": "none"}, teacher=None), L4)
+        plan(recipe_of(models, stage="finetune", model={"vora": "none"}, teacher=None), L4)
 
 
-def test_odd_settings_are_planned_as_they_would_run(tmp_path, untraced):
-    small_models(tmp_path)
-    found = plan(recipe_of(tmp_path), L4)
+def test_odd_settings_are_planned_as_they_would_run(models, untraced):
+    found = plan(recipe_of(models), L4)
     assert found["tokens"]["counted_in"] == "budget" and "the data is not here" in " ".join(found["remarks"])
     assert "of 186 tokens does not fit a sequence of 112" in " ".join(found["remarks"])
-    alone = recipe_of(tmp_path, teacher={"name": str(tmp_path / "vit"), "distill_only_steps": 1000})
+    alone = recipe_of(models, teacher={"name": str(models / "vit"), "distill_only_steps": 1000})
     assert 0 < plan(alone, L4)["hours"] <= found["hours"]
     sizes = []
     for steps in (5, 0.5, 10):
         training = {"max_steps": 10, "save_total_limit": None, "save_steps": steps}
-        sizes.append(plan(recipe_of(tmp_path, training=training), L4)["disk_bytes"]["checkpoints"])
+        sizes.append(plan(recipe_of(models, training=training), L4)["disk_bytes"]["checkpoints"])
     assert sizes[0] == sizes[1] == 2 * sizes[2]
 
 
-def test_figures_of_a_plan_follow_from_each_other(tmp_path, untraced, monkeypatch):
-    small_models(tmp_path)
+def test_figures_of_a_plan_follow_from_each_other(models, untraced, monkeypatch):
     monkeypatch.setattr("vora.train.plan.plan.IMAGES_PER_SECOND", 1e12)
     training = {"max_steps": 10, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
     data = {"sources": [{"path": "nowhere.jsonl"}], "sequence_length": 600}
-    found = plan(recipe_of(tmp_path, training=training, data=data), L4, 4)
+    found = plan(recipe_of(models, training=training, data=data), L4, 4)
     trained, times = found["parameters"]["trained"], found["seconds_per_step"]
     assert found["rows_per_step"] == 24 and found["tokens"]["samples_per_row"] > 3
     assert found["samples_per_step"] == 24 * found["tokens"]["samples_per_row"]
@@ -331,8 +319,8 @@ def test_figures_of_a_plan_follow_from_each_other(tmp_path, untraced, monkeypatc
     assert times["communication"] == pytest.approx(2 * 3 / 4 * 4 * trained / 25e9)
     assert found["samples_per_second"] == pytest.approx(found["samples_per_step"] / max(times.values()))
     assert found["disk_bytes"]["checkpoints"] == 12 * trained
-    sharded = plan(recipe_of(tmp_path, training=training | {"fsdp": "full_shard"}, data=data), L4, 4)
+    sharded = plan(recipe_of(models, training=training | {"fsdp": "full_shard"}, data=data), L4, 4)
     assert sharded["memory_bytes"]["optimizer"] == found["memory_bytes"]["optimizer"] / 4
-    alone, teacher = plan(recipe_of(tmp_path, data=data), L4), {"name": str(tmp_path / "vit")}
-    first = plan(recipe_of(tmp_path, data=data, teacher=teacher | {"distill_only_steps": 5}), L4)
+    alone, teacher = plan(recipe_of(models, data=data), L4), {"name": str(models / "vit")}
+    first = plan(recipe_of(models, data=data, teacher=teacher | {"distill_only_steps": 5}), L4)
     assert alone["hours"] / 2 < first["hours"] < alone["hours"]

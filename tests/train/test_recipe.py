@@ -74,10 +74,7 @@ def test_overrides_reach_nested_keys_and_are_checked(file):
         ("just text", "r.yaml holds no keys"),
         ("", "r.yaml holds no keys"),
         (None, "Cannot read recipe .*r.yaml"),
-        (
-            "model: {llm: x}\ndata: {folder: a}\nstage: pretrain\ndata: {folder: b}\n",
-            "key data .* line 2 and in line 4",
-        ),
+        ("model: {llm: x}\ndata: {folder: a}\ndata: {folder: b}\n", "key data .* line 2 and in line 3"),
         ("model: {llm: x}\nlora:\n  rank: 1\n  num_blocks: 2\n  rank: 3\n", "key rank .* line 3 and in line 5"),
     ],
 )
@@ -194,9 +191,7 @@ NOWHERE = {"model": {"llm": "none"}, "data": {"sources": [{"path": "none.jsonl"}
         ("several GPUs", "sees 2 GPUs.*nproc_per_node 2"),
     ],
 )
-def test_what_would_come_to_nothing_is_refused_of_a_run_and_read_of_an_old_one(
-    sections, wanted, tmp_path, monkeypatch
-):
+def test_what_would_come_to_nothing_is_refused_of_a_run(sections, wanted, tmp_path, monkeypatch):
     if sections == "several GPUs":
         monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
         sections = {}
@@ -210,11 +205,7 @@ def test_what_would_come_to_nothing_is_refused_of_a_run_and_read_of_an_old_one(
     ("sections", "resumes", "message"),
     [
         ({"lora": {"text_kl_weight": 1.0}}, False, "lora.text_kl_weight runs the LLM once more"),
-        (
-            {"sample_generations": [{"image": "a", "question": "b"}]},
-            False,
-            "sample_generations are made in one process",
-        ),
+        ({"sample_generations": [{"image": "a", "question": "b"}]}, False, "sample_generations are made in one"),
         ({}, True, "--resume reads whole weights back"),
     ],
 )

@@ -5,18 +5,24 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from datetime import timedelta
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
+import torch
 import torch.distributed as dist
-from runs import finish, losses, run, start
-from torch.multiprocessing import spawn
-from transformers import TrainerCallback, TrainerControl, TrainingArguments
+from runs import losses, run
+from torch.multiprocessing import start_processes
+from transformers import TrainerCallback
 
 from vora.checkpoint.layout import read_info
-from vora.checkpoint.lineage import read_card
-from vora.checkpoint.run_directory import find_checkpoint
-from vora.train.callbacks import StopOnSignal
+from vora.checkpoint.run_directory import find_checkpoint, newest_checkpoint
 from vora.train.from_recipe import fewest_of_processes
 from vora.train.recipe import load_recipe
 from vora.train.run_log import read_log
@@ -31,17 +37,6 @@ class StopAt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_resumed_losses_are_those_of_an_uninterrupted_run(recipe, tmp_path):
-    run(recipe(save_steps=2), tmp_path / "whole")
-    with pytest.raises(InterruptedError, match="--resume"):
-        run(recipe(save_steps=2), tmp_path / "cut", callbacks=[StopAt(3)])
-    assert (tmp_path / "cut" / "checkpoint-3").exists() or (tmp_path / "cut" / "checkpoint-4").exists()
-    of_cut, of_whole = read_card(read_info(tmp_path / "cut").path), read_card(tmp_path / "whole" / "final")
-    assert of_cut["base_llm"] == of_whole["base_llm"] != "not stated" and of_cut["stages"][0]["steps"] in (3, 4)
-    run(load_recipe(tmp_path / "cut" / "recipe.yaml"), tmp_path / "cut", resume=True)
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
 def test_a_run_killed_after_its_last_step_only_ends_and_none_is_overwritten(recipe, tmp_path):
@@ -60,7 +55,7 @@ def test_a_run_killed_after_its_last_step_only_ends_and_none_is_overwritten(reci
 
 def test_a_longer_run_hides_its_first_end_and_keeps_the_planned_steps(recipe, tmp_path):
     run(recipe(max_steps=4, save_steps=2), tmp_path / "run")
-    with pytest.raises(InterruptedError):
+    with pytest.raises(InterruptedError, match="--resume"):
         run(recipe(max_steps=9, save_steps=2), tmp_path / "run", resume=True, callbacks=[StopAt(6)])
     assert read_info(tmp_path / "run").path.name in ("checkpoint-6", "checkpoint-7")
     planned = recipe(save_steps=2)  # max_steps 6, which the checkpoint knows better
@@ -68,33 +63,43 @@ def test_a_longer_run_hides_its_first_end_and_keeps_the_planned_steps(recipe, tm
     assert run(planned, tmp_path / "run", resume=True).state.global_step == 9
 
 
+# a fork has at once what a fresh process imports in seconds; where there is a GPU, autograd refuses to run in one
+START = "spawn" if torch.cuda.is_available() else "fork"
+torch.set_num_threads(1)  # also in what is spawned
 STEPS = 30
 NAMES = ("lm_loss", "distill_loss", "samples_seen")
+OF_TWO = ("lm_loss", "answer_loss", "distill_loss", "text_loss", "samples_seen")
+
+
+def train_alone(recipe, folder):
+    """In a process group of its own, which is to be killed whole."""
+    os.setsid()
+    run(load_recipe(recipe), folder, resume=newest_checkpoint(folder) is not None)
 
 
 def steps_done(folder):
     log = folder / "log.jsonl"
-    return len(log.read_text().splitlines()) if log.exists() else 0
+    return log.read_text().count("\n") if log.exists() else 0
 
 
 def kill_and_resume(recipe, whole, folder, num_kills):
     """Kills at random moments, then the run to its end; how often it was killed."""
     kills, process, rng = 0, None, random.Random(num_kills)
-    while process is None or process.returncode == -signal.SIGKILL:
-        resume = any(folder.glob("checkpoint-*"))
-        if not resume and folder.exists():
-            shutil.rmtree(folder)  # killed before the first checkpoint: a fresh run
-        process = start(recipe, folder, *["--resume"] * resume)
+    while process is None or process.exitcode == -signal.SIGKILL:
+        if newest_checkpoint(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)  # killed before the first checkpoint was whole: a fresh run
+        process = get_context(START).Process(target=train_alone, args=(recipe, folder))
+        process.start()
         if kills < num_kills:
-            until = steps_done(folder) + rng.randint(1, 2 * STEPS // (num_kills + 1))
-            while process.poll() is None and steps_done(folder) < until:
+            until = steps_done(folder) + rng.randint(1, STEPS // (num_kills + 1))
+            while process.is_alive() and steps_done(folder) < until:
                 time.sleep(0.005)
-            time.sleep(rng.random() * 0.3)
-            if process.poll() is None:
+            time.sleep(rng.random() * 0.2)
+            if process.is_alive():
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
                 kills += 1
-    finish(process)
+        process.join(300)
+    assert process.exitcode == 0
     assert losses(folder, NAMES) == losses(whole, NAMES)
     return kills
 
@@ -102,7 +107,7 @@ def kill_and_resume(recipe, whole, folder, num_kills):
 @pytest.fixture(scope="module")
 def whole(two_sources, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
-    finish(start(two_sources, folder))
+    run(load_recipe(two_sources), folder)
     assert sorted(losses(folder)) == list(range(1, STEPS + 1))
     return folder
 
@@ -120,21 +125,39 @@ def test_a_checkpoint_that_was_not_finished_is_not_resumed_from(tmp_path):
     assert find_checkpoint(tmp_path, resume=True) == str(tmp_path / "checkpoint-3")
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint",
-            "localhost:0", "-m")  # fmt: skip
-OF_TWO = ("lm_loss", "answer_loss", "distill_loss", "text_loss", "samples_seen")
+def train_as(rank, store, recipe, folder, overrides, stop_at=None, **options):
+    """As one of two processes, the first of which alone may catch a signal."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
+    os.environ |= {name: str(value) for name, value in places.items()}
+    group = {"rank": rank, "world_size": 2, "timeout": timedelta(seconds=100)}
+    dist.init_process_group("gloo", init_method=f"file://{store}", **group)
+    if stop_at is None:
+        trainer = run(load_recipe(recipe, overrides), folder, **options)
+        assert fewest_of_processes(30 - rank, trainer.args) == 29  # of steps that each measured
+    else:
+        callbacks = [] if rank else [StopAt(stop_at)]
+        with pytest.raises(InterruptedError, match="A signal to another process" if rank else "SIGTERM"):
+            run(load_recipe(recipe, overrides), folder, callbacks=callbacks, **options)
+    dist.barrier()
+    dist.destroy_process_group()  # else a process that ends while its threads live may abort
 
 
-def train_two(path, folder, *arguments):
-    finish(start(path, folder, *arguments, launcher=TORCHRUN))
+def train_two(folder, *arguments, **options):
+    store = Path(mkdtemp(dir=folder.parent)) / "store"
+    start_processes(partial(train_as, **options), (store, *arguments), nprocs=2, start_method=START)
 
 
-def test_two_processes_resume_as_one_run(two_sources, tmp_path):
-    few = ["training.dataloader_num_workers=1", "teacher.distill_only_steps=3"]
+def test_two_processes_stop_and_resume_as_one_run(two_sources, tmp_path):
+    few = ["training.max_steps=9", "training.dataloader_num_workers=1", "teacher.distill_only_steps=3"]
     few += ["data.answer_balance=1", "lora.text_kl_weight=0.5"]
-    train_two(two_sources, tmp_path / "whole", "training.max_steps=9", *few)
-    train_two(two_sources, tmp_path / "cut", "training.max_steps=6", *few)
-    train_two(two_sources, tmp_path / "cut", "training.max_steps=9", *few, "--resume")
+    launched = [sys.executable, *"-m torch.distributed.run --nproc_per_node 2 --standalone -m vora.cli train".split()]
+    subprocess.run(
+        [*launched, two_sources, *few, "--out", tmp_path / "whole"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, timeout=300, check=True,
+    )  # fmt: skip
+    train_two(tmp_path / "cut", two_sources, tmp_path / "cut", few, stop_at=5)
+    assert (tmp_path / "cut" / "checkpoint-6").exists()
+    train_two(tmp_path / "cut", two_sources, tmp_path / "cut", few, resume=True)
     found = losses(tmp_path / "cut", OF_TWO)
     assert sorted(found) == list(range(1, 10)) and found == losses(tmp_path / "whole", OF_TWO)
     assert all(any(of_name) for of_name in zip(*found.values()))
@@ -144,35 +167,6 @@ def test_two_processes_resume_as_one_run(two_sources, tmp_path):
 
 
 def test_logged_losses_are_those_of_both_processes(two_sources, tmp_path):
-    train_two(two_sources, tmp_path / "run", "training.max_steps=3", "teacher=null")
+    train_two(tmp_path / "run", two_sources, tmp_path / "run", ["training.max_steps=3", "teacher=null"])
     lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if "lm_loss" in line]
     assert len(lines) == 3 and all(line["lm_loss"] == pytest.approx(line["loss"], rel=1e-4) for line in lines)
-
-
-def agree(rank, folder):
-    """Two processes, of which one measured fewer steps and only the other caught a signal, after its second step."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    arguments = TrainingArguments(output_dir=folder, use_cpu=True)
-    found, stop = [fewest_of_processes(30 - rank, arguments)], StopOnSignal()
-    stop.on_train_begin(arguments, None, None)
-    for step in range(3):
-        if rank == 0 and step == 1:
-            stop._catch(2, None)
-        control = TrainerControl()
-        stop.on_step_end(arguments, None, control)
-        found.append(control.should_training_stop)
-    stop.release()
-    with open(f"{folder}/{rank}.json", "w") as file:
-        json.dump([*found, stop.caught], file)
-    dist.barrier()
-    dist.destroy_process_group()  # else a process that ends while its threads live may abort
-
-
-def test_processes_agree_on_how_long_a_run_is_and_when_it_stops(tmp_path, monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", "0")
-    spawn(agree, (str(tmp_path),), nprocs=2)
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert found[0] == [29, False, True, True, "SIGINT"]
-    assert found[1] == [29, False, True, True, "A signal to another process"]

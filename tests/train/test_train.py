@@ -1,6 +1,5 @@
 """What trains in each stage, from which start and how fast; a run learns, and leaves what it promises."""
 
-import json
 import shutil
 from io import StringIO
 
@@ -14,8 +13,8 @@ from safetensors.torch import load_file, safe_open
 from tiny_teachers import tiny_vit
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from vora import Teacher, VoraProcessor, attach_vision_lora
-from vora.checkpoint import load_model, merge_run
+from vora import Teacher, attach_vision_lora
+from vora.checkpoint import merge_run
 from vora.checkpoint.layout import HEADS_FILE
 from vora.checkpoint.lineage import read_card
 from vora.data.readers import load_source
@@ -23,7 +22,6 @@ from vora.data.stream import PackedSequences
 from vora.train.from_recipe import training_arguments
 from vora.train.plan.meta_model import meta_model
 from vora.train.recipe import load_recipe
-from vora.train.run import train
 from vora.train.run_log import read_log
 from vora.train.stages import build_objective, check_trainable, load_vit, lora_depth, trainable_counts
 from vora.train.throughput import precision_overrides, steps_that_fit
@@ -44,7 +42,9 @@ def vision(recipe, tmp_path_factory):
     """A run of two steps that only distill, with LoRA in all three blocks of the LLM, of which a teacher has two."""
     first, folder = recipe(max_steps=2, learning_rate=1e-3), tmp_path_factory.mktemp("vision") / "run"
     first.lora.num_blocks = 3
-    run(first, folder)
+    console = Console(record=True, file=StringIO(), width=300)
+    run(first, folder, console=console)
+    assert "Warning: all 2 steps only distill, so that no text is learned" in console.export_text()
     return folder
 
 
@@ -171,25 +171,23 @@ def test_frozen_vision_stays_as_it_is_and_asks_no_teacher(recipe, vision, tmp_pa
 
 
 def test_it_learns_what_only_the_images_tell_and_says_it(recipe, data_file, tmp_path):
-    learned = recipe(max_steps=150, learning_rate=1e-2, lr_scheduler_type="linear").model_dump()
+    learned = recipe(max_steps=100, learning_rate=1e-2, lr_scheduler_type="linear").model_dump()
     learned["lora"]["num_blocks"] = 3
     images = [data_file.replace("train.jsonl", f"{name}.png") for name in COLOURS]
     learned["sample_generations"] = [{"image": image, "question": "which?"} for image in images]
     run(load_recipe(learned), tmp_path / "run")
     seen = losses(tmp_path / "run")
-    assert seen[150][0] < 0.5 * seen[3][0] and seen[150][1] < 0.5 * seen[1][1]
-    assert read_log(tmp_path / "run" / "sample_generations.jsonl") == [{"step": 150, "answers": [*COLOURS]}]
+    assert seen[100][0] < 0.5 * seen[3][0] and seen[100][1] < 0.5 * seen[1][1]
+    assert read_log(tmp_path / "run" / "sample_generations.jsonl") == [{"step": 100, "answers": [*COLOURS]}]
 
 
 def test_checkpointed_blocks_train_alike(recipe, tmp_path):
-    run(recipe(max_steps=4), tmp_path / "kept")
+    run(recipe(max_steps=3), tmp_path / "kept")
     for num_blocks in (True, 2):
-        trainer = run(recipe(max_steps=4, gradient_checkpointing=num_blocks), tmp_path / f"recomputed-{num_blocks}")
+        trainer = run(recipe(max_steps=3, gradient_checkpointing=num_blocks), tmp_path / f"recomputed-{num_blocks}")
         flags = [block.gradient_checkpointing for block in trainer.model.vora.model.blocks]
         assert flags == [True, True, num_blocks is True]
         assert losses(tmp_path / f"recomputed-{num_blocks}") == close_to(losses(tmp_path / "kept"), abs=1e-5)
-    with pytest.raises(ValueError, match="9 blocks .* the LLM has 3"):
-        run(recipe(gradient_checkpointing=9), tmp_path / "nowhere")
 
 
 def losses_of_micro_batches(values, num, folder, name):
@@ -224,17 +222,12 @@ def test_micro_batches_of_text_alone_do_not_raise_the_loss(recipe, tmp_path, dat
 def test_two_stages_leave_what_they_promise_and_merge_where_their_starts_are_gone(recipe, teacher_folder, tmp_path):
     first, one = recipe(save_steps=3), tmp_path / "one"
     first.teacher.name = str(shutil.copytree(teacher_folder, tmp_path / "vit"))
-    first.model.llm = str(shutil.copytree(first.model.llm, tmp_path / "base"))
-    tokenizer = tiny.tiny_tokenizer(eos_token="<|endoftext|>")  # as Qwen2.5's base models, whose turns end otherwise
-    tokenizer.save_pretrained(tmp_path / "base")
-    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
     run(first, one, draws=True)
     names = {path.name for path in one.iterdir()}
     assert {"recipe.yaml", "versions.json", "log.jsonl", "loss.png", "report.md", "final", "checkpoint-3"} <= names
     assert not list(one.rglob("bad_samples.jsonl"))
     steps = {name: read_card(one / name)["stages"][0]["steps"] for name in ("checkpoint-3", "checkpoint-6", "final")}
     assert steps == {"checkpoint-3": 3, "checkpoint-6": 6, "final": 6}
-    assert str(tmp_path) not in (one / "checkpoint-3" / "README.md").read_text()
     for path in one.rglob("adapter_model.safetensors"):
         with safe_open(path, "pt") as file:
             assert not [name for name in file.keys() if "vit" in name or "head" in name]
@@ -243,11 +236,8 @@ def test_two_stages_leave_what_they_promise_and_merge_where_their_starts_are_gon
     base, llm = AutoModelForCausalLM.from_pretrained(first.model.llm), model.to_llm()
     assert {n: p.shape for n, p in llm.state_dict().items()} == {n: p.shape for n, p in base.state_dict().items()}
     assert not torch.equal(llm.model.layers[0].self_attn.q_proj.weight, base.model.layers[0].self_attn.q_proj.weight)
-    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
-    assert model.generation_config.eos_token_id == llm.generation_config.eos_token_id == ends
     model.save_pretrained(tmp_path / "merged")
-    VoraProcessor.from_pretrained(one / "final").save_pretrained(tmp_path / "merged")
-    assert load_model(tmp_path / "merged")[0].generation_config.eos_token_id == ends
+    processor.save_pretrained(tmp_path / "merged")
 
     second = recipe(max_steps=2, learning_rate=1e-3)
     second.stage, second.teacher, second.model.llm = "finetune", None, None
@@ -262,12 +252,6 @@ def test_two_stages_leave_what_they_promise_and_merge_where_their_starts_are_gon
     assert len(changed) > 0.9 * len(list(found.parameters()))
     with pytest.raises(ValueError, match="There is no ViT at .*vit: name a folder or a hub id"):
         run(first, tmp_path / "three")
-
-
-def test_a_run_that_only_distills_says_so(recipe, tmp_path):
-    console = Console(record=True, file=StringIO(), width=300)
-    train(recipe(max_steps=2), tmp_path / "run", console=console)
-    assert "Warning: all 2 steps only distill, so that no text is learned" in console.export_text()
 
 
 def test_diverging_training_stops_and_says_so(recipe, tmp_path):

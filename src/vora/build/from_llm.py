@@ -177,9 +177,7 @@ def check_wrapped_llm(model: VoraForConditionalGeneration, llm: PreTrainedModel)
         ]
     except Exception as error:  # families fail in their own ways
         cause = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{family} does not take embeddings and masks as other LLMs do, so it is not supported: {cause}"
-        ) from error
+        raise ValueError(f"{family} takes embeddings and masks otherwise, so it is not supported: {cause}") from error
     if not difference == 0:
         raise ValueError(
             f"{family} computes its logits in a way that a wrapper without per-family code cannot repeat "

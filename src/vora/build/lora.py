@@ -38,9 +38,7 @@ def attach_vision_lora(
     layers = sorted({name.rsplit(".")[-1] for name, m in blocks.named_modules() if isinstance(m, (nn.Linear, Conv1D))})
     target_modules = layers if target_modules is None else list(target_modules)
     if unknown := sorted(set(target_modules) - set(layers)):
-        raise ValueError(
-            f"LoRA targets {unknown} match no linear layer of this LLM's blocks: choose among {', '.join(layers)}."
-        )
+        raise ValueError(f"LoRA targets {unknown} match no linear layer of a block: choose among {', '.join(layers)}.")
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if lora_alpha is None else lora_alpha,

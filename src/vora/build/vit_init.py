@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel
 
 from vora.model.patch_embed import PatchEmbedding, resized
@@ -19,10 +19,10 @@ PLAIN_VITS = "ViT, DeiT, CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3, AIMv2"
 class VitEmbedding:
     """What a fresh `PatchEmbedding` starts from."""
 
-    weight: torch.Tensor  # float[D_v, C*p*p], flattened channel first
-    bias: torch.Tensor | None  # float[D_v]
-    norm: torch.Tensor | None  # float[D_v]
-    position: torch.Tensor | None  # float[G*G, D_v]; rotary teachers have no table
+    weight: Tensor  # float[D_v, C*p*p], flattened channel first
+    bias: Tensor | None  # float[D_v]
+    norm: Tensor | None  # float[D_v]
+    position: Tensor | None  # float[G*G, D_v]; rotary teachers have no table
     patch_size: int
     num_channels: int
     image_size: int
@@ -90,9 +90,7 @@ def vit_embedding(vit: Any) -> VitEmbedding:
     return VitEmbedding(weight, bias, norm, position, patch_size, channels, image_size or 16 * patch_size)
 
 
-def _patch_projection(
-    embeddings: nn.Module, channels: int, patch_size: Any
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _patch_projection(embeddings: nn.Module, channels: int, patch_size: Any) -> tuple[Tensor | None, Tensor | None]:
     """(weight float[D_v, C*p*p], bias), or (None, None) where there is none."""
     for module in embeddings.modules() if isinstance(patch_size, int) else ():
         if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride == (patch_size, patch_size):

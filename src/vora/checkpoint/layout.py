@@ -1,11 +1,12 @@
 """What lies in a model folder: one typed description, written beside everything that is saved, and read here alone."""
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
+from pydantic import TypeAdapter
 from safetensors import safe_open
 
 from vora.checkpoint.lineage import read_card
@@ -109,16 +110,10 @@ def fetched(name: str) -> Path:
 def _written_info(folder: Path) -> CheckpointInfo:
     try:
         values = json.loads((folder / INFO_FILE).read_text())
-        known = {field.name for field in fields(CheckpointInfo)}
-        values = {name: value for name, value in values.items() if name in known}
-        if adapter := values.get("adapter"):
-            values["adapter"] = AdapterInfo(**adapter | {"target_modules": tuple(adapter["target_modules"])})
-        values["block_pairs"] = tuple((student, teacher) for student, teacher in values.get("block_pairs", ()))
-        return CheckpointInfo(path=folder, **values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{folder / INFO_FILE} is no description of a model ({error}): delete it, and it is read from the files."
-        ) from None
+        return TypeAdapter(CheckpointInfo).validate_python(values | {"path": folder})
+    except (ValueError, TypeError) as error:
+        cause = f"{folder / INFO_FILE} is no description of a model ({' '.join(str(error).split())})"
+        raise ValueError(f"{cause}: delete it, and it is read from the files.") from None
 
 
 def as_run_names(info: CheckpointInfo, run: Path) -> CheckpointInfo:

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -26,6 +27,8 @@ from vora.model.processing_vora import VoraProcessor
 from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
 
 Source = CheckpointInfo | Path | str
+Student: TypeAlias = PeftModel | VoraForConditionalGeneration
+AnyProcessor: TypeAlias = VoraProcessor | VoraImageProcessor  # the image part alone where there is no tokenizer
 
 
 def load_model(
@@ -53,9 +56,7 @@ def load_model(
     return model, processor
 
 
-def merge_run(
-    path: Source, llm: str | None = None
-) -> tuple[VoraForConditionalGeneration, VoraProcessor | VoraImageProcessor | None]:
+def merge_run(path: Source, llm: str | None = None) -> tuple[VoraForConditionalGeneration, AnyProcessor | None]:
     """The model that a run has trained, ready to be saved: LoRA merged (stage 1), or as it is (stage 2), in the
     precision that the run's recipe has for the LLM. An adapter, or an unmerged model, is merged alike; ValueError
     where there is nothing to merge. Of a model without a tokenizer the processor is its image part, or None."""
@@ -93,7 +94,7 @@ def load_adapter(path: Source, *, llm: str | None = None, dtype: torch.dtype | s
     return leave_precision_to_autocast(peft_model).eval()
 
 
-def load_trainable(path: Source, dtype: torch.dtype | str) -> PeftModel | VoraForConditionalGeneration:
+def load_trainable(path: Source, dtype: torch.dtype | str) -> Student:
     """What training goes on from: the model of a folder or a run, with its LoRA on where it has one."""
     info = _vora_info(path)
     return _whole_model(info, dtype) if info.adapter is None else load_adapter(info, dtype=dtype)
@@ -131,9 +132,7 @@ def load_base_llm(name: str, model: VoraForConditionalGeneration, processor: Vor
     return base.to(model.device).eval()
 
 
-def restore(
-    student: PeftModel | VoraForConditionalGeneration, folder: Path, distillation: BlockwiseDistillation | None = None
-) -> None:
+def restore(student: Student, folder: Path, distillation: BlockwiseDistillation | None = None) -> None:
     """Read back what `vora.checkpoint.save.save_training` wrote, into a model of the same shape. ValueError where the
     folder holds another kind of checkpoint, or tensors are missing from it."""
     if isinstance(student, PeftModel):
@@ -261,9 +260,7 @@ def _base_model(info: CheckpointInfo, llm: str | None, dtype: torch.dtype | str)
     for field in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
         has, wanted = getattr(loaded.config.get_text_config(), field), getattr(config.get_text_config(), field)
         if has != wanted:
-            raise ValueError(
-                f"{info.path} grew on an LLM with {field} {wanted}, but {name} has {has}: it is another LLM."
-            )
+            raise ValueError(f"{info.path} grew on an LLM with {field} {wanted}, but {name} has {has}: it is another.")
     attention, config.dtype = loaded.config._attn_implementation, dtype
     model = wrap_llm(loaded, config)
     model.set_attn_implementation(attention)

@@ -24,6 +24,7 @@ from vora.build.from_llm import processor_from_llm
 from vora.build.lora import attach_vision_lora, keep_trained_in_fp32, merge_vision_lora
 from vora.checkpoint.card import CardFacts, write_card
 from vora.checkpoint.layout import HEADS_FILE, AdapterInfo, CheckpointInfo, fetched, write_info
+from vora.checkpoint.load import AnyProcessor
 from vora.checkpoint.names import loadable
 from vora.checkpoint.save import Tensors, whole_folder, write_adapter_files
 from vora.model.configuration_vora import VoraConfig
@@ -70,7 +71,7 @@ class Reference:
 
     model: VoraForConditionalGeneration  # without LoRA
     info: CheckpointInfo
-    processor: VoraProcessor | VoraImageProcessor  # the image part alone where there is no tokenizer
+    processor: AnyProcessor
     lora: Tensors  # under our names
     heads: Tensors  # state dict of a `BlockwiseDistillation` with the pairs of `info`; empty in a merged checkpoint
     places: dict[str, tuple[int, int]]  # where tensors went: how many, how many parameters
@@ -232,16 +233,11 @@ def _adapter_of(lora: Tensors) -> AdapterInfo | None:
     """None of a merged checkpoint; ValueError where the blocks do not have the same pairs, or the ranks differ."""
     if not lora:
         return None
-    places = {match.groups() for name in lora if (match := LORA_NAME.fullmatch(name))}
-    num_blocks, layers = len({block for block, _ in places}), {layer for _, layer in places}
-    wanted = {
-        f"model.language_model.layers.{block}.{layer}.lora_{side}.default.weight"
-        for block in range(num_blocks)
-        for layer in layers
-        for side in "AB"
-    }
+    blocks, layers = (set(found) for found in zip(*(LORA_NAME.findall(name)[0] for name in lora)))
+    num_blocks = len(blocks)
     ranks = {tensor.shape[0 if ".lora_A." in name else 1] for name, tensor in lora.items()}
-    if lora.keys() != wanted or len(ranks) != 1:
+    is_whole = len(lora) == 2 * num_blocks * len(layers) and blocks == set(map(str, range(num_blocks)))
+    if not is_whole or len(ranks) != 1:
         raise ValueError(
             f"The checkpoint's {len(lora)} LoRA tensors are no pairs of one rank in its first blocks: {num_blocks} "
             f"blocks, {len(layers)} layers, ranks {sorted(ranks)}. Is a shard missing?"
@@ -318,7 +314,7 @@ def _tokenizer_of(*places: Path | str) -> PreTrainedTokenizerBase | None:
     return None
 
 
-def _processor_of(config: VoraConfig, tokenizer: PreTrainedTokenizerBase | None) -> VoraProcessor | VoraImageProcessor:
+def _processor_of(config: VoraConfig, tokenizer: PreTrainedTokenizerBase | None) -> AnyProcessor:
     """The released code's: black squares, ChatML."""
     tokens = (config.image_size // config.patch_size) ** 2
     settings: dict[str, Any] = {"patch_size": config.patch_size, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -16,15 +16,13 @@ from transformers import PreTrainedModel
 from vora.build.from_llm import to_llm
 from vora.checkpoint.card import write_run_card
 from vora.checkpoint.layout import HEADS_FILE, CheckpointInfo, adapter_info, as_run_names, read_info, write_info
-from vora.checkpoint.load import digest_of, load_adapter, load_processor, merge_run
+from vora.checkpoint.load import AnyProcessor, Source, Student, digest_of, load_adapter, load_processor, merge_run
 from vora.checkpoint.run_directory import read_recipe, run_of
 from vora.distill.blockwise import BlockwiseDistillation
-from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
 Tensors = dict[str, torch.Tensor]
-Student: TypeAlias = PeftModel | VoraForConditionalGeneration
 
 
 def save_training(
@@ -80,9 +78,8 @@ def save_adapter(
 
 
 def save_merged(
-    model: VoraForConditionalGeneration, processor: VoraProcessor | VoraImageProcessor | None, out: Path | str,
-    source: CheckpointInfo | Path | str,
-) -> None:  # fmt: skip
+    model: VoraForConditionalGeneration, processor: AnyProcessor | None, out: Path | str, source: Source
+) -> None:
     """Write what `merge_run` made of a source, with processor and card; a failed save leaves nothing behind."""
     info = source if isinstance(source, CheckpointInfo) else read_info(source)
     with whole_folder(out) as folder:
