@@ -55,8 +55,7 @@ def _llm(family):
 def tiny_llm(family, **changes):
     """A fresh copy of a tiny random causal LM; `changes` are of its configuration."""
     llm = copy.deepcopy(_llm(family))
-    for name, value in changes.items():
-        setattr(llm.config, name, value)
+    llm.config.update(changes)
     return llm
 
 
@@ -122,8 +121,7 @@ def states_of_blocks(vora, **inputs):
     """list of float[B, T, D]: the output of every block of the LLM."""
     outputs = []
     hooks = [block.register_forward_hook(lambda *given: outputs.append(given[-1])) for block in vora.model.blocks]
-    with torch.no_grad():
-        vora(**inputs, use_cache=False)
+    logits_of(vora, **inputs)
     for hook in hooks:
         hook.remove()
     return [output[0] if isinstance(output, tuple) else output for output in outputs]

@@ -5,12 +5,11 @@ from itertools import product
 
 import pytest
 import torch
-from messages import SIZES
 from tiny import FAMILIES, generate, logits_of, prompt, text, tiny_llm, tiny_vora
 from torch.nn.attention.flex_attention import create_mask
 from transformers import masking_utils
 
-from vora import VoraForConditionalGeneration, VoraProcessor
+from vora import VoraForConditionalGeneration
 from vora.checkpoint import load_model
 from vora.model import segmented_sdpa as segments
 from vora.model.attention import attention_masks
@@ -22,9 +21,7 @@ KINDS = {"full": "llama", "sliding": "mistral", "both": "gemma3_text"}  # of mas
 
 
 def config_of(kind, attention="sdpa"):
-    config = tiny_llm(KINDS[kind]).config
-    config._attn_implementation = attention
-    return config
+    return tiny_llm(KINDS[kind], _attn_implementation=attention).config
 
 
 def grow(draw, seen_until, blocks, start, end):
@@ -82,8 +79,6 @@ def test_flex_gets_the_same_rule_as_a_function(with_images, monkeypatch):
     dense = create_mask(rule, 2, 1, LENGTH, LENGTH, device="cpu")
     assert torch.equal(dense, attention_masks(config_of("full"), *given))
 
-
-# By segment
 
 SEEN = [name for name in FAMILIES if name != "gemma2"]  # which transformers computes eagerly only
 TWO_IMAGES = [*text(4), (2, 4, 0), (3, 3, 1), *text(5, 1)]  # they touch
@@ -186,7 +181,7 @@ def test_the_segments_of_a_sequence(dtype):
     assert all(keys == end for _, end, keys, _ in cut(50, 0, 700))
 
 
-def test_who_is_switched_to_segments(llm_folder, tmp_path):
+def test_who_is_switched_to_segments(model, processor, tmp_path):
     for device, attention in (("cpu", "eager"), ("cuda", "sdpa")):
         vora = tiny_vora("llama")
         vora.set_attn_implementation(attention)
@@ -195,10 +190,9 @@ def test_who_is_switched_to_segments(llm_folder, tmp_path):
     vora.to_llm().set_attn_implementation("eager")  # which is the LLM's own affair
     assert vora.model.language_model.config._attn_implementation == "sdpa"
 
-    vora = VoraForConditionalGeneration.from_llm(llm_folder, **SIZES)
-    use_segmented_sdpa_on_cpu(vora, torch.device("cpu"))
-    vora.save_pretrained(tmp_path)
-    VoraProcessor.from_llm(llm_folder, **SIZES).save_pretrained(tmp_path)
+    use_segmented_sdpa_on_cpu(model, torch.device("cpu"))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
     assert VoraForConditionalGeneration.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
     if not torch.cuda.is_available():
         loaded, _ = load_model(str(tmp_path))

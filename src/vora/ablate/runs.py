@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import TrainerCallback
+from transformers.utils.generic import flatten_dict
 
 from vora.ablate.spec import EvaluateSection, Run
 from vora.checkpoint.load import merge_run
@@ -45,7 +46,7 @@ def check_same(run: Run, samples: int | None) -> None:
     if not file.exists() or not (run.is_finished or newest_checkpoint(run.folder)):
         return  # nothing would be lost
     cure = "choose another --out, or delete that folder to run it anew."
-    there, wanted = (_flat(recipe.model_dump(mode="json")) for recipe in (load_recipe(file), run.recipe))
+    there, wanted = (flatten_dict(recipe.model_dump(mode="json")) for recipe in (load_recipe(file), run.recipe))
     differ = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
     if differ:
         changes = "; ".join(f"{key} was {there.get(key)}, is {wanted.get(key)}" for key in differ[:4])
@@ -157,10 +158,3 @@ def _data_of(run: Run, section: EvaluateSection, beside: Path) -> Data:
         list(map(found, paths)),
         **section.model_dump(include={"split", "subset", "image_folder", "columns", "allow_urls"}),
     )
-
-
-def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + str(key): value}
-    return flat
