@@ -150,25 +150,17 @@ def test_interrupted_run_saves_and_says_how_to_go_on(work):
     ("arguments", "wanted"),
     [
         (["chat", "no.png", "-m", "{model}", "-q", "what?"], "no such file"),
-        (["chat", "{empty}", "-m", "{model}", "-q", "what?"], "0 bytes"),
-        (["chat", "{recipe}", "-m", "{model}", "-q", "what?"], "not an image"),
         (["chat", "-m", "{llm}", "-q", "hello"], "without vision"),
         (["chat", "-m", "no/such/model", "-q", "hello"], "is no saved model"),
-        (["inspect", "no.png", "-m", "{model}"], "no such file"),
         (["inspect", "{image}", "-m", "{model}", "--teacher", "no-vit"], "no hub id"),
         (["inspect", "{image}", "-m", "{model}", "-o", "page.png"], "ends in .html"),
         (["plan", "{recipe}", "--gpu", "h3000"], "choose among"),
         (["import-reference", "{llm}", "--llm", "{llm}", "-o", "{new}"], "no checkpoint of the released code"),
         (["train", "no-recipe.yaml"], "Cannot read recipe"),
-        (["train", "{recipe}", "lora.rnak=3"], "did you mean rank?"),
         (["train", "{recipe}", "teacher.name={run}", "--out", "{new}"], "The teacher"),
-        (["train", "{recipe}", "lora.target_modules=[no_proj]", "--out", "{new}"], "match no linear layer"),
-        (["train", "{recipe}", "data.sources.0.path=x"], "neither a file nor a folder"),
-        (["train", "{recipe}", "data.sequence_length=99999", "--out", "{new}"], "context holds"),
         (["train", "{recipe}", "training.learning_rate=1e30", "training.max_grad_norm=0", "training.max_steps=50",
           "--out", "{new}"], "training diverged"),
         (["train", "{recipe}", "--out", "{run}"], "already holds a run"),
-        (["merge", "{new}", "-o", "{new}"], "no recipe.yaml"),
         (["merge", "{run}", "-o", "{model}"], "is not empty"),
         (["merge", "{run}", "-o", "{new}", "--adapter-out", "{model}"], "another --adapter-out"),
         (["merge", "{run}", "-o", "{new}", "--llm-out", "{new}"], "name one folder twice"),
@@ -176,9 +168,8 @@ def test_interrupted_run_saves_and_says_how_to_go_on(work):
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_one_line(work, merged, llm_folder, tmp_path, arguments, wanted):
-    (work / "empty.png").touch()
     places = {"model": merged, "llm": llm_folder, "new": tmp_path / "new", "image": work / "red.png"}
-    places |= {"run": work / "run", "recipe": work / "recipe.yaml", "empty": work / "empty.png"}
+    places |= {"run": work / "run", "recipe": work / "recipe.yaml"}
     result = vora(*(argument.format(**places) for argument in arguments), cwd=tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]

@@ -1,18 +1,9 @@
 """`import vora` is light, changes nothing, and yet the auto classes know VoRA, whichever was imported first."""
 
-import subprocess
-import sys
-
 import pytest
 from tiny import command_line
 
 import vora
-
-
-def run(code, *arguments):
-    result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_import_and_help_are_light_and_leave_the_environment():
@@ -32,8 +23,9 @@ for verb in verbs:
     assert shown.exit_code == 0 and "Usage" in shown.output and verb in whole, verb
 print(*verbs, [name for name in ("torch", "transformers", "numpy") if name in sys.modules])
 """
-    shown = run(code)
-    assert shown == "quickstart data train ablate plan eval merge import-reference chat inspect []\n"
+    shown = command_line(code=code)
+    verbs = "quickstart data train ablate plan eval merge import-reference chat inspect"
+    assert shown.stdout == f"{verbs} []\n", shown.stderr
 
 
 @pytest.mark.parametrize(  # every other test has imported transformers first
@@ -57,7 +49,7 @@ assert pickle.loads(pickle.dumps(AutoConfig.for_model("vora_llava"))).model_type
 assert callable(vora.VoraForConditionalGeneration.from_llm) and callable(vora.VoraProcessor.from_llm)
 assert not [finder for finder in sys.meta_path if "vora" in type(finder).__module__]
 """
-    run(code, model_folder)
+    assert not (result := command_line(model_folder, code=code)).returncode, result.stderr
 
 
 def test_public_names_are_there_and_documented():

@@ -166,19 +166,16 @@ def test_it_sees_the_samples_that_a_vora_student_sees(recipe):
     assert own.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in own.items())
 
 
-@pytest.mark.parametrize(
-    ("sections", "wanted"),
-    [
+def test_a_recipe_has_one_way_to_see(recipe):
+    for sections, wanted in (
         ({}, "plan the recipe's VoRA twin"),
         ({"teacher": {"name": "vit"}}, "teacher and model.encoder exclude each other"),
         ({"data": {"sources": [{"path": "x"}], "text_only": True}}, "model.encoder and data.text_only exclude"),
         ({"model": {"vora": "x", "encoder": "vit"}}, "model.vora has vision: leave"),
         ({"model": {"llm": "x", "encoder": "vit", "image_attention": "bidirectional"}}, "leave image_attention out"),
-    ],
-)
-def test_a_recipe_has_one_way_to_see(recipe, sections, wanted):
-    with pytest.raises(ValueError, match=wanted):
-        meta_model(recipe(**sections))
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            meta_model(recipe(**sections))
 
 
 def test_a_text_only_baseline_learns_from_text_alone(recipe, tmp_path):

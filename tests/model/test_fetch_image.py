@@ -7,6 +7,7 @@ import re
 import struct
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,10 +160,9 @@ class Images(BaseHTTPRequestHandler):
 
     def do_GET(self):
         name = self.path.strip("/")
-        content = {"transparent.png": TRANSPARENT, "dark%20one.png?size=4": DARK}.get(name)
+        content = {"transparent.png": TRANSPARENT, "dark%20one.png?size=4": DARK}.get(name, DARK[:50])
         moved = {"moved": "/dark one.png?size=4", "loop": "/loop", "file": "file:///etc/passwd"}.get(name)
-        if name.startswith("to="):
-            moved = name.removeprefix("to=")
+        moved = name.removeprefix("to=") if name.startswith("to=") else moved
         self.send_response(302 if moved else 404 if name == "none" else 200)
         headers = {"Location": moved, "Content-Encoding": "gzip" if name == "zipped" else None}
         headers["Content-Length"] = {"long": "999999999", "cut": "5000"}.get(name)
@@ -170,14 +170,11 @@ class Images(BaseHTTPRequestHandler):
             if value:
                 self.send_header(key, value)
         self.end_headers()
-        if name in ("slow", "endless"):
-            try:
-                for _ in range(10_000):
-                    self.wfile.write(b"." * (1 if name == "slow" else 1000))
-                    time.sleep(0.02 if name == "slow" else 0)
-            except OSError:  # nobody listens any more
-                return
-        self.wfile.write(content or DARK[:50])
+        with suppress(OSError):  # nobody listens any more
+            for _ in range(10_000 if name in ("slow", "endless") else 0):
+                self.wfile.write(b"." * (1 if name == "slow" else 1000))
+                time.sleep(0.02 if name == "slow" else 0)
+            self.wfile.write(content)
 
     def log_message(self, *arguments):
         pass

@@ -76,7 +76,7 @@ def test_steps_that_cannot_be_left_out_or_changed_are_refused(steps):
     assert np.array_equal(found["pixel_values"], expected["pixel_values"])
 
 
-def test_configurations_that_change_steps_or_allow_urls_are_refused(tmp_path):
+def test_no_configuration_changes_steps_or_allows_urls(tmp_path):
     with pytest.raises(ValueError, match="do_resize=False: not supported"):
         VoraImageProcessor(patch_size=4, do_resize=False)
     with pytest.raises(ValueError, match="min_image_tokens 9"):

@@ -69,18 +69,15 @@ def test_fresh_image_tokens_are_as_large_as_words(family):
     assert 0.5 < tokens / words < 2
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
+def test_configurations_that_cannot_work_are_refused():
+    for changes, message in (
         ({"image_size": 3}, "image_size 3 holds no patch of 4"),
         ({"image_token_id": -1}, "image_token_id -1 lies outside the vocabulary of 128"),
         ({"image_token_id": 128}, "image_token_id 128 lies outside the vocabulary of 128"),
         ({"image_attention": "both"}, "image_attention 'both' is unknown"),
-    ],
-)
-def test_configurations_that_cannot_work_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        config(**changes)
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(**changes)
 
 
 def test_neighbours_of_a_square_become_one_token():

@@ -82,9 +82,7 @@ def test_an_llm_without_a_spare_token_grows_by_one(llm_folder, tmp_path):
     "places, counts, message",
     [
         ([1, 2], [2, 1], "Row 0: .* 1 places .* 2 images"),
-        ([1, 1], [1, 2], "Row 1: .* 1 places .* 2 images"),
         ([1, 0], [1, 1], "Row 1: .* 0 places .* 1 images"),
-        ([0], [1], "Row 0: .* 0 places .* 1 images"),
         ([2, 1], [3], "2 texts are given, but lists of images for 1"),
         ([1], 2, "1 places .* 2 images"),
     ],
@@ -177,24 +175,20 @@ def test_a_turn_ends_where_the_template_ends_it():
     assert model.generation_config.eos_token_id == sorted({5, *processor.end_ids})
 
 
-def of_messages(answer):
-    return "{% for m in messages %}" + answer + "{% endfor %}"
-
-
 @pytest.mark.parametrize("sentencepiece", [True, False])
 @pytest.mark.parametrize(
-    "template",
+    "turn",
     [
-        of_messages("{{ m['role'] + ': ' + m['content'] + '\n' }}"),  # no special token ends a turn
-        of_messages("{{ ' ' + m['content'] + ' ' + eos_token }}"),  # a space is no end, though decoders leave it out
-        of_messages("{{ ' ' + m['content'] + '\n' + eos_token }}"),
-        of_messages("{{ ' ' + m['content'] + ' ' }}"),
-        "{{ '<|endoftext|>' }}"
-        + of_messages("{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}"),  # drops them
+        "{{ m['role'] + ': ' + m['content'] + '\n' }}",  # no special token ends a turn
+        "{{ ' ' + m['content'] + ' ' + eos_token }}",  # a space is no end, though decoders leave it out
+        "{{ ' ' + m['content'] + '\n' + eos_token }}",
+        "{{ ' ' + m['content'] + ' ' }}",
+        "{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}",  # drops them
         "{{ raise_exception('no') }}",
     ],
 )
-def test_templates_whose_turns_the_tokenizers_own_token_ends(template, sentencepiece):
+def test_templates_whose_turns_the_tokenizers_own_token_ends(turn, sentencepiece):
+    template = "{{ '<|endoftext|>' }}{% for m in messages %}" + turn + "{% endfor %}"
     tokenizer = tiny_tokenizer(chat_template=template, sentencepiece=sentencepiece)
     processor = VoraProcessor.from_llm(tokenizer, **SIZES)
     assert processor.end_ids == [tokenizer.eos_token_id]

@@ -85,7 +85,7 @@ def measure_run(run: Run, sections: Sequence[EvaluateSection], beside: Path, con
             for stale in out.parent.glob(f"{out.stem}.*"):
                 stale.unlink()
         out.parent.mkdir(exist_ok=True)
-        write_whole(_request_file(out), section.model_dump(mode="json"))
+        write_whole(out.with_suffix(".request.json"), section.model_dump(mode="json"))
         evaluation = section.evaluation(base_of(run, section))
         name = run.folder / "final"
         evaluate((model, processor), evaluation, data.paths, out, model_name=name, console=console, **data.options)
@@ -132,13 +132,9 @@ def _report_file(run: Run, section: EvaluateSection) -> Path:
     return run.folder / "eval" / f"{section.name}.json"
 
 
-def _request_file(report: Path) -> Path:
-    return report.with_suffix(".request.json")
-
-
 def _is_same_request(report: Path, section: EvaluateSection) -> bool:
     """Whether a report answers what a section asks for; which of its figures are shown is no matter."""
-    file = _request_file(report)
+    file = report.with_suffix(".request.json")
     before = json.loads(file.read_text()) if file.exists() else {}
     given = {key: value for key, value in before.items() if value is not None and key != "metrics"}
     return given == section.model_dump(mode="json", exclude_none=True, exclude={"metrics"})
