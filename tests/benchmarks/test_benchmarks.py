@@ -13,14 +13,7 @@ from pathlib import Path
 import pytest
 import rows as rows_of_benchmarks
 import torch
-from contestants import (
-    SIZES,
-    batches_of_sequences,
-    build_ours,
-    default_attention,
-    full_sequences,
-    original_batches,
-)
+from contestants import SIZES, batches_of_sequences, build_ours, default_attention, full_sequences, original_batches
 from large_step import needed_flops
 from memory import in_own_process
 from rows import peak_bytes, report, restart_peak, row
