@@ -68,7 +68,8 @@ def conversations(llm: PreTrainedModel, processor: VoraProcessor, options: argpa
         return
     prompts = [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
     for turn, (answer, ended) in zip(turns, continued(llm, processor, prompts, options.answer_tokens)):
-        answer = answer if ended else whole_sentences(answer)
+        if not ended:  # only its whole sentences
+            answer = answer[: max(answer.rfind(mark) for mark in ".!?") + 1]
         if answer:
             yield {"messages": [*turn, {"role": "assistant", "content": answer}]}
 
@@ -94,11 +95,6 @@ def continued(
     rows = llm.generate(**inputs, **how, max_new_tokens=max_new_tokens)[:, inputs["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     return [(text.strip(), ended) for text, ended in zip(texts, torch.isin(rows, ends).any(1).tolist())]
-
-
-def whole_sentences(text: str) -> str:
-    """A text up to its last full stop; empty if it has none."""
-    return text[: max(text.rfind(mark) for mark in ".!?") + 1]
 
 
 if __name__ == "__main__":

@@ -21,9 +21,7 @@ def llm_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory):
     """A tiny ViT of two blocks, saved as on the hub."""
-    folder = tmp_path_factory.mktemp("teacher")
-    tiny.save_tiny_vit(folder)
-    return str(folder)
+    return tiny.save_tiny_vit(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="session")

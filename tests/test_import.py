@@ -1,21 +1,12 @@
 """`import vora` is light, changes nothing, and yet the auto classes know VoRA, whichever was imported first."""
 
-import subprocess
-import sys
-
 import pytest
 from tiny import command_line
 
 import vora
 
 
-def run(code, *arguments):
-    result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_import_is_light_and_leaves_the_environment():
+def test_import_and_help_are_light_and_leave_the_environment():
     code = """
 import os, sys, time
 before, start = dict(os.environ), time.process_time()
@@ -23,13 +14,6 @@ import vora
 assert time.process_time() - start < 0.3
 assert set(vora.__all__) <= set(dir(vora)) and dict(os.environ) == before
 assert not {"torch", "transformers", "numpy", "typer", "rich"} & set(sys.modules)
-"""
-    run(code)
-
-
-def test_help_of_every_verb_loads_nothing_heavy():
-    code = """
-import sys
 from typer.testing import CliRunner
 from vora.cli import app
 verbs = [command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands]
@@ -39,7 +23,9 @@ for verb in verbs:
     assert shown.exit_code == 0 and "Usage" in shown.output and verb in whole, verb
 print(*verbs, [name for name in ("torch", "transformers", "numpy") if name in sys.modules])
 """
-    assert run(code) == "quickstart data train ablate plan eval merge import-reference chat inspect []\n"
+    shown = command_line(code=code)
+    verbs = "quickstart data train ablate plan eval merge import-reference chat inspect"
+    assert shown.stdout == f"{verbs} []\n", shown.stderr
 
 
 @pytest.mark.parametrize(  # every other test has imported transformers first
@@ -63,7 +49,7 @@ assert pickle.loads(pickle.dumps(AutoConfig.for_model("vora_llava"))).model_type
 assert callable(vora.VoraForConditionalGeneration.from_llm) and callable(vora.VoraProcessor.from_llm)
 assert not [finder for finder in sys.meta_path if "vora" in type(finder).__module__]
 """
-    run(code, model_folder)
+    assert not (result := command_line(model_folder, code=code)).returncode, result.stderr
 
 
 def test_public_names_are_there_and_documented():

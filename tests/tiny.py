@@ -55,27 +55,27 @@ def _llm(family):
 def tiny_llm(family, **changes):
     """A fresh copy of a tiny random causal LM; `changes` are of its configuration."""
     llm = copy.deepcopy(_llm(family))
-    for name, value in changes.items():
-        setattr(llm.config, name, value)
+    llm.config.update(changes)
     return llm
 
 
-def tiny_vora(llm):
-    """Fresh sight for an LLM (or the family of that name), seeded."""
+def tiny_vora(llm, **options):
+    """Fresh sight for an LLM (or the family of that name), seeded; `options` are of `from_llm`."""
     llm = tiny_llm(llm) if isinstance(llm, str) else llm
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return VoraForConditionalGeneration.from_llm(
-            llm, patch_size=PATCH, image_size=PATCH * GRID, image_token_id=IMAGE
+            llm, patch_size=PATCH, image_size=PATCH * GRID, image_token_id=IMAGE, **options
         )
 
 
 def save_tiny_vit(folder, num_hidden_layers=2):
-    """A ViT for images of 16 x 16 pixels, saved as on the hub."""
+    """A ViT for images of 16 x 16 pixels, saved as on the hub; returns the folder."""
     shape = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
     torch.manual_seed(1)
     config = ViTConfig(**shape, num_hidden_layers=num_hidden_layers)
     ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return str(folder)
 
 
 def command_line(*arguments, code="from vora.cli import main; main()", **kwargs):
@@ -95,9 +95,9 @@ def image(rows, columns, seed=0):
     return torch.randn(rows * columns, 3 * PATCH**2, generator=torch.Generator().manual_seed(seed))
 
 
-def prompt(*rows):
+def prompt(*rows, patch_merge=1):
     """Model inputs of a left-padded batch of lists of words (int), images ((rows, columns, seed)) and videos ((rows,
-    columns, seed, frames))."""
+    columns, seed, frames)), whose sizes are in tokens."""
     ids, images, shapes = [], [], []
     for row in rows:
         ids.append([])
@@ -107,8 +107,8 @@ def prompt(*rows):
             else:
                 height, width, seed, frames = (*part, 1)[:4]
                 ids[-1] += [IMAGE] * (frames * height * width)
-                images.append(image(frames * height, width, seed))
-                shapes.append((frames, height, width))
+                shapes.append((frames, patch_merge * height, patch_merge * width))
+                images.append(image(frames * shapes[-1][1], shapes[-1][2], seed))
     longest = max(map(len, ids))
     masks = [[0] * (longest - len(row)) + [1] * len(row) for row in ids]
     ids = [[0] * (longest - len(row)) + row for row in ids]
@@ -122,8 +122,7 @@ def states_of_blocks(vora, **inputs):
     """list of float[B, T, D]: the output of every block of the LLM."""
     outputs = []
     hooks = [block.register_forward_hook(lambda *given: outputs.append(given[-1])) for block in vora.model.blocks]
-    with torch.no_grad():
-        vora(**inputs, use_cache=False)
+    logits_of(vora, **inputs)
     for hook in hooks:
         hook.remove()
     return [output[0] if isinstance(output, tuple) else output for output in outputs]

@@ -14,36 +14,23 @@ REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"needs the original's figures in {REFERENCE}")
 
 
-@pytest.fixture(scope="module")
-def figures():
-    return load_file(REFERENCE / "inputs.safetensors"), load_file(REFERENCE / "expected.safetensors")
-
-
 @needs_reference
-@pytest.mark.parametrize("folder, name", [("pretrain", "logits"), ("merged", "merged_logits")])
-def test_logits_are_those_of_the_original(figures, folder, name):
-    inputs, expected = figures
+def test_logits_losses_and_merge_are_those_of_the_original():
+    inputs, expected = (load_file(REFERENCE / f"{name}.safetensors") for name in ("inputs", "expected"))
+    pretrain = load_original(REFERENCE / "pretrain")
+    found = pretrain(**inputs)
+    losses = json.loads((REFERENCE / "expected.json").read_text())["losses"]
+    assert found["metrics"].keys() == losses.keys()
+    assert max(abs(found["metrics"][name] - losses[name]) for name in losses) < 1e-5
     with torch.no_grad():
-        logits = load_original(REFERENCE / folder)(**inputs)["logits"]
-    assert logits.shape == expected[name].shape
-    for row, length in enumerate(expected["lengths"].tolist()):
-        assert (logits[row, :length] - expected[name][row, :length]).abs().max() < 1e-4
-
-
-@needs_reference
-def test_losses_are_those_of_the_original(figures):
-    expected = json.loads((REFERENCE / "expected.json").read_text())["losses"]
-    found = load_original(REFERENCE / "pretrain")(**figures[0])["metrics"]
-    assert found.keys() == expected.keys()
-    assert max(abs(found[name] - expected[name]) for name in expected) < 1e-5
-
-
-@needs_reference
-def test_merge_is_the_merge_of_the_original(figures):
-    merged = load_original(REFERENCE / "pretrain").merge().state_dict()
-    expected = load_file(REFERENCE / "merged" / "model.safetensors")
-    assert merged.keys() == expected.keys()
-    assert max((merged[name] - expected[name]).abs().max() for name in expected) < 1e-6
+        logits = {"logits": found["logits"], "merged_logits": load_original(REFERENCE / "merged")(**inputs)["logits"]}
+    for name, found in logits.items():
+        assert found.shape == expected[name].shape
+        for row, length in enumerate(expected["lengths"].tolist()):
+            assert (found[row, :length] - expected[name][row, :length]).abs().max() < 1e-4
+    merged, weights = pretrain.merge().state_dict(), load_file(REFERENCE / "merged" / "model.safetensors")
+    assert merged.keys() == weights.keys()
+    assert max((merged[name] - weights[name]).abs().max() for name in weights) < 1e-6
 
 
 def test_what_trains():

@@ -31,23 +31,17 @@ def small(tmp_path, monkeypatch):
     return {"LLM": "llm", "SETTINGS": f"{settings} teacher.distill_only_steps=2"}
 
 
-def run(cell, names):
-    """Execute a cell as a notebook would; `!vora ...` in this process."""
-    source = "".join(cell["source"])
-    if source.startswith("!vora "):
-        result = vora(*shlex.split(source.format(**names))[1:])
-        assert result.returncode == 0, result.stderr
-    elif not source.startswith("%pip"):
-        exec(compile(source, cell["id"], "exec"), names)
-
-
 def test_every_cell_runs(small, tmp_path, capsys):
     names = {}
     for cell in NOTEBOOK["cells"]:
-        if cell["cell_type"] == "code":
-            run(cell, names)
-            if "parameters" in cell["metadata"].get("tags", ()):
-                names.update(small)
+        source = "".join(cell["source"])
+        if source.startswith("!vora "):
+            result = vora(*shlex.split(source.format(**names))[1:])
+            assert result.returncode == 0, result.stderr
+        elif cell["cell_type"] == "code" and not source.startswith("%pip"):
+            exec(compile(source, cell["id"], "exec"), names)
+        if "parameters" in cell["metadata"].get("tags", ()):
+            names.update(small)
     result = names["result"]
     assert result["num_test_questions"] == 8 and result["num_steps"] == 4
     assert 0 <= result["accuracy"] <= 1 and result["majority_accuracy"] == 0.5

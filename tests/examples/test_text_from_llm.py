@@ -9,23 +9,18 @@ from unittest import mock
 import pytest
 from tiny import save_tiny_llm, tiny_tokenizer
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "text_from_llm.py"
+SCRIPT = str(Path(__file__).parents[2] / "examples" / "text_from_llm.py")
 
 
-def folder_of_llm(folder, template):
-    """A tiny random LLM with a token of its own for the end of a turn."""
+def sampled(folder, template, *options):
+    """The rows that the script wrote of a tiny random LLM with a token of its own for the end of a turn."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
     tokenizer.chat_template = template
     # all tokens are alike, whatever the text: the end of the turn comes in due course
-    return save_tiny_llm(folder, tokenizer, initializer_range=0.0)
-
-
-def sampled(folder, out, *options):
-    """The rows that the script wrote."""
-    words = [SCRIPT, folder, "--out", out, "--num", "3", "--batch", "32", *options]
-    with mock.patch.object(sys, "argv", [str(word) for word in words]):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+    llm, out = save_tiny_llm(folder / "llm", tokenizer, initializer_range=0.0), folder / "text.jsonl"
+    with mock.patch.object(sys, "argv", [SCRIPT, llm, "--out", str(out), "--num", "3", "--batch", "32", *options]):
+        runpy.run_path(SCRIPT, run_name="__main__")
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -37,8 +32,7 @@ TEMPLATE = (
 
 @pytest.mark.parametrize("template, kind", [(TEMPLATE, "conversation"), (None, "conversation"), (None, "document")])
 def test_an_llm_is_sampled_as_it_is_trained(tmp_path, template, kind):
-    options = ["--kind", kind, "--question-tokens", "100", "--answer-tokens", "100"]
-    rows = sampled(folder_of_llm(tmp_path / "llm", template), tmp_path / "text.jsonl", *options)
+    rows = sampled(tmp_path, template, "--kind", kind, "--question-tokens", "100", "--answer-tokens", "100")
     assert len(rows) == 3 and "end_of_turn" not in str(rows)
     if kind == "document":
         assert all(row.keys() == {"text"} for row in rows)
@@ -48,4 +42,4 @@ def test_an_llm_is_sampled_as_it_is_trained(tmp_path, template, kind):
 
 def test_it_gives_up_where_nothing_comes(tmp_path):
     with pytest.raises(SystemExit, match="20 rounds of 32 brought no new conversation"):
-        sampled(folder_of_llm(tmp_path / "llm", None), tmp_path / "text.jsonl", "--question-tokens", "1")
+        sampled(tmp_path, None, "--question-tokens", "1")

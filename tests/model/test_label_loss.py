@@ -5,18 +5,9 @@ import torch
 from tiny import prompt, text, tiny_vora
 
 from vora.model import label_loss
-from vora.model.label_loss import labels_at_once
 from vora.train.plan.memory import Saved
 
 VOCABULARY = 128
-
-
-def found(vora, inputs, labels):
-    """(loss, {name: gradient}) of a step."""
-    vora.zero_grad()
-    loss = vora(**inputs, labels=labels).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in vora.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -30,16 +21,21 @@ def test_parts_add_up_to_the_whole(family, most, trained, monkeypatch):
     labels = inputs["input_ids"].clone()
     labels[:, :10] = labels[:, 12] = -100
     num_labels = int((labels[:, 1:] != -100).sum())
-    whole, gradients = found(vora, inputs, labels)
-    monkeypatch.setattr(label_loss, "MOST_LOGITS", most)
-    made = []
+    made, losses, gradients = [], [], []
     vora.lm_head.register_forward_hook(lambda module, args, logits: made.append(logits.shape))
-    parts, same = found(vora, inputs, labels)
-    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0)
-    assert gradients.keys() == same.keys() and any("patch_embedding" in name for name in same)
+    for most_logits in (label_loss.MOST_LOGITS, most):
+        monkeypatch.setattr(label_loss, "MOST_LOGITS", most_logits)
+        vora.zero_grad()
+        made.clear()
+        losses.append(vora(**inputs, labels=labels).loss)
+        losses[-1].backward()
+        gradients.append({name: p.grad.clone() for name, p in vora.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    whole, parts = gradients
+    assert whole.keys() == parts.keys() and any("patch_embedding" in name for name in parts)
     assert (vora.lm_head.weight.grad is not None) == trained
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(same[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
     of_labels = [shape[0] for shape in made if len(shape) == 2]
     assert max(of_labels) == max(1, -(-num_labels // -(-num_labels * VOCABULARY // most)))
     assert sum(of_labels) == 2 * num_labels  # forward and again in backward
@@ -58,10 +54,3 @@ def test_memory_is_that_of_one_part(bf16, monkeypatch):
         kept.append(saved.num_bytes)
     assert kept[0] > 200 * VOCABULARY * 4 and kept[1] < 200 * 32 * 4 * 3  # states and targets
     torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
-
-
-def test_parts_are_equal_and_as_few_as_fit(monkeypatch):
-    monkeypatch.setattr(label_loss, "MOST_LOGITS", 1000)
-    sizes = {count: labels_at_once(count, 100) for count in (1, 9, 10, 11, 20, 21, 95)}
-    assert sizes == {1: 1, 9: 9, 10: 10, 11: 6, 20: 10, 21: 7, 95: 10}
-    assert labels_at_once(3, 5000) == 1  # one is made in any case

@@ -1,9 +1,11 @@
 """Several patches to one image token: the counts agree everywhere, and the rule of attention holds."""
 
+from functools import partial
+
 import pytest
 import torch
 from messages import assistant, coloured, encode, user
-from tiny import GRID, IMAGE, PATCH, generate, image, prompt, states_of_blocks, text, tiny_llm
+from tiny import GRID, PATCH, generate, prompt, states_of_blocks, text, tiny_vora
 from tiny_teachers import tiny_vit
 
 from vora import Teacher, VoraForConditionalGeneration, VoraImageProcessor, VoraProcessor
@@ -11,22 +13,13 @@ from vora.distill.blockwise import BlockwiseDistillation
 from vora.distill.objective import Objective
 
 MERGE = 2
+merged_prompt = partial(prompt, patch_merge=MERGE)
 SIZES = {"patch_size": PATCH, "image_size": PATCH * GRID, "patch_merge": MERGE}
 
 
 @pytest.fixture(params=["llama", "mistral", "gemma2"])
 def vora(request):
-    torch.manual_seed(0)
-    return VoraForConditionalGeneration.from_llm(tiny_llm(request.param), image_token_id=IMAGE, **SIZES)
-
-
-def merged_prompt(*rows):
-    """As `tiny.prompt`, for images given in tokens: MERGE times as many patches each way."""
-    inputs = prompt(*rows)
-    shapes = [part for row in rows for part in row if not isinstance(part, int)]
-    images = [image(MERGE * h, MERGE * w, seed) for h, w, seed in shapes]
-    grids = torch.tensor([(1, MERGE * h, MERGE * w) for h, w, _ in shapes])
-    return inputs | {"pixel_values": torch.cat(images), "image_grid_thw": grids}
+    return tiny_vora(request.param, patch_merge=MERGE)
 
 
 def test_every_patch_moves_its_whole_image_and_nothing_before(vora):
@@ -69,7 +62,7 @@ def test_the_processor_makes_as_many_tokens_as_the_model_expects(llm_folder, siz
 
 def test_a_head_learns_the_mean_feature_of_the_patches_of_its_token():
     teacher = Teacher(tiny_vit("vit", image_size=4 * PATCH))
-    student = VoraForConditionalGeneration.from_llm(tiny_llm("llama"), image_token_id=IMAGE, **SIZES)
+    student = tiny_vora("llama", patch_merge=MERGE)
     distillation = BlockwiseDistillation([(0, 0)], 32, 24, center=False)
     learner = Objective(student, VoraImageProcessor(patch_size=PATCH), teacher, distillation)
     inputs = merged_prompt([(2, 2, 0), 20])

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 import torch
 from messages import SIZES, assistant, coloured, encode, spoken, user
-from tiny import tiny_tokenizer
+from tiny import CHATML, tiny_tokenizer
 from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from vora import VoraForConditionalGeneration, VoraProcessor
-
-# Messages to inputs
 
 
 def test_images_and_texts_become_tokens_in_order(processor, tmp_path):
@@ -84,26 +82,20 @@ def test_an_llm_without_a_spare_token_grows_by_one(llm_folder, tmp_path):
     "places, counts, message",
     [
         ([1, 2], [2, 1], "Row 0: .* 1 places .* 2 images"),
-        ([1, 1], [1, 2], "Row 1: .* 1 places .* 2 images"),
         ([1, 0], [1, 1], "Row 1: .* 0 places .* 1 images"),
-        ([0], [1], "Row 0: .* 0 places .* 1 images"),
         ([2, 1], [3], "2 texts are given, but lists of images for 1"),
         ([1], 2, "1 places .* 2 images"),
     ],
 )
-def test_each_text_needs_its_own_images(processor, places, counts, message):
+def test_each_text_needs_its_own_images_in_one_list_or_several(processor, places, counts, message):
     red = coloured("red")
     images = [red] * counts if isinstance(counts, int) else [[red] * count for count in counts]
     with pytest.raises(ValueError, match=message):
         processor(text=[processor.image_token * count + "a" for count in places], images=images)
-
-
-def test_images_in_one_list_follow_each_other_through_the_texts(processor):
     texts = [processor.image_token + "a", processor.image_token * 2 + "b"]
-    one, two, three = coloured("red"), coloured("teal", (12, 4)), coloured("blue", (8, 8))
-    flat = processor(text=texts, images=[one, two, three], return_tensors="pt")
-    nested = processor(text=texts, images=[[one], [two, three]], return_tensors="pt")
-    assert all(torch.equal(flat[name], nested[name]) for name in nested)
+    flat = processor(text=texts, images=[red, coloured("teal", (12, 4)), coloured("blue", (8, 8))])
+    nested = processor(text=texts, images=[[red], [coloured("teal", (12, 4)), coloured("blue", (8, 8))]])
+    assert all(np.array_equal(flat[name], nested[name]) for name in nested)
 
 
 def test_no_part_of_a_message_vanishes(processor, tmp_path):
@@ -149,8 +141,6 @@ def test_control_tokens_that_a_message_spells_are_text(as_parts, sentencepiece):
         assert spelt in decoded and f"{image} yes" in decoded
 
 
-# Training samples
-
 CONVERSATION = [
     {"role": "system", "content": "system"},
     user(coloured("red"), "what colour is the shape?"),
@@ -185,24 +175,20 @@ def test_a_turn_ends_where_the_template_ends_it():
     assert model.generation_config.eos_token_id == sorted({5, *processor.end_ids})
 
 
-def of_messages(answer):
-    return "{% for m in messages %}" + answer + "{% endfor %}"
-
-
 @pytest.mark.parametrize("sentencepiece", [True, False])
 @pytest.mark.parametrize(
-    "template",
+    "turn",
     [
-        of_messages("{{ m['role'] + ': ' + m['content'] + '\n' }}"),  # no special token ends a turn
-        of_messages("{{ ' ' + m['content'] + ' ' + eos_token }}"),  # a space is no end, though decoders leave it out
-        of_messages("{{ ' ' + m['content'] + '\n' + eos_token }}"),
-        of_messages("{{ ' ' + m['content'] + ' ' }}"),
-        "{{ '<|endoftext|>' }}"
-        + of_messages("{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}"),  # drops them
+        "{{ m['role'] + ': ' + m['content'] + '\n' }}",  # no special token ends a turn
+        "{{ ' ' + m['content'] + ' ' + eos_token }}",  # a space is no end, though decoders leave it out
+        "{{ ' ' + m['content'] + '\n' + eos_token }}",
+        "{{ ' ' + m['content'] + ' ' }}",
+        "{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}",  # drops them
         "{{ raise_exception('no') }}",
     ],
 )
-def test_templates_whose_turns_the_tokenizers_own_token_ends(template, sentencepiece):
+def test_templates_whose_turns_the_tokenizers_own_token_ends(turn, sentencepiece):
+    template = "{{ '<|endoftext|>' }}{% for m in messages %}" + turn + "{% endfor %}"
     tokenizer = tiny_tokenizer(chat_template=template, sentencepiece=sentencepiece)
     processor = VoraProcessor.from_llm(tokenizer, **SIZES)
     assert processor.end_ids == [tokenizer.eos_token_id]
@@ -211,26 +197,12 @@ def test_templates_whose_turns_the_tokenizers_own_token_ends(template, sentencep
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
-def begin_with_bos(tokenizer):
-    """Let a tokenizer put <|endoftext|> before every text, as many do."""
-    before = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
-    tokenizer.backend_tokenizer.post_processor = before
-
-
-def test_the_template_alone_writes_special_tokens():
-    tokenizer = tiny_tokenizer(bos_token="<|endoftext|>")  # its chat template has none
-    begin_with_bos(tokenizer)
-    processor = VoraProcessor.from_llm(tokenizer, **SIZES)
-    messages = [user(coloured("red"), "what?"), assistant("red")]
-    for ids in (encode(processor, messages[:1])["input_ids"][0], processor.training_sample(messages)["input_ids"]):
-        assert processor.tokenizer.decode(ids[:2]) == "<|im_start|>user"
-
-
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_a_base_llm_without_template_gets_a_plain_one(adds_bos):
     tokenizer = tiny_tokenizer(chat_template=None, bos_token="<|endoftext|>", pad_token="<|endoftext|>")
-    if adds_bos:
-        begin_with_bos(tokenizer)
+    if adds_bos:  # before every text, as many tokenizers do
+        before = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+        tokenizer.backend_tokenizer.post_processor = before
     processor = VoraProcessor.from_llm(tokenizer, **SIZES)
     messages = [user(coloured("red"), "what?"), assistant("red"), user("yes?"), assistant("no")]
     sample = processor.training_sample(messages)
@@ -238,6 +210,9 @@ def test_a_base_llm_without_template_gets_a_plain_one(adds_bos):
     assert (sample["input_ids"] == 0).sum() == adds_bos and (sample["input_ids"][0] == 0) == adds_bos
     inputs = encode(processor, messages[:3])["input_ids"][0].tolist()
     assert sample["input_ids"][: len(inputs)].tolist() == inputs
+    processor.set_template(CHATML)  # where there is one, it alone writes special tokens
+    for ids in (encode(processor, messages[:1])["input_ids"][0], processor.training_sample(messages)["input_ids"]):
+        assert processor.tokenizer.decode(ids[:2]) == "<|im_start|>user"
 
 
 @pytest.mark.parametrize("sentencepiece", [True, False])

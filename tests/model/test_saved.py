@@ -1,14 +1,11 @@
 """A processor and a model saved and loaded, also where this package is not installed."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import torch
 from messages import SIZES, assistant, coloured, encode, spoken, user
-from tiny import tiny_tokenizer
+from tiny import command_line, tiny_tokenizer
 from transformers import AutoProcessor
 
 from vora import VoraImageProcessor, VoraProcessor
@@ -34,15 +31,8 @@ ELSEWHERE = """
 import sys
 import numpy, torch
 from PIL import Image
-from transformers import (
-    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 folder = sys.argv[1]
-try:
-    import vora
-    sys.exit("vora is importable here")
-except ImportError:
-    pass
 loaded = {auto: auto.from_pretrained(folder, trust_remote_code=True) for auto in
           (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor)}
 model, processor = loaded[AutoModelForImageTextToText], loaded[AutoProcessor]
@@ -63,13 +53,9 @@ def test_a_saved_folder_loads_where_this_package_is_not_installed(model, process
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["is_mm_prefix_lm"] is True
-    # isolated (-I), in another folder and with the name blocked, nothing can bring the package back
-    surroundings = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    surroundings["HF_MODULES_CACHE"] = str(tmp_path / "modules")
-    # one thread here as there: rounding depends on how a sum is shared out
-    blocked = "import sys, torch; sys.modules['vora'] = None; torch.set_num_threads(1)\n" + ELSEWHERE
-    command = [sys.executable, "-I", "-c", blocked, str(tmp_path)]
-    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, cwd=tmp_path)
+    # with the name blocked nothing can bring the package back; one thread, for rounding depends on their number
+    blocked = "import os, sys; os.environ['HF_MODULES_CACHE'] = sys.argv[1] + '/modules'; sys.modules['vora'] = None\n"
+    done = command_line(tmp_path, code=blocked + ELSEWHERE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         asked = [user(coloured("red"), [coloured("red"), coloured("blue")], "what?")]

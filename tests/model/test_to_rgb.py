@@ -3,14 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from messages import coloured
+from messages import coloured, noise
 from PIL import Image
 
 from vora.model.fetch_image import fetch_image, is_animated
-
-
-def noise(size):
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
 
 def read_back(image, kind, tmp_path, **kwargs):
@@ -30,18 +26,17 @@ def test_formats_of_the_list_are_read(tmp_path, kind):
         assert red[0] > 200 and max(red[1:]) < 60
 
 
-def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
-    for values in ([0, 256, 32768, 65535], [0, 100, 200, 255]):  # the second image is dark, not of 8 bits
-        grey = np.array([values] * 4, dtype=np.uint16)
-        found = np.asarray(read_back(Image.fromarray(grey), "PNG", tmp_path))
-        assert np.abs(found[0, :, 0] - np.array(values) / 257).max() <= 0.5
-
-
-def test_32_bit_and_float_grey(tmp_path):
-    for dtype, values in ((np.int32, [0, 128, 255]), (np.float32, [0, 0.5, 1]), (np.float32, [0, 128, 255])):
-        grey = np.array([values] * 3, dtype=dtype)
-        found = np.asarray(read_back(Image.fromarray(grey), "TIFF", tmp_path))
-        assert found[0, :, 1].tolist() == [0, 128, 255]
+@pytest.mark.parametrize(
+    "dtype, values, unit",
+    [
+        (np.uint16, [0, 256, 32768, 65535], 257), (np.uint16, [0, 100, 255], 257),  # the second is dark, not of 8 bits
+        (np.int32, [0, 128, 255], 1), (np.float32, [0, 128, 255], 1), (np.float32, [0, 0.5, 1], 1 / 255),
+    ],
+)  # fmt: skip
+def test_grey_of_more_than_8_bits_is_scaled_not_clipped(tmp_path, dtype, values, unit):
+    kind = "PNG" if dtype == np.uint16 else "TIFF"
+    found = read_back(Image.fromarray(np.array([values] * 3, dtype)), kind, tmp_path)
+    assert np.abs(np.asarray(found)[0, :, 1] - np.array(values) / unit).max() <= 0.5
 
 
 @pytest.mark.parametrize(
@@ -54,13 +49,10 @@ def test_32_bit_and_float_grey(tmp_path):
 )  # fmt: skip
 def test_transparency_lies_on_white(tmp_path, mode, colour, expected):
     assert read_back(coloured(colour, (4, 4), mode), "PNG", tmp_path).getpixel((2, 2)) == expected
-
-
-def test_palette_with_transparency_lies_on_white(tmp_path):
-    image = Image.new("P", (4, 4), 0)
-    image.putpalette([0, 0, 0, 255, 0, 0])
-    image.putpixel((1, 1), 1)
-    found = read_back(image, "PNG", tmp_path, transparency=0)
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.putpixel((1, 1), 1)
+    found = read_back(palette, "PNG", tmp_path, transparency=0)
     assert found.getpixel((0, 0)) == (255, 255, 255) and found.getpixel((1, 1)) == (255, 0, 0)
 
 
@@ -86,19 +78,12 @@ def test_arrays():
     assert fetch_image(pixels[:, :1, 0]).size == (1, 10)
 
 
-@pytest.mark.parametrize(
-    "array, cause",
-    [
-        (np.full((4, 4, 3), np.nan), "NaN"),
-        (np.array([[[0.1, 0.2, -0.3]]]), "values from -0.3 to 0.2"),
-        (np.array([[[0, 9, 256.0]]]), "values from 0 to 256"),
-        (np.array([[5, -1]], np.int32), "values from -1 to 5"),
-        (np.zeros((0, 4, 3)), "shape"),
-        (np.zeros((5, 5, 2), np.uint8), "shape"),
-        (np.zeros(4, np.uint8), "shape"),
+def test_arrays_that_are_no_images_are_refused():
+    for array, cause in (
+        (np.full((4, 4, 3), np.nan), "NaN"), (np.array([[[0.1, 0.2, -0.3]]]), "values from -0.3 to 0.2"),
+        (np.array([[[0, 9, 256.0]]]), "values from 0 to 256"), (np.array([[5, -1]], np.int32), "values from -1 to 5"),
+        (np.zeros((0, 4, 3)), "shape"), (np.zeros((5, 5, 2), np.uint8), "shape"), (np.zeros(4, np.uint8), "shape"),
         (None, "shape"),
-    ],
-)
-def test_arrays_that_are_no_images_are_refused(array, cause):
-    with pytest.raises(ValueError, match=f"Cannot read image .*{cause}"):
-        fetch_image(array)
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"Cannot read image .*{cause}"):
+            fetch_image(array)

@@ -3,15 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from messages import encode, user
+from messages import encode, noise, user
 from PIL import Image
 
 from vora.model.image_processing_vora import Video
 
 
 def frames(count=3, size=(8, 12), seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 255, (count, size[1], size[0], 3), np.uint8)
-    return [Image.fromarray(one) for one in pixels]
+    return [noise(size, 10 * seed + number) for number in range(count)]
 
 
 RED = frames(1)[0]
@@ -39,6 +38,10 @@ def test_animated_images_arrays_and_paths_are_videos(processor, tmp_path):
         for given in videos:
             found = encode(processor, [{"role": "user", "content": [{"type": "video", **given}]}])
             assert torch.equal(found["pixel_values"], expected)
+    no_videos = {"0 frames": [], "film.mp4.*list of images": "film.mp4", "no such file": ["no.png"]}
+    for cause, given in no_videos.items():
+        with pytest.raises(ValueError, match=cause):
+            encode(processor, [{"role": "user", "content": [{"type": "video", "video": given}]}])
 
 
 def test_the_budget_is_of_each_image_and_each_frame(processor):
@@ -56,32 +59,20 @@ def test_the_budget_is_of_each_image_and_each_frame(processor):
         encode(processor, [user(RED)], min_image_tokens=9, max_image_tokens=4)
 
 
-@pytest.mark.parametrize(
-    ("given", "cause"), [([], "0 frames"), ("film.mp4", "film.mp4.*list of images"), (["no.png"], "no such file")]
-)
-def test_what_is_no_video_is_refused(processor, given, cause):
-    with pytest.raises(ValueError, match=cause):
-        encode(processor, [{"role": "user", "content": [{"type": "video", "video": given}]}])
-
-
 def test_images_alone_make_pixels_and_no_images_none(processor):
-    inputs, alone = processor(images=RED, return_tensors="pt"), processor.image_processor(RED, return_tensors="pt")
-    assert set(inputs) == {"pixel_values", "image_grid_thw"}
-    assert torch.equal(inputs["pixel_values"], alone["pixel_values"])
+    images = frames()
+    array = np.stack([np.asarray(one) for one in images])
+    expected = processor.image_processor(images, return_tensors="pt")
+    for use in (processor.image_processor, processor):  # an array of several images is a list of them
+        for given in (images, array, torch.from_numpy(array), [array[:2], array[2]]):
+            found = use(images=given, return_tensors="pt")
+            assert found.keys() == expected.keys() == {"pixel_values", "image_grid_thw"}
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+    inputs = processor(text=processor.image_token * 3, images=array)
+    assert inputs["image_grid_thw"].tolist() == expected["image_grid_thw"].tolist()
     for none in ([], [[]]):
         assert set(processor(text="hello", images=none)) == {"input_ids", "attention_mask"}
     with pytest.raises(ValueError, match="at least one input"):
         processor()
     with pytest.raises(ValueError, match="Videos go into messages"):
         processor(text="hello", videos=[frames(2)])
-
-
-def test_an_array_of_several_images_is_a_list_of_them(processor):
-    images = frames()
-    array = np.stack([np.asarray(one) for one in images])
-    expected = processor.image_processor(images, return_tensors="pt")
-    for given in (array, torch.from_numpy(array), [array[:2], array[2]]):
-        found = processor.image_processor(given, return_tensors="pt")
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
-    inputs = processor(text=processor.image_token * 3, images=array)
-    assert inputs["image_grid_thw"].tolist() == expected["image_grid_thw"].tolist()

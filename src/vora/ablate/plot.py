@@ -24,7 +24,9 @@ def draw_curves(
         own = [curve for (name, _), curve in curves.items() if name == variant]
         color, style, mark = ("black", "--", " (baseline)") if variant == baseline else (next(colours), "-", "")
         if own:
-            samples, values = common(own)
+            first, last = max(c.samples[0] for c in own), min(c.samples[-1] for c in own)
+            samples = np.linspace(first, max(first, last), NUM_POINTS)  # where all seeds have been
+            values = np.stack([np.interp(samples, c.samples, c.smooth) for c in own])
             mean = values.mean(0)
             (line,) = axes.plot(samples, mean, style, color=color, lw=1.8, label=f"{variant} {mean[-1]:.3f}{mark}")
             axes.fill_between(samples, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
@@ -41,17 +43,8 @@ def draw_curves(
     save_figure(figure, image, dpi=130)
 
 
-def common(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Curves of several seeds at the same numbers of samples, where all of them have been: float[NUM_POINTS] samples,
-    float[curves, NUM_POINTS] losses."""
-    first, last = max(c.samples[0] for c in curves), min(c.samples[-1] for c in curves)
-    samples = np.linspace(first, max(first, last), NUM_POINTS)
-    return samples, np.stack([np.interp(samples, c.samples, c.smooth) for c in curves])
-
-
 def limits(drawn: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, tuple[float, float]]:
-    """Of the axes. A run begins far above where it ends: the room is given to what differs after the first third of
-    each line of `common`."""
+    """Of the axes: a run begins far above where it ends, so they show what differs after each line's first third."""
     later = np.concatenate([values[:, NUM_POINTS // 3 :].ravel() for _, values in drawn])
     room = 0.05 * np.ptp(later) or 0.1
     return {"xlim": (0, max(samples[-1] for samples, _ in drawn)), "ylim": (later.min() - room, later.max() + room)}

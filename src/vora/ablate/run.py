@@ -61,8 +61,7 @@ def ablate(spec_file: str | Path, out: str | Path, overrides: Sequence[str], con
             console.print(f"[red]{run.name} failed:[/red] {escape(cause)}", highlight=False)
         if not done and number < len(runs):
             gc.collect()  # memory is given back before the next run, as if each had a process of its own
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
             draw(spec, runs, failures, out, spec_file.stem, command)  # what there is, for those who look meanwhile
     return draw(spec, runs, failures, out, spec_file.stem, command)
 

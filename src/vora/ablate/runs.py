@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import TrainerCallback
+from transformers.utils.generic import flatten_dict
 
 from vora.ablate.spec import EvaluateSection, Run
 from vora.checkpoint.load import merge_run
@@ -45,7 +46,7 @@ def check_same(run: Run, samples: int | None) -> None:
     if not file.exists() or not (run.is_finished or newest_checkpoint(run.folder)):
         return  # nothing would be lost
     cure = "choose another --out, or delete that folder to run it anew."
-    there, wanted = (_flat(recipe.model_dump(mode="json")) for recipe in (load_recipe(file), run.recipe))
+    there, wanted = (flatten_dict(recipe.model_dump(mode="json")) for recipe in (load_recipe(file), run.recipe))
     differ = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
     if differ:
         changes = "; ".join(f"{key} was {there.get(key)}, is {wanted.get(key)}" for key in differ[:4])
@@ -84,7 +85,7 @@ def measure_run(run: Run, sections: Sequence[EvaluateSection], beside: Path, con
             for stale in out.parent.glob(f"{out.stem}.*"):
                 stale.unlink()
         out.parent.mkdir(exist_ok=True)
-        write_whole(_request_file(out), section.model_dump(mode="json"))
+        write_whole(out.with_suffix(".request.json"), section.model_dump(mode="json"))
         evaluation = section.evaluation(base_of(run, section))
         name = run.folder / "final"
         evaluate((model, processor), evaluation, data.paths, out, model_name=name, console=console, **data.options)
@@ -131,13 +132,9 @@ def _report_file(run: Run, section: EvaluateSection) -> Path:
     return run.folder / "eval" / f"{section.name}.json"
 
 
-def _request_file(report: Path) -> Path:
-    return report.with_suffix(".request.json")
-
-
 def _is_same_request(report: Path, section: EvaluateSection) -> bool:
     """Whether a report answers what a section asks for; which of its figures are shown is no matter."""
-    file = _request_file(report)
+    file = report.with_suffix(".request.json")
     before = json.loads(file.read_text()) if file.exists() else {}
     given = {key: value for key, value in before.items() if value is not None and key != "metrics"}
     return given == section.model_dump(mode="json", exclude_none=True, exclude={"metrics"})
@@ -157,10 +154,3 @@ def _data_of(run: Run, section: EvaluateSection, beside: Path) -> Data:
         list(map(found, paths)),
         **section.model_dump(include={"split", "subset", "image_folder", "columns", "allow_urls"}),
     )
-
-
-def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + str(key): value}
-    return flat

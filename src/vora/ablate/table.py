@@ -26,12 +26,9 @@ def over_seeds(by_seed: Mapping[int, float]) -> dict[str, Any]:
 
 
 def summary(
-    variants: Mapping[str, Sequence[str]],
-    baseline: str,
-    curves: Mapping[Key, Curve],
-    scores: Scores,
+    variants: Mapping[str, Sequence[str]], baseline: str, curves: Mapping[Key, Curve], scores: Scores,
     failures: Mapping[Key, str],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """All figures of a table: `variants`, a list of what is known of each, and `warnings`, what keeps it from being a
     fair comparison. Given are {variant: overrides}, and of runs their curves, {metric: value} and causes of failure.
     """
@@ -53,9 +50,8 @@ def summary(
         for name in ("samples_seen", "distill_only", "tokens", "seconds"):
             row[name] = over_seeds({seed: getattr(curve, name) for seed, curve in own.items()})
         row["metrics"] = {name: over_seeds(values) for name, values in figures.items()}
-        rows.append(
-            row | {"difference": differences if variant != baseline else {}, "to_baseline": _to_baseline(own, theirs)}
-        )
+        row |= {"difference": {} if variant == baseline else differences, "to_baseline": _to_baseline(own, theirs)}
+        rows.append(row)
     return {"variants": rows, "warnings": _warnings(rows)}
 
 

@@ -40,14 +40,9 @@ TOKENS_PER_DISTILL_STEP = 350  # that the bare LLM reads in the time of a step t
 
 
 def run_quickstart(
-    out: str | Path,
-    *,
-    llm: str = "smollm2-135m",
-    minutes: float = 13.0,
-    seed: int = 0,
-    overrides: Sequence[str] = (),
-    console: Console,
-) -> dict[str, Any]:
+    out: str | Path, *, llm: str = "smollm2-135m", minutes: float = 13.0, seed: int = 0,
+    overrides: Sequence[str] = (), console: Console,
+) -> dict[str, Any]:  # fmt: skip
     """Train a model that sees, measure it, and leave in `out` report.html, model/, the run directory run/,
     evaluation.json, and result.json, whose content is returned.
 
@@ -96,17 +91,11 @@ def run_quickstart(
 
     console.print(f"[4/5] Asking the merged model all {num_questions:,} test questions")
     result = measured((model, processor), samples, out, console) | {
-        "num_test_questions": num_questions,
-        "train_seconds": train_seconds,
-        "total_seconds": None,
+        "num_test_questions": num_questions, "num_samples_seen": trainer.num_samples_seen,
+        "num_steps": trainer.state.global_step, "train_seconds": train_seconds, "dtype": dtype, "llm": llm,
+        "seed": seed, "num_cpus": os.cpu_count(),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT,
-        "num_samples_seen": trainer.num_samples_seen,
-        "num_steps": trainer.state.global_step,
-        "dtype": dtype,
-        "llm": llm,
-        "seed": seed,
-        "num_cpus": os.cpu_count(),
-    }
+    }  # fmt: skip
     console.print("[5/5] Writing the report")
     command = " ".join([f"vora quickstart --llm {llm} --minutes {minutes:g} --seed {seed}", *overrides])
     write_run_card(out / "model", out / "run", evaluation=card_rows(result, command))
