@@ -30,7 +30,10 @@ def losses(folder: Path, names: tuple[str, ...] = NAMED) -> dict[int, list[float
 
 def close_to(found: dict[int, list[float | None]], **tolerance: float) -> dict:
     """What `losses` gave, to be compared with another run's."""
-    return {step: pytest.approx(values, **tolerance) for step, values in found.items()}
+    return {
+        step: [None if value is None else pytest.approx(value, **tolerance) for value in values]
+        for step, values in found.items()
+    }
 
 
 def write_lines(path: Path, lines: list[dict]) -> str:
