@@ -118,7 +118,7 @@ def test_a_grid_goes_on_after_a_signal_a_kill_and_a_failure(work, tmp_path, monk
     monkeypatch.setattr("vora.ablate.run.draw_curves", lambda *given: None)
     monkeypatch.setattr("vora.ablate.runs.train", ended)
     with pytest.raises(SystemExit):
-        ablate(spec, out, [], QUIET)
+        ablate(spec, out, [], Console(quiet=True))  # whose progress display is never ended
     assert (taught / "checkpoint-2").exists() and not (out / "table.md").exists()
     (taught / "final").mkdir()
     (taught / "final" / "half").write_text("killed while it saved")

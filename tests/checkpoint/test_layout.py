@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from tiny import tiny_llm, tiny_vora
 
@@ -139,8 +141,11 @@ def test_a_temperature_without_sampling_is_saved_as_it_came(tmp_path):
     model.save_pretrained(tmp_path / "own")
     info = replace(read_info(tmp_path / "own"), base_llm="some/vicuna")
     save_merged(model, None, tmp_path / "merged", info)
-    model.to_llm().save_pretrained(tmp_path / "llm")
-    for folder in ("own", "merged", "llm"):
+    folders = ["own", "merged"]
+    if Version(transformers.__version__) >= Version("5.23"):  # earlier ones save no LLM with such values
+        model.to_llm().save_pretrained(tmp_path / "llm")
+        folders.append("llm")
+    for folder in folders:
         values = json.loads((tmp_path / folder / "generation_config.json").read_text())
         assert (values["temperature"], values["top_p"]) == (0.9, 0.6) and "do_sample" not in values
         assert ("suppress_tokens" in values) == (folder != "llm")

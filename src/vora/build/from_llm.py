@@ -69,6 +69,7 @@ def wrap_llm(llm: PreTrainedModel, config: VoraConfig) -> VoraForConditionalGene
         model = VoraForConditionalGeneration(config)
     # of an LLM that is part of a multimodal model, only the language model
     model.model.language_model = getattr(llm.base_model, "language_model", llm.base_model)
+    model.config.text_config = model.model.language_model.config  # not a copy, see `VoraModel`
     model.lm_head = llm.get_output_embeddings()
     model.model.patch_embedding = PatchEmbedding(config).to(llm.device, llm.dtype)
     model.model.patch_embedding.apply(model._init_weights)

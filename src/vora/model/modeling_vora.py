@@ -73,6 +73,7 @@ class VoraModel(VoraPreTrainedModel):
         super().__init__(config)
         self.patch_embedding = self.patch_embedding_class(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        config.text_config = self.language_model.config  # not a copy, which would miss a change of attention
         self._no_split_modules = self.language_model._no_split_modules
         self.post_init()
 

@@ -218,6 +218,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def known_training_arguments(self) -> "Recipe":
         types = {field.name: str(field.type) for field in fields(TrainingArguments) if field.name != "output_dir"}
+        types |= dict.fromkeys(CHECKPOINTING, "bool | int")  # by either name, whichever release is installed
         for key in self.training:
             if key not in types:
                 raise ValueError(f"training.{key} is not a field of TrainingArguments{nearest(key, types)}")
