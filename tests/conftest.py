@@ -25,12 +25,17 @@ def teacher_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory, llm_folder):
+def processor(llm_folder):
+    return vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, llm_folder, processor):
     """A tiny VoRA model with its processor, saved."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     vora.VoraForConditionalGeneration.from_llm(llm_folder, patch_size=4, image_size=12).save_pretrained(folder)
-    vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12).save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
 
 

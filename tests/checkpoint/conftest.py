@@ -1,10 +1,9 @@
 """Runs of both stages and all that is made of them, for the tests of folders and of cards."""
 
-import json
 import shutil
 
 import pytest
-from PIL import Image
+from messages import write_questions
 from rich.console import Console
 from tiny import save_tiny_vit
 
@@ -22,13 +21,9 @@ def work(tmp_path_factory, llm_folder):
     (work / "tiny-llama" / "README.md").write_text("---\nlicense: other\nlicense_name: tiny-terms\n---\n# Tiny\n")
     save_tiny_vit(work / "vit")
     (work / "vit" / "README.md").write_text("---\nlicense: mit\n---\n# A teacher\n")
-    for name in ("red", "blue"):
-        Image.new("RGB", (16, 16), name).save(work / f"{name}.png")
-    lines = [{"image": f"{name}.png", "question": "what?", "answer": name} for name in ("red", "blue")]
-    for file in ("first.jsonl", "second.jsonl"):
-        (work / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_questions(work / "second.jsonl")
     sources = [
-        {"path": str(work / "first.jsonl"), "weight": 2},
+        {"path": str(write_questions(work / "first.jsonl")), "weight": 2},
         {"path": str(work / "sec*.jsonl"), "weight": 1, "image_folder": str(work)},
     ]
     steps = {"max_steps": 3, "save_steps": 1, "logging_steps": 2, "per_device_train_batch_size": 1, "use_cpu": True}

@@ -7,19 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import vora
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 from tiny import GRID, PATCH, SHAPE, command_line, logits_of, prompt, tiny_tokenizer, train_a_little
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 from vora import VoraForConditionalGeneration
 from vora.build.lora import attach_vision_lora, merge_vision_lora
 from vora.checkpoint import load_adapter, load_model, merge_run, read_info, save_adapter
 from vora.checkpoint.load import digest_of, load_processor
 from vora.checkpoint.pretrained import committed_model
-from vora.cli import app
 from vora.model.processing_vora import VoraProcessor
 
 OWN_MODEL = Path(committed_model())
@@ -85,8 +84,8 @@ def test_merges_by_command_over_a_folder_that_it_does_not_name(adapter, llm_fold
     merged, folder = adapter[1], bent(adapter[0], tmp_path / "nameless", base_llm=None)
     with pytest.raises(ValueError, match="was a folder and so is not named in it.* --llm LLM"):
         load_model(str(folder))
-    result = CliRunner().invoke(app, ["merge", str(folder), "--llm", str(llm_folder), "-o", str(tmp_path / "out")])
-    assert result.exit_code == 0, result.output
+    result = vora("merge", folder, "--llm", llm_folder, "-o", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
     again, _ = load_model(str(tmp_path / "out"))
     for name, parameter in merged.named_parameters():
         torch.testing.assert_close(again.get_parameter(name), parameter)

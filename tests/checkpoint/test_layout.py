@@ -21,8 +21,6 @@ from vora.checkpoint.save import merge
 from vora.distill.blockwise import SUMMARY
 
 LAYERS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
-
-
 KINDS = dict.fromkeys(("one/final", "one/checkpoint-2", "second/final", "adapter"), "adapter")
 KINDS |= {"merged": "merged", "llm": "llm"}
 

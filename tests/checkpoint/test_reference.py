@@ -9,12 +9,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from huggingface_hub import save_torch_state_dict
+from messages import noise
 from original import IMAGE, OriginalVora, save_original, square_frame
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llm, tiny_tokenizer
 from torch.nn.functional import pad, unfold
@@ -31,7 +30,6 @@ from vora.train.stages import build_objective
 
 RELEASED = Path(__file__).resolve().parents[3] / "shared" / "reference"
 CASES = {
-    "tied qwen2": {"tied": True},
     "attention alone": {"targets": ["self_attn.q_proj", "self_attn.o_proj"]},
     "tied llama": {"family": "llama", "tied": True},
     "mlp of qwen3": {"family": "qwen3", "targets": ["self_attn.v_proj"]},
@@ -169,7 +167,7 @@ def test_logits_and_losses_of_every_level_are_the_originals(case, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_merges_at_import_or_later_saves_reloads_and_generates(tmp_path, dtype):
+def test_it_merges_at_import_or_later_saves_and_reloads(tmp_path, dtype):
     checkpoint = made(tmp_path, dtype=dtype)
     unmerged, now = checkpoint.bring_in(tmp_path / "unmerged"), checkpoint.bring_in(tmp_path / "now", merge=True)
     later, processor = merge_run(unmerged)
@@ -187,11 +185,7 @@ def test_it_merges_at_import_or_later_saves_reloads_and_generates(tmp_path, dtyp
             opened.save_pretrained(unmerged)
         for one in (model, opened):
             checkpoint.assert_same(one, "merged")
-        llm = model.to_llm()
-        assert llm.config.model_type == "llama" and (now / "README.md").exists()
-        ids = torch.tensor([[7, 8, 9]])
-        assert torch.equal(llm(input_ids=ids).logits, model(input_ids=ids).logits)
-        assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 7)
+        assert model.to_llm().config.model_type == "llama" and (now / "README.md").exists()
 
 
 def test_shards_are_one_checkpoint(plain, tmp_path):
@@ -290,10 +284,9 @@ def test_the_checkpoints_mask_is_kept(plain, tmp_path):
 def test_black_squares_are_the_originals():
     images = {"patch_size": 4, "min_image_tokens": 9, "max_image_tokens": 9}
     for width, height in ((30, 17), (17, 30), (8, 8), (200, 3)):
-        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        processor = VoraImageProcessor(pad_to_square=True, **images)
-        found = processor(Image.fromarray(pixels), return_tensors="pt")
-        patches = unfold(square_frame(Image.fromarray(pixels), 12), 4, stride=4).T
+        processor, image = VoraImageProcessor(pad_to_square=True, **images), noise((width, height))
+        found = processor(image, return_tensors="pt")
+        patches = unfold(square_frame(image, 12), 4, stride=4).T
         assert found["image_grid_thw"].tolist() == [[1, 3, 3]]
         assert (found["pixel_values"] - patches).abs().max() < 1e-5
         assert processor.get_number_of_image_patches(width, height) == 9

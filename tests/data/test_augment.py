@@ -4,13 +4,13 @@ import random
 
 import numpy as np
 import pytest
-from PIL import Image
+from messages import noise
 
 from vora.data.augment import augmented
 from vora.data.schema import Sample
 from vora.data.turns import question_and_answer
 
-IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8))
+IMAGE = noise((40, 30))
 ALL = {"crop": 0.3, "flip": True, "colour": 0.3}
 
 

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from test_schema import BLUE, LAYOUTS, RED, RED_PNG, TELL, content_of, turns
 
-import vora
 from vora.data.columns import RowOptions
 from vora.data.json_source import elements
 from vora.data.packing import tokenize_sample
@@ -89,11 +88,10 @@ def write_tar(path, files):
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_each_layout_reads_as_it_is_and_becomes_tokens_and_labels(name, llm_folder):
+def test_each_layout_reads_as_it_is_and_becomes_tokens_and_labels(name, processor):
     source = opened(LAYOUTS / name, image_folder=LAYOUTS / "images" if name == "llava.json" else None)
     assert [content_of(source[i]) for i in range(len(source))] == EXPECTED[name]
     assert content_of(source[0]) == EXPECTED[name][0]  # nothing of a block is used up
-    processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
     for sample in source:
         for conversation in sample.conversations:
             found = tokenize_sample(sample, processor, [conversation])

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import vora
 from vora.data.columns import RowOptions
 from vora.data.packing import tokenize_sample
 from vora.data.prompts import Prompts
@@ -179,8 +178,7 @@ def test_bad_rows_say_why(folder, row, cause):
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"loss": False}, {"loss_mask": 0}, {"train": False, "weight": None}])
-def test_marked_turns_are_read_but_not_learned(llm_folder, mark):
-    processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+def test_marked_turns_are_read_but_not_learned(processor, mark):
     said = turns("one?", "no", "two?", "yes")
     said[0] |= mark
     said[1] |= mark

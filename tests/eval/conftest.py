@@ -1,57 +1,41 @@
-"""What the tests of evaluation share: the command in this process, and data of every task."""
+"""What the tests of evaluation share: reports, a model, and data of every task."""
 
 import io
 import json
 import sys
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import command
 import pytest
 import torch
-from PIL import Image
+from messages import noise
+from test_readers import write
 
 import vora
 
 
 @pytest.fixture
-def command(monkeypatch):
-    """`vora` in this process, with arguments: its exit status."""
-    from vora import cli
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["vora", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code or 0
-
-    return run
-
-
-@pytest.fixture
-def report_of(command, model_folder, tmp_path):
+def report_of(model_folder, tmp_path):
     """`vora eval` of the tiny model: (task, data, further options) to its report."""
 
     def run(task, data, *options, model=model_folder, name="r"):
         out = tmp_path / f"{name}.json"
         paths = data if isinstance(data, (list, tuple)) else [data]
-        assert command("eval", "-m", model, "--task", task, "-o", out, *options, "--data", *paths) == 0
+        ran = command.vora("eval", "-m", model, "--task", task, "-o", out, *options, "--data", *paths)
+        assert ran.returncode == 0, ran.stderr
+        print(ran.stderr, file=sys.stderr)
         return json.loads(out.read_text())
 
     return run
 
 
 @pytest.fixture(scope="session")
-def seeing(llm_folder):
+def seeing(llm_folder, processor):
     """A tiny model that is sure of its answers, its processor, and four images of noise."""
     torch.manual_seed(0)
     model = vora.VoraForConditionalGeneration.from_llm(llm_folder, patch_size=4, image_size=12)
     for parameter in model.parameters():
         parameter.data *= 1.5
-    processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
-    draw = np.random.default_rng(0)
-    images = [Image.fromarray(draw.integers(0, 255, (8, 4 * n, 3), dtype=np.uint8)) for n in (1, 2, 3, 4)]
-    return model, processor, images
+    return model, processor, [noise((4 * n, 8), n) for n in (1, 2, 3, 4)]
 
 
 @pytest.fixture(scope="session")
@@ -59,9 +43,8 @@ def png():
     """A small image of noise as a column has it: bytes and a name."""
 
     def make(number):
-        noise = np.random.default_rng(number).integers(0, 255, (8, 12, 3), dtype=np.uint8)
         file = io.BytesIO()
-        Image.fromarray(noise).save(file, "PNG")
+        noise((12, 8), number).save(file, "PNG")
         return {"bytes": file.getvalue(), "path": f"{number}.png"}
 
     return make
@@ -69,8 +52,7 @@ def png():
 
 def written(file, rows, png, **options):
     """A Parquet file of rows, each with an image of its own unless it names one."""
-    pq.write_table(pa.Table.from_pylist([{"image": png(n), **row} for n, row in enumerate(rows)]), file, **options)
-    return file
+    return write(file, *({"image": png(n), **row} for n, row in enumerate(rows)), **options)
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """Tasks: rows of any files to examples, predictions to scores, scores to metrics."""
 
-import json
 import math
 import re
 
 import pytest
 from PIL import Image
+from test_readers import write
 
-import vora
 from vora.data.answers import tasks_of
 from vora.eval.prediction_cache import fingerprints
 from vora.eval.rows import Rows, SkippedRows
@@ -17,9 +16,7 @@ from vora.eval.tasks.text_windows import read_windows
 
 def jsonl(folder, *rows):
     """A file with an image in each row."""
-    imaged = [{"image": f"{number}.png", **row} for number, row in enumerate(rows)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in imaged))
-    return folder / "rows.jsonl"
+    return write(folder / "rows.jsonl", *({"image": f"{number}.png", **row} for number, row in enumerate(rows)))
 
 
 def examples(task, file, skipped=None, rows_options=None, **options):
@@ -27,23 +24,18 @@ def examples(task, file, skipped=None, rows_options=None, **options):
     return make_task(task, **options).examples(rows, SkippedRows() if skipped is None else skipped)
 
 
-def test_places_in_a_question_are_not_read_out(tmp_path):
-    file = jsonl(tmp_path, {"question": "<image>\nwhat is this?", "answer": "red"})
-    assert examples("vqa", file)[0].prompt == "what is this?"
-
-
-@pytest.mark.parametrize("column", ["video", "videos"])
-def test_all_frames_of_a_video_are_shown(tmp_path, column):
+def test_all_frames_of_a_video_are_shown(tmp_path):
     frames = [Image.new("RGB", (8, 8), (0, 80 * n, 0)) for n in range(3)]
     frames[0].save(tmp_path / "v.gif", save_all=True, append_images=frames[1:])
-    file = jsonl(tmp_path, {"image": "", column: ["v.gif"], "caption": "it turns green"})
+    file = jsonl(tmp_path, {"image": "", "video": "v.gif", "caption": "it turns green"})
     assert len(examples("captions", file)[0].images()) == 3
 
 
 def test_one_bad_question_leaves_the_others_of_its_image(tmp_path):
-    row = {"questions": ["a", "b", "c", "d"], "answers": ["x", "", "z", ["one", {"answer": ["two"]}]]}
+    row = {"questions": ["<image>\na", "b", "c", "d"], "answers": ["x", "", "z", ["one", {"answer": ["two"]}]]}
     found = examples("vqa", jsonl(tmp_path, row), skipped := SkippedRows())
     assert [(one.name, one.references) for one in found] == [("rows.jsonl:0#0", ["x"]), ("rows.jsonl:0#2", ["z"])]
+    assert found[0].prompt == "a"  # places are not read out
     assert [one["name"] for one in skipped.named] == ["rows.jsonl:0#1", "rows.jsonl:0#3"]
     assert skipped.named[1]["cause"] == "Its answer is a list, not text."
 
@@ -204,13 +196,11 @@ def test_columns_say_what_task_they_are_for(columns, tasks):
     assert tasks_of(dict.fromkeys(columns.split(), "x")) == tasks
 
 
-def test_text_counts_what_training_would_learn(tmp_path, llm_folder):
-    processor = vora.VoraProcessor.from_llm(llm_folder, patch_size=4, image_size=12)
+def test_text_counts_what_training_would_learn(tmp_path, processor):
     answers = [{"role": "assistant", "content": "no", "weight": 0}, {"role": "assistant", "content": "yes"}]
     said = [{"role": "user", "content": "one?"}, answers[0], {"role": "user", "content": "two?"}, answers[1]]
     rows = [{"messages": said}, {"text": "half \udc00"}, {"messages": said[:1] + [{**answers[1], "content": None}]}]
-    file = tmp_path / "text.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = write(tmp_path / "text.jsonl", *rows)
     (window,), _ = read_windows([file], processor, 64, skipped := SkippedRows())
     targets = window.sample["targets"]
     assert processor.tokenizer.decode(targets[targets != -100]) == "yes<|im_end|>"

@@ -6,6 +6,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from command import vora
+from test_readers import write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vora.checkpoint import load_model
@@ -34,10 +36,9 @@ def changed(tmp_path_factory, model_folder):
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     (folder / "held.txt").write_text(sentence(0, 200))
-    rows = [{"text": sentence(n)} for n in range(1, 12)]
-    (folder / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(folder / "held.jsonl", *({"text": sentence(n)} for n in range(1, 12)))
     messages = [{"role": "user", "content": "what colour?"}, {"role": "assistant", "content": "blue."}]
-    (folder / "turns.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    write(folder / "turns.jsonl", {"messages": messages})
     return folder
 
 
@@ -104,22 +105,18 @@ def test_every_token_is_scored_once_with_half_a_window_before_it(count):
     assert found == ids[scored].tolist() and num_bytes == pytest.approx(120)
 
 
-def test_what_is_wrong_is_said(model_folder, llm_folder, data, tmp_path, command, capsys):
+def test_what_is_wrong_is_said(model_folder, llm_folder, data, tmp_path):
     arguments = ["eval", "-m", model_folder, "--task", "text", "-o", tmp_path / "r.json", "--data"]
-    assert command(*arguments, data / "held.txt") == 1
-    assert "name it with --base" in " ".join(capsys.readouterr().err.split())
+    assert "name it with --base" in vora(*arguments, data / "held.txt").stderr
     other = tmp_path / "other"
     AutoModelForCausalLM.from_pretrained(llm_folder).save_pretrained(other)
     tokenizer = AutoTokenizer.from_pretrained(llm_folder)
     tokenizer.add_tokens(["triangles"])
     tokenizer.save_pretrained(other)
-    assert command(*arguments, data / "held.txt", "--base", other) == 1
-    assert "splits text into other tokens" in " ".join(capsys.readouterr().err.split())
+    assert "splits text into other tokens" in vora(*arguments, data / "held.txt", "--base", other).stderr
 
 
 def test_one_text_tells_too_little_and_a_broken_row_is_bad(changed, measured, tmp_path):
-    rows = [{"text": sentence(1)}, {"messages": ["hi"]}]
-    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = measured(changed, tmp_path / "few.jsonl")
+    report = measured(changed, write(tmp_path / "few.jsonl", {"text": sentence(1)}, {"messages": ["hi"]}))
     assert report["num_bad"] == 1 and "not built as its layout" in report["bad"][0]["cause"]
     assert report["verdict"].startswith("Too little text to tell")

@@ -255,14 +255,6 @@ def test_the_page_needs_nothing_beside_it(seeing, tmp_path, size):
     assert [pair["student"] for pair in figures["similarity"]["pairs"]] == [0, 1]
 
 
-def test_without_a_teacher_the_student_is_shown_alone(seeing, tmp_path):
-    found = inspect_image(fresh(seeing), seeing[1], NOISE, "what?", "blue")
-    write_inspection(tmp_path / "page.html", found, seeing[1].image_processor, "a.png", "model")
-    figures = json.loads((tmp_path / "page.json").read_text())
-    assert figures["similarity"] is None and figures["attention"]["words"] and "teacher" not in figures
-    assert "How alike" not in (tmp_path / "page.html").read_text()
-
-
 def fresh(seeing):
     return Objective(seeing[0].vora, seeing[1].image_processor)
 

@@ -1,14 +1,9 @@
-"""A processor and a model of a tiny LLM, as most tests of messages and images want them."""
+"""A model of a tiny LLM, as most tests of messages and images want it."""
 
 import pytest
 from messages import SIZES
 
-from vora import VoraForConditionalGeneration, VoraProcessor
-
-
-@pytest.fixture(scope="module")
-def processor(llm_folder):
-    return VoraProcessor.from_llm(llm_folder, **SIZES)
+from vora import VoraForConditionalGeneration
 
 
 @pytest.fixture(scope="module")

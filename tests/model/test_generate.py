@@ -10,18 +10,19 @@ ONE_IMAGE = [*text(3, 2), (3, 3, 3), *text(2, 3)]
 ROWS = text(9, 5), TWO_IMAGES, ONE_IMAGE
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral", "gemma2"])
+@pytest.fixture(scope="module", params=[("llama", 1), ("mistral", 1), ("gemma2", 1), ("llama", 2), ("mistral", 2)])
 def some(request):
-    return tiny_vora(request.param)
+    return tiny_vora(request.param[0], patch_merge=request.param[1])
 
 
 @pytest.mark.parametrize(
     "how", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 2, "use_cache": False}]
 )
 def test_beams_of_rows_with_different_images_equal_the_rows_alone(some, how):
-    together = generate(some, prompt(*ROWS), **how).view(3, how.get("num_return_sequences", 1), -1)
-    for row, answers in zip(ROWS, together):
-        assert torch.equal(answers, generate(some, prompt(row), **how))
+    merge = some.config.patch_merge
+    together = generate(some, prompt(*ROWS, patch_merge=merge), **how)
+    for row, answers in zip(ROWS, together.view(3, how.get("num_return_sequences", 1), -1)):
+        assert torch.equal(answers, generate(some, prompt(row, patch_merge=merge), **how))
 
 
 def test_embeddings_do_for_ids():

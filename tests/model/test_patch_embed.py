@@ -21,15 +21,11 @@ def embedding():
     return embedding
 
 
-def test_the_linear_layer_equals_a_vits_strided_convolution(embedding):
-    pixels = torch.rand(3, 2 * PATCH, 3 * PATCH)
-    patches = pixels.reshape(3, 2, PATCH, 3, PATCH).permute(1, 3, 0, 2, 4).reshape(6, -1)
-    weight = embedding.patch.weight.view(16, 3, PATCH, PATCH)
-    expected = torch.conv2d(pixels[None], weight, embedding.patch.bias, stride=PATCH)[0].flatten(1).T
-    torch.testing.assert_close(embedding.patch(patches), expected)
-    grid, expected = torch.tensor([[1, 2, 3]]), embedding(patches, torch.tensor([[1, 2, 3]]))
-    embedding.patch = InFourBits(embedding.patch)  # whose integers make no integers of the pixels
-    assert torch.equal(embedding(patches, grid), expected)
+def test_weights_in_integers_make_no_integers_of_the_pixels(embedding):
+    inputs = image(2, 3), torch.tensor([[1, 2, 3]])
+    expected = embedding(*inputs)
+    embedding.patch = InFourBits(embedding.patch)
+    assert torch.equal(embedding(*inputs), expected)
 
 
 def test_an_image_embeds_alike_in_any_company(embedding):

@@ -28,7 +28,7 @@ def test_images_and_texts_become_tokens_in_order(processor, tmp_path):
     assert torch.equal(inputs["pixel_values"], torch.cat(alone))
 
 
-def test_batches_mix_images_videos_and_text_and_pad_left(processor, model):
+def test_batches_mix_images_videos_and_text_and_pad_left(processor):
     rows = [
         [user(coloured("red"), "what colour is the shape?")],
         [user([coloured("red"), coloured("teal")], "what?")],
@@ -38,15 +38,11 @@ def test_batches_mix_images_videos_and_text_and_pad_left(processor, model):
     batch = encode(processor, rows)
     mask = batch["attention_mask"]
     assert mask[:, -1].all() and (mask.diff(dim=1) >= 0).all() and not mask.all()
-    with torch.no_grad():
-        logits = model(**batch, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
-        for row, ids, found in zip(rows, batch["input_ids"], logits):
-            alone = encode(processor, row)
-            length = alone["input_ids"].shape[1]
-            assert torch.equal(ids[-length:], alone["input_ids"][0])
-            torch.testing.assert_close(found[-length:], model(**alone).logits[0], atol=1e-4, rtol=1e-4)
-    answers = model.generate(**batch, max_new_tokens=2, suppress_tokens=[processor.image_token_id])
-    assert answers.shape == (4, mask.shape[1] + 2)
+    alone = [encode(processor, row) for row in rows]
+    for one, ids, seen in zip(alone, batch["input_ids"], mask.bool()):
+        assert torch.equal(ids[seen], one["input_ids"][0])
+    for name in ("pixel_values", "image_grid_thw"):
+        assert torch.equal(batch[name], torch.cat([one[name] for one in alone if name in one]))
 
 
 def test_text_alone_has_no_pixels_and_is_what_the_llm_gets(processor, model):
