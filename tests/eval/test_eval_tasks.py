@@ -10,8 +10,8 @@ from PIL import Image
 import vora
 from vora.data.answers import tasks_of
 from vora.eval.prediction_cache import fingerprints
-from vora.eval.rows import Rows, SkippedRows
-from vora.eval.tasks.evaluation import make_task
+from vora.eval.rows import Data, Rows, SkippedRows
+from vora.eval.tasks.evaluation import TASKS
 from vora.eval.tasks.text_windows import read_windows
 
 
@@ -23,8 +23,8 @@ def jsonl(folder, *rows):
 
 
 def examples(task, file, skipped=None, rows_options=None, **options):
-    rows = Rows([file], **(rows_options or {}))
-    return make_task(task, **options).examples(rows, SkippedRows() if skipped is None else skipped)
+    rows = Rows(Data([file], **(rows_options or {})))
+    return TASKS[task](**options).examples(rows, SkippedRows() if skipped is None else skipped)
 
 
 def test_places_in_a_question_are_not_read_out(tmp_path):
@@ -111,7 +111,7 @@ def test_rows_of_one_image_are_one(tmp_path, png, parquet):
 
 
 def test_one_image_has_no_cider(tmp_path):
-    made, found = make_task("captions"), examples("captions", jsonl(tmp_path, {"caption": "a dog"}))
+    made, found = TASKS["captions"](), examples("captions", jsonl(tmp_path, {"caption": "a dog"}))
     metrics = made.metrics(found, made.score(found, [{"generated": "a dog"}]))
     assert metrics["cider_d"] == {"value": None, "interval": [None, None]}
     assert metrics["bleu_4"]["interval"] == [None, None]
@@ -131,7 +131,7 @@ def predictions(found, answer):
     ],
 )
 def test_the_right_answers_score_full(task, names, task_data):
-    made, found = make_task(task), examples(task, task_data / f"{task}.parquet")
+    made, found = TASKS[task](), examples(task, task_data / f"{task}.parquet")
     metrics = made.metrics(found, made.score(found, predictions(found, lambda one: one.references[0])))
     assert list(metrics) == names
     for name in names:
@@ -140,7 +140,7 @@ def test_the_right_answers_score_full(task, names, task_data):
 
 def test_consistency_wants_every_image_of_a_sentence(parquet):
     rows = [{"sentence": f"a box {n // 4}", "label": n % 4 < 2, "identifier": f"{n // 4}-{n % 2}-0"} for n in range(8)]
-    made, found = make_task("statements"), examples("statements", parquet("s", rows))
+    made, found = TASKS["statements"](), examples("statements", parquet("s", rows))
     given = predictions(found, lambda one: one.references[0])
     given[0]["chosen"] = "false"
     metrics = {name: one["value"] for name, one in made.metrics(found, made.score(found, given)).items()}
@@ -181,14 +181,14 @@ def test_the_first_split_that_is_there_is_read(tmp_path, parquet):
     assert examples("captions", tmp_path)[0].references == ["validation"]
     assert examples("captions", tmp_path, rows_options={"split": "train"})[0].references == ["train"]
     with pytest.raises(ValueError, match="dev"):
-        Rows([tmp_path], split="dev")
+        Rows(Data([tmp_path], split="dev"))
 
 
 def test_files_in_another_order_are_other_data(tmp_path):
     for folder in "xy":
         (tmp_path / folder).mkdir()
     files = [jsonl(tmp_path / folder, {"caption": folder}) for folder in "xy"]
-    there, back = Rows(files).files, Rows(files[::-1]).files
+    there, back = Rows(Data(files)).files, Rows(Data(files[::-1])).files
     assert len(fingerprints(there)) == 2 and fingerprints(there) != fingerprints(back)
 
 
@@ -211,7 +211,7 @@ def test_text_counts_what_training_would_learn(tmp_path, llm_folder):
     rows = [{"messages": said}, {"text": "half \udc00"}, {"messages": said[:1] + [{**answers[1], "content": None}]}]
     file = tmp_path / "text.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (window,), _ = read_windows([file], processor, 64, skipped := SkippedRows())
+    (window,), _ = read_windows(Data([file]), processor, 64, skipped := SkippedRows())
     targets = window.sample["targets"]
     assert processor.tokenizer.decode(targets[targets != -100]) == "yes<|im_end|>"
     assert window.num_bytes == pytest.approx(len("yes"))

@@ -14,13 +14,12 @@ from vora.eval.probe.figure import draw_probe
 from vora.eval.probe.requests import examples_under
 from vora.eval.probe.scores import ProbeScores, probe_metrics
 from vora.eval.probe.verdict import verdict_of
-from vora.eval.rows import Example, Rows, SkippedRows
-from vora.eval.run import make_task, task_of
+from vora.eval.rows import Data, Example, Rows, SkippedRows
 from vora.eval.scoring.teacher_forced import AnswerScore
+from vora.eval.tasks.evaluation import TASKS, task_of
 from vora.model.modeling_vora import VoraModel
 
 COUNT = 14
-TASKS = ["captions", "vqa", "classify", "statements"]
 
 
 def noise(number, size=(12, 8)):
@@ -52,8 +51,8 @@ def test_what_is_read_together_is_what_is_read_alone_and_the_command_goes_on(
     metrics = first["metrics"]
     # many requests share an image; each is held against a pass of its own
     model, processor = load_model(str(model_folder))
-    rows = Rows([task_data / f"{task}.parquet"])
-    examples, groups = image_groups_of(make_task(task, max_examples=6).examples(rows, SkippedRows()), SkippedRows())
+    rows = Rows(Data([task_data / f"{task}.parquet"]))
+    examples, groups = image_groups_of(TASKS[task](max_examples=6).examples(rows, SkippedRows()), SkippedRows())
     substitutes = conditions.Substitutes(groups, other_groups(groups), processor.image_processor)
     under = examples_under(CONDITIONS, examples, substitutes)
     for place, condition in enumerate(CONDITIONS):
@@ -174,9 +173,9 @@ def test_captions_of_one_image_are_not_independent():
 
 def test_the_columns_tell_the_task(task_data, parquet):
     for task in TASKS:
-        assert task_of(Rows([task_data / f"{task}.parquet"])) == task
+        assert task_of(Rows(Data([task_data / f"{task}.parquet"]))) == task
     with pytest.raises(ValueError, match="captions or classify: say which with --of"):
-        task_of(Rows([parquet("both", [{"captions": ["a"], "label": "b"}])]))
+        task_of(Rows(Data([parquet("both", [{"captions": ["a"], "label": "b"}])])))
 
 
 def test_captions_in_rows_of_their_own_are_probed_by_image_and_the_model_may_speak(png, parquet, report_of, tmp_path):

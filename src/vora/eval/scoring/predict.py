@@ -3,7 +3,6 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,11 +10,9 @@ from vora.eval.prediction_cache import Line, PredictionCache
 from vora.eval.rows import Example
 from vora.eval.scoring.candidates import answer_ids, candidate_scores
 from vora.eval.scoring.generate import Prompt, batches, check_context_length, free_answers, prompt_of
+from vora.eval.tasks.task import Task
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
-
-if TYPE_CHECKING:
-    from vora.eval.tasks.task import Task
 
 MOST_AT_ONCE, BYTES_AT_ONCE = 512, 256 << 20  # examples, and their pixels, that are sorted by length together
 
@@ -23,7 +20,7 @@ MOST_AT_ONCE, BYTES_AT_ONCE = 512, 256 << 20  # examples, and their pixels, that
 def predict(
     model: VoraForConditionalGeneration,
     processor: VoraProcessor,
-    task: "Task",
+    task: Task,
     examples: Sequence[Example],
     cache: PredictionCache,
     progress: Callable[[int], None],
@@ -57,7 +54,7 @@ def predict(
 def _prompts(
     model: VoraForConditionalGeneration,
     processor: VoraProcessor,
-    task: "Task",
+    task: Task,
     examples: Sequence[Example],
     cache: PredictionCache,
 ) -> Iterator[dict[int, Prompt]]:
