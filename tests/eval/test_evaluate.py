@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from PIL import Image
 
 from vora.checkpoint import load_model
 from vora.eval.run import evaluate, evaluation_of
@@ -92,19 +91,6 @@ def test_bad_rows_are_counted_named_and_skipped(parquet, report_of):
     causes = {one["name"]: one["cause"] for one in report["bad"]}
     assert causes.keys() == {f"some.parquet:{number}#0" for number in range(3)}
     assert "context holds 256" in causes["some.parquet:0#0"]
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "json"])
-def test_a_lone_surrogate_is_a_bad_row(ending, report_of, tmp_path):
-    answers = enumerate(("red", "\udc80", "blue"))
-    rows = [{"question": "what?", "answer": answer, "image": f"{number}.png"} for number, answer in answers]
-    for number, row in enumerate(rows):
-        Image.new("RGB", (8, 8 + number)).save(tmp_path / row["image"])
-    text = json.dumps(rows) if ending == "json" else "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / f"rows.{ending}").write_text(text)
-    report = report_of("probe" if ending == "json" else "vqa", tmp_path / f"rows.{ending}")
-    assert report["num_examples"] == 2 and report["num_bad"] == 1
-    assert report["bad"][0]["name"] == f"rows.{ending}:1" and "half of a surrogate pair" in report["bad"][0]["cause"]
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,9 @@ MOST_LOST = 0.02  # of the perplexity; more than this is called lost
 
 @dataclass
 class TextAbility(Evaluation):
-    """Measure a model and its base LLM on text. Its report has a `verdict` in words.
+    """Measure a model and its base LLM on text. Its report has a `verdict` in words."""
 
-    Args:
-        base: the LLM (anything `load_llm` takes); None: what the model's card names.
-    """
-
-    base: str | None = None
+    base: str | None = None  # the LLM (anything `load_llm` takes); None: what the model's card names
     max_examples: int | None = None
     seed: int = 0
     name = "text"
