@@ -44,18 +44,13 @@ def test_accuracies_count_questions_and_each_is_asked_once_of_a_blank_image(parq
         {"image": png(n // 2), "question": question, "answer": answer}
         for n, (question, answer) in enumerate(questions)
     ]
-    report = report_of("exact", parquet("rows", rows))
+    broken = {"question": "what?", "answer": "red", "image": {"bytes": b"no image", "path": "x.png"}}
+    report = report_of("exact", parquet("rows", [*rows, broken]))
     assert report["num_images"] == 2 and report["num_examples"] == 4
+    assert [one["name"] for one in report["bad"]] == ["rows.parquet:4#0"]
     assert asked == [(False, ["red", "red"]), (False, ["blue", "yes"]), (True, ["red", "blue", "yes"])]
     values = {name: metric["value"] for name, metric in report["metrics"].items()}
     assert values == {"accuracy": 0.5, "accuracy_yes_no": 0, "accuracy_other": 2 / 3, "accuracy_with_blank": 0.5}
-
-
-def test_a_broken_image_is_left_out(parquet, png, report_of):
-    rows = [{"question": "what?", "answer": "red"} for _ in range(3)]
-    rows[1]["image"] = {"bytes": b"no image", "path": "x.png"}
-    report = report_of("exact", parquet("rows", rows))
-    assert report["num_examples"] == 2 and report["bad"][0]["name"] == "rows.parquet:1#0"
 
 
 def test_majority_guesses_by_question_and_falls_back():
