@@ -102,12 +102,9 @@ def test_shares_of_all_or_none_have_an_interval():
     assert wilson(0.5, 100) == (pytest.approx(0.4038, abs=1e-3), pytest.approx(0.5962, abs=1e-3))
 
 
-def test_undefined_values_are_none():
+def test_undefined_values_are_none_and_few_groups_have_an_interval_that_says_so():
     assert interval_of(ratio, np.zeros((0, 2)), [])["value"] is None
     assert interval_of(ratio, np.zeros((3, 2)), range(3)) == {"value": None, "interval": [None, None]}
-
-
-def test_few_groups_have_an_interval_that_says_so():
     assert share([0.0, 1.0] * 3, [0, 0, 1, 1, 2, 2])["interval"] == pytest.approx(wilson(0.5, 3))
     assert share([1 / 3] * 3, range(3))["interval"] == pytest.approx(wilson(1 / 3, 3))
     assert share([0.0, 1.0], [0, 0])["interval"] == pytest.approx(wilson(0.5, 1))

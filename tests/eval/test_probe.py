@@ -15,9 +15,9 @@ from vora.eval.probe.figure import draw_probe
 from vora.eval.probe.requests import examples_under
 from vora.eval.probe.scores import ProbeScores, probe_metrics
 from vora.eval.probe.verdict import verdict_of
-from vora.eval.rows import Example, Rows, SkippedRows
-from vora.eval.run import make_task, task_of
+from vora.eval.rows import Data, Example, Rows, SkippedRows
 from vora.eval.scoring.teacher_forced import AnswerScore
+from vora.eval.tasks.evaluation import TASKS, task_of
 from vora.model.modeling_vora import VoraModel
 
 COUNT = 14
@@ -45,8 +45,8 @@ def test_what_is_read_together_is_what_is_read_alone(task, task_data, model_fold
     metrics = report_of(*options)["metrics"]
     # many requests share an image; each is held against a pass of its own
     model, processor = load_model(str(model_folder))
-    rows = Rows([task_data / f"{task}.parquet"])
-    examples, groups = image_groups_of(make_task(task, max_examples=6).examples(rows, SkippedRows()), SkippedRows())
+    rows = Rows(Data([task_data / f"{task}.parquet"]))
+    examples, groups = image_groups_of(TASKS[task](max_examples=6).examples(rows, SkippedRows()), SkippedRows())
     substitutes = conditions.Substitutes(groups, other_groups(groups), processor.image_processor)
     under = examples_under(CONDITIONS, examples, substitutes)
     for place, condition in enumerate(CONDITIONS):
@@ -153,7 +153,7 @@ def test_the_verdict_follows_its_rule(share, count, looks, words):
 
 def test_columns_of_two_tasks_tell_none(parquet):
     with pytest.raises(ValueError, match="captions or classify: say which with --of"):
-        task_of(Rows([parquet("both", [{"captions": ["a"], "label": "b"}])]))
+        task_of(Rows(Data([parquet("both", [{"captions": ["a"], "label": "b"}])])))
 
 
 def test_captions_in_rows_of_their_own_are_probed_by_image_and_the_model_may_speak(png, parquet, report_of, tmp_path):

@@ -30,11 +30,7 @@ class Curve:
 
 
 def read_curve(log_file: Path, window: float) -> Curve:
-    """A run's curve; means are over `window`, a share of all its samples.
-
-    Raises:
-        ValueError: the log has no line with a language loss.
-    """
+    """A run's curve; means are over `window`, a share of all its samples. ValueError without a language loss."""
     lines = read_log(log_file)
     losses, distill_losses = (
         np.array([(line["samples_seen"], line[name]) for line in lines if name in line], float).reshape(-1, 2).T

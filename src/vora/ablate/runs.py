@@ -19,8 +19,8 @@ from transformers.utils.generic import flatten_dict
 from vora.ablate.spec import EvaluateSection, Run
 from vora.checkpoint.load import merge_run
 from vora.checkpoint.run_directory import newest_checkpoint
-from vora.eval.evaluation import Data
 from vora.eval.report import commit
+from vora.eval.rows import Data
 from vora.eval.run import evaluate
 from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe import load_recipe

@@ -170,13 +170,9 @@ def adapter_info(rank: int, blocks: list[int], target_modules: Any) -> AdapterIn
 
 
 def _pairs_of_heads(folder: Path, teacher: dict[str, Any], name: str) -> tuple[Pair, ...]:
-    """The pairs that distill heads were trained for; none where only the teacher's depth would tell.
-
-    Args:
-        teacher: section of the recipe, empty where that is not known: then heads that begin with what enters block 0
-            come from the released code (see `block_pairs`).
-        name: of the teacher.
-    """
+    """The pairs that distill heads were trained for; none where only the teacher's depth would tell. Where the
+    recipe's section `teacher` is not known and so empty, heads that begin with what enters block 0 come from the
+    released code (see `block_pairs`)."""
     if not (folder / HEADS_FILE).exists() or teacher.get("spread"):
         return ()
     with safe_open(folder / HEADS_FILE, "pt") as file:

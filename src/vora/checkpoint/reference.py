@@ -90,11 +90,7 @@ class Reference:
 
 def import_reference(checkpoint: Path | str, llm: Path | str, out: Path | str, merge: bool = False) -> Reference:
     """Write what `load_reference` reads as a model of ours with its processor and card, and of a stage-1 checkpoint
-    the adapter and the distill heads.
-
-    Args:
-        merge: fold LoRA into the weights instead, in fp32.
-    """
+    the adapter and the distill heads; or `merge`, fold LoRA into the weights, in fp32."""
     with whole_folder(out) as folder:
         reference = load_reference(checkpoint, llm)
         if reference.info.adapter and merge:

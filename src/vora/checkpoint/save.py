@@ -29,11 +29,8 @@ def save_training(
     student: Student, processor: VoraProcessor, folder: Path, *, distillation: BlockwiseDistillation | None = None,
     state_dict: Tensors | None = None,
 ) -> None:  # fmt: skip
-    """Write what was trained into a folder of its run: adapter and distill heads (stage 1), or the whole model.
-
-    Args:
-        state_dict: `student.` and `distillation.` tensors, gathered, where FSDP has spread them over processes.
-    """
+    """Write what was trained into a folder of its run: adapter and distill heads (stage 1), or the whole model. Where
+    FSDP has spread tensors over processes, `state_dict` has those of `student.` and `distillation.`, gathered."""
     folder.mkdir(parents=True, exist_ok=True)
     state = None if state_dict is None else _part_of(state_dict, "student.")
     if isinstance(student, PeftModel):

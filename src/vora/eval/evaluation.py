@@ -5,7 +5,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +16,21 @@ from vora.checkpoint.lineage import read_card
 from vora.eval.metrics.intervals import Estimate
 from vora.eval.prediction_cache import PredictionCache, fingerprint
 from vora.eval.report import Report, commit, commit_in_words, device_name
-from vora.eval.rows import Rows, SkippedRows
+from vora.eval.rows import Data, Rows, SkippedRows
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
 
-@dataclass(frozen=True)
-class Data:
-    """Where examples come from.
-
-    Args:
-        paths: files, folders or datasets, as `vora.data.readers.load_source` takes them.
-        split: of folders and datasets; None: the first of `vora.eval.rows.SPLITS` that is there.
-        subset: of a dataset on the Hub.
-        image_folder: where paths of images start.
-        columns: {our name: the files' name}.
-        allow_urls: fetch images that rows name by URL; otherwise such rows are bad.
-    """
-
-    paths: Sequence[str]
-    split: str | None = None
-    subset: str | None = None
-    image_folder: str | None = None
-    columns: dict[str, str] | None = None
-    allow_urls: bool = False
-
-    def rows(self) -> Rows:
-        return Rows(self.paths, **self.options)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """All but the paths, as `Rows` takes them and reports name them."""
-        return {name: value for name, value in asdict(self).items() if name != "paths"}
-
-    def __str__(self) -> str:
-        return ", ".join(map(str, self.paths))
-
-
 @dataclass
 class Job:
-    """One evaluation at work on one model.
-
-    Args:
-        model_name: folder or hub id that the model came from, for the report and to tell models apart.
-        out: JSON file of the report. The predictions go beside it as they come, to `.predictions.jsonl`; a run that
-            finds some of its own goes on after them.
-    """
+    """One evaluation at work on one model. Its predictions go beside the report as they come, to `.predictions.jsonl`;
+    a run that finds some of its own goes on after them."""
 
     model: VoraForConditionalGeneration
     processor: VoraProcessor
-    model_name: str
+    model_name: str  # folder or hub id that the model came from, for the report and to tell models apart
     data: Data
-    out: Path
+    out: Path  # JSON file of the report
     console: Console
     skipped: SkippedRows = field(default_factory=SkippedRows)
     began: float = field(default_factory=time.monotonic)
@@ -75,14 +38,8 @@ class Job:
     def open_cache(
         self, conditions: dict[str, Any], count: int, ending: str = ".predictions.jsonl"
     ) -> PredictionCache:
-        """The predictions that there are, and the place of those to come; says where it goes on.
-
-        Args:
-            count: lines that there will be.
-
-        Raises:
-            ValueError: the file's predictions were made under other conditions.
-        """
+        """The predictions that there are, and the place of those to come, `count` in all; says where it goes on.
+        ValueError where the file's predictions were made under other conditions."""
         state = f"{commit_in_words(commit())} on {device_name(self.model.device)}"
         cache = PredictionCache(self.out.with_suffix(ending), conditions, state)
         if cache.num_found:
@@ -107,13 +64,7 @@ class Job:
         files: Sequence[str | Path],
         **details: Any,
     ) -> Report:
-        """Write the `Report`.
-
-        Args:
-            conditions: of `open_cache`, with `task`, `model` (a fingerprint) and `settings`.
-            files: that were read.
-            details: see `Report`.
-        """
+        """Write the `Report`; `conditions` have, as of `open_cache`, `task`, `model` (a fingerprint), `settings`."""
         stages = (read_card(self.model_name) or {}).get("stages", [])
         report = Report(
             task=conditions["task"],
@@ -149,12 +100,8 @@ class Evaluation(ABC):
 
     def check_data(self, data: Data) -> None:
         """Raise ValueError where data cannot be opened, before any work."""
-        data.rows()
+        Rows(data)
 
     @abstractmethod
     def run(self, job: Job) -> Report:
-        """Measure.
-
-        Raises:
-            ValueError: the data holds nothing to ask, or the predictions found are not of this model and data.
-        """
+        """ValueError where the data holds nothing to ask, or the predictions found are not of this model and data."""

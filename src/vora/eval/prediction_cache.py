@@ -7,27 +7,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.generic import flatten_dict
+
 Line = dict[str, Any]  # one prediction: `index`, `name`, and what the evaluation writes down
 
 NUM_SAMPLES, SAMPLE_BYTES = 256, 4096  # of a file, for its fingerprint
 
 
 class PredictionCache:
-    """One JSON object per line: first the conditions, then one `Line` per example, flushed batch by batch.
-
-    Args:
-        file: where the lines are.
-        conditions: {name: value} of all that predictions depend on.
-        predicted_at: by which code on which device lines are added, in words; each line says so.
-
-    Attributes:
-        done: {index: line}.
-        num_found: lines that were there.
-        seconds: that lines which were there took.
-
-    Raises:
-        ValueError: the file was begun under other conditions; those that differ are named.
-    """
+    """One JSON object per line: first the conditions, {name: value} of all that predictions depend on, then one `Line`
+    per example, flushed batch by batch; each says by which code on which device it was `predicted_at`. `done` is
+    {index: line}, `num_found` how many were there, `seconds` what these took. ValueError if the file was begun under
+    other conditions; those that differ are named."""
 
     def __init__(self, file: Path, conditions: dict[str, Any], predicted_at: str = "unknown") -> None:
         self.file, self.predicted_at = Path(file), predicted_at
@@ -90,34 +81,18 @@ class PredictionCache:
     def _check_same(self, found: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
         if found is None:
             raise ValueError(f"{self.file} is no file of predictions: delete it, or choose another -o.")
-        found, wanted = _flat(found), _flat(wanted)
+        found, wanted = flatten_dict(found), flatten_dict(wanted)
         differ = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
         if differ:
-            changes = "; ".join(
-                f"{name} was {_short(found.get(name))}, is {_short(wanted.get(name))}" for name in differ
-            )
-            raise ValueError(
-                f"{self.file} holds predictions made under other conditions: {changes}. Choose another -o, or delete "
-                "it."
-            )
+            were, are = ([json.dumps(one.get(name))[:120] for name in differ] for one in (found, wanted))
+            changes = "; ".join(f"{name} was {before}, is {now}" for name, before, now in zip(differ, were, are))
+            cause = f"{self.file} holds predictions made under other conditions: {changes}"
+            raise ValueError(f"{cause}. Choose another -o, or delete it.")
 
 
 def _encoded(lines: Iterable[Line]) -> bytes:
     """JSON lines; a lone surrogate becomes its escape, which JSON reads as the same."""
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "backslashreplace")
-
-
-def _flat(conditions: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """`{"settings": {"seed": 0}}` to `{"settings.seed": 0}`."""
-    flat: dict[str, Any] = {}
-    for name, value in conditions.items():
-        flat |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
-    return flat
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 120 else text[:117] + "..."
 
 
 def fingerprint(file: str | Path) -> str:

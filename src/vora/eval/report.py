@@ -13,6 +13,7 @@ from rich.table import Table
 
 from vora.eval.metrics.intervals import Estimate, in_words
 
+# that predictions may depend on
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "pillow", "numpy")
 
 
@@ -25,48 +26,37 @@ class Commit(TypedDict):
 
 @dataclass
 class Report:
-    """The content of a report's JSON file.
+    """The content of a report's JSON file."""
 
-    Args:
-        task: name of the evaluation.
-        num_bad: rows and questions that were left out; `bad` names the first of them with the cause.
-        num_examples: that the metrics are of.
-        metrics: {name: value with its 95 % interval}.
-        details: further facts that only this evaluation has, such as `verdict`; the file has them at its top level.
-        predicted_at: states of code and device that the predictions come from.
-        predictions: the file of predictions beside the report.
-        num_resumed: predictions that were there already.
-        seconds: of all starts together.
-    """
-
-    task: str
-    num_bad: int
-    num_examples: int
+    task: str  # name of the evaluation
+    num_bad: int  # rows and questions that were left out; `bad` names the first of them with the cause
+    num_examples: int  # that the metrics are of
     metrics: dict[str, Estimate]
     model: str
     commit: str | None
     commit_is_changed: bool | None
-    predicted_at: list[str]
+    predicted_at: list[str]  # states of code and device that the predictions come from
     recipe: list[dict[str, Any]] | None
     seed: int
     settings: dict[str, Any]
     data: list[dict[str, str]]
     bad: list[dict[str, str]]
-    predictions: str
-    num_resumed: int
-    seconds: float
+    predictions: str  # the file of them, beside the report
+    num_resumed: int  # predictions that were there already
+    seconds: float  # of all starts together
     vora_version: str
     device: str
     model_fingerprint: str
-    versions: dict[str, str] = field(default_factory=lambda: library_versions())
-    details: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(
+        default_factory=lambda: {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+    )
+    details: dict[str, Any] = field(default_factory=dict)  # of this evaluation alone; at the file's top level
 
     def to_dict(self) -> dict[str, Any]:
         """As the JSON file has it."""
         values = asdict(self)
-        return (
-            {name: values.pop(name) for name in ("task", "num_bad", "num_examples")} | values.pop("details") | values
-        )
+        first = {name: values.pop(name) for name in ("task", "num_bad", "num_examples")}
+        return first | values.pop("details") | values
 
     def write(self, file: Path) -> None:
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
@@ -127,8 +117,3 @@ def commit_in_words(facts: Commit) -> str:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def library_versions() -> dict[str, str]:
-    """Of Python, and of the libraries that predictions may depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}

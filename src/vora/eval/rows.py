@@ -1,11 +1,13 @@
 """Rows of any files that `vora.data.readers` reads, as evaluation needs them: texts at once, images when asked."""
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
+
+from PIL import Image
 
 from vora.data.columns import COLUMNS, IMAGE_COLUMNS, TEXT_COLUMNS, RowOptions, usable
 from vora.data.columns import Row as Values
@@ -13,34 +15,42 @@ from vora.data.images import ImageSource, images_of_row, open_source
 from vora.data.readers import EASY_VQA, KINDS, load_source
 from vora.data.source import Source
 
-if TYPE_CHECKING:
-    from PIL import Image
-
+Images: TypeAlias = Callable[[], list[Image.Image]]  # opens them; ValueError if one cannot be read
 SPLITS = ("test", "validation", "valid", "val", "dev", "eval", "train")  # the first that a folder has is read
 NUM_NAMED = 20  # bad rows that a report names
 
 
+@dataclass(frozen=True)
+class Data:
+    """Where examples come from."""
+
+    paths: Sequence[str | Path]  # files, folders or datasets, as `vora.data.readers.load_source` takes them
+    split: str | None = None  # of folders and datasets; None: the first of `SPLITS` that is there
+    subset: str | None = None  # of a dataset on the Hub
+    image_folder: str | None = None  # where paths of images start
+    columns: dict[str, str] | None = None  # {our name: the files' name}
+    allow_urls: bool = False  # fetch images that rows name by URL; otherwise such rows are bad
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All but the paths, as reports name them."""
+        return {name: value for name, value in asdict(self).items() if name != "paths"}
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.paths))
+
+
 @dataclass
 class Example:
-    """One request to a model.
+    """One request to a model."""
 
-    Args:
-        name: file, row and number of the question, for people.
-        prompt: the question.
-        references: what is right, as the task understands it.
-        images: opens the images, a list of RGB images; to ask about others, or none, replace it.
-        group: examples of one group (an image) are not independent of each other.
-        candidates: the answers to choose from, where it is not free.
-        kind: of the example, where a task knows several.
-    """
-
-    name: str
+    name: str  # file, row and number of the question, for people
     prompt: str
-    references: list[str]
-    images: "Callable[[], list[Image.Image]]"
-    group: Hashable
-    candidates: tuple[str, ...] = ()
-    kind: str = ""
+    references: list[str]  # what is right, as the task understands it
+    images: Images  # to ask about others, or none, replace it
+    group: Hashable  # examples of one group (an image) are not independent of each other
+    candidates: tuple[str, ...] = ()  # the answers to choose from, where it is not free
+    kind: str = ""  # where a task knows several
 
 
 @dataclass
@@ -50,7 +60,7 @@ class Row:
     name: str
     number: int
     values: Values
-    images: "Callable[[], list[Image.Image]]"
+    images: Images
     image_key: Callable[[], str]
 
 
@@ -74,32 +84,17 @@ class SkippedRows:
 
 
 class Rows:
-    """The rows of all files, in order; for the arguments see `vora.eval.evaluation.Data`. ValueError if a path cannot
-    be read."""
+    """The rows of all files, in order; ValueError if a path cannot be read."""
 
-    def __init__(
-        self,
-        paths: Sequence[str | Path],
-        split: str | None = None,
-        subset: str | None = None,
-        image_folder: str | Path | None = None,
-        columns: Mapping[str, str] | None = None,
-        allow_urls: bool = False,
-    ) -> None:
-        options = RowOptions(columns=columns or {}, allow_urls=allow_urls)
-        given = {"subset": subset, "image_folder": image_folder, "options": options}
+    def __init__(self, data: Data) -> None:
+        options = RowOptions(columns=data.columns or {}, allow_urls=data.allow_urls)
+        given = {"subset": data.subset, "image_folder": data.image_folder, "options": options}
         texts = {**given, "read_row": _text_of_row, "wanted": TEXT_COLUMNS}
         images = {**given, "read_row": _images_of_row, "wanted": (*IMAGE_COLUMNS, "file_name"), "is_checked": False}
-        self.paths, self.allow_urls = list(map(str, paths)), allow_urls
-        self.texts = [_opened(path, split, texts) for path in self.paths]
-        self.images = [cache(partial(_opened, path, split, images)) for path in self.paths]  # opened when first asked
+        self.data, paths, split = data, list(map(str, data.paths)), data.split
+        self.texts = [_opened(path, split, texts) for path in paths]
+        self.images = [cache(partial(_opened, path, split, images)) for path in paths]  # opened when first asked
         self.files = list(dict.fromkeys(file for source in self.texts for file in source.files))  # as rows come
-
-    def __len__(self) -> int:
-        return sum(map(len, self.texts))
-
-    def __str__(self) -> str:
-        return ", ".join(self.paths)
 
     def read(self, skipped: SkippedRows) -> Iterator[Row]:
         """Each `Row`; those that cannot be read are added to `skipped`."""
@@ -112,8 +107,8 @@ class Rows:
                     index = int(texts.starts[block]) + offset
                     try:
                         values = texts.item(block, offset, rows)
-                        opens, key = partial(_open, images, index, self.allow_urls), partial(_key_of, images, index)
-                        yield Row(name, number, values, opens, key)
+                        opens = partial(_open, images, index, self.data.allow_urls)
+                        yield Row(name, number, values, opens, partial(_key_of, images, index))
                     except ValueError as error:
                         skipped.add(name, error)
                     number += 1
@@ -161,7 +156,7 @@ def _images_of_row(row: Values, name: str, image_folder: str, options: RowOption
     return images
 
 
-def _open(source: Callable[[], Source], index: int, allow_urls: bool) -> "list[Image.Image]":
+def _open(source: Callable[[], Source], index: int, allow_urls: bool) -> list[Image.Image]:
     """A row's images; of a video the frames one by one."""
     opened = [open_source(image, allow_urls) for image in source()[index]]
     return [frame for image in opened for frame in (image if isinstance(image, list) else [image])]

@@ -8,11 +8,12 @@ from rich.console import Console
 
 from vora.checkpoint.layout import read_info
 from vora.checkpoint.load import load_model
-from vora.eval.evaluation import Data, Evaluation, Job
+from vora.eval.evaluation import Evaluation, Job
 from vora.eval.probe.conditions import CONDITIONS
 from vora.eval.probe.probe import Probe
 from vora.eval.report import Report, check_overwrites_nothing
-from vora.eval.tasks.evaluation import TASKS, TaskEvaluation, make_task, task_of
+from vora.eval.rows import Data, Rows
+from vora.eval.tasks.evaluation import TASKS, TaskEvaluation, task_of
 from vora.eval.tasks.exact import ExactAnswers
 from vora.eval.tasks.text import TextAbility
 from vora.eval.tasks.vqa import Vqa
@@ -69,7 +70,7 @@ def evaluate(
         evaluation = task
     else:
         if task == "probe" and options.get("of") is None:
-            options["of"] = task_of(source.rows())
+            options["of"] = task_of(Rows(source))
         evaluation = evaluation_of(task, **options)
     if isinstance(model, str | Path):
         info = read_info(model)
@@ -133,10 +134,10 @@ def evaluation_of(
     if task == "exact":
         return ExactAnswers(Vqa(**options))
     if task != "probe":
-        return TaskEvaluation(make_task(task, **options))
+        return TaskEvaluation(TASKS[task](**options))
     if of not in TASKS:
         cause = (
             "A probe needs --of, the task that is probed" if of is None else f"--of {of} is no task that can be probed"
         )
         raise ValueError(f"{cause}: choose among {', '.join(TASKS)}.")
-    return Probe(make_task(of, **options), generate, tuple(against or CONDITIONS[1:]))
+    return Probe(TASKS[of](**options), generate, tuple(against or CONDITIONS[1:]))

@@ -22,14 +22,12 @@ CUT = "\ufffd"  # what a tokenizer writes for a character whose last bytes are s
 
 @contextmanager
 def attention_at(model: VoraForConditionalGeneration, places: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect the attention weights of some places while a model, merged or with LoRA, runs on one sequence.
+    """Collect the attention weights of some places while a model, merged or with LoRA, runs on one sequence: {block:
+    float[R, T]}, how each place shares its attention out over it all, mean over heads. Blocks without attention
+    weights (linear attention) are left out.
 
     Within, the model attends eagerly, with its family's own scaling, soft caps and sinks. Each block's weights are cut
     down to the chosen places as soon as they are there, so that no more than one block's square is held.
-
-    Yields:
-        {block: float[R, T]}, filled by the forward pass: how each place shares its attention out over it all, mean
-        over heads. Blocks without attention weights (linear attention) are left out.
     """
     weights: dict[int, torch.Tensor] = {}
     hooks = []

@@ -11,19 +11,12 @@ from vora.distill.teacher import Teacher
 
 
 def take_teacher(objective: Objective, model: str, name: str | None = None) -> tuple[list[Pair], str | None]:
-    """Give an objective the teacher to compare it with, and of a model with distill heads beside it these.
+    """Give an objective the teacher to compare it with, and of a model with distill heads beside it these: ((student
+    block, teacher block) pairs to show side by side: of the heads, else as the model names them, else `block_pairs`;
+    what a reader must know about the choice or None).
 
-    Args:
-        model: folder, run directory or hub id that it comes from.
-        name: folder or hub id of a teacher; by default the one that the objective has, else the one that the model
-            names, if that can be found.
-
-    Returns:
-        ((student block, teacher block) pairs to show side by side: of the heads, else as the model names them, else
-        `block_pairs`; what a reader must know about the choice or None).
-
-    Raises:
-        ValueError: the teacher that `name` asks for cannot be loaded.
+    The teacher is by default the one that the objective has, else the one that the model (folder, run directory or hub
+    id) names, if that can be found. ValueError if the one that `name` asks for cannot be loaded.
     """
     info = read_info(model)
     named = info.teacher or "not stated"

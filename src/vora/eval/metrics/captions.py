@@ -48,16 +48,8 @@ def ngrams_of(words: Sequence[str]) -> list[Ngrams]:
 
 
 def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """CIDEr-D of each caption; their mean is the corpus's.
-
-    Args:
-        captions: N texts, one per image.
-        references: of each image. How much an n-gram says is counted over these N images: scores of a
-            part of them differ, and one image alone scores 0.
-
-    Returns:
-        float[N], 0 to 10.
-    """
+    """CIDEr-D of each caption, one per image: float[N], 0 to 10; their mean is the corpus's. How much an n-gram says
+    is counted over these N images: scores of a part of them differ, and one image alone scores 0."""
     wanted = [[ngrams_of(words_of(reference)) for reference in row] for row in references]
     seen_in: Ngrams = Counter()
     for row in wanted:
@@ -92,12 +84,8 @@ def _similarity(said: Weighted, wanted: Weighted) -> float:
 
 
 def bleu_counts(caption: str, references: Sequence[str]) -> list[int]:
-    """What BLEU sums over a corpus.
-
-    Returns:
-        10 numbers: n-grams found in a reference (n = 1..4, each as often as in that which has it most), n-grams
-        (n = 1..4), words, words of the reference nearest in length.
-    """
+    """The 10 numbers that BLEU sums over a corpus: n-grams found in a reference (n = 1..4, each as often as in that
+    which has it most), n-grams (n = 1..4), words, words of the reference nearest in length."""
     words, rows = words_of(caption), [words_of(reference) for reference in references]
     most: list[Ngrams] = [Counter() for _ in range(LONGEST)]
     for row in rows:

@@ -13,19 +13,14 @@ FEWEST_TOKENS = 4  # of an estimate without bias
 
 def linear_cka(these: Sequence[torch.Tensor], those: Sequence[torch.Tensor]) -> torch.Tensor:
     """Centred kernel alignment (Kornblith et al. 2019, arXiv 1905.00414) of every block of one model with every block
-    of another, in the unbiased estimate of Song et al. 2012 (JMLR 13).
+    of another, in the unbiased estimate of Song et al. 2012 (JMLR 13). Of S and U float[T, any number of channels]
+    float[S, U], NaN where a block is the same at all tokens, or where T < 4.
 
     1 where the two know the same patches alike, whatever rotation and scale lies between them; 0 on average, and so
     at times a little below, where they have nothing to do with each other. The usual biased estimate nears 1 for
     anything that has more channels than tokens.
 
     Tokens are brought to one length first, as by the norm of a distill head and of each block that reads them.
-
-    Args:
-        these, those: S and U float[T, any number of channels].
-
-    Returns:
-        float[S, U], NaN where a block is the same at all tokens, or where T < 4.
     """
     if len(these[0]) < FEWEST_TOKENS:
         return torch.full((len(these), len(those)), float("nan"))

@@ -31,13 +31,8 @@ def numbers(found: Estimate) -> tuple[float, float, float]:
 def interval_of(
     value_of: Callable[[np.ndarray], np.ndarray], sums: ArrayLike, groups: Sequence[Hashable], seed: int = 0
 ) -> Estimate:
-    """A value of a corpus, and the middle 95 % of what it is for draws of as many groups, with replacement.
-
-    Args:
-        value_of: float[..., K] sums over examples to float[...] values.
-        sums: float[N, K], what each example adds.
-        groups: N names.
-    """
+    """A value of a corpus, and the middle 95 % of what it is for draws of as many groups, with replacement. `sums` are
+    float[N, K], what each example adds, `groups` N names; `value_of` makes float[...] of sums float[..., K]."""
     sums = np.asarray(sums, float)
     if not len(sums):
         return {"value": None, "interval": [None, None]}

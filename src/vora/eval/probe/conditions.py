@@ -8,18 +8,17 @@ none      no image at all
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
 
-from vora.eval.rows import Example, SkippedRows
+from vora.eval.rows import Example, Images, SkippedRows
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.report.images import image_of_patches
 
 CONDITIONS = ("right", "other", "blank", "shuffled", "none")
-Images = Callable[[], list[Image.Image]]  # opens them
 SAME_IMAGE = 1_000_000  # as bad as so many shared facts
 MOST_PASSES = 10  # over the images whose stand-in shares a fact with them
 

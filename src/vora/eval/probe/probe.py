@@ -17,7 +17,7 @@ from vora.eval.probe.requests import ImageCondition, examples_under, image_condi
 from vora.eval.probe.scores import ProbeScores, drawn_together, probe_metrics
 from vora.eval.probe.verdict import verdict_of
 from vora.eval.report import Report
-from vora.eval.rows import Example
+from vora.eval.rows import Example, Rows
 from vora.eval.scoring.predict import predict
 from vora.eval.scoring.teacher_forced import score_answers
 from vora.eval.tasks.evaluation import conditions_of, examples_of, scores_of
@@ -43,7 +43,7 @@ class Probe(Evaluation):
         self.task.generates = self.task.generates and self.generate
 
     def run(self, job: Job) -> Report:
-        task, rows = self.task, job.data.rows()
+        task, rows = self.task, Rows(job.data)
         shown = [condition for condition in CONDITIONS if condition == "right" or condition in self.against]
         found = examples_of(task, rows, job.skipped)
         conditions = conditions_of(task, found, job, rows.files)

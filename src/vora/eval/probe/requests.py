@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from vora.data.schema import Sample
 from vora.data.turns import question_and_answer
-from vora.eval.probe.conditions import Images, Substitutes
-from vora.eval.rows import Example
+from vora.eval.probe.conditions import Substitutes
+from vora.eval.rows import Example, Images
 
 MOST_REQUESTS = 64  # of an image in one pass
 

@@ -18,12 +18,8 @@ CHANCE, LITTLE, FEWEST_GROUPS = 0.5, 0.6, 10
 def verdict_of(
     metrics: dict[str, Estimate], scores: Sequence[str], num_groups: int, num_references: int
 ) -> tuple[bool | None, str]:
-    """What a probe's metrics say: (True, False or None, the verdict).
-
-    Args:
-        scores: names of the task's scores in the metrics.
-        num_groups: images, those that are drawn together counting as one.
-    """
+    """What a probe's metrics say: (True, False or None, the verdict). `scores` are names of the task's scores in the
+    metrics; of images, those that are drawn together count as one group."""
     beats, gain = metrics["right_beats_other"], metrics["gain_over_other"]
     value, low, high = numbers(beats)
     found = (

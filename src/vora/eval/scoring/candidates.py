@@ -39,18 +39,10 @@ def candidate_scores(
     candidates: Sequence[Sequence[str]],
     always: Sequence[int] = (),
 ) -> list[np.ndarray]:
-    """Log-probabilities of candidates after one batch of prompts.
-
-    Args:
-        prompts: with the candidates' `answers`, unless there are few.
-        always: of each prompt the number of a candidate that is read in any case.
-
-    Returns:
-        B float[C]: exact for the best, for `always`, and whatever else was read; -inf for others, less likely ones.
-
-    Raises:
-        ValueError: prompt and candidates exceed the LLM's context, or its logits are no numbers.
-    """
+    """Log-probabilities of candidates after one batch of prompts, which have the candidates' `answers` unless there
+    are few: B float[C], exact for the best, for the one of each prompt that is `always` read, and whatever else was
+    read; -inf for others, less likely ones. ValueError where prompt and candidates exceed the LLM's context, or its
+    logits are no numbers."""
     scores = [np.full(len(names), -np.inf) for names in candidates]
     bounds = [np.zeros(len(names)) for names in candidates]  # none is likelier; -inf where nothing is left to read
     most = FIRST

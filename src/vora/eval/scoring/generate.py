@@ -3,9 +3,9 @@
 Dims: B rows, T tokens, P patches, N images.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,23 +14,20 @@ from vora.eval.rows import Example
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
+Item = TypeVar("Item")
+
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}  # of prompts, padding included
 MOST_ROWS = {"cpu": 64, "cuda": 256}
 
 
 @dataclass
 class Prompt:
-    """One example as model inputs, its images processed.
+    """One example as model inputs, its images processed."""
 
-    Args:
-        inputs: input_ids int[T] and, with images, pixel_values float[P, C*p*p] and image_grid_thw int[N, 3].
-        messages: what it was made of.
-        answers: tokens of each candidate, where there are some; see `answer_ids`.
-    """
-
+    # input_ids int[T] and, with images, pixel_values float[P, C*p*p] and image_grid_thw int[N, 3]
     inputs: dict[str, Any]
-    messages: list[dict[str, Any]]
-    answers: list[list[int]] = field(default_factory=list)
+    messages: list[dict[str, Any]]  # what it was made of
+    answers: list[list[int]] = field(default_factory=list)  # tokens of each candidate; see `answer_ids`
 
     def __len__(self) -> int:
         return len(self.inputs["input_ids"])
@@ -41,11 +38,7 @@ class Prompt:
 
 
 def prompt_of(processor: VoraProcessor, example: Example) -> Prompt:
-    """An example's `Prompt`: its images, then its text, as a user says them.
-
-    Raises:
-        ValueError: an image cannot be read.
-    """
+    """An example's `Prompt`: its images, then its text, as a user says them. ValueError if an image cannot be read."""
     images = example.images()
     content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": example.prompt}]
     return prompt_of_messages(processor, [{"role": "user", "content": content if images else example.prompt}])
@@ -64,13 +57,8 @@ def prompt_of_messages(processor: VoraProcessor, messages: list[dict[str, Any]])
 def batches(
     lengths: Sequence[int], device: torch.device, extra: int = 0, most: Mapping[str, int] | None = None
 ) -> Iterator[list[int]]:
-    """Indices in batches of about equal cost, the longest first, so that memory runs out at once or never.
-
-    Args:
-        lengths: tokens of each prompt.
-        extra: tokens that each will get besides.
-        most: tokens of a batch on each kind of device, padding included.
-    """
+    """Indices in batches of about equal cost, the longest first, so that memory runs out at once or never. Prompts
+    have `lengths` and will get `extra` tokens; a batch has at `most` so many on each kind of device, with padding."""
     kind, longest = "cuda" if device.type == "cuda" else "cpu", 0
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
@@ -81,6 +69,22 @@ def batches(
         batch.append(index)
     if batch:
         yield batch
+
+
+def in_parts(
+    items: Iterable[Item], bytes_of: Callable[[Item], int], most: int, most_bytes: int
+) -> Iterator[list[Item]]:
+    """At most so many items at a time, and hardly more than so many bytes of them."""
+    part: list[Item] = []
+    num_bytes = 0
+    for item in items:
+        part.append(item)
+        num_bytes += bytes_of(item)
+        if len(part) == most or num_bytes > most_bytes:
+            yield part
+            part, num_bytes = [], 0
+    if part:
+        yield part
 
 
 def padded(prompts: Sequence[Prompt], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -132,12 +136,8 @@ def free_answers(
     max_new_tokens: int,
     **sampling: Any,
 ) -> list[str]:
-    """What a model says to one batch of prompts, each token the likeliest, up to the end of its turn; without special
-    tokens.
-
-    Args:
-        sampling: of `generate`, where each token should not be the likeliest (`do_sample`, `num_beams`, ...).
-    """
+    """What a model says to one batch of prompts up to the end of its turn, without special tokens; each token the
+    likeliest, unless `sampling`, of `generate`, says otherwise (`do_sample`, `num_beams`, ...)."""
     tokenizer = processor.tokenizer
     check_context_length(model, max(map(len, prompts)) + max_new_tokens)
     ends = model.generation_config.eos_token_id

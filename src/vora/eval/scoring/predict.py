@@ -3,19 +3,16 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vora.eval.prediction_cache import Line, PredictionCache
 from vora.eval.rows import Example
 from vora.eval.scoring.candidates import answer_ids, candidate_scores
-from vora.eval.scoring.generate import Prompt, batches, check_context_length, free_answers, prompt_of
+from vora.eval.scoring.generate import Prompt, batches, check_context_length, free_answers, in_parts, prompt_of
+from vora.eval.tasks.task import Task
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
-
-if TYPE_CHECKING:
-    from vora.eval.tasks.task import Task
 
 MOST_AT_ONCE, BYTES_AT_ONCE = 512, 256 << 20  # examples, and their pixels, that are sorted by length together
 
@@ -23,7 +20,7 @@ MOST_AT_ONCE, BYTES_AT_ONCE = 512, 256 << 20  # examples, and their pixels, that
 def predict(
     model: VoraForConditionalGeneration,
     processor: VoraProcessor,
-    task: "Task",
+    task: Task,
     examples: Sequence[Example],
     cache: PredictionCache,
     progress: Callable[[int], None],
@@ -31,8 +28,9 @@ def predict(
     """Answer all examples that a cache has no line of, in the way of their task; `progress` is called with the number
     of examples after each batch."""
     model.eval()
-    for prompts in _prompts(model, processor, task, examples, cache):
-        indices = list(prompts)
+    found = _prompts(model, processor, task, examples, cache)
+    for part in in_parts(found, _num_bytes, MOST_AT_ONCE, BYTES_AT_ONCE):
+        prompts, indices = dict(part), [index for index, _ in part]
         beams, extra = (task.num_beams, task.max_new_tokens) if task.generates else (1, 0)
         for batch in batches([beams * len(prompts[index]) for index in indices], model.device, beams * extra):
             began = time.monotonic()
@@ -57,14 +55,12 @@ def predict(
 def _prompts(
     model: VoraForConditionalGeneration,
     processor: VoraProcessor,
-    task: "Task",
+    task: Task,
     examples: Sequence[Example],
     cache: PredictionCache,
-) -> Iterator[dict[int, Prompt]]:
-    """Yields {index: prompt} of some examples at a time; those that cannot be asked are noted in the cache."""
+) -> Iterator[tuple[int, Prompt]]:
+    """(index, prompt) of each example; those that cannot be asked are noted in the cache."""
     known: dict[tuple[str, bool, tuple[str, ...]], list[list[int]]] = {}  # tokens of candidates
-    prompts: dict[int, Prompt] = {}
-    num_bytes = 0
     for index, example in enumerate(examples):
         if index in cache.done:
             continue
@@ -81,13 +77,11 @@ def _prompts(
         except ValueError as error:
             cache.add([{"index": index, "name": example.name, "bad": " ".join(str(error).split())}])
             continue
-        prompts[index] = prompt
-        num_bytes += sum(value.nbytes for value in prompts[index].inputs.values())
-        if len(prompts) == MOST_AT_ONCE or num_bytes > BYTES_AT_ONCE:
-            yield prompts
-            prompts, num_bytes = {}, 0
-    if prompts:
-        yield prompts
+        yield index, prompt
+
+
+def _num_bytes(pair: tuple[int, Prompt]) -> int:
+    return sum(value.nbytes for value in pair[1].inputs.values())
 
 
 def _line(index: int, example: Example, prompt: Prompt) -> Line:

@@ -16,7 +16,7 @@ import torch
 
 from vora.data.packing import TokenSample, collate_sequences, tokenize_sample
 from vora.data.schema import Sample
-from vora.eval.scoring.generate import batches, check_context_length, check_log_probs, sliding_window
+from vora.eval.scoring.generate import batches, check_context_length, check_log_probs, in_parts, sliding_window
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
@@ -29,33 +29,18 @@ MOST_AT_ONCE, BYTES_AT_ONCE = 1024, 512 << 20  # records, and their pixels, that
 
 @dataclass
 class AnswerScore:
-    """How likely a model finds the answers about one image.
+    """How likely a model finds the answers about one image."""
 
-    Args:
-        log_probs: float[A], sums over the tokens of each answer, end of turn included.
-        num_tokens: int[A], of each answer.
-        right: of each answer; True = a greedy model says exactly this.
-    """
-
-    log_probs: np.ndarray
-    num_tokens: np.ndarray
-    right: list[bool]
+    log_probs: np.ndarray  # float[A], sums over the tokens of each answer, end of turn included
+    num_tokens: np.ndarray  # int[A], of each answer
+    right: list[bool]  # of each answer; True = a greedy model says exactly this
 
 
 def score_answers(
     model: VoraForConditionalGeneration, processor: VoraProcessor, records: Iterable[tuple[int, Sample]]
 ) -> Iterator[dict[int, AnswerScore]]:
-    """The scores of all answers of records, batch by batch.
-
-    Args:
-        records: with an index each; their conversations are one question and one answer.
-
-    Yields:
-        {index of the record: score} for each batch.
-
-    Raises:
-        ValueError: an image with an answer exceeds the LLM's context; it is named.
-    """
+    """{index of the record: score} of all answers, batch by batch. Records come with an index each; each of their
+    conversations is a question and an answer. ValueError names an image that with an answer exceeds the context."""
     window = sliding_window(model)
     waiting: dict[int, list[AnswerScore | None]] = {}  # what is known of each part of a record
 
@@ -101,18 +86,8 @@ def _joined(parts: Iterable[AnswerScore | None]) -> AnswerScore:
 def score_samples(
     model: VoraForConditionalGeneration, samples: Iterable[tuple[Index, TokenSample]]
 ) -> Iterator[dict[Index, AnswerScore]]:
-    """The scores of all that is to be predicted in samples, batch by batch.
-
-    Args:
-        samples: pairs of an index and a sample of `share_prefixes`; those that exceed the LLM's sliding
-            window are of one conversation.
-
-    Yields:
-        {index: score} for each batch.
-
-    Raises:
-        ValueError: the model's logits are no numbers.
-    """
+    """{index: score} of all that is to be predicted in samples of `share_prefixes`, batch by batch; those that exceed
+    the LLM's sliding window are of one conversation. ValueError where the model's logits are no numbers."""
     model.eval()
     window = sliding_window(model)
     for batch in _batches(samples, model.device, window):
@@ -159,22 +134,12 @@ def _batches(
     samples: Iterable[tuple[Index, TokenSample]], device: torch.device, window: int | None
 ) -> Iterator[list[tuple[Index, TokenSample]]]:
     """Samples, of many at a time, in batches of about equal cost; those that exceed a window are apart."""
-    for part in _parts(samples):
+    for part in in_parts(samples, _num_bytes, MOST_AT_ONCE, BYTES_AT_ONCE):
         for exceeds in (False, True):
             some = [pair for pair in part if (len(pair[1]["input_ids"]) > (window or math.inf)) is exceeds]
             for batch in batches([len(sample["input_ids"]) for _, sample in some], device, most=TOKENS_PER_BATCH):
                 yield [some[place] for place in batch]
 
 
-def _parts(samples: Iterable[tuple[Index, TokenSample]]) -> Iterator[list[tuple[Index, TokenSample]]]:
-    """Lists of samples whose pixels are bounded."""
-    part: list[tuple[Index, TokenSample]] = []
-    num_bytes = 0
-    for index, sample in samples:
-        part.append((index, sample))
-        num_bytes += sample["pixel_values"].nbytes if "pixel_values" in sample else 0
-        if len(part) == MOST_AT_ONCE or num_bytes > BYTES_AT_ONCE:
-            yield part
-            part, num_bytes = [], 0
-    if part:
-        yield part
+def _num_bytes(pair: tuple[Any, TokenSample]) -> int:
+    return pair[1]["pixel_values"].nbytes if "pixel_values" in pair[1] else 0

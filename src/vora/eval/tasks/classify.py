@@ -18,11 +18,7 @@ class Classify(Task):
     default_prompt: ClassVar[str] = DEFAULT_PROMPTS.label[0]
 
     def examples(self, rows: Rows, skipped: SkippedRows) -> list[Example]:
-        """As of all tasks; candidates are the classes of all rows, or `labels`.
-
-        Raises:
-            ValueError: there is but one class.
-        """
+        """As of all tasks; candidates are the classes of all rows, or `labels`. ValueError if there is but one."""
         found = list(self.each(rows, skipped))
         known = self.labels or sorted({example.references[0] for example in found})
         candidates = tuple(dict.fromkeys(known))

@@ -33,7 +33,7 @@ class TaskEvaluation(Evaluation):
         return self.task.name
 
     def run(self, job: Job) -> Report:
-        task, rows = self.task, job.data.rows()
+        task, rows = self.task, Rows(job.data)
         examples = examples_of(task, rows, job.skipped)
         conditions = conditions_of(task, examples, job, rows.files)
         cache = job.open_cache(conditions, len(examples))
@@ -49,13 +49,6 @@ class TaskEvaluation(Evaluation):
         return job.report(len(kept), metrics, conditions, cache, rows.files)
 
 
-def make_task(name: str, **options: Any) -> Task:
-    """A task by its name; ValueError if there is none of it."""
-    if name not in TASKS:
-        raise ValueError(f"There is no task {name!r}: choose among {', '.join(TASKS)}.")
-    return TASKS[name](**options)
-
-
 def task_of(rows: Rows) -> str:
     """The name of the task that data is for, by the columns of its first readable row; ValueError if it is for
     several, or for none."""
@@ -65,14 +58,14 @@ def task_of(rows: Rows) -> str:
             return found[0]
         what = f"may be of {' or '.join(found)}" if found else "fit no task"
         raise ValueError(f"The columns {', '.join(sorted(row.values))} {what}: say which with --of.")
-    raise ValueError(f"No row of {rows} can be read.")
+    raise ValueError(f"No row of {rows.data} can be read.")
 
 
 def examples_of(task: Task, rows: Rows, skipped: SkippedRows) -> list[Example]:
     """A task's examples; raises ValueError if there is none."""
     examples = task.examples(rows, skipped)
     if not examples:
-        raise ValueError(f"{rows} holds no example of the task {task.name}.{skipped.first()}")
+        raise ValueError(f"{rows.data} holds no example of the task {task.name}.{skipped.first()}")
     return examples
 
 

@@ -16,6 +16,7 @@ from vora.eval.probe.probe import most_common, read_requests
 from vora.eval.probe.requests import ImageCondition
 from vora.eval.probe.scores import drawn_together
 from vora.eval.report import Report
+from vora.eval.rows import Rows
 from vora.eval.tasks.evaluation import conditions_of, examples_of
 from vora.eval.tasks.vqa import Vqa
 
@@ -31,12 +32,12 @@ class ExactAnswers(Evaluation):
     name = "exact"
 
     def run(self, job: Job) -> Report:
-        rows = job.data.rows()
+        rows = Rows(job.data)
         found = examples_of(self.task, rows, job.skipped)
         conditions = conditions_of(self.task, found, job, rows.files) | {"task": self.name}
         examples, groups = image_groups_of(found, job.skipped)
         if not examples:
-            raise ValueError(f"No image of {rows} can be read.{job.skipped.first()}")
+            raise ValueError(f"No image of {job.data} can be read.{job.skipped.first()}")
         answers = [[most_common(example.references)] for example in examples]
         pairs = [(example.prompt, wanted) for example, (wanted,) in zip(examples, answers)]
         first: dict[tuple[str, str], int] = {}

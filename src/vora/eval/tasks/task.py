@@ -14,19 +14,12 @@ from vora.eval.rows import Example, Row, Rows, SkippedRows
 
 @dataclass
 class Task:
-    """The base of all tasks.
+    """The base of all tasks."""
 
-    Args:
-        prompt: the question; what a row asks stands at `{}`. None: the task's own, that of `vora.data.prompts`.
-        labels: the classes, where the data does not name all.
-        max_examples: the first so many.
-        seed: of what is drawn.
-    """
-
-    prompt: str | None = None
-    labels: Sequence[str] | None = None
-    max_examples: int | None = None
-    seed: int = 0
+    prompt: str | None = None  # what a row asks stands at `{}`; None: the task's own, that of `vora.data.prompts`
+    labels: Sequence[str] | None = None  # the classes, where the data does not name all
+    max_examples: int | None = None  # the first so many
+    seed: int = 0  # of what is drawn
     name: ClassVar[str] = ""
     max_new_tokens: ClassVar[int] = 16
     generates = True  # predictions have `generated`, a free answer; the probe may switch it off
@@ -60,11 +53,7 @@ class Task:
             yield from found
 
     def of_row(self, row: Row, skipped: SkippedRows) -> Iterable[Example]:
-        """The examples of a row; single questions of it that are none are added to `skipped`.
-
-        Raises:
-            ValueError: it has none.
-        """
+        """The examples of a row, ValueError if it has none; single questions that are none are added to `skipped`."""
         raise NotImplementedError
 
     def score(self, examples: Sequence[Example], predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -12,10 +12,11 @@ import numpy as np
 
 from vora.checkpoint.layout import read_info
 from vora.checkpoint.load import load_base_llm
-from vora.eval.evaluation import Data, Evaluation, Job
+from vora.eval.evaluation import Evaluation, Job
 from vora.eval.metrics.intervals import Estimate, in_words, interval_of, numbers
 from vora.eval.prediction_cache import Line, fingerprints, model_fingerprint
 from vora.eval.report import Report
+from vora.eval.rows import Data
 from vora.eval.scoring.teacher_forced import score_samples
 from vora.eval.tasks.text_windows import WINDOW, Window, open_texts, read_windows
 from vora.model.modeling_vora import VoraForConditionalGeneration
@@ -26,19 +27,15 @@ MOST_LOST = 0.02  # of the perplexity; more than this is called lost
 
 @dataclass
 class TextAbility(Evaluation):
-    """Measure a model and its base LLM on text. Its report has a `verdict` in words.
+    """Measure a model and its base LLM on text. Its report has a `verdict` in words."""
 
-    Args:
-        base: the LLM (anything `load_llm` takes); None: what the model's card names.
-    """
-
-    base: str | None = None
+    base: str | None = None  # the LLM (anything `load_llm` takes); None: what the model's card names
     max_examples: int | None = None
     seed: int = 0
     name = "text"
 
     def check_data(self, data: Data) -> None:
-        open_texts(data.paths, **data.options)
+        open_texts(data)
 
     def run(self, job: Job) -> Report:
         model, processor, skipped, seed = job.model, job.processor, job.skipped, self.seed
@@ -48,9 +45,7 @@ class TextAbility(Evaluation):
         config = model.config.get_text_config()
         limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
         length = min(WINDOW, *(limit for limit in limits if limit), WINDOW)  # what the LLM holds and sees at once
-        windows, files = read_windows(
-            job.data.paths, processor, length, skipped, self.max_examples, **job.data.options
-        )
+        windows, files = read_windows(job.data, processor, length, skipped, self.max_examples)
         if not windows:
             raise ValueError(f"{job.data} holds no text.{skipped.first()}")
         conditions = {

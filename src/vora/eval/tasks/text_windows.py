@@ -4,9 +4,8 @@ Of `text` every token counts that has something before it; of `messages` and the
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from vora.data.columns import Row
 from vora.data.packing import TokenSample, share_prefixes
 from vora.data.schema import to_sample
 from vora.data.turns import text_in
-from vora.eval.rows import Rows, SkippedRows
+from vora.eval.rows import Data, Rows, SkippedRows
 from vora.model.processing_vora import VoraProcessor
 
 WINDOW = 1024  # tokens that are read at once; each is scored with at least half of them before it, where there are
@@ -22,36 +21,20 @@ WINDOW = 1024  # tokens that are read at once; each is scored with at least half
 
 @dataclass
 class Window:
-    """A part of a document: all of it is read, and of its tokens those not scored before are scored.
-
-    Args:
-        document: its number.
-        num_bytes: of what is scored.
-    """
+    """A part of a document: all of it is read, and of its tokens those not scored before are scored."""
 
     name: str
     sample: TokenSample
-    document: int
-    num_bytes: float
+    document: int  # its number
+    num_bytes: float  # of what is scored
 
 
 def read_windows(
-    paths: Sequence[str | Path],
-    processor: VoraProcessor,
-    length: int,
-    skipped: SkippedRows,
-    max_examples: int | None = None,
-    **rows_options: Any,
+    data: Data, processor: VoraProcessor, length: int, skipped: SkippedRows, max_examples: int | None = None
 ) -> tuple[list[Window], list[str]]:
-    """All windows of some files, and the files.
-
-    Args:
-        length: tokens of a window.
-        skipped: gets the rows that hold no text.
-        max_examples: the first so many documents.
-        rows_options: for `Rows`.
-    """
-    texts, rows = open_texts(paths, **rows_options)
+    """All windows, `length` tokens long, of the first `max_examples` documents, and the files; `skipped` gets the rows
+    that hold no text."""
+    texts, rows = open_texts(data)
     windows: list[Window] = []
     number = 0
     for name, values in _named(texts, rows, skipped):
@@ -68,24 +51,19 @@ def read_windows(
     return windows, [*map(str, texts), *rows.files]
 
 
-def open_texts(paths: Sequence[str | Path], **rows_options: Any) -> tuple[list[Path], Rows]:
+def open_texts(data: Data) -> tuple[list[Path], Rows]:
     """(files of text, `Rows` of all others); ValueError if one is not there."""
-    texts = [Path(path) for path in paths if str(path).lower().endswith(".txt")]
+    texts = [Path(path) for path in data.paths if str(path).lower().endswith(".txt")]
     if missing := [file for file in texts if not file.exists()]:
         raise ValueError(f"{missing[0]}: there is no such file.")
-    return texts, Rows([path for path in paths if Path(path) not in texts], **rows_options)
+    return texts, Rows(replace(data, paths=[path for path in data.paths if Path(path) not in texts]))
 
 
 def windows_of(
     ids: np.ndarray, scored: np.ndarray, num_bytes: float, length: int, name: str = "", document: int = 0
 ) -> list[Window]:
-    """A document in windows, of which each goes on half its length after the one before: every token that counts is
-    scored once.
-
-    Args:
-        ids, scored: int[T] and bool[T], the tokens and which of them count.
-        num_bytes: of those that count.
-    """
+    """A document (tokens int[T], which of them count bool[T], bytes of these) in windows, of which each goes on half
+    its length after the one before: every token that counts is scored once."""
     found: list[Window] = []
     done, per_token = 1, num_bytes / max(1, scored[1:].sum())
     while done < len(ids):
