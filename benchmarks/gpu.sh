@@ -39,7 +39,7 @@ if [ -n "$toy" ]; then
     part large_step 150 benchmarks/large_step.py $small --sequence-length 256 --ceiling-side 256 ||
         part large_step_again 150 benchmarks/large_step.py $small --sequence-length 256 --ceiling-side 256 --checkpointing
     part prefill_decode 150 benchmarks/prefill_decode.py $small --new-tokens 4
-    part data 150 benchmarks/data.py $small --count 10 --batches 2 --sequence-length 256
+    part distill_step 150 benchmarks/distill_step.py --size toy --rounds 1 --images 8 --ceiling-side 256
     part memory 150 benchmarks/memory.py $small --sequence-length 256
 else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
@@ -51,7 +51,7 @@ else
     part step_of_135m 60 benchmarks/large_step.py --size smollm2-135m --scale pixels --sequence-length 4096 --sequences 8 --sequences-per-batch 4 --batch 64
     part train_step_flex 70 benchmarks/train_step.py --sequence-length 4096 --sequences 8 --sequences-per-batch 4 --batch 64 --attn flex_attention --only steps
     part prefill_decode 50 benchmarks/prefill_decode.py
-    part data 40 benchmarks/data.py --sequences-per-batch 4 --sequence-length 4096 --batches 4
+    part distill_step 40 benchmarks/distill_step.py --images 256
     part memory 50 benchmarks/memory.py --sequence-length 4096 --sequences 4 --rounds 1
 fi
 echo "== all figures"

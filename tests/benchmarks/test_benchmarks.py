@@ -26,7 +26,7 @@ TOY = {
     "train_step with flex": "--size toy --attn flex_attention --only check",
     "prefill_decode": "--size toy --rounds 1 --new-tokens 2",
     "memory": "--size toy --sequence-length 128 --rounds 1 --our-dtype float32",
-    "data": "--size toy --count 4 --batches 2 --sequence-length 256 --rounds 1",
+    "distill_step": "--size toy --rounds 1 --images 8 --ceiling-side 64",
     "large_step": "--size toy --rounds 1 --sequences 1 --sequence-length 256 --ceiling-side 64 --checkpointing",
 }
 

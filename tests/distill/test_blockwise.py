@@ -103,7 +103,8 @@ def test_a_teacher_in_bf16_teaches_what_it_teaches_in_float32():
     dtypes = torch.float32, torch.bfloat16
     exact, rounded = (Teacher.from_pretrained(folder, dtype)(images, grids, range(5)) for dtype in dtypes)
     distillation = perfect(96, [(i, i) for i in range(5)]).train()
-    distillation(exact, exact)  # finds the means
+    with torch.no_grad():
+        distillation(exact, exact)  # finds the means
     distillation.eval()
     wanted = {i: features - getattr(distillation, f"mean_{i}") for i, features in exact.items()}
     noise = {i: f + f.std() * torch.randn(f.shape, generator=generator) for i, f in wanted.items()}

@@ -9,6 +9,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from vora.build.lora_product import use_lora_product
 from vora.model.modeling_vora import VoraForConditionalGeneration
 
 PATCH_EMBEDDING = "patch_embedding"
@@ -50,23 +51,9 @@ def attach_vision_lora(
         modules_to_save=[getattr(model, "trained_vision", PATCH_EMBEDDING)],
         exclude_modules=rf".*\b{PATCH_EMBEDDING}\..*" if hasattr(model, "trained_vision") else None,
     )
-    return leave_precision_to_autocast(get_peft_model(model, config))
-
-
-class UnlessAutocast:
-    """True, but where autocast chooses the precision of products: PEFT asks it at each of them."""
-
-    def __bool__(self) -> bool:
-        return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
-
-
-def leave_precision_to_autocast(model: PeftModel) -> PeftModel:
-    """Have LoRA layers take their input as it is under autocast. PEFT casts it to the pairs' float32, autocast casts
-    that back, and the copy is kept for the gradient of each layer; the numbers are the same to the last bit."""
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            layer.cast_input_dtype_enabled = UnlessAutocast()
-    return model
+    peft_model = get_peft_model(model, config)
+    use_lora_product(peft_model)
+    return peft_model
 
 
 def keep_trained_in_fp32(model: nn.Module) -> None:

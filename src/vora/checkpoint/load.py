@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from vora.baselines.llava import VoraLlavaConfig, VoraLlavaForConditionalGeneration
 from vora.build.base_llm import grow_for_image_token, load_llm, load_tokenizer
 from vora.build.from_llm import from_llm, processor_from_llm, wrap_llm
-from vora.build.lora import keep_trained_in_fp32, leave_precision_to_autocast, merge_vision_lora
+from vora.build.lora import keep_trained_in_fp32, merge_vision_lora
+from vora.build.lora_product import use_lora_product
 from vora.checkpoint.layout import HEADS_FILE, CheckpointInfo, read_info, weight_files
 from vora.checkpoint.names import is_hub_id
 from vora.distill.blockwise import BlockwiseDistillation
@@ -91,7 +92,8 @@ def load_adapter(path: Source, *, llm: str | None = None, dtype: torch.dtype | s
     peft_model = get_peft_model(model, config)
     keep_trained_in_fp32(peft_model)
     restore(peft_model, info.path)
-    return leave_precision_to_autocast(peft_model).eval()
+    use_lora_product(peft_model)
+    return peft_model.eval()
 
 
 def load_trainable(path: Source, dtype: torch.dtype | str) -> Student:

@@ -51,6 +51,10 @@ class Batch(TypedDict, total=False):
     text_rows: torch.Tensor  # int: sequences of text alone
     text_places: torch.Tensor  # int: their tokens, counted among those sequences alone
     distill_only: torch.Tensor  # bool[]
+    branches: torch.Tensor  # int[G, 2], how many images of how many tokens; rows of text are in the next three then
+    text_input_ids: torch.Tensor
+    text_position_ids: torch.Tensor
+    text_seen_until: torch.Tensor
 
 
 def tokenize_sample(
@@ -201,6 +205,44 @@ def collate_sequences(sequences: Sequence[PackedSequence], sequence_length: int,
     if seeing := [one for one in every if "pixel_values" in one]:
         batch |= {name: np.concatenate([one[name] for one in seeing]) for name in IMAGE_INPUTS}
     return cast(Batch, {name: torch.from_numpy(array) for name, array in batch.items()})
+
+
+def images_in_branches(
+    sequences: Sequence[PackedSequence], sequence_length: int, image_token_id: int, pad_token_id: int
+) -> Batch | None:
+    """Sequences that only distill as one row of tokens: what all samples begin with, once, then their images, the
+    smallest first (`vora.distill.branches`). Each token computes what it does in `collate_sequences`.
+
+    Returns:
+        The batch with `branches`, and text alone beside it in `text_*`. None where something is to be predicted, or
+        where a sample is more than that beginning and one image.
+    """
+    every = [sample for samples in sequences for sample in samples]
+    seeing: Any = [sample for sample in every if "pixel_values" in sample]
+    if not seeing or any((sample["targets"] != -100).any() for sample in every):
+        return None
+    beginning = seeing[0]["input_ids"][: int((seeing[0]["input_ids"] == image_token_id).argmax())]
+    first = len(beginning)
+    for sample in seeing:
+        ids, grids = sample["input_ids"], sample["image_grid_thw"]
+        has_one_image = len(grids) == 1 and grids[0, 0] == 1 and (ids[first:] == image_token_id).all()
+        if not (has_one_image and np.array_equal(ids[:first], beginning)):
+            return None
+    seeing.sort(key=lambda sample: (len(sample["input_ids"]), *sample["image_grid_thw"][0]))
+    lengths, counts = np.unique([len(sample["input_ids"]) - first for sample in seeing], return_counts=True)
+    ids = np.concatenate([beginning, np.full(counts @ lengths, image_token_id)])[None]
+    positions = [np.arange(first), *(sample["position_ids"][first:] for sample in seeing)]
+    row: dict[str, Any] = {"input_ids": ids, "position_ids": np.concatenate(positions)[None]}
+    row |= {"targets": np.full_like(ids, -100), "branches": np.stack([counts, lengths], 1)}
+    row |= {name: np.concatenate([sample[name] for sample in seeing]) for name in IMAGE_INPUTS}
+    row |= {"label_places": np.zeros(0, int), "image_places": np.arange(first, ids.shape[1])}
+    row["num_samples"] = np.array(sum(sample["num_samples"] for sample in every))
+    batch = cast(Batch, {name: torch.from_numpy(array) for name, array in row.items()})
+    if text := [samples for samples in sequences if "pixel_values" not in samples[0]]:
+        alone: Any = collate_sequences(text, sequence_length, pad_token_id)
+        batch |= cast(Batch, {f"text_{name}": alone[name] for name in ("input_ids", "position_ids", "seen_until")})
+        batch["text_places"] = places_of_text(text, sequence_length)["text_places"]
+    return batch
 
 
 def label_weights(batch: Batch, answer_balance: float) -> torch.Tensor:

@@ -40,6 +40,7 @@ class PackedSequences:
         num_workers: processes that read and decode; 0 does it in this one.
         rank, num_ranks: which part of all chunks is read.
         answer_balance: see `vora.data.packing.label_weights`.
+        branches: lay out what only distills by `vora.data.packing.images_in_branches`, where it can be.
         sample_options: further arguments of `SampleMaker`.
     """
 
@@ -57,6 +58,7 @@ class PackedSequences:
         rank: int = 0,
         num_ranks: int = 1,
         answer_balance: float = 0.0,
+        branches: bool = False,
         **sample_options: Any,
     ) -> None:
         sizes = [len(source) for source in sources]
@@ -66,6 +68,7 @@ class PackedSequences:
         self.maker = SampleMaker(sources, processor, sequence_length, seed=seed, **sample_options)
         self.mixture, self.bad = Mixture(weights, seed), BadSamples(bad_samples, max_bad_share)
         self.sequence_length, self.distill_only_sequences = sequence_length, distill_only_sequences
+        self.branches = branches
         self.answer_balance, self.num_workers, self.rank, self.num_ranks = answer_balance, num_workers, rank, num_ranks
         shares = np.array(weights) / sum(weights)
         self._longest_gap = 2 * int((np.array(sizes) / shares).max()) + CHUNK_SAMPLES
@@ -129,6 +132,10 @@ class PackedSequences:
         processor, length = self.maker.processor, self.sequence_length
         tokenizer = processor.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if self.branches:
+            row = packing.images_in_branches(sequences, length, processor.image_token_id, pad)
+            if row is not None:
+                return row
         batch = packing.collate_sequences(sequences, length, pad)
         if self.answer_balance:
             batch["label_weights"] = packing.label_weights(batch, self.answer_balance)

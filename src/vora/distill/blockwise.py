@@ -5,11 +5,14 @@ Dims: T image tokens of the batch, D = the student's width, D_t = the teacher's.
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from vora.model.segmented_sdpa import computing_dtype
 
 SUMMARY = "summary"  # in the place of a teacher's block: its CLS token's last state, at every image token
 Pair = tuple[int, int | str]  # the student's block, the teacher's
@@ -116,7 +119,14 @@ class BlockwiseDistillation(nn.Module):
 
     def loss_of_pair(self, pair: Pair, states: Tensor, features: Tensor) -> Tensor:
         """1 - cosine between what a pair's head makes of float[T, D] and its target of float[T, D_t], mean over T."""
-        predicted = self.heads[name_of(pair)](states.to(next(self.heads.parameters()).dtype))
+        head: Any = self.heads[name_of(pair)]
+        norm, linear = head
+        if computing_dtype(linear.weight) == linear.weight.dtype:  # no autocast
+            states = states.to(linear.weight.dtype)
+        # the norm's weights go into the product and its scale behind it, where there is less to multiply
+        length = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = (length.square() / states.shape[-1] + norm.eps).rsqrt()
+        predicted = F.linear(states, linear.weight * norm.weight) * scale + linear.bias
         return 1 - F.cosine_similarity(predicted.float(), self.target(pair, features), dim=-1).mean()
 
     def target(self, pair: Pair, features: Tensor) -> Tensor:

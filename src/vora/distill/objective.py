@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vora.distill.blocks import block_outputs, only_first_blocks
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation
+from vora.distill.branches import inputs_of_branches
 from vora.distill.teacher import TeacherProtocol, images_of_patches
 from vora.distill.text_kl import divergence, lora_off, unexplained
 from vora.model.patch_embed import merge_neighbours
@@ -40,8 +41,10 @@ class MicroBatch:
     label_weights: Tensor | None = None
     text_rows: Any = None
     text_places: Any = None
+    text_inputs: Any = None  # of rows of text that the student has not run
     num_items_in_batch: Tensor | float | None = None
     num_micro_batches: int = 1
+    in_branches: bool = False  # one row, see `vora.data.packing.images_in_branches`
     only_paired_blocks: bool = False  # the student ran no block above the last paired one
     hidden_states: Any = None  # float[B, T, D] after all blocks and the last norm; None with `only_paired_blocks`
     block_states: dict[int, Tensor] = field(default_factory=dict)  # {paired block: float[B, T, D]}
@@ -83,18 +86,23 @@ class TextKL(Term):
     ran, the distance of the last one's output (`vora.distill.text_kl`). A mean over the micro-batch's tokens."""
 
     def applies(self, objective: "Objective", batch: MicroBatch) -> bool:
-        return batch.text_rows is not None
+        return batch.text_places is not None
 
     def __call__(self, objective: "Objective", batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        vora, rows, inputs = objective.vora, batch.text_rows, batch.inputs
-        of_rows = {name: tensor[rows] for name, tensor in inputs.items() if name in ("position_ids", "seen_until")}
+        vora, early, rows = objective.vora, batch.only_paired_blocks, batch.text_rows
+        hidden, states = batch.hidden_states, batch.block_states
+        if rows is None:
+            of_rows, rows = dict(batch.text_inputs), slice(None)
+        else:
+            of_rows = {name: batch.inputs[name][rows] for name in ("input_ids", "position_ids", "seen_until")}
         # embeddings, for with tokens alone a GPU would be waited for, to see whether images are missing
-        of_rows["inputs_embeds"] = vora.get_input_embeddings()(inputs["input_ids"][rows])
-        early = batch.only_paired_blocks
+        of_rows["inputs_embeds"] = vora.get_input_embeddings()(of_rows.pop("input_ids"))
+        if batch.text_inputs is not None:
+            hidden, states = objective.run_student(of_rows, early, early)
         with torch.no_grad(), lora_off(vora):
             own_hidden, own_states = objective.run_student(of_rows, early, early)
         own: Any = own_states[max(own_states)] if early else own_hidden
-        reached = batch.block_states[max(batch.block_states)] if early else batch.hidden_states
+        reached: Any = states[max(states)] if early else hidden
         reached, own = (states.flatten(0, 1)[batch.text_places] for states in (reached[rows], own))
         of_logits = vora.logits, reached, own, vora.lm_head.out_features
         loss = unexplained(reached, own) if early else divergence(*of_logits)
@@ -108,7 +116,11 @@ class Distillation(Term):
         return objective.teacher is not None and len(batch.image_places) > 0
 
     def __call__(self, objective: "Objective", batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        states = {block: hidden.flatten(0, 1)[batch.image_places] for block, hidden in batch.block_states.items()}
+        places, first = batch.image_places, batch.targets.numel() - len(batch.image_places)
+        states = {
+            block: hidden.flatten(0, 1)[first:] if batch.in_branches else hidden.flatten(0, 1)[places]
+            for block, hidden in batch.block_states.items()
+        }
         loss, pair_losses = objective.distillation(states, objective.teach(**batch.images))
         return loss / batch.num_micro_batches, {"distill_loss": loss, "pair_losses": pair_losses}
 
@@ -219,7 +231,7 @@ class Objective(nn.Module):
         label_places: Tensor | None = None, label_weights: Tensor | None = None, image_places: Tensor | None = None,
         text_rows: Tensor | None = None, text_places: Tensor | None = None, distill_only: Tensor | bool | None = None,
         num_samples: Tensor | int | None = None, num_items_in_batch: Tensor | float | None = None,
-        num_micro_batches: int = 1, **inputs: Tensor,
+        num_micro_batches: int = 1, branches: Tensor | None = None, **inputs: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Named losses of a packed batch.
 
@@ -236,6 +248,8 @@ class Objective(nn.Module):
             num_items_in_batch: label tokens of the whole optimizer step, or their summed weights, by which what the
                 language loss adds to `loss` is divided.
             num_micro_batches: of the step, by which the other terms are divided in `loss`.
+            branches: int[G, 2] on the host, of one row of images alone (`vora.data.packing.images_in_branches`);
+                text that is to stay is then in inputs that begin with `text_`.
 
         Returns:
             `loss`; `lm_loss` if there are targets, each label counting alike, and with weights `answer_loss`, which is
@@ -248,9 +262,10 @@ class Objective(nn.Module):
             image_places = (inputs["input_ids"] == self.config.image_token_id).flatten().nonzero()[:, 0]
         images: Any = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
         images = {} if pixel_values is None else images
+        text_inputs: Any = {name[5:]: inputs.pop(name) for name in list(inputs) if name.startswith("text_")} or None
         batch = MicroBatch(
             inputs, images, targets, label_places, image_places, label_weights, text_rows, text_places,
-            num_items_in_batch, num_micro_batches,
+            text_inputs, num_items_in_batch, num_micro_batches, branches is not None,
         )  # fmt: skip
         batch.only_paired_blocks = (
             len(label_places) == 0 and self.distillation is not None and (distill_only is None or bool(distill_only))
@@ -258,7 +273,10 @@ class Objective(nn.Module):
         # with no term at all, the first one says that nothing can be learned
         terms = [term for term in self.terms if term.applies(self, batch)] or self.terms[:1]
         collects = batch.only_paired_blocks or (self.teacher is not None and len(image_places) > 0)
-        batch.hidden_states, batch.block_states = self.run_student(inputs | images, collects, batch.only_paired_blocks)
+        given = inputs | images
+        if branches is not None:
+            given = inputs_of_branches(self.vora, inputs["input_ids"], inputs["position_ids"], images, branches)
+        batch.hidden_states, batch.block_states = self.run_student(given, collects, batch.only_paired_blocks)
         losses: dict[str, Any] = {"loss": 0.0}
         for term in terms:
             loss, named = term(self, batch)

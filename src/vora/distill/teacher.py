@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from vora.build.vit_init import vit_embedding
 from vora.distill.blocks import block_outputs, only_first_blocks
 from vora.distill.blockwise import SUMMARY
 from vora.model.patch_embed import resized
+from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
 
 Grid = tuple[int, int]  # rows, columns of patches
 PROBE_GRID = (3, 4, 12)  # rows, columns, how many of its places are tried
@@ -75,6 +77,7 @@ class Teacher(nn.Module):
         self.hidden_size, self.num_blocks = config.hidden_size, config.num_hidden_layers
         self.patch_size = self.embedding.patch_size
         self.image_mean, self.image_std = list(image_mean), list(image_std)
+        use_segmented_sdpa_on_cpu(self.vit, torch.device("cpu"))  # elsewhere, and without bf16, it is sdpa
         self.accepts = set(inspect.signature(self.vit.forward).parameters)
         check_features(self)
 
@@ -128,6 +131,9 @@ class Teacher(nn.Module):
     def forward(self, images: list[Tensor], grids: list[Grid], blocks: Iterable[int | str]) -> dict[int | str, Tensor]:
         """Features of images at every patch of the student's grids, see `TeacherProtocol`."""
         features: dict[int | str, dict[int, Tensor]] = {block: {} for block in blocks}
+        if len(set(grids)) == 1:
+            alike = self.features_on_grid(self.resize(images, grids[0]), grids[0], list(features))
+            return {block: tokens.flatten(0, 1) for block, tokens in alike.items()}
         for grid in sorted(set(grids)):
             members = [i for i, other in enumerate(grids) if other == grid]
             alike = self.features_on_grid(self.resize([images[i] for i in members], grid), grid, list(features))
@@ -146,7 +152,7 @@ class Teacher(nn.Module):
 
         pixels = torch.stack([fitted(image) for image in images])
         mean, std = (channels(tuple(v), pixels.device) for v in (self.image_mean, self.image_std))
-        return (pixels - mean) / std
+        return pixels.sub_(mean).div_(std)
 
     def features_on_grid(self, pixels: Tensor, grid: Grid, blocks: Sequence[int | str]) -> dict[int | str, Tensor]:
         """{block: float[n, rows * columns, D_t]} of normalised images of one grid; of `SUMMARY` float[n, 1, D_t].
@@ -237,12 +243,12 @@ def images_of_patches(
     image_std: Sequence[float],
 ) -> list[Tensor]:  # fmt: skip
     """The student's patches float[P, C*p*p] turned back into N images float[C, rows * p, columns * p] in 0..1."""
-    images = []
-    for (rows, columns), patches in zip(grids, pixel_values.split([r * c for r, c in grids])):
-        patches = patches.float().view(rows, columns, -1, patch_size, patch_size)
-        image = patches.permute(2, 0, 3, 1, 4).reshape(-1, rows * patch_size, columns * patch_size)
-        mean, std = (channels(tuple(v), image.device) for v in (image_mean, image_std))
-        images.append(image * std + mean)
+    images: list[Tensor] = []
+    mean, std = (channels(tuple(v), pixel_values.device) for v in (image_mean, image_std))
+    alike = [(rows, columns, len(list(same))) for (rows, columns), same in groupby(grids)]
+    for (rows, columns, count), patches in zip(alike, pixel_values.split([r * c * n for r, c, n in alike])):
+        patches = patches.float().view(count, rows, columns, -1, patch_size, patch_size).permute(0, 3, 1, 4, 2, 5)
+        images += patches.reshape(count, -1, rows * patch_size, columns * patch_size).mul(std).add_(mean)
     return images
 
 

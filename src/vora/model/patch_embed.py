@@ -5,6 +5,7 @@ D = LLM width, G = side of the learned grid, N images, B sequences, T tokens of 
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -100,9 +101,9 @@ def merge_neighbours(features: Tensor, grids: Sequence[Grid], patch_merge: int) 
             f"{len(odd)} of {len(grids)} images have grids, such as {odd[0][0]} x {odd[0][1]} patches, that do not "
             f"split into {m} x {m} neighbours: make the patches with an image processor of patch_merge={m}."
         )
-    parts = features.split([t * h * w for t, h, w in grids])
+    alike = [(h, w, sum(t for t, *_ in same)) for (h, w), same in groupby(grids, key=lambda grid: tuple(grid[1:]))]
     squares = [
         part.view(t, h // m, m, w // m, m, -1).transpose(2, 3).flatten(3, 4).flatten(0, 2)
-        for part, (t, h, w) in zip(parts, grids)
+        for part, (h, w, t) in zip(features.split([t * h * w for h, w, t in alike]), alike)
     ]
-    return torch.cat(squares)
+    return torch.cat(squares) if len(squares) > 1 else squares[0]

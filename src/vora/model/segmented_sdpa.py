@@ -43,6 +43,21 @@ class Segment:
     added: Tensor | None  # float[1, L, S] to add to scores; None where all see all
 
 
+@dataclass
+class Branches:
+    """A row of a beginning and many images behind it, each of which sees the beginning and all of itself."""
+
+    beginning: int  # tokens, causal among themselves
+    groups: list[tuple[int, int]]  # (how many images, tokens of each), in order
+
+
+def mask_of_branches(branches: Branches, device: torch.device) -> Tensor:
+    """What an LLM takes as `attention_mask` under `segmented_sdpa`, of no size, for one row of tokens."""
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    mask.branches = branches  # type: ignore[attr-defined]
+    return mask
+
+
 def cut(mask: Tensor, blocks: Tensor | None, seen_until: Tensor | None, states: Tensor) -> None:
     """Leave its segments with a mask, in an attribute `segments`: B lists of `Segment`. Short sequences get none.
 
@@ -54,7 +69,7 @@ def cut(mask: Tensor, blocks: Tensor | None, seen_until: Tensor | None, states: 
     """
     if mask.shape[2] <= SHORT:
         return
-    parts, dtype = [[(0, mask.shape[2])]] * len(mask), _dtype(states)
+    parts, dtype = [[(0, mask.shape[2])]] * len(mask), computing_dtype(states)
     if seen_until is not None and seen_until.shape[1] == mask.shape[2]:  # trees that hang on a cache are not cut
         parts = trees(seen_until)
     borders: list[list[int]] = [[]] * len(mask)  # where images begin or end
@@ -113,12 +128,17 @@ def segmented_sdpa(
 
     Queries float[B, H, Q, W], keys and values float[B, G, K, W] make (float[B, Q, H, W], None).
     """
+    if (branches := getattr(attention_mask, "branches", None)) is not None:
+        return _branched(query, key, value, branches, kwargs.get("scaling") or query.shape[-1] ** -0.5), None
+    if attention_mask is None and not getattr(module, "is_causal", True) and not kwargs.get("dropout"):  # of a ViT
+        found = _complete(query, key, value, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+        return found.transpose(1, 2).contiguous().to(query.dtype), None
     segments_of_batch = getattr(attention_mask, "segments", None)
     if segments_of_batch is None or any(kwargs.get(name) is not None for name in CHANGES_SCORES):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     dropout, scale = kwargs.get("dropout") or 0.0, kwargs.get("scaling") or query.shape[-1] ** -0.5
     most_keys = 0  # of products
-    if _by_products(_dtype(query)) and not dropout:
+    if _by_products(computing_dtype(query)) and not dropout:
         most_keys = MOST_KEPT if torch.is_grad_enabled() and query.requires_grad else key.shape[2]
         query, key, value = (states.to(torch.bfloat16) for states in (query, key, value))
     outputs = []
@@ -150,14 +170,42 @@ def _products(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, s
     return torch.bmm(scores.softmax(-1), value).view(heads, length, -1)
 
 
+def _branched(query: Tensor, key: Tensor, value: Tensor, branches: Branches, scale: float) -> Tensor:
+    """float[1, T, H, W]; images of one size are attended to together, without masks."""
+    first = branches.beginning
+    begun = [states[:, :, :first] for states in (query, key, value)]
+    causal = {"is_causal": True, "scale": scale, "enable_gqa": True}
+    outputs = [nn.functional.scaled_dot_product_attention(*begun, **causal)] if first else []  # type: ignore[arg-type]
+    for count, length in branches.groups:
+        last = first + count * length
+        own = [states[0, :, first:last].unflatten(1, (count, -1)).transpose(0, 1) for states in (query, key, value)]
+        keys, values = (torch.cat([a.expand(count, -1, -1, -1), b], 2) for a, b in zip(begun[1:], own[1:]))
+        found = _complete(own[0], keys, values, scale)
+        outputs.append(found.transpose(0, 1).flatten(1, 2)[None].to(query.dtype))
+        first = last
+    return torch.cat(outputs, 2).transpose(1, 2)
+
+
+def _complete(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """float[B, H, Q, W], where every query sees every key."""
+    if query.device.type == "cpu" and _by_products(computing_dtype(query)) and key.shape[2] <= MOST_KEPT:
+        query, key, value = (states.to(torch.bfloat16) for states in (query, key, value))
+        queries = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3).flatten(0, 1)  # [B G, H / G Q, W]
+        scores = torch.baddbmm(queries.new_zeros(()), queries, key.flatten(0, 1).mT, beta=0, alpha=scale)
+        return torch.bmm(scores.softmax(-1), value.flatten(0, 1)).view_as(query)
+    return nn.functional.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+
+
 def _by_products(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16
 
 
-def _dtype(states: Tensor) -> torch.dtype:
-    """What attention is computed in."""
+def computing_dtype(states: Tensor) -> torch.dtype:
+    """What products of such tensors are computed in: autocast's choice, or their own dtype."""
     device = states.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return states.dtype
+    return torch.get_autocast_dtype(device)
 
 
 AttentionInterface.register(SEGMENTED_SDPA, segmented_sdpa)

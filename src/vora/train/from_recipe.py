@@ -124,7 +124,7 @@ def open_sources(data: DataSection) -> list[Source]:
 
 def packed_sequences(
     recipe: Recipe, sources: list[Source], processor: VoraProcessor, arguments: TrainingArguments,
-    bad_samples: Path | None = None,
+    bad_samples: Path | None = None, branches: bool = False,
 ) -> PackedSequences:  # fmt: skip
     """This process's part of the sequences that a recipe trains on."""
     data = recipe.data
@@ -138,7 +138,7 @@ def packed_sequences(
         answer_balance=data.answer_balance, questions_per_image=data.questions_per_image,
         image_tokens=data.image_tokens, text_only=data.text_only,
         augment=[source.augment and source.augment.model_dump() for source in data.sources],
-        text_kl_weight=recipe.stage == "pretrain" and recipe.lora.text_kl_weight > 0,
+        branches=branches, text_kl_weight=recipe.stage == "pretrain" and recipe.lora.text_kl_weight > 0,
     )  # fmt: skip
 
 

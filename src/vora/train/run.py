@@ -24,6 +24,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from vora.checkpoint.card import write_run_card
 from vora.checkpoint.run_directory import find_checkpoint, last_step
+from vora.distill.branches import takes_branches
 from vora.distill.objective import Objective
 from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
 from vora.train.callbacks import CardCallback, ProgressCallback, SampleGenerationCallback, StopOnSignal
@@ -64,7 +65,8 @@ def train(
     objective, processor = build_objective(recipe)
     check_sequence_length(recipe, objective)
     prepare(objective, recipe, arguments)
-    sequences = packed_sequences(recipe, sources, processor, arguments, directory / "bad_samples.jsonl")
+    branches = recipe.distill_only_steps > 0 and takes_branches(objective, recipe.data.sequence_length)
+    sequences = packed_sequences(recipe, sources, processor, arguments, directory / "bad_samples.jsonl", branches)
     recipe = with_planned_steps(recipe, objective, sequences, arguments, checkpoint)
     write_what_runs(recipe, directory)
     console.print(trainable_table(objective, recipe.stage))

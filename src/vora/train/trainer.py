@@ -19,7 +19,7 @@ from vora.data.stream import PackedBatches
 from vora.distill.objective import LOSSES
 from vora.train.recipe_sections import Recipe
 
-ON_HOST = ("image_grid_thw", "num_samples", "distill_only")  # of a batch: what only the host asks
+ON_HOST = ("image_grid_thw", "num_samples", "distill_only", "branches")  # of a batch: what only the host asks
 DATA_FILE = "data_position_{}.json"  # one per process
 # by its name a parameter belongs to one of the parts that have learning rates, or to the rest
 PART_MARKS = {"patch_embedding": "patch_embedding", "heads": "distillation.heads", "lora_b": "lora_B"}
