@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from tiny import generate, logits_of, prompt, text, tiny_vora, train_a_little
+from torch import nn
 
 from vora import attach_vision_lora, merge_vision_lora
 from vora.build.lora import keep_trained_in_fp32
-from vora.build.lora_product import LoraLinear
+from vora.build.lora_product import LoraLinear, use_lora_product
 from vora.train.plan.memory import Saved
 
 
@@ -114,6 +116,41 @@ def test_in_float32_it_is_the_same(family, alpha):
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
     with peft_model.disable_adapter():
         torch.testing.assert_close(logits_of(peft_model, **inputs), logits_of(tiny_vora(family), **inputs))
+
+
+def test_what_is_more_than_lora_on_a_plain_layer_is_left_to_peft():
+    inputs = torch.randn(2, 3, 8)
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    def hooked(layer):
+        layer.register_forward_hook(lambda module, args, output: 3 * output)
+        return layer
+
+    kinds = {"plain": nn.Linear(8, 5), "subclass": Doubled(8, 5), "hooked": hooked(nn.Linear(8, 5))}
+    for options in ({"lora_bias": True}, {"use_dora": True}, {}):
+        config = LoraConfig(r=2, target_modules=list(kinds), init_lora_weights=False, **options)
+        model = get_peft_model(nn.ModuleDict(copy.deepcopy(kinds)), config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name and name.endswith("bias"):
+                parameter.data.normal_()
+        use_lora_product(model)
+        found = {kind: model.get_submodule(f"base_model.model.{kind}")(inputs) for kind in kinds}
+        as_peft_computes(model)
+        for kind, output in found.items():
+            torch.testing.assert_close(output, model.get_submodule(f"base_model.model.{kind}")(inputs))
+    use_lora_product(model)
+    for shape in ((0, 8), (2, 0, 8), (8,)):
+        assert model.get_submodule("base_model.model.plain")(torch.zeros(shape)).shape == (*shape[:-1], 5)
+
+
+def test_its_output_may_be_changed_in_place():
+    model = attach_vision_lora(tiny_vora("llama"), rank=2)
+    y = model.get_base_model().model.blocks[0].self_attn.q_proj(torch.randn(1, 3, 32, requires_grad=True))
+    y += 1  # as Falcon does
+    y.sum().backward()
 
 
 def test_without_autocast_inputs_are_cast():

@@ -5,6 +5,7 @@ import torch
 from packed import sample
 from tiny import FAMILIES, IMAGE, PATCH, SHAPE, text, tiny_vora
 from tiny_teachers import tiny_vit
+from torch import nn
 
 from vora import Teacher, VoraImageProcessor, attach_vision_lora
 from vora.data.packing import (
@@ -19,7 +20,7 @@ from vora.data.packing import (
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
 from vora.distill.branches import takes_branches
 from vora.distill.objective import Objective
-from vora.model.segmented_sdpa import SEGMENTED_SDPA
+from vora.model.segmented_sdpa import SEGMENTED_SDPA, Branches, mask_of_branches, segmented_sdpa
 
 LENGTH = 40
 REFUSED = {"gemma2"}  # attends eagerly
@@ -101,3 +102,20 @@ def test_other_rules_of_attention_keep_their_packed_sequences():
     assert takes_branches(objective_of("llama"), LENGTH)
     assert not takes_branches(objective_of("llama", "sdpa"), LENGTH)
     assert not takes_branches(objective_of("llama", image_attention="causal"), LENGTH)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_values_may_be_narrower_and_attention_may_drop(bf16):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 8, 6), torch.randn(1, 2, 8, 6), torch.randn(1, 2, 8, 5)
+    mask = mask_of_branches(Branches(2, [(2, 3)]), query.device)
+    sees = torch.ones(8, 8, dtype=torch.bool).tril()
+    sees[2:5, 2:5] = sees[5:, 5:] = True
+    sees[5:, 2:5] = False
+    attend = nn.functional.scaled_dot_product_attention
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        found, _ = segmented_sdpa(nn.Module(), query, key, value, mask)
+        dropped, _ = segmented_sdpa(nn.Module(), query, key, value, mask, dropout=0.5)
+    expected = attend(query, key, value, sees, enable_gqa=True).transpose(1, 2)
+    assert found.is_contiguous() and not torch.equal(found, dropped)
+    torch.testing.assert_close(found.float(), expected, atol=0.05 if bf16 else 1e-5, rtol=0.05 if bf16 else 1e-5)

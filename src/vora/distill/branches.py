@@ -55,8 +55,12 @@ def takes_branches(objective: "Objective", longest: int) -> bool:
     ids, positions = torch.cat([alone, alone[:, 2:]], 1), torch.cat([places, places[:, 2:]], 1)
     images = {"pixel_values": pixels.flatten(0, 1), "image_grid_thw": grids}
     row = inputs_of_branches(vora, ids, positions, images, torch.tensor([[2, 4]]))
-    together = objective.run_student(row, True, True)[1]
-    objective.train(was_training)
+    try:
+        together = objective.run_student(row, True, True)[1]
+    except (RuntimeError, ValueError, IndexError):  # it makes something else of a row
+        return False
+    finally:
+        objective.train(was_training)
     last = max(together)
     wanted, found = torch.cat([states[last][0, 2:] for states in each]), together[last][0, 2:]
     added = wanted.float() - row["inputs_embeds"][0, 2:].float()  # by the blocks

@@ -129,7 +129,8 @@ def segmented_sdpa(
     Queries float[B, H, Q, W], keys and values float[B, G, K, W] make (float[B, Q, H, W], None).
     """
     if (branches := getattr(attention_mask, "branches", None)) is not None:
-        return _branched(query, key, value, branches, kwargs.get("scaling") or query.shape[-1] ** -0.5), None
+        dropout, scale = kwargs.get("dropout") or 0.0, kwargs.get("scaling") or query.shape[-1] ** -0.5
+        return _branched(query, key, value, branches, scale, dropout), None
     if attention_mask is None and not getattr(module, "is_causal", True) and not kwargs.get("dropout"):  # of a ViT
         found = _complete(query, key, value, kwargs.get("scaling") or query.shape[-1] ** -0.5)
         return found.transpose(1, 2).contiguous().to(query.dtype), None
@@ -170,30 +171,39 @@ def _products(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, s
     return torch.bmm(scores.softmax(-1), value).view(heads, length, -1)
 
 
-def _branched(query: Tensor, key: Tensor, value: Tensor, branches: Branches, scale: float) -> Tensor:
+def _branched(
+    query: Tensor, key: Tensor, value: Tensor, branches: Branches, scale: float, dropout: float
+) -> Tensor:  # fmt: skip
     """float[1, T, H, W]; images of one size are attended to together, without masks."""
     first = branches.beginning
     begun = [states[:, :, :first] for states in (query, key, value)]
-    causal = {"is_causal": True, "scale": scale, "enable_gqa": True}
+    causal = {"is_causal": True, "scale": scale, "enable_gqa": True, "dropout_p": dropout}
     outputs = [nn.functional.scaled_dot_product_attention(*begun, **causal)] if first else []  # type: ignore[arg-type]
     for count, length in branches.groups:
         last = first + count * length
         own = [states[0, :, first:last].unflatten(1, (count, -1)).transpose(0, 1) for states in (query, key, value)]
         keys, values = (torch.cat([a.expand(count, -1, -1, -1), b], 2) for a, b in zip(begun[1:], own[1:]))
-        found = _complete(own[0], keys, values, scale)
+        found = _complete(own[0], keys, values, scale, dropout)
         outputs.append(found.transpose(0, 1).flatten(1, 2)[None].to(query.dtype))
         first = last
-    return torch.cat(outputs, 2).transpose(1, 2)
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
 
-def _complete(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """float[B, H, Q, W], where every query sees every key."""
-    if query.device.type == "cpu" and _by_products(computing_dtype(query)) and key.shape[2] <= MOST_KEPT:
+def _complete(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    """float[B, H, Q, width of the values], where every query sees every key."""
+    if (
+        not dropout
+        and query.device.type == "cpu"
+        and _by_products(computing_dtype(query))
+        and key.shape[2] <= MOST_KEPT
+    ):
         query, key, value = (states.to(torch.bfloat16) for states in (query, key, value))
         queries = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3).flatten(0, 1)  # [B G, H / G Q, W]
         scores = torch.baddbmm(queries.new_zeros(()), queries, key.flatten(0, 1).mT, beta=0, alpha=scale)
-        return torch.bmm(scores.softmax(-1), value.flatten(0, 1)).view_as(query)
-    return nn.functional.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+        return torch.bmm(scores.softmax(-1), value.flatten(0, 1)).view(*query.shape[:-1], -1)
+    return nn.functional.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, scale=scale, enable_gqa=True
+    )
 
 
 def _by_products(dtype: torch.dtype) -> bool:

@@ -49,7 +49,7 @@ def candidate_scores(
     if max(map(len, candidates)) > most:
         bounds = _first_tokens(model, processor, prompts)
         for bound, number in zip(bounds, always):
-            bound[number] = 0.0
+            bound[number] = np.inf
     while True:
         best = [np.argsort(-bound, kind="stable")[:most] for bound in bounds]
         chosen = [numbers[bounds[row][numbers] > scores[row].max()] for row, numbers in enumerate(best)]
