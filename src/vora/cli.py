@@ -214,8 +214,12 @@ def merge(
     llm: Annotated[str | None, Option(help="Base LLM of an adapter that does not name it.")] = None,
 ) -> None:
     """Fold vision LoRA into the LLM's weights and save an ordinary model."""
+    from vora.checkpoint.run_directory import best_checkpoint, run_of
     from vora.checkpoint.save import merge as run
 
+    if run_of(Path(path)) == Path(path) and (best := best_checkpoint(Path(path))):
+        text = f"Merging {best.folder}, the best by {best.metric} ({best.value:.4f}); for another, name its folder."
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     run(path, out, llm_out=llm_out, adapter_out=adapter_out, llm=llm)
     console.print(f"Saved {out}. Ask it: vora chat IMAGE -m {out}")
 

@@ -142,7 +142,7 @@ def test_an_old_key_names_the_new_one(old, as_override):
 def test_every_key_is_described():
     schema = Recipe.model_json_schema()
     sections = [schema, *schema["$defs"].values()]
-    assert len(sections) == 9 and all(section["description"] for section in sections)
+    assert len(sections) == 10 and all(section["description"] for section in sections)
     assert all("description" in key for section in sections for key in section["properties"].values())
 
 
@@ -184,7 +184,7 @@ NOWHERE = {"model": {"llm": "none"}, "data": {"sources": [{"path": "none.jsonl"}
         ({"training": {"save_only_model": True}}, "from which nothing can resume"),
         ({"training": {"data_seed": 3}}, "order of the data follows training.seed"),
         ({"training": {"neftune_noise_alpha": 5}}, "neftune_noise_alpha is not supported"),
-        ({"training": {"eval_strategy": "steps"}}, "no samples to evaluate on: `vora eval` measures a checkpoint"),
+        ({"training": {"eval_strategy": "steps"}}, "no samples to evaluate on: hold some out with data.validation"),
         ({"training": {"load_best_model_at_end": True}}, "no samples to evaluate on"),
         ({"teacher": {"name": "vit", "weight": 0, "distill_only_steps": 9}}, "distill_only_steps is 9"),
         ({"stage": "finetune", "teacher": {"name": "vit"}}, "set teacher=null"),

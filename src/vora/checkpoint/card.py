@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from vora.checkpoint.layout import Kind, read_info
 from vora.checkpoint.lineage import NOT_STATED, lineage, read_card
 from vora.checkpoint.names import command_without_folders, is_hub_id
-from vora.checkpoint.run_directory import last_step, newest_weights, read_recipe, run_of
+from vora.checkpoint.run_directory import last_step, read_recipe, run_of, weights_of_run
 
 # (task, metric, value, number of examples, the command that makes it again)
 Evaluation = tuple[str, str, float | str, int, str]
@@ -94,17 +94,20 @@ def write_run_card(
     run = run_of(Path(source))
     if run is None:  # imported or received, and merged now: what is known stands on its own card
         return write_card(folder, CardFacts(made="folded", stage="pretrain", source=str(source)))
-    recipe, saved = read_recipe(run), newest_weights(run)
+    recipe = read_recipe(run)
+    saved = weights_of_run(run) if run == Path(source) else Path(source)
     model, teacher = recipe["model"], recipe.get("teacher") or {}
     # what was noted when the run ended, where its data lay
     before = (read_card(saved) if steps is None else None) or {}
     noted = before.get("stages", [{}])[-1]
     if steps is None:
-        steps = noted.get("steps") or (last_step(saved) if saved.name != "final" else recipe["training"]["max_steps"])
+        steps = noted.get("steps") or (
+            last_step(saved) if saved.name != "final" else recipe["training"].get("max_steps")
+        )
     data = noted.get("data") or [{"name": s["path"], "weight": s.get("weight")} for s in recipe["data"]["sources"]]
     log = run / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    logged: dict[str, Any] = next((line for line in reversed(lines) if line["step"] <= steps), {})
+    logged: dict[str, Any] = next((line for line in reversed(lines) if steps is None or line["step"] <= steps), {})
     is_merged = recipe["stage"] == "pretrain" and not (Path(folder) / "adapter_config.json").exists()
     facts = CardFacts(
         made="merged" if is_merged else "trained",

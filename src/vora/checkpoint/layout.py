@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from vora.checkpoint.lineage import read_card
 from vora.checkpoint.names import HUB_ID_OF_ALIAS, is_hub_id, loadable, published
-from vora.checkpoint.run_directory import newest_weights, read_recipe, run_of
+from vora.checkpoint.run_directory import read_recipe, run_of, weights_of_run
 from vora.distill.blockwise import SHIFTS, SUMMARY, Pair
 
 INFO_FILE = "vora.json"
@@ -40,7 +40,7 @@ class CheckpointInfo:
     """
 
     kind: Kind
-    path: Path  # of a run, its `final` or else its newest checkpoint
+    path: Path  # of a run, its best checkpoint, else its `final`, else its newest checkpoint
     model_type: str  # `vora`, `vora_llava`, or an LLM's
     dtype: str
     stage: Literal["pretrain", "finetune"] | None = None
@@ -68,7 +68,7 @@ def read_info(path: Path | str) -> CheckpointInfo:
         folder = fetched(str(path))
     run = run_of(folder)
     if run == folder:
-        folder = newest_weights(run)
+        folder = weights_of_run(run)
     if not (folder / "config.json").exists():
         raise ValueError(
             f"{path} holds no config.json and no recipe.yaml, so it is no saved model and no run of vora train: check "

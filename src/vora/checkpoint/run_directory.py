@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,32 @@ def read_recipe(run: Path) -> dict[str, Any]:
     return yaml.safe_load((run / "recipe.yaml").read_text())
 
 
-def newest_weights(run: Path) -> Path:
-    """`final`, or else the newest checkpoint of a run; ValueError where it has saved nothing yet."""
+@dataclass(frozen=True)
+class BestCheckpoint:
+    """The checkpoint of a run that was best on its validation samples."""
+
+    folder: Path
+    metric: str
+    value: float
+
+
+def best_checkpoint(run: Path) -> BestCheckpoint | None:
+    """The best checkpoint of a run whose recipe says by what (`load_best_model_at_end`, `metric_for_best_model`)."""
+    newest = newest_checkpoint(run)
+    state = {} if newest is None else json.loads((Path(newest) / "trainer_state.json").read_text())
+    if not state.get("best_model_checkpoint"):
+        return None
+    folder = run / Path(state["best_model_checkpoint"]).name  # the run may have been moved
+    metric = read_recipe(run)["training"].get("metric_for_best_model") or "loss"
+    found = BestCheckpoint(folder, f"eval_{metric.removeprefix('eval_')}", state["best_metric"])
+    return found if _is_whole(folder) else None
+
+
+def weights_of_run(run: Path) -> Path:
+    """The best checkpoint of a run, else `final`, else the newest checkpoint; ValueError where it has saved nothing
+    yet."""
+    if best := best_checkpoint(run):
+        return best.folder
     found = run / "final" if (run / "final").exists() else newest_checkpoint(run)
     if found is None:
         raise ValueError(f"{run} holds neither final/ nor a checkpoint: the run has not saved anything yet.")

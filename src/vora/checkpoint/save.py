@@ -111,7 +111,7 @@ def merge(
             save_adapter(load_adapter(info), load_processor(info), adapter, dtype=info.dtype, info=info)
             llm_option = "" if read_info(adapter).base_llm else " --llm LLM"
             command = f"vora merge THIS_FOLDER{llm_option} -o my-vora"
-            write_run_card(adapter, info.run or info.path, merge_command=command)
+            write_run_card(adapter, info.path, merge_command=command)
         model, processor = merge_run(info, llm)
         _write(model, processor, folders["--out"], info, kind="merged")
         if llm_out is not None:
@@ -152,7 +152,7 @@ def _write(model: PreTrainedModel, processor: Any, folder: Path, source: Checkpo
     if processor is not None:
         processor.save_pretrained(folder)
     write_info(replace(source, adapter=None, llm_digest=None, dtype=_name_of(model.dtype), **changes), folder)
-    write_run_card(folder, source.run or source.path)
+    write_run_card(folder, source.path)
 
 
 def _info_of_training(student: Student, folder: Path, with_digest: bool) -> CheckpointInfo:

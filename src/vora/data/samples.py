@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from vora.data.augment import augmented
+from vora.data.held_out import HeldOut
 from vora.data.order import Mixture, SourceOrder
 from vora.data.packing import TokenSample, cut_after_images, tokenize_sample, without_targets
 from vora.data.schema import Sample, without_images
@@ -19,7 +20,7 @@ from vora.model.processing_vora import VoraProcessor
 
 CHUNK_SAMPLES = 32
 
-# a sample's name, and the sample, None where there is nothing to distill from, or why it is bad
+# a sample's name, and the sample, None where there is nothing to distill from or it is held out, or why it is bad
 Drawn: TypeAlias = tuple[str, TokenSample | ValueError | None]
 Chunk: TypeAlias = tuple[list[Drawn], torch.Tensor | None]
 
@@ -42,6 +43,7 @@ class SampleMaker:
     # where a packed sequence ends
     text_kl_weight: bool = False
     seed: int = 0
+    held_out: HeldOut | None = None  # what is not drawn
 
     def __post_init__(self) -> None:
         self.augment = self.augment or [None] * len(self.sources)
@@ -52,13 +54,15 @@ class SampleMaker:
 
     def draw(self, source: int, number: int, distill_only: bool = False) -> Drawn:
         """The sample that is drawn from a source as the `number`-th; if `distill_only`, cut after the images, with
-        nothing to predict, and None where there are none, but text to keep."""
+        nothing to predict, and None where there are none, but text to keep. None also where it is held out."""
         epoch, group, block, offset = self.orders[source].draw(number)
         rows = self._rows(source, (epoch, group), block)
         rng = random.Random(f"{self.seed}/{source}/{number}")
         found: TokenSample | ValueError | None
         try:
             sample = self.sources[source].item(block, offset, rows)
+            if self.held_out is not None and self.held_out.holds(sample) is not False:
+                return self.sources[source].row_name(block, offset), None
             if (changes := self.augment and self.augment[source]) and not self.text_only:
                 sample = augmented(sample, rng, **changes)
             found = self.tokenized(sample, rng, 1 if distill_only else self.questions_per_image)

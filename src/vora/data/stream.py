@@ -10,7 +10,7 @@ images of its own samples alone.
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from itertools import count, islice, product
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from vora.data.samples import CHUNK_SAMPLES, Chunks, SampleMaker, unpacked
 from vora.data.source import Source
 from vora.model.processing_vora import VoraProcessor
 
+EPOCH_ROWS = 1024  # of which a process finds how many sequences an epoch has
 WAITING = 48  # samples among which sequences are filled; more would pack tighter and read further ahead
 
 
@@ -71,6 +72,7 @@ class PackedSequences:
         self.branches = branches
         self.answer_balance, self.num_workers, self.rank, self.num_ranks = answer_balance, num_workers, rank, num_ranks
         shares = np.array(weights) / sum(weights)
+        self.num_rows = sum(sizes)
         self._longest_gap = 2 * int((np.array(sizes) / shares).max()) + CHUNK_SAMPLES
         images = processor.image_processor
         digests = [hashlib.sha256(source.block_sizes.tobytes()).hexdigest()[:16] for source in sources]
@@ -83,6 +85,7 @@ class PackedSequences:
             "patch_merge": images.patch_merge, "budget": [images.min_image_tokens, images.max_image_tokens],
             "augment": self.maker.augment, "text_only": self.maker.text_only or None,
             "text_kl_weight": self.maker.text_kl_weight or None,
+            "held_out": self.maker.held_out and asdict(self.maker.held_out),
             "prompts": [[list(prompts) for prompts in astuple(source.options.prompts)] for source in sources],
         }  # fmt: skip
         self._position = self._beginning(distill_only=distill_only_sequences > 0)
@@ -91,9 +94,28 @@ class PackedSequences:
         """Sequences from where the last one ended."""
         if self._position["distill_only"]:
             left = self.distill_only_sequences - self._position["num_sequences"]
-            yield from islice(self._sequences(self._position), left)
+            yield from islice(self._remembered(), left)
             self._position = self._beginning(distill_only=False)
-        yield from self._sequences(self._position)
+        yield from self._remembered()
+
+    @property
+    def epoch(self) -> float:
+        """How often the mixture has been read: as many samples as its sources have rows are once. Steps that only
+        distill come before."""
+        return 0.0 if self._position["distill_only"] else self._num_read(self._position) / self.num_rows
+
+    def sequences_per_epoch(self) -> float:
+        """How many sequences this process reads the mixture in once, counted on its first rows; its position stays."""
+        counts, enough = (self.bad.num_read, self.bad.num_bad), min(self.num_rows, EPOCH_ROWS * self.num_ranks)
+        positions = (position for _, position in self._sequences(self._beginning(distill_only=False), 0))
+        position = next(position for position in positions if self._num_read(position) >= enough)
+        self.bad.num_read, self.bad.num_bad = counts
+        return position["num_sequences"] * self.num_rows / self._num_read(position)
+
+    def _num_read(self, position: Mapping[str, Any]) -> int:
+        """The rows that stand in the sequences up to a position, of all processes if they are as far."""
+        chunk, index = position["next"]
+        return (chunk * CHUNK_SAMPLES + index - len(position["waiting"])) * self.num_ranks
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last sequence, as JSON."""
@@ -121,11 +143,11 @@ class PackedSequences:
 
     def distill_sequences(self) -> Iterator[PackedSequence]:
         """Sequences of images alone from the beginning; the position stays."""
-        return self._sequences(self._beginning(distill_only=True), remember=False)
+        return (sequence for sequence, _ in self._sequences(self._beginning(distill_only=True), 0))
 
     def training_sequences(self) -> Iterator[PackedSequence]:
         """Sequences of samples from the beginning; the position stays."""
-        return self._sequences(self._beginning(distill_only=False), remember=False)
+        return (sequence for sequence, _ in self._sequences(self._beginning(distill_only=False), 0))
 
     def collate(self, sequences: Sequence[PackedSequence]) -> Batch:
         """Sequences to a batch of `Objective.forward`."""
@@ -148,9 +170,17 @@ class PackedSequences:
     def _beginning(distill_only: bool) -> dict[str, Any]:
         return {"distill_only": distill_only, "num_sequences": 0, "next": [0, 0], "waiting": []}
 
-    def _sequences(self, position: dict[str, Any], remember: bool = True) -> Iterator[PackedSequence]:
+    def _remembered(self) -> Iterator[PackedSequence]:
+        for sequence, position in self._sequences(self._position, self.num_workers):
+            self._position = position
+            yield sequence
+
+    def _sequences(
+        self, position: dict[str, Any], num_workers: int
+    ) -> Iterator[tuple[PackedSequence, dict[str, Any]]]:
+        """Sequences from a position on, each with the position after it."""
         waiting: list[tuple[tuple[int, int], TokenSample]] = []
-        for place, sample in self._samples(position, self.num_workers if remember else 0):
+        for place, sample in self._samples(position, num_workers):
             waiting.append((place, sample))
             if len(waiting) < WAITING:
                 continue
@@ -163,14 +193,13 @@ class PackedSequences:
             taken = {fitting[index][0] for index in chosen}
             samples = [sample for place, sample in waiting if place in taken]
             waiting = [one for one in waiting if one[0] not in taken]
-            if remember:
-                self._position = {
-                    "distill_only": position["distill_only"],
-                    "num_sequences": self._position["num_sequences"] + 1,
-                    "next": [place[0], place[1] + 1],
-                    "waiting": [list(place) for place, _ in waiting],
-                }
-            yield samples
+            position = {
+                "distill_only": position["distill_only"],
+                "num_sequences": position["num_sequences"] + 1,
+                "next": [place[0], place[1] + 1],
+                "waiting": [list(place) for place, _ in waiting],
+            }
+            yield samples, position
 
     def _samples(self, position: dict[str, Any], num_workers: int) -> Iterator[tuple[tuple[int, int], TokenSample]]:
         """((chunk, index), sample) of a position's waiting samples and of all from its next one on, in order."""
@@ -200,7 +229,8 @@ class PackedSequences:
 
     def _fruitless(self, count: int, distill_only: bool) -> str:
         if not (distill_only or self.maker.text_kl_weight):
-            return f"All of the last {count} samples are bad: bad_samples.jsonl of the run says why."
+            held = "" if self.maker.held_out is None else " or held out"
+            return f"All of the last {count} samples are bad{held}: bad_samples.jsonl of the run says why."
         why, cure = "with lora.text_kl_weight text alone teaches nothing", "leave lora.text_kl_weight out"
         if distill_only:
             why, cure = "the first steps distill images alone", "set teacher.distill_only_steps=0"

@@ -4,7 +4,7 @@ Dims: B rows, T tokens, P patches, N images, L labels, I image tokens, R rows of
 m = patch_merge.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -282,6 +282,13 @@ class Objective(nn.Module):
             loss, named = term(self, batch)
             losses |= named | {"loss": losses["loss"] + term.weight * loss}
         return losses
+
+    def weighted(self, losses: Mapping[str, float]) -> float:
+        """The total of named losses of `forward`, each with its term's weight."""
+        language, text_kl, distillation = (term.weight for term in self.terms[:3])
+        learned = "answer_loss" if "answer_loss" in losses else "lm_loss"  # which goes unlearned then
+        weights = {learned: language, "text_loss": text_kl, "distill_loss": distillation}
+        return sum(weight * losses[name] for name, weight in weights.items() if name in losses)
 
     def run_student(
         self, inputs: dict[str, Tensor], collects: bool, only_paired_blocks: bool

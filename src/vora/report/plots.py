@@ -27,7 +27,8 @@ def losses_figure(log: Sequence[Mapping[str, Any]], labels: Mapping[str, str], s
     for name, label in labels.items():
         points = [(line["samples_seen"], line[name]) for line in log if name in line]
         if points:
-            axes.plot(*zip(*points), label=label)
+            marker = "o" if name.startswith("eval_") else None  # few and far between, perhaps one
+            axes.plot(*zip(*points), label=label, marker=marker, markersize=4)
     axes.set(xlabel="samples seen", ylabel="loss", yscale="log")
     if axes.lines:
         axes.legend()

@@ -17,11 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vora.checkpoint.card import write_run_card
-from vora.checkpoint.run_directory import newest_checkpoint
+from vora.checkpoint.run_directory import best_checkpoint, newest_checkpoint
+from vora.data.stream import PackedSequences
 from vora.distill.objective import LOSSES
 from vora.model.fetch_image import fetch_image
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
+from vora.train.from_recipe import fewest_of_processes
 from vora.train.recipe_sections import SampleGenerationSection
 from vora.train.run_log import read_log
 
@@ -61,11 +63,43 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
 
+class EpochCallback(TrainerCallback):
+    """Says how often the mixture has been read, and evaluates, saves and logs after each time where the recipe says
+    `epoch`; the Trainer's own count takes a run for one epoch."""
+
+    def __init__(self, sequences: PackedSequences) -> None:
+        self.sequences, self._num_whole = sequences, 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._num_whole = self._whole_epochs(args)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        state.epoch, num_whole = self.sequences.epoch, self._whole_epochs(args)
+        if num_whole > self._num_whole or state.global_step >= state.max_steps:
+            control.should_log |= args.logging_strategy == "epoch"
+            control.should_evaluate |= args.eval_strategy == "epoch" and args.eval_delay <= num_whole
+            control.should_save |= args.save_strategy == "epoch"
+        self._num_whole = num_whole
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_log = control.should_evaluate = control.should_save = False  # done after the last step
+
+    def _whole_epochs(self, args: TrainingArguments) -> int:
+        """How many all processes have ended."""
+        if "epoch" not in (args.logging_strategy, args.eval_strategy, args.save_strategy):
+            return 0
+        return fewest_of_processes(int(self.sequences.epoch), args)
+
+
 class CardCallback(TrainerCallback):
     """A card in each checkpoint, since another run may go on from it, or it may be sent, whatever ends this one."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if best := best_checkpoint(self.directory):  # which the Trainer forgets of a run that was moved
+            state.best_model_checkpoint = str(best.folder)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
@@ -75,19 +109,22 @@ class CardCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """A bar with the losses, speeds and the share of time spent waiting for data; log lines also go to a file."""
+    """A bar with the losses, speeds and the share of time spent waiting for data; log lines also go to a file, and
+    those of validation to one of their own."""
 
-    def __init__(self, console: Console, log_file: Path) -> None:
-        self.console, self.log_file = console, log_file
+    def __init__(self, console: Console, log_file: Path, validation_file: Path) -> None:
+        self.console, self.log_file, self.validation_file = console, log_file, validation_file
         self.bar: Progress | None = None
         self.task = TaskID(0)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        # lines after the checkpoint that the run resumes from are repeated: drop them
-        kept = [json.dumps(line) + "\n" for line in read_log(self.log_file) if line["step"] <= state.global_step]
-        self.log_file.write_text("".join(kept))
+        for file in (self.log_file, self.validation_file):
+            # lines after the checkpoint that the run resumes from are repeated: drop them
+            kept = [json.dumps(line) + "\n" for line in read_log(file) if line["step"] <= state.global_step]
+            if file.exists() or file == self.log_file:
+                file.write_text("".join(kept))
         columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}")]
         self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, redirect_stdout=False)
         self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
@@ -108,10 +145,22 @@ class ProgressCallback(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
         losses = [f"{name} {logs[name]:.3f}" for name in LOSSES if name in logs]
         speed = f"{logs['samples_per_second']:.1f} samples/s  {logs['tokens_per_second']:.0f} tokens/s"
-        text = "  ".join([*losses, speed, f"{logs['data_wait_share']:.0%} waiting for data"])
+        read = f"epoch {logs['epoch']:.2f}" if "epoch" in logs else ""
+        text = "  ".join(filter(None, [read, *losses, speed, f"{logs['data_wait_share']:.0%} waiting for data"]))
         self.bar.update(self.task, description=text)
         if not self.console.is_terminal:  # a bar needs a terminal; a file gets lines
             self.console.print(f"step {state.global_step}/{state.max_steps}  {text}", soft_wrap=True)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
+    ) -> None:
+        if self.bar is None:
+            return
+        with self.validation_file.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, **metrics}) + "\n")
+        values = [f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith("eval_")]
+        text = f"step {state.global_step}/{state.max_steps}  validation: " + "  ".join(values)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:

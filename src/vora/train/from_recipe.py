@@ -1,5 +1,7 @@
 """What a recipe must not ask for, and what its sections become before training: arguments, sources, sequences."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,17 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerState, TrainingArguments
 
+from vora.data.bad_samples import BadSamples
 from vora.data.columns import RowOptions
+from vora.data.held_out import HeldOut
 from vora.data.readers import load_source
 from vora.data.source import Source
 from vora.data.stream import PackedSequences
 from vora.distill.objective import Objective
 from vora.model.processing_vora import VoraProcessor
-from vora.train.recipe_sections import CHECKPOINTING, DataSection, Recipe
+from vora.train.recipe_sections import CHECKPOINTING, DataSection, Recipe, SourceSection
 from vora.train.throughput import steps_that_fit
+from vora.train.validation import LOOKS, Validation, validation_samples
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
@@ -33,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,  # ProgressCallback shows its own bar, with all losses
     "dataloader_pin_memory": False,
 }
-NO_EVALUATION = "has no samples to evaluate on: `vora eval` measures a checkpoint, sample_generations shows answers"
+EVALUATION = ("eval_strategy", "eval_on_start", "load_best_model_at_end", "metric_for_best_model")
 NOT_SUPPORTED = {  # fields of TrainingArguments
     "data_seed": "would change nothing: the order of the data follows training.seed",
     "label_smoothing_factor": "would change nothing: losses are those of vora.distill.Objective, not the Trainer's",
@@ -41,9 +46,6 @@ NOT_SUPPORTED = {  # fields of TrainingArguments
     "save_only_model": "would leave checkpoints without their place in the data, from which nothing can resume",
     "use_liger_kernel": "would change nothing: logits are made at labels alone already, in parts of bounded size",
     "neftune_noise_alpha": "is not supported: its noise would reach the text tokens alone, and the KL's LLM too",
-    "eval_strategy": NO_EVALUATION,
-    "eval_on_start": NO_EVALUATION,
-    "load_best_model_at_end": NO_EVALUATION,
 }
 
 
@@ -58,6 +60,37 @@ def check_recipe(recipe: Recipe) -> None:
     for key, why in NOT_SUPPORTED.items():
         if recipe.training.get(key, defaults[key]) != defaults[key]:
             raise ValueError(f"training.{key} {why}: leave it out")
+    check_validation(recipe, defaults)
+
+
+def check_validation(recipe: Recipe, defaults: Mapping[str, Any]) -> None:
+    """Raise where nothing is there to evaluate on, or it is trained on too, or the wanted metric will not be there."""
+    validation, wanted = recipe.data.validation, recipe.training.get("metric_for_best_model")
+    if validation is None:
+        asks = [key for key in EVALUATION if recipe.training.get(key, defaults[key]) not in (defaults[key], "no")]
+        if asks:
+            raise ValueError(
+                f"training.{asks[0]} has no samples to evaluate on: hold some out with data.validation.share=0.02, or "
+                "name files of their own in data.validation.sources"
+            )
+        return
+    trained = [(source.path, source.split, source.subset) for source in recipe.data.sources]
+    for source in validation.sources:
+        if (source.path, source.split, source.subset) in trained:
+            raise ValueError(
+                f"data.validation.sources has {source.path} ({source.split}), which is trained on too: name another "
+                "split, or give data.validation.share alone to hold some of it out"
+            )
+    metrics = {
+        "loss": True, "lm_loss": True, "answer_loss": recipe.data.answer_balance > 0,
+        "distill_loss": recipe.teacher is not None and recipe.teacher.weight > 0 and not recipe.data.text_only,
+        "text_loss": recipe.stage == "pretrain" and recipe.lora.text_kl_weight > 0,
+        LOOKS: validation.probe_samples > 0,
+    }  # fmt: skip
+    known = [name for name, is_there in metrics.items() if is_there]
+    if wanted is not None and wanted.removeprefix("eval_") not in known:
+        more = ": set data.validation.probe_samples" if wanted.removeprefix("eval_") == LOOKS else ""
+        raise ValueError(f"training.metric_for_best_model {wanted} is not measured (known: {', '.join(known)}){more}")
 
 
 def check_one_gpu_per_process(arguments: TrainingArguments) -> None:
@@ -76,6 +109,7 @@ def check_fsdp(recipe: Recipe, are_spread: bool, resumes: bool = False) -> None:
     needs = {
         "--resume reads whole weights back": resumes,
         "sample_generations are made in one process alone": recipe.sample_generations,
+        "data.validation is measured by each process in its own batches": recipe.data.validation,
         "lora.text_kl_weight runs the LLM once more only where a batch has text": (
             recipe.stage == "pretrain" and recipe.lora.text_kl_weight
         ),
@@ -99,11 +133,17 @@ def check_sequence_length(recipe: Recipe, objective: Objective) -> None:
 
 
 def training_arguments(recipe: Recipe, directory: str | Path) -> TrainingArguments:
-    """TrainingArguments of a recipe, over our defaults; a ValueError where `max_steps` is missing, or a value is not
-    accepted. Which blocks are computed again is not the Trainer's part."""
+    """TrainingArguments of a recipe, over our defaults; a ValueError where it has no end, or a value is not accepted.
+    Which blocks are computed again is not the Trainer's part. `max_steps` is -1 where epochs alone say the end."""
     values = DEFAULTS | {key: value for key, value in recipe.training.items() if key not in CHECKPOINTING}
-    if values.get("max_steps", -1) < 1:
-        raise ValueError("training.max_steps is missing: sequences are packed without end, so say how many steps.")
+    if values.get("max_steps", -1) < 1 and not values.get("num_train_epochs"):
+        raise ValueError(
+            "training.max_steps is missing: sequences are packed without end, so say how many steps, or "
+            "training.num_train_epochs."
+        )
+    if recipe.data.validation is not None:  # measured whenever a checkpoint is saved
+        strategy = "epoch" if values.get("save_strategy") == "epoch" else "steps"
+        values = {"eval_strategy": strategy, "eval_steps": values["save_steps"]} | values
     try:
         arguments = TrainingArguments(output_dir=str(directory), **values)
     except (ValueError, TypeError) as error:
@@ -112,10 +152,11 @@ def training_arguments(recipe: Recipe, directory: str | Path) -> TrainingArgumen
     return arguments
 
 
-def open_sources(data: DataSection) -> list[Source]:
-    """The sources of a recipe's data section; a ValueError where one of them holds nothing usable."""
+def open_sources(data: DataSection, listed: Sequence[SourceSection] | None = None) -> list[Source]:
+    """The sources of a recipe's data section, by default those that are trained on; a ValueError where one of them
+    holds nothing usable."""
     sources = []
-    for one in data.sources:
+    for one in data.sources if listed is None else listed:
         options = RowOptions(data.prompts, one.columns or {}, data.allow_urls)
         part: dict[str, Any] = {"subset": one.subset, "max_samples": one.max_samples}
         sources.append(load_source(one.path, one.split, options, image_folder=one.image_folder, **part))
@@ -139,7 +180,39 @@ def packed_sequences(
         image_tokens=data.image_tokens, text_only=data.text_only,
         augment=[source.augment and source.augment.model_dump() for source in data.sources],
         branches=branches, text_kl_weight=recipe.stage == "pretrain" and recipe.lora.text_kl_weight > 0,
+        held_out=held_out_of(data),
     )  # fmt: skip
+
+
+def held_out_of(data: DataSection) -> HeldOut | None:
+    """What is not trained on, of what is read."""
+    if data.validation is None or data.validation.share is None:
+        return None
+    return HeldOut(data.validation.share, data.validation.seed)
+
+
+def open_validation(
+    recipe: Recipe, sequences: PackedSequences, arguments: TrainingArguments, bad_samples: Path
+) -> Validation | None:
+    """What a recipe's run is measured on while it trains, if it is."""
+    data, wanted = recipe.data, recipe.data.validation
+    if wanted is None:
+        return None
+    sources = open_sources(data, wanted.sources) if wanted.sources else list(sequences.maker.sources)
+    bad = BadSamples(bad_samples, max_share=1.0)  # named, and left out; a few stop no run late
+    samples = validation_samples(sources, wanted.max_samples, wanted.seed, held_out_of(data), bad)
+    return Validation(samples, sequences, bad, arguments.per_device_eval_batch_size, wanted.probe_samples)
+
+
+def with_epochs(recipe: Recipe, sequences: PackedSequences, arguments: TrainingArguments) -> None:
+    """Set `max_steps` to what the recipe's epochs take, unless it ends before. Steps that only distill come on top."""
+    epochs = recipe.training.get("num_train_epochs")
+    if not epochs:
+        return
+    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    steps = math.ceil(epochs * sequences.sequences_per_epoch() / per_step)
+    steps = fewest_of_processes(max(1, steps) + recipe.distill_only_steps, arguments)
+    arguments.max_steps = min(steps, arguments.max_steps) if arguments.max_steps > 0 else steps
 
 
 def with_planned_steps(

@@ -161,7 +161,8 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> None:
             setattr(section, key, beside(getattr(section, key)))
     if recipe.data.folder is not None:
         recipe.data.folder = str(Path(beside(recipe.data.folder)).resolve())  # evaluations start there too
-    for entry in recipe.data.sources:
+    validation = recipe.data.validation
+    for entry in [*recipe.data.sources, *(validation.sources if validation else [])]:
         if recipe.data.folder is not None:
             entry.path = str(Path(recipe.data.folder, entry.path))
         is_pattern = any(mark in entry.path for mark in "*?[")

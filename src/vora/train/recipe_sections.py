@@ -128,6 +128,28 @@ class SourceSection(Section):
     augment: AugmentSection | None = Field(None, description="How its images are changed.")
 
 
+class ValidationSection(Section):
+    """What a run is measured on while it trains, and never trains on."""
+
+    share: float | None = Field(None, gt=0, lt=1, description="Hold so many of the images out, with all their rows.")
+    seed: int = Field(0, description="Which are held out; the same in all runs, whatever training.seed is.")
+    sources: list[SourceSection] = Field([], description="Or samples of their own, from these.")
+    max_samples: int = Field(1000, ge=1, description="Measure at most so many, drawn by the seed.")
+    probe_samples: int = Field(
+        0,
+        ge=0,
+        description="Of so many with images: how often the right image makes the answer likelier than another.",
+    )
+
+    @model_validator(mode="after")
+    def one_way(self) -> "ValidationSection":
+        if (self.share is None) == (not self.sources):
+            raise ValueError("give exactly one of share (of the training data) and sources (data of its own)")
+        if any(source.weight is not None or source.augment is not None for source in self.sources):
+            raise ValueError("its sources are read as they are: leave weight and augment out")
+        return self
+
+
 class DataSection(Section):
     """What is read, and how it is packed."""
 
@@ -147,6 +169,7 @@ class DataSection(Section):
     text_only: bool = Field(False, description="Leave every image out: the baseline that learns from text alone.")
     image_tokens: tuple[int, int] | None = Field(None, description="[fewest, most]: each image's budget, drawn anew.")
     max_bad_share: float = Field(0.1, ge=0, le=1, description="Stop when more of the samples read are bad.")
+    validation: ValidationSection | None = Field(None, description="Measured while it trains; default: nothing.")
 
     @model_validator(mode="after")
     def sensible(self) -> "DataSection":
@@ -155,6 +178,8 @@ class DataSection(Section):
             raise ValueError(f"{missing} of {len(self.sources)} sources have no weight: give each one, or none")
         if self.image_tokens and not 1 <= self.image_tokens[0] <= self.image_tokens[1]:
             raise ValueError(f"image_tokens {list(self.image_tokens)} is no range: give [fewest, most]")
+        if self.text_only and self.validation is not None and self.validation.probe_samples:
+            raise ValueError("text_only leaves images out, so validation.probe_samples has none to compare: set 0")
         self.prompts  # it refuses empty lists
         return self
 

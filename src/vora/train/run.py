@@ -2,6 +2,7 @@
 
 RUN/recipe.yaml, versions.json     what was run, with what
 RUN/log.jsonl                      every log line
+RUN/validation.jsonl               what was measured on the validation samples, if the recipe has some
 RUN/sample_generations.jsonl       answers about the recipe's sample images at each checkpoint
 RUN/bad_samples.jsonl              rows that were skipped, with their causes
 RUN/checkpoint-N/                  to resume from, or for another run to go on from; with its model card
@@ -24,18 +25,21 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from vora.checkpoint.card import write_run_card
 from vora.checkpoint.run_directory import find_checkpoint, last_step
+from vora.data.stream import PackedSequences
 from vora.distill.branches import takes_branches
 from vora.distill.objective import Objective
 from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
-from vora.train.callbacks import CardCallback, ProgressCallback, SampleGenerationCallback, StopOnSignal
+from vora.train.callbacks import CardCallback, EpochCallback, ProgressCallback, SampleGenerationCallback, StopOnSignal
 from vora.train.from_recipe import (
     check_fsdp,
     check_one_gpu_per_process,
     check_recipe,
     check_sequence_length,
     open_sources,
+    open_validation,
     packed_sequences,
     training_arguments,
+    with_epochs,
     with_planned_steps,
 )  # fmt: skip
 from vora.train.recipe import save_recipe
@@ -43,6 +47,7 @@ from vora.train.recipe_sections import Recipe
 from vora.train.run_log import write_report
 from vora.train.stages import build_objective, trainable_table, vision_is_frozen
 from vora.train.trainer import VoraTrainer
+from vora.train.validation import Validation
 
 MOST_KINDS = 64  # of compiled blocks: with and without LoRA, of each sort that the LLM has, for one length or any
 
@@ -66,22 +71,27 @@ def train(
     check_sequence_length(recipe, objective)
     prepare(objective, recipe, arguments)
     branches = recipe.distill_only_steps > 0 and takes_branches(objective, recipe.data.sequence_length)
-    sequences = packed_sequences(recipe, sources, processor, arguments, directory / "bad_samples.jsonl", branches)
+    bad_samples = directory / "bad_samples.jsonl"
+    sequences = packed_sequences(recipe, sources, processor, arguments, bad_samples, branches)
+    validation = open_validation(recipe, sequences, arguments, bad_samples)
+    with_epochs(recipe, sequences, arguments)
     recipe = with_planned_steps(recipe, objective, sequences, arguments, checkpoint)
     write_what_runs(recipe, directory)
     console.print(trainable_table(objective, recipe.stage))
+    console.print(length_of_run(sequences, arguments, validation), highlight=False)
     if recipe.distill_only_steps >= arguments.max_steps:
         console.print(
             f"Warning: all {arguments.max_steps} steps only distill, so that no text is learned: raise "
             "training.max_steps, or lower teacher.distill_only_steps.", highlight=False,
         )  # fmt: skip
-    stop, progress = StopOnSignal(), ProgressCallback(console, directory / "log.jsonl")
+    stop, progress = StopOnSignal(), ProgressCallback(console, directory / "log.jsonl", directory / "validation.jsonl")
     answers = directory / "sample_generations.jsonl"
     samples = SampleGenerationCallback(recipe.sample_generations, processor, answers, console)
-    own = [stop, progress, CardCallback(directory), samples, *callbacks]
+    own = [EpochCallback(sequences), stop, progress, CardCallback(directory), samples, *callbacks]
     trainer = VoraTrainer(
-        recipe, objective, arguments, train_dataset=sequences, processing_class=processor, callbacks=own
-    )
+        recipe, objective, arguments, train_dataset=sequences, eval_dataset=validation,
+        processing_class=processor, callbacks=own,
+    )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     check_fsdp(recipe, trainer.is_fsdp_enabled, checkpoint is not None)  # as an accelerate configuration may ask
     try:
@@ -98,9 +108,19 @@ def train(
         )
     trainer.save_model(directory / "final")  # on all processes, for each may hold a part
     if trainer.is_world_process_zero():
-        write_run_card(directory / "final", directory, trainer.state.global_step)
+        write_run_card(directory / "final", directory, trainer.step_of_weights)
         write_report(recipe, trainer.state.global_step, trainer.num_samples_seen, directory)
     return trainer
+
+
+def length_of_run(sequences: PackedSequences, arguments: TrainingArguments, validation: Validation | None) -> str:
+    """In a line: steps, rows and, if any, what is measured."""
+    text = f"{arguments.max_steps:,} steps on {sequences.num_rows:,} rows"
+    if validation is None:
+        return text
+    held_out = sequences.maker.held_out
+    where = "of their own" if held_out is None else f"of the {held_out.share:.1%} of the images that are held out"
+    return f"{text}; validation on {len(validation.samples):,} samples {where}"
 
 
 def prepare(objective: Objective, recipe: Recipe, arguments: TrainingArguments) -> None:

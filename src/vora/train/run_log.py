@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vora.checkpoint.run_directory import best_checkpoint
 from vora.distill.objective import LOSSES
 from vora.report.markdown import table
 from vora.report.plots import losses_figure, save_figure
 from vora.train.recipe_sections import Recipe
+from vora.train.validation import LOOKS
+
+EVALUATED = tuple(f"eval_{name}" for name in ("loss", *LOSSES, LOOKS))
 
 
 def read_log(log_file: str | Path) -> list[dict[str, Any]]:
@@ -18,8 +22,9 @@ def read_log(log_file: str | Path) -> list[dict[str, Any]]:
 
 def write_report(recipe: Recipe, num_steps: int, num_samples: int, directory: Path) -> None:
     """loss.png, the losses against samples seen, and report.md, in short how the run went."""
-    lines = read_log(directory / "log.jsonl")
-    save_figure(losses_figure(lines, {name: name for name in LOSSES}, (7, 3.5)), directory / "loss.png")
+    lines, measured = read_log(directory / "log.jsonl"), read_log(directory / "validation.jsonl")
+    labels = {name: name for name in LOSSES} | {f"eval_{name}": f"{name}, validation" for name in LOSSES}
+    save_figure(losses_figure([*lines, *measured], labels, (7, 3.5)), directory / "loss.png")
     last = lines[-1] if lines else {}
     facts = {
         "stage": recipe.stage,
@@ -32,6 +37,10 @@ def write_report(recipe: Recipe, num_steps: int, num_samples: int, directory: Pa
         "samples per second": f"{last['samples_per_second']:.1f}" if last else "not measured",
         "bad samples skipped": len(read_log(directory / "bad_samples.jsonl")),
     }
+    if measured:
+        facts |= {f"{name}, last": f"{measured[-1][name]:.4f}" for name in measured[-1] if name in EVALUATED}
+    if best := best_checkpoint(directory):
+        facts["best checkpoint"] = f"{best.folder.name}, by {best.metric}: {best.value:.4f}"
     (directory / "report.md").write_text(
         f"# Run {directory.name}\n\n{table(('', ''), facts.items())}\n\n![losses](loss.png)\n\n"
         f"Merge it with `vora merge {directory} -o OUT`; the recipe is in recipe.yaml.\n"

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerControl, TrainerState
 
 from vora.checkpoint.load import restore
+from vora.checkpoint.run_directory import best_checkpoint, last_step
 from vora.checkpoint.save import save_training
 from vora.data.packing import Batch
 from vora.data.stream import PackedBatches
 from vora.distill.objective import LOSSES
 from vora.train.recipe_sections import Recipe
+from vora.train.validation import Validation
 
 ON_HOST = ("image_grid_thw", "num_samples", "distill_only", "branches")  # of a batch: what only the host asks
 DATA_FILE = "data_position_{}.json"  # one per process
@@ -27,7 +29,8 @@ PART_MARKS = {"patch_embedding": "patch_embedding", "heads": "distillation.heads
 
 class VoraTrainer(Trainer):
     """Trains an `Objective`; saves the adapter (stage 1) or the whole model (stage 2), never the teacher. Its
-    `train_dataset` is a `PackedSequences`, whose position each process saves in every checkpoint."""
+    `train_dataset` is a `PackedSequences`, whose position each process saves in every checkpoint; its `eval_dataset`,
+    if any, a `Validation`."""
 
     def __init__(self, recipe: Recipe, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -125,6 +128,44 @@ class VoraTrainer(Trainer):
         speeds = {"tokens_per_second": tokens, "samples_per_second": samples, "data_wait_share": waited}
         return {"samples_seen": seen} | {name: amount / seconds for name, amount in speeds.items()}
 
+    def evaluate(
+        self, eval_dataset: Validation | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The named losses on the validation samples of all processes, each a mean over all that it is of, their
+        weighted sum as `eval_loss`, and what a probe finds. The clock of the training's speed stands still."""
+        start, validation = time.monotonic(), eval_dataset or self.eval_dataset
+        objective = self.accelerator.unwrap_model(self.model)
+        is_training = objective.training
+        with torch.no_grad(), self.accelerator.autocast():
+            sums = validation.sums(objective.eval(), self._prepare_inputs)
+        objective.train(is_training)
+        table = torch.tensor([(self.num_samples_seen, 1), *sums.values()], device=self.args.device)
+        (samples_seen, _), *totals = self.accelerator.reduce(table, "sum").tolist()
+        means = {name: total / count for name, (total, count) in zip(sums, totals) if count > 0}
+        if not means:
+            raise ValueError(
+                f"All {len(validation.samples)} validation samples are bad: {validation.bad.file} says why."
+            )
+        check_finite(loss := objective.weighted(means), self.state.global_step)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in {"loss": loss, **means}.items()}
+        seconds = time.monotonic() - start
+        self._clock += seconds
+        self.log(metrics | {f"{metric_key_prefix}_runtime": round(seconds, 3)})
+        metrics |= {"samples_seen": int(samples_seen)}
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @property
+    def step_of_weights(self) -> int:
+        """After which step the model had the weights that it has: the last one, or the best one."""
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        return self.state.global_step if best is None else last_step(best)
+
+    def _load_best_model(self) -> None:
+        """The weights of the checkpoint that was best on the validation samples."""
+        objective = self.accelerator.unwrap_model(self.model)
+        restore(objective.student, Path(str(self.state.best_model_checkpoint)), objective.distillation)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer, its groups split by the part that a parameter belongs to."""
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -180,6 +221,9 @@ class VoraTrainer(Trainer):
         """Stand where a checkpoint was saved, without a step."""
         self.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
         self._load_from_checkpoint(checkpoint)
+        if self.args.load_best_model_at_end and (best := best_checkpoint(Path(str(self.args.output_dir)))):
+            self.state.best_model_checkpoint = str(best.folder)
+            self._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str | Path, model: Any = None) -> None:
         """Weights, and this process's place in the data; a ValueError where the checkpoint was made with other data,

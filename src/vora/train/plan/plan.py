@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from vora.data.stats import dataset_statistics
 from vora.distill.objective import Objective
 from vora.model.configuration_vora import VoraConfig
-from vora.train.from_recipe import check_recipe, training_arguments
+from vora.train.from_recipe import check_recipe, open_sources, training_arguments
 from vora.train.plan.device import Device
 from vora.train.plan.flops import Row, layer_sizes, sequence_flops
 from vora.train.plan.memory import bytes_of, held_by_process, optimizer_bytes, step_memory, trained_parameters
@@ -73,7 +73,9 @@ def plan(
         "communication": (1.5 if is_sharded else 1) * sent / link,
         "data": rows_per_device * accumulated * tokens["num_images"] / (readers * IMAGES_PER_SECOND),
     }
-    seconds = max(times.values())
+    seconds, samples_per_step = max(times.values()), rows_per_step * tokens["samples_per_row"]
+    if recipe.training.get("num_train_epochs"):
+        arguments.max_steps = steps_of_epochs(recipe, arguments, samples_per_step)
     num_distill_only = min(recipe.distill_only_steps, arguments.max_steps)
     total = (arguments.max_steps - num_distill_only) * seconds
     if num_distill_only:
@@ -85,7 +87,6 @@ def plan(
         remarks.append(f"the first {num_distill_only:,} steps only distill, at {share:.0%} of a step's FLOPs")
     if recipe.lora.text_kl_weight:
         remarks.append("rows of text to keep run twice and need logits at every token; neither is counted here")
-    samples_per_step = rows_per_step * tokens["samples_per_row"]
     fits = memory["total"] <= 0.95 * device.memory_bytes
     return {
         "stage": recipe.stage, "device": device.name, "num_devices": num_devices, "utilization": utilization,
@@ -101,10 +102,28 @@ def plan(
     }  # fmt: skip
 
 
+def steps_of_epochs(recipe: Recipe, arguments: TrainingArguments, samples_per_step: float) -> int:
+    """The steps that a recipe's epochs take, or `max_steps` if these are fewer; a ValueError where neither is known,
+    for the data is not here."""
+    most, epochs = arguments.max_steps, recipe.training["num_train_epochs"]
+    if not data_is_here(recipe):
+        if most < 1:
+            raise ValueError(f"The data is not here, so {epochs} epochs of it are of no known length: give max_steps.")
+        return most
+    num_rows = sum(map(len, open_sources(recipe.data)))
+    steps = math.ceil(epochs * num_rows / samples_per_step) + recipe.distill_only_steps
+    return min(steps, most) if most > 0 else steps
+
+
+def data_is_here(recipe: Recipe) -> bool:
+    """Whether all that a recipe trains on lies on this machine."""
+    return all(Path(source.path).exists() or glob(source.path, recursive=True) for source in recipe.data.sources)
+
+
 def tokens_of_data(recipe: Recipe, remarks: list[str]) -> dict[str, Any] | None:
     """Mean tokens of the recipe's samples, counted in its data, and what a packed sequence holds of them; None where
     the data is not on this machine."""
-    if not all(Path(source.path).exists() or glob(source.path, recursive=True) for source in recipe.data.sources):
+    if not data_is_here(recipe):
         return None
     try:
         sequences, _ = sequences_to_read(recipe, SAMPLES_READ)

@@ -1,0 +1,47 @@
+"""Which samples are held out of training, to be measured: whole images, by seed."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vora.data.images import REMOTE
+from vora.data.schema import Sample
+from vora.model.fetch_image import is_base64
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A share of all images, chosen by seed, and so of the rows that show them. An image is known by the name of its
+    file, wherever that lies, or by its content; a row without images by its text."""
+
+    share: float
+    seed: int
+
+    def holds(self, sample: Sample) -> bool | None:
+        """True of a sample whose images are all held out, False where none is; None where some are: it is neither
+        trained nor measured."""
+        found = {self._place(key) < self.share for key in _keys(sample)}
+        return found.pop() if len(found) == 1 else None
+
+    def _place(self, key: bytes) -> float:
+        """Where an image stands between 0 and 1."""
+        digest = hashlib.blake2b(key, digest_size=8, key=str(self.seed).encode()).digest()
+        return int.from_bytes(digest, "big") / 2**64
+
+
+def _keys(sample: Sample) -> list[bytes]:
+    return [key_of_image(image) for image in sample.images] or [str(sample.conversations).encode()]
+
+
+def key_of_image(image: Any) -> bytes:
+    """What is the same for the same image; a video is known by its first frame."""
+    if isinstance(image, list):
+        return key_of_image(image[0])
+    if isinstance(image, Image.Image):
+        return repr(image.size).encode() + image.tobytes()
+    if isinstance(image, bytes):
+        return image
+    return (image if image.startswith(REMOTE) or is_base64(image) else Path(image).name).encode()
