@@ -1,6 +1,7 @@
 """What a run will need follows from its recipe; FLOPs and memory agree with what PyTorch counts and saves."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -291,6 +292,17 @@ def test_what_cannot_be_planned_is_named(models, tmp_path, monkeypatch):
         plan(recipe_of(models, training={}), L4)
     with pytest.raises(ValueError, match="does not exist"):
         plan(recipe_of(models, stage="finetune", model={"vora": "none"}, teacher=None), L4)
+
+
+def test_epochs_are_planned_of_data_that_is_here(models, tmp_path, untraced):
+    texts = write_lines(tmp_path / "text.jsonl", [{"text": "red " * n} for n in range(1, 9)])
+    data = {"sources": [{"path": texts}], "sequence_length": 64}
+    for training, most in (({"num_train_epochs": 30}, math.inf), ({"num_train_epochs": 30, "max_steps": 3}, 3)):
+        found = plan(recipe_of(models, data=data, training=training), L4)
+        assert found["steps"] == min(most, math.ceil(30 * 8 / found["samples_per_step"])) > 2
+    with pytest.raises(ValueError, match="The data is not here, so 30 epochs.*give max_steps"):
+        plan(recipe_of(models, training={"num_train_epochs": 30}), L4)
+    assert plan(recipe_of(models, training={"num_train_epochs": 30, "max_steps": 4}), L4)["steps"] == 4
 
 
 def test_odd_settings_are_planned_as_they_would_run(models, untraced):

@@ -53,6 +53,9 @@ def test_overrides_reach_nested_keys_and_are_checked(file):
     plain = load_recipe(file, ["data.sources.0.split=test"])
     assert plain.data.sources[0].split == "test" and plain.lora.rank == 32 and plain.teacher is None
     assert plain.stage == "pretrain" and not plain.recomputed_blocks  # by default
+    save_recipe(plain, file)  # a run's own, in which what was left out is null
+    shared = load_recipe(file, ["data.validation.share=0.1", "teacher.name=folder"])
+    assert shared.data.validation.share == 0.1 and shared.teacher.name == "folder"
     for key in ("gradient_checkpointing", "activation_checkpointing"):
         for value in (True, False, 0, 7):
             assert load_recipe({**GOOD, "training": {key: value}}).recomputed_blocks is value

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from command import vora
 from runs import COLOURS, losses, run, write_lines
 from safetensors.torch import load_file
 from test_resume import StopAt, train_two
@@ -12,13 +13,19 @@ from transformers import TrainerCallback
 
 from vora.checkpoint.layout import read_info
 from vora.checkpoint.lineage import read_card
-from vora.checkpoint.load import merge_run
 from vora.data.bad_samples import BadSamples
 from vora.data.held_out import key_of_image
 from vora.data.packing import collate_sequences, places, tokenize_sample
 from vora.data.readers import load_source
 from vora.eval.scoring.teacher_forced import score_answers
-from vora.train.from_recipe import check_recipe, open_sources, open_validation, packed_sequences, training_arguments
+from vora.train.from_recipe import (
+    check_fsdp,
+    check_recipe,
+    open_sources,
+    open_validation,
+    packed_sequences,
+    training_arguments,
+)
 from vora.train.recipe import load_recipe
 from vora.train.run_log import read_log
 from vora.train.stages import build_objective
@@ -153,6 +160,12 @@ def test_a_held_out_share_is_never_trained_on(two_sources, tmp_path):
     assert 0.15 * 90 < len(held) < 0.45 * 90
     drawn = [sequences.maker.draw(s, n) for s, source in enumerate(sources) for n in range(len(source))]
     assert {name for name, found in drawn if found is None} == held
+    recipe.data.validation = None
+    others = packed_sequences(recipe, sources, processor, arguments).maker  # as if nothing were held out
+    places = [(s, n) for s, source in enumerate(sources) for n in range(len(source))]
+    for (name, found), (same, without) in zip(drawn, (others.draw(*place) for place in places)):
+        assert name == same and (found is None or (found["input_ids"] == without["input_ids"]).all())
+    recipe = load_recipe(two_sources, [*share, "teacher.distill_only_steps=2"])
     whole_run, cut = tmp_path / "whole", tmp_path / "cut"
     run(recipe, whole_run)
     with pytest.raises(InterruptedError):
@@ -163,6 +176,18 @@ def test_a_held_out_share_is_never_trained_on(two_sources, tmp_path):
         with pytest.raises(ValueError, match="held_out was"):
             other = [*share, "teacher.distill_only_steps=2", "training.max_steps=9", changed]
             run(load_recipe(two_sources, other[3:] if "null" in changed else other), cut, resume=True)
+
+
+def test_every_loss_of_the_training_is_measured_whatever_the_batch(two_sources, tmp_path):
+    terms = ["lora.text_kl_weight=0.5", "data.answer_balance=1", "teacher.weight=2", "data.validation.share=0.4"]
+    few = ["training.max_steps=4", "teacher.distill_only_steps=2", "training.eval_steps=1", "training.eval_delay=2"]
+    trainer = run(load_recipe(two_sources, [*terms, *few]), tmp_path / "run")
+    found = measured(tmp_path / "run")
+    assert list(found) == [2, 3, 4] and trainer.eval_dataset.sequences_per_batch == 8
+    total = found[4]["eval_answer_loss"] + 0.5 * found[4]["eval_text_loss"] + 2 * found[4]["eval_distill_loss"]
+    assert found[4]["eval_loss"] == pytest.approx(total) and found[4]["eval_lm_loss"] != found[4]["eval_answer_loss"]
+    trainer.eval_dataset.sequences_per_batch = 1
+    assert trainer.evaluate() == pytest.approx({n: v for n, v in found[4].items() if n != "step"}, rel=1e-4)
 
 
 def test_two_processes_measure_what_one_does(two_sources, tmp_path):
@@ -191,9 +216,14 @@ def test_the_best_checkpoint_is_what_a_run_stands_for(with_validation, tmp_path,
     same = all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert folders[0].name == f"checkpoint-{step}" and same == loads
     assert read_card(tmp_path / "moved" / "final")["stages"][0]["steps"] == (step if loads else 6)
-    merged, _ = merge_run(tmp_path / "moved")
-    again, _ = merge_run(folders[0])
-    assert all(torch.equal(p, again.get_parameter(name)) for name, p in merged.named_parameters())
+    merged, last = tmp_path / "merged", tmp_path / "last"
+    said = vora("merge", tmp_path / "moved", "-o", merged).stderr
+    assert f"moved/checkpoint-{step}, the best by eval_lm_loss ({found[step]['eval_lm_loss']:.4f})" in said
+    assert "the best by" not in vora("merge", folders[1], "-o", last).stderr
+    same_merged = load_file(merged / "model.safetensors").items()
+    other = load_file(last / "model.safetensors")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in same_merged) == loads
+    assert [read_card(folder)["stages"][0]["steps"] for folder in (merged, last)] == [step, step if loads else 6]
     assert (
         f"| best checkpoint | checkpoint-{step}, by eval_lm_loss: " in (tmp_path / "moved" / "report.md").read_text()
     )
@@ -234,6 +264,12 @@ def test_what_cannot_be_measured_is_an_error_at_once(validation, training, messa
     data = {"sources": [{"path": "easy-vqa"}], "validation": validation}
     with pytest.raises(ValueError, match=message):
         check_recipe(load_recipe({"model": {"llm": "none"}, "data": data, "training": training}))
+
+
+def test_spread_weights_are_not_measured():
+    values = {"model": {"llm": "none"}, "data": {"sources": [{"path": "x"}], "validation": {"share": 0.1}}}
+    with pytest.raises(ValueError, match="data.validation is measured by each process"):
+        check_fsdp(load_recipe(values), are_spread=True)
 
 
 def test_too_few_samples_are_an_error_before_the_first_step(with_validation, data_file, tmp_path):

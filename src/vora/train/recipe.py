@@ -118,7 +118,9 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
     section: Any = values
     try:
         for part in path:
-            section = section[int(part)] if isinstance(section, list) else section.setdefault(part, {})
+            if isinstance(section, dict) and section.get(part) is None:  # left out, or null as in a run's own recipe
+                section[part] = {}
+            section = section[int(part)] if isinstance(section, list) else section[part]
         section[int(leaf) if isinstance(section, list) else leaf] = value
     except (IndexError, ValueError, TypeError, AttributeError):
         nowhere = f"{key} names no place in the recipe: check the numbers and names before the last dot"
