@@ -13,7 +13,7 @@ import torch
 from original import IMAGE, OriginalVora, collate, square_frame
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, TrainingArguments
 
 from vora import Teacher, VoraForConditionalGeneration, VoraImageProcessor, attach_vision_lora
 from vora.data.packing import collate_sequences, next_sequence, places, share_prefixes
@@ -22,6 +22,7 @@ from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.objective import Objective
 from vora.model.segmented_sdpa import SEGMENTED_SDPA
 from vora.train.plan.meta_model import SHAPES
+from vora.train.run import compile_blocks
 from vora.train.throughput import cpu_dtype
 from vora.train.trainer import ON_HOST
 
@@ -309,9 +310,11 @@ def on_device(batch):
 class Contestant:
     """A model, "ours" or "original", with its optimizer and batches; called, it trains on all of them once."""
 
-    def __init__(self, variant, size, batches, dtype, attn):
+    def __init__(self, variant, size, batches, dtype, attn, compiled=False):
         is_ours = variant == "ours"
         self.model = build_ours(size, dtype, attn) if is_ours else build_original(size, dtype)
+        if compiled:
+            compile_blocks(self.model, TrainingArguments(torch_compile=True, use_cpu=device().type == "cpu"))
         self.llm = self.model.vora.model.language_model if is_ours else self.model.llm
         self.batches, self.dtype = batches, dtype
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

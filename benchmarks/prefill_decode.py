@@ -11,6 +11,8 @@ Ratios are ours / baseline: of tokens a second above 1 is better, of millisecond
     python benchmarks/prefill_decode.py --json prefill_decode.json
 """
 
+from itertools import chain
+
 import torch
 from contestants import PATCH, SIZES, default_attention, default_dtype, device, image_token_id, random_vora, with_sight
 from rows import alternate, arguments, compared, parser_of, report
@@ -46,9 +48,9 @@ class Decode:
         getattr(self.outputs, CACHE).crop(-self.num_tokens)  # ready for the next call
 
 
-def prompt_of(size, num_images, num_text_tokens, merge=1):
-    """Inputs of `VoraModel` for prompts of one square image and some text tokens."""
-    side = size.image_size // PATCH
+def prompt_of(size, num_images, num_text_tokens, merge=1, side=None):
+    """Inputs of `VoraModel` for prompts of one square image, of so many patches a side, and some text tokens."""
+    side = side or size.image_size // PATCH
     num_tokens = (side // merge) ** 2
     ids = torch.randint(3, 100, (num_images, num_tokens + num_text_tokens), device=device())
     ids[:, 2 : 2 + num_tokens] = image_token_id(size)
@@ -80,9 +82,9 @@ def llava_like(llm, size):
     return model.eval()
 
 
-def against_bare_llm(vora, size, args):
+def against_bare_llm(vora, size, args, side):
     """Rows of tokens a second: prefill and decoding."""
-    inputs = prompt_of(size, args.batch, args.text_tokens)
+    inputs = prompt_of(size, args.batch, args.text_tokens, side=side)
     text = {"input_ids": inputs["input_ids"] % 100 + 3}
     prefills = {"ours": Prefill(vora, **inputs), "bare": Prefill(bare_llm(vora), **text)}
     decodes = {name: Decode(prefill, args.new_tokens) for name, prefill in prefills.items()}
@@ -115,6 +117,7 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=[default_dtype()])
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--sides", type=int, nargs="+", help="patches on each side of the images before the bare LLM")
     parser.add_argument("--text-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
@@ -124,7 +127,8 @@ def main():
     def rows():
         for dtype in args.dtype:
             vora = random_vora(size, getattr(torch, dtype), default_attention())
-            for one in (*against_bare_llm(vora, size, args), *against_llava(vora, size, args)):
+            bare = [against_bare_llm(vora, size, args, side) for side in args.sides or [size.image_size // PATCH]]
+            for one in chain(*bare, against_llava(vora, size, args)):
                 yield one | {"name": f"{one['name']}, {args.size}, {dtype}"}
 
     report(rows(), args.json)

@@ -117,9 +117,12 @@ def spread(times):
 
 
 def compared(name, times, unit, figure=float, ours="ours", baseline="original", **more):
-    """The `row` of two contestants of `alternate`, with how noisy each was; `figure` turns seconds into the unit."""
+    """The `row` of two contestants of `alternate`, with how noisy each was; `figure` turns seconds into the unit. The
+    ratio is the median of the rounds' own ratios, so that slow changes of the machine cancel out."""
     noise = {"ours": spread(times[ours]), "baseline": spread(times[baseline])}
-    return row(name, figure(median(times[ours])), figure(median(times[baseline])), unit, noise=noise, **more)
+    ratio = median(figure(one) / figure(other) for one, other in zip(times[ours], times[baseline]))
+    medians = figure(median(times[ours])), figure(median(times[baseline]))
+    return row(name, *medians, unit, noise=noise, **more) | {"ratio": ratio}
 
 
 def restart_peak():

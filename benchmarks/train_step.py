@@ -16,6 +16,7 @@ against the pairs (0, 0), (1, 1), ... of ours, without subtracting the mean feat
 """
 
 from itertools import islice
+from statistics import median
 
 import torch
 from contestants import (
@@ -34,7 +35,7 @@ from contestants import (
     share_weights,
     squared,
 )
-from rows import alternate, arguments, compared, parser_of, report, row
+from rows import alternate, arguments, compared, parser_of, report, row, seconds
 
 SHORT_ANSWER_TOKENS = (2, 8)  # where there are several questions
 
@@ -67,20 +68,22 @@ def compare_steps(size, args):
     )
     packed = batches_of_sequences(sequences, size, args.sequence_length, args.sequences_per_batch)
     contestants = {
-        "ours": Contestant("ours", size, packed, ours, args.attn),
+        "ours": Contestant("ours", size, packed, ours, args.attn, args.compile),
         "original": Contestant("original", size, original_batches(samples, size, args.batch), plain, args.attn),
     }
-    for contestant in contestants.values():
-        contestant.step(contestant.batches[0])
+    starts = {name: seconds(contestant) for name, contestant in contestants.items()}
     times = alternate(contestants, args.rounds, warmups=0)
     num_tokens = sum(len(sample["input_ids"]) for sequence in sequences for sample in sequence)
     num_questions = args.questions * len(samples)
-    what = "a caption each" if args.questions == 1 else f"{args.questions} questions each"
+    compiled = f", ours compiled in {starts['ours'] - median(times['ours']):.0f} s" if args.compile else ""
+    answers_of_one = "a caption each" if args.questions == 1 else f"{args.questions} questions each"
+    precisions = f"{args.our_dtype} against {args.baseline_dtype}{compiled}"
     return compared(
-        f"train step, {args.size}, {what}, same {args.scale}, {args.our_dtype} against {args.baseline_dtype}",
+        f"train step, {args.size}, {answers_of_one}, same {args.scale}, {precisions}",
         times,
         "samples/s",
         lambda seconds: num_questions / seconds,
+        first_round_seconds=starts,
         num_samples=num_questions,
         sequence_fill=num_tokens / args.sequence_length / args.sequences,
         tokens_per_sample=num_tokens / num_questions,
@@ -92,6 +95,7 @@ def main():
     add_steps(parser, "smollm2-135m", "pixels", sequence_length=512, sequences=4, rounds=3)
     parser.add_argument("--questions", type=int, default=1, help="to each image; with 1 it has a caption")
     add_precisions(parser)
+    parser.add_argument("--compile", action="store_true", help="our blocks, as training.torch_compile does")
     parser.add_argument("--only", choices=("steps", "check"), help="leave out the other; both by default")
     args = arguments(parser)
     size = SIZES[args.size]

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import AttentionInterface, PrinterCallback, TrainerCallback, TrainingArguments
 
 from vora.checkpoint.card import write_run_card
 from vora.checkpoint.run_directory import find_checkpoint, last_step
 from vora.data.stream import PackedSequences
 from vora.distill.branches import takes_branches
 from vora.distill.objective import Objective
-from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
+from vora.model.segmented_sdpa import SEGMENTED_SDPA, segmented_sdpa, use_segmented_sdpa_on_cpu
 from vora.train.callbacks import CardCallback, EpochCallback, ProgressCallback, SampleGenerationCallback, StopOnSignal
 from vora.train.from_recipe import (
     check_fsdp,
@@ -127,8 +127,7 @@ def prepare(objective: Objective, recipe: Recipe, arguments: TrainingArguments) 
     """Freeze, recompute and compile what the recipe says, and choose how attention is computed."""
     if vision_is_frozen(recipe):
         objective.freeze_vision()
-    if not arguments.torch_compile:  # lengths change each step
-        use_segmented_sdpa_on_cpu(objective.vora, arguments.device)
+    use_segmented_sdpa_on_cpu(objective.vora, arguments.device)
     if wanted := recipe.recomputed_blocks:  # by the objective: the Trainer knows nothing of the first n
         options = dict(arguments.gradient_checkpointing_kwargs or {})
         how = {"offload": options.pop("offload")} if "offload" in options else {}
@@ -139,8 +138,9 @@ def prepare(objective: Objective, recipe: Recipe, arguments: TrainingArguments) 
 
 def compile_blocks(objective: Objective, arguments: TrainingArguments) -> None:
     """Compile each block by itself, once for all blocks alike, the teacher's too; hooks stay outside of what is
-    compiled. Sequences of another length cost one more compilation, which then serves all lengths. Sample generations,
-    which grow token by token, are not compiled."""
+    compiled, and so does attention by segments, which differ from batch to batch. Sequences of another length cost one
+    more compilation, which then serves all lengths. Sample generations, token by token, are not compiled."""
+    AttentionInterface.register(SEGMENTED_SDPA, torch.compiler.disable(segmented_sdpa))
     torch._dynamo.config.recompile_limit = max(MOST_KINDS, torch._dynamo.config.recompile_limit)
     how = {"backend": arguments.torch_compile_backend, "mode": arguments.torch_compile_mode}
     # not again by the Trainer, as a whole, hooks and all
