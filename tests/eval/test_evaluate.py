@@ -49,6 +49,24 @@ def test_python_and_the_command_give_the_same_report(task_data, model_folder, re
         evaluate(loaded, ready, [task_data / "vqa.parquet"], tmp_path / "x.json", seed=1)
 
 
+def test_reports_of_other_endings_have_predictions_of_their_own(task_data, model_folder, tmp_path):
+    model = load_model(model_folder)
+    reports = {}
+    for name, task in {"a.x": "captions", "a.y": "vqa", "a.json": "classify"}.items():
+        report = evaluate(model, task, task_data / f"{task}.parquet", tmp_path / name, max_examples=2)
+        reports[name] = report.predictions, json.loads((tmp_path / name).read_text())["task"]
+    assert reports == {
+        "a.x": ("a.x.predictions.jsonl", "captions"),
+        "a.y": ("a.y.predictions.jsonl", "vqa"),
+        "a.json": ("a.predictions.jsonl", "classify"),
+    }
+    assert (
+        evaluate(model, "captions", task_data / "captions.parquet", tmp_path / "a.x", max_examples=2).num_resumed == 2
+    )
+    with pytest.raises(ValueError, match="a.json is a report whose predictions would have the same name"):
+        evaluate(model, "captions", task_data / "captions.parquet", tmp_path / "a", max_examples=2)
+
+
 def test_a_killed_run_loses_at_most_a_batch(task_data, model_folder, tmp_path, monkeypatch):
     data = ["--task", "vqa", "--data", task_data / "vqa.parquet", "--max-examples", 16]
     arguments = ["eval", "-m", model_folder, *data, "-o", tmp_path / "a.json"]

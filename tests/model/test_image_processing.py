@@ -87,3 +87,11 @@ def test_no_configuration_changes_steps_or_allows_urls(tmp_path):
     assert "allow_urls" not in (tmp_path / "preprocessor_config.json").read_text()
     assert VoraImageProcessor.from_pretrained(tmp_path).allow_urls is False
     assert VoraImageProcessor(**{"allow_urls": True}).allow_urls is False
+
+
+@pytest.mark.parametrize("std", [(0, 1, 1), (math.nan, 1, 1), (math.inf, 1, 1), (-1, 1, 1), (1e-30, 1, 1), (1, 1), ()])
+def test_a_scale_that_gives_no_numbers_is_refused(std):
+    image = Image.new("RGB", (8, 8), "red")
+    for scale in ({"image_std": std}, {"image_mean": (math.nan, 0, 0)}, {"image_mean": (math.inf, 0, 0)}):
+        with pytest.raises(ValueError, match="image_mean .* and image_std .* must be three numbers each"):
+            VoraImageProcessor(patch_size=4, **scale)(image)

@@ -63,6 +63,32 @@ def test_exif_rotation_is_applied(tmp_path):
     assert np.array_equal(np.asarray(found), np.rot90(np.asarray(image), -1))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF"])
+def test_all_eight_orientations(kind, tmp_path):
+    pixels = np.full((48, 32, 3), 255, np.uint8)
+    pixels[:24, :16] = (255, 0, 0)
+    pixels[24:, :16] = (0, 0, 255)
+    stored = (  # 1 to 8: how an upright image lies in the file
+        pixels, pixels[:, ::-1], pixels[::-1, ::-1], pixels[::-1], pixels.transpose(1, 0, 2),
+        np.rot90(pixels), np.rot90(pixels, 2).transpose(1, 0, 2), np.rot90(pixels, -1),
+    )  # fmt: skip
+    for orientation, lies in enumerate(stored, start=1):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = (
+            {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+        )
+        found = np.asarray(read_back(Image.fromarray(lies.copy()), kind, tmp_path, exif=exif, **options), int)
+        assert found.shape == pixels.shape and np.abs(found - pixels).max() < 12, orientation
+
+
+def test_each_opacity_lies_on_white_as_it_should():
+    colours, opacities = np.meshgrid(np.arange(256), np.arange(256))
+    image = Image.fromarray(np.stack([colours] * 3 + [opacities], axis=-1).astype(np.uint8))
+    expected = 255 - opacities / 255 * (255 - colours)
+    assert np.abs(np.asarray(fetch_image(image))[..., 0] - expected).max() <= 0.51
+
+
 def test_of_an_animation_the_first_frame_is_taken(tmp_path):
     frames = [coloured(colour, (8, 8)) for colour in ("red", "blue", "lime")]
     found = read_back(frames[0], "GIF", tmp_path, save_all=True, append_images=frames[1:])

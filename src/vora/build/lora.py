@@ -13,6 +13,7 @@ from vora.build.lora_product import use_lora_product
 from vora.model.modeling_vora import VoraForConditionalGeneration
 
 PATCH_EMBEDDING = "patch_embedding"
+ALL_OF_PATCH_EMBEDDING = rf".*\b{PATCH_EMBEDDING}\..*"
 
 
 def attach_vision_lora(
@@ -49,7 +50,7 @@ def attach_vision_lora(
         layers_to_transform=list(range(num_blocks)),
         layers_pattern=next(name for name, m in model.named_modules() if m is blocks).rsplit(".")[-1],
         modules_to_save=[getattr(model, "trained_vision", PATCH_EMBEDDING)],
-        exclude_modules=rf".*\b{PATCH_EMBEDDING}\..*" if hasattr(model, "trained_vision") else None,
+        exclude_modules=ALL_OF_PATCH_EMBEDDING if hasattr(model, "trained_vision") else None,
     )
     peft_model = get_peft_model(model, config)
     use_lora_product(peft_model)

@@ -9,6 +9,7 @@ from huggingface_hub import snapshot_download
 from pydantic import TypeAdapter
 from safetensors import safe_open
 
+from vora.checkpoint.adapter import CONFIG_FILE, read_adapter_config
 from vora.checkpoint.lineage import read_card
 from vora.checkpoint.names import HUB_ID_OF_ALIAS, is_hub_id, loadable, published
 from vora.checkpoint.run_directory import read_recipe, run_of, weights_of_run
@@ -135,9 +136,9 @@ def _older_info(folder: Path) -> CheckpointInfo:
     """Of a folder that was saved without a description: by its files, and its card."""
     config = json.loads((folder / "config.json").read_text())
     text, card, adapter = config.get("text_config") or config, read_card(folder) or {}, None
-    if (folder / "adapter_config.json").exists():
-        lora = json.loads((folder / "adapter_config.json").read_text())
-        adapter = adapter_info(lora["r"], lora["layers_to_transform"], lora["target_modules"])
+    if (folder / CONFIG_FILE).exists():
+        lora = read_adapter_config(folder)
+        adapter = adapter_info(lora.r, lora.layers_to_transform, lora.target_modules)
     kind: Kind = "merged"
     if not config.get("model_type", "").startswith("vora"):
         kind = "llm"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file
 from torch import nn
@@ -17,6 +17,7 @@ from vora.build.base_llm import grow_for_image_token, load_llm, load_tokenizer
 from vora.build.from_llm import from_llm, processor_from_llm, wrap_llm
 from vora.build.lora import keep_trained_in_fp32, merge_vision_lora
 from vora.build.lora_product import use_lora_product
+from vora.checkpoint.adapter import WEIGHTS_FILE, read_adapter_config
 from vora.checkpoint.layout import HEADS_FILE, CheckpointInfo, read_info, weight_files
 from vora.checkpoint.names import is_hub_id
 from vora.distill.blockwise import BlockwiseDistillation
@@ -80,6 +81,7 @@ def load_adapter(path: Source, *, llm: str | None = None, dtype: torch.dtype | s
     info = _vora_info(path, llm)
     if info.adapter is None:
         raise ValueError(f"{info.path} has no vision LoRA: it is merged already.")
+    config = read_adapter_config(info.path)
     model = _base_model(info, llm, dtype or info.dtype)
     digests = {info.llm_digest, digest_of(model)} - {None}
     if info.kind == "adapter" and len(digests) > 1:
@@ -87,8 +89,6 @@ def load_adapter(path: Source, *, llm: str | None = None, dtype: torch.dtype | s
             f"{info.path} grew on an LLM of {llm or info.base_llm}'s shape, but of other weights, such as a fine-tune "
             f"of it: put it over that one with `vora merge {info.path} --llm LLM -o OUT`."
         )
-    config = PeftConfig.from_pretrained(str(info.path))
-    config.inference_mode = False
     peft_model = get_peft_model(model, config)
     keep_trained_in_fp32(peft_model)
     restore(peft_model, info.path)
@@ -138,8 +138,8 @@ def restore(student: Student, folder: Path, distillation: BlockwiseDistillation 
     """Read back what `vora.checkpoint.save.save_training` wrote, into a model of the same shape. ValueError where the
     folder holds another kind of checkpoint, or tensors are missing from it."""
     if isinstance(student, PeftModel):
-        if not (folder / "adapter_model.safetensors").exists():
-            raise ValueError(f"{folder} holds no adapter_model.safetensors: it is no checkpoint of stage pretrain.")
+        if not (folder / WEIGHTS_FILE).exists():
+            raise ValueError(f"{folder} holds no {WEIGHTS_FILE}: it is no checkpoint of stage pretrain.")
         loaded = set_peft_model_state_dict(student, load_peft_weights(str(folder), device="cpu"))
         trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
         if misfits := loaded.unexpected_keys + sorted(trained & set(loaded.missing_keys)):

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vora.checkpoint.lineage import read_card
 from vora.eval.metrics.intervals import Estimate
 from vora.eval.prediction_cache import PredictionCache, fingerprint
-from vora.eval.report import Report, commit, commit_in_words, device_name
+from vora.eval.report import Report, beside, commit, commit_in_words, device_name
 from vora.eval.rows import Data, Rows, SkippedRows
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
@@ -41,7 +41,7 @@ class Job:
         """The predictions that there are, and the place of those to come, `count` in all; says where it goes on.
         ValueError where the file's predictions were made under other conditions."""
         state = f"{commit_in_words(commit())} on {device_name(self.model.device)}"
-        cache = PredictionCache(self.out.with_suffix(ending), conditions, state)
+        cache = PredictionCache(beside(self.out, ending), conditions, state)
         if cache.num_found:
             self.console.print(f"Going on after {cache.num_found:,} of {count:,} examples in {cache.file}")
         return cache

@@ -77,12 +77,20 @@ class Report:
         return table
 
 
+def beside(out: Path, ending: str) -> Path:
+    """A file of a report's own, such as `a.png` of `a.json`, and `a.x.png` of `a.x`."""
+    return out.with_name(out.name.removesuffix(".json") + ending)
+
+
 def check_overwrites_nothing(out: Path, endings: tuple[str, ...] = ()) -> None:
     """Raise ValueError if `out`, the JSON file of a report, or a file of its name with one of the endings, such as
     `.png`, is there and holds something, and no run of ours wrote it."""
-    if out.with_suffix(".predictions.jsonl").exists() or _is_report(out):
+    twin = out.with_suffix("") if out.suffix == ".json" else out.with_name(f"{out.name}.json")
+    if _is_report(twin):
+        raise ValueError(f"{twin} is a report whose predictions would have the same name: choose another -o.")
+    if beside(out, ".predictions.jsonl").exists() or _is_report(out):
         return
-    for file in (out, *map(out.with_suffix, endings)):
+    for file in (out, *(beside(out, ending) for ending in endings)):
         if file.exists() and file.stat().st_size:
             raise ValueError(f"{file} is there and no report's: choose another -o, so that it is not overwritten.")
 

@@ -8,6 +8,7 @@ import base64
 import http.client
 import io
 import ipaddress
+import math
 import os
 import re
 import socket
@@ -15,8 +16,7 @@ import ssl
 import stat
 import threading
 import time
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +29,9 @@ from .to_rgb import from_array, to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # PIL reads these by itself, no program helps
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # a TIFF's pages and a camera's previews are no frames
-BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
+BASE64 = re.compile(r"[A-Za-z0-9+/]+=*")  # the white space taken out
 LONGEST_PATH = 260
+MAX_TILE_PIXELS = 2048 * 2048
 ENCODED = (str, os.PathLike, bytes, bytearray, memoryview, Mapping)  # or what has a method `read`
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a segment: neither an escaped FF nor a restart
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -45,10 +46,11 @@ class ImagePolicy:
     """The limits. `allow_private` is for servers of one's own, such as a test's; no file or prompt can set it."""
 
     max_bytes: int = 100_000_000  # of a file as it is stored or sent
-    max_pixels: int = 120_000_000  # above the largest cameras; PIL's own limit holds besides
+    max_pixels: int = 120_000_000  # above most cameras; takes at most 2 GB of memory
     max_frames: int = 1024
-    max_video_pixels: int = 500_000_000  # of all frames: 1.5 GB as RGB
+    max_video_pixels: int = 250_000_000  # of all frames: 1 GB
     max_jpeg_scans: int = 100  # cameras and web pages write about ten; each is a pass over all pixels
+    max_decode_seconds: float = 20.0  # of a processor, to read one image
     max_seconds: float = 30.0  # of a whole download, redirects included
     max_redirects: int = 4
     allow_private: bool = False
@@ -72,7 +74,6 @@ def fetch_image(source: Any, *, allow_urls: bool = False, policy: ImagePolicy = 
         if not (isinstance(source, ENCODED + (Image.Image,)) or hasattr(source, "read")):
             return to_rgb(from_array(np.asarray(source)))
         with _opened(source, allow_urls, policy) as image:
-            image.load()  # also tells whether it is whole
             return to_rgb(image)
 
 
@@ -82,29 +83,40 @@ def fetch_frames(source: Any, *, allow_urls: bool = False, policy: ImagePolicy =
     Raises:
         ValueError: as `fetch_image`, and for too many frames or pixels in all.
     """
-    frames: list[Image.Image] = []
     cure = "Give its frames as a list of images, or an animated GIF, WebP or PNG."
-    with _named(source, "video", cure), _opened(source, allow_urls, policy) as animation:
-        for frame in ImageSequence.Iterator(animation):
-            if len(frames) == policy.max_frames or frame.width * frame.height * len(frames) > policy.max_video_pixels:
-                raise ValueError(
-                    f"it has more than {len(frames)} frames of {frame.width} x {frame.height} pixels; the limits are "
-                    f"{policy.max_frames} frames and {policy.max_video_pixels} pixels in all"
-                )
-            frames.append(to_rgb(frame.copy()))
-    return frames
+    with _named(source, "video", cure), _opened(source, allow_urls, policy) as image:
+        return limited_frames(map(to_rgb, ImageSequence.Iterator(image) if _moves(image) else [image]), policy)
+
+
+def limited_frames(frames: Iterable[Image.Image], policy: ImagePolicy = POLICY) -> list[Image.Image]:
+    """The frames of a video as they come; ValueError where they are too many, or their pixels in all."""
+    found: list[Image.Image] = []
+    left = policy.max_video_pixels
+    for frame in frames:
+        left -= frame.width * frame.height
+        if len(found) == policy.max_frames or left < 0:
+            raise ValueError(
+                f"it has more than {len(found)} frames of {frame.width} x {frame.height} pixels; the limits are "
+                f"{policy.max_frames} frames and {policy.max_video_pixels} pixels in all"
+            )
+        found.append(frame)
+    return found
 
 
 def is_animated(path: str | os.PathLike) -> bool:
     """Whether a path is that of an animation; a URL, or what cannot be read, is none."""
     with suppress(Exception), _opened(_local_path(os.fspath(path)), False, POLICY) as image:
-        return image.format in ANIMATED and getattr(image, "n_frames", 1) > 1
+        return _moves(image)
     return False
+
+
+def _moves(image: Image.Image) -> bool:
+    return image.format in ANIMATED and getattr(image, "is_animated", False)
 
 
 def is_base64(text: str) -> bool:
     """Whether a text is base64 and no path: it is longer than paths are, or holds what PIL knows as an image."""
-    if not BASE64.fullmatch(text) or os.path.isfile(text):
+    if not BASE64.fullmatch("".join(text.split())) or os.path.isfile(text):
         return False
     with suppress(Exception):  # PIL's decoders raise many kinds
         return len(text) > LONGEST_PATH or bool(_decoder(base64.b64decode(text), POLICY))
@@ -115,10 +127,7 @@ def is_base64(text: str) -> bool:
 def _named(source: Any, kind: str, cure: str) -> Iterator[None]:
     """Turns whatever goes wrong within into a ValueError of one line that names the source."""
     try:
-        with warnings.catch_warnings():
-            # PIL's remarks on palettes and EXIF are handled here, and `_opened` refuses where it would warn
-            warnings.simplefilter("ignore")
-            yield
+        yield
         return
     except UnidentifiedImageError:
         cause = f"it is not an image of a known format ({', '.join(FORMATS)})"
@@ -148,8 +157,24 @@ def _opened(source: Any, allow_urls: bool, policy: ImagePolicy) -> Iterator[Imag
         raise ValueError(f"it is a file of the format {image.format}: decode it first, image.convert('RGB')")
     if image.width * image.height > policy.max_pixels:  # a file of a few kB can claim gigabytes
         raise ValueError(f"it has {image.width} x {image.height} pixels, more than the limit of {policy.max_pixels}")
+    tile = [getattr(image, "tag_v2", {}).get(tag, 1) for tag in (322, 323)]  # a TIFF's: each is decoded as a whole
+    if math.prod(tile) > max(image.width * image.height, MAX_TILE_PIXELS):
+        raise ValueError(f"it is a TIFF in tiles of {tile[0]} x {tile[1]} pixels, beyond its own size")
     with nullcontext(image) if given else image:
         yield image
+
+
+class _Timed(io.BytesIO):
+    """An image's bytes, read for so many seconds of this thread: millions of empty parts are more than one wants."""
+
+    def __init__(self, content: bytes, seconds: float):
+        super().__init__(content)
+        self.seconds, self.end = seconds, time.thread_time() + seconds
+
+    def read(self, size: int | None = -1) -> bytes:
+        if time.thread_time() > self.end:
+            raise ValueError(f"it takes longer than {self.seconds:g} seconds to read")
+        return super().read(size)
 
 
 def _decoder(content: bytes, policy: ImagePolicy) -> Image.Image:
@@ -158,7 +183,8 @@ def _decoder(content: bytes, policy: ImagePolicy) -> Image.Image:
     if content.startswith(b"\xff\xd8"):
         _check_scans(content, policy)
     Image.init()
-    return Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
+    known = [name for name in FORMATS if name in Image.OPEN]
+    return Image.open(_Timed(content, policy.max_decode_seconds), formats=known)
 
 
 def _check_scans(content: bytes, policy: ImagePolicy) -> None:
@@ -205,8 +231,11 @@ def _content_at(name: str, allow_urls: bool, policy: ImagePolicy) -> bytes:
     path = _local_path(name)
     if path == name and is_base64(name):
         return base64.b64decode(name)
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe or a device may already wait, or do something
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):  # opening a pipe or a device may already wait, or do something
         raise ValueError("it is no regular file")
+    if not about.st_size:  # of /proc, too, where reading may wait
+        return b""
     with open(path, "rb") as file:
         return file.read(policy.max_bytes + 1)
 

@@ -14,7 +14,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
-from .fetch_image import fetch_frames, fetch_image
+from .fetch_image import fetch_frames, fetch_image, limited_frames
 
 ALWAYS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")  # what other image processors can leave out
 
@@ -36,7 +36,7 @@ class Video:
         if isinstance(source, (str, os.PathLike, bytes, Image.Image)):
             self.frames = fetch_frames(source, allow_urls=allow_urls)
         else:
-            self.frames = [fetch_image(frame, allow_urls=allow_urls) for frame in source]
+            self.frames = limited_frames(fetch_image(frame, allow_urls=allow_urls) for frame in source)
         if not self.frames:
             raise ValueError("The video has 0 frames: give at least one.")
 
@@ -222,6 +222,11 @@ class VoraImageProcessor(BaseImageProcessor):
         if image.size != size:
             image = image.resize(size, self.resample)
         mean, std = (np.array(one, np.float32) * 255 for one in (self.image_mean, self.image_std))
+        if not (mean.shape == std.shape == (3,) and np.abs([mean, std]).max() < 1e6 and std.min() > 1e-3):
+            raise ValueError(
+                f"image_mean {self.image_mean} and image_std {self.image_std} of the image processor must be three "
+                "numbers each, the latter above 0."
+            )
         pixels = (np.asarray(image, dtype=np.float32) - mean) / std
         pixels = pixels.reshape(rows, self.patch_size, columns, self.patch_size, 3)
         return pixels.transpose(0, 2, 4, 1, 3).reshape(rows * columns, -1)

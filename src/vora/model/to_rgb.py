@@ -4,7 +4,10 @@ Dims: H rows and W columns of pixels, C channels.
 """
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+ORIENTATION = 0x0112  # the tag in EXIF
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # from its values to those of PIL's Transpose
 
 
 def from_array(array: np.ndarray) -> Image.Image:
@@ -19,6 +22,7 @@ def from_array(array: np.ndarray) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
+    image.load()  # also tells whether it is whole
     image = _upright(image)
     if image.mode.startswith(("I", "F")):  # 16-bit, 32-bit and float grey: convert() would clip instead of scaling
         grey = np.asarray(image, dtype=np.float32)
@@ -26,15 +30,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
         peak = next((peak for peak in peaks if grey.max() <= peak), 65535)
         return Image.fromarray(_to_8_bits(grey, peak)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image, white = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        return white
     return image.convert("RGB")
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # of many kinds: a damaged EXIF does not say how the image was held
+        return image.transpose(Image.Transpose(TURNS[image.getexif()[ORIENTATION]]))
+    except Exception:  # of many kinds: no EXIF, or a damaged one, does not say how the image was held
         return image
 
 
@@ -43,4 +48,5 @@ def _to_8_bits(array: np.ndarray, peak: int) -> np.ndarray:
     if not (low >= 0 and high <= peak):  # NaN is neither
         cause = "NaN" if np.isnan(array).any() else f"values from {low:g} to {high:g}"
         raise ValueError(f"it has {cause}: give values in 0..255, or 0..1")
-    return (array * (255 / peak)).round().astype(np.uint8)
+    scaled = np.multiply(array, 255 / peak)
+    return np.rint(scaled, out=scaled).astype(np.uint8)

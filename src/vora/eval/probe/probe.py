@@ -16,7 +16,7 @@ from vora.eval.probe.figure import draw_probe
 from vora.eval.probe.requests import ImageCondition, examples_under, image_conditions, record_of
 from vora.eval.probe.scores import ProbeScores, drawn_together, probe_metrics
 from vora.eval.probe.verdict import verdict_of
-from vora.eval.report import Report
+from vora.eval.report import Report, beside
 from vora.eval.rows import Example, Rows
 from vora.eval.scoring.predict import predict
 from vora.eval.scoring.teacher_forced import score_answers
@@ -75,7 +75,7 @@ class Probe(Evaluation):
         metrics = probe_metrics(scores, task.seed)
         num_groups = len(set(scores.groups))
         looks, verdict = verdict_of(metrics, list(scores.task_scores), num_groups, len(scores.examples))
-        image = job.out.with_suffix(".png")
+        image = beside(job.out, ".png")
         draw_probe(image, metrics, scores, verdict, f"{task.name}, {Path(job.model_name).name}")
         return job.report(
             len(examples), metrics, conditions, cache, rows.files,
