@@ -167,7 +167,9 @@ def test_a_page_that_was_fetched_before_is_read(tmp_path, monkeypatch):
 
 
 def test_unmerged_imports_say_how_to_merge(saved):
-    (saved / "adapter_config.json").write_text('{"r": 2, "layers_to_transform": [0], "target_modules": ["q_proj"]}')
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "layers_to_transform": [0], "layers_pattern": "layers"}
+    config |= {"target_modules": ["q_proj"], "modules_to_save": ["patch_embedding"]}
+    (saved / "adapter_config.json").write_text(json.dumps(config))
     (saved / "model.safetensors").touch()
     text = write_card(saved, FACTS).read_text()
     assert FACTS.merge_command in text and "RUN" not in text
