@@ -11,7 +11,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from vora.eval.scoring.candidates import candidate_scores
-from vora.eval.scoring.generate import free_answers, prompt_of_messages
+from vora.eval.scoring.generate import free_answers
+from vora.eval.scoring.prompt import prompt_of_messages
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install vora-vlm[lmms]")
 
