@@ -1,5 +1,7 @@
 """Answers in batches, by likelihood and freely, are those of one example alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,9 @@ from vora.eval.prediction_cache import PredictionCache
 from vora.eval.rows import Example
 from vora.eval.scoring import candidates as likelihood
 from vora.eval.scoring.candidates import answer_ids, candidate_scores
-from vora.eval.scoring.generate import batches, free_answers, prompt_of
+from vora.eval.scoring.generate import free_answers
 from vora.eval.scoring.predict import predict
+from vora.eval.scoring.prompt import batches, prompt_of
 from vora.eval.scoring.teacher_forced import score_answers
 from vora.eval.tasks.captions import Captions
 
@@ -35,7 +38,7 @@ def scores_of(model, processor, prompts, always=()):
     for prompt in prompts:
         prompt.answers = answer_ids(processor, prompt, ANSWERS)
         assert all(answer[-1] == processor.tokenizer.eos_token_id for answer in prompt.answers)
-    return candidate_scores(model, processor, prompts, [ANSWERS] * len(prompts), always)
+    return candidate_scores(model, prompts, always)
 
 
 def scores_alone(model, processor, examples):
@@ -43,18 +46,63 @@ def scores_alone(model, processor, examples):
 
 
 @pytest.mark.parametrize("first", [1, 3, 16])
-def test_likelihoods_are_those_of_each_answer_alone(asked, first, monkeypatch):
+@pytest.mark.parametrize("sureness", [1, 20])
+def test_likelihoods_are_those_of_each_answer_alone(asked, first, sureness, monkeypatch):
     model, processor, prompts, examples = asked
     monkeypatch.setattr(likelihood, "FIRST", first)
+    plain = model.logits
+    monkeypatch.setattr(model, "logits", lambda states: sureness * plain(states))
     alone = np.array(scores_alone(model, processor, examples))
-    np.testing.assert_allclose(scores_of(model, processor, prompts), alone, atol=2e-4)
-    bounds = np.array(likelihood._first_tokens(model, processor, prompts))
-    assert (bounds > alone).all()
-    # where first tokens tell them apart, only the likeliest and those of `always` are read
-    monkeypatch.setattr(likelihood, "_first_tokens", lambda *_: list(alone + 1e-3))
-    exact = np.isfinite(scores_of(model, processor, prompts, always=[3, 8, 1, 0, 5]))
+    found = np.array(scores_of(model, processor, prompts, always=[3, 8, 1, 0, 5]))
+    exact = np.isfinite(found)
+    np.testing.assert_allclose(found[exact], alone[exact], rtol=1e-6, atol=1e-5)
     assert exact[range(5), alone.argmax(1)].all() and exact[range(5), [3, 8, 1, 0, 5]].all()
-    assert exact.all() == (first == 16)
+    assert exact.all() == (sureness == 1 or first == 16)  # a sure model's others fall behind by their first tokens
+
+
+@pytest.fixture
+def of_two_images(asked):
+    """Prompts about two images, three questions each, in turn."""
+    model, processor, _, (first, second, *_) = asked
+    texts = ("what?", "what is it?", "Which colour is the shape in the image?")
+    examples = [replace(shown, prompt=text) for text in texts for shown in (first, second)]
+    return [prompt_of(processor, example) for example in examples]
+
+
+def read_alone(monkeypatch):
+    for module in ("generate", "candidates", "predict"):
+        monkeypatch.setattr(f"vora.eval.scoring.{module}.can_share", lambda *_: False)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_questions_about_one_image_read_it_once_and_are_answered_as_alone(
+    asked, of_two_images, num_beams, monkeypatch
+):
+    model, processor, *_ = asked
+    monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(0, 400, 3)))  # answers of many lengths
+    seen, logits = [], []
+    handles = [
+        model.model.patch_embedding.register_forward_pre_hook(lambda _, args: seen.append(len(args[0]))),
+        model.lm_head.register_forward_pre_hook(lambda _, args: logits.append(args[0].shape[:-1].numel())),
+    ]
+    together = free_answers(model, processor, of_two_images, 12, num_beams=num_beams)
+    for handle in handles:
+        handle.remove()
+    assert seen == [sum(len(prompt.inputs["pixel_values"]) for prompt in of_two_images[:2])]
+    assert max(logits) == 6 * num_beams  # only of places that something follows
+    scores = scores_of(model, processor, of_two_images)
+    read_alone(monkeypatch)
+    assert together == free_answers(model, processor, of_two_images, 12, num_beams=num_beams)
+    assert len({len(answer) for answer in together}) > 2
+    np.testing.assert_allclose(scores, scores_of(model, processor, of_two_images), atol=1e-5)
+
+
+def test_prompts_without_candidates_are_refused(asked):
+    model, _, prompts, _ = asked
+    for prompt in prompts:
+        prompt.answers = []
+    with pytest.raises(ValueError, match="5 of 5 prompts have 0 candidates, so that nothing can be chosen"):
+        candidate_scores(model, prompts)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
@@ -69,11 +117,11 @@ def test_batched_answers_are_those_of_each_alone(asked, num_beams):
 def test_captions_are_searched_with_beams_and_batched_for_them(asked, max_new_tokens, tmp_path, monkeypatch):
     model, processor, prompts, examples = asked
     longest = max(map(len, prompts[:3])) + max_new_tokens
-    monkeypatch.setattr("vora.eval.scoring.generate.TOKENS_PER_BATCH", {"cpu": 3 * 2 * longest})
+    monkeypatch.setattr("vora.eval.scoring.prompt.TOKENS_PER_BATCH", {"cpu": 3 * 2 * longest})
     monkeypatch.setattr(Captions, "max_new_tokens", max_new_tokens)
     calls = []
 
-    def spy(model, processor, prompts, max_new_tokens, **sampling):
+    def spy(model, processor, prompts, max_new_tokens, read, **sampling):
         calls.append((len(prompts), sampling))
         return [""] * len(prompts)
 
@@ -84,7 +132,7 @@ def test_captions_are_searched_with_beams_and_batched_for_them(asked, max_new_to
 
 
 def test_batches_hold_all_and_no_more_tokens_than_allowed(monkeypatch):
-    monkeypatch.setattr("vora.eval.scoring.generate.TOKENS_PER_BATCH", {"cpu": 100})
+    monkeypatch.setattr("vora.eval.scoring.prompt.TOKENS_PER_BATCH", {"cpu": 100})
     lengths = [5, 60, 7, 33, 30, 90, 200]
     found = list(batches(lengths, torch.device("cpu")))
     assert sorted(index for batch in found for index in batch) == list(range(7))
@@ -92,9 +140,9 @@ def test_batches_hold_all_and_no_more_tokens_than_allowed(monkeypatch):
     assert len(found) == 5
 
 
-@pytest.mark.parametrize("window", [6, 36])  # smaller than each prompt; than what all answers share
+@pytest.mark.parametrize("window", [6, 36, 64])  # smaller than each prompt; than all answers; than all prompts
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
-def test_likelihoods_are_those_of_each_answer_alone_where_a_window_slides(asked, family, window):
+def test_likelihoods_are_those_of_each_answer_alone_where_a_window_slides(asked, family, window, monkeypatch):
     _, processor, prompts, examples = asked
     shape = {**SHAPE, **FAMILIES[family], "vocab_size": len(processor.tokenizer), "sliding_window": window}
     torch.manual_seed(0)
@@ -103,7 +151,10 @@ def test_likelihoods_are_those_of_each_answer_alone_where_a_window_slides(asked,
         llm, patch_size=4, image_size=12, image_token_id=processor.image_token_id
     ).eval()
     found = scores_of(model, processor, prompts)
-    np.testing.assert_allclose(found, scores_alone(model, processor, examples), atol=2e-4)
+    np.testing.assert_allclose(found, scores_alone(model, processor, examples), atol=1e-5)
+    together = free_answers(model, processor, prompts, 6)
+    read_alone(monkeypatch)
+    assert together == free_answers(model, processor, prompts, 6)
 
 
 def test_logits_that_are_no_numbers_are_refused(asked, monkeypatch):

@@ -7,7 +7,7 @@ from command import vora
 
 from vora.checkpoint import load_model
 from vora.eval.run import evaluate, evaluation_of
-from vora.eval.scoring import generate
+from vora.eval.scoring import prompt
 from vora.eval.scoring.generate import free_answers, without_thinking
 from vora.eval.tasks.vqa import Vqa
 
@@ -78,7 +78,7 @@ def test_a_killed_run_loses_at_most_a_batch(task_data, model_folder, tmp_path, m
             raise KeyboardInterrupt
         return free_answers(*args, **kwargs)
 
-    monkeypatch.setitem(generate.MOST_ROWS, "cpu", 3)
+    monkeypatch.setitem(prompt.MOST_ROWS, "cpu", 3)
     monkeypatch.setattr("vora.eval.scoring.predict.free_answers", three_batches)
     assert vora(*arguments).returncode == 130 and not (tmp_path / "a.json").exists()
     assert len((tmp_path / "a.predictions.jsonl").read_text().splitlines()) == 1 + 9

@@ -7,7 +7,7 @@ from vora.data.packing import share_prefixes
 from vora.data.schema import Sample
 from vora.data.turns import question_and_answer
 from vora.eval.rows import Example
-from vora.eval.scoring.generate import padded, prompt_of
+from vora.eval.scoring.prompt import padded, prompt_of
 from vora.eval.scoring.teacher_forced import AnswerScore, score_samples
 from vora.eval.tasks.exact import majority_accuracy
 

@@ -10,8 +10,9 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from vora.eval.scoring.candidates import candidate_scores
-from vora.eval.scoring.generate import free_answers, prompt_of_messages
+from vora.eval.scoring.candidates import answer_ids, candidate_scores
+from vora.eval.scoring.generate import free_answers
+from vora.eval.scoring.prompt import prompt_of_messages
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install vora-vlm[lmms]")
 
@@ -81,7 +82,9 @@ def test_it_answers_as_the_model_does(folder, seeing, tmp_path, tasks, arguments
     samples = sorted(map(json.loads, lines), key=lambda sample: sample["doc_id"])
     assert [sample["filtered_resps"] for sample in samples] == expected
     if "choices" in tasks:
-        scores = candidate_scores(model, processor, prompts, [COLOURS] * 4)  # all are read, as they are few
+        for prompt in prompts:
+            prompt.answers = answer_ids(processor, prompt, COLOURS)
+        scores = candidate_scores(model, prompts)
         right = sum(int(score.argmax()) == number for number, score in enumerate(scores)) / 4
         results = json.loads(next(tmp_path.rglob("*results.json")).read_text())
         assert results["results"]["choices"]["acc,none"] == pytest.approx(right)

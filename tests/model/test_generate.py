@@ -34,6 +34,14 @@ def test_embeddings_do_for_ids():
         assert torch.equal(vora.generate(**inputs, **how), answers)
 
 
+def test_logits_are_made_of_the_last_places_alone_and_those_are_contiguous():
+    """Of a strided batch, torch's bf16 product on a processor copies the weights for each row."""
+    vora, seen = tiny_vora("llama"), []
+    vora.lm_head.register_forward_pre_hook(lambda _, args: seen.append((args[0].shape[1], args[0].is_contiguous())))
+    generate(vora, prompt(*ROWS))
+    assert seen == [(1, True)] * len(seen)
+
+
 FITS = prompt(TWO_IMAGES)
 ONE_GRID = {"pixel_values": image(1, 3), "image_grid_thw": torch.tensor([[1, 1, 3]])}
 

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from vora.checkpoint.load import load_model
 from vora.checkpoint.pretrained import committed_model
 from vora.data.schema import Sample
-from vora.eval.scoring.generate import batches, free_answers, prompt_of_messages, without_thinking
+from vora.eval.scoring.generate import free_answers, without_thinking
+from vora.eval.scoring.prompt import batches, prompt_of_messages
 from vora.eval.scoring.teacher_forced import score_answers
 
 AT_ONCE = 512  # requests whose images are in memory together

@@ -194,7 +194,8 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
         inputs = input_ids, attention_mask, position_ids, cache, inputs_embeds, pixel_values, image_grid_thw
         outputs = self.model(*inputs, return_dict=True, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.logits(outputs.last_hidden_state[:, keep])
+        # contiguous, for a processor's bf16 product of a strided batch copies the weights for each row
+        logits = self.logits(outputs.last_hidden_state[:, keep].contiguous())
         loss = None
         if labels is not None:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)

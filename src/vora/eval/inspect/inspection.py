@@ -19,7 +19,7 @@ from vora.distill.objective import Objective
 from vora.eval.inspect.attention_weights import attention_at, words_of_tokens
 from vora.eval.inspect.colours import aligned, colours, principal_components
 from vora.eval.metrics.cka import linear_cka
-from vora.eval.scoring.generate import check_context_length
+from vora.eval.scoring.prompt import check_context_length
 from vora.model.processing_vora import VoraProcessor
 from vora.report.images import image_of_patches
 

@@ -1,131 +1,21 @@
-"""Examples to model inputs, and free answers in batches.
+"""Free answers in batches.
 
-Dims: B rows, T tokens, P patches, N images.
+Dims: B prompts, T tokens.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from vora.eval.rows import Example
-from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.eval.scoring.prompt import Prompt, check_context_length, padded
+from vora.eval.scoring.read_prompts import ReadPrompts, can_share, read_prompts
+from vora.model.modeling_vora import CACHE, VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
-Item = TypeVar("Item")
-
-TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}  # of prompts, padding included
-MOST_ROWS = {"cpu": 64, "cuda": 256}
-
-
-@dataclass
-class Prompt:
-    """One example as model inputs, its images processed."""
-
-    # input_ids int[T] and, with images, pixel_values float[P, C*p*p] and image_grid_thw int[N, 3]
-    inputs: dict[str, Any]
-    messages: list[dict[str, Any]]  # what it was made of
-    answers: list[list[int]] = field(default_factory=list)  # tokens of each candidate; see `answer_ids`
-
-    def __len__(self) -> int:
-        return len(self.inputs["input_ids"])
-
-    @property
-    def image_inputs(self) -> dict[str, Any]:
-        return {name: value for name, value in self.inputs.items() if name != "input_ids"}
-
-
-def prompt_of(processor: VoraProcessor, example: Example) -> Prompt:
-    """An example's `Prompt`: its images, then its text, as a user says them. ValueError if an image cannot be read."""
-    images = example.images()
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": example.prompt}]
-    return prompt_of_messages(processor, [{"role": "user", "content": content if images else example.prompt}])
-
-
-def prompt_of_messages(processor: VoraProcessor, messages: list[dict[str, Any]]) -> Prompt:
-    """A conversation that waits for its answer as a `Prompt`."""
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    kept = {"input_ids": np.array(inputs["input_ids"][0])}
-    kept |= {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
-    return Prompt(kept, messages)
-
-
-def batches(
-    lengths: Sequence[int], device: torch.device, extra: int = 0, most: Mapping[str, int] | None = None
-) -> Iterator[list[int]]:
-    """Indices in batches of about equal cost, the longest first, so that memory runs out at once or never. Prompts
-    have `lengths` and will get `extra` tokens; a batch has at `most` so many on each kind of device, with padding."""
-    kind, longest = "cuda" if device.type == "cuda" else "cpu", 0
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        longest = longest if batch else lengths[index] + extra
-        if batch and (longest * (len(batch) + 1) > (most or TOKENS_PER_BATCH)[kind] or len(batch) == MOST_ROWS[kind]):
-            yield batch
-            batch, longest = [], lengths[index] + extra
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def in_parts(
-    items: Iterable[Item], bytes_of: Callable[[Item], int], most: int, most_bytes: int
-) -> Iterator[list[Item]]:
-    """At most so many items at a time, and hardly more than so many bytes of them."""
-    part: list[Item] = []
-    num_bytes = 0
-    for item in items:
-        part.append(item)
-        num_bytes += bytes_of(item)
-        if len(part) == most or num_bytes > most_bytes:
-            yield part
-            part, num_bytes = [], 0
-    if part:
-        yield part
-
-
-def padded(prompts: Sequence[Prompt], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Prompts as one batch, padded on the left: input_ids, attention_mask int[B, T], and the images of all."""
-    longest = max(map(len, prompts))
-    ids = np.full((len(prompts), longest), pad_token_id)
-    mask = np.zeros((len(prompts), longest), int)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt.inputs["input_ids"]
-        mask[row, longest - len(prompt) :] = 1
-    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-    images = [prompt.image_inputs for prompt in prompts if prompt.image_inputs]
-    for name in images[0] if images else ():
-        inputs[name] = torch.cat([one[name] for one in images])
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
-
-
-def check_context_length(
-    model: VoraForConditionalGeneration, length: int, cure: str = "lower --max-image-tokens"
-) -> None:
-    """Raise ValueError if prompt and answer exceed what the LLM holds."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and length > limit:
-        raise ValueError(
-            f"A prompt with its answer takes {length} tokens, but the LLM's context holds {limit}: {cure}."
-        )
-
-
-def check_log_probs(model: VoraForConditionalGeneration, log_probs: torch.Tensor) -> None:
-    """Raise ValueError if log-probabilities are no numbers: all that is made of them would be wrong."""
-    if count := int(torch.isnan(log_probs).sum()):
-        raise ValueError(
-            f"{count} of {log_probs.numel()} log-probabilities are no numbers: the model's logits are not finite in "
-            f"{str(model.dtype).removeprefix('torch.')}. Save it in bfloat16 or float32, or, if it is, its weights "
-            "are broken: go back to an earlier checkpoint."
-        )
-
-
-def sliding_window(model: VoraForConditionalGeneration) -> int | None:
-    """Places that the LLM's sliding blocks see at once; None if all see all."""
-    return getattr(model.config.get_text_config(), "sliding_window", None)
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+GREEDY["repetition_penalty"] = 1.0
 
 
 @torch.inference_mode()
@@ -134,23 +24,60 @@ def free_answers(
     processor: VoraProcessor,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
+    read: ReadPrompts | None = None,
     **sampling: Any,
 ) -> list[str]:
     """What a model says to one batch of prompts up to the end of its turn, without special tokens; each token the
-    likeliest, unless `sampling`, of `generate`, says otherwise (`do_sample`, `num_beams`, ...)."""
+    likeliest, unless `sampling`, of `generate`, says otherwise (`do_sample`, `num_beams`, ...). `read` are the same
+    prompts, where they are read already."""
     tokenizer = processor.tokenizer
     check_context_length(model, max(map(len, prompts)) + max_new_tokens)
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    options = GREEDY | sampling | {"eos_token_id": sorted(ends), "pad_token_id": pad}
     inputs = padded(prompts, pad, model.device)
-    greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    greedy["repetition_penalty"] = 1.0
-    said = model.generate(
-        **inputs, **(greedy | sampling), max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), pad_token_id=pad
-    )
-    said = said[:, inputs["input_ids"].shape[1] :]
+    if read is None and can_share(model, prompts):
+        read = read_prompts(model, prompts)
+    if read is None:
+        said = model.generate(**inputs, **options, max_new_tokens=max_new_tokens)
+        said = list(said[:, inputs["input_ids"].shape[1] :])
+    else:
+        said = _continued(model, read, inputs["input_ids"], max_new_tokens, options)
     return [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
+
+
+def _continued(
+    model: VoraForConditionalGeneration, read: ReadPrompts, ids: Tensor, max_new_tokens: int, options: dict[str, Any]
+) -> list[Tensor]:
+    """B int[...]: what follows prompts int[B, T] that are read. Whenever half of them have ended, the others go on
+    alone: most answers are short, and a few are long."""
+    ends, first, beams = torch.tensor(options["eos_token_id"], device=ids.device), ids.shape[1], options["num_beams"]
+
+    def has_ended(sequences: Tensor) -> Tensor:
+        return torch.isin(sequences[:, first:], ends).any(1)
+
+    def half_ended(sequences: Tensor, *_: Any, **__: Any) -> Tensor:
+        ended = has_ended(sequences)
+        return torch.full_like(ended, bool(ended.float().mean() >= 0.5))
+
+    stop = [half_ended] if beams == 1 else []
+    rows = torch.arange(len(ids), device=ids.device)
+    said = list(ids)
+    cache = read.cache(rows.repeat_interleave(beams))
+    while len(rows):
+        new = first + max_new_tokens - ids.shape[1]
+        mask = torch.cat([read.mask[rows], read.mask.new_ones(len(rows), ids.shape[1] - read.mask.shape[1])], 1)
+        given = {"input_ids": ids, "attention_mask": mask, CACHE: cache, "stopping_criteria": stop}
+        ids = model.generate(**given, **options, max_new_tokens=new)
+        for row, sequence in zip(rows.tolist(), ids):
+            said[row] = sequence[first:]
+        going_on = (~has_ended(ids)).nonzero()[:, 0]
+        if beams > 1 or ids.shape[1] == first + max_new_tokens:
+            break
+        rows, ids = rows[going_on], ids[going_on]
+        cache.reorder_cache(going_on)
+    return said
 
 
 def without_thinking(answer: str) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from vora.data.packing import TokenSample, collate_sequences, tokenize_sample
 from vora.data.schema import Sample
-from vora.eval.scoring.generate import batches, check_context_length, check_log_probs, in_parts, sliding_window
+from vora.eval.scoring.prompt import batches, check_context_length, check_log_probs, in_parts, sliding_window
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
@@ -102,7 +102,7 @@ def score_samples(
         states = model.model(**inputs, use_cache=False).last_hidden_state
         is_target = targets != -100
         found = torch.zeros(2, *targets.shape, dtype=torch.float64, device=model.device)
-        found[:, is_target] = _at_targets(model, states[is_target], targets[is_target])
+        found[:, is_target] = at_targets(model, states[is_target], targets[is_target])
         log_probs, chosen = found.cpu().numpy()
         wanted = is_target.cpu().numpy()
         scores: dict[Index, AnswerScore] = {}
@@ -119,7 +119,7 @@ def score_samples(
         yield scores
 
 
-def _at_targets(model: VoraForConditionalGeneration, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def at_targets(model: VoraForConditionalGeneration, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """float[2, places]: log-probability of each target, and 1 where it is the model's first choice."""
     found = torch.zeros(2, len(targets), dtype=torch.float64, device=targets.device)
     for part in torch.arange(len(targets), device=targets.device).split(ROWS_OF_LOGITS):
