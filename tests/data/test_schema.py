@@ -1,6 +1,7 @@
 """Rows of any layout become the same samples, and broken ones say what is wrong."""
 
 import base64
+import io
 import json
 import math
 import shutil
@@ -91,6 +92,27 @@ FILM = [[RED, BLUE]]
         ({"system": "Be brief.", "history": [["a?", "b"]], "instruction": "what?", "input": "now", "output": "x"}, [],
          "system: Be brief. / user: a? / assistant: b / user: what?\nnow / assistant: x"),
         ({"system": "Be brief.", "messages": turns("what?", "x")}, [], f"system: Be brief. / {ALONE}"),
+        ({"history": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}], **GOOD}, [],
+         f"user: a? / assistant: b / {ALONE}"),
+        ({"history": "[]", "system": "Be brief.", "image": "red.png", "caption": "x"}, [RED],
+         "system: Be brief. / user: |Tell. / assistant: x"),
+        ({"messages": [{"role": "developer", "content": "Be brief."}, *turns("what?", "x")]}, [],
+         f"system: Be brief. / {ALONE}"),
+        # as Qwen-VL and DashScope have them
+        ({"conversations": [{"from": "user", "value": "Picture 1: <img>red.png</img>\nwhat?"},
+                            {"from": "assistant", "value": "<img>x</img>"}]}, [RED],
+         "user: Picture 1: |\nwhat? / assistant: <img>x</img>"),
+        ({"messages": turns([{"image": "red.png"}, {"text": "what?"}], [{"text": "x"}])}, [RED], GIVEN),
+        # what `datasets` gives back: all keys, null where there was nothing
+        ({"messages": [{"role": "system", "content": None, "tool_calls": None},
+                       {"role": "user", "content": [{"type": "image", "image": {"bytes": None, "path": None},
+                                                     "text": None, "image_url": {"url": "red.png", "detail": None}},
+                                                    {"type": "text", "text": "what?", "image": None}]},
+                       {"role": "assistant", "content": [{"type": "text", "text": "x"}], "tool_calls": [],
+                        "function_call": {"name": None, "arguments": None}, "weight": None}],
+          "tools": [{"name": None}], "functions": "null"}, [RED], GIVEN),
+        ({"image": bytearray(RED_PNG), **GOOD}, [RED], GIVEN),
+        ({"image": {"bytes": memoryview(RED_PNG), "path": "x.png"}, **GOOD}, [RED], GIVEN),
         ({"questions": ["a?", "b?"], "answers": ["", "yes"], "captions": []}, [], "user: b? / assistant: yes"),
         ({"image": "red.png", "captions": ["good", None, " "], "messages": [], "label": math.nan}, [RED],
          "user: |Tell. / assistant: good"),
@@ -150,8 +172,24 @@ NOTHING, UNREAD = "answer is empty", "which is not understood"
         ({"messages": turns("x", "y", "z", " ")}, NOTHING),
         ({"messages": turns("x", [{"type": "text", "text": ""}])}, NOTHING),
         ({"messages": turns("x", None)}, NOTHING),
+        ({"messages": turns("x", "<think>\n\n</think>\n\n")}, NOTHING),
         ({"messages": [*turns("x"), {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]}, UNREAD),
-        ({"messages": turns("x", "y"), "tools": "[{}]"}, UNREAD),
+        ({"messages": turns("x", "y"), "tools": '[{"name": "f"}]'}, f"column 'tools' .* {UNREAD}"),
+        ({"instruction": "x", "output": "y", "functions": [{"name": "f"}]}, f"column 'functions' .* {UNREAD}"),
+        ({**GOOD, "chat_template_kwargs": {"enable_thinking": False}}, f"'chat_template_kwargs' .* {UNREAD}"),
+        ({"messages": [*turns("x"), {"role": "assistant", "content": "y", "reasoning_content": "hm"}]},
+         f"assistant has 'reasoning_content', {UNREAD}"),
+        ({"messages": [{"role": "user", "content": "x", "images": ["red.png"]}, *turns("x", "y")[1:]]},
+         f"user has 'images', {UNREAD}"),
+        ({"messages": turns(None, "y")}, "user says nothing"),
+        ({"messages": turns([{"type": "image", "image": ["red.png", "blue.png"]}], "y")}, "2 images: one part"),
+        ({"messages": turns("x", "y"), "label": False}, "not wanted"),
+        ({"instruction": "x", "output": "y", "kto_tag": False}, "not wanted"),
+        ({"image": "red.png", "messages": turns("Where is <ref-object>?", "<bbox>"), "objects": {"bbox": [[1, 2]]}},
+         "places for 'objects'"),
+        ({"text": "a", "system": "Be brief."}, "text is no conversation"),
+        ({"messages": turns("x", "y"), "loss_mask": [1]}, "weighs 1 turns, but it has 2"),
+        ({"messages": turns("x", "y"), "weight": 0.5}, "weighed by weight 0.5"),
         # parts of other kinds
         ({"messages": turns([{"type": "text", "text": "x"}, {"type": "audio", "audio": "a.wav"}], "y")},
          f"user says a part of type 'audio', {UNREAD}"),
@@ -177,7 +215,9 @@ def test_bad_rows_say_why(folder, row, cause):
         read(row, folder)
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"loss": False}, {"loss_mask": 0}, {"train": False, "weight": None}])
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"loss": False}, {"loss_mask": 0}, {"train": False, "weight": None}, {"training": False}]
+)
 def test_marked_turns_are_read_but_not_learned(processor, mark):
     said = turns("one?", "no", "two?", "yes")
     said[0] |= mark
@@ -187,12 +227,21 @@ def test_marked_turns_are_read_but_not_learned(processor, mark):
     found = tokenize_sample(sample, processor, sample.conversations)
     assert processor.tokenizer.decode(found["targets"][found["targets"] != -100]) == "yes<|im_end|>"
     assert "no<|im_end|>" in processor.tokenizer.decode(found["input_ids"])
+    for columns in ({"loss_mask": [0, 0, 0, 1]}, {"weights": [0, 0, 0, 1], "weight": None}):
+        sample = to_sample({"messages": turns("one?", "no", "two?", "yes")} | columns)
+        assert [message.get("learn", True) for message in sample.conversations[0]] == [True, False, True, True]
+    masked = [{"role": "assistant", "content": "y", "masked": is_masked} for is_masked in (True, False)]
+    conversation = to_sample({"messages": [*turns("x"), masked[0], *turns("x"), masked[1]]}).conversations[0]
+    assert [message.get("learn", True) for message in conversation] == [True, False, True, True]
 
 
 def test_bytes_and_addresses_are_images_and_videos(folder):
     film = (folder / "film.png").read_bytes()
-    for video in (film, [film], {"bytes": film, "path": None}, f"file://{folder}/film.png"):
+    others = bytearray(film), {"bytes": memoryview(film)}, io.BytesIO(film), Image.open(folder / "film.png")
+    for video in (film, [film], {"bytes": film, "path": None}, f"file://{folder}/film.png", *others):
         assert read({"video": video, "caption": "x"}, folder / "elsewhere")[0] == FILM
+    for video in (film, {"bytes": film, "path": None}, {"url": f"{folder}/film.png"}):
+        assert read({"messages": turns([{"type": "video", "video": video}], "x")}, folder / "elsewhere")[0] == FILM
     assert read({"image": f"file://{folder}/red.png", **GOOD}, folder / "elsewhere")[0] == [RED]
     with pytest.raises(ValueError, match="127.0.0.1 is at .* private"):  # URLs only if asked for, and not even so all
         read({"image": "http://127.0.0.1:9/a.png", **GOOD}, allow_urls=True)

@@ -67,6 +67,8 @@ def test_rows_are_read_as_training_reads_them(tmp_path, task, row, references):
         ("classify", {"label": ["cat"]}, "label is a list, not text"),
         ("classify", {"label": 3}, "label 3 is a number: .* --labels"),
         ("statements", {"sentence": "s", "label": "maybe"}, "neither true nor false"),
+        ("vqa", {"question": "q", "answer": "yes", "history": [["p", "no"]]}, "'history' says what comes before"),
+        ("captions", {"caption": "a cat", "system": "Be brief."}, "'system' says what comes before"),
     ],
 )
 def test_rows_that_are_none_are_named_and_the_others_read(tmp_path, task, row, cause):

@@ -108,6 +108,7 @@ def test_arrays_that_are_no_images_are_refused():
     for array, cause in (
         (np.full((4, 4, 3), np.nan), "NaN"), (np.array([[[0.1, 0.2, -0.3]]]), "values from -0.3 to 0.2"),
         (np.array([[[0, 9, 256.0]]]), "values from 0 to 256"), (np.array([[5, -1]], np.int32), "values from -1 to 5"),
+        (np.array([[5, -1]], np.int8), "values from -1 to 5"),
         (np.zeros((0, 4, 3)), "shape"), (np.zeros((5, 5, 2), np.uint8), "shape"), (np.zeros(4, np.uint8), "shape"),
         (None, "shape"),
     ):  # fmt: skip

@@ -10,12 +10,15 @@ Row = dict[str, Any]
 
 IMAGE_COLUMNS = ("image", "images", "frames", "video", "videos")
 SOUND_COLUMNS = ("audio", "audios")
+UNREAD_COLUMNS = ("tools", "functions", "chat_template_kwargs")  # of what an assistant is given besides
+LEARN_KEYS = ("weight", "loss", "loss_mask", "loss_scale", "train", "training")  # OpenAI, ms-swift, verl and axolotl
 TURN_COLUMNS = ("messages", "conversations")
+LEAD_COLUMNS = ("system", "history")  # what comes before the rest of a row
 CHOICE_COLUMNS = ("choices", "options")
 TEXT_COLUMNS = (
-    *TURN_COLUMNS, "system", "history", "tools", "texts", "question", "answer", "questions", "answers", "caption",
-    "captions", "sentence", "statement", "label", "identifier", "instruction", "input", "output", "text", "id",
-    *CHOICE_COLUMNS, *SOUND_COLUMNS,
+    *TURN_COLUMNS, *LEARN_KEYS, "weights", *UNREAD_COLUMNS, "objects", "kto_tag", *LEAD_COLUMNS, "texts", "question",
+    "answer", "questions", "answers", "caption", "captions", "sentence", "statement", "label", "identifier",
+    "instruction", "input", "output", "text", "id", *CHOICE_COLUMNS, *SOUND_COLUMNS,
 )  # fmt: skip
 COLUMNS = (*IMAGE_COLUMNS, *TEXT_COLUMNS, "file_name")
 LAYOUTS: tuple[Set[str], ...] = (  # the first that a row has is read
@@ -39,19 +42,32 @@ class RowOptions:
 
 def usable(row: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
     """A row under our names, without columns that hold nothing: null, NaN, empty lists, as merged schemas have them.
-    ValueError if a text is none, or sound belongs to it."""
+    ValueError if a text is none, or sound or tools belong to it."""
     given = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
     overruled: set[str] = set().union(*(alike for alike in SYNONYMS if alike & given.keys())) | {*columns.values()}
     row = {name: value for name, value in row.items() if name not in overruled} | given
     found = {}
     for name, value in row.items():
         value = _without_nan(value, name)
-        is_empty = not value and (name in IMAGE_COLUMNS or isinstance(value, (list, dict)))
-        if value is not None and not is_empty:
+        may_be = list | dict | str | bytes if name in IMAGE_COLUMNS else list | dict
+        if value is not None and not (isinstance(value, may_be) and not value):
             found[name] = value
     if sounds := [name for name in SOUND_COLUMNS if name in found]:
         raise ValueError(f"Its column {sounds[0]!r} holds sound, which is not understood: leave the row out.")
+    if unread := [name for name in UNREAD_COLUMNS if not says_nothing(found.get(name))]:
+        raise ValueError(
+            f"Its column {unread[0]!r} changes what is asked, which is not understood: leave the row out."
+        )
     return found
+
+
+def says_nothing(value: Any) -> bool:
+    """Whether a value is null or empty, or holds nothing else, as where schemas were merged."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return all(map(says_nothing, value))
+    return value is None or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
 
 
 def without_layouts_before(row: Row, named: Set[str]) -> Row:

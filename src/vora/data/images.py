@@ -52,9 +52,9 @@ def images_of_row(row: Row, image_folder: str | Path) -> list[ImageSource]:
     value, name = row[columns[0]] if columns else [], row.get("file_name")
     found = list(value) if isinstance(value, (list, tuple)) else [value]
     if columns[:1] == ["videos"]:
-        found = [_as_video(video) for video in found]
+        found = [as_video(video) for video in found]
     elif columns[:1] == ["video"]:
-        video = _as_video(value)
+        video = as_video(value)
         found = video if isinstance(video, list) else [video]
     elif not found and isinstance(name, str) and _ends_as(name, IMAGE_ENDINGS) and Path(image_folder, name).is_file():
         found = [name]
@@ -66,7 +66,7 @@ def located(image: Any, folder: str | Path) -> ImageSource:
     Image feature of `datasets` or OpenAI's image_url; paths start at `folder`. ValueError if it is empty."""
     if isinstance(image, (list, tuple)):
         return [located(frame, folder) for frame in image]
-    image = _content(image)
+    image = content_of(image)
     if image is None:
         raise ValueError("One of its images is empty.")
     if not isinstance(image, str) or image.startswith(REMOTE) or is_base64(image):
@@ -89,19 +89,23 @@ def check_unread_media(row: Row) -> None:
             )
 
 
-def _as_video(video: Any) -> Any:
+def as_video(video: Any) -> Any:
     """One animated image, of which all frames are meant, or a list of frames."""
     if isinstance(video, (list, tuple)):
         if len(video) != 1 or (isinstance(video[0], str) and video[0].startswith(REMOTE)):
             return list(video)  # of one frame, where it is an address
         video = video[0]
-    video = _content(video)
+    video = content_of(video)
     if isinstance(video, str):
         return VideoPath(video)
-    return VideoBytes(video) if isinstance(video, bytes) else video
+    if isinstance(video, Image.Image):
+        return Video(video).frames
+    video = video.read() if hasattr(video, "read") else video
+    return VideoBytes(video) if isinstance(video, (bytes, bytearray, memoryview)) else video
 
 
-def _content(image: Any) -> Any:
+def content_of(image: Any) -> Any:
+    """What a dict of `datasets` or OpenAI's says of an image, None if nothing; anything else as it is."""
     return image.get("bytes") or image.get("path") or image.get("url") if isinstance(image, dict) else image
 
 

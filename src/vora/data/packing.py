@@ -12,7 +12,7 @@ import torch
 from vora.data.schema import Sample
 from vora.data.turns import Conversation
 from vora.model.attention import image_blocks
-from vora.model.processing_vora import VoraProcessor
+from vora.model.processing_vora import SPELT, VoraProcessor
 
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw")
 PLACES = ("seen_until", "ends")  # count tokens, so they move with them
@@ -71,11 +71,25 @@ def tokenize_sample(
             found.append(processor.text_sample(conversation[0]["content"]))
             continue
         messages = sample.messages(opened, conversation)
-        found.append(processor.training_sample(messages, image_inputs, **images_kwargs))
-        image_inputs = {name: found[0][name] for name in IMAGE_INPUTS if name in found[0]}
-    if image_inputs and not _begin_with_images(found, processor.image_token_id):
+        _check_is_written(messages, processor)
+        found += processor.training_samples(messages, image_inputs, **images_kwargs)
+        if len(found[-1].get("image_grid_thw", ())) == len(opened):
+            image_inputs = {name: found[-1][name] for name in IMAGE_INPUTS if name in found[-1]}
+    if opened and not _begin_with_images(found, processor.image_token_id):
         return side_by_side([share_prefixes([one]) for one in found])
     return share_prefixes(found)
+
+
+def _check_is_written(messages: Conversation, processor: VoraProcessor) -> None:
+    """Raise ValueError where the chat template leaves out what someone says, but for thoughts."""
+    written = processor.apply_chat_template(messages).replace(SPELT, "")
+    for message in messages:
+        said = message["content"]
+        texts = [said] if isinstance(said, str) else [part["text"] for part in said if part["type"] == "text"]
+        if any(text.rpartition("</think>")[2].strip() not in written for text in texts):
+            raise ValueError(
+                f"The chat template leaves out what the {message['role']} says: give from_llm another one."
+            )
 
 
 def _begin_with_images(samples: Sequence[dict[str, Any]], image_token_id: int) -> bool:
@@ -83,14 +97,16 @@ def _begin_with_images(samples: Sequence[dict[str, Any]], image_token_id: int) -
     first = samples[0]["input_ids"]
     length = _length_of_images(first, image_token_id)
     return all(
-        np.array_equal(sample["input_ids"][:length], first[:length]) and (sample["labels"][: length + 1] == -100).all()
+        _length_of_images(sample["input_ids"], image_token_id) == length
+        and np.array_equal(sample["input_ids"][:length], first[:length])
+        and (sample["labels"][: length + 1] == -100).all()
         for sample in samples
     )
 
 
 def _length_of_images(input_ids: np.ndarray, image_token_id: int) -> int:
     """How many tokens there are up to the last image token."""
-    return int(np.flatnonzero(input_ids == image_token_id).max()) + 1
+    return int(np.flatnonzero(input_ids == image_token_id).max(initial=-1)) + 1
 
 
 def side_by_side(samples: Sequence[TokenSample]) -> TokenSample:
@@ -107,8 +123,8 @@ def side_by_side(samples: Sequence[TokenSample]) -> TokenSample:
 
 
 def share_prefixes(samples: Sequence[dict[str, Any]]) -> TokenSample:
-    """Several questions to one image as one sample, in which the image, and all text that they begin with alike,
-    stand once.
+    """Several questions to one image, or answers that each need a prompt of their own, as one sample, in which the
+    image, and all text that they begin with alike, stand once.
 
     The samples become a tree, written depth first: a token is seen by what follows it up to `seen_until`, the last
     token below it, and no further. So under `attention_masks` each question computes exactly what its sample computes

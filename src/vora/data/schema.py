@@ -60,9 +60,7 @@ def to_sample(row: Row, name: str = "", image_folder: str | Path = ".", options:
     row = columns.without_layouts_before(columns.usable(row, options.columns), options.columns.keys())
     inline: list[Any] = []
     if has_turns := has_any(row, *TURN_COLUMNS):
-        if row.get("tools") not in (None, "", "[]"):
-            raise ValueError("Its assistant has tools, which is not understood: leave the row out.")
-        conversation, inline = turns.conversation_of(first_of(row, *TURN_COLUMNS))
+        conversation, inline = turns.conversation_of(first_of(row, *TURN_COLUMNS), row)
         if inline and has_any(row, *IMAGE_COLUMNS):
             raise ValueError("It has images both in its messages and in a column of their own.")
     images = [located(image, image_folder) for image in inline] or images_of_row(row, image_folder)
@@ -72,14 +70,22 @@ def to_sample(row: Row, name: str = "", image_folder: str | Path = ".", options:
         conversations = _conversations_of(row, bool(images), random.Random(Path(name).name), options.prompts)
     if not images:
         check_unread_media(row)
-    lead = turns.lead_of(row) if has_turns or has_any(row, "texts", "instruction") or has_questions(row) else []
-    conversations = [
-        turns.with_places(one if one[0]["role"] == "text" else turns.with_lead(lead, one), bool(images))
-        for one in conversations
-    ]
+    _check_is_learned(row, conversations, has_turns)
+    lead = turns.lead_of(row)
+    conversations = [turns.with_places(turns.with_lead(lead, one), bool(images)) for one in conversations]
     if has_any(row, "frames", "video") and len(images) > 1 and turns.num_places(conversations[0]) < 2:
         images = [images]  # frames of one video
     return Sample(name, images, conversations, options.allow_urls)
+
+
+def _check_is_learned(row: Row, conversations: list[Conversation], has_turns: bool) -> None:
+    """Raise ValueError where columns say that answers are bad ones, or what stands in their places for boxes."""
+    if row.get("kto_tag") is False or (has_turns and row.get("label") is False):
+        raise ValueError("Its answer is marked as one that is not wanted (label or kto_tag is false).")
+    places = ("<bbox>", "<ref-object>")
+    texts = [turns.text_in(message) for one in conversations for message in one]
+    if "objects" in row and any(place in text for place in places for text in texts):
+        raise ValueError("Its texts have places for 'objects', which is not understood: write out what stands there.")
 
 
 def _conversations_of(row: Row, has_image: bool, draw: random.Random, prompts: Prompts) -> list[Conversation]:

@@ -12,18 +12,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from vora.data.answers import as_list, text_of
-from vora.data.columns import Row
-from vora.data.images import VideoPath
+from vora.data.columns import LEARN_KEYS, Row, says_nothing
+from vora.data.images import as_video
 
 Message = dict[str, Any]
 Conversation = list[Message]
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+    "developer": "system",
+}  # fmt: skip
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS, VIDEO_PARTS = ("image", "image_url", "input_image"), ("video", "video_url")
+PART_KINDS = ("text", *IMAGE_PARTS, *VIDEO_PARTS, "audio")
 PART_KEYS = ("image", "video", "image_url", "video_url", "path", "url", "base64")
-LEARN_KEYS = ("weight", "loss", "loss_mask", "loss_scale", "train")  # as OpenAI, ms-swift, verl and axolotl call it
-CALLS = ("tool_calls", "function_call")
+UNREAD_KEYS = (  # of a turn, beside what it says
+    "tool_calls", "function_call", "tools", "reasoning_content", "reasoning", "thinking", "refusal", "image", "images",
+    "video", "videos", "audio", "audios",
+)  # fmt: skip
+QWEN_IMAGE = re.compile(r"<img>(.+?)</img>")  # as Qwen-VL writes where an image is
 PLACE = re.compile(r"\n?<(?:image|video)>\n?")
 UNFILLED = re.compile(r"^\s*<(video|audio)>", re.MULTILINE)  # within a sentence it is text about a tag
 NOTHING_TO_LEARN = "Its answer is empty: there is nothing to learn."
@@ -34,23 +41,30 @@ def question_and_answer(question: Any, answer: Any) -> Conversation:
     if question is None:
         raise ValueError("Its question is null.")
     answer = text_of(answer, "answer")
-    if not answer.strip():
-        raise ValueError(NOTHING_TO_LEARN)
+    _check_says(answer)
     return [{"role": "user", "content": text_of(question, "question")}, {"role": "assistant", "content": answer}]
 
 
-def conversation_of(turns: Any) -> tuple[Conversation, list[Any]]:
+def conversation_of(turns: Any, row: Row | None = None) -> tuple[Conversation, list[Any]]:
     """Turns in the form of OpenAI (`role`, `content`) or ShareGPT (`from`, `value`), also as JSON or by columns: the
-    conversation, and the images that stand in it."""
+    conversation, and the images that stand in it. Columns of `row` may say what is learned."""
     messages, images = [], []
-    for turn in as_list(json.loads(turns) if isinstance(turns, str) else turns):
+    for turn in _with_marks(as_list(json.loads(turns) if isinstance(turns, str) else turns), row or {}):
         speaker = turn.get("role") or turn.get("from")
-        role = ROLES.get(speaker)
+        role = ROLES.get(str(speaker))
         if role is None:
             raise ValueError(f"Who is {speaker!r}? Known are {', '.join(ROLES)}.")
-        if any(turn.get(key) for key in CALLS):
-            raise ValueError(f"Its {role} calls tools, which is not understood: leave the row out.")
+        if unread := [key for key in UNREAD_KEYS if not says_nothing(turn.get(key))]:
+            raise ValueError(f"Its {role} has {unread[0]!r}, which is not understood: leave the row out.")
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+        if content is None and role == "system":
+            continue
+        if content is None and role == "user":
+            raise ValueError("Its user says nothing: the content is null.")
+        if role == "user" and isinstance(content, str) and QWEN_IMAGE.search(content):
+            kinds = ("text", "image")  # take turns in what is split
+            split = [(kinds[n % 2], piece) for n, piece in enumerate(QWEN_IMAGE.split(content)) if piece]
+            content = [{"type": kind, kind: piece} for kind, piece in split]
         if not isinstance(content, str):
             content, given = _parts_and_images(content or [], role)
             images += given
@@ -60,16 +74,26 @@ def conversation_of(turns: Any) -> tuple[Conversation, list[Any]]:
     answers = [text_in(message) for message in messages if message["role"] == "assistant"]
     if not answers:
         raise ValueError("It has no answer of an assistant: there is nothing to learn.")
-    if not all(answer.strip() for answer in answers):
-        raise ValueError(NOTHING_TO_LEARN)
+    for answer in answers:
+        _check_says(answer)
     return messages, images
+
+
+def _check_says(answer: str) -> None:
+    """Raise ValueError for an answer that is empty, or only thought."""
+    if not answer.rpartition("</think>")[2].strip():
+        raise ValueError(NOTHING_TO_LEARN)
 
 
 def lead_of(row: Row) -> Conversation:
     """What stands before a row's conversations: its columns `system`, and `history` of earlier questions and
     answers."""
     lead = [{"role": "system", "content": text_of(row["system"], "system")}] if row.get("system") else []
-    for turn in row.get("history", []):
+    history = row.get("history") or []
+    history = json.loads(history) if isinstance(history, str) else history
+    if history and all(isinstance(turn, dict) for turn in as_list(history)):
+        return lead + conversation_of(history)[0]
+    for turn in history:
         if not isinstance(turn, (list, tuple)) or len(turn) != 2:
             raise ValueError("Its history is no list of pairs of a question and an answer.")
         lead += question_and_answer(*turn)
@@ -77,7 +101,10 @@ def lead_of(row: Row) -> Conversation:
 
 
 def with_lead(lead: Conversation, conversation: Conversation) -> Conversation:
-    """A conversation that goes on after what leads to it; ValueError if a system speaks in both, and not alike."""
+    """A conversation that goes on after what leads to it; ValueError if a system speaks in both, and not alike, or it
+    is plain text."""
+    if lead and conversation[0]["role"] == "text":
+        raise ValueError("It has a 'system' or 'history', but its text is no conversation.")
     if lead and conversation[0]["role"] == "system":
         if lead[0]["role"] == "system" and lead[0] != conversation[0]:
             raise ValueError("It has a system's text in its messages and another in a column of its own.")
@@ -146,6 +173,8 @@ def _as_parts(content: Any) -> list[dict[str, Any]]:
 def _mark(turn: dict[str, Any], role: str) -> dict[str, bool]:
     """What says whether an assistant's turn is learned."""
     marks = {key: turn[key] for key in LEARN_KEYS if turn.get(key) is not None}
+    if turn.get("masked") is not None:  # torchtune's
+        marks["masked"] = not turn["masked"]
     if role != "assistant":
         return {}
     if wrong := [f"{key} {value!r}" for key, value in marks.items() if value not in (0, 1)]:
@@ -153,12 +182,26 @@ def _mark(turn: dict[str, Any], role: str) -> dict[str, bool]:
     return {} if all(marks.values()) else {"learn": False}
 
 
+def _with_marks(turns: list[Any], row: Row) -> list[dict[str, Any]]:
+    """Turns with the marks that a row's columns hold, one for all or one for each; a turn's own go before them."""
+    given = {key: row[key] for key in LEARN_KEYS if key in row}
+    if "weights" in row:
+        given["weight"] = row["weights"]
+    for key, marks in given.items():
+        marks = marks if isinstance(marks, list) else [marks] * len(turns)
+        if len(marks) != len(turns):
+            raise ValueError(f"Its {key!r} weighs {len(marks)} turns, but it has {len(turns)}.")
+        turns = [{**turn, key: mark if turn.get(key) is None else turn[key]} for turn, mark in zip(turns, marks)]
+    return turns
+
+
 def _parts_and_images(content: Any, role: str) -> tuple[list[dict[str, Any]], list[Any]]:
     """Parts with places for images, and the images that stand in them."""
     parts, images = [], []
     for part in content:
-        kind = part["type"]
-        if kind in TEXT_PARTS:
+        # DashScope's parts have no type
+        kind = part.get("type") or next((key for key in PART_KINDS if not says_nothing(part.get(key))), None)
+        if kind in TEXT_PARTS and part.get("text") is not None:
             parts.append({"type": "text", "text": text_of(part["text"], "text")})
             continue
         if kind not in IMAGE_PARTS + VIDEO_PARTS or role == "assistant":
@@ -167,12 +210,14 @@ def _parts_and_images(content: Any, role: str) -> tuple[list[dict[str, Any]], li
                 "text, image, image_url or video."
             )
         parts.append({"type": "image"})
-        key = next((key for key in PART_KEYS if part.get(key) is not None), None)
+        key = next((key for key in PART_KEYS if not says_nothing(part.get(key))), None)
         if key is not None:
             image = base64.b64decode(part[key]) if key == "base64" else part[key]
-            if kind in VIDEO_PARTS and isinstance(image, dict):
-                image = image.get("url")
-            images.append(VideoPath(image) if kind in VIDEO_PARTS and isinstance(image, str) else image)
+            if kind in IMAGE_PARTS and isinstance(image, (list, tuple)):
+                raise ValueError(
+                    f"Its {role} says a part of type {kind!r} with {len(image)} images: one part for each."
+                )
+            images.append(as_video(image) if kind in VIDEO_PARTS else image)
     return parts, images
 
 

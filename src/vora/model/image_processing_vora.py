@@ -4,7 +4,6 @@ Dims: P patches of all images, C channels, p patch side, N images.
 """
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
@@ -14,9 +13,10 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
-from .fetch_image import fetch_frames, fetch_image, limited_frames
+from .fetch_image import ENCODED, fetch_frames, fetch_image, limited_frames
 
 ALWAYS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")  # what other image processors can leave out
+OTHERS = ("size", "crop_size", "rescale_factor")  # what further they can be given
 
 
 class Video:
@@ -24,7 +24,7 @@ class Video:
 
     Args:
         source: list of frames (anything `fetch_image` takes), array [T, H, W, 3], or an animated image: PIL image,
-            path, URL, base64 string or bytes.
+            path, URL, base64 string, bytes, file object or dict of `datasets`.
 
     Raises:
         ValueError: there are no frames, or one cannot be read.
@@ -33,7 +33,7 @@ class Video:
     is_video = True  # remote code is loaded file by file, and each file has a class `Video` of its own
 
     def __init__(self, source: Any, allow_urls: bool = False):
-        if isinstance(source, (str, os.PathLike, bytes, Image.Image)):
+        if isinstance(source, ENCODED + (Image.Image,)) or hasattr(source, "read"):
             self.frames = fetch_frames(source, allow_urls=allow_urls)
         else:
             self.frames = limited_frames(fetch_image(frame, allow_urls=allow_urls) for frame in source)
@@ -150,7 +150,7 @@ class VoraImageProcessor(BaseImageProcessor):
         image_std: Sequence[float] = (0.5, 0.5, 0.5), resample: int = Image.Resampling.BICUBIC, **kwargs: Any,
     ):  # fmt: skip
         kwargs.pop("allow_urls", None)  # a configuration that came with a checkpoint does not decide that
-        _check_steps({name: value for name, value in kwargs.items() if name in ALWAYS})
+        _check_steps({name: value for name, value in kwargs.items() if name.startswith("do_") or name in OTHERS})
         super().__init__(**kwargs)
         self.patch_size, self.patch_merge, self.pad_to_square = patch_size, patch_merge, pad_to_square
         self.min_image_tokens, self.max_image_tokens = self._budget(min_image_tokens, max_image_tokens)

@@ -4,13 +4,14 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .image_processing_vora import Video, VoraImageProcessor, VoraImagesKwargs, flat_images, is_video
+from .image_processing_vora import Video, VoraImageProcessor, VoraImagesKwargs, are_several, flat_images, is_video
 
 # Put before an LLM's own template, this lets it take content that is a list of images and texts.
 FLATTEN_CONTENT = """\
@@ -46,8 +47,8 @@ class VoraProcessor(ProcessorMixin):
     """Image processor and tokenizer in one; `apply_chat_template` makes model inputs from messages.
 
     Content is text, or a list of texts, images and videos: `{"type": "video", "video": frames}` with all that `Video`
-    takes. Control tokens that a message spells (the image token, and those with which the template marks roles and
-    ends) are plain text. In texts given by hand one `image_token` stands for a whole image.
+    takes. Special tokens that a message spells (the image token, those of roles and ends) are plain text. In texts
+    given by hand one `image_token` stands for a whole image.
     """
 
     _auto_class = "AutoProcessor"
@@ -104,7 +105,7 @@ class VoraProcessor(ProcessorMixin):
         if text is None:
             return
         given = [] if images is None else images
-        if not (isinstance(given, list) and given and all(isinstance(row, list) for row in given)):
+        if not (isinstance(given, (list, tuple)) and given and all(map(are_several, given))):
             text, given = ["".join(text)], [given]  # in one list they follow each other through all texts
         if len(given) != len(text):
             raise ValueError(f"{len(text)} texts are given, but lists of images for {len(given)}.")
@@ -129,27 +130,27 @@ class VoraProcessor(ProcessorMixin):
         tokens = [count // self.image_processor.patch_merge**2 for count in patches]
         return MultiModalData(num_image_tokens=tokens, num_image_patches=patches)
 
-    def training_sample(
+    def training_sample(self, messages: Sequence[dict], *args: Any, **images_kwargs: Any) -> dict[str, np.ndarray]:
+        """The only one of `training_samples`; ValueError where there are several."""
+        sample, *others = self.training_samples(messages, *args, **images_kwargs)
+        if others:
+            raise ValueError("The chat template writes earlier turns anew: take all samples, of training_samples.")
+        return sample
+
+    def training_samples(
         self, messages: Sequence[dict], image_inputs: Mapping | None = None, **images_kwargs: Any
-    ) -> dict[str, np.ndarray]:
-        """One conversation as unpadded model inputs with labels on the assistant's tokens.
+    ) -> list[dict[str, np.ndarray]]:
+        """One conversation as unpadded model inputs: input_ids and labels int[T] (-100 outside the assistant's turns),
+        and, if there are images, pixel_values float[P, C*p*p] and image_grid_thw int[N, 3].
 
         The conversation is rendered up to each assistant turn and past it, so that each turn is learned after the very
-        tokens that `apply_chat_template` makes of its prompt. A message with `learn: False` is not learned.
-
-        Args:
-            image_inputs: what the image processor made of the same images before, to spare it the work.
-
-        Returns:
-            input_ids and labels int[T] (-100 outside the assistant's turns), and, if there are images, pixel_values
-            float[P, C*p*p] and image_grid_thw int[N, 3].
-
-        Raises:
-            ValueError: the template does not render turns one after the other, no assistant speaks, or placeholders
-                and images do not match.
+        tokens that `apply_chat_template` makes of its prompt: where the template then writes what was before anew, as
+        Qwen3's leaves earlier thoughts out, in another sample. A message with `learn: False` is not learned.
+        `image_inputs` is what the image processor made of the same images before. ValueError where the template does
+        not put an answer after its prompt, no assistant speaks, or places and images do not match.
         """
-        messages, done = self._normalised(messages), ""
-        ids, labels = list[int](), list[int]()
+        messages, done, end = self._normalised(messages), "", 0
+        samples = [(ids := list[int](), labels := list[int]())]
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -157,50 +158,68 @@ class VoraProcessor(ProcessorMixin):
                 raise ValueError("The conversation begins with an assistant, who answers nothing.")
             prompt = self.apply_chat_template(messages[:turn], add_generation_prompt=True)
             whole = self.apply_chat_template(messages[: turn + 1])
-            if not (prompt.startswith(done) and whole.startswith(prompt)):
+            if not whole.startswith(prompt):
                 raise ValueError(
-                    f"The chat template rewrites earlier text when turn {turn} is added, so the assistant's tokens "
-                    "cannot be told apart: give from_llm a chat_template that only appends."
+                    f"The chat template rewrites the prompt of turn {turn} when its answer is added: give from_llm a "
+                    "chat_template that only appends."
                 )
-            request = self._ids_after(ids, done, prompt)
+            if prompt.startswith(done):
+                request = self._ids_after(ids, done, prompt)
+            else:
+                request = self._ids(prompt)
+                if request[:end] != ids[:end]:
+                    end = 0
+                    samples.append(([], []))
+                # without what closes a conversation, as in Phi-3's template
+                ids, labels, request = ids[:end], labels[:end], request[end:]
             answer = self._ids_after(ids + request, prompt, whole)
             # up to its end-of-turn token; what the template puts after it is not learned
             ends = [place + 1 for place, id in enumerate(answer) if id in self.end_ids] or [len(answer)]
-            learned = answer[: ends[-1]] if message.get("learn", True) else []
-            ids += request + answer
+            stop = ends[-min(len(ends), self._once(self._ends_of_template)[1])]
+            learned = answer[:stop] if message.get("learn", True) else []
             labels += [-100] * len(request) + learned + [-100] * (len(answer) - len(learned))
-            done = whole
+            ids, done, end = ids + request + answer, whole, len(ids) + len(request) + stop
+            samples[-1] = ids, labels
         if not ids:
             raise ValueError("The conversation has no assistant turn, so there is nothing to learn from it.")
 
         contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
         parts = [part for content in contents for part in content if part["type"] == "image"]
         images = [part[key] for part in parts for key in ("image", "url", "path", "base64") if key in part]
-        sample: Mapping = {}
-        counts: Any = 0
-        if images:
-            sample = image_inputs or self.image_processor(images, return_tensors="np", **images_kwargs)
-            counts = sample["image_grid_thw"].prod(-1) // self.image_processor.patch_merge**2
-        input_ids, targets = np.array(ids), np.array(labels)
-        places = input_ids == self.image_token_id
-        if places.sum() != len(images):
+        if (count := ids.count(self.image_token_id)) != len(images):
             raise ValueError(
-                f"The conversation has {places.sum()} places for images ({self.image_token}) but {len(images)} images "
+                f"The conversation has {count} places for images ({self.image_token}) but {len(images)} images "
                 "up to its last assistant turn: give one image per place, and none after it."
             )
-        repeats = np.ones(len(ids), int)
-        repeats[places] = counts  # an image's place becomes its image tokens
-        targets[places] = -100
-        return {**sample, "input_ids": input_ids.repeat(repeats), "labels": targets.repeat(repeats)}
+        inputs = image_inputs or self.image_processor(images, return_tensors="np", **images_kwargs) if images else {}
+        samples = [one for one in samples if set(one[1]) != {-100}] or samples[-1:]
+        return [self._with_image_tokens(np.array(ids), np.array(labels), inputs) for ids, labels in samples]
+
+    def _with_image_tokens(self, ids: np.ndarray, labels: np.ndarray, inputs: Mapping) -> dict[str, np.ndarray]:
+        """A sample with the first images, as many as it has places, each of which becomes its image tokens."""
+        places = ids == self.image_token_id
+        if not places.any():
+            return {"input_ids": ids, "labels": labels}
+        grids, repeats, labels[places] = inputs["image_grid_thw"][: places.sum()], np.ones(len(ids), int), -100
+        repeats[places] = grids.prod(-1) // self.image_processor.patch_merge**2
+        found = {"pixel_values": inputs["pixel_values"][: grids.prod(-1).sum()], "image_grid_thw": grids}
+        return {**found, "input_ids": ids.repeat(repeats), "labels": labels.repeat(repeats)}
 
     def text_sample(self, text: str) -> dict[str, np.ndarray]:
         """Plain text as `training_sample`, every token of it to be learned; ValueError where these are below two."""
-        ids, end = self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id
+        ids, end = self.text_ids(text), self.tokenizer.eos_token_id
         if ids[-1:] != [end]:  # some tokenizers end texts by themselves
             ids = [*ids, end]
-        if len(ids) < 2 or self.image_token_id in ids:
-            raise ValueError(f"Its text {text[:50]!r} is empty, or holds the image token {self.image_token}.")
+        if len(ids) < 2:
+            raise ValueError(f"Its text {text[:50]!r} is empty.")
         return {"input_ids": np.array(ids), "labels": np.array(ids)}
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of a text as the tokenizer makes them; special tokens that it spells are plain text."""
+        spelt, ids = self._spelt(text, "user"), self.tokenizer
+        if SPELT not in spelt:
+            return ids(text)["input_ids"]
+        return [id for id in ids("")["input_ids"] if id != ids.eos_token_id] + self._ids(spelt)
 
     def _ids_after(self, ids: list[int], beginning: str, text: str) -> list[int]:
         """Ids of the rest of a text whose beginning has become `ids`."""
@@ -211,20 +230,26 @@ class VoraProcessor(ProcessorMixin):
 
     def _ids(self, text: str) -> list[int]:
         """Ids of a text that a template made; what is `SPELT` in it is parted and so no control token."""
-        parts = text.split(SPELT)
-        return [id for part in parts for id in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
+        first, *rest = text.split(SPELT)
+        ids = list(self.tokenizer(first, add_special_tokens=False)["input_ids"])
+        for part in rest:  # after a line break, for some tokenizers put a space before whatever comes first
+            ids += self._ids_after(self._ids("\n"), "\n", "\n" + part)
+        return ids
 
     def _spelt(self, text: str, role: str | None) -> str:
-        """The text of a message, the control tokens in it marked as letters; of an answer the image token alone."""
-        tokens = re.escape(self.image_token) if role == "assistant" else self._once(self._control_tokens)
+        """The text of a message, the control tokens in it marked as letters; an assistant may think."""
+        tokens = self._once(self._control_tokens)[role == "assistant"]
         return re.sub(tokens, lambda found: found[0][:1] + SPELT + found[0][1:], text.replace(SPELT, ""))
 
-    def _control_tokens(self) -> str:
-        """A pattern of the image token and of those with which the chat template marks roles and ends."""
-        special = (str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special)
-        known = {self.image_token, self.tokenizer.bos_token, self.tokenizer.eos_token} - {None}
-        known.update(token for token in special if token in (self.chat_template or ""))
-        return "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+    def _control_tokens(self) -> list[str]:
+        """A pattern of all special tokens, and of those that mark roles in the chat template (some tokenizers have
+        ChatML's as ordinary ones); and one for an assistant, who may think."""
+        tokens = {str(token): token.special for token in self.tokenizer.added_tokens_decoder.values()}
+        marks = {one for one in tokens if re.fullmatch(r"[^\w\s].*[^\w\s]", one) and one in (self.chat_template or "")}
+        special = {self.image_token, *(one for one in tokens if tokens[one] and len(one.strip()) > 1)}
+        unthinking = {one for one in special | marks if "think" not in one.lower()}
+        sets = special | unthinking, unthinking
+        return ["|".join(map(re.escape, sorted(one, key=len, reverse=True))) for one in sets]
 
     def _once(self, find: Callable[[], Any]) -> Any:
         """What a method finds, asked once for each chat template."""
@@ -240,20 +265,25 @@ class VoraProcessor(ProcessorMixin):
         messages = [dict(message) for message in conversation]
         for number, message in enumerate(messages):
             content, role = message.get("content"), message.get("role")
-            if isinstance(content, str):
-                message["content"] = self._spelt(content, role)
-            elif isinstance(content, (list, tuple)):
-                message["content"] = [self._part(part, role, number) for part in content]
+            if isinstance(content, (list, tuple)):
+                parts: list[dict[str, Any]] = []
+                for part in (self._part(one, number) for one in content):
+                    if part["type"] == "text":  # joined to that before, as they may spell a token together
+                        before = parts.pop()["text"] if parts and parts[-1]["type"] == "text" else ""
+                        part = {"type": "text", "text": self._spelt(before + part["text"], role)}
+                    parts.append(part)
+                message["content"] = parts
+            message |= {k: self._spelt(v, role) for k, v in message.items() if isinstance(v, str) and k != "role"}
         return messages
 
-    def _part(self, part: Any, role: str | None, number: int) -> dict[str, Any]:
+    def _part(self, part: Any, number: int) -> dict[str, Any]:
         """A part of a message's content as text or image: a video is an image of several frames."""
         part = part if isinstance(part, Mapping) else {"type": type(part).__name__}
         kind = part.get("type")
         if kind in TEXT_PARTS and isinstance(part.get("text"), str):
-            return {"type": "text", "text": self._spelt(part["text"], role)}
+            return {"type": "text", "text": part["text"]}
         if kind == "image":
-            return dict(part)
+            return {key: value for key, value in part.items() if value is not None}
         if kind == "image_url" and (url := part.get("image_url")):
             return {"type": "image", "url": url["url"] if isinstance(url, Mapping) else url}
         video = next((part[key] for key in ("video", "path", "url") if part.get(key) is not None), None)
@@ -278,21 +308,18 @@ class VoraProcessor(ProcessorMixin):
     def end_ids(self) -> list[int]:
         """Tokens that end an assistant's turn, a sorted list: the tokenizer's own, and the special token that the chat
         template writes after an answer, which is another one in base models such as Qwen2.5's."""
-        return self._once(self._ends_of_template)
+        return self._once(self._ends_of_template)[0]
 
-    def _ends_of_template(self) -> list[int]:
-        tokenizer, answer = self.tokenizer, "yes"
-        ends = {tokenizer.eos_token_id} - {None}
+    def _ends_of_template(self) -> tuple[list[int], int]:
+        """`end_ids`, and how many of them the template writes after the last answer (at least 1)."""
+        tokenizer, answer, text = self.tokenizer, "(yes)", ""
         messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": answer}]
-        try:
+        with suppress(Exception):  # a template may raise what it likes, and still render what has no answer yet
             text = self.apply_chat_template(messages)
-        except Exception:  # a template may raise what it likes, and still render what has no answer yet
-            return sorted(ends)
-        if answer in text:
-            after = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
-            known = tokenizer.added_tokens_decoder
-            ends |= set([id for id in after if id in known and known[id].special][:1])
-        return sorted(ends)
+        after = tokenizer(text.partition(answer)[2], add_special_tokens=False)["input_ids"]
+        known = tokenizer.added_tokens_decoder
+        ends = {tokenizer.eos_token_id, *[id for id in after if id in known and known[id].special][:1]} - {None}
+        return sorted(ends), max(1, sum(id in ends for id in after))
 
     def end_turns_of(self, model: PreTrainedModel) -> None:
         """Let the answers of a model end where this chat template ends a turn."""

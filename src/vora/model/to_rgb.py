@@ -11,13 +11,14 @@ TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # from its values to those o
 
 
 def from_array(array: np.ndarray) -> Image.Image:
-    """uint8 or float (0..1 or 0..255) array [H, W], [H, W, C] or [C, H, W]."""
+    """uint8, int or float (0..1 or 0..255) array [H, W], [H, W, C] or [C, H, W]."""
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.ndim not in (2, 3) or not array.size or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise ValueError(f"its shape {array.shape} is none of [H, W], [H, W, C] and [C, H, W] with 1, 3 or 4 channels")
-    if array.dtype.kind == "f":
-        array = _to_8_bits(array, 1 if array.max() <= 1 else 255)
+    if array.dtype.kind in "fi":
+        least, most = (1, 255) if array.dtype.kind == "f" else (255, 65535)
+        array = _to_8_bits(array, least if array.max() <= least else most)
     return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 

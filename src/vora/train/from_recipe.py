@@ -13,7 +13,9 @@ from transformers import TrainerState, TrainingArguments
 from vora.data.bad_samples import BadSamples
 from vora.data.columns import RowOptions
 from vora.data.held_out import HeldOut
+from vora.data.packing import tokenize_sample
 from vora.data.readers import load_source
+from vora.data.schema import Sample
 from vora.data.source import Source
 from vora.data.stream import PackedSequences
 from vora.distill.objective import Objective
@@ -132,6 +134,15 @@ def check_sequence_length(recipe: Recipe, objective: Objective) -> None:
         )
 
 
+def check_chat_template(processor: VoraProcessor) -> None:
+    """Raise where an LLM's chat template is such that every conversation would be a bad sample."""
+    turns = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "this"}]
+    try:
+        tokenize_sample(Sample("", [], []), processor, [[*turns, *turns]])
+    except Exception as error:  # templates raise what they like
+        raise ValueError(f"No conversation can be learned, set model.chat_template. {error}") from error
+
+
 def training_arguments(recipe: Recipe, directory: str | Path) -> TrainingArguments:
     """TrainingArguments of a recipe, over our defaults; a ValueError where it has no end, or a value is not accepted.
     Which blocks are computed again is not the Trainer's part. `max_steps` is -1 where epochs alone say the end."""
@@ -167,7 +178,9 @@ def packed_sequences(
     recipe: Recipe, sources: list[Source], processor: VoraProcessor, arguments: TrainingArguments,
     bad_samples: Path | None = None, branches: bool = False,
 ) -> PackedSequences:  # fmt: skip
-    """This process's part of the sequences that a recipe trains on."""
+    """This process's part of the sequences that a recipe trains on; ValueError where the LLM's chat template is such
+    that no conversation could be learned."""
+    check_chat_template(processor)
     data = recipe.data
     weights = [source.weight for source in data.sources if source.weight is not None]  # of all sources, or of none
     sequences_per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps

@@ -28,7 +28,7 @@ def answer_ids(processor: VoraProcessor, prompt: Prompt, answers: Sequence[str])
     """Tokens of each answer to a prompt, end of turn included, as training has them."""
     image_inputs = {name: np.asarray(value) for name, value in prompt.image_inputs.items()}
     said = ([*prompt.messages, {"role": "assistant", "content": answer}] for answer in answers)
-    labels = [processor.training_sample(messages, image_inputs or None)["labels"] for messages in said]
+    labels = [processor.training_samples(messages, image_inputs or None)[-1]["labels"] for messages in said]
     return [one[one != -100].tolist() for one in labels]
 
 

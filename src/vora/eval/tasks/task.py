@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
 
+from vora.data.columns import LEAD_COLUMNS
 from vora.eval.metrics.intervals import share
 from vora.eval.rows import Example, Row, Rows, SkippedRows
 
@@ -45,6 +46,9 @@ class Task:
     def each(self, rows: Rows, skipped: SkippedRows) -> Iterator[Example]:
         """The examples row by row, however many."""
         for row in rows.read(skipped):
+            if lead := [column for column in LEAD_COLUMNS if column in row.values]:
+                skipped.add(row.name, f"Its column {lead[0]!r} says what comes before, with which no task asks.")
+                continue
             try:
                 found = list(self.of_row(row, skipped))
             except ValueError as error:

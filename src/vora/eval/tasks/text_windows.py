@@ -88,21 +88,26 @@ def _named(texts: Sequence[Path], rows: Rows, skipped: SkippedRows) -> Iterator[
         yield row.name, row.values
 
 
-def _documents(values: Row, name: str, processor: VoraProcessor) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """(tokens int[T], which of them are scored bool[T], bytes of these) of each conversation of a row."""
+def _documents(values: Row, name: str, processor: VoraProcessor) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
+    """(tokens int[T], which of them are scored bool[T], bytes of these) of each conversation of a row, in several
+    parts where the chat template has it so."""
     for conversation in to_sample(values, name).conversations:
         if conversation[0]["role"] == "text":
             yield _plain(conversation[0]["content"], processor)
             continue
-        sample = processor.training_sample(conversation)
+        samples = processor.training_samples(conversation)
         answers = [one for one in conversation if one["role"] == "assistant" and one.get("learn", True)]
-        yield sample["input_ids"], sample["labels"] != -100, len("".join(map(text_in, answers)).encode())
+        num_bytes = len("".join(map(text_in, answers)).encode())
+        scored = [sample["labels"] != -100 for sample in samples]
+        per_token = num_bytes / max(1, sum(one.sum() for one in scored))
+        for sample, one in zip(samples, scored):
+            yield sample["input_ids"], one, per_token * one.sum()
 
 
 def _plain(text: str, processor: VoraProcessor) -> tuple[np.ndarray, np.ndarray, int]:
-    ids = np.array(processor.tokenizer(text)["input_ids"])
-    if len(ids) < 2 or processor.image_token_id in ids:
-        raise ValueError(f"Its text {text[:50]!r} is too short, or holds the image token {processor.image_token}.")
+    ids = np.array(processor.text_ids(text))
+    if len(ids) < 2:
+        raise ValueError(f"Its text {text[:50]!r} is too short.")
     scored = np.arange(len(ids)) > 0
     first = processor.tokenizer.decode(ids[:1], skip_special_tokens=True)
     return ids, scored, len(text.encode()) - len(first.encode())
