@@ -9,9 +9,10 @@ from unittest import mock
 
 import datasets.config
 import huggingface_hub.constants
-from rich.console import Console
 
 from vora import cli
+
+WIDTH = 300  # of the terminal
 
 
 def vora(*arguments, cwd=".", input=""):
@@ -23,7 +24,7 @@ def vora(*arguments, cwd=".", input=""):
         stack.enter_context(mock.patch.dict(os.environ))
         for settings in (datasets.config, huggingface_hub.constants):  # both have read the environment
             stack.enter_context(mock.patch.object(settings, "HF_HUB_OFFLINE", True))
-        stack.enter_context(mock.patch.object(cli, "console", Console(stderr=True, width=300)))
+        stack.enter_context(mock.patch.object(cli.console, "_width", WIDTH))
         stack.callback(os.chdir, os.getcwd())
         os.chdir(cwd)
         stack.enter_context(contextlib.redirect_stdout(stdout))

@@ -45,6 +45,7 @@ def work(tmp_path_factory, llm_folder):
 def merged(work):
     trained = succeeded("train", work / "recipe.yaml", "--out", work / "run").stderr
     assert "vision LoRA" in trained and "samples/s" in trained and "red.png" in trained
+    assert "Estimate: " in trained and " left  epoch " in trained and "deprecated" not in trained
     succeeded("merge", work / "run", "-o", work / "model", "--llm-out", work / "llm")
     return work / "model"
 
@@ -56,6 +57,7 @@ def test_train_merge_chat(work, merged):
     assert text_alone.chat_template == tiny_tokenizer().chat_template  # without images
     assert "processor_class" not in json.loads((work / "llm" / "tokenizer_config.json").read_text())
     ask = ["chat", work / "red.png", "-m", merged, "--max-new-tokens", 4]
+    succeeded(*ask, "-q", "what?", "--device", "cpu", "--dtype", "bfloat16")
     alone, answer = command_line(*ask, "-q", "what?"), succeeded(*ask, "-q", "what?")  # the first by itself
     assert alone.returncode == 0 and alone.stdout.endswith("\n") and alone.stdout == answer.stdout, alone.stderr
     succeeded(*ask, "-q", "what?", "--max-image-tokens", 1)
@@ -78,6 +80,62 @@ def test_inspect_draws_a_page_of_a_run_and_of_its_merged_model(work, merged, tmp
     figures = json.loads((tmp_path / "inspect.json").read_text())
     assert figures["similarity"] is None and figures["grid"] == [1, 1] and len(figures["remarks"]) == 1
     assert "--teacher" in alone.stderr
+
+
+def test_a_dry_run_shows_what_would_train_and_writes_nothing(work, tmp_path):
+    shown = succeeded("train", work / "recipe.yaml", "--dry-run", "--out", tmp_path / "dry").stderr
+    for part in ("vision LoRA", "Estimate: ", "steps of 1 sequences", "Sample 2", "seen    [4 image tokens]"):
+        assert part in shown, shown
+    assert "learned red<|im_end|>" in shown and not (tmp_path / "dry").exists()
+    for wrong, cause in (("training.bf16=true", "no GPU"), ("data.sources.0.path=no.jsonl", "no.jsonl")):
+        failed = vora("train", work / "recipe.yaml", wrong, "--dry-run", cwd=tmp_path)
+        assert failed.returncode == 1 and cause in failed.stderr.splitlines()[-1]
+
+
+def test_init_writes_a_recipe_that_a_dry_run_takes(work, llm_folder, tmp_path):
+    options = ["--llm", llm_folder, "--teacher", work / "vit", "--data", work / "train.jsonl"]
+    shown = succeeded("init", "mine", *options, cwd=tmp_path).stderr
+    assert "train.jsonl: 2 rows" in shown and "vora train mine.yaml --dry-run" in shown
+    assert "Sample 1" in succeeded("train", "mine.yaml", "--dry-run", cwd=tmp_path).stderr
+
+
+def test_printed_commands_are_never_broken_and_progress_keeps_step_and_time(work, tmp_path, monkeypatch):
+    """Also where the terminal has 80 columns, and the log goes to a file."""
+    monkeypatch.setattr("command.WIDTH", 80)
+    out = tmp_path / "a-rather-long-name-of-a-folder" / "and-another-long-name-of-a-folder" / "run"
+    shown = succeeded("train", work / "recipe.yaml", "--out", out).stderr.splitlines()
+    assert f"Done: {out / 'report.md'}. Next: vora merge {out} -o OUT" in shown
+    lines = [line for line in shown if line.startswith("step ")]
+    assert len(lines) == 4 and all(" left  " in line and "waiting for data" in line for line in lines)
+    again = vora("train", work / "recipe.yaml", "--out", out)
+    assert again.stderr.splitlines()[-1].endswith("choose another --out.")
+
+
+@pytest.mark.parametrize("verb", ["train", "data", "chat", "plan", "merge"])
+def test_ctrl_c_ends_in_one_line(verb, work, merged, tmp_path, monkeypatch):
+    def interrupted(*given, **options):
+        raise KeyboardInterrupt
+
+    places = {"train": "vora.train.run.build_objective", "data": "vora.train.preview.build_processor",
+              "chat": "vora.checkpoint.load.load_model", "plan": "vora.train.plan.plan.meta_model",
+              "merge": "vora.checkpoint.save.merge_run"}  # fmt: skip
+    monkeypatch.setattr(places[verb], interrupted)
+    recipe = [work / "recipe.yaml"]
+    rest = {"chat": ["-m", merged, "-q", "hello"], "merge": [work / "run", "-o", tmp_path / "m"], "plan": recipe}
+    rest |= {one: [*recipe, "--out", tmp_path / "out"] for one in ("train", "data")}
+    ended = vora(verb, *rest[verb])
+    assert ended.returncode == 130 and ended.stderr.splitlines()[-1] == "Stopped." and "Traceback" not in ended.stderr
+
+
+def test_out_is_a_folder_or_a_file_and_what_others_left_there_stays(work, tmp_path):
+    for verb in (["quickstart"], ["train", work / "recipe.yaml"], ["data", work / "recipe.yaml"], ["merge", work]):
+        refused = vora(*verb, "-o", work / "red.png")
+        assert refused.returncode == 2 and "is a file" in refused.stderr, refused.stderr
+    refused = vora("eval", "--task", "vqa", "--data", work / "train.jsonl", "--out", work)
+    assert refused.returncode == 2 and "is a directory" in refused.stderr
+    (tmp_path / "mine.txt").write_text("kept")
+    refused = vora("data", work / "recipe.yaml", "-o", tmp_path)
+    assert refused.returncode == 1 and "is not empty and no report's" in refused.stderr
 
 
 def test_data_shows_what_training_will_read(work, tmp_path):
@@ -155,6 +213,7 @@ def test_interrupted_run_saves_and_says_how_to_go_on(work):
         (["inspect", "{image}", "-m", "{model}", "--teacher", "no-vit"], "no hub id"),
         (["inspect", "{image}", "-m", "{model}", "-o", "page.png"], "ends in .html"),
         (["plan", "{recipe}", "--gpu", "h3000"], "choose among"),
+        (["chat", "-m", "{model}", "-q", "hello", "--device", "cuda"], "device cuda is not here"),
         (["import-reference", "{llm}", "--llm", "{llm}", "-o", "{new}"], "no checkpoint of the released code"),
         (["train", "no-recipe.yaml"], "Cannot read recipe"),
         (["train", "{recipe}", "teacher.name={run}", "--out", "{new}"], "The teacher"),

@@ -33,7 +33,7 @@ MAY_IMPORT = {  # others nothing
     "export": {"model", "checkpoint"},
     "registration": {"model", "build", "baselines"},
 }
-EVERYTHING = {"ablate", "quickstart", "cli", "__init__"}
+EVERYTHING = {"ablate", "quickstart", "cli", "__init__", "__main__"}
 PROGRAMS = {"subprocess", "multiprocessing", "ctypes", "pty", "importlib", "runpy"}
 MODEL_LIBRARIES = {"torch", "transformers", "numpy", "PIL", *sys.stdlib_module_names} - PROGRAMS
 NETWORK = {"http", "socket", "ssl", "urllib", "ftplib", "asyncio"}

@@ -24,7 +24,7 @@ for verb in verbs:
 print(*verbs, [name for name in ("torch", "transformers", "numpy") if name in sys.modules])
 """
     shown = command_line(code=code)
-    verbs = "quickstart data train ablate plan eval merge import-reference chat inspect"
+    verbs = "quickstart init data plan train ablate merge import-reference eval chat inspect"
     assert shown.stdout == f"{verbs} []\n", shown.stderr
 
 
@@ -60,6 +60,28 @@ def test_public_names_are_there_and_documented():
         vora.no_such_name
 
 
+@pytest.mark.parametrize("place", ["rich.console", "typer.main.get_command", "vora.train.recipe"])
+def test_ctrl_c_at_any_moment_of_a_start_ends_in_one_line(place):
+    """While the command line is imported, while typer reads the command, while a verb imports."""
+    code = f"""
+import builtins, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+usual = builtins.__import__
+def interrupted(name, *given, **options):
+    if name == {place!r}:
+        os.kill(os.getpid(), signal.SIGINT)
+    return usual(name, *given, **options)
+if {place!r}.endswith("get_command"):
+    import typer.main
+    typer.main.get_command = lambda app: os.kill(os.getpid(), signal.SIGINT)
+builtins.__import__ = interrupted
+from vora.__main__ import main
+main()
+"""
+    ended = command_line("plan", "smollm2-135m/pretrain", code=code)
+    assert (ended.returncode, ended.stderr) == (130, "Stopped.\n")
+
+
 def test_version_and_how_much_is_printed():
     fail = """
 import logging
@@ -71,6 +93,9 @@ def fail():
     raise ValueError("no [such] thing")
 cli.main()
 """
+    both = [command_line("-h", code=f"import runpy; runpy.run_module('{name}', run_name='__main__')")
+            for name in ("vora", "vora.cli")]  # fmt: skip
+    assert all("quickstart" in one.stdout and not one.returncode for one in both)
     assert command_line("--version").stdout == f"vora {vora.__version__}\n"
     usual, quiet, verbose = (command_line(*options, "fail", code=fail).stderr for options in ([], ["-q"], ["-v"]))
     assert quiet == "error: no [such] thing\n" and usual == f"working\ncareful\n{quiet}"

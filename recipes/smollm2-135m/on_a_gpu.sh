@@ -21,7 +21,7 @@ if [ "$toy" = --toy ]; then
     distill=(training.max_steps=2 teacher.distill_only_steps=2 training.per_device_train_batch_size=1)
     language=(training.max_steps=2 training.per_device_train_batch_size=1)
     text_only=("${language[@]}")
-    texts=2 examples=(--max-examples 12) # of DAQUAR two images
+    texts=2 examples=(--max-samples 12) # of DAQUAR two images
 fi
 
 run() { # directory, recipe, overrides: trained, or taken up where it stood

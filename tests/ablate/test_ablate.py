@@ -143,6 +143,25 @@ def test_a_grid_goes_on_after_a_signal_a_kill_and_a_failure(work, tmp_path, monk
     assert not mended["variants"][2]["failed"] and not mended["warnings"]
 
 
+def test_a_part_of_a_grid_and_a_table_of_eight_columns(work, tmp_path):
+    vqa = VQA | {"max_examples": 4}
+    spec = work(variants={**VARIANTS, "wide": ["lora.rank=8"]}, evaluate=[vqa], seeds=[0, 1, 2])
+    part = ["--seeds", "1", "--variants", "untaught,wide", "--max-samples", "2"]
+    shown = vora("ablate", spec, "--out", tmp_path / "out", *part)
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [row["variant"] for row in found["variants"]] == ["untaught", "wide"] and found["baseline"] == "untaught"
+    assert found["seeds"] == [1] and found["samples"] == 2 and "--seeds 1 --variants untaught,wide" in found["command"]
+    report = tmp_path / "out" / "wide" / "seed-1" / "eval" / "vqa.json"
+    assert json.loads(report.read_text())["num_examples"] == 2
+    assert "untaught (baseline)" in shown.stderr and "more columns are in table.md" in shown.stderr
+    rows = [line for line in (tmp_path / "out" / "table.md").read_text().splitlines() if line.startswith("| ")]
+    assert {line.count(" | ") for line in rows if "seeds" in line} == {7}
+    for options, wanted in ((["--seeds", "one"], "no whole numbers"), (["--variants", "tall"], "there are taught")):
+        failed = vora("ablate", spec, "--out", tmp_path / "no", *options)
+        assert failed.returncode == 1 and wanted in failed.stderr
+
+
 def test_runs_end_at_equal_samples(work, tmp_path, monkeypatch):
     monkeypatch.setattr("vora.ablate.run.draw_curves", lambda *given: None)
     variants = {"one": [], "two": ["data.sequence_length=32"]}
@@ -254,4 +273,5 @@ def test_table_of_hand_made_logs(tmp_path):
     given = {"name": "x", "baseline": "slow", "window": 0.01, "set": [], "seeds": [0, 1, 2], "command": "c"}
     page = markdown({**given, "commit": None, "commit_is_changed": None, "trained_at": [], **found})
     assert "not reached by 3 of 3" in page and "-4.6667 ± 1.4343" in page and "broken, seed 2: it broke" in page
-    assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 1
+    tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]
+    assert [{line.count("|") - 1 for line in lines} for lines in tables] == [{8}, {5}]  # columns, eight at most

@@ -1,6 +1,7 @@
 """Vision LoRA on and off: on the layers asked for, merged in float32, and under autocast what PEFT computes."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -24,6 +25,12 @@ def test_lora_is_only_on_the_targets_asked_for_and_others_are_refused():
     peft_model = attach_vision_lora(tiny_vora("llama"), rank=2, num_blocks=1, target_modules=["q_proj"])
     pairs = [name for name, _ in peft_model.named_parameters() if "lora_" in name]
     assert len(pairs) == 2 and all(".layers.0.self_attn.q_proj." in name for name in pairs)
+
+
+def test_no_library_complains_of_what_users_cannot_change():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach_vision_lora(tiny_vora("llama"), rank=2)
 
 
 @pytest.mark.parametrize("alpha", [1, 8])

@@ -28,7 +28,7 @@ def test_every_task_leaves_a_report_and_goes_on(task, task_data, model_folder, r
     if task != "exact":
         assert len(lines) - 1 == report["num_examples"] and all("scores" in json.loads(line) for line in lines[1:])
     (state,) = report["predicted_at"]
-    assert state.endswith(f" on {report['device']}") and "Warning" not in capsys.readouterr().err
+    assert state.endswith(f" on {report['device']} in float32") and "Warning" not in capsys.readouterr().err
     cache.write_text("".join([lines[0], lines[1].replace(state, "0123 on a GPU"), *lines[2:-1], lines[-1][:20]]))
     again = report_of(task, files)  # what a killed run left: half a line at its end
     assert again["num_resumed"] == len(lines) - 2 and again["metrics"] == report["metrics"]
@@ -37,7 +37,7 @@ def test_every_task_leaves_a_report_and_goes_on(task, task_data, model_folder, r
 
 
 def test_python_and_the_command_give_the_same_report(task_data, model_folder, report_of, tmp_path):
-    by_command = report_of("vqa", task_data / "vqa.parquet", "--max-examples", "4")
+    by_command = report_of("vqa", task_data / "vqa.parquet", "--max-samples", "4")
     loaded = load_model(str(model_folder))
     for number, model in enumerate((model_folder, loaded)):
         out = tmp_path / f"{number}.json"
@@ -68,7 +68,7 @@ def test_reports_of_other_endings_have_predictions_of_their_own(task_data, model
 
 
 def test_a_killed_run_loses_at_most_a_batch(task_data, model_folder, tmp_path, monkeypatch):
-    data = ["--task", "vqa", "--data", task_data / "vqa.parquet", "--max-examples", 16]
+    data = ["--task", "vqa", "--data", task_data / "vqa.parquet", "--max-samples", 16]
     arguments = ["eval", "-m", model_folder, *data, "-o", tmp_path / "a.json"]
     calls = []
 

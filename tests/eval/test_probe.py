@@ -41,7 +41,7 @@ def test_a_model_that_ignores_images_does_not_look(task, task_data, report_of, t
 
 @pytest.mark.parametrize("task", ["captions", "statements"])
 def test_what_is_read_together_is_what_is_read_alone(task, task_data, model_folder, report_of):
-    options = "probe", task_data / f"{task}.parquet", "--max-examples", 6
+    options = "probe", task_data / f"{task}.parquet", "--max-samples", 6
     metrics = report_of(*options)["metrics"]
     # many requests share an image; each is held against a pass of its own
     model, processor = load_model(str(model_folder))

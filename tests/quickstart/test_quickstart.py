@@ -9,6 +9,7 @@ from vora.checkpoint import load_model
 from vora.quickstart.run import run_quickstart
 from vora.serve.chat import Chat
 from vora.serve.engine import Engine
+from vora.train.throughput import TooLittleTime
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path):
@@ -32,6 +33,19 @@ def test_a_slow_machine_distills_for_at_most_half_of_its_time(tmp_path, monkeypa
     with pytest.raises(InterruptedError):
         run_quickstart(tmp_path / "out", minutes=7, console=Console(quiet=True))  # six of them to train
     assert planned == [steps]
+
+
+@pytest.mark.parametrize(("minutes", "wanted"), [(1.5, "Give --minutes 3 or more"), (7, "give --minutes 9 or more")])
+def test_too_few_minutes_are_said_in_the_words_of_the_quickstart(tmp_path, monkeypatch, minutes, wanted):
+    def train(recipe, folder, console):
+        raise TooLittleTime("too slow", minutes=recipe.max_minutes + 1.5)
+
+    for name in ("load_source", "load_tokenizer", "load_llm"):
+        monkeypatch.setattr(f"vora.quickstart.run.{name}", lambda *arguments: [])
+    monkeypatch.setattr("vora.quickstart.run.forward_seconds_per_token", lambda llm: 0.01)
+    monkeypatch.setattr("vora.quickstart.run.train", train)
+    with pytest.raises(ValueError, match=f"--minutes .* --llm smollm2-135m.*{wanted}, or a smaller --llm"):
+        run_quickstart(tmp_path / "out", minutes=minutes, console=Console(quiet=True))
 
 
 @pytest.mark.slow

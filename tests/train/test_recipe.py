@@ -39,6 +39,18 @@ def file(tmp_path):
         ({"training": {"activation_checkpointing": -1}}, "give true (every block), false, or n"),
         ({"training": {"gradient_checkpointing": 1, "activation_checkpointing": 2}}, "are one thing"),
         ({"training": EVERY_N}, "to a number n"),
+        ({"training": {"max_steps": "x"}}, "training.max_steps is 'x': give a whole number"),
+        ({"training": {"learning_rate": "1e-4"}}, "training.learning_rate is '1e-4': give a number"),
+        ({"training": {"bf16": "maybe"}}, "training.bf16 is 'maybe': give true or false"),
+        ({"training": {"lr_scheduler_type": "cosin"}}, "give one of linear, cosine"),
+        ({"training": {"optim": "adam"}}, "give one of adamw_torch"),
+        ({"training": {"save_strategy": False}}, "give one of no, steps, epoch"),
+        ({"training": {"save_steps": 0}}, "training.save_steps is 0: give more than 0"),
+        (
+            {"training": {"per_device_train_batch_size": 0, "weight_decay": -1}},
+            "at least 1; training.weight_decay is -1",
+        ),
+        ({"training": {"adam_beta2": 1.0}}, "give less than 1"),
     ],
 )
 def test_mistakes_are_named(sections, wanted):
@@ -191,6 +203,17 @@ NOWHERE = {"model": {"llm": "none"}, "data": {"sources": [{"path": "none.jsonl"}
         ({"training": {"load_best_model_at_end": True}}, "no samples to evaluate on"),
         ({"teacher": {"name": "vit", "weight": 0, "distill_only_steps": 9}}, "distill_only_steps is 9"),
         ({"stage": "finetune", "teacher": {"name": "vit"}}, "set teacher=null"),
+        ({"training": {"dataloader_drop_last": True}}, "vora's own loader"),
+        ({"training": {"do_eval": True}}, "`vora eval` asks"),
+        ({"training": {"bf16": True}}, "training.bf16 is true, but there is no GPU here: set training.use_cpu=true"),
+        ({"training": {"fp16": True}}, "training.fp16 is true, but there is no GPU"),
+        ({"training": {"tf32": True}}, "training.tf32 is true, but no GPU"),
+        ({"training": {"report_to": "clearml"}}, "clearml, which is not installed: pip install clearml"),
+        ({"training": {"optim": "galore_adamw", "optim_target_modules": ["a"]}}, "training.optim .*galore"),
+        (
+            {"training": {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"min": 1}}},
+            "lr_scheduler_kwargs .*min",
+        ),
         ("several GPUs", "sees 2 GPUs.*nproc_per_node 2"),
     ],
 )
@@ -198,7 +221,8 @@ def test_what_would_come_to_nothing_is_refused_of_a_run(sections, wanted, tmp_pa
     if sections == "several GPUs":
         monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
         sections = {}
-    recipe = load_recipe({**NOWHERE, **sections})
+    sections = {**NOWHERE, **sections, "training": NOWHERE["training"] | sections.get("training", {})}
+    recipe = load_recipe(sections)
     with pytest.raises(ValueError, match=wanted):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -214,6 +238,7 @@ def test_what_would_come_to_nothing_is_refused_of_a_run(sections, wanted, tmp_pa
 )
 def test_what_spread_weights_cannot_do_is_refused(sections, resumes, message, tmp_path, monkeypatch):
     recipe, arguments = load_recipe({**NOWHERE, **sections}), SimpleNamespace(n_gpu=1, fsdp=["full_shard"])
+    monkeypatch.setattr("vora.train.run.check_libraries", lambda arguments: None)
     check_fsdp(recipe, are_spread=False, resumes=resumes)
     check_fsdp(load_recipe(dict(NOWHERE)), are_spread=True)
     monkeypatch.setattr("vora.train.run.training_arguments", lambda recipe, directory: arguments)

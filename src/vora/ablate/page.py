@@ -1,38 +1,74 @@
 """The table as Markdown."""
 
+from collections.abc import Callable
 from typing import Any
 
+from rich.table import Table
+
 from vora.report.markdown import table
+
+COUNTS = {"samples_seen": "samples", "distill_only": "images alone", "tokens": "tokens", "seconds": "seconds"}
+MOST_COLUMNS = 8  # of a table
+
+
+def columns_of(found: dict[str, Any]) -> list[list[str]]:
+    """What table.json holds as columns, each its name and then its cells: those that answer the question first."""
+    variants = found["variants"]
+
+    def column(name: str, cell: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [name, *map(cell, variants)]
+
+    def is_baseline(row: dict[str, Any]) -> bool:
+        return row["variant"] == found["baseline"]
+
+    def until(row: dict[str, Any]) -> str:
+        needed = row["to_baseline"]
+        return _figure(needed["samples"], ",.0f") if is_baseline(row) else _needed(needed)
+
+    shown = [
+        column("variant", lambda row: row["variant"] + " (baseline)" * is_baseline(row)),
+        column("seeds", lambda row: str(len(row["lm_loss"]["by_seed"]))),
+        column("lm_loss", lambda row: _figure(row["lm_loss"])),
+        column("against baseline", lambda row: _figure(row["difference"].get("lm_loss"), "+.4f")),
+    ]
+    for name in dict.fromkeys(name for row in variants for name in row["metrics"]):
+        shown.append(column(name, lambda row: _figure(row["metrics"].get(name))))
+        shown.append(column(f"{name} against baseline", lambda row: _figure(row["difference"].get(name), "+.4f")))
+    shown.append(column("samples to the baseline's loss", until))
+    if any(row["distill_loss"]["mean"] is not None for row in variants):
+        shown.append(column("distill_loss", lambda row: _figure(row["distill_loss"])))
+    for key, name in COUNTS.items():
+        shown.append(column(name, lambda row: _figure({**row[key], "half": None}, ",.0f")))
+    return shown
+
+
+def console_table(found: dict[str, Any]) -> Table:
+    """The first columns, for the terminal."""
+    shown = columns_of(found)
+    table = Table(title=found["name"])
+    for number, (name, *_) in enumerate(shown[:MOST_COLUMNS]):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for cells in list(zip(*shown[:MOST_COLUMNS]))[1:]:
+        table.add_row(*cells)
+    if len(shown) > MOST_COLUMNS:
+        table.caption = f"{len(shown) - MOST_COLUMNS} more columns are in table.md"
+    return table
 
 
 def markdown(found: dict[str, Any]) -> str:
     """The page of what table.json holds."""
-    variants = found["variants"]
-    metrics = list(dict.fromkeys(name for row in variants for name in row["metrics"]))
-    has_teacher = any(row["distill_loss"]["mean"] is not None for row in variants)
-    columns = ["variant", "seeds", "lm_loss", "against baseline", "samples to the baseline's loss"]
-    columns += ["distill_loss"] * has_teacher
-    for name in metrics:
-        columns += [name, "against baseline"]
-    columns += ["samples", "images alone", "tokens", "seconds"]
-    lines = []
-    for row in variants:
-        is_baseline = row["variant"] == found["baseline"]
-        cells = [row["variant"] + " (baseline)" * is_baseline, str(len(row["lm_loss"]["by_seed"]))]
-        cells += [_figure(row["lm_loss"]), _figure(row["difference"].get("lm_loss"), "+.4f")]
-        cells += [_figure(row["to_baseline"]["samples"], ",.0f") if is_baseline else _needed(row["to_baseline"])]
-        cells += [_figure(row["distill_loss"])] * has_teacher
-        for name in metrics:
-            cells += [_figure(row["metrics"].get(name)), _figure(row["difference"].get(name), "+.4f")]
-        counts = ("samples_seen", "distill_only", "tokens", "seconds")
-        lines.append(cells + [_figure({**row[name], "half": None}, ",.0f") for name in counts])
+    variants, shown = found["variants"], columns_of(found)
+    tables = []
+    for start in range(1, len(shown), MOST_COLUMNS - 1):
+        heads, *lines = zip(shown[0], *shown[start : start + MOST_COLUMNS - 1])
+        tables.append(table(heads, lines, "lr"))
     warnings = "".join(f"* **{text}**\n" for text in found["warnings"])
     failed = "".join(f"* {row['variant']}, seed {n}: {why}\n" for row in variants for n, why in row["failed"].items())
     overrides = "".join(f"* {row['variant']}: `{' '.join(row['overrides']) or 'the recipe'}`\n" for row in variants)
     changed = " (with changes since)" if found["commit_is_changed"] else ""
     return f"""# {found["name"]}
 
-{table(columns, lines, "lr")}
+{(chr(10) * 2).join(tables)}
 
 ![lm_loss against samples seen](curves.png)
 

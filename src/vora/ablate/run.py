@@ -20,13 +20,18 @@ from vora.ablate.curves import Curve, read_curve
 from vora.ablate.page import markdown
 from vora.ablate.plot import draw_curves
 from vora.ablate.runs import check_same, check_unread, measure_run, report_of, train_run, write_whole
-from vora.ablate.spec import Run, Spec, load_spec, runs_of
+from vora.ablate.spec import Run, Spec, chosen_of, load_spec, runs_of
 from vora.ablate.table import Key, summary
 from vora.eval.report import commit, commit_in_words
+from vora.train.estimate import print_estimate
 
 
-def ablate(spec_file: str | Path, out: str | Path, overrides: Sequence[str], console: Console) -> dict[str, Any]:
-    """Run what has not been run yet of a grid, draw its table and curves, and return what table.json holds.
+def ablate(
+    spec_file: str | Path, out: str | Path, overrides: Sequence[str], console: Console,
+    seeds: Sequence[str] | None = None, variants: Sequence[str] | None = None, max_samples: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Run what has not been run yet of a grid, draw its table and curves, and return what table.json holds; `seeds`,
+    `variants` and `max_samples` as of `chosen_of`.
 
     Runs run one after another in this process: two side by side would share cores and memory, so that their seconds
     would say nothing; and each is seeded anew, so that it is the run that `vora train` would have made.
@@ -37,14 +42,20 @@ def ablate(spec_file: str | Path, out: str | Path, overrides: Sequence[str], con
         InterruptedError: a signal stopped it; the same command goes on.
     """
     spec_file, out = Path(spec_file), Path(out)
-    spec = load_spec(spec_file)
+    spec = chosen_of(load_spec(spec_file), seeds, variants, max_samples)
     runs = runs_of(spec, overrides, out)
     for run in runs:
         check_same(run, spec.samples)
     for section in spec.evaluate:  # what cannot be measured is said before hours of training
         check_unread(runs, section, spec_file.parent)
-    command = shlex.join(["vora", "ablate", str(spec_file), *overrides, "--out", str(out)])
+    part = {"--seeds": seeds, "--variants": variants, "--max-samples": max_samples and [str(max_samples)]}
+    options = [word for option, values in part.items() if values for word in (option, ",".join(values))]
+    command = shlex.join(["vora", "ablate", str(spec_file), *overrides, "--out", str(out), *options])
     out.mkdir(parents=True, exist_ok=True)
+    todo = [run for run in runs if not run.is_finished]
+    if todo and not console.quiet:
+        console.print(f"{len(todo)} of {len(runs)} runs are to be trained, each as this one, or until its samples:")
+        print_estimate(todo[0].recipe, Path(spec.recipe).parent, console)
     failures: dict[Key, str] = {}
     for number, run in enumerate(runs, 1):
         done = run.is_finished and all(report_of(run, section) for section in spec.evaluate)

@@ -123,6 +123,31 @@ def load_spec(path: str | Path) -> Spec:
     return spec
 
 
+def chosen_of(
+    spec: Spec, seeds: Sequence[str] | None, variants: Sequence[str] | None, max_samples: int | None
+) -> Spec:
+    """A part of a specification: these seeds and variants (of which the first is the baseline where the baseline is
+    not among them), trained and measured on so many samples at most. ValueError where there is no such one."""
+    changes: dict[str, Any] = {}
+    if seeds is not None:
+        if not seeds or not all(re.fullmatch(r"\d+", seed) for seed in seeds):
+            raise ValueError(f"--seeds {','.join(seeds)} are no whole numbers: say --seeds 0,1,2.")
+        changes["seeds"] = [int(seed) for seed in dict.fromkeys(seeds)]
+    if variants is not None:
+        known = spec.variants or {}
+        if unknown := [name for name in variants if name not in known] or ["nothing"] * (not variants):
+            raise ValueError(f"--variants names {unknown[0]}, and there are {', '.join(known)}.")
+        changes["variants"] = {name: own for name, own in known.items() if name in variants}
+        changes["baseline"] = spec.baseline if spec.baseline in variants else next(iter(changes["variants"]))
+    if max_samples is not None:
+        changes["samples"] = min(max_samples, spec.samples or max_samples)
+        changes["evaluate"] = [
+            one.model_copy(update={"max_examples": min(max_samples, one.max_examples or max_samples)})
+            for one in spec.evaluate
+        ]
+    return spec.model_copy(update=changes)
+
+
 def runs_of(spec: Spec, overrides: Sequence[str], out: str | Path) -> list[Run]:
     """All runs of a specification with their recipes, seed by seed: a stopped grid still compares its variants.
 

@@ -1,9 +1,10 @@
 """Vision LoRA: on (PEFT) and off (merged in fp32)."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -14,6 +15,13 @@ from vora.model.modeling_vora import VoraForConditionalGeneration
 
 PATCH_EMBEDDING = "patch_embedding"
 ALL_OF_PATCH_EMBEDDING = rf".*\b{PATCH_EMBEDDING}\..*"
+
+
+def peft_model_of(model: VoraForConditionalGeneration, config: PeftConfig) -> PeftModel:
+    """`get_peft_model` without the warning that it asks transformers by an old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def attach_vision_lora(
@@ -52,7 +60,7 @@ def attach_vision_lora(
         modules_to_save=[getattr(model, "trained_vision", PATCH_EMBEDDING)],
         exclude_modules=ALL_OF_PATCH_EMBEDDING if hasattr(model, "trained_vision") else None,
     )
-    peft_model = get_peft_model(model, config)
+    peft_model = peft_model_of(model, config)
     use_lora_product(peft_model)
     return peft_model
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file
 from torch import nn
@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from vora.baselines.llava import VoraLlavaConfig, VoraLlavaForConditionalGeneration
 from vora.build.base_llm import grow_for_image_token, load_llm, load_tokenizer
 from vora.build.from_llm import from_llm, processor_from_llm, wrap_llm
-from vora.build.lora import keep_trained_in_fp32, merge_vision_lora
+from vora.build.lora import keep_trained_in_fp32, merge_vision_lora, peft_model_of
 from vora.build.lora_product import use_lora_product
 from vora.checkpoint.adapter import WEIGHTS_FILE, read_adapter_config
 from vora.checkpoint.layout import HEADS_FILE, CheckpointInfo, read_info, weight_files
@@ -35,27 +35,40 @@ AnyProcessor: TypeAlias = VoraProcessor | VoraImageProcessor  # the image part a
 
 def load_model(
     path: Source, *, llm: str | None = None, min_image_tokens: int | None = None, max_image_tokens: int | None = None,
-    dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | str | None = None, device: torch.device | str | None = None,
 ) -> tuple[VoraForConditionalGeneration, VoraProcessor]:  # fmt: skip
-    """A model in eval mode and its processor, whatever the folder holds: LoRA is merged in memory. It is on the GPU if
-    there is one.
+    """A model in eval mode and its processor, whatever the folder holds: LoRA is merged in memory.
 
     Args:
         path: folder or hub id of a model, or the directory of a run.
         llm: to put an adapter over, if not the one that it names.
         min_image_tokens, max_image_tokens: budget per image.
+        device: by default the GPU if there is one.
 
     Raises:
-        ValueError: nothing is there, or nothing with vision and a tokenizer; or the LLM given has no use.
+        ValueError: nothing is there, or nothing with vision and a tokenizer; or the LLM given has no use; or there is
+            no such device.
     """
     info = _vora_info(path, llm)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(device)
     model = _merged(info, llm, dtype).to(device).eval()
     use_segmented_sdpa_on_cpu(model, device)
     processor = load_processor(info, llm)
     processor.image_processor.set_budget(min_image_tokens, max_image_tokens)
     processor.end_turns_of(model)
     return model, processor
+
+
+def _device(name: torch.device | str | None) -> torch.device:
+    """The device of that name, by default the GPU if there is one; a ValueError where it is not here."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {name} is not here ({str(error).splitlines()[0]}): leave it out, or say cpu."
+        ) from None
 
 
 def merge_run(path: Source, llm: str | None = None) -> tuple[VoraForConditionalGeneration, AnyProcessor | None]:
@@ -89,7 +102,7 @@ def load_adapter(path: Source, *, llm: str | None = None, dtype: torch.dtype | s
             f"{info.path} grew on an LLM of {llm or info.base_llm}'s shape, but of other weights, such as a fine-tune "
             f"of it: put it over that one with `vora merge {info.path} --llm LLM -o OUT`."
         )
-    peft_model = get_peft_model(model, config)
+    peft_model = peft_model_of(model, config)
     keep_trained_in_fp32(peft_model)
     restore(peft_model, info.path)
     use_lora_product(peft_model)

@@ -40,7 +40,8 @@ class Job:
     ) -> PredictionCache:
         """The predictions that there are, and the place of those to come, `count` in all; says where it goes on.
         ValueError where the file's predictions were made under other conditions."""
-        state = f"{commit_in_words(commit())} on {device_name(self.model.device)}"
+        precision = str(self.model.dtype).removeprefix("torch.")
+        state = f"{commit_in_words(commit())} on {device_name(self.model.device)} in {precision}"
         cache = PredictionCache(beside(self.out, ending), conditions, state)
         if cache.num_found:
             self.console.print(f"Going on after {cache.num_found:,} of {count:,} examples in {cache.file}")

@@ -37,6 +37,8 @@ def evaluate(
     allow_urls: bool = False,
     min_image_tokens: int | None = None,
     max_image_tokens: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
     console: Console | None = None,
     **options: Any,
 ) -> Report:
@@ -53,6 +55,8 @@ def evaluate(
         model_name: of a loaded model: where it came from; by default what transformers noted when it was loaded.
         split, subset, image_folder, columns, allow_urls: see `Data`.
         min_image_tokens, max_image_tokens: budget per image, if not the model's own.
+        device, dtype: where a model that is not loaded yet is to run, and in what; by default the GPU if there is one,
+            and its own.
         console: for progress; by default all is quiet.
         options: of `evaluation_of`. A probe's `of` may be left out where the data's columns tell the task.
 
@@ -75,7 +79,9 @@ def evaluate(
     if isinstance(model, str | Path):
         info = read_info(model)
         model_name = info.path if Path(model).is_dir() else model  # of a run, what it saved
-        loaded, processor = load_model(info, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens)
+        loaded, processor = load_model(
+            info, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, device=device, dtype=dtype
+        )
     else:
         loaded, processor = model
         model_name = model_name or loaded.config._name_or_path

@@ -1,6 +1,7 @@
 """`vora quickstart`: fetch, train, merge, measure, report."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -29,12 +30,12 @@ from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
 from vora.quickstart.page import write_report
 from vora.train.recipe import load_recipe
 from vora.train.run import train
-from vora.train.throughput import precision_overrides
+from vora.train.throughput import TooLittleTime, precision_overrides
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of `ru_maxrss`
 LoadedModel: TypeAlias = tuple[VoraForConditionalGeneration, VoraProcessor]
 NUM_SHOWN = 12
-MOST_TRAINING_MINUTES = 9.0
+FEWEST_TRAINING_MINUTES, MOST_TRAINING_MINUTES = 1.0, 9.0
 TOKENS_PER_QUESTION = 10  # with the image's share, under the quickstart's chat template
 TOKENS_PER_DISTILL_STEP = 350  # that the bare LLM reads in the time of a step that only distills
 
@@ -52,7 +53,7 @@ def run_quickstart(
         overrides: of the recipe, `key=value`.
 
     Raises:
-        ValueError: `out` is not empty.
+        ValueError: `out` is not empty, or `minutes` are too few; the message says how many would do.
         ConnectionError: the packages cannot be fetched.
     """
     start, out = time.monotonic(), Path(out)
@@ -67,7 +68,13 @@ def run_quickstart(
     token_seconds = forward_seconds_per_token(load_llm(llm))
     asking_seconds = 1.2 * num_questions * TOKENS_PER_QUESTION * token_seconds
     left = minutes - (time.monotonic() - start + asking_seconds) / 60 - 1  # a minute to merge and to write
-    training_minutes = min(MOST_TRAINING_MINUTES, max(1.0, left))
+    if left < FEWEST_TRAINING_MINUTES:
+        raise ValueError(
+            f"--minutes {minutes:g} are too few here for --llm {llm}: the {num_questions:,} test questions alone "
+            f"take {asking_seconds / 60:.0f}. Give --minutes {math.ceil(minutes - left + FEWEST_TRAINING_MINUTES)} or "
+            "more, or a smaller --llm."
+        )
+    training_minutes = min(MOST_TRAINING_MINUTES, left)
     most_distill_steps = int(30 * training_minutes / (TOKENS_PER_DISTILL_STEP * token_seconds))  # half of the time
     precision = precision_overrides()
     dtype = precision["model.dtype"]
@@ -80,7 +87,14 @@ def run_quickstart(
             recipe = load_recipe(folder / "recipe.yaml", [*given, *overrides])
         console.print(f"[2/5] Training stage 1 in {dtype}, at most {training_minutes:.1f} minutes")
         train_start = time.monotonic()
-        trainer = train(recipe, out / "run", console=console)
+        try:
+            trainer = train(recipe, out / "run", console=console)
+        except TooLittleTime as error:
+            raise ValueError(
+                f"--minutes {minutes:g} are too few here for --llm {llm}, of which {training_minutes:.1f} are left to "
+                f"train: give --minutes {math.ceil(minutes + error.minutes - training_minutes)} or more, or a smaller "
+                "--llm."
+            ) from None
         train_seconds = time.monotonic() - train_start
         console.print("[3/5] Merging vision LoRA into the LLM")
         model, processor = merge_run(out / "run")

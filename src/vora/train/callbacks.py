@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -13,7 +14,8 @@ import torch.distributed as dist
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vora.checkpoint.card import write_run_card
@@ -23,6 +25,7 @@ from vora.distill.objective import LOSSES
 from vora.model.fetch_image import fetch_image
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
+from vora.report.words import duration
 from vora.train.from_recipe import fewest_of_processes
 from vora.train.recipe_sections import SampleGenerationSection
 from vora.train.run_log import read_log
@@ -116,6 +119,7 @@ class ProgressCallback(TrainerCallback):
         self.console, self.log_file, self.validation_file = console, log_file, validation_file
         self.bar: Progress | None = None
         self.task = TaskID(0)
+        self._line = 0.0, 0  # when the last line was logged, and at which step
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
@@ -125,9 +129,12 @@ class ProgressCallback(TrainerCallback):
             kept = [json.dumps(line) + "\n" for line in read_log(file) if line["step"] <= state.global_step]
             if file.exists() or file == self.log_file:
                 file.write_text("".join(kept))
-        columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}")]
-        self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, redirect_stdout=False)
+        figures = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+        columns = [TextColumn("step"), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"), figures]
+        is_file = not self.console.is_terminal  # which gets lines: see on_log
+        self.bar = Progress(*columns, console=self.console, redirect_stdout=False, expand=True, disable=is_file)
         self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+        self._line = time.monotonic(), state.global_step
         self.bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -148,8 +155,9 @@ class ProgressCallback(TrainerCallback):
         read = f"epoch {logs['epoch']:.2f}" if "epoch" in logs else ""
         text = "  ".join(filter(None, [read, *losses, speed, f"{logs['data_wait_share']:.0%} waiting for data"]))
         self.bar.update(self.task, description=text)
-        if not self.console.is_terminal:  # a bar needs a terminal; a file gets lines
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}", soft_wrap=True)
+        if not self.console.is_terminal:
+            place = f"step {state.global_step}/{state.max_steps}  {duration(self._seconds_left(state))} left"
+            self.console.print(f"{place}  {text}", soft_wrap=True)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
@@ -162,7 +170,13 @@ class ProgressCallback(TrainerCallback):
         text = f"step {state.global_step}/{state.max_steps}  validation: " + "  ".join(values)
         self.console.print(text, highlight=False, soft_wrap=True)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def _seconds_left(self, state: TrainerState) -> float:
+        """At the speed since the last line."""
+        (before, step), self._line = self._line, (time.monotonic(), state.global_step)
+        return (self._line[0] - before) / max(1, state.global_step - step) * (state.max_steps - state.global_step)
+
+    def stop(self) -> None:
+        """Leave the terminal as it was, however the run ended."""
         if self.bar is not None:
             self.bar.stop()
 

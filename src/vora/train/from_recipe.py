@@ -22,6 +22,7 @@ from vora.distill.objective import Objective
 from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe_sections import CHECKPOINTING, DataSection, Recipe, SourceSection
 from vora.train.throughput import steps_that_fit
+from vora.train.training_values import check_precision
 from vora.train.validation import LOOKS, Validation, validation_samples
 
 DEFAULTS: dict[str, Any] = {
@@ -41,6 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "dataloader_pin_memory": False,
 }
 EVALUATION = ("eval_strategy", "eval_on_start", "load_best_model_at_end", "metric_for_best_model")
+OWN_LOADER = "would change nothing: sequences are read, packed and handed on by vora's own loader"
 NOT_SUPPORTED = {  # fields of TrainingArguments
     "data_seed": "would change nothing: the order of the data follows training.seed",
     "label_smoothing_factor": "would change nothing: losses are those of vora.distill.Objective, not the Trainer's",
@@ -48,6 +50,18 @@ NOT_SUPPORTED = {  # fields of TrainingArguments
     "save_only_model": "would leave checkpoints without their place in the data, from which nothing can resume",
     "use_liger_kernel": "would change nothing: logits are made at labels alone already, in parts of bounded size",
     "neftune_noise_alpha": "is not supported: its noise would reach the text tokens alone, and the KL's LLM too",
+    **dict.fromkeys(
+        ("do_train", "do_eval", "do_predict"), "would change nothing: `vora train` trains, `vora eval` asks"
+    ),
+    "resume_from_checkpoint": "would change nothing: --resume goes on from the newest checkpoint",
+    "dataloader_drop_last": OWN_LOADER,
+    "dataloader_persistent_workers": OWN_LOADER,
+    "dataloader_prefetch_factor": OWN_LOADER,
+    "dataloader_multiprocessing_context": OWN_LOADER,
+    "dataloader_in_order": OWN_LOADER,
+    "train_sampling_strategy": OWN_LOADER,
+    "length_column_name": OWN_LOADER,
+    "label_names": OWN_LOADER,
 }
 
 
@@ -155,6 +169,7 @@ def training_arguments(recipe: Recipe, directory: str | Path) -> TrainingArgumen
     if recipe.data.validation is not None:  # measured whenever a checkpoint is saved
         strategy = "epoch" if values.get("save_strategy") == "epoch" else "steps"
         values = {"eval_strategy": strategy, "eval_steps": values["save_steps"]} | values
+    check_precision(values)
     try:
         arguments = TrainingArguments(output_dir=str(directory), **values)
     except (ValueError, TypeError) as error:

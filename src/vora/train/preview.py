@@ -22,6 +22,8 @@ def preview(
 ) -> dict[str, Any]:
     """Leave summary.json, samples.html (of `num_shown` samples) and bad_samples.jsonl in a folder; return the summary.
     Of each source at most `max_samples` rows are read; a ValueError where one holds nothing usable."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "summary.json").exists():
+        raise ValueError(f"{out} is not empty and no report's: choose another --out, so that nothing is overwritten.")
     sequences, processor = sequences_to_read(recipe, max_samples)
     columns = (TextColumn("reading"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:

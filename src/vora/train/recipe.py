@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from vora.build.base_llm import ALIASES
 from vora.data.readers import EASY_VQA
+from vora.train.packaged import find_recipe, in_package
 from vora.train.recipe_sections import Recipe, Section, nearest
 
 OLD_KEYS = {  # what keys of recipes and specifications of ablations were called, and are called now
@@ -83,18 +84,19 @@ def yaml_value(text: str) -> Any:
 
 
 def load_recipe(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:
-    """Read and check a recipe, of a YAML file or a dict. Overrides are texts `key=value` with dotted keys, such as
-    `training.learning_rate=1e-3`, with values in YAML. A ValueError as of `validated`."""
-    name = "recipe" if isinstance(source, dict) else str(source)
-    values = source if isinstance(source, dict) else read_yaml(Path(source))
+    """Read and check a recipe, of a YAML file, a name that `find_recipe` knows, or a dict. Overrides are texts
+    `key=value` with dotted keys, such as `training.learning_rate=1e-3`, with values in YAML. A ValueError as of
+    `validated`."""
+    file = None if isinstance(source, dict) else find_recipe(source)
+    values = read_yaml(file) if file is not None else dict(source)  # type: ignore[arg-type]
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"{override!r} is no override: write key=value, such as training.max_steps=100.")
         _override(values, key, yaml_value(value))
-    recipe = validated(Recipe, values, name)
-    if not isinstance(source, dict):
-        _resolve_paths(recipe, Path(source).parent)
+    recipe = validated(Recipe, values, "recipe" if file is None else str(file))
+    if file is not None:
+        _resolve_paths(recipe, file.parent)
     return recipe
 
 
@@ -142,7 +144,8 @@ def _explain(section: type[Section], error: Any) -> str:
                 section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
         return _renamed(place) or f"unknown key {place}{nearest(error['loc'][-1], section.model_fields)}"
     quote = f" (write '{error['input']}' in quotes)" if error["type"] == "string_type" else ""
-    return f"{place}: {error['msg']}{quote}" if place else error["msg"]
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}{quote}" if place else message
 
 
 def _resolve_paths(recipe: Recipe, folder: Path) -> None:
@@ -151,6 +154,8 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> None:
     def beside(text: Any) -> Any:
         if text in (*ALIASES, EASY_VQA):  # recipes/smollm2-135m is no LLM
             return text
+        if text and (ours := in_package(text)):
+            return str(ours)
         return str((folder / text).resolve()) if text and len(text) < 200 and (folder / text).exists() else text
 
     def pattern_beside(text: str) -> str:
@@ -174,7 +179,7 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> None:
         sample.image = beside(sample.image)
     template = recipe.model.chat_template
     if template and "\n" not in template and "{" not in template:
-        path = folder / template
+        path = in_package(template) or folder / template
         if not path.exists():
             raise ValueError(f"model.chat_template {path} does not exist: give a path beside the recipe, or Jinja.")
         recipe.model.chat_template = path.read_text()

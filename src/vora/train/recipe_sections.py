@@ -2,13 +2,12 @@
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from transformers import TrainingArguments
 
 from vora.data.prompts import DEFAULT_PROMPTS, Prompts
+from vora.train.training_values import known_fields, wrong_value
 
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transformers' old and its new name
 BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}  # texts that YAML 1.1 takes for booleans
@@ -242,7 +241,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def known_training_arguments(self) -> "Recipe":
-        types = {field.name: str(field.type) for field in fields(TrainingArguments) if field.name != "output_dir"}
+        types = {name: str(kind) for name, kind in known_fields().items()}
         types |= dict.fromkeys(CHECKPOINTING, "bool | int")  # by either name, whichever release is installed
         for key in self.training:
             if key not in types:
@@ -260,6 +259,9 @@ class Recipe(Section):
                     f"training.{key}_kwargs.every_n_layers is not used here: set training.{key} to a number n, for "
                     "the first n blocks; of any n they need least memory, since they are computed again last"
                 )
+        causes = [wrong_value(key, value) for key, value in self.training.items() if key not in CHECKPOINTING]
+        if wrong := [cause for cause in causes if cause]:
+            raise ValueError("; ".join(wrong))
         return self
 
 

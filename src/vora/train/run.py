@@ -47,6 +47,7 @@ from vora.train.recipe_sections import Recipe
 from vora.train.run_log import write_report
 from vora.train.stages import build_objective, trainable_table, vision_is_frozen
 from vora.train.trainer import VoraTrainer
+from vora.train.training_values import check_libraries
 from vora.train.validation import Validation
 
 MOST_KINDS = 64  # of compiled blocks: with and without LoRA, of each sort that the LLM has, for one length or any
@@ -63,6 +64,7 @@ def train(
     check_recipe(recipe)
     checkpoint = find_checkpoint(directory, resume)
     arguments = training_arguments(recipe, directory)
+    check_libraries(arguments)
     check_one_gpu_per_process(arguments)
     check_fsdp(recipe, bool(arguments.fsdp), checkpoint is not None)
     sources = open_sources(recipe.data)
@@ -101,6 +103,7 @@ def train(
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         stop.release()
+        progress.stop()
     if stop.caught:
         raise InterruptedError(
             f"{stop.caught}: stopped and saved at step {trainer.state.global_step} of {arguments.max_steps}. "

@@ -13,7 +13,16 @@ from vora.distill.objective import Objective
 from vora.train.plan.device import matmul_flops
 
 NUM_WARMING, NUM_TIMED = 2, 4
+FEWEST_STEPS = 20
 MARGIN = 1.1  # logging, and the ups and downs of a shared machine
+
+
+class TooLittleTime(ValueError):
+    """Not even a few steps fit `max_minutes`; `minutes` would do."""
+
+    def __init__(self, message: str, minutes: float) -> None:
+        super().__init__(message)
+        self.minutes = minutes
 
 
 def precision_overrides() -> dict[str, Any]:
@@ -67,19 +76,22 @@ def steps_that_fit(
     num_distill_only: int,
 ) -> int:  # fmt: skip
     """How many optimizer steps of a recipe fit so many minutes from here on, these measurements included, at most
-    `max_steps`; a ValueError where not even twenty do after those that only distill. Each kind of steps is tried on an
-    iterator of its own, so that the order of the data is untouched."""
+    `max_steps`; TooLittleTime where not even twenty do after those that only distill. Each kind of steps is tried on
+    an iterator of its own, so that the order of the data is untouched."""
     start = time.perf_counter()
     whole = MARGIN * seconds_per_step(objective, sequences, sequences.training_sequences(), arguments)
     distill_only = 0.0
     if num_distill_only:
         distill_only = MARGIN * seconds_per_step(objective, sequences, sequences.distill_sequences(), arguments)
-    left = 60 * minutes - (time.perf_counter() - start) - num_distill_only * distill_only
+    left_for_all = 60 * minutes - (time.perf_counter() - start)
+    left = left_for_all - num_distill_only * distill_only
     steps = int(left / whole)
-    if steps < 20:
-        raise ValueError(
+    if steps < FEWEST_STEPS:
+        missing = num_distill_only * distill_only + FEWEST_STEPS * whole - left_for_all
+        raise TooLittleTime(
             f"Only {max(steps, 0)} steps of {whole:.1f} s fit {minutes:g} minutes on this machine, after "
             f"{num_distill_only} of {distill_only:.1f} s that only distill: raise max_minutes, or lower "
-            "data.sequence_length or teacher.distill_only_steps."
+            "data.sequence_length or teacher.distill_only_steps.",
+            minutes + missing / 60,
         )
     return min(arguments.max_steps, num_distill_only + steps)

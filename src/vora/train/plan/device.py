@@ -35,13 +35,18 @@ GPUS = {
 
 
 def device_at_hand(bf16: bool = False) -> Device:
-    """The GPU of this machine, or its processor with a peak measured in what training computes in."""
+    """The GPU of this machine, or its processor where there is none."""
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
         known = known_gpu(found.name)
         if known is not None:
             return replace(known, name=found.name, memory_bytes=found.total_memory)
         return Device(found.name, matmul_flops("cuda", torch.bfloat16), found.total_memory)
+    return processor_at_hand(bf16)
+
+
+def processor_at_hand(bf16: bool = False) -> Device:
+    """The processor of this machine, with a peak measured in what training computes in."""
     pages = Path("/proc/meminfo")
     total = 1024 * int(pages.read_text().split()[1]) if pages.exists() else 16e9
     return Device("cpu", matmul_flops("cpu", torch.bfloat16 if bf16 else torch.float32), total)

@@ -5,9 +5,10 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from transformers import TrainingArguments
 
+from vora.build.fetch import cache_folder
+from vora.data.readers import EASY_VQA
 from vora.data.stats import dataset_statistics
 from vora.distill.objective import Objective
 from vora.model.configuration_vora import VoraConfig
@@ -87,6 +88,10 @@ def plan(
         remarks.append(f"the first {num_distill_only:,} steps only distill, at {share:.0%} of a step's FLOPs")
     if recipe.lora.text_kl_weight:
         remarks.append("rows of text to keep run twice and need logits at every token; neither is counted here")
+    if recipe.max_minutes is not None and total > 60 * recipe.max_minutes:
+        remarks.append(f"max_minutes ends it: fewer than {arguments.max_steps:,} steps are planned when it starts")
+        total = 60 * recipe.max_minutes
+    remarks.append(batch_in_words(rows_per_device * accumulated, num_devices))
     fits = memory["total"] <= 0.95 * device.memory_bytes
     return {
         "stage": recipe.stage, "device": device.name, "num_devices": num_devices, "utilization": utilization,
@@ -94,7 +99,8 @@ def plan(
         "flops_per_sample": {part: value / tokens["samples_per_row"] for part, value in flops.items()},
         "memory_bytes": memory, "device_memory_bytes": device.memory_bytes, "fits": fits,
         "disk_bytes": disk_bytes(objective, arguments, recipe),
-        "rows_per_step": rows_per_step, "samples_per_step": samples_per_step,
+        "rows_per_device": rows_per_device, "accumulated": accumulated, "rows_per_step": rows_per_step,
+        "samples_per_step": samples_per_step,
         "steps": arguments.max_steps, "samples": arguments.max_steps * samples_per_step,
         "seconds_per_step": times, "samples_per_second": samples_per_step / seconds,
         "hours": total / 3600, "device_hours": num_devices * total / 3600,
@@ -117,7 +123,22 @@ def steps_of_epochs(recipe: Recipe, arguments: TrainingArguments, samples_per_st
 
 def data_is_here(recipe: Recipe) -> bool:
     """Whether all that a recipe trains on lies on this machine."""
-    return all(Path(source.path).exists() or glob(source.path, recursive=True) for source in recipe.data.sources)
+    return all(is_here(source.path) for source in recipe.data.sources)
+
+
+def batch_in_words(rows_per_device: int, num_devices: int) -> str:
+    """The batch of a step, which grows with the number of devices: no recipe says how many there are."""
+    rows = rows_per_device * num_devices
+    if num_devices == 1:
+        return (
+            f"in one process a step learns from {rows:,} packed sequences; in N (torchrun, --num-gpus N) from N times "
+            "as many, and the run from N times the samples: gradient_accumulation_steps / N keeps the batch, "
+            "max_steps / N the samples"
+        )
+    return (
+        f"in {num_devices:,} processes a step learns from {rows:,} packed sequences; in one it would be "
+        f"{rows_per_device:,}, and as many steps would see 1/{num_devices} of the samples"
+    )
 
 
 def tokens_of_data(recipe: Recipe, remarks: list[str]) -> dict[str, Any] | None:
@@ -148,6 +169,13 @@ def tokens_of_data(recipe: Recipe, remarks: list[str]) -> dict[str, Any] | None:
         "tokens_per_image": mean("mean_image_tokens") / images if images else 0.0,
         "num_labels": per_row * mean("mean_labels"),
     }  # fmt: skip
+
+
+def is_here(path: str) -> bool:
+    """Whether a source can be read without a network."""
+    if path == EASY_VQA:
+        return any(cache_folder().glob(f"{EASY_VQA}==*"))
+    return Path(path).exists() or bool(glob(path, recursive=True))
 
 
 def tokens_of_budget(
@@ -207,39 +235,3 @@ def disk_bytes(objective: Objective, arguments: TrainingArguments, recipe: Recip
         "base LLM": bytes_of(objective.parameters()) - lora,
     }
     return parts | {"total": sum(parts.values())}
-
-
-def tables(found: dict[str, Any]) -> Table:
-    """What `plan` found, as a table for the terminal."""
-    counts, tokens = found["parameters"], found["tokens"]
-    table = Table(title=f"Stage {found['stage']} on {found['num_devices']} x {found['device']}", show_header=False)
-
-    def add(name: str, total: str, parts: dict[str, float], kind: str, unit: float = 1.0) -> None:
-        table.add_row(name, total)
-        for part, value in parts.items():
-            mark = "  <- the bottleneck" if part == found["bottleneck"] else ""
-            if value and part != "total":
-                table.add_row(f"  {part.replace('_', ' ')}", kind.format(value / unit) + mark)
-
-    def gigabytes(name: str, sizes: dict[str, float], fits: str = "") -> None:
-        add(name, f"{sizes['total'] / 1e9:,.2f} GB{fits}", sizes, "{:,.2f} GB", 1e9)
-
-    trained = (
-        f"{counts['trained']:,} trained, {counts['frozen']:,} frozen, LoRA in {counts['blocks_with_lora']} blocks"
-    )
-    add("parameters", trained, counts["parts"], "{:,.0f}")
-    table.add_row(
-        "tokens per sample",
-        f"{tokens['per_sample']:,.0f} ({tokens['samples_per_row']:.1f} samples per packed sequence)",
-    )
-    flops = found["flops_per_sample"]
-    add("FLOPs per sample", f"{flops['total'] / 1e12:,.2f} T", flops, "{:,.2f} T", 1e12)
-    fits = f": {'fits' if found['fits'] else 'DOES NOT FIT'} {found['device_memory_bytes'] / 1e9:,.2f} GB"
-    gigabytes("memory of each device", found["memory_bytes"], fits)
-    gigabytes("disk", found["disk_bytes"])
-    samples = f"{found['steps']:,} of {found['samples_per_step']:,.0f} samples: {found['samples']:,.0f}"
-    add("steps", samples, found["seconds_per_step"], "{:,.3f} s a step")
-    speed = f"{found['samples_per_second']:,.1f} at {found['utilization']:.0%} of the device's peak"
-    table.add_row("samples per second", speed)
-    table.add_row("time", f"{found['hours']:,.1f} hours, {found['device_hours']:,.0f} device hours")
-    return table

@@ -1,0 +1,5 @@
+"""`python -m vora.cli`, as torchrun starts it."""
+
+from vora.cli import main
+
+main()

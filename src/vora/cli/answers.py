@@ -1,0 +1,131 @@
+"""Verbs that ask a model: with words, with a task's data, with images drawn."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from vora.cli.app import app, console
+from vora.cli.options import DeviceOption, DtypeOption, MaxImageTokens, MinImageTokens, ModelOption, listed, out_file
+
+
+@app.command(name="eval")
+def evaluate(
+    task: Annotated[str, Option(help="captions, vqa, exact, classify, statements, probe (does it look?), text.")],
+    data: Annotated[list[str], Option(help="Files, folders or datasets: all that recipes read; see `vora data`.")],
+    out: Annotated[Path, out_file("JSON file of the report.")],
+    more_data: Annotated[list[str] | None, Argument(metavar="[PATH]...", help="More data.")] = None,
+    model: ModelOption = None,
+    prompt: Annotated[str | None, Option(help="Instead of the task's own; {} takes a row's text.")] = None,
+    labels: Annotated[Path | None, Option(help="Names of all classes, one per line.")] = None,
+    column: Annotated[list[str] | None, Option(help="ours=theirs, such as captions=alt_text.")] = None,
+    split: Annotated[str | None, Option(help="By default test, else validation, else train.")] = None,
+    subset: Annotated[str | None, Option(help="Of a dataset on the Hub.")] = None,
+    image_folder: Annotated[Path | None, Option(help="Where paths of images start.")] = None,
+    allow_urls: Annotated[bool, Option("--allow-urls", help="Fetch images that rows name by URL.")] = False,
+    max_samples: Annotated[int | None, Option(min=1, help="Only the first so many of the data.")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    min_image_tokens: MinImageTokens = None,
+    max_image_tokens: MaxImageTokens = None,
+    seed: Annotated[int, Option(help="Of intervals and of what a probe shows.")] = 0,
+    of: Annotated[str | None, Option(help="The probed task; by default the one that the columns fit.")] = None,
+    generate: Annotated[bool, Option("--generate", help="A probe also generates answers; slow.")] = False,
+    against: Annotated[str | None, Option(help="What else a probe shows: other,blank,shuffled,none.")] = None,
+    base: Annotated[str | None, Option(help="LLM that --task text compares with; else the model's own.")] = None,
+) -> None:
+    """Measure a model on a task, with 95 % intervals; the same command goes on after a stop."""
+    from vora.checkpoint.pretrained import committed_model
+    from vora.eval.run import evaluate as run
+
+    if wrong := [pair for pair in column or () if "=" not in pair]:
+        raise ValueError(f"--column {wrong[0]} is not of the form ours=theirs, such as captions=alt_text.")
+    names = None if labels is None else [line.strip() for line in labels.read_text().splitlines() if line.strip()]
+    columns = dict(pair.split("=", 1) for pair in column or ()) or None
+    report = run(
+        model or committed_model(), task, [*data, *(more_data or ())], out,
+        split=split, subset=subset, image_folder=image_folder, allow_urls=allow_urls, columns=columns,
+        min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, device=device, dtype=dtype,
+        max_examples=max_samples, seed=seed,
+        prompt=prompt, labels=names, of=of, generate=generate, against=listed(against), base=base,
+        console=console,
+    )  # fmt: skip
+    console.print(report.table())
+    if "verdict" in report.details:
+        console.print(report.details["verdict"], highlight=False, markup=False)
+    console.print(f"Report: {out}")
+
+
+@app.command()
+def chat(
+    images: Annotated[list[str] | None, Argument(metavar="[IMAGE]...", help="Paths or URLs.")] = None,
+    model: ModelOption = None,
+    question: Annotated[str | None, Option("--question", "-q", help="Ask once instead of chatting.")] = None,
+    max_new_tokens: Annotated[int, Option(help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, Option(help="0 answers greedily.")] = 0.0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    min_image_tokens: MinImageTokens = None,
+    max_image_tokens: MaxImageTokens = None,
+) -> None:
+    """Ask a model about images; without -q, interactively (a line `+ IMAGE` adds an image, empty ends)."""
+    from vora.checkpoint.load import load_model
+    from vora.checkpoint.pretrained import committed_model
+    from vora.serve.chat import Chat
+    from vora.serve.engine import Engine
+    from vora.serve.terminal import converse, open_image, print_answer
+
+    opened = [open_image(image) for image in images or []]
+    name = model or committed_model()
+    loaded = load_model(
+        name, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, device=device, dtype=dtype
+    )
+    engine = Engine(*loaded)
+    conversation = Chat(engine, max_new_tokens, temperature)
+    if question is None:
+        converse(conversation, opened, console)
+    else:
+        print_answer(conversation, question, opened)
+
+
+@app.command()
+def inspect(
+    image: Annotated[str, Argument(help="Path or URL.")],
+    model: ModelOption = None,
+    question: Annotated[str, Option("--question", "-q", help="What to ask.")] = "Describe the image.",
+    answer: Annotated[str | None, Option(help="Answer to follow; the model's own by default.")] = None,
+    teacher: Annotated[str | None, Option(help="ViT to compare with: folder or hub id; else the run's own.")] = None,
+    out: Annotated[Path, out_file("HTML page; its figures go beside it as JSON.")] = Path("inspect.html"),
+    max_new_tokens: Annotated[int, Option(help="Longest answer, in tokens.")] = 64,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    min_image_tokens: MinImageTokens = None,
+    max_image_tokens: MaxImageTokens = None,
+) -> None:
+    """Draw how a model sees an image: its blocks beside the teacher's, and where each word of the answer looks."""
+    from vora.checkpoint.layout import read_info
+    from vora.checkpoint.load import load_model
+    from vora.checkpoint.pretrained import committed_model
+    from vora.distill.objective import Objective
+    from vora.eval.inspect.inspection import inspect_image
+    from vora.eval.inspect.page import write_inspection
+    from vora.eval.inspect.teacher import take_teacher
+    from vora.model.fetch_image import fetch_image
+
+    if out.suffix != ".html":
+        raise ValueError(f"--out {out} names no page: give a name that ends in .html; a JSON goes beside it.")
+    figures = out.with_suffix(".json")
+    if figures.exists() and not out.exists():
+        raise ValueError(f"{figures} is there and no page's: choose another --out, so that it is not overwritten.")
+    shown, name = fetch_image(image, allow_urls=True), model or committed_model()
+    dtype = dtype or ("float32" if read_info(name).run else None)  # a run's trained parts are in float32
+    vora, processor = load_model(
+        name, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, device=device, dtype=dtype
+    )
+    objective = Objective(vora, processor.image_processor)
+    pairs, remark = take_teacher(objective, name, teacher)
+    found = inspect_image(objective, processor, shown, question, answer, pairs, max_new_tokens)
+    write_inspection(out, found, processor.image_processor, image, name, [remark] if remark else [])
+    if remark:
+        console.print(remark, highlight=False, markup=False)
+    console.print(f"{found.answer}\nPage: {out}", highlight=False, markup=False)

@@ -1,0 +1,67 @@
+"""Options and arguments that several verbs have: one idea has one name everywhere."""
+
+from typing import Annotated
+
+from typer import Argument, BadParameter, Option
+from typer.models import OptionInfo
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def out_folder(help: str) -> OptionInfo:
+    """Where a verb writes. Folders above it are made; what something else has left there is never overwritten."""
+    return Option("--out", "-o", help=help, file_okay=False)
+
+
+def out_file(help: str) -> OptionInfo:
+    """As `out_folder`, of a verb that writes a file and perhaps others of its name."""
+    return Option("--out", "-o", help=help, dir_okay=False)
+
+
+def names_of_recipes(incomplete: str) -> list[str]:
+    """For the shell's completion: the recipes that come with the package."""
+    from vora.train.packaged import packaged_recipes
+
+    return [name for name in packaged_recipes() if name.startswith(incomplete)]
+
+
+def names_of_specifications(incomplete: str) -> list[str]:
+    """For the shell's completion: the specifications of ablations that come with the package."""
+    return [name for name in names_of_recipes(incomplete) if "/ablations/" in name and not name.endswith("/base")]
+
+
+def _dtype(value: str | None) -> str | None:
+    if value is not None and value not in DTYPES:
+        raise BadParameter(f"{value} is none of {', '.join(DTYPES)}.")
+    return value
+
+
+def _device(value: str | None) -> str | None:
+    if value is not None and value.split(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
+        raise BadParameter(f"{value} is no device: say cpu, cuda, cuda:1, ...")
+    return value
+
+
+def listed(text: str | None) -> list[str] | None:
+    """The values of an option with commas between them."""
+    return None if text is None else [one.strip() for one in text.split(",") if one.strip()]
+
+
+RecipeArgument = Annotated[
+    str,
+    Argument(
+        metavar="RECIPE",
+        help="YAML file, or a recipe of the package such as smollm2-135m/pretrain.",
+        autocompletion=names_of_recipes,
+    ),
+]
+Overrides = Annotated[list[str] | None, Argument(help="key=value, such as training.max_steps=100.")]
+ModelOption = Annotated[str | None, Option("--model", "-m", help="Folder or hub id of a model, or run directory.")]
+DeviceOption = Annotated[
+    str | None, Option("--device", callback=_device, help="cpu, cuda or cuda:1; by default a GPU if there is one.")
+]
+DtypeOption = Annotated[
+    str | None, Option("--dtype", callback=_dtype, help=f"{', '.join(DTYPES)}; the model's own by default.")
+]
+MinImageTokens = Annotated[int | None, Option(help="Fewest tokens of an image; the model's own by default.")]
+MaxImageTokens = Annotated[int | None, Option(help="Most tokens of an image; the model's own by default.")]

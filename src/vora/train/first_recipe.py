@@ -1,0 +1,236 @@
+"""`vora init`: a recipe for the LLM, the data and the machine at hand, which says why each number is what it is."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from vora.build.base_llm import ALIASES
+from vora.data.columns import RowOptions
+from vora.data.readers import EASY_VQA, load_source
+from vora.data.schema import Sample
+from vora.data.source import Source
+from vora.train.packaged import find_recipe
+from vora.train.plan.meta_model import config_of
+from vora.train.recipe import load_recipe
+from vora.train.throughput import precision_overrides
+
+LORA_SHARE = 0.396  # of the adapted weights, as the paper's rank of 1024 in a 7B model
+TEACHERS = (  # up to so many parameters of the LLM
+    (3e8, "facebook/dinov2-small"), (3e9, "facebook/dinov2-base"), (math.inf, "apple/aimv2-large-patch14-448"),
+)  # fmt: skip
+NAMES = {  # of columns that people have for ours
+    "image": ("img", "image_path", "image_file", "picture", "photo", "file", "filename", "path", "jpg", "png", "url"),
+    "question": ("query", "q", "prompt", "instruction", "problem"),
+    "answer": ("a", "response", "reply", "target", "output", "completion", "solution"),
+    "caption": ("alt_text", "alt", "description", "desc", "title", "recaption", "summary"),
+}
+ROWS_SEEN, SEQUENCES_PER_STEP, MOST_IMAGE_TOKENS = 64, 8, 256
+LENGTHS = (512, 1024, 2048, 4096)
+CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass
+class Found:
+    """What the first rows of a source hold, and what it has to be called."""
+
+    path: str
+    num_rows: int
+    columns: dict[str, str]  # our names: the file's
+    pixels: list[tuple[int, int]]  # width and height of images
+    text_tokens: list[float]  # of each sample, by its characters
+
+
+def write_recipe(path: Path, llm: str, data: Sequence[str], teacher: str | None, epochs: float) -> list[str]:
+    """Write a recipe of stage pretrain and return what it was made from, in lines. A ValueError where the file is
+    there already, the LLM or the teacher is not known, or data cannot be used."""
+    if path.exists():
+        raise ValueError(f"{path} is there already: choose another NAME, so that nothing is overwritten.")
+    found = [look_at(one) for one in data]
+    config = config_of(llm)
+    num_parameters, rank = size_of(config)
+    teacher = teacher or next(name for most, name in TEACHERS if num_parameters <= most)
+    depth, vit = config.get_text_config().num_hidden_layers, config_of(teacher)
+    vit = getattr(vit, "vision_config", vit)
+    values = sizes_of(found, vit.patch_size, getattr(config.get_text_config(), "max_position_embeddings", None))
+    precision = precision_overrides()
+    steps = steps_of(found, values, epochs)
+    text = TEMPLATE.format(
+        name=path.name, llm=in_yaml(llm), teacher=in_yaml(teacher), rank=rank, size=f"{num_parameters / 1e6:,.0f}",
+        num_blocks=min(depth, vit.num_hidden_layers), depth=depth, teacher_depth=vit.num_hidden_layers,
+        spread="\n  spread: true  # the teacher is deeper than the LLM"
+        if vit.num_hidden_layers > depth else "",
+        sources=sources_text(found), steps=steps, distill_only=steps // 5, warmup=max(1, min(100, steps // 20)),
+        save=max(1, steps // 5), why_steps=f"{epochs:g} times through the data" if found else "say how many",
+        dtype=precision["model.dtype"], bf16=json.dumps(precision["training.bf16"]),
+        use_cpu=json.dumps(not torch.cuda.is_available()),
+        machine=torch.cuda.get_device_name() if torch.cuda.is_available() else "a processor, no GPU",
+        accumulation=SEQUENCES_PER_STEP // values["batch"], **values,
+    )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(aligned(text), encoding="utf-8")
+    load_recipe(find_recipe(path))
+    return [
+        f"{llm}: {num_parameters / 1e6:,.0f} M parameters, {depth} blocks; taught by {teacher}",
+        f"this machine: {'a GPU' if torch.cuda.is_available() else 'no GPU'}, so {precision['model.dtype']}",
+        *(described(one) for one in found or []),
+        *([] if found else ["no --data was given: put your file in data.sources"]),
+    ]
+
+
+def size_of(config: PretrainedConfig) -> tuple[int, int]:
+    """(Parameters of an LLM, the rank at which LoRA in a block's linear layers has `LORA_SHARE` of their weights)."""
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(config)
+    head, weights, sides = llm.get_output_embeddings(), 0, 0
+    for module in llm.modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            weights, sides = weights + module.weight.numel(), sides + sum(module.weight.shape)
+    return sum(p.numel() for p in llm.parameters()), max(1, round(LORA_SHARE * weights / sides))
+
+
+def look_at(path: str) -> Found:
+    """Read the first rows of what a user names. A ValueError where they fit no layout, also under likely names."""
+    columns: dict[str, str] = {}
+    try:
+        source = load_source(path)
+    except ValueError as error:
+        columns = likely_columns(path)
+        try:
+            source = load_source(path, options=RowOptions(columns=columns))
+        except ValueError:
+            raise error from None
+    samples = [sample for index in range(min(ROWS_SEEN, len(source))) if (sample := _sample(source, index))]
+    images = [image for sample in samples[:16] for image in _images(sample)]
+    texts = [sum(len(str(turn["content"])) for turn in sum(sample.conversations, [])) for sample in samples]
+    return Found(path, len(source), columns, images, [length / CHARACTERS_PER_TOKEN + 16 for length in texts])
+
+
+def likely_columns(path: str) -> dict[str, str]:
+    """{our name: the file's} of columns that are called otherwise; empty where the file cannot be read."""
+    try:
+        source = load_source(path, read_row=lambda row, *where: row, wanted=("*",), is_checked=False)
+        names = {str(name).lower(): str(name) for name in source[0]}
+    except (ValueError, OSError):
+        return {}
+    found = {ours: next((names[one] for one in likely if one in names), None) for ours, likely in NAMES.items()}
+    return {ours: theirs for ours, theirs in found.items() if theirs is not None and ours not in names}
+
+
+def sizes_of(found: Sequence[Found], patch_size: int, context: int | None) -> dict[str, int]:
+    """Tokens of an image, of a sequence, and sequences at once, of images and texts as they are."""
+    grids = sorted(
+        math.ceil(width / patch_size) * math.ceil(height / patch_size) for one in found for width, height in one.pixels
+    )
+    patches = grids[int(0.9 * (len(grids) - 1))] if grids else MOST_IMAGE_TOKENS
+    patch_merge = 2 if patches > 2 * MOST_IMAGE_TOKENS else 1
+    image_tokens = min(MOST_IMAGE_TOKENS, max(16, math.ceil(patches / patch_merge**2)))
+    texts = sorted(length for one in found for length in one.text_tokens)
+    longest = image_tokens + (texts[-1] if texts else 200)
+    length = next((one for one in LENGTHS if one >= 1.5 * longest), LENGTHS[-1])
+    mean = image_tokens + (sum(texts) / len(texts) if texts else 100)
+    return {
+        "patch_merge": patch_merge, "max_image_tokens": image_tokens, "mean_tokens": round(mean),
+        "sequence_length": min(length, context or length), "batch": 4 if length <= 1024 else 2,
+    }  # fmt: skip
+
+
+def steps_of(found: Sequence[Found], values: dict[str, int], epochs: float) -> int:
+    """Optimizer steps for so many passes over the data; 2,000 where there is none yet."""
+    tokens = epochs * sum(one.num_rows for one in found) * values["mean_tokens"]
+    return max(20, math.ceil(tokens / (SEQUENCES_PER_STEP * values["sequence_length"]))) if found else 2000
+
+
+def sources_text(found: Sequence[Found]) -> str:
+    """The recipe's list of sources."""
+    lines = []
+    for one in found:
+        lines.append(f"    - path: {in_yaml(one.path)}  # {one.num_rows:,} rows")
+        if one.columns:
+            columns = ", ".join(f"{ours}: {in_yaml(theirs)}" for ours, theirs in one.columns.items())
+            lines.append(f"      columns: {{{columns}}}  # ours: theirs")
+    return "\n".join(lines or ["    - path: train.jsonl  # YOURS: lines of image, question and answer, or caption"])
+
+
+def in_yaml(text: str) -> str:
+    """A text as YAML has it; a path that exists is whole, wherever the recipe lies."""
+    is_path = text not in (*ALIASES, EASY_VQA) and Path(text).exists()
+    return yaml.safe_dump(str(Path(text).resolve()) if is_path else text, width=1000).splitlines()[0]
+
+
+def aligned(text: str) -> str:
+    """YAML with the comments behind values under each other."""
+    lines = []
+    for line in text.splitlines():
+        parts = re.match(r"(\s*[^#\s].*?)\s+# (.*)", line)
+        lines.append(f"{parts[1]:<34} # {parts[2]}" if parts else line)
+    return "\n".join(lines) + "\n"
+
+
+def described(found: Found) -> str:
+    """What was seen of a source."""
+    names = ", ".join(f"{theirs} as {ours}" for ours, theirs in found.columns.items())
+    images = f"{max(found.pixels)[0]} pixels wide at most" if found.pixels else "no images"
+    return f"{found.path}: {found.num_rows:,} rows, {images}" + (f"; column {names}" if names else "")
+
+
+def _sample(source: Source, index: int) -> Sample | None:
+    try:
+        return source[index]
+    except ValueError:  # a bad one: `vora data` names them
+        return None
+
+
+def _images(sample: Sample) -> list[tuple[int, int]]:
+    try:
+        opened: list[Any] = sample.open_images()
+    except ValueError:
+        return []
+    return [image.size for one in opened for image in (one if isinstance(one, list) else [one])]
+
+
+TEMPLATE = """\
+# Stage 1: {llm} learns to see. Written by `vora init`; every number may be changed.
+#   vora data {name}                  what is in the data, what is bad, how it looks
+#   vora train {name} --dry-run       what trains, for how long, and two samples
+#   vora train {name} --out runs/stage1
+#   vora merge runs/stage1 -o my-vora
+# All keys: `vora train {name} KEY=VALUE`; a misspelt one is an error that names the right one.
+stage: pretrain
+model:
+  llm: {llm}  # {size} M parameters; alias, hub id, folder, or folder with a GGUF file
+  patch_merge: {patch_merge}  # m: m x m patches become one image token
+  max_image_tokens: {max_image_tokens}  # larger images shrink; with more, raise data.sequence_length too
+  dtype: {dtype}  # of the weights that do not train
+teacher:
+  name: {teacher}  # any plain ViT; {teacher_depth} blocks{spread}
+  standardize: true
+  distill_only_steps: {distill_only}  # first steps, on images alone: a fifth of all
+lora:
+  rank: {rank}  # 39.6 % of the adapted weights, as the paper's 1024 of a 7B model
+  num_blocks: {num_blocks}  # of {depth}: as deep as the teacher
+  # text_kl_weight: 1              # keeps the LLM's text ability; add a source of text
+data:
+  sources:
+{sources}
+  sequence_length: {sequence_length}  # some {mean_tokens} tokens a sample; several share a sequence
+training:
+  max_steps: {steps}  # {why_steps}
+  per_device_train_batch_size: {batch}  # less where memory is short, with more accumulation
+  gradient_accumulation_steps: {accumulation}  # a step learns from {batch} x {accumulation} sequences in each process
+  learning_rate: 2.0e-4
+  lr_scheduler_type: constant_with_warmup
+  warmup_steps: {warmup}
+  save_steps: {save}
+  bf16: {bf16}
+  use_cpu: {use_cpu}  # this machine: {machine}
+"""

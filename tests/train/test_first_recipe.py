@@ -1,0 +1,67 @@
+"""`vora init` writes a recipe that fits the LLM, the data and the machine."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from vora.train.first_recipe import look_at, size_of, sizes_of, write_recipe
+from vora.train.plan.meta_model import config_of
+from vora.train.recipe import load_recipe
+
+
+def write_rows(folder, *names, count=6):
+    """A file of rows with these columns, the first of which names an image."""
+    Image.new("RGB", (64, 32)).save(folder / "a.png")
+    row = {name: "a.png" if number == 0 else f"some {name}" for number, name in enumerate(names)}
+    (folder / "rows.jsonl").write_text((json.dumps(row) + "\n") * count)
+    return str(folder / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("llm", "size", "rank"),
+    [("smollm2-135m", 134_515_008, 138), ("HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120, 230),
+     ("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400, 547), ("Qwen/Qwen3-1.7B", 1_720_574_976, 512)],
+)  # fmt: skip
+def test_rank_is_that_of_the_packaged_recipes(llm, size, rank):
+    assert size_of(config_of(llm)) == (size, rank)
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (("image", "question", "answer"), {}),
+        (("img", "query", "response"), {"image": "img", "question": "query", "answer": "response"}),
+        (("photo", "description"), {"image": "photo", "caption": "description"}),
+    ],
+)
+def test_columns_are_found(tmp_path, names, columns):
+    found = look_at(write_rows(tmp_path, *names))
+    assert found.columns == columns and found.num_rows == 6 and set(found.pixels) == {(64, 32)}
+
+
+def test_columns_that_say_nothing_are_named(tmp_path):
+    with pytest.raises(ValueError, match="fit none of the layouts"):
+        look_at(write_rows(tmp_path, "x", "y"))
+
+
+def test_sizes_follow_from_the_images(tmp_path):
+    small = sizes_of([look_at(write_rows(tmp_path, "image", "caption"))], 8, 2048)
+    assert (small["max_image_tokens"], small["patch_merge"], small["sequence_length"]) == (32, 1, 512)
+    assert sizes_of([], 14, 256)["sequence_length"] == 256  # the LLM's context
+
+
+def test_the_recipe_loads_and_names_what_was_found(tmp_path, llm_folder, teacher_folder, monkeypatch):
+    precision = {"model.dtype": "float32", "training.bf16": False, "training.use_cpu": True}
+    monkeypatch.setattr("vora.train.first_recipe.precision_overrides", lambda: precision)
+    data, path = write_rows(tmp_path, "img", "question", "answer"), tmp_path / "new" / "mine.yaml"
+    lines = write_recipe(path, llm_folder, [data], teacher_folder, 2.0)
+    assert any("6 rows" in line and "img as image" in line for line in lines)
+    recipe = load_recipe(path)
+    assert (recipe.model.llm, recipe.teacher.name) == (llm_folder, teacher_folder)
+    assert recipe.data.sources[0].path == data and recipe.data.sources[0].columns == {"image": "img"}
+    assert recipe.data.sequence_length == 256 and recipe.lora.num_blocks == 2 and not recipe.teacher.spread
+    assert recipe.training["use_cpu"] and recipe.training["max_steps"] == 20
+    assert "# 6 rows" in path.read_text() and "2 times through the data" in path.read_text()
+    with pytest.raises(ValueError, match="is there already"):
+        write_recipe(path, llm_folder, [data], teacher_folder, 2.0)

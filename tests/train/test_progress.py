@@ -1,0 +1,38 @@
+"""What a run shows while it trains: the step and the time left, however narrow the terminal is."""
+
+import io
+import re
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+from transformers import TrainerState
+
+from vora.train.callbacks import ProgressCallback
+
+LOGS = {
+    "lm_loss": 1.234, "distill_loss": 0.567, "text_loss": 0.012, "samples_per_second": 12.3,
+    "tokens_per_second": 4567.0, "data_wait_share": 0.01,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_step_and_time_left_are_kept_at_80_columns_and_in_a_file(tmp_path, is_terminal):
+    console = Console(file=io.StringIO(), width=80, force_terminal=is_terminal)
+    progress, state = (
+        ProgressCallback(console, tmp_path / "log.jsonl", tmp_path / "v.jsonl"),
+        TrainerState(max_steps=12_000),
+    )
+    args = SimpleNamespace(logging_strategy="steps")
+    progress.on_train_begin(args, state, None)
+    for state.global_step in (100, 345):
+        progress.on_step_end(args, state, None)
+        progress.on_log(args, state, None, dict(LOGS))
+    progress.stop()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).replace("\r", "\n").splitlines()
+    lines = [line for line in shown if re.search(r"step +345/12000 +.* left +lm_loss 1.234", line)]
+    assert lines, shown
+    if is_terminal:
+        assert max(map(len, shown)) <= 80
+    else:
+        assert lines[0].endswith("1% waiting for data")
