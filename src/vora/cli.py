@@ -30,6 +30,19 @@ Overrides = Annotated[list[str] | None, Argument(help="key=value, such as traini
 ModelOption = Annotated[str | None, Option("--model", "-m", help="Folder or hub id of a model, or run directory.")]
 MinImageTokens = Annotated[int | None, Option(help="Fewest tokens of an image; the model's own by default.")]
 MaxImageTokens = Annotated[int | None, Option(help="Most tokens of an image; the model's own by default.")]
+BaseLlm = Annotated[str | None, Option("--llm", help="Base LLM of an adapter that does not name it.")]
+
+
+def _trust(wanted: bool) -> None:
+    if wanted:
+        from vora.build.hub import trust_remote_code
+
+        trust_remote_code()
+
+
+RemoteCode = Annotated[
+    bool, Option("--trust-remote-code", callback=_trust, help="Run code that lies beside models; read it first.")
+]
 
 
 def out_option(help: str) -> OptionInfo:
@@ -97,6 +110,7 @@ def train(
     overrides: Overrides = None,
     out: Annotated[Path | None, out_option("Run directory; runs/RECIPE by default.")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Train by a recipe: stage pretrain (vision LoRA) or finetune (everything)."""
     from vora.train.recipe import load_recipe
@@ -183,6 +197,7 @@ def evaluate(
     generate: Annotated[bool, Option("--generate", help="A probe also generates answers; slow.")] = False,
     against: Annotated[str | None, Option(help="What else a probe shows: other,blank,shuffled,none.")] = None,
     base: Annotated[str | None, Option(help="LLM that --task text compares with; else the model's own.")] = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Measure a model on a task, with 95 % intervals; the same command goes on after a stop."""
     from vora.checkpoint.pretrained import committed_model
@@ -207,11 +222,15 @@ def evaluate(
 
 @app.command()
 def merge(
-    path: Annotated[str, Argument(metavar="RUN", help="Run directory of `vora train`, or an unmerged model.")],
+    path: Annotated[
+        str,
+        Argument(metavar="RUN", help="Run of `vora train`, a checkpoint of it, unmerged model or adapter."),
+    ],
     out: Annotated[Path, out_option("Folder for the merged model.")],
     llm_out: Annotated[Path | None, Option(help="Also write the LLM alone, in its own format.")] = None,
     adapter_out: Annotated[Path | None, Option(help="Also write the vision adapter alone.")] = None,
-    llm: Annotated[str | None, Option(help="Base LLM of an adapter that does not name it.")] = None,
+    llm: BaseLlm = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Fold vision LoRA into the LLM's weights and save an ordinary model."""
     from vora.checkpoint.run_directory import best_checkpoint, run_of
@@ -255,22 +274,26 @@ def chat(
     temperature: Annotated[float, Option(help="0 answers greedily.")] = 0.0,
     min_image_tokens: MinImageTokens = None,
     max_image_tokens: MaxImageTokens = None,
+    llm: BaseLlm = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Ask a model about images; without -q, interactively (a line `+ IMAGE` adds an image, empty ends)."""
+    """Ask a model about images; without -q, interactively (`/help` shows what a line may be, an empty one ends)."""
     from vora.checkpoint.load import load_model
     from vora.checkpoint.pretrained import committed_model
     from vora.serve.chat import Chat
     from vora.serve.engine import Engine
-    from vora.serve.terminal import converse, open_image, print_answer
+    from vora.serve.terminal import NO_IMAGE, converse, open_image, print_answer
 
     opened = [open_image(image) for image in images or []]
     name = model or committed_model()
-    engine = Engine(*load_model(name, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens))
-    conversation = Chat(engine, max_new_tokens, temperature)
+    loaded = load_model(name, llm=llm, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens)
+    conversation = Chat(Engine(*loaded), max_new_tokens, temperature)
     if question is None:
         converse(conversation, opened, console)
-    else:
-        print_answer(conversation, question, opened)
+        return
+    if not opened:
+        console.print(f"{NO_IMAGE}: vora chat IMAGE -q QUESTION gives one.", highlight=False)
+    print_answer(conversation, question, opened)
 
 
 @app.command()
@@ -284,6 +307,8 @@ def inspect(
     max_new_tokens: Annotated[int, Option(help="Longest answer, in tokens.")] = 64,
     min_image_tokens: MinImageTokens = None,
     max_image_tokens: MaxImageTokens = None,
+    llm: BaseLlm = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Draw how a model sees an image: its blocks beside the teacher's, and where each word of the answer looks."""
     from vora.checkpoint.layout import read_info
@@ -303,7 +328,7 @@ def inspect(
     shown, name = fetch_image(image, allow_urls=True), model or committed_model()
     dtype = "float32" if read_info(name).run else None  # a run's trained parts are in float32
     vora, processor = load_model(
-        name, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, dtype=dtype
+        name, llm=llm, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, dtype=dtype
     )
     objective = Objective(vora, processor.image_processor)
     pairs, remark = take_teacher(objective, name, teacher)
