@@ -62,8 +62,30 @@ def test_train_merge_chat(work, merged):
     assert alone.returncode == 0 and alone.stdout.endswith("\n") and alone.stdout == answer.stdout, alone.stderr
     succeeded(*ask, "-q", "what?", "--max-image-tokens", 1)
     succeeded(*ask, work / "blue.png", "-q", "what?")
-    talk = succeeded(*ask, input=f"what?\n+ {work / 'blue.png'}\n+ nothing.png\nand now?\n\n")
+    talk = succeeded(*ask, input=f"what?\n/image {work / 'blue.png'}\n/image nothing.png\nand now?\n\n")
     assert talk.stdout.count("\n") == 2 and "nothing.png" in talk.stderr
+
+
+def test_every_kind_of_folder_is_asked_alike(work, merged, tmp_path):
+    """Of a run, its last checkpoint, by a link and from within, an adapter alone, and the merged model."""
+    both = ["-o", tmp_path / "again", "--adapter-out", tmp_path / "adapter"]
+    succeeded("merge", work / "run" / "checkpoint-4", *both)
+    (tmp_path / "newest").symlink_to(work / "run" / "checkpoint-4")
+    ask, answers = ["chat", work / "red.png", "-q", "what?", "--max-new-tokens", 4, "-m"], set()
+    for name in (merged, work / "run", work / "run" / "checkpoint-4", tmp_path / "newest", tmp_path / "again"):
+        answers.add(succeeded(*ask, name).stdout)
+    answers.add(succeeded(*ask, ".", cwd=work / "run" / "final").stdout)
+    adapter = [tmp_path / "adapter", "--llm", work / "llm"]
+    refused = vora(*ask, *adapter)  # its vision LoRA is merged into that one
+    assert refused.returncode == 1 and "of other weights" in refused.stderr
+    adapter[-1] = yaml.safe_load((work / "recipe.yaml").read_text())["model"]["llm"]
+    answers.add(succeeded(*ask, *adapter).stdout)
+    assert len(answers) == 1
+    succeeded("inspect", work / "red.png", "-q", "what?", "-m", *adapter, "-o", tmp_path / "page.html")
+    questions = ["--task", "vqa", "--data", work / "train.jsonl"]
+    succeeded("eval", "-m", work / "run" / "checkpoint-4", *questions, "-o", tmp_path / "vqa.json")
+    alone = succeeded("chat", "-m", merged, "-q", "what?", "--max-new-tokens", 4)
+    assert "No image was given" in alone.stderr
 
 
 def test_inspect_draws_a_page_of_a_run_and_of_its_merged_model(work, merged, tmp_path):
@@ -209,8 +231,8 @@ def test_interrupted_run_saves_and_says_how_to_go_on(work):
     [
         (["chat", "no.png", "-m", "{model}", "-q", "what?"], "no such file"),
         (["chat", "-m", "{llm}", "-q", "hello"], "without vision"),
-        (["chat", "-m", "no/such/model", "-q", "hello"], "is no saved model"),
-        (["inspect", "{image}", "-m", "{model}", "--teacher", "no-vit"], "no hub id"),
+        (["chat", "-m", "no/such/model", "-q", "hello"], "never looked for on the hub"),
+        (["inspect", "{image}", "-m", "{model}", "--teacher", "no-vit"], "The teacher no-vit: there is no"),
         (["inspect", "{image}", "-m", "{model}", "-o", "page.png"], "ends in .html"),
         (["plan", "{recipe}", "--gpu", "h3000"], "choose among"),
         (["chat", "-m", "{model}", "-q", "hello", "--device", "cuda"], "device cuda is not here"),

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from messages import coloured, encode, user
 from transformers import AutoModelForCausalLM, AutoTokenizer, ViTMAEConfig, ViTMAEModel
 
 from vora import VoraForConditionalGeneration, VoraProcessor
+from vora.build import hub
 from vora.build.base_llm import _as_the_mean_token, resolve_llm
 from vora.build.fetch import wheel_files
 from vora.build.vit_init import vit_embedding
@@ -62,15 +64,16 @@ def test_a_folder_with_a_gguf_file_is_an_llm(gguf_folder, tmp_path):
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, expected)
 
 
-def test_what_is_an_llm_and_what_is_not_there(gguf_folder, tmp_path):
+def test_what_is_an_llm_and_what_is_not_there(gguf_folder, tmp_path, monkeypatch):
     for name in ("one.gguf", "two.gguf"):
         shutil.copy(gguf_folder / "tiny.gguf", tmp_path / name)
     assert resolve_llm(str(tmp_path / "one.gguf")) == (str(tmp_path), {"gguf_file": "one.gguf"})
+    monkeypatch.setattr(hub, "hub_problem", lambda name: None)
     assert resolve_llm("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", {})
     with pytest.raises(ValueError, match="2 GGUF files"):
         resolve_llm(str(tmp_path))
     for name in (str(tmp_path / "none"), "./none", str(tmp_path / "none.gguf"), "a/b/c"):
-        with pytest.raises(ValueError, match="There is no LLM at .*(none|a/b/c).*name a folder, a GGUF file"):
+        with pytest.raises(ValueError, match="The LLM .*(none|gguf|a/b/c): there is no .*never looked for on the hub"):
             resolve_llm(name)
 
 
@@ -121,8 +124,13 @@ def test_a_resized_vocabulary_needs_its_tokenizer(llm_folder):
     llm.resize_token_embeddings(len(tokenizer))
     with pytest.raises(ValueError, match="its vocabulary was resized.* tokenizer=TOKENIZER"):
         VoraForConditionalGeneration.from_llm(llm, patch_size=4, image_size=8)
+    bare = VoraForConditionalGeneration.from_llm(llm_folder, patch_size=4, image_size=8)
     model = VoraForConditionalGeneration.from_llm(llm, tokenizer=tokenizer, patch_size=4, image_size=8)
     processor = VoraProcessor.from_llm(tokenizer, patch_size=4, image_size=8)
+    inputs = encode(processor, [user(coloured("red"))])
+    assert model(**inputs).logits.isfinite().all()
+    with pytest.raises(ValueError, match="0 image tokens .* made with another tokenizer than the model"):
+        bare(**inputs)
     assert model.config.image_token_id == processor.image_token_id < model.config.text_config.vocab_size
 
 

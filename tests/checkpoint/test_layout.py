@@ -62,8 +62,10 @@ def test_a_run_is_what_it_saved_last_and_names_its_folders(work, tmp_path):
 
 
 def test_what_is_no_model_is_said(tmp_path):
-    for name in (tmp_path, tmp_path / "none", "no/such/model"):
-        with pytest.raises(ValueError, match="no config.json and no recipe.yaml"):
+    with pytest.raises(ValueError, match="no config.json and no recipe.yaml"):
+        read_info(tmp_path)
+    for name in (tmp_path / "none", "no/such/model"):
+        with pytest.raises(ValueError, match="there is no .* never looked for on the hub"):
             read_info(name)
     tiny_llm("llama").save_pretrained(tmp_path)
     assert read_info(tmp_path).kind == "llm"
@@ -110,7 +112,7 @@ def test_an_adapter_alone_comes_in_the_run_s_precision_and_with_its_card(work, t
     assert merge_vision_lora(load_adapter(work / "adapter", llm=str(work / "tiny-llama"))).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="no run of vora train"):
         merge(work / "adapter", tmp_path / "x", adapter_out=tmp_path / "y")
-    with pytest.raises(ValueError, match="it is merged already"):
+    with pytest.raises(ValueError, match="is merged already: use it as it is"):
         merge(work / "merged", tmp_path / "x")
     assert not list(tmp_path.iterdir())
 

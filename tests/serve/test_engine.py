@@ -60,7 +60,7 @@ def test_a_refused_question_or_image_does_not_end_the_chat(model_folder, tmp_pat
     Image.new("RGB", (99, 99)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     long = " ".join(["what?"] * 300)  # longer than the LLM's context
-    lines = ["what is <reponame>?", f"+ {tmp_path}/bomb.png", f"+ {tmp_path}/red.png", long, "what?", ""]
+    lines = ["what is <reponame>?", f"/image {tmp_path}/bomb.png", f"/image {tmp_path}/red.png", long, "what?", ""]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     asked, print_answer = [], terminal.print_answer
 
@@ -75,3 +75,30 @@ def test_a_refused_question_or_image_does_not_end_the_chat(model_folder, tmp_pat
     shown = " ".join(capsys.readouterr().err.split())
     assert "1 images were left out with that question" in shown
     assert "decompression bomb" in shown and "LLM's context holds 256: start a new chat" in shown
+    assert "No image was given, so the answer is from the text alone" in shown
+
+
+def test_commands_of_the_chat(model_folder, tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a red.png")
+    lines = [f"/image '{tmp_path}/a red.png'", "what?", "/help", "/imgae x", "/image", "/clear", "what?", ""]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    chat = Chat(Engine(*load_model(str(model_folder))), max_new_tokens=2)
+    terminal.converse(chat, [], Console(stderr=True, width=300))
+    shown = capsys.readouterr().err.splitlines()
+    assert chat.num_images == 0 and len(chat.messages) == 2  # of the second conversation
+    assert sum("/clear forgets" in line for line in shown) == 4 and any("/imgae is unknown" in line for line in shown)
+    said = [number for number, line in enumerate(shown) if "No image was given" in line]
+    assert len(said) == 1 and said[0] > shown.index("A new conversation, without images.")
+
+
+def test_an_answer_that_is_stopped_ends_nothing(model_folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("what?\nwhat?\n\n"))
+    chat, asked = Chat(Engine(*load_model(str(model_folder)))), []
+
+    def stopped(chat, question, images):
+        asked.append(question)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(terminal, "print_answer", stopped)
+    terminal.converse(chat, [], Console(stderr=True))
+    assert len(asked) == 2 and "Stopped" in capsys.readouterr().err

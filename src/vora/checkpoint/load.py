@@ -1,6 +1,7 @@
 """From a model folder of any kind to a model: to ask it, to train it further, or to merge it."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from vora.baselines.llava import VoraLlavaConfig, VoraLlavaForConditionalGeneration
 from vora.build.base_llm import grow_for_image_token, load_llm, load_tokenizer
 from vora.build.from_llm import from_llm, processor_from_llm, wrap_llm
+from vora.build.hub import loading, remote_code
 from vora.build.lora import keep_trained_in_fp32, merge_vision_lora, peft_model_of
 from vora.build.lora_product import use_lora_product
 from vora.checkpoint.adapter import WEIGHTS_FILE, read_adapter_config
@@ -77,7 +79,7 @@ def merge_run(path: Source, llm: str | None = None) -> tuple[VoraForConditionalG
     where there is nothing to merge. Of a model without a tokenizer the processor is its image part, or None."""
     info = _vora_info(path, llm)
     if info.adapter is None and info.run is None:
-        raise ValueError(f"{info.path} has no vision LoRA: it is merged already.")
+        raise ValueError(f"{info.path} is merged already: use it as it is, such as vora chat IMAGE -m {info.path}.")
     model = _merged(info, llm, None).eval()
     if info.kind != "adapter" and not info.has_processor:
         has_images = (info.path / "preprocessor_config.json").exists()
@@ -120,7 +122,8 @@ def load_processor(path: Source, llm: str | None = None) -> VoraProcessor:
     ValueError where there is none, or it does not agree with the adapter on the image token."""
     info = _vora_info(path)
     if info.has_processor:
-        return VoraProcessor.from_pretrained(info.path)
+        with loading(info.path, "The model"):
+            return VoraProcessor.from_pretrained(info.path, **remote_code())
     if info.kind != "adapter":
         raise ValueError(
             f"{info.path} has no tokenizer, so it cannot be asked anything: import it again with an --llm folder that "
@@ -153,7 +156,8 @@ def restore(student: Student, folder: Path, distillation: BlockwiseDistillation 
     if isinstance(student, PeftModel):
         if not (folder / WEIGHTS_FILE).exists():
             raise ValueError(f"{folder} holds no {WEIGHTS_FILE}: it is no checkpoint of stage pretrain.")
-        loaded = set_peft_model_state_dict(student, load_peft_weights(str(folder), device="cpu"))
+        with loading(folder, "The adapter"):
+            loaded = set_peft_model_state_dict(student, load_peft_weights(str(folder), device="cpu"))
         trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
         if misfits := loaded.unexpected_keys + sorted(trained & set(loaded.missing_keys)):
             raise ValueError(
@@ -225,9 +229,11 @@ def _vora_info(path: Source, llm: str | None = None) -> CheckpointInfo:
     """The description of a folder that holds a model with vision, which can go over the LLM if one is given."""
     info = path if isinstance(path, CheckpointInfo) else read_info(path)
     if info.kind == "llm":
+        config = json.loads((info.path / "config.json").read_text())
+        seen = "with a vision encoder, and no VoRA model" if "vision_config" in config else "without vision"
         raise ValueError(
-            f"{info.path} is a {info.model_type} model without vision: train some with `vora train`, or name a VoRA "
-            "model."
+            f"{info.path} is a {info.model_type} model {seen}: train an LLM with `vora train RECIPE model.llm=LLM`, "
+            "or name a run or a VoRA model."
         )
     if llm is not None and (info.kind != "adapter" or info.run is not None):
         raise ValueError(f"{info.path} has its own LLM: leave --llm out.")
@@ -247,12 +253,13 @@ def _config_of(info: CheckpointInfo) -> VoraConfig:
 def _whole_model(info: CheckpointInfo, dtype: torch.dtype | str) -> VoraForConditionalGeneration:
     """A folder's own weights, without an adapter beside them: that is for PEFT alone, not for transformers."""
     kind = VoraLlavaForConditionalGeneration if info.is_llava else VoraForConditionalGeneration
-    if info.adapter is None:
-        return kind.from_pretrained(info.path, dtype=dtype)
-    state = {name: tensor for file in weight_files(info.path) for name, tensor in load_file(file).items()}
-    model = kind.from_pretrained(None, config=_config_of(info), state_dict=state, dtype=dtype)
-    model.generation_config = GenerationConfig.from_pretrained(info.path)
-    return model
+    with loading(info.path, "The model"):
+        if info.adapter is None:
+            return kind.from_pretrained(info.path, dtype=dtype, **remote_code())
+        state = {name: tensor for file in weight_files(info.path) for name, tensor in load_file(file).items()}
+        model = kind.from_pretrained(None, config=_config_of(info), state_dict=state, dtype=dtype)
+        model.generation_config = GenerationConfig.from_pretrained(info.path)
+        return model
 
 
 def _base_model(info: CheckpointInfo, llm: str | None, dtype: torch.dtype | str) -> VoraForConditionalGeneration:
@@ -292,7 +299,7 @@ def _base_model(info: CheckpointInfo, llm: str | None, dtype: torch.dtype | str)
 def _name_of_llm(info: CheckpointInfo, llm: str | None) -> str:
     if not (name := llm or info.base_llm):
         raise ValueError(
-            f"{info.path} holds an adapter without its LLM, which was a folder and so is not named in it: put it over "
-            f"that with `vora merge {info.path} --llm LLM -o OUT`, and name OUT."
+            f"{info.path} holds an adapter without its LLM, which was a folder and so is not named in it: give --llm "
+            f"LLM, or merge it once with `vora merge {info.path} --llm LLM -o OUT`, and name OUT."
         )
     return name

@@ -4,13 +4,14 @@ import os
 import re
 from typing import Any
 
+from vora.build.hub import may_be_hub_id
+
 HUB_ID_OF_ALIAS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a name is owner/name on the hub, and nothing on this machine."""
-    is_file = re.search(r"\.(jsonl?|parquet|arrow|tar|gguf|ya?ml)$", name)
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not is_file and not os.path.exists(name)
+    return "/" in name and may_be_hub_id(name) and not os.path.exists(name)
 
 
 def published(name: object) -> str:

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from vora.build.base_llm import choose_image_token, load_tokenizer
+from vora.build.base_llm import EXAMPLE, choose_image_token, load_tokenizer
 from vora.build.from_llm import processor_from_llm
+from vora.build.hub import loading, located, remote_code
 from vora.build.lora import attach_vision_lora, keep_trained_in_fp32, merge_vision_lora
 from vora.checkpoint.card import CardFacts, write_card
 from vora.checkpoint.layout import HEADS_FILE, AdapterInfo, CheckpointInfo, fetched, write_info
@@ -122,11 +123,14 @@ def load_reference(checkpoint: Path | str, llm: Path | str) -> Reference:
         ValueError: it is no such checkpoint, tensors are missing, unknown or of another shape than the LLM's, or the
             LLM's family has no place for the biases.
     """
-    folder = Path(checkpoint) if Path(checkpoint).is_dir() else fetched(str(checkpoint))
+    folder = fetched(checkpoint)
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no config.json: it is no checkpoint.")
     fields, parts = json.loads((folder / "config.json").read_text()), _sorted(_read_tensors(folder), folder)
-    llm_config, tokenizer = AutoConfig.from_pretrained(llm).get_text_config(), _tokenizer_of(llm, checkpoint)
+    place = located(llm, "--llm", EXAMPLE)
+    with loading(place, "--llm"):
+        llm_config = AutoConfig.from_pretrained(place, **remote_code()).get_text_config()
+    tokenizer = _tokenizer_of(llm, checkpoint)
     state = parts[LLM] | parts[BIASES] | parts[PATCHES]
     num_positions, patch = state[POSITION].shape[-2], state[PATCH]
     grid = round(num_positions**0.5)
@@ -300,13 +304,10 @@ def _build_model(config: VoraConfig, state: Tensors, needed: set[str], folder: P
 
 
 def _tokenizer_of(*places: Path | str) -> PreTrainedTokenizerBase | None:
-    """The first tokenizer among folders and hub ids; None where no folder has a vocabulary (transformers would make up
-    an empty one)."""
-    vocabularies = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.gguf")
+    """The first tokenizer among folders and hub ids; None where none has one."""
     for place in places:
-        if not Path(place).is_dir() or any(any(Path(place).glob(name)) for name in vocabularies):
-            with suppress(Exception):  # transformers raises many kinds where files are missing
-                return load_tokenizer(place)
+        with suppress(Exception):  # transformers raises many kinds where files are missing
+            return load_tokenizer(place)
     return None
 
 

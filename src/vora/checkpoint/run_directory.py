@@ -13,8 +13,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 def run_of(folder: Path) -> Path | None:
     """The run directory that a folder is, or that it is the `final` or a checkpoint of; None for any other."""
-    is_saved = folder.name == "final" or folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-    places = [folder, folder.absolute().parent] if is_saved else [folder]
+    whole = folder.resolve()  # of `.`, or of a link to the newest
+    is_saved = whole.name == "final" or whole.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+    places = [folder, whole.parent] if is_saved else [folder]
     return next((place for place in places if (place / "recipe.yaml").exists()), None)
 
 

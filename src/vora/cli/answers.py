@@ -6,7 +6,17 @@ from typing import Annotated
 from typer import Argument, Option
 
 from vora.cli.app import app, console
-from vora.cli.options import DeviceOption, DtypeOption, MaxImageTokens, MinImageTokens, ModelOption, listed, out_file
+from vora.cli.options import (
+    BaseLlm,
+    DeviceOption,
+    DtypeOption,
+    MaxImageTokens,
+    MinImageTokens,
+    ModelOption,
+    RemoteCode,
+    listed,
+    out_file,
+)
 
 
 @app.command(name="eval")
@@ -33,6 +43,7 @@ def evaluate(
     generate: Annotated[bool, Option("--generate", help="A probe also generates answers; slow.")] = False,
     against: Annotated[str | None, Option(help="What else a probe shows: other,blank,shuffled,none.")] = None,
     base: Annotated[str | None, Option(help="LLM that --task text compares with; else the model's own.")] = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Measure a model on a task, with 95 % intervals; the same command goes on after a stop."""
     from vora.checkpoint.pretrained import committed_model
@@ -67,25 +78,28 @@ def chat(
     dtype: DtypeOption = None,
     min_image_tokens: MinImageTokens = None,
     max_image_tokens: MaxImageTokens = None,
+    llm: BaseLlm = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Ask a model about images; without -q, interactively (a line `+ IMAGE` adds an image, empty ends)."""
+    """Ask a model about images; without -q, interactively (`/help` shows what a line may be, an empty one ends)."""
     from vora.checkpoint.load import load_model
     from vora.checkpoint.pretrained import committed_model
     from vora.serve.chat import Chat
     from vora.serve.engine import Engine
-    from vora.serve.terminal import converse, open_image, print_answer
+    from vora.serve.terminal import NO_IMAGE, converse, open_image, print_answer
 
     opened = [open_image(image) for image in images or []]
     name = model or committed_model()
     loaded = load_model(
-        name, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, device=device, dtype=dtype
+        name, llm=llm, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, device=device, dtype=dtype
     )
-    engine = Engine(*loaded)
-    conversation = Chat(engine, max_new_tokens, temperature)
+    conversation = Chat(Engine(*loaded), max_new_tokens, temperature)
     if question is None:
         converse(conversation, opened, console)
-    else:
-        print_answer(conversation, question, opened)
+        return
+    if not opened:
+        console.print(f"{NO_IMAGE}: vora chat IMAGE -q QUESTION gives one.", highlight=False)
+    print_answer(conversation, question, opened)
 
 
 @app.command()
@@ -101,6 +115,8 @@ def inspect(
     dtype: DtypeOption = None,
     min_image_tokens: MinImageTokens = None,
     max_image_tokens: MaxImageTokens = None,
+    llm: BaseLlm = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Draw how a model sees an image: its blocks beside the teacher's, and where each word of the answer looks."""
     from vora.checkpoint.layout import read_info
@@ -120,7 +136,7 @@ def inspect(
     shown, name = fetch_image(image, allow_urls=True), model or committed_model()
     dtype = dtype or ("float32" if read_info(name).run else None)  # a run's trained parts are in float32
     vora, processor = load_model(
-        name, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, device=device, dtype=dtype
+        name, llm=llm, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, device=device, dtype=dtype
     )
     objective = Objective(vora, processor.image_processor)
     pairs, remark = take_teacher(objective, name, teacher)

@@ -6,16 +6,19 @@ from typing import Annotated
 from typer import Argument, Option
 
 from vora.cli.app import app, console
-from vora.cli.options import out_folder
+from vora.cli.options import BaseLlm, RemoteCode, out_folder
 
 
 @app.command()
 def merge(
-    path: Annotated[str, Argument(metavar="RUN", help="Run directory of `vora train`, or an unmerged model.")],
+    path: Annotated[
+        str, Argument(metavar="RUN", help="Run of `vora train`, a checkpoint of it, unmerged model or adapter.")
+    ],
     out: Annotated[Path, out_folder("Folder for the merged model.")],
     llm_out: Annotated[Path | None, Option(help="Also write the LLM alone, in its own format.")] = None,
     adapter_out: Annotated[Path | None, Option(help="Also write the vision adapter alone.")] = None,
-    llm: Annotated[str | None, Option(help="Base LLM of an adapter that does not name it.")] = None,
+    llm: BaseLlm = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Fold vision LoRA into the LLM's weights and save an ordinary model."""
     from vora.checkpoint.run_directory import best_checkpoint, run_of

@@ -42,6 +42,13 @@ def _device(value: str | None) -> str | None:
     return value
 
 
+def _trust(wanted: bool) -> None:
+    if wanted:
+        from vora.build.hub import trust_remote_code
+
+        trust_remote_code()
+
+
 def listed(text: str | None) -> list[str] | None:
     """The values of an option with commas between them."""
     return None if text is None else [one.strip() for one in text.split(",") if one.strip()]
@@ -65,3 +72,7 @@ DtypeOption = Annotated[
 ]
 MinImageTokens = Annotated[int | None, Option(help="Fewest tokens of an image; the model's own by default.")]
 MaxImageTokens = Annotated[int | None, Option(help="Most tokens of an image; the model's own by default.")]
+BaseLlm = Annotated[str | None, Option("--llm", help="Base LLM of an adapter that does not name it.")]
+RemoteCode = Annotated[
+    bool, Option("--trust-remote-code", callback=_trust, help="Run code that lies beside models; read it first.")
+]

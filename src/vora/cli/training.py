@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from vora.cli.app import app, console
-from vora.cli.options import Overrides, RecipeArgument, listed, names_of_specifications, out_folder
+from vora.cli.options import Overrides, RecipeArgument, RemoteCode, listed, names_of_specifications, out_folder
 
 
 @app.command()
@@ -104,6 +104,7 @@ def train(
     out: Annotated[Path | None, out_folder("Run directory; runs/RECIPE by default.")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would train, for how long, and on what.")] = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Train by a recipe: stage pretrain (vision LoRA) or finetune (everything)."""
     from vora.train import estimate

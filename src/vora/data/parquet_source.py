@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vora.build.hub import did_you_mean, loading, may_be_hub_id
 from vora.data.columns import IMAGE_COLUMNS, Row
 from vora.data.files import SPLITS
 from vora.data.images import looks_like_media
@@ -74,12 +75,15 @@ def prepared_files(path: str, subset: str | None, split: str) -> list[str]:
             dataset = datasets.load_from_disk(path)
             its_own = None if isinstance(dataset, dict) else str(dataset.split)
             dataset = dataset[split] if isinstance(dataset, dict) else dataset
+        elif not may_be_hub_id(path):
+            raise ValueError(f"there is no file or folder {Path(path).absolute()}.{did_you_mean(path)}")
         else:
-            dataset, its_own = datasets.load_dataset(path, subset, split=split), None
+            with loading(path, "The dataset"):
+                dataset, its_own = datasets.load_dataset(path, subset, split=split), None
     except Exception as error:  # datasets and the Hub raise many kinds
         raise ValueError(
             f"{path} is neither a file nor a folder here, nor a dataset that can be loaded from the Hub: "
-            f"{' '.join(str(error).split())[:200]}"
+            f"{' '.join(str(error).split())[:300]}"
         ) from None
     if its_own in {*SPLITS} - {split}:
         raise ValueError(

@@ -17,7 +17,8 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from vora.build.vit_init import vit_embedding
+from vora.build.hub import loading, located, remote_code
+from vora.build.vit_init import EXAMPLE, KEY, vit_embedding
 from vora.distill.blocks import block_outputs, only_first_blocks
 from vora.distill.blockwise import SUMMARY
 from vora.model.patch_embed import resized
@@ -88,18 +89,14 @@ class Teacher(nn.Module):
         Half-precision files are read as float32 by default, since processors without half-precision arithmetic are
         many times slower on them. ValueError: there is none, or it cannot teach.
         """
-        if not Path(name).exists() and (str(name).count("/") > 1 or str(name).startswith((".", "~"))):
-            raise ValueError(
-                f"There is no ViT at {name}: name a folder or a hub id, such as google/vit-base-patch16-224."
-            )
+        place = located(name, KEY, EXAMPLE)
+        with loading(place, KEY):
+            vit = AutoModel.from_pretrained(place, dtype=dtype, **remote_code() | kwargs)
+            normalisation = _normalisation(place)
         try:
-            vit = AutoModel.from_pretrained(name, dtype=dtype, **kwargs)
-        except (OSError, ValueError) as error:  # nothing there, or a model of another kind
-            cause = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"The teacher {name} cannot be loaded: {cause} Name another hub id or a folder."
-            ) from None
-        teacher = cls(vit, **_normalisation(name))
+            teacher = cls(vit, **normalisation)
+        except ValueError as error:
+            raise ValueError(f"{KEY} {name}: {error}") from None
         teacher.name = str(name)
         return teacher
 

@@ -118,7 +118,7 @@ def _opened(path: str, split: str | None, given: dict[str, Any]) -> Source:
     """A source by the split that is named, or by the first of `SPLITS` that it has."""
     is_here = Path(path).exists() or path == EASY_VQA or any(mark in path for mark in "*?[")
     if not is_here and Path(path).suffix.lower() in KINDS:
-        raise ValueError(f"{path}: there is no such file.")
+        raise ValueError(f"{path}: there is no such file: check --data.")
     if split or not Path(path).is_dir():
         return load_source(path, split or (SPLITS[0] if is_here else _split_on_hub(path, given["subset"])), **given)
     for name in SPLITS:

@@ -27,7 +27,8 @@ def image_blocks(is_image: Tensor, image_grid_thw: Tensor, patch_merge: int = 1)
         raise ValueError(
             f"The prompt has {num_placed} image tokens but the {image_grid_thw.shape[0]} images given have "
             f"{num_given * patch_merge**2} patches, which make {num_given} at patch_merge {patch_merge}. "
-            "Was the prompt cut, or an image left out? With past_key_values give only the images that are not in them."
+            "Was the prompt cut, an image left out, or the processor made with another tokenizer than the model? With "
+            "past_key_values give only the images that are not in them."
         )
     numbers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes, dtype=torch.long)).to(is_image.device)
     return torch.full(is_image.shape, -1, device=is_image.device).masked_scatter_(is_image, numbers)

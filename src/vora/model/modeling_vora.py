@@ -124,15 +124,17 @@ class VoraModel(VoraPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if (pixel_values is None) != (image_grid_thw is None):
             raise ValueError("Give pixel_values and image_grid_thw together, as the processor returns them.")
+        blocks: Tensor | None = None
+        is_image: Any = None
+        if image_grid_thw is not None:  # first, since the ids of another processor may be outside of the vocabulary
+            is_image = self.image_token_mask(input_ids, inputs_embeds)
+            if image_numbers is None:
+                image_numbers = image_blocks(is_image, image_grid_thw, self.config.patch_merge)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         cache = past_key_values if cache is None else cache
 
-        blocks = None
         if pixel_values is not None and image_grid_thw is not None:
-            is_image = self.image_token_mask(input_ids, inputs_embeds)
-            if image_numbers is None:
-                image_numbers = image_blocks(is_image, image_grid_thw, self.config.patch_merge)
             inputs_embeds = put_tokens(inputs_embeds, is_image, self.get_image_features(pixel_values, image_grid_thw))
             if self.config.image_attention == "bidirectional":
                 blocks = image_numbers

@@ -17,6 +17,12 @@ class Chat:
         self.engine, self.max_new_tokens, self.temperature = engine, max_new_tokens, temperature
         self.messages: list[Message] = []
 
+    @property
+    def num_images(self) -> int:
+        """Of images and videos, in all turns."""
+        parts = [part for message in self.messages if message["role"] == "user" for part in message["content"]]
+        return sum(part["type"] != "text" for part in parts)
+
     def ask(self, text: str, images: Sequence[str | Image.Image | Video] = ()) -> Generator[str, None, None]:
         """Stream the answer to a question, piece by piece. The images (paths, PIL images or videos; fetch those at
         URLs first) come before its text. ValueError if one cannot be read, or the LLM's context is exceeded."""

@@ -1,7 +1,8 @@
-"""The terminal chat: a line is a question, `+ IMAGE` adds an image to the next one, an empty line ends."""
+"""The terminal chat: a line is a question, a line that begins with / a command, an empty line ends."""
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from PIL import Image
 from rich.console import Console
@@ -10,6 +11,15 @@ from rich.markup import escape
 from vora.model.fetch_image import fetch_image, is_animated
 from vora.model.image_processing_vora import Video
 from vora.serve.chat import Chat
+
+with suppress(ImportError):  # Windows has none; with it, `input` takes arrow keys and knows the lines before
+    import readline  # noqa: F401
+
+HELP = (
+    "/image PATH adds an image to the next question, /clear forgets all that was said and shown, /help shows this, an "
+    "empty line ends, and Ctrl-C stops an answer."
+)
+NO_IMAGE = "No image was given, so the answer is from the text alone"
 
 
 def open_image(source: str) -> Image.Image | Video:
@@ -27,19 +37,42 @@ def print_answer(chat: Chat, question: str, images: Sequence[Image.Image | Video
 def converse(chat: Chat, images: Sequence[Image.Image | Video], console: Console) -> None:
     """Answer what is typed; a question or image that is refused ends nothing."""
     pending = list(images)
-    console.print(f"Images: {len(pending)}. Ask away; `+ IMAGE` adds an image, an empty line ends.")
+    console.print(f"Images: {len(pending)}. {HELP}", highlight=False)
     while line := read_line():
+        if line.startswith("/"):
+            _obey(line, chat, pending, console)
+            continue
+        if not pending and not chat.num_images:
+            console.print(f"{NO_IMAGE}: /image PATH adds one.", highlight=False)
         try:
-            if line.startswith("+"):
-                pending.append(open_image(line[1:].strip()))
-                continue
             print_answer(chat, line, pending)
+        except KeyboardInterrupt:
+            console.print("\nStopped; the question and its images count as not asked.")
         except ValueError as error:
             console.print(f"[red]{escape(str(error))}[/red]")
-            if line.startswith("+") or not pending:
-                continue
-            console.print(f"{len(pending)} images were left out with that question: add them again with `+ IMAGE`.")
-        pending = []
+            if pending:
+                console.print(f"{len(pending)} images were left out with that question: /image PATH adds them again.")
+            pending = []
+        else:
+            pending = []
+
+
+def _obey(line: str, chat: Chat, pending: list[Image.Image | Video], console: Console) -> None:
+    """Do what a line that begins with / says."""
+    command, _, place = line.partition(" ")
+    if command == "/image" and place.strip():
+        try:
+            pending.append(open_image(place.strip().strip("'\"")))
+            console.print(f"Images of the next question: {len(pending)}.", highlight=False)
+        except ValueError as error:
+            console.print(f"[red]{escape(str(error))}[/red]")
+    elif command == "/clear":
+        chat.messages.clear()
+        pending.clear()
+        console.print("A new conversation, without images.")
+    else:
+        known = "" if command == "/help" else f"{command} is unknown, or names no image. "
+        console.print(f"{escape(known)}{HELP}", highlight=False)
 
 
 def read_line() -> str:

@@ -14,7 +14,7 @@ from vora.data.stream import PackedSequences
 from vora.model.processing_vora import VoraProcessor
 from vora.train.from_recipe import open_sources, packed_sequences, training_arguments
 from vora.train.recipe_sections import DataSection, Recipe
-from vora.train.stages import build_processor, load_vit
+from vora.train.stages import build_processor, check_names, load_vit
 
 
 def preview(
@@ -48,6 +48,7 @@ def sequences_to_read(recipe: Recipe, max_samples: int | None) -> tuple[PackedSe
         limits = [limit for limit in (source.max_samples, max_samples) if limit is not None]
         source.max_samples = min(limits, default=None)
     sources = open_sources(recipe.data)
+    check_names(recipe)
     processor = build_processor(recipe, load_vit(recipe))
     recipe.training = {"max_steps": 1, "use_cpu": True, "seed": recipe.training.get("seed", 42)}
     return packed_sequences(recipe, sources, processor, training_arguments(recipe, ".")), processor

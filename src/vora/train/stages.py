@@ -9,8 +9,11 @@ from rich.table import Column, Table
 from torch import nn
 
 from vora.baselines.llava import VoraLlavaForConditionalGeneration
+from vora.build.base_llm import resolve_llm
 from vora.build.from_llm import from_llm, processor_from_llm
+from vora.build.hub import located
 from vora.build.lora import attach_vision_lora, keep_trained_in_fp32
+from vora.build.vit_init import EXAMPLE as VIT_EXAMPLE
 from vora.checkpoint.layout import AdapterInfo, read_info
 from vora.checkpoint.load import load_heads, load_processor, load_trainable
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, Pair, block_pairs
@@ -27,11 +30,24 @@ FROZEN_COPY = "frozen copy of the "
 def build_objective(recipe: Recipe) -> tuple[Objective, VoraProcessor]:
     """The objective and the processor of a recipe: stage 1 with LoRA and teacher, stage 2 with everything free; an
     encoder never trains. A ValueError where teacher, LLM and LoRA do not fit each other."""
+    check_names(recipe)
     vit = load_vit(recipe)
     student, processor = build_student(recipe, vit), build_processor(recipe, vit)
     processor.end_turns_of(student)  # what is saved, merged or sent elsewhere stops by itself
     teacher = None if recipe.teacher is None else vit
     return objective_around(recipe, student, processor.image_processor, teacher), processor
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raise, with the recipe's key, where one of its models is not there, before any is loaded."""
+    named = {"model.encoder": recipe.model.encoder, "teacher.name": recipe.teacher.name if recipe.teacher else None}
+    if recipe.model.llm is not None:
+        resolve_llm(recipe.model.llm, "model.llm")
+    for key, name in named.items():
+        if name is not None:
+            located(name, key, VIT_EXAMPLE)
+    if recipe.model.vora is not None:
+        located(recipe.model.vora, "model.vora", "me/my-vora")
 
 
 def load_vit(recipe: Recipe) -> Teacher | None:

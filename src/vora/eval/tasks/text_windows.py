@@ -55,7 +55,7 @@ def open_texts(data: Data) -> tuple[list[Path], Rows]:
     """(files of text, `Rows` of all others); ValueError if one is not there."""
     texts = [Path(path) for path in data.paths if str(path).lower().endswith(".txt")]
     if missing := [file for file in texts if not file.exists()]:
-        raise ValueError(f"{missing[0]}: there is no such file.")
+        raise ValueError(f"{missing[0]}: there is no such file: check --data.")
     return texts, Rows(replace(data, paths=[path for path in data.paths if Path(path) not in texts]))
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
-from vora.build.base_llm import ALIASES, resolve_llm
+from vora.build.base_llm import resolve_llm
+from vora.build.hub import loading, remote_code
 from vora.checkpoint.layout import read_info
 from vora.distill.objective import Objective
 from vora.distill.teacher import Teacher
@@ -71,9 +72,6 @@ def config_of(name: str) -> PretrainedConfig:
     shape = SHAPES / SHAPE_OF_ALIAS.get(name, name)
     if not Path(name).is_dir() and (shape / "config.json").is_file():
         return AutoConfig.from_pretrained(str(shape))
-    source, options = resolve_llm(name) if Path(name).is_dir() or name in ALIASES else (name, {})
-    try:
-        return AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        cause = str(error).splitlines()[0]
-        raise ValueError(f"No configuration of {name}: {cause} Give a folder with its config.json.") from None
+    source, options = resolve_llm(name, "The model")
+    with loading(source, "The model"):
+        return AutoConfig.from_pretrained(source, **options, **remote_code())

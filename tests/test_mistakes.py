@@ -1,0 +1,220 @@
+"""What people get wrong: each mistake is answered in at most three lines, which name what is wrong and the cure."""
+
+import json
+import re
+import shutil
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+from command import vora
+from messages import write_questions
+from tiny import save_tiny_llm, save_tiny_vit
+from transformers import AutoConfig, ViTMAEConfig, ViTMAEModel
+
+from vora.build import hub
+
+SMALL = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+CODE = """from transformers import PreTrainedConfig
+open({ran!r}, "w")
+class OwnConfig(PreTrainedConfig):
+    model_type = "own_code"
+"""
+
+
+def halve(file: Path):
+    """What an interrupted copy leaves."""
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder as people have it: LLM, teacher, data, recipe, a run and its merged model, and what is broken."""
+    here = tmp_path_factory.mktemp("here")
+    llm, vit = save_tiny_llm(here / "tiny-llama"), save_tiny_vit(here / "vit")
+    write_questions(here / "train.jsonl")
+    training = {"max_steps": 1, "per_device_train_batch_size": 1, "save_steps": 1, "use_cpu": True}
+    recipe = {
+        "model": {"llm": "tiny-llama"},
+        "teacher": {"name": "vit"},
+        "data": {"sources": [{"path": "train.jsonl"}], "sequence_length": 64},
+        "training": training,
+    }
+    (here / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert vora("train", "recipe.yaml", "--out", "runs/stage1", cwd=here).returncode == 0
+    merged = vora("merge", "runs/stage1", "-o", "my-vora", "--adapter-out", "adapter", cwd=here)
+    assert merged.returncode == 0, merged.stderr
+    two = {"stage": "finetune", "model": {"vora": "runs/stage1"}, "data": recipe["data"], "training": training}
+    (here / "two.yaml").write_text(yaml.safe_dump(two))
+    (here / "empty.yaml").write_text("# nothing\n")
+    (here / "tabs.yaml").write_text("model:\n\tllm: tiny-llama\n")
+    (here / "empty").mkdir()
+    (here / "unsaved").mkdir()
+    shutil.copy(here / "runs" / "stage1" / "recipe.yaml", here / "unsaved")
+    (here / "empty.jsonl").write_text("")
+    (here / "notes.txt").write_text("no image")
+    (here / "columns.jsonl").write_text('{"picture": "red.png", "prompt_text": "what?", "reply": "red"}\n')
+    (here / "missing.jsonl").write_text('{"image": "no.png", "question": "what?", "answer": "red"}\n')
+    for kind in ("llava", "qwen2_vl", "t5"):
+        AutoConfig.for_model(kind).save_pretrained(here / kind)
+    ViTMAEModel(ViTMAEConfig(**SMALL, image_size=16, patch_size=8)).save_pretrained(here / "mae")
+    halve(Path(shutil.copytree(llm, here / "llm-cut")) / "model.safetensors")
+    (Path(shutil.copytree(llm, here / "llm-empty")) / "model.safetensors").unlink()
+    (Path(shutil.copytree(llm, here / "llm-mute")) / "tokenizer.json").unlink()
+    halve(Path(shutil.copytree(vit, here / "vit-cut")) / "model.safetensors")
+    halve(Path(shutil.copytree(here / "my-vora", here / "vora-cut")) / "model.safetensors")
+    own = Path(shutil.copytree(llm, here / "own-code"))
+    config = json.loads((own / "config.json").read_text())
+    config |= {"model_type": "own_code", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (own / "config.json").write_text(json.dumps(config))
+    (own / "own.py").write_text(CODE.format(ran=str(here / "ran")))
+    info = json.loads((here / "adapter" / "vora.json").read_text())
+    shutil.copytree(here / "adapter", here / "own-adapter")
+    (here / "own-adapter" / "vora.json").write_text(json.dumps(info | {"base_llm": str(own)}))
+    return here
+
+
+CHAT = "chat red.png -q what? -m"
+TRAIN = "train recipe.yaml --out new"
+MISTAKES = {
+    "models": [
+        (f"{CHAT} my-vra", "no .*/my-vra, .* Did you mean my-vora"),
+        (f"{CHAT} ./runs/stge1", "path is never looked for on the hub. Did you mean ./runs/stage1"),
+        (f"{CHAT} runs/stge1", "no .*/runs/stge1, and HF_HUB_OFFLINE .* Did you mean runs/stage1"),
+        (f"{CHAT} ~/none/my-vora", "no /.*/none/my-vora, and a path"),
+        (f"{CHAT} my-vora/model.safetensors", "is a file: name the folder .* my-vora"),
+        (f"{CHAT} my-vora.gguf", "never looked for on the hub"),
+        (f"{CHAT} runs", "holds 1 of them: name one, such as runs/stage1"),
+        (f"{CHAT} empty", "holds no config.json .* check the path"),
+        (f"{CHAT} unsaved", "has not saved anything yet"),
+        (f"{CHAT} smollm2-135m", "is an LLM without vision: .*vora train"),
+        (f"{CHAT} tiny-llama", "is a llama model without vision: .*vora train"),
+        (f"{CHAT} llava", "is a llava model with a vision encoder"),
+        (f"{CHAT} vora-cut", "vora-cut has weights that are damaged or cut off .* again"),
+        (f"{CHAT} adapter", "--llm LLM"),
+        (f"{CHAT} me/none", "no .*/me/none, and HF_HUB_OFFLINE is set"),
+        (f"{CHAT} my-vora --llm tiny-llama", "has its own LLM: leave --?llm out"),
+    ],
+    "llm": [
+        (
+            f"{TRAIN} model.llm=smollm2-135",
+            "model.llm smollm2-135: .*no alias .*smollm2-135m.* mean smollm2-135m",
+        ),
+        (f"{TRAIN} model.llm=./tiny-lama", "model.llm ./tiny-lama: .* Did you mean ./tiny-llama"),
+        (f"{TRAIN} model.llm=tiny.gguf", "never looked for on the hub"),
+        (f"{TRAIN} model.llm=my-vora", "is a VoRA model, .* as model.vora=.*my-vora"),
+        (f"{TRAIN} model.llm=runs/stage1", "is a run of vora train: .* model.vora=.*stage1"),
+        (f"{TRAIN} model.llm=llava", "llava model, which sees by a vision encoder .*a llama model"),
+        (f"{TRAIN} model.llm=qwen2_vl", "qwen2_vl model, which sees by a vision encoder .*a qwen2 model"),
+        (f"{TRAIN} model.llm=t5", "is a t5 model, and no LLM"),
+        (f"{TRAIN} model.llm=empty", "holds no config.json and 0 GGUF files"),
+        (f"{TRAIN} model.llm=llm-cut", "llm-cut has weights that are damaged or cut off"),
+        (f"{TRAIN} model.llm=llm-empty", "llm-empty holds no weights"),
+        (f"{TRAIN} model.llm=llm-mute", "llm-mute has no tokenizer"),
+        (f"{TRAIN} model.llm=own-code", "own-code needs code of its own: .* --trust-remote-code"),
+        (f"{TRAIN} model.vora=my-vora", "exactly one of llm"),
+    ],
+    "teacher": [
+        (f"{TRAIN} teacher.name=no/vit", "teacher.name no/vit: .*no/vit, and HF_HUB_OFFLINE .* such as google/vit"),
+        (f"{TRAIN} teacher.name=./vitt", "teacher.name ./vitt: .* Did you mean ./vit"),
+        (
+            f"{TRAIN} teacher.name=tiny-llama",
+            "tiny-llama: .* no plain projection of patches .* only plain ViTs",
+        ),
+        (f"{TRAIN} teacher.name=mae", "teacher .*mae: .* hides 75% of the patches .* only plain ViTs"),
+        (f"{TRAIN} teacher.name=vit-cut", "vit-cut has weights that are damaged"),
+        (f"{TRAIN} teacher.name=empty", "empty cannot be loaded"),
+    ],
+    "runs": [
+        ("train two.yaml --out new", "merged model: vora merge .*stage1 -o OUT, and model.vora=OUT"),
+        ("train two.yaml model.vora=no-run --out new", "model.vora no-run: there is no"),
+        ("train recipe.yaml --out runs/stage1", "already holds a run: add --resume .* another --out"),
+        (f"{TRAIN} --resume", "no checkpoint to resume from: start without --resume"),
+        ("merge my-vora -o new", "is merged already: use it as it is"),
+        ("merge runs/stage2 -o new", "no .*/runs/stage2"),
+        ("merge runs/stage1 -o my-vora", "is not empty: choose another --out"),
+        ("merge tiny-llama -o new", "without vision"),
+        ("import-reference my-vora --llm tiny-llama -o new", "no checkpoint of the released code"),
+    ],
+    "data": [
+        (
+            "data recipe.yaml data.sources.0.path=trian.jsonl --out new",
+            "no file .*trian.jsonl.* mean train.jsonl",
+        ),
+        ("data recipe.yaml data.sources.0.path=empty.jsonl --out new", "empty.jsonl"),
+        ("data recipe.yaml data.sources.0.path=notes.txt --out new", "notes.txt is none of the kinds"),
+        ("data recipe.yaml data.sources.0.path=columns.jsonl --out new", "columns"),
+        ("data recipe.yaml data.sources.0.path=missing.jsonl --out new", "All 1 samples are bad: .*bad_samples.jsonl"),
+        ("eval -m my-vora --task vqa --data no.jsonl -o new.json", "no.jsonl"),
+        ("eval -m my-vora --task vqqa --data train.jsonl -o new.json", "no task 'vqqa': choose among"),
+        ("eval -m my-vra --task vqa --data train.jsonl -o new.json", "Did you mean my-vora"),
+        ("chat no.png -q what? -m my-vora", "no.png: there is no such file"),
+        ("chat notes.txt -q what? -m my-vora", "notes.txt: it is not an image"),
+        ("inspect red.png -m my-vora --teacher no-vit", "teacher no-vit: there is no .*/no-vit"),
+    ],
+    "recipe": [
+        ("train no.yaml", "Cannot read recipe no.yaml"),
+        ("train empty.yaml", "empty.yaml holds no keys"),
+        ("train tabs.yaml", "tabs.yaml is no valid YAML"),
+        (f"{TRAIN} lora.rnak=4", "unknown key lora.rnak .did you mean rank"),
+        (f"{TRAIN} lora.rank=many", "lora.rank: .* integer"),
+        (f"{TRAIN} training.max_step=4", "max_step .*did you mean max_steps"),
+        (f"{TRAIN} lora.rank", "write key=value"),
+        (f"{TRAIN} training.max_steps=0", "max_steps"),
+        ("plan recipe.yaml --gpu h3000", "choose among"),
+    ],
+}
+
+
+def answer_to(command, here, input=""):
+    """The error that a command ends with, in lines of a terminal of 120 columns."""
+    result = vora(*command.split(), cwd=here, input=input)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, f"{command}: {result.stderr}"
+    error = result.stderr[result.stderr.rindex("error:") :]
+    return " ".join(error.split()), textwrap.wrap(error, 120)
+
+
+@pytest.mark.parametrize("group", MISTAKES)
+def test_each_mistake_is_answered_in_three_lines_with_its_cure(here, group):
+    wrong = []
+    for command, wanted in MISTAKES[group]:
+        text, lines = answer_to(command, here)
+        if not re.search(wanted, text) or len(lines) > 3:
+            wrong.append(f"{command}\n  wanted: {wanted}\n  got ({len(lines)} lines): {text}")
+    assert not wrong, "\n".join(wrong)
+    assert not (here / "new").exists() or not (here / "new" / "final").exists()
+
+
+def test_lines_of_a_chat_never_make_code_of_a_model_run(here, monkeypatch):
+    text, _ = answer_to("chat -m own-adapter", here, input="y\nyes\ny\n")
+    assert "needs code of its own: read it, and then give --trust-remote-code" in text
+    assert not (here / "ran").exists()
+    monkeypatch.setattr(hub, "_trusts", [])
+    text, _ = answer_to("chat -m own-adapter --trust-remote-code", here, input="y\n")
+    assert "own_code model" in text and (here / "ran").exists()
+
+
+def test_an_unreachable_hub_is_known_at_once(here, monkeypatch):
+    """Without a second request, and for a name in the hub's cache out of that alone."""
+    asked = []
+    monkeypatch.setattr(hub, "_state", {})
+    monkeypatch.setattr(hub, "_connects", lambda host, port: asked.append((host, port)))
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    for _ in range(2):
+        assert "cannot be reached" in hub.hub_problem("me/none")
+    assert len(asked) == 1
+    with hub.loading("me/none", "The model"):
+        assert hub.constants.HF_HUB_OFFLINE
+    assert not hub.constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_: "config.json")
+    assert hub.located("me/some", "model.llm", "me/some") == "me/some"
+
+
+@pytest.mark.parametrize(
+    ("proxy", "wanted"), [("", ("hub.example", 443)), ("http://gate.example:3128", ("gate.example", 3128))]
+)
+def test_the_hub_is_reached_through_the_proxy(monkeypatch, proxy, wanted):
+    monkeypatch.setattr(hub, "getproxies", lambda: {"https": proxy} if proxy else {})
+    monkeypatch.setattr(hub, "proxy_bypass", lambda host: False)
+    assert hub._first_host("https://hub.example") == wanted
