@@ -202,7 +202,10 @@ def test_tars_as_people_pack_them(tmp_path):
         ("d.json", b'[{"question": "what?", "answer": "x"}, {"quest', "broken at byte"),
         ("e.parquet", b"PAR1 not really", "Cannot read"),
         ("f.tar", (LAYOUTS / "shard-000.tar").read_bytes()[:1100], "cut off|no whole tar"),
-        ("g.csv", b"a,b\n", "none of the kinds"),
+        ("g.xls", b"a,b\n", "none of the kinds"),
+        ("h.csv", b"question,answer\n", "0 rows"),
+        ("i.csv", "question,answer\na,b\n".encode("utf-16"), "no table in UTF-8"),
+        ("j.csv", b"text,text\na,b\n", "2 columns of the name 'text'"),
         ("h.json", '[{"text": "é"}]'.encode("utf-16"), "no list of JSON objects in UTF-8"),
         ("nothing-here", None, "neither a file nor a folder"),
         ("*.tar.gz", None, "matches 0 files"),
@@ -269,14 +272,16 @@ def test_hidden_files_are_left_out_and_compressed_ones_refused_where_they_belong
 
 
 @pytest.mark.parametrize("column", ["image_path", "img", "image_url", "pic", "filename"])
-def test_images_in_other_columns_are_refused_or_named(tmp_path, column):
+def test_images_in_other_columns_are_guessed_or_named_or_refused(tmp_path, column):
     """Else the row would be learned without its image."""
     Image.new("RGB", (4, 4), RED).save(tmp_path / "a.png")
     for kind in ("jsonl", "parquet"):
         file = write(tmp_path / f"t.{kind}", {column: "a.png", "question": "what?", "answer": "red"})
+        assert opened(file).guessed == {"image": column}
+        assert read(file)[0][0] == read(file, columns={"image": column})[0][0] == [RED]
+        two = write(tmp_path / f"u.{kind}", {column: "a.png", "photo": "a.png", "question": "what?", "answer": "red"})
         with pytest.raises(ValueError, match=f"Its column '{column}' seems to hold an image.*image: {column}"):
-            opened(file)
-        assert read(file, columns={"image": column})[0][0] == [RED]
+            opened(two)
 
 
 @pytest.mark.parametrize("column", ["videos", "audios"])

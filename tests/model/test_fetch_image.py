@@ -141,6 +141,9 @@ def test_a_damaged_exif_leaves_the_image_readable(kind):
     tag = struct.pack("<HHII", 0x0112, 3, 1, 6)
     damaged = {
         b"garbage here": (6, 4),
+        b"": (6, 4),
+        b"I": (6, 4),
+        b"MM\0*\0\0": (6, 4),
         b"II*\0\x08\0\0\0\x05\0\x12\x01": (6, 4),
         b"II*\0\xff\xff\xff\x7f": (6, 4),
         b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHI4s", 0x0112, 2, 4, b"abc\0") + bytes(4): (6, 4),

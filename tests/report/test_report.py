@@ -22,12 +22,14 @@ def test_pages_escape_what_they_hold():
     page = html.page("a < b", html.facts([("1 < 2", "x & y")]) + html.table(["<h>"], [["<i>"], [3]], "kind"), ".x{}")
     assert "a &lt; b" in page and "1 &lt; 2" in page and "x &amp; y" in page and ".x{}" in page
     rows = "<tr><th>&lt;h&gt;</th></tr><tr><td>&lt;i&gt;</td></tr><tr><td>3</td></tr>"
-    assert f'<table class="kind">{rows}</table>' in page
+    assert f'<table class="kind">{rows}</table>' in page and 'name="viewport" content="width=device-width' in page
 
 
 def test_a_histogram_has_a_bar_for_each_count():
     found = html.histogram([1, 4, 2], [0, 10, 20, 30], width=300, height=100)
     assert found.count("<rect") == 3 and 'height="100.0" fill="#4a7fb5"><title>4' in found and ">30</text>" in found
+    assert all(f">{tick}</text>" in found for tick in range(5)) and html.ticks(37) == [0, 10, 20, 30]
+    assert ">tokens</text>" in html.histogram([1], [0, 1], "tokens") and len(html.ticks(1_000_000)) <= 6
     assert html.histogram([], []) == html.histogram([0], [0, 1]) == "<p>None.</p>"
 
 

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from vora.train.from_recipe import check_fsdp
 from vora.train.recipe import OLD_KEYS, load_recipe, save_recipe
-from vora.train.recipe_sections import Recipe
+from vora.train.recipe_sections import AUTO_LENGTH, Recipe
 from vora.train.run import train
 
 GOOD = {"model": {"llm": "smollm2-135m"}, "data": {"sources": [{"path": "easy-vqa"}]}}
@@ -57,6 +57,16 @@ def test_mistakes_are_named(sections, wanted):
     with pytest.raises(ValueError) as error:
         load_recipe({**GOOD, **sections})
     assert wanted in str(error.value) and "\n" not in str(error.value)
+
+
+def test_sources_are_added_on_the_command_line_and_a_length_may_be_found(file):
+    added = load_recipe(file, ["data.sources.+=more.csv", "data.sources.+={path: x, max_samples: 3}"]).data.sources
+    assert [(one.path, one.max_samples) for one in added[-2:]] == [("more.csv", None), ("x", 3)] and len(added) >= 3
+    assert load_recipe(file, ["data.sources=[only.tsv]"]).data.sources[0].path == "only.tsv"
+    assert load_recipe(file, ["data.sequence_length=auto"]).data.sequence_length == AUTO_LENGTH
+    for wrong in ("7", "many"):
+        with pytest.raises(ValueError, match="data.sequence_length"):
+            load_recipe(file, [f"data.sequence_length={wrong}"])
 
 
 def test_overrides_reach_nested_keys_and_are_checked(file):

@@ -25,6 +25,7 @@ from vora.checkpoint.layout import read_info
 from vora.checkpoint.run_directory import find_checkpoint, newest_checkpoint
 from vora.train.from_recipe import fewest_of_processes
 from vora.train.recipe import load_recipe
+from vora.train.recipe_sections import AUTO_LENGTH
 from vora.train.run_log import read_log
 
 
@@ -51,6 +52,18 @@ def test_a_run_killed_after_its_last_step_only_ends_and_none_is_overwritten(reci
     run(load_recipe(tmp_path / "run" / "recipe.yaml"), tmp_path / "run", resume=True)
     assert losses(tmp_path / "run") == whole and max(whole) == 6
     assert (tmp_path / "run" / "final" / "adapter_model.safetensors").read_bytes() == expected
+
+
+def test_a_length_that_the_data_chose_is_kept(recipe, tmp_path):
+    def chosen(steps):
+        found = recipe(max_steps=steps, save_steps=2)
+        found.data.sequence_length = AUTO_LENGTH
+        return found
+
+    run(chosen(2), tmp_path / "run")
+    length = load_recipe(tmp_path / "run" / "recipe.yaml").data.sequence_length
+    assert length >= 8 and run(chosen(4), tmp_path / "run", resume=True).state.global_step == 4
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").data.sequence_length == length
 
 
 def test_a_longer_run_hides_its_first_end_and_keeps_the_planned_steps(recipe, tmp_path):

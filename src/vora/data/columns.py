@@ -8,6 +8,8 @@ from vora.data.prompts import DEFAULT_PROMPTS, Prompts
 
 Row = dict[str, Any]
 
+MOST_ROW_BYTES = 16 << 20  # of the text of a row: what is made of it takes many times as much memory
+
 IMAGE_COLUMNS = ("image", "images", "frames", "video", "videos")
 SOUND_COLUMNS = ("audio", "audios")
 UNREAD_COLUMNS = ("tools", "functions", "chat_template_kwargs")  # of what an assistant is given besides
@@ -89,12 +91,19 @@ def has_any(row: Mapping[str, Any], *names: str) -> bool:
     return any(name in row for name in names)
 
 
+def too_large(size: int, what: str = "It", most: int = MOST_ROW_BYTES) -> ValueError:
+    """What says that a row, or a part of it, is larger than it may be."""
+    return ValueError(f"{what} has {size:,} bytes, and the limit is {most:,}: cut it, or leave it out.")
+
+
 def _without_nan(value: Any, column: str) -> Any:
     """A value in which NaN, which is how tables and JSON of Python write null, is None."""
     if isinstance(value, dict):
         return {key: _without_nan(one, column) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_without_nan(one, column) for one in value]
+    if isinstance(value, str) and len(value) > MOST_ROW_BYTES:
+        raise too_large(len(value), f"Its column {column!r}")
     if isinstance(value, str) and not value.isascii():
         try:
             value.encode()

@@ -10,8 +10,8 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 
 def files_of(path: str, split: str, kinds: Sequence[str]) -> list[Path] | None:
     """The files of some `kinds` (endings, as `.parquet`) that a path means: of a file, a pattern, or a folder with
-    files, in itself, in `data/`, or in a folder named as the split; None if it is a dataset's folder or id. ValueError
-    if none are there, or some that belong to them are compressed."""
+    files, in itself, in `data/`, or in a folder named as the split, or none, if it has none of any split; None if it
+    is a dataset's folder or id. ValueError if they are of other splits, or some of them are compressed."""
     place = Path(path)
     if place.is_file():
         if place.suffix.lower() not in kinds:
@@ -26,7 +26,7 @@ def files_of(path: str, split: str, kinds: Sequence[str]) -> list[Path] | None:
         return files
     if not place.is_dir() or (place / "state.json").exists() or (place / "dataset_dict.json").exists():
         return None
-    own = [one for one in sorted(place.iterdir()) if one.is_dir() and re.fullmatch(_named_as(split), one.name)]
+    own = [one for one in sorted(place.iterdir()) if one.is_dir() and re.fullmatch(named_as(split), one.name)]
     every: list[Path] = []
     for folder in (*own, place, place / "data"):
         found = sorted(folder.glob("*"))
@@ -40,7 +40,13 @@ def files_of(path: str, split: str, kinds: Sequence[str]) -> list[Path] | None:
             return files
     if not _readable(every, kinds):
         _check_not_compressed(every, [], kinds)
-    raise ValueError(
+        return []
+    raise no_files(path, split, kinds)
+
+
+def no_files(path: str, split: str, kinds: Sequence[str]) -> ValueError:
+    """What says that a folder has nothing to read."""
+    return ValueError(
         f"{path} holds no files of the split {split!r} of the kinds {', '.join(kinds)}: check data.sources."
     )
 
@@ -59,11 +65,11 @@ def _check_not_compressed(found: Iterable[Path], chosen: Sequence[Path], kinds: 
         raise ValueError(f"{len(packed)} compressed files, such as {packed[0]}, are not read: unpack them first.")
 
 
-def _named_as(split: str) -> str:
+def named_as(split: str) -> str:
     """A pattern of a split's name: train, Train or training."""
     return rf"(?i:{re.escape(split)}(ing)?)"
 
 
 def _is_named(file: Path, split: str) -> bool:
     """Whether a split's name stands in a file's, between what are no letters."""
-    return re.search(rf"(?<![a-zA-Z]){_named_as(split)}(?![a-zA-Z])", file.stem) is not None
+    return re.search(rf"(?<![a-zA-Z]){named_as(split)}(?![a-zA-Z])", file.stem) is not None

@@ -82,7 +82,7 @@ def looks_like_media(column: str) -> bool:
 def check_unread_media(row: Row) -> None:
     """Raise ValueError for an image in a column that is none of ours: the row would be learned without it."""
     for column, value in row.items():
-        if looks_like_media(str(column)) and _is_media(value[0] if isinstance(value, list) and value else value):
+        if looks_like_media(str(column)) and is_media(value[0] if isinstance(value, list) and value else value):
             raise ValueError(
                 f"Its column {column!r} seems to hold an image, but images are looked for in "
                 f"{', '.join(IMAGE_COLUMNS)} alone: name it in the source's `columns`, image: {column}."
@@ -109,7 +109,7 @@ def content_of(image: Any) -> Any:
     return image.get("bytes") or image.get("path") or image.get("url") if isinstance(image, dict) else image
 
 
-def _is_media(value: Any) -> bool:
+def is_media(value: Any) -> bool:
     if isinstance(value, str):
         return _ends_as(value, IMAGE_ENDINGS + UNREAD_ENDINGS) or value.startswith("data:image")
     return isinstance(value, bytes) or (isinstance(value, dict) and not {"bytes", "path", "url"}.isdisjoint(value))

@@ -13,11 +13,13 @@ from vora.report.html import facts, histogram, page, table
 from vora.report.images import data_url, image_of_patches, with_grid
 
 STYLE = """
-.sample{border:1px solid #d8e0e8;border-radius:.6rem;padding:.8rem;margin:.9rem 0}
-.sample img{border:1px solid #d8e0e8;margin:0 .5rem .3rem 0;vertical-align:top}
-.sample p{margin:.3rem 0;font:.86rem/1.5 ui-monospace,monospace;white-space:pre-wrap;word-break:break-word}
-.name{color:#5b6b7b;font-size:.82rem}.prompt{background:#e3ecf7}.label{background:#cfeeda;font-weight:600}
-.image{background:#f7e3c6}.bad td{text-align:left}
+.samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr));gap:.8rem}
+.sample{border:1px solid #d8e0e8;border-radius:.6rem;padding:.8rem;overflow:hidden}
+.sample img{border:1px solid #d8e0e8;margin:.3rem .4rem .3rem 0;vertical-align:top;max-height:16rem}
+.sample p{margin:.3rem 0;font:.8rem/1.5 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
+.sample .texts{max-height:24rem;overflow-y:auto}
+.name{color:#5b6b7b;font-size:.82rem;overflow-wrap:anywhere}.prompt{background:#e3ecf7}.label{background:#cfeeda;font-weight:600}
+.image{background:#f7e3c6}.text td,.text th{text-align:left}
 """
 NUM_BAD_SHOWN = 1000
 SOURCE_COLUMNS = ("source", "rows", "bad", "share of samples", "share of tokens", "tokens per sample")
@@ -44,16 +46,19 @@ def write_page(
     if len(bad) > NUM_BAD_SHOWN:
         causes.append((f"and {len(bad) - NUM_BAD_SHOWN:,} more", "see bad_samples.jsonl"))
     body = f"""{facts(figures)}
+<p>{escape(filling(summary).capitalize())}.</p>
 <h2>Sources</h2>{table(SOURCE_COLUMNS, source_rows(summary))}
-<h2>Tokens per sample</h2>{histogram(tokens["counts"], tokens["edges"])}
+<h2>Columns</h2>{table(("source", "columns", "not read"), column_rows(summary), "text")}
+<h2>Tokens per sample</h2>{histogram(tokens["counts"], tokens["edges"], "tokens of a sample", "samples")}
 <h2>Sizes</h2>{table(["", *columns], sizes)}
 <h2>The first {len(shown)} samples</h2>
 <p>As the model sees them: each image at the size it is given, with the grid of its image tokens;
 <span class="image">image tokens</span>, <span class="prompt">what is given</span>,
 <span class="label">what is to be learned</span>. Questions that share an image share its tokens.</p>
-{"".join(_sample(name, sample, processor) for name, sample in shown)}
-<h2>Bad samples</h2>{table(("where", "why"), causes, "bad") if causes else "<p>None.</p>"}"""
-    path.write_text(page("What training will read", body, STYLE), encoding="utf-8")
+<div class="samples">{"".join(_sample(name, sample, processor) for name, sample in shown)}</div>
+<h2>Bad samples</h2>{table(("where", "why"), causes, "text") if causes else "<p>None.</p>"}"""
+    # names may hold half a surrogate pair, which no file does
+    path.write_text(page("What training will read", body, STYLE), encoding="utf-8", errors="backslashreplace")
 
 
 def source_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -69,6 +74,33 @@ def source_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
         )
         for one in summary["sources"]
     ]
+
+
+def column_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(source, its columns as we call them, those that are not read) of each source of a summary."""
+
+    def said(ours: str, theirs: str, guessed: Sequence[str]) -> str:
+        return (ours if ours == theirs else f"{ours} from {theirs}") + (" (guessed)" if ours in guessed else "")
+
+    return [
+        (
+            _short(one["name"]),
+            ", ".join(said(ours, theirs, one["guessed_columns"]) for ours, theirs in one["columns"].items()),
+            ", ".join(one["columns_not_read"]) or "-",
+        )
+        for one in summary["sources"]
+    ]
+
+
+def filling(summary: Mapping[str, Any]) -> str:
+    """How full packed sequences get, and which length near theirs fills better."""
+    length, best = summary["sequence_length"], summary["best_sequence_length"]
+    share, most = (100 * one["packing_efficiency"] for one in (summary, best))
+    said = f"packed sequences of {length:,} tokens are {share:.1f} % full"
+    if best["sequence_length"] == length:
+        return said
+    other = best["sequence_length"]
+    return f"{said}; of {other:,} they would be {most:.1f} % full: data.sequence_length={other}, or auto"
 
 
 def token_runs(sample: TokenSample, tokenizer: Any, image_token_id: int) -> list[list[tuple[str, str]]]:
@@ -107,7 +139,7 @@ def _sample(name: str, sample: TokenSample, processor: Any) -> str:
     ]
     return (
         f'<div class="sample"><div class="name">{escape(_short(name))}: {len(sample["input_ids"])} tokens</div>'
-        f"{''.join(images)}{''.join(f'<p>{text}</p>' for text in texts)}</div>"
+        f'{"".join(images)}<div class="texts">{"".join(f"<p>{text}</p>" for text in texts)}</div></div>'
     )
 
 

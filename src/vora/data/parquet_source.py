@@ -1,7 +1,9 @@
 """Parquet files, and the Arrow files of `datasets`."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,9 @@ class Parquet(Source):
     """Parquet files; a row group is a block, or, where it is large, a part of one."""
 
     def _scanned(self, file: str) -> Iterator[Sequence[int]]:
-        with pq.ParquetFile(file) as parquet:
-            groups = [parquet.metadata.row_group(group) for group in range(parquet.num_row_groups)]
-        for number, group in enumerate(groups):
+        metadata = _metadata(file, os.stat(file).st_mtime_ns)
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
             num_parts = max(-(-group.total_byte_size // BYTES_PER_BLOCK), -(-group.num_rows // MOST_ROWS), 1)
             size = max(1, -(-group.num_rows // num_parts))
             for first in range(0, group.num_rows, size):
@@ -35,7 +37,8 @@ class Parquet(Source):
         group, first, last = place
         columns = self.options.columns
         wanted = {*self.wanted, *(theirs for ours, theirs in columns.items() if ours in self.wanted)}
-        with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as parquet:
+        metadata = _metadata(file, os.stat(file).st_mtime_ns)
+        with pq.ParquetFile(file, metadata=metadata, pre_buffer=False, buffer_size=1 << 20) as parquet:
             every = parquet.schema_arrow.names
             names = [name for name in every if name in wanted] or every
             if IMAGES <= {*self.wanted} and not IMAGES & {*names, *columns}:  # to be refused rather than missed
@@ -62,7 +65,9 @@ class Arrow(Source):
 
     def _read(self, file: str, *place: int) -> list[Row]:
         # opened anew each time, so that what was mapped into memory goes again
-        return _rows_of(_arrow_table(file).slice(place[0], self.rows_per_block))
+        table = _arrow_table(file).slice(place[0], self.rows_per_block)
+        table.validate(full=True)  # a flipped bit of an offset would have bytes read that are not there
+        return _rows_of(table)
 
 
 def prepared_files(path: str, subset: str | None, split: str) -> list[str]:
@@ -93,6 +98,12 @@ def prepared_files(path: str, subset: str | None, split: str) -> list[str]:
     if sum(len(_arrow_table(file)) for file in files) != len(dataset):
         raise ValueError(f"{path}: {split!r} is a part of a split: name a whole one, and say max_samples for less.")
     return files
+
+
+@lru_cache(maxsize=64)
+def _metadata(file: str, changed: int) -> pq.FileMetaData:
+    """A file's list of row groups, which is as long as they are many: it is not read anew for each of them."""
+    return pq.read_metadata(file)
 
 
 def _arrow_table(file: str) -> pa.Table:

@@ -1,6 +1,7 @@
 """From what a user names (a file, a folder, a dataset's id) to the source that reads it."""
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -10,16 +11,22 @@ import pyarrow as pa
 
 from vora.build.fetch import wheel_files
 from vora.data.columns import COLUMNS, Row, RowOptions
-from vora.data.files import files_of
+from vora.data.csv_source import Csv
+from vora.data.files import files_of, no_files
+from vora.data.guess import line_to_paste
+from vora.data.image_folder import ImageFolder, image_root
 from vora.data.json_source import UTF8_MARK, JsonArray, JsonLines
 from vora.data.parquet_source import Arrow, Parquet, prepared_files
 from vora.data.schema import to_sample
 from vora.data.source import ReadRow, Source
 from vora.data.tar_source import WebDataset
 
+log = logging.getLogger("vora")
+
 EASY_VQA = "easy-vqa"
 KINDS: dict[str, type[Source]] = {
     ".parquet": Parquet, ".jsonl": JsonLines, ".json": JsonArray, ".tar": WebDataset, ".arrow": Arrow,
+    ".csv": Csv, ".tsv": Csv,
 }  # fmt: skip
 
 
@@ -64,7 +71,8 @@ def load_source(
 
     Args:
         path: the name `easy-vqa`; a file or a pattern such as `shards/*.tar`; a folder of files, named after splits or
-            not, in itself or in `data/`; a folder of `datasets.save_to_disk`; or the id of a dataset on the Hub.
+            not, in itself or in `data/`; a folder of images with captions beside them, or in folders named as their
+            classes; a folder of `datasets.save_to_disk`; or the id of a dataset on the Hub.
         split: of those the folder or the dataset has.
         subset: of a dataset on the Hub.
         options, image_folder, max_samples, read_row, wanted, is_checked: see `Source`.
@@ -76,13 +84,20 @@ def load_source(
     files = files_of(str(path), split, tuple(KINDS))
     if files is None:
         return Arrow(str(path), prepared_files(str(path), subset, split), **given)
+    if not files:
+        if (root := image_root(Path(path), split, tuple(KINDS))) is None:
+            raise no_files(str(path), split, tuple(KINDS))
+        return ImageFolder(str(path), root, **given)
     kinds = {_kind_of(file) for file in files}
     if len(kinds) > 1:
         raise ValueError(f"{path} mixes {', '.join(sorted(kind.__name__ for kind in kinds))}: name files of one kind.")
     try:
-        return kinds.pop()(str(path), files, **given)
+        source = kinds.pop()(str(path), files, **given)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"Cannot read {path}: {' '.join(str(error).split())[:300]}") from None
+    if source.guessed and is_checked:
+        log.warning("%s: its columns are guessed, columns: %s", path, line_to_paste(source.guessed))
+    return source
 
 
 def _kind_of(file: Path) -> type[Source]:

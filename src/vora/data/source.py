@@ -6,19 +6,21 @@ how many rows each of its blocks holds, and nothing else of what is in them.
 
 import tarfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
-from vora.data.columns import COLUMNS, Row, RowOptions
+from vora.data.columns import COLUMNS, MOST_ROW_BYTES, Row, RowOptions
+from vora.data.guess import columns_read, guessed_columns
 from vora.data.schema import to_sample
 
 ReadRow: TypeAlias = Callable[[Row, str, str, RowOptions], Any]  # row, its name, folder of its images
 Rows: TypeAlias = Sequence[Row | ValueError]  # of a broken row, what is wrong with it
 FIRST_ROWS = 512  # of which one must be of use
+MOST_BLOCK_BYTES = 4 * MOST_ROW_BYTES  # of some lines; a larger line is a block alone, and is not read
 
 
 class Source:
@@ -56,6 +58,11 @@ class Source:
             sizes = np.diff(np.minimum(sizes.cumsum(), max_samples), prepend=0)
         self.blocks, self.block_sizes = self.blocks[sizes > 0], sizes[sizes > 0]
         self.starts = self.block_sizes.cumsum() - self.block_sizes
+        rows = self._first_rows() if len(self) else []
+        self.guessed = {} if options.columns else guessed_columns(rows)
+        if self.guessed:
+            self.options = replace(options, columns=self.guessed)
+        self.columns_read, self.columns_not_read = columns_read(rows, self.options.columns)
         self._cached: tuple[int | None, Rows] = (None, [])
         if len(self) == 0:
             raise ValueError(f"{name} holds 0 rows: an empty dataset cannot be trained on.")
@@ -73,6 +80,13 @@ class Source:
             self._cached = (block, self.read_block(block))
         return self.item(block, index - int(self.starts[block]), self._cached[1])
 
+    def _first_rows(self) -> Rows:
+        """The rows of the first block with all columns that the file has."""
+        wanted, self.wanted = self.wanted, ()
+        rows = self.read_block(0)
+        self.wanted = wanted
+        return rows
+
     def row_name(self, block: int, offset: int) -> str:
         """Where a row stands: file and number in it."""
         file = self.blocks[block, 0]
@@ -87,7 +101,7 @@ class Source:
         folder = self.image_folder or str(Path(self.files[self.blocks[block, 0]]).parent)
         try:
             return self.read_row(row, self.row_name(block, offset), folder, self.options)
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
+        except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
             raise ValueError(f"It is not built as its layout is: {type(error).__name__}: {error}") from None
 
     def read_block(self, number: int) -> Rows:
@@ -107,8 +121,14 @@ class Source:
 
     def _in_blocks(self, rows: Iterator[tuple[int, int]]) -> Iterator[Sequence[int]]:
         """(first byte, byte after the last, number of rows) of each block, of those bytes of each row."""
-        while block := list(islice(rows, self.rows_per_block)):
-            yield block[0][0], block[-1][1], len(block)
+        first, last, count = 0, 0, 0
+        for start, end in rows:
+            if count and (count == self.rows_per_block or end - first > MOST_BLOCK_BYTES):
+                yield first, last, count
+                count = 0
+            first, last, count = start if not count else first, end, count + 1
+        if count:
+            yield first, last, count
 
     def _check_layout(self) -> None:
         """Raise ValueError unless one of the first rows can be used, and the names in `columns` are not misspelt."""

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from vora.data.packing import next_sequence
 from vora.data.samples import SampleMaker, as_bad
-from vora.data.stream import WAITING, PackedSequences, as_it_is
+from vora.data.sequence_length import best_length, share_filled
+from vora.data.stream import PackedSequences, as_it_is
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 PACKED_AT_MOST = 20_000  # samples of the mixture that are packed to see how full sequences get
@@ -84,7 +84,9 @@ def dataset_statistics(
         if progress is not None:
             progress(len(block))
     seconds = time.monotonic() - start
-    num_drawn, num_tokens, efficiency = packed_mixture(sequences, [one[:, 0] for one in rows])
+    num_drawn, num_tokens, sizes = drawn_of_mixture(sequences, [one[:, 0] for one in rows])
+    length = sequences.sequence_length
+    best, best_efficiency = best_length(sizes, length) if sizes else (length, 0.0)
     shares = num_drawn / max(num_drawn.sum(), 1)
     good = [one[one[:, 0] > 0] for one in rows]
     tokens, labels, conversations = np.concatenate(good).T
@@ -94,8 +96,9 @@ def dataset_statistics(
         "num_bad": sum(map(len, bad)),
         "num_conversations": int(conversations.sum()),
         "num_images": len(image_sizes) // 2,
-        "packing_efficiency": efficiency,
-        "sequence_length": sequences.sequence_length,
+        "packing_efficiency": share_filled(sizes, length),
+        "sequence_length": length,
+        "best_sequence_length": {"sequence_length": best, "packing_efficiency": best_efficiency},
         "tokens_per_sample": percentiles(tokens),
         "label_tokens_per_sample": percentiles(labels),
         "image_tokens_per_image": percentiles(np.concatenate(image_tokens)),
@@ -105,6 +108,9 @@ def dataset_statistics(
         "sources": [
             {
                 "name": name,
+                "columns": sources[number].columns_read,
+                "guessed_columns": [*sources[number].guessed],
+                "columns_not_read": sources[number].columns_not_read,
                 "num_rows": len(rows[number]),
                 "num_samples": len(good[number]),
                 "num_bad": len(bad[number]),
@@ -124,9 +130,11 @@ def dataset_statistics(
     return summary, sum(bad, [])
 
 
-def packed_mixture(sequences: PackedSequences, lengths: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:
-    """What the first packed sequences of a mixture hold: samples of each source int[S], their tokens, and the
-    share of filled places. Of each source `lengths` has int[rows], tokens of each sample, 0 where it is bad."""
+def drawn_of_mixture(
+    sequences: PackedSequences, lengths: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """What is drawn first from a mixture: samples of each source int[S], their tokens, and the tokens of each sample.
+    Of each source `lengths` has int[rows], tokens of each sample, 0 where it is bad."""
     maker, numbers, drawn, sizes = sequences.maker, [count() for _ in lengths], [], []
     num_drawn = min(PACKED_AT_MOST, max(sum(map(len, lengths)), 200))
     for source in sequences.mixture.sources(0, num_drawn).tolist():
@@ -136,16 +144,7 @@ def packed_mixture(sequences: PackedSequences, lengths: Sequence[np.ndarray]) ->
             sizes.append(size)
     num_samples = np.bincount(np.array(drawn, int), minlength=len(lengths))
     num_tokens = np.bincount(np.array(drawn, int), sizes, minlength=len(lengths))
-    if len(sizes) < WAITING:  # training would draw them again and again
-        sizes = (sizes * WAITING)[:WAITING]
-    waiting, filled = [], []
-    for size in sizes:
-        waiting.append(size)
-        if len(waiting) == WAITING:
-            chosen = {*next_sequence(waiting, sequences.sequence_length)}
-            filled.append(sum(waiting[index] for index in chosen))
-            waiting = [one for index, one in enumerate(waiting) if index not in chosen]
-    return num_samples, num_tokens, sum(filled) / (max(len(filled), 1) * sequences.sequence_length)
+    return num_samples, num_tokens, sizes
 
 
 def percentiles(values: "Sequence[int] | np.ndarray | array[int]") -> dict[str, float]:

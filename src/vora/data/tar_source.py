@@ -1,6 +1,5 @@
 """WebDataset: tar shards in which files with one name are one sample."""
 
-import io
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,10 +7,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from vora.data.columns import IMAGE_COLUMNS, TURN_COLUMNS, Row
+from vora.data.columns import IMAGE_COLUMNS, MOST_ROW_BYTES, TURN_COLUMNS, Row, too_large
 from vora.data.images import IMAGE_ENDINGS, UNREAD_ENDINGS
 from vora.data.json_source import json_row
 from vora.data.source import Source, bytes_of
+from vora.model.fetch_image import POLICY
 
 
 class WebDataset(Source):
@@ -22,13 +22,14 @@ class WebDataset(Source):
         return self._in_blocks(_samples(file))
 
     def _read(self, file: str, *place: int) -> list[Row | ValueError]:
-        data = bytes_of(file, *place) + bytes(1024)
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            extract: Any = tar.extractfile  # never None of what belongs to a sample
-            members = [member for member in tar if _belongs_to_a_sample(member)]
-            contents = [(*_split_key(member.name), extract(member).read()) for member in members]
-        samples = groupby(contents, key=lambda content: content[0])
-        return [row_of_files(key, {ending: data for _, ending, data in files}) for key, files in samples]
+        start, end = place
+        with open(file, "rb") as content:
+            content.seek(start)
+            with tarfile.open(fileobj=content, mode="r:") as tar:
+                members = filter(_belongs_to_a_sample, _members(tar, end))
+                found = [(*_split_key(member.name), _content(tar, member)) for member in members]
+        samples = groupby(found, key=lambda one: one[0])
+        return [row_of_files(key, {ending: content for _, ending, content in files}) for key, files in samples]
 
 
 def _samples(file: str) -> Iterator[tuple[int, int]]:
@@ -51,7 +52,7 @@ def _samples(file: str) -> Iterator[tuple[int, int]]:
                     if last is not None:
                         yield start, end
                     start, last = end, key
-                end = member.offset_data + (member.size + 511) // 512 * 512
+                end = tar.offset  # of the next; a sparse file's size is not what it takes here
     except tarfile.TarError as error:
         raise ValueError(f"{file} is no whole tar file (compressed ones are to be unpacked): {error}") from None
     if end > Path(file).stat().st_size or bytes_of(file, end, end + 512) not in (b"", bytes(512)):
@@ -60,12 +61,37 @@ def _samples(file: str) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
-def row_of_files(key: str, files: Mapping[str, bytes]) -> Row | ValueError:
-    """The row that {ending: content} of one sample make, images as people count, 2.png before 10.png."""
+def _members(tar: tarfile.TarFile, end: int) -> Iterator[tarfile.TarInfo]:
+    """Those that begin before a byte; what comes after it is not read."""
+    member = tar.next()
+    while member is not None:
+        yield member
+        member = tar.next() if tar.offset < end else None
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | ValueError:
+    """What a file of a sample holds, of what is not read nothing; a few kB may claim gigabytes, which is an error."""
+    last = member.name.rpartition(".")[2].lower()
+    most = POLICY.max_bytes if last in IMAGE_ENDINGS else MOST_ROW_BYTES
+    if last not in (*IMAGE_ENDINGS, "txt", "json"):
+        return b""
+    if member.issparse():
+        return ValueError(f"Its {last} is packed as a sparse file: pack it again without --sparse.")
+    if member.size > most:
+        return too_large(member.size, f"Its {last}", most)
+    extract: Any = tar.extractfile  # never None of what belongs to a sample
+    return extract(member).read()
+
+
+def row_of_files(key: str, files: Mapping[str, bytes | ValueError]) -> Row | ValueError:
+    """The row that {ending: content} of one sample make, images as people count, 2.png before 10.png; or what is wrong
+    with it, or with one of them."""
     row: Row = {"id": key}
     images, unread = [], []
     for ending in sorted(files, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]):
         last, data = ending.rpartition(".")[2], files[ending]
+        if isinstance(data, ValueError):
+            return data
         if last in IMAGE_ENDINGS:
             images.append(data)
         elif last == "txt":

@@ -182,9 +182,19 @@ def _decoder(content: bytes, policy: ImagePolicy) -> Image.Image:
         raise ValueError("it is empty (0 bytes)")
     if content.startswith(b"\xff\xd8"):
         _check_scans(content, policy)
+        content = _without_cut_exif(content)
     Image.init()
     known = [name for name in FORMATS if name in Image.OPEN]
     return Image.open(_Timed(content, policy.max_decode_seconds), formats=known)
+
+
+def _without_cut_exif(content: bytes) -> bytes:
+    """A JPEG in which an EXIF block without its head is none: PIL would take it for no image at all."""
+    place = content.find(b"Exif\0\0", 0, 1 << 16)
+    size = int.from_bytes(content[place - 2 : place], "big") - 8
+    if place < 0 or (size >= 8 and content[place + 6 : place + 10] in (b"II*\0", b"MM\0*")):
+        return content
+    return content[:place] + b"-" + content[place + 1 :]
 
 
 def _check_scans(content: bytes, policy: ImagePolicy) -> None:

@@ -16,11 +16,12 @@ from vora.data.held_out import HeldOut
 from vora.data.packing import tokenize_sample
 from vora.data.readers import load_source
 from vora.data.schema import Sample
+from vora.data.sequence_length import length_that_fits
 from vora.data.source import Source
 from vora.data.stream import PackedSequences
 from vora.distill.objective import Objective
 from vora.model.processing_vora import VoraProcessor
-from vora.train.recipe_sections import CHECKPOINTING, DataSection, Recipe, SourceSection
+from vora.train.recipe_sections import AUTO_LENGTH, CHECKPOINTING, NEAR_LENGTH, DataSection, Recipe, SourceSection
 from vora.train.throughput import steps_that_fit
 from vora.train.training_values import check_precision
 from vora.train.validation import LOOKS, Validation, validation_samples
@@ -43,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
 }
 EVALUATION = ("eval_strategy", "eval_on_start", "load_best_model_at_end", "metric_for_best_model")
 OWN_LOADER = "would change nothing: sequences are read, packed and handed on by vora's own loader"
+LONGEST_SAMPLE = 1 << 17  # of tokens, that is looked at to choose a length
 NOT_SUPPORTED = {  # fields of TrainingArguments
     "data_seed": "would change nothing: the order of the data follows training.seed",
     "label_smoothing_factor": "would change nothing: losses are those of vora.distill.Objective, not the Trainer's",
@@ -155,6 +157,20 @@ def check_chat_template(processor: VoraProcessor) -> None:
         tokenize_sample(Sample("", [], []), processor, [[*turns, *turns]])
     except Exception as error:  # templates raise what they like
         raise ValueError(f"No conversation can be learned, set model.chat_template. {error}") from error
+
+
+def with_sequence_length(
+    recipe: Recipe, sources: list[Source], processor: VoraProcessor, arguments: TrainingArguments,
+    most: int | None = None,
+) -> Recipe:  # fmt: skip
+    """The recipe with a length of packed sequences, at most `most`: of `auto`, the one that the data fills best."""
+    if recipe.data.sequence_length != AUTO_LENGTH:
+        return recipe
+    found = recipe.model_copy(deep=True)
+    found.data.sequence_length = most or LONGEST_SAMPLE
+    sequences = packed_sequences(found, sources, processor, arguments)
+    found.data.sequence_length = length_that_fits(sequences, NEAR_LENGTH, most)
+    return found
 
 
 def training_arguments(recipe: Recipe, directory: str | Path) -> TrainingArguments:

@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vora.data.page import SOURCE_COLUMNS, source_rows, write_page
+from vora.data.guess import line_to_paste
+from vora.data.page import SOURCE_COLUMNS, column_rows, filling, source_rows, write_page
 from vora.data.stats import dataset_statistics, write_summary
 from vora.data.stream import PackedSequences
 from vora.model.processing_vora import VoraProcessor
-from vora.train.from_recipe import open_sources, packed_sequences, training_arguments
+from vora.train.from_recipe import open_sources, packed_sequences, training_arguments, with_sequence_length
 from vora.train.recipe_sections import DataSection, Recipe
 from vora.train.stages import build_processor, check_names, load_vit
 
@@ -35,6 +36,7 @@ def preview(
     shown = list(islice(sequences.named_samples(), min(num_shown, summary["num_samples"])))
     write_page(out / "samples.html", summary, bad, shown, processor)
     console.print(table_of(summary))
+    print_columns(summary, console)
     if summary["num_bad"] > recipe.data.max_bad_share * (summary["num_samples"] + summary["num_bad"]):
         console.print(f"[bold red]A run would stop:[/bold red] more than {recipe.data.max_bad_share:.0%} are bad.")
     console.print(f"Look at {out / 'samples.html'}; every bad sample is in {out / 'bad_samples.jsonl'}.")
@@ -51,7 +53,9 @@ def sequences_to_read(recipe: Recipe, max_samples: int | None) -> tuple[PackedSe
     check_names(recipe)
     processor = build_processor(recipe, load_vit(recipe))
     recipe.training = {"max_steps": 1, "use_cpu": True, "seed": recipe.training.get("seed", 42)}
-    return packed_sequences(recipe, sources, processor, training_arguments(recipe, ".")), processor
+    arguments = training_arguments(recipe, ".")
+    recipe = with_sequence_length(recipe, sources, processor, arguments)
+    return packed_sequences(recipe, sources, processor, arguments), processor
 
 
 def source_names(data: DataSection) -> list[str]:
@@ -69,7 +73,16 @@ def table_of(summary: dict[str, Any]) -> Table:
         table.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
     for row in source_rows(summary):
         table.add_row(*row)
-    length, share = summary["sequence_length"], 100 * summary["packing_efficiency"]
-    speed = f"{summary['samples_per_second']:,.0f} samples read per second"
-    table.caption = f"packed sequences of {length:,} tokens are {share:.1f} % full; {speed}"
+    table.caption = f"{filling(summary)}; {summary['samples_per_second']:,.0f} samples read per second"
     return table
+
+
+def print_columns(summary: dict[str, Any], console: Console) -> None:
+    """What each source's columns are taken for, and of guessed ones the line that says it otherwise."""
+    for number, (name, read, unread) in enumerate(column_rows(summary)):
+        console.print(f"{name}: {read}; not read: {unread}", highlight=False, markup=False)
+        one = summary["sources"][number]
+        if one["guessed_columns"]:
+            said = line_to_paste({ours: one["columns"][ours] for ours in one["guessed_columns"]})
+            text = f"  If that is wrong, correct and add: data.sources.{number}.columns='{said}'"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)

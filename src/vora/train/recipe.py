@@ -115,7 +115,7 @@ def validated(kind: type[AnySection], values: dict[str, Any], name: str) -> AnyS
 
 
 def _override(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key, in which a number counts the entries of a list."""
+    """Set a dotted key, in which a number counts the entries of a list, and `+` as the last adds one."""
     *path, leaf = key.split(".")
     section: Any = values
     try:
@@ -123,7 +123,10 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
             if isinstance(section, dict) and section.get(part) is None:  # left out, or null as in a run's own recipe
                 section[part] = {}
             section = section[int(part)] if isinstance(section, list) else section[part]
-        section[int(leaf) if isinstance(section, list) else leaf] = value
+        if isinstance(section, list) and leaf == "+":
+            section.append(value)
+        else:
+            section[int(leaf) if isinstance(section, list) else leaf] = value
     except (IndexError, ValueError, TypeError, AttributeError):
         nowhere = f"{key} names no place in the recipe: check the numbers and names before the last dot"
         raise ValueError(f"{_renamed(key) or nowhere}.") from None

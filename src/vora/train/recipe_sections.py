@@ -4,12 +4,13 @@ import difflib
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from vora.data.prompts import DEFAULT_PROMPTS, Prompts
 from vora.train.training_values import known_fields, wrong_value
 
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transformers' old and its new name
+NEAR_LENGTH, AUTO_LENGTH = 1024, 0  # of packed sequences; the second stands for what the data fills best
 BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}  # texts that YAML 1.1 takes for booleans
 
 
@@ -117,7 +118,7 @@ class AugmentSection(Section):
 class SourceSection(Section):
     """Where samples come from; see `vora.data.readers.load_source` for what a path may be."""
 
-    path: str = Field(description="A file, a pattern of files, a folder, or a hub id.")
+    path: str = Field(description="A file, a pattern of files, a folder, or a hub id; alone it is a whole source.")
     split: str = Field("train", description="Of a dataset that has several.")
     subset: str | None = Field(None, description="Of a dataset on the Hub: its configuration.")
     weight: float | None = Field(None, gt=0, description="Share of all samples beside the others'; default: its rows.")
@@ -125,6 +126,11 @@ class SourceSection(Section):
     columns: dict[str, str] | None = Field(None, description="Our names of columns and the file's: {question: query}.")
     max_samples: int | None = Field(None, ge=1, description="Read only so many rows, the first.")
     augment: AugmentSection | None = Field(None, description="How its images are changed.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
 
 
 class ValidationSection(Section):
@@ -154,7 +160,9 @@ class DataSection(Section):
 
     folder: str | None = Field(None, description="Where the sources' paths start; default: beside the recipe.")
     sources: list[SourceSection] = Field(min_length=1, description="Where samples come from.")
-    sequence_length: int = Field(1024, ge=8, description="Tokens of a packed sequence.")
+    sequence_length: int = Field(
+        NEAR_LENGTH, description=f"Tokens of a packed sequence; auto: near {NEAR_LENGTH:,}, what the data fills best."
+    )
     questions_per_image: int | None = Field(
         None, ge=1, description="Questions of a row drawn each epoch; default: all."
     )
@@ -169,6 +177,13 @@ class DataSection(Section):
     image_tokens: tuple[int, int] | None = Field(None, description="[fewest, most]: each image's budget, drawn anew.")
     max_bad_share: float = Field(0.1, ge=0, le=1, description="Stop when more of the samples read are bad.")
     validation: ValidationSection | None = Field(None, description="Measured while it trains; default: nothing.")
+
+    @field_validator("sequence_length", mode="before")
+    @classmethod
+    def number_or_auto(cls, value: Any) -> Any:
+        if isinstance(value, int) and value != AUTO_LENGTH and value < 8:
+            raise ValueError(f"{value} tokens hold no sample: give 8 or more, or auto")
+        return AUTO_LENGTH if value == "auto" else value
 
     @model_validator(mode="after")
     def sensible(self) -> "DataSection":

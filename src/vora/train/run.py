@@ -41,9 +41,10 @@ from vora.train.from_recipe import (
     training_arguments,
     with_epochs,
     with_planned_steps,
+    with_sequence_length,
 )  # fmt: skip
 from vora.train.recipe import save_recipe
-from vora.train.recipe_sections import Recipe
+from vora.train.recipe_sections import AUTO_LENGTH, Recipe
 from vora.train.run_log import write_report
 from vora.train.stages import build_objective, trainable_table, vision_is_frozen
 from vora.train.trainer import VoraTrainer
@@ -70,6 +71,10 @@ def train(
     sources = open_sources(recipe.data)
     torch.manual_seed(arguments.seed)
     objective, processor = build_objective(recipe)
+    context = getattr(objective.config.get_text_config(), "max_position_embeddings", None)
+    if recipe.data.sequence_length == AUTO_LENGTH:
+        recipe = with_sequence_length(recipe, sources, processor, arguments, context)
+        console.print(f"Packed sequences of {recipe.data.sequence_length:,} tokens, which the data fills best.")
     check_sequence_length(recipe, objective)
     prepare(objective, recipe, arguments)
     branches = recipe.distill_only_steps > 0 and takes_branches(objective, recipe.data.sequence_length)

@@ -18,7 +18,7 @@ from vora.train.plan.flops import Row, layer_sizes, sequence_flops
 from vora.train.plan.memory import bytes_of, held_by_process, optimizer_bytes, step_memory, trained_parameters
 from vora.train.plan.meta_model import meta_model
 from vora.train.preview import sequences_to_read, source_names
-from vora.train.recipe_sections import Recipe
+from vora.train.recipe_sections import NEAR_LENGTH, Recipe
 from vora.train.stages import FROZEN_COPY, trainable_counts
 
 IMAGES_PER_SECOND = 150  # that one process decodes and cuts into patches (benchmarks/data.py)
@@ -41,6 +41,7 @@ def plan(
         num_text_tokens, num_labels: of a sample, and those of them that are learned, where the data is not here.
     """
     check_recipe(recipe)
+    recipe = recipe.model_copy(deep=True)  # its `auto` becomes a number
     objective, remarks = meta_model(recipe, beside)
     bf16, is_sharded = bool(recipe.training.get("bf16")), bool(recipe.training.get("fsdp"))
     on_cpu = recipe.training | {"use_cpu": True, "bf16": False, "fsdp": None}  # accepted on this machine
@@ -148,6 +149,7 @@ def tokens_of_data(recipe: Recipe, remarks: list[str]) -> dict[str, Any] | None:
         return None
     try:
         sequences, _ = sequences_to_read(recipe, SAMPLES_READ)
+        recipe.data.sequence_length = sequences.sequence_length
         summary, _ = dataset_statistics(sequences, source_names(recipe.data))
     except (ValueError, OSError) as error:
         remarks.append(f"the data could not be read ({' '.join(str(error).split())[:200]})")
@@ -182,6 +184,7 @@ def tokens_of_budget(
     recipe: Recipe, config: VoraConfig, num_text_tokens: int, num_labels: int, remarks: list[str]
 ) -> dict[str, Any]:
     """Tokens of a sample with one image of the largest size, or of the mean of a drawn budget."""
+    recipe.data.sequence_length = recipe.data.sequence_length or NEAR_LENGTH
     budget, length = recipe.data.image_tokens, recipe.data.sequence_length
     side = config.image_size // (config.patch_size * config.patch_merge)
     per_image = sum(budget) / 2 if budget else recipe.model.max_image_tokens or side**2

@@ -1,0 +1,105 @@
+"""A folder of images: each with its caption in a text file beside it, or in a folder that is named as its class."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vora.data.columns import MOST_ROW_BYTES, Row, too_large
+from vora.data.files import SPLITS, named_as
+from vora.data.images import IMAGE_ENDINGS
+from vora.data.source import Source
+
+
+class ImageFolder(Source):
+    """Images in folders, in the order of their paths. Where some have a text file of their name beside them, as
+    `0.txt` beside `0.jpg`, those are captions; where none has, the first folder below the root is an image's class."""
+
+    def __init__(self, name: str, root: Path, **further: Any) -> None:
+        found, self.has_captions = _images_below(root)
+        self.paths = b"\0".join(found)  # of a million images a tenth of what a list of texts takes
+        super().__init__(name, [root], **further | {"image_folder": str(root)})
+
+    def _scanned(self, file: str) -> Iterator[Sequence[int]]:
+        def places() -> Iterator[tuple[int, int]]:
+            start = 0
+            while start < len(self.paths):
+                end = self.paths.find(b"\0", start)
+                end = len(self.paths) if end < 0 else end
+                yield start, end
+                start = end + 1
+
+        return self._in_blocks(places())
+
+    def _read(self, file: str, *place: int) -> list[Row | ValueError]:
+        return [self._row(Path(file), path) for path in self._names(*place)]
+
+    def _row(self, root: Path, path: str) -> Row | ValueError:
+        if not self.has_captions:
+            return {"image": path, "label": path.split("/")[0]}
+        beside = (root / path).with_suffix(".txt")
+        try:
+            with beside.open("rb") as text:
+                caption = text.read(MOST_ROW_BYTES + 1)
+            if len(caption) > MOST_ROW_BYTES:
+                return too_large(beside.stat().st_size, f"Its {beside.name}")
+            return {"image": path, "caption": caption.decode("utf-8-sig").strip()}
+        except FileNotFoundError:
+            return ValueError(f"It has no caption: there is no {beside.name} beside it.")
+        except OSError as error:
+            return ValueError(f"Its {beside.name} cannot be read: {error.strerror}.")
+        except UnicodeDecodeError as error:
+            place = error.start
+            return ValueError(f"Its {beside.name} is not in UTF-8: byte {place} is 0x{caption[place]:02x}.")
+
+    def row_name(self, block: int, offset: int) -> str:
+        return str(Path(self.files[0], self._names(*self.blocks[block, 1:].tolist())[offset]))
+
+    def _names(self, start: int, end: int) -> list[str]:
+        return [os.fsdecode(path) for path in self.paths[start:end].split(b"\0")]
+
+
+def image_root(folder: Path, split: str, kinds: Sequence[str]) -> Path | None:
+    """The folder whose images belong to a split: the one named as it, where all folders are named as splits; else the
+    folder itself. None if it has no images, or files of data `kinds` somewhere, which say what images are. ValueError
+    if all images are of other splits."""
+    endings = {Path(name).suffix.lower() for _, _, names in os.walk(folder) for name in names}
+    if not endings & {f".{ending}" for ending in IMAGE_ENDINGS} or endings & {*kinds}:
+        return None
+    folders = [one for one in sorted(folder.iterdir()) if one.is_dir() and not one.name.startswith(".")]
+    if not folders or not all(any(_is_named(one, known) for known in (*SPLITS, split)) for one in folders):
+        return folder
+    if own := [one for one in folders if _is_named(one, split)]:
+        return own[0]
+    there = ", ".join(one.name for one in folders)
+    raise ValueError(f"{folder} holds no files of the split {split!r}, only images of {there}: name one of them.")
+
+
+def _is_named(folder: Path, split: str) -> bool:
+    return re.fullmatch(named_as(split), folder.name) is not None
+
+
+def _images_below(root: Path) -> tuple[list[bytes], bool]:
+    """(paths below a folder, sorted; whether some have a text file beside them). ValueError if there are neither
+    captions nor classes."""
+    found: list[bytes] = []
+    captioned = False
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        images = [name for name in names if _is_image(name)]
+        texts = {name[:-4] for name in names if name.endswith(".txt")}
+        captioned = captioned or any(name.rpartition(".")[0] in texts for name in images)
+        below = os.path.relpath(folder, root)
+        found += [os.fsencode(os.path.normpath(os.path.join(below, name))) for name in images]
+    classes = {path.partition(b"/")[0] if b"/" in path else b"" for path in found}
+    if not captioned and (len(classes) < 2 or b"" in classes):
+        raise ValueError(
+            f"The {len(found)} images in {root} have neither captions nor classes: put a text file of the same name "
+            "(.txt) beside each, or each into one of several folders named as its class."
+        )
+    return sorted(found), captioned
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(tuple(f".{ending}" for ending in IMAGE_ENDINGS)) and not name.startswith(".")

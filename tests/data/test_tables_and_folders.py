@@ -1,0 +1,204 @@
+"""Tables as text, folders of images, and columns by other names: the same samples as of files that are made for it."""
+
+import json
+import os
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_readers import answers, opened, read, write
+from test_schema import BLUE, LAYOUTS, RED
+
+from vora.data.csv_source import records
+from vora.data.guess import guessed_columns, line_to_paste
+from vora.data.readers import load_source
+from vora.data.stream import PackedSequences
+from vora.eval.prediction_cache import fingerprint
+from vora.eval.rows import Data, Rows, SkippedRows
+
+QUOTED = 'id,question,answer\n1,"a, ""b""\nc?",x\n\n2,é?,y\n'
+
+
+@pytest.fixture
+def images(tmp_path):
+    for colour in ("red", "blue"):
+        shutil.copy(LAYOUTS / "images" / f"{colour}.png", tmp_path)
+    return tmp_path
+
+
+def causes(source):
+    found = {}
+    for number in range(len(source)):
+        try:
+            source[number]
+        except ValueError as error:
+            found[number] = str(error)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", QUOTED),
+        ("b.csv", "\ufeff" + QUOTED.replace("\n", "\r\n").replace('""\r\nc', '""\nc')),  # as Excel writes it
+        ("c.csv", 'id;question;answer\n1;"a, ""b""\nc?";x\n2;é?;y'),
+        ("d.tsv", 'id\tquestion\tanswer\n1\t"a, ""b""\nc?"\tx\n2\té?\ty\n'),
+    ],
+)
+def test_tables_as_programs_write_them(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    expected = ['user: a, "b"\nc? / assistant: x', "user: é? / assistant: y"]
+    assert read(tmp_path / name) == [([], [one]) for one in expected]
+
+
+def test_cells_are_texts_lists_numbers_and_nothing(images):
+    rows = ["image,captions,label,question,answers", 'red.png,"[""a"", ""b""]",,,']
+    rows += ['blue.png,,,what?,"[""x"", ""x""]"', "red.png,,7,,", """red.png,"['a', 'b']",,,"""]
+    (images / "t.csv").write_text("\n".join(rows))
+    source = opened(images / "t.csv")
+    assert [answers([source[0]]), answers([source[1]])] == [["a"], ["x"]]
+    assert causes(source).keys() == {2, 3}
+    assert "label 7 is a number" in causes(source)[2] and "captions are no list in JSON" in causes(source)[3]
+
+
+def test_broken_rows_of_a_table_take_no_others_with_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("vora.data.source.Source.rows_per_block", 2)
+    monkeypatch.setattr("vora.data.csv_source.MOST_ROW_BYTES", 200)
+    lines = [b"question,answer", b"a,0", b'"b" c,1', b"d,2,3", b"caf\xe9,4", b"e," + b"x" * 300, b'"f,6', b"g,7"]
+    lines += [b"h,%d" % number for number in range(8, 60)]
+    (tmp_path / "t.csv").write_bytes(b"\n".join(lines))
+    source = opened(tmp_path / "t.csv")
+    found = causes(source)
+    assert found.keys() == {1, 2, 3, 4, 5} and len(source) == 59
+    assert "is no row" in found[1] and "3 cells, but the first line names 2" in found[2]
+    assert "question is not in UTF-8: its byte 3 is 0xe9" in found[3] and "300 bytes" in found[4].replace("303", "300")
+    assert answers([source[number] for number in (0, 6, 58)]) == ["0", "7", "59"]
+    with (tmp_path / "t.csv").open("rb") as text:  # places that follow each other, to the last byte
+        places = [(start, end) for start, end, _ in records(text, ",")]
+    assert places[0][0] == 0 and places[-1][1] == (tmp_path / "t.csv").stat().st_size
+    assert all(one[1] == after[0] for one, after in zip(places, places[1:]))
+
+
+def test_a_folder_with_captions_beside_its_images(images):
+    (images / "red.txt").write_text("A red field.\n", encoding="utf-8-sig")
+    (images / "blue.txt").write_bytes(b"caf\xe9")
+    for name in ("none.png", "._red.png"):
+        shutil.copy(images / "red.png", images / name)
+    (images / "more").mkdir()
+    for name in ("blue.png", "blue.txt"):
+        shutil.copy(LAYOUTS / "images" / "blue.png", images / "more" / "blue.png")
+        (images / "more" / "blue.txt").write_text("A blue field.")
+    source = opened(images)
+    assert read(f"{images}/more")[0] == ([BLUE], ["user: |Tell. / assistant: A blue field."])
+    assert [Path(source.row_name(0, number)).name for number in range(4)] == [
+        "blue.png", "blue.png", "none.png", "red.png"]  # fmt: skip
+    assert answers([source[1], source[3]]) == ["A blue field.", "A red field."]
+    assert "is not in UTF-8: byte 3" in causes(source)[0] and "there is no none.txt" in causes(source)[2]
+
+
+def test_a_folder_of_classes_and_its_splits(images):
+    for name in ("train/ox/1.png", "train/ox/deep/2.png", "train/an ass/1.JPG", "val/ox/1.png"):
+        (images / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), RED).save(images / "set" / name)
+    with pytest.raises(ValueError, match="1 images in .* have neither captions nor classes"):
+        opened(images / "set", "val")
+    assert answers(opened(images / "set")) == ["an ass", "ox", "ox"]
+    assert answers(opened(images / "set" / "train")) == ["an ass", "ox", "ox"]
+    with pytest.raises(ValueError, match="no files of the split 'test', only images of train, val"):
+        opened(images / "set", "test")
+    with pytest.raises(ValueError, match="2 images in .* have neither captions nor classes"):
+        shutil.rmtree(images / "set")
+        opened(images)
+    (images / "sub").mkdir()
+    write(images / "sub" / "t.jsonl", {"image": "../red.png", "caption": "x"})  # says what the images are
+    with pytest.raises(ValueError, match="holds no files of the split"):
+        opened(images)
+
+
+def test_evaluation_reads_tables_and_folders_too(images):
+    for colour in ("red", "blue"):
+        (images / colour).mkdir()
+        shutil.move(images / f"{colour}.png", images / colour)
+    rows = Rows(Data([images]))
+    found = list(rows.read(skipped := SkippedRows()))
+    assert [row.values["label"] for row in found] == ["blue", "red"] and not skipped.count
+    assert [row.images()[0].getpixel((0, 0)) for row in found] == [BLUE, RED]
+    before = fingerprint(rows.files[0])
+    (images / "t.csv").write_text("photo,Query,response\nred/red.png,what?,red\n")
+    assert fingerprint(images) != before
+    (row,) = Rows(Data([images / "t.csv"])).read(skipped)
+    assert row.values == {"question": "what?", "answer": "red"} and row.images()[0].getpixel((0, 0)) == RED
+
+
+def test_a_name_that_is_no_text_is_a_bad_row_that_is_named(images):
+    (images / "red.txt").write_text("A red field.")
+    try:
+        shutil.copy(images / "red.png", os.fsencode(images) + b"/caf\xe9.png")
+    except OSError:
+        pytest.skip("the file system takes names in UTF-8 alone")
+    source = opened(images)
+    assert answers([source[2]]) == ["A red field."] and "there is no caf" in causes(source)[1]
+
+
+@pytest.mark.parametrize("kind", ["csv", "folder"])
+def test_a_stream_of_them_resumes_exactly(tmp_path, processor, kind, monkeypatch):
+    monkeypatch.setattr("vora.data.source.Source.rows_per_block", 8)
+    for number in range(50):
+        Image.new("RGB", (4 + number % 9, 5), (5 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"number {number}")
+    if kind == "csv":
+        table = "".join(f'{number}.png,"number\n{number}"\n' for number in range(50))
+        (tmp_path / "t.csv").write_text("image,caption\n" + table)
+
+    def stream(**options):
+        return PackedSequences([load_source(tmp_path)], processor, 96, **options)
+
+    def first(packed, count):
+        return [[one["input_ids"].tolist() for one in sequence] for sequence in islice(packed, count)]
+
+    whole, begun, resumed = stream(), stream(num_workers=1), stream()
+    expected = first(whole, 30)
+    assert first(begun, 11) == expected[:11]
+    resumed.load_state_dict(json.loads(json.dumps(begun.state_dict())))
+    assert first(resumed, 19) == expected[11:] and resumed.state_dict() == whole.state_dict()
+
+
+IMAGE = {"bytes": b"x", "path": None}
+CHAT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "guessed"),
+    [
+        ({"img": IMAGE, "query": "a?", "response": "b"}, {"image": "img", "question": "query", "answer": "response"}),
+        ({"Image": "a.png", "Caption": "b"}, {"image": "Image", "caption": "Caption"}),
+        ({"image": IMAGE, "alt_text": "a", "url": "http://x.org"}, {"caption": "alt_text"}),
+        ({"picture_path": "a.jpg", "species": "ox"}, {"image": "picture_path", "label": "species"}),
+        ({"jpg": b"x", "id": 3, "dialog": CHAT}, {"image": "jpg", "messages": "dialog"}),
+        ({"image": "a.png", "question": "a?", "Answer Text": 3}, {"answer": "Answer Text"}),
+        ({"prompt": "a", "completion": "b"}, {"question": "prompt", "answer": "completion"}),
+        ({"content": "words", "meta": {"a": 1}}, {"text": "content"}),
+        ({"image": IMAGE, "question": "a?", "answer": "b", "response": "c"}, {}),  # our own names say it all
+        ({"text": "a", "query": "b", "response": "c"}, {}),
+        ({"left_image": IMAGE, "right_image": IMAGE, "caption": "a"}, {}),  # which one, or both?
+        ({"image": IMAGE, "score": 0.5}, {}),
+    ],
+)  # fmt: skip
+def test_columns_are_guessed_where_ours_are_missing(row, guessed):
+    assert guessed_columns([ValueError("a bad row"), row]) == guessed
+    assert line_to_paste({"answer": "Answer Text", "image": "img"}) == '{answer: "Answer Text", image: img}'
+
+
+def test_guessed_columns_are_said_and_read(images, caplog):
+    rows = [{"pic": "red.png", "query": "what?", "reply": reply, "id": 1} for reply in "ab"]
+    file = write(images / "t.jsonl", *rows)
+    source = opened(file)
+    assert answers(source) == ["a", "b"] and "{image: pic, question: query, answer: reply}" in caplog.text
+    assert source.columns_read == {"image": "pic", "question": "query", "answer": "reply"}
+    assert source.columns_not_read == ["id"]
+    named = opened(file, columns={"image": "pic", "caption": "query"})
+    assert not named.guessed and answers(named) == ["what?", "what?"]
+    plain = opened(LAYOUTS / "captions.jsonl")
+    assert not plain.guessed and {*plain.columns_read} <= {"image", "caption", "captions"}
