@@ -18,9 +18,9 @@ from vora.data.packing import (
     without_targets,
 )
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation, block_pairs
-from vora.distill.branches import takes_branches
+from vora.distill.branches import Branches, mask_of_branches, takes_branches
 from vora.distill.objective import Objective
-from vora.model.segmented_sdpa import SEGMENTED_SDPA, Branches, mask_of_branches, segmented_sdpa
+from vora.model.segmented_sdpa import SEGMENTED_SDPA, segmented_sdpa
 
 LENGTH = 40
 REFUSED = {"gemma2"}  # attends eagerly

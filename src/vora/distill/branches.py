@@ -1,19 +1,57 @@
 """Images one after the other in one row of tokens, behind what all their samples begin with.
 
 A step that only distills needs nothing after an image, so images need not be packed between texts: the row is a tree
-of one trunk, `vora.model.segmented_sdpa.Branches` attends along it without masks, and nothing is padded.
+of one trunk, `Branches` attends along it without masks, and nothing is padded.
+
+Dims: T tokens, H heads, W width of a head.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from vora.model.segmented_sdpa import SEGMENTED_SDPA, Branches, mask_of_branches
+from vora.model.segmented_sdpa import SEGMENTED_SDPA, complete_attention
 
 if TYPE_CHECKING:
     from vora.distill.objective import Objective
     from vora.model.modeling_vora import VoraForConditionalGeneration
+
+
+@dataclass
+class Branches:
+    """A row of a beginning and many images behind it, each of which sees the beginning and all of itself."""
+
+    beginning: int  # tokens, causal among themselves
+    groups: list[tuple[int, int]]  # (how many images, tokens of each), in order
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
+        """float[1, T, H, W]; images of one size are attended to together, without masks."""
+        first = self.beginning
+        begun = [states[:, :, :first] for states in (query, key, value)]
+        outputs = []
+        if first:
+            causal = {"is_causal": True, "scale": scale, "enable_gqa": True, "dropout_p": dropout}
+            outputs.append(scaled_dot_product_attention(*begun, **causal))  # type: ignore[arg-type]
+        for count, length in self.groups:
+            last = first + count * length
+            own = [
+                states[0, :, first:last].unflatten(1, (count, -1)).transpose(0, 1) for states in (query, key, value)
+            ]
+            keys, values = (torch.cat([a.expand(count, -1, -1, -1), b], 2) for a, b in zip(begun[1:], own[1:]))
+            found = complete_attention(own[0], keys, values, scale, dropout)
+            outputs.append(found.transpose(0, 1).flatten(1, 2)[None].to(query.dtype))
+            first = last
+        return torch.cat(outputs, 2).transpose(1, 2).contiguous()
+
+
+def mask_of_branches(branches: Branches, device: torch.device) -> Tensor:
+    """What an LLM takes as `attention_mask` under `segmented_sdpa`, of no size, for one row of tokens."""
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    mask.attend = branches.attend  # type: ignore[attr-defined]
+    return mask
 
 
 def inputs_of_branches(

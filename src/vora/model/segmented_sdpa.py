@@ -43,21 +43,6 @@ class Segment:
     added: Tensor | None  # float[1, L, S] to add to scores; None where all see all
 
 
-@dataclass
-class Branches:
-    """A row of a beginning and many images behind it, each of which sees the beginning and all of itself."""
-
-    beginning: int  # tokens, causal among themselves
-    groups: list[tuple[int, int]]  # (how many images, tokens of each), in order
-
-
-def mask_of_branches(branches: Branches, device: torch.device) -> Tensor:
-    """What an LLM takes as `attention_mask` under `segmented_sdpa`, of no size, for one row of tokens."""
-    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-    mask.branches = branches  # type: ignore[attr-defined]
-    return mask
-
-
 def cut(mask: Tensor, blocks: Tensor | None, seen_until: Tensor | None, states: Tensor) -> None:
     """Leave its segments with a mask, in an attribute `segments`: B lists of `Segment`. Short sequences get none.
 
@@ -128,16 +113,14 @@ def segmented_sdpa(
 
     Queries float[B, H, Q, W], keys and values float[B, G, K, W] make (float[B, Q, H, W], None).
     """
-    if (branches := getattr(attention_mask, "branches", None)) is not None:
-        dropout, scale = kwargs.get("dropout") or 0.0, kwargs.get("scaling") or query.shape[-1] ** -0.5
-        return _branched(query, key, value, branches, scale, dropout), None
-    if attention_mask is None and not getattr(module, "is_causal", True) and not kwargs.get("dropout"):  # of a ViT
-        found = _complete(query, key, value, kwargs.get("scaling") or query.shape[-1] ** -0.5)
-        return found.transpose(1, 2).contiguous().to(query.dtype), None
+    dropout, scale = kwargs.get("dropout") or 0.0, kwargs.get("scaling") or query.shape[-1] ** -0.5
+    if (attend := getattr(attention_mask, "attend", None)) is not None:  # a mask that knows a sooner way
+        return attend(query, key, value, scale, dropout), None
+    if attention_mask is None and not getattr(module, "is_causal", True) and not dropout:  # of a ViT
+        return complete_attention(query, key, value, scale).transpose(1, 2).contiguous().to(query.dtype), None
     segments_of_batch = getattr(attention_mask, "segments", None)
     if segments_of_batch is None or any(kwargs.get(name) is not None for name in CHANGES_SCORES):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    dropout, scale = kwargs.get("dropout") or 0.0, kwargs.get("scaling") or query.shape[-1] ** -0.5
     most_keys = 0  # of products
     if _by_products(computing_dtype(query)) and not dropout:
         most_keys = MOST_KEPT if torch.is_grad_enabled() and query.requires_grad else key.shape[2]
@@ -171,25 +154,7 @@ def _products(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, s
     return torch.bmm(scores.softmax(-1), value).view(heads, length, -1)
 
 
-def _branched(
-    query: Tensor, key: Tensor, value: Tensor, branches: Branches, scale: float, dropout: float
-) -> Tensor:  # fmt: skip
-    """float[1, T, H, W]; images of one size are attended to together, without masks."""
-    first = branches.beginning
-    begun = [states[:, :, :first] for states in (query, key, value)]
-    causal = {"is_causal": True, "scale": scale, "enable_gqa": True, "dropout_p": dropout}
-    outputs = [nn.functional.scaled_dot_product_attention(*begun, **causal)] if first else []  # type: ignore[arg-type]
-    for count, length in branches.groups:
-        last = first + count * length
-        own = [states[0, :, first:last].unflatten(1, (count, -1)).transpose(0, 1) for states in (query, key, value)]
-        keys, values = (torch.cat([a.expand(count, -1, -1, -1), b], 2) for a, b in zip(begun[1:], own[1:]))
-        found = _complete(own[0], keys, values, scale, dropout)
-        outputs.append(found.transpose(0, 1).flatten(1, 2)[None].to(query.dtype))
-        first = last
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous()
-
-
-def _complete(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+def complete_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
     """float[B, H, Q, width of the values], where every query sees every key."""
     if (
         not dropout
