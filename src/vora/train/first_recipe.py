@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from vora.build.base_llm import ALIASES
-from vora.data.columns import RowOptions
 from vora.data.readers import EASY_VQA, load_source
 from vora.data.schema import Sample
 from vora.data.source import Source
@@ -28,12 +27,6 @@ LORA_SHARE = 0.396  # of the adapted weights, as the paper's rank of 1024 in a 7
 TEACHERS = (  # up to so many parameters of the LLM
     (3e8, "facebook/dinov2-small"), (3e9, "facebook/dinov2-base"), (math.inf, "apple/aimv2-large-patch14-448"),
 )  # fmt: skip
-NAMES = {  # of columns that people have for ours
-    "image": ("img", "image_path", "image_file", "picture", "photo", "file", "filename", "path", "jpg", "png", "url"),
-    "question": ("query", "q", "prompt", "instruction", "problem"),
-    "answer": ("a", "response", "reply", "target", "output", "completion", "solution"),
-    "caption": ("alt_text", "alt", "description", "desc", "title", "recaption", "summary"),
-}
 ROWS_SEEN, SEQUENCES_PER_STEP, MOST_IMAGE_TOKENS = 64, 8, 256
 LENGTHS = (512, 1024, 2048, 4096)
 CHARACTERS_PER_TOKEN = 4
@@ -100,30 +93,11 @@ def size_of(config: PretrainedConfig) -> tuple[int, int]:
 
 def look_at(path: str) -> Found:
     """Read the first rows of what a user names. A ValueError where they fit no layout, also under likely names."""
-    columns: dict[str, str] = {}
-    try:
-        source = load_source(path)
-    except ValueError as error:
-        columns = likely_columns(path)
-        try:
-            source = load_source(path, options=RowOptions(columns=columns))
-        except ValueError:
-            raise error from None
+    source = load_source(path)
     samples = [sample for index in range(min(ROWS_SEEN, len(source))) if (sample := _sample(source, index))]
     images = [image for sample in samples[:16] for image in _images(sample)]
     texts = [sum(len(str(turn["content"])) for turn in sum(sample.conversations, [])) for sample in samples]
-    return Found(path, len(source), columns, images, [length / CHARACTERS_PER_TOKEN + 16 for length in texts])
-
-
-def likely_columns(path: str) -> dict[str, str]:
-    """{our name: the file's} of columns that are called otherwise; empty where the file cannot be read."""
-    try:
-        source = load_source(path, read_row=lambda row, *where: row, wanted=("*",), is_checked=False)
-        names = {str(name).lower(): str(name) for name in source[0]}
-    except (ValueError, OSError):
-        return {}
-    found = {ours: next((names[one] for one in likely if one in names), None) for ours, likely in NAMES.items()}
-    return {ours: theirs for ours, theirs in found.items() if theirs is not None and ours not in names}
+    return Found(path, len(source), source.guessed, images, [length / CHARACTERS_PER_TOKEN + 16 for length in texts])
 
 
 def sizes_of(found: Sequence[Found], patch_size: int, context: int | None) -> dict[str, int]:
