@@ -1,46 +1,68 @@
-"""Fills the page on recipes with the keys of the pydantic models that read them, so that it cannot be out of date."""
+"""Fills the page of recipe keys from the pydantic models that read them, so that it cannot be out of date."""
 
-import ast
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Iterator
+from inspect import formatannotation
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from vora.train.from_recipe import DEFAULTS
+from vora.train.recipe_sections import Recipe, Section
 
 MARK = "<!-- reference of the keys -->"
-RECIPE = Path(__file__).resolve().parents[2] / "src" / "vora" / "train" / "recipe_sections.py"
 
 
-def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
+def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """Called by mkdocs for each page."""
-    return markdown.replace(MARK, reference(RECIPE.read_text()))
+    return markdown.replace(MARK, reference()) if MARK in markdown else markdown
 
 
-def reference(source: str) -> str:
-    """Tables of the sections in `recipe.py`: read as text, so that building the site installs nothing of vora."""
-    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    sections = {
-        name: node for name, node in classes.items() if any("Section" in ast.unparse(base) for base in node.bases)
-    }
-    return "\n".join(_section(name, sections[name]) for name in ["Recipe", *(n for n in sections if n != "Recipe")])
+def reference() -> str:
+    """The tables of all sections, and what `training` is if it says nothing."""
+    rows = (f"| `training.{name}` | `{_yaml(value)}` |" for name, value in DEFAULTS.items())
+    ours = ["## training\n\nOur defaults; the other fields keep theirs.\n\n| key | default |\n|---|---|", *rows]
+    return "\n".join([*_tables(Recipe, "", set()), *ours])
 
 
-def _section(name: str, node: ast.ClassDef) -> str:
-    lines = [f"### {name.removesuffix('Section')}\n", f"{(ast.get_docstring(node) or '').partition(chr(10) * 2)[0]}\n"]
-    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for field in node.body:
-        if isinstance(field, ast.AnnAssign):
-            default, meaning = _default_and_meaning(field.value)
-            kind = ast.unparse(field.annotation).replace("Section", "")
-            lines.append(f"| `{field.target.id}` | `{kind}` | {default} | {meaning} |")
-    return "\n".join(lines) + "\n"
+def _tables(section: type[Section], path: str, seen: set[type[Section]]) -> Iterator[str]:
+    """A table of a section's keys by their whole names, then of each section in it; of a list its first entry."""
+    seen.add(section)
+    yield f"## {path.rstrip('.') or 'A recipe'}\n\n{(section.__doc__ or '').partition(chr(10) * 2)[0]}\n"
+    yield "| key | type | default | meaning |\n|---|---|---|---|"
+    fields = section.model_fields.items()
+    yield from (f"| `{path}{name}` | {_type(one)} | {_default(one)} | {_meaning(one)} |" for name, one in fields)
+    yield ""
+    for name, field in fields:
+        for inner, is_entry in _sections(field.annotation):
+            if inner not in seen:
+                yield from _tables(inner, f"{path}{name}.{'0.' if is_entry else ''}", seen)
 
 
-def _default_and_meaning(value: ast.expr | None) -> tuple[str, str]:
-    if value is None:
-        return "required", ""
-    if not (isinstance(value, ast.Call) and ast.unparse(value.func) == "Field"):
-        return f"`{ast.unparse(value).replace('Section()', ' section')}`", ""
-    given = {keyword.arg: keyword.value for keyword in value.keywords}
-    default = value.args[0] if value.args else given.get("default", given.get("default_factory"))
-    shown = "required" if default is None or ast.unparse(default) == "..." else f"`{ast.unparse(default)}`"
-    description = given.get("description")
-    meaning = "" if description is None else str(ast.literal_eval(description))
-    return shown, " ".join(meaning.split()).replace("|", "\\|")
+def _sections(kind: Any, is_entry: bool = False) -> Iterator[tuple[type[Section], bool]]:
+    """The sections that a type names, and whether they are entries of a list."""
+    if isinstance(kind, type) and issubclass(kind, Section):
+        yield kind, is_entry
+    for part in get_args(kind):
+        yield from _sections(part, getattr(kind, "__origin__", None) is list)
+
+
+def _type(field: FieldInfo) -> str:
+    words = re.sub(r"[\w.]+\.(?=\w)|Section\b|\bLiteral(?=\[)", "", formatannotation(field.annotation))
+    return f"`{words}`".replace("|", "\\|").replace("None", "null")
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return "its own" if isinstance(field.default, BaseModel) else f"`{_yaml(field.default)}`"
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]
+
+
+def _meaning(field: FieldInfo) -> str:
+    return (field.description or "").replace("|", "\\|")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from vora.distill.objective import Objective
 from vora.eval.inspect.attention_weights import attention_at, words_of_tokens
 from vora.eval.inspect.colours import aligned, colours, principal_components
 from vora.eval.inspect.inspection import inspect_image
-from vora.eval.inspect.page import write_inspection
+from vora.eval.inspect.page import finding, write_inspection
 from vora.eval.inspect.teacher import take_teacher
 from vora.eval.metrics.cka import linear_cka, of_one_length
 
@@ -246,6 +247,9 @@ def test_the_page_needs_nothing_beside_it(seeing, tmp_path, size):
     assert len(sources) > 10 and set(sources) == {"data:image/png;base64"}
     assert not re.search(r"https?://|<script|<link", page)
     figures = json.loads(path.with_suffix(".json").read_text())
+    sentence = f'<p class="finding">{figures["finding"]}</p>'.replace("'", "&#x27;")
+    assert page.index("<h1>") < page.index(sentence) < page.index("<details")  # before all that is folded
+    assert page.count("<details open>") == 2 and page.count("<details>") == 3 + 4 and page.count("<h2>") == 5
     rows, columns = figures["grid"]
     assert (rows * columns < 4) == (figures["similarity"]["cka"][0][0] is None)
     for word in figures["attention"]["words"]:
@@ -253,6 +257,20 @@ def test_the_page_needs_nothing_beside_it(seeing, tmp_path, size):
         assert sum(map(sum, word["map"])) == pytest.approx(word["share"], abs=1e-4) and word["share"] < 1
         assert len(word["share_by_block"]) == len(figures["attention"]["blocks"]) == 3
     assert [pair["student"] for pair in figures["similarity"]["pairs"]] == [0, 1]
+
+
+def test_the_finding_is_of_the_attention_and_of_the_mirror(found):
+    said = finding(found)
+    by_block = torch.tensor([[*word.share_by_block().values()] for word in found.words]).mean(0)
+    block, share = int(by_block.argmax()) + 1, f"{100 * float(by_block.mean()):.0f} % of its attention"
+    assert share in said and f"most in block {block}, with {100 * float(by_block.max()):.0f} %" in said
+    cka, mirrored = (sum(float(one[name]) for one in found.pair_likeness) / 2 for name in ("cka", "cka_mirrored"))
+    assert f"a CKA of {cka:.2f}" in said and f"of {mirrored:.2f} where the teacher sees the mirrored image" in said
+    assert said.count(".\n") == 0 and said.endswith("image.")
+    few = replace(found, pair_likeness=[{**one, "cka": math.nan} for one in found.pair_likeness])
+    alone = finding(replace(found, teacher=None))
+    assert finding(few) == alone and "CKA" not in alone and alone.endswith("%.")
+    assert "nowhere" in finding(replace(found, words=[], answer=""))
 
 
 def fresh(seeing):

@@ -156,13 +156,17 @@ def test_columns_of_two_tasks_tell_none(parquet):
         task_of(Rows(Data([parquet("both", [{"captions": ["a"], "label": "b"}])])))
 
 
-def test_captions_in_rows_of_their_own_are_probed_by_image_and_the_model_may_speak(png, parquet, report_of, tmp_path):
+def test_captions_in_rows_of_their_own_are_probed_by_image_and_the_model_may_speak(
+    png, parquet, report_of, tmp_path, capsys
+):
     rows = [{"image": png(n % 2), "caption": f"a dog number {n}"} for n in range(4)]
     report = report_of("probe", parquet("rows", rows), "--generate")
     assert report["num_examples"] == report["num_images"] == 2 and report["num_references"] == 4
     assert report["looks"] is None and report["verdict"].startswith("Too few examples to tell")
     assert {"cider_d_with_none", "cider_d_drop_other"} < report["metrics"].keys()
     assert (tmp_path / "r.generated.jsonl").exists() and len(report["predicted_at"]) == 1
+    files = ", ".join(str(tmp_path / f"r.{end}") for end in ("json", "predictions.jsonl", "generated.jsonl", "png"))
+    assert f"Wrote {files}\n" in capsys.readouterr().err
 
 
 def test_a_figure_is_drawn_of_one_group(tmp_path):
@@ -170,6 +174,7 @@ def test_a_figure_is_drawn_of_one_group(tmp_path):
     metrics = probe_metrics(found)
     assert metrics["gain_over_other"]["interval"] == [None, None]
     _, verdict = verdict_of(metrics, [], 1, 2)
+    assert "(-), which is 1 times as likely." in verdict  # a gain of 1 and of -1
     assert "of 1 independent images" in verdict and "nats on average (-)" in verdict
     draw_probe(tmp_path / "p.png", metrics, found, verdict, "x")
     assert (tmp_path / "p.png").exists()

@@ -6,6 +6,9 @@ import pytest
 from rich.console import Console
 
 from vora.checkpoint import load_model
+from vora.data.few_answers import few_answers
+from vora.data.readers import load_source
+from vora.quickstart.page import write_report
 from vora.quickstart.run import run_quickstart
 from vora.serve.chat import Chat
 from vora.serve.engine import Engine
@@ -46,6 +49,23 @@ def test_too_few_minutes_are_said_in_the_words_of_the_quickstart(tmp_path, monke
     monkeypatch.setattr("vora.quickstart.run.train", train)
     with pytest.raises(ValueError, match=f"--minutes .* --llm smollm2-135m.*{wanted}, or a smaller --llm"):
         run_quickstart(tmp_path / "out", minutes=minutes, console=Console(quiet=True))
+
+
+def test_the_page_says_what_the_model_does_not_know(tmp_path, model_folder, processor, sources):
+    (tmp_path / "run").mkdir()
+    lines = [{"samples_seen": n, "lm_loss": 1 / n, "distill_loss": 0.5, "pair_0_0": 0.5} for n in (1, 2)]
+    (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = ("accuracy", "text_only_accuracy", "blank_image_accuracy", "majority_accuracy", "train_seconds")
+    counts = {"num_test_questions": 12, "num_samples_seen": 2, "peak_rss_bytes": 1}
+    result = dict.fromkeys(names, 0.5) | counts | {"accuracy_by_answer": {"what": 0.5}, "llm": "tiny"}
+    shown, model = [load_source(sources[0])[0]], load_model(str(model_folder))[0]
+    for warning in (few_answers([[load_source(sources[0])[0]] * 200]), None):
+        write_report(tmp_path, result | {"warning": warning}, shown, model, processor)
+        page = (tmp_path / "report.html").read_text()
+        said = (
+            "knows only the answers of its task: of 164 answers looked at only 1 are different (&quot;red&quot;, ...)"
+        )
+        assert (said in page) == (warning is not None) == ('class="remark"' in page)
 
 
 @pytest.mark.slow

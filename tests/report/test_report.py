@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 
 import numpy as np
 from PIL import Image
@@ -23,6 +24,15 @@ def test_pages_escape_what_they_hold():
     assert "a &lt; b" in page and "1 &lt; 2" in page and "x &amp; y" in page and ".x{}" in page
     rows = "<tr><th>&lt;h&gt;</th></tr><tr><td>&lt;i&gt;</td></tr><tr><td>3</td></tr>"
     assert f'<table class="kind">{rows}</table>' in page and 'name="viewport" content="width=device-width' in page
+
+
+def test_what_is_long_wraps_scrolls_or_is_folded():
+    page = html.page(
+        "a", html.remark("1 < 2") + html.folded("<b>more</b>", "<p>all</p>") + html.folded("s", "b", True)
+    )
+    assert '<p class="remark">1 &lt; 2</p>' in page and "<details open><summary>s</summary>b</details>" in page
+    assert "<details><summary><b>more</b></summary><p>all</p></details>" in page
+    assert re.search(r"pre\{[^}]*white-space:pre-wrap;overflow-wrap:anywhere", page)
 
 
 def test_a_histogram_has_a_bar_for_each_count():

@@ -210,6 +210,16 @@ def test_gradient_accumulation_equals_one_large_batch(recipe, tmp_path, balance)
     assert first[0] == pytest.approx(every, rel=0.3)  # divided by the weights: label tokens would make it far smaller
 
 
+def test_a_run_on_few_answers_says_so_at_its_start_and_in_its_report(recipe, tmp_path, data_file):
+    values = recipe(max_steps=3).model_dump()
+    values["data"]["sources"] = [{"path": data_file}] * 20
+    console = Console(record=True, file=StringIO(), width=300)
+    run(load_recipe(values), tmp_path / "run", console=console)
+    found = "of 160 answers looked at only 4 are different"
+    assert f"Warning: {found}" in console.export_text()
+    assert f"**Warning**: {found}" in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_micro_batches_of_text_alone_do_not_raise_the_loss(recipe, tmp_path, data_file):
     texts = write_lines(tmp_path / "texts.jsonl", [{"text": "blue red green " * 9}] * 8)
     values = recipe(learning_rate=0.0).model_dump()

@@ -64,7 +64,7 @@ def evaluate(
     console.print(report.table())
     if "verdict" in report.details:
         console.print(report.details["verdict"], highlight=False, markup=False)
-    console.print(f"Report: {out}")
+    console.print(f"Wrote {', '.join(map(str, report.files(out)))}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -124,7 +124,7 @@ def inspect(
     from vora.checkpoint.pretrained import committed_model
     from vora.distill.objective import Objective
     from vora.eval.inspect.inspection import inspect_image
-    from vora.eval.inspect.page import write_inspection
+    from vora.eval.inspect.page import finding, write_inspection
     from vora.eval.inspect.teacher import take_teacher
     from vora.model.fetch_image import fetch_image
 
@@ -144,4 +144,4 @@ def inspect(
     write_inspection(out, found, processor.image_processor, image, name, [remark] if remark else [])
     if remark:
         console.print(remark, highlight=False, markup=False)
-    console.print(f"{found.answer}\nPage: {out}", highlight=False, markup=False)
+    console.print(f"{found.answer}\n{finding(found)}\nWrote {out}, {figures}", highlight=False, markup=False)

@@ -62,6 +62,11 @@ class Report:
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
         file.write_bytes(text.encode("utf-8", "backslashreplace"))  # a lone surrogate becomes its escape
 
+    def files(self, out: Path) -> list[Path]:
+        """All that lies in the folder of `out`, the JSON file, for this report."""
+        names = (".predictions.jsonl", ".generated.jsonl", ".png")
+        return [out, *(file for name in names if (file := beside(out, name)).exists())]
+
     def table(self) -> Table:
         """The metrics, for a console."""
         table = Table(title=f"{self.task}: {self.num_examples:,} examples, {self.num_bad:,} bad")

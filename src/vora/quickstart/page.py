@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from vora.data.schema import Sample
 from vora.model.processing_vora import VoraProcessor
-from vora.report.html import facts, page
+from vora.report.html import facts, page, remark
 from vora.report.images import data_url
 from vora.report.plots import figure_url, losses_figure, new_figure
 from vora.serve.chat import Chat
@@ -44,16 +44,17 @@ def write_report(
     engine = Engine(model, processor)
     body = f"""<p>{escape(result["llm"])}, without a vision encoder: vision LoRA and a patch embedding were trained,
 then merged. What remains is the LLM's own architecture.</p>
+{remark(f"This model knows only the answers of its task: {result['warning']}") if result["warning"] else ""}
 {facts(figures)}
 <p>By kind: {by_answer}. The text-only baseline is the better of two: the merged model with blank images
 ({100 * result["blank_image_accuracy"]:.1f} %), and the most frequent training answer to the same question
 ({100 * result["majority_accuracy"]:.1f} %).</p>
 <h2>Images it had never seen</h2><div class="cards">{"".join(card(sample, engine) for sample in shown)}</div>
-<h2>How it learned</h2><img alt="losses" src="{figure_url(losses)}">
+<h2>How it learned</h2><div class="wide"><img alt="losses" src="{figure_url(losses)}"></div>
 <h2>How far each block follows its teacher</h2>
 <p>1 - cosine between what a student block says of each patch and what the teacher's block says, the teacher's mean
 subtracted: 0 is perfect imitation, 1 is chance.</p>
-<img alt="distillation by block" src="{pairs_plot(log)}">
+<div class="wide"><img alt="distillation by block" src="{pairs_plot(log)}"></div>
 <h2>What to try next</h2>
 <pre>vora chat {escape(shown[0].name)} -m {escape(str(out / "model"))}
 vora train {escape(str(out / "run" / "recipe.yaml"))} --out longer training.max_steps=1000

@@ -20,6 +20,7 @@ from vora.build.base_llm import load_llm, load_tokenizer
 from vora.checkpoint.card import Evaluation, write_run_card
 from vora.checkpoint.load import merge_run
 from vora.checkpoint.save import save_merged
+from vora.data.few_answers import few_answers
 from vora.data.readers import load_source
 from vora.data.schema import Sample
 from vora.eval.run import evaluate
@@ -107,7 +108,7 @@ def run_quickstart(
     result = measured((model, processor), samples, out, console) | {
         "num_test_questions": num_questions, "num_samples_seen": trainer.num_samples_seen,
         "num_steps": trainer.state.global_step, "train_seconds": train_seconds, "dtype": dtype, "llm": llm,
-        "seed": seed, "num_cpus": os.cpu_count(),
+        "seed": seed, "num_cpus": os.cpu_count(), "warning": few_answers([samples["train"]]),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT,
     }  # fmt: skip
     console.print("[5/5] Writing the report")

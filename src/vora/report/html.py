@@ -7,12 +7,14 @@ STYLE = """\
 body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1c2733}
 h1{margin-bottom:.2rem}h2{margin:2.2rem 0 .4rem}
 .facts{display:flex;gap:1rem;flex-wrap:wrap}.facts div{background:#f2f5f8;border-radius:.6rem;padding:.8rem 1.2rem}
-.facts b{display:block;font-size:1.5rem}
+.facts div{min-width:0;overflow-wrap:anywhere}.facts b{display:block;font-size:1.5rem}
+.remark{background:#f7e3c6;border-radius:.6rem;padding:.6rem 1rem}
 table{border-collapse:collapse;width:100%}td,th{padding:.3rem .7rem;border-bottom:1px solid #d8e0e8;text-align:right}
 td:first-child,th:first-child{text-align:left;overflow-wrap:anywhere;min-width:8rem}
-img{max-width:100%}pre{background:#f2f5f8;padding:1rem;border-radius:.6rem;overflow-x:auto}
+img{max-width:100%}pre{background:#f2f5f8;padding:1rem;border-radius:.6rem;white-space:pre-wrap;overflow-wrap:anywhere}
 svg{width:100%;max-width:36rem}svg text{font:12px system-ui,sans-serif;fill:#1c2733}svg line{stroke:#d8e0e8}
-.wide{overflow-x:auto}
+.wide{overflow-x:auto}.wide img{min-width:36rem}
+details{margin:.8rem 0}summary{cursor:pointer}summary h2{display:inline}
 @media(max-width:40rem){.facts{gap:.5rem}.facts div{padding:.4rem .7rem}.facts b{font-size:1.1rem}
 td,th{padding:.3rem .4rem;font-size:.85rem}body{margin:1rem auto}}
 """
@@ -31,6 +33,16 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
     """Boxes side by side: a large figure, and what it is."""
     boxes = (f"<div><b>{escape(figure)}</b>{escape(what)}</div>" for figure, what in pairs)
     return f'<div class="facts">{"".join(boxes)}</div>'
+
+
+def remark(text: str) -> str:
+    """What a reader must know, in a box."""
+    return f'<p class="remark">{escape(text)}</p>'
+
+
+def folded(summary: str, body: str, is_open: bool = False) -> str:
+    """What is read on request; `summary` and `body` are HTML."""
+    return f"<details{' open' if is_open else ''}><summary>{summary}</summary>{body}</details>"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]], kind: str = "") -> str:

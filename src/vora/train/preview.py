@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vora.data.few_answers import few_answers
 from vora.data.guess import line_to_paste
 from vora.data.page import SOURCE_COLUMNS, column_rows, filling, source_rows, write_page
 from vora.data.stats import dataset_statistics, write_summary
@@ -39,6 +40,8 @@ def preview(
     print_columns(summary, console)
     if summary["num_bad"] > recipe.data.max_bad_share * (summary["num_samples"] + summary["num_bad"]):
         console.print(f"[bold red]A run would stop:[/bold red] more than {recipe.data.max_bad_share:.0%} are bad.")
+    if warning := few_answers(sequences.maker.sources):
+        console.print(f"Warning: {warning}", highlight=False, markup=False)
     console.print(f"Look at {out / 'samples.html'}; every bad sample is in {out / 'bad_samples.jsonl'}.")
     return summary
 

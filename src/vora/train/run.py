@@ -25,6 +25,7 @@ from transformers import AttentionInterface, PrinterCallback, TrainerCallback, T
 
 from vora.checkpoint.card import write_run_card
 from vora.checkpoint.run_directory import find_checkpoint, last_step
+from vora.data.few_answers import few_answers
 from vora.data.stream import PackedSequences
 from vora.distill.branches import takes_branches
 from vora.distill.objective import Objective
@@ -86,11 +87,14 @@ def train(
     write_what_runs(recipe, directory)
     console.print(trainable_table(objective, recipe.stage))
     console.print(length_of_run(sequences, arguments, validation), highlight=False)
+    warning = None
     if recipe.distill_only_steps >= arguments.max_steps:
         console.print(
             f"Warning: all {arguments.max_steps} steps only distill, so that no text is learned: raise "
             "training.max_steps, or lower teacher.distill_only_steps.", highlight=False,
         )  # fmt: skip
+    elif warning := few_answers(sources):
+        console.print(f"Warning: {warning}", highlight=False, markup=False)
     stop, progress = StopOnSignal(), ProgressCallback(console, directory / "log.jsonl", directory / "validation.jsonl")
     answers = directory / "sample_generations.jsonl"
     samples = SampleGenerationCallback(recipe.sample_generations, processor, answers, console)
@@ -117,7 +121,7 @@ def train(
     trainer.save_model(directory / "final")  # on all processes, for each may hold a part
     if trainer.is_world_process_zero():
         write_run_card(directory / "final", directory, trainer.step_of_weights)
-        write_report(recipe, trainer.state.global_step, trainer.num_samples_seen, directory)
+        write_report(recipe, trainer.state.global_step, trainer.num_samples_seen, directory, warning)
     return trainer
 
 

@@ -20,7 +20,9 @@ def read_log(log_file: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def write_report(recipe: Recipe, num_steps: int, num_samples: int, directory: Path) -> None:
+def write_report(
+    recipe: Recipe, num_steps: int, num_samples: int, directory: Path, warning: str | None = None
+) -> None:
     """loss.png, the losses against samples seen, and report.md, in short how the run went."""
     lines, measured = read_log(directory / "log.jsonl"), read_log(directory / "validation.jsonl")
     labels = {name: name for name in LOSSES} | {f"eval_{name}": f"{name}, validation" for name in LOSSES}
@@ -41,7 +43,8 @@ def write_report(recipe: Recipe, num_steps: int, num_samples: int, directory: Pa
         facts |= {f"{name}, last": f"{measured[-1][name]:.4f}" for name in measured[-1] if name in EVALUATED}
     if best := best_checkpoint(directory):
         facts["best checkpoint"] = f"{best.folder.name}, by {best.metric}: {best.value:.4f}"
+    warning = f"**Warning**: {warning}\n\n" if warning else ""
     (directory / "report.md").write_text(
-        f"# Run {directory.name}\n\n{table(('', ''), facts.items())}\n\n![losses](loss.png)\n\n"
+        f"# Run {directory.name}\n\n{warning}{table(('', ''), facts.items())}\n\n![losses](loss.png)\n\n"
         f"Merge it with `vora merge {directory} -o OUT`; the recipe is in recipe.yaml.\n"
     )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from io import BytesIO
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -19,15 +20,16 @@ from PIL import Image, ImageOps
 from vora.eval.inspect.inspection import Inspection
 from vora.eval.metrics.cka import FEWEST_TOKENS, MOST_TOKENS
 from vora.model.image_processing_vora import VoraImageProcessor
-from vora.report.html import facts, page
+from vora.report.html import facts, folded, page, remark
 from vora.report.images import data_url, with_grid
+from vora.report.plots import new_figure
 
 STYLE = """\
-h2{margin:2.2rem 0 .2rem}.caption{color:#5b6b7b;font-size:.88rem;margin:.2rem 0 .9rem}
-.remark{background:#f7e3c6;border-radius:.6rem;padding:.6rem 1rem}
-.tiles{display:flex;gap:.8rem;flex-wrap:wrap;align-items:flex-start}figure{margin:0;font-size:.78rem;line-height:1.35}
+.finding{font-size:1.15rem}.caption,details details{color:#5b6b7b;font-size:.88rem;margin:.2rem 0 .9rem}
+.facts b{font-size:1.1rem}
+.tiles{display:flex;gap:.8rem;flex-wrap:wrap;align-items:flex-start}figure{margin:0;max-width:100%;font-size:.78rem;line-height:1.35}
 figcaption{white-space:pre-line;overflow-wrap:anywhere;color:#5b6b7b}figcaption b{color:#1c2733;font-size:.9rem}
-img{display:block;margin-bottom:.2rem}
+img{display:block;margin-bottom:.2rem}@media(max-width:40rem){.tiles{gap:.4rem}}
 """
 TILE, WORD_TILE = 104, 150  # sides in pixels of a square image's tiles; other images' have the same area
 IMAGE = 640  # longer side at most, if the image is not larger by itself
@@ -56,27 +58,56 @@ def write_inspection(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     known = [(found.question, "question"), (found.answer or "(nothing)", "answer"), (model, "model")]
-    panels = [_seen(found, image_processor), _components(found)]
+    panels = [_seen(found, image_processor)]
+    if found.words:
+        panels += [_words(found), _blocks(found)]
+    panels.append(_components(found))
     if found.teacher is not None:
         known.append((found.teacher, "teacher"))
         panels.append(_likeness(found))
-    if found.words:
-        panels += [_words(found), _blocks(found)]
-    body = "".join(f'<p class="remark">{escape(remark)}</p>' for remark in remarks)
-    path.write_text(page("How a model sees an image", body + facts(known) + "".join(panels), STYLE), encoding="utf-8")
-    figures = {"image": image, "model": model, **found.as_json(), "remarks": list(remarks)}
+    said = finding(found)
+    body = f'<p class="finding">{escape(said)}</p>{"".join(map(remark, remarks))}{facts(known)}{"".join(panels)}'
+    path.write_text(page("How a model sees an image", body, STYLE), encoding="utf-8")
+    figures = {"image": image, "model": model, "finding": said, **found.as_json(), "remarks": list(remarks)}
     path.with_suffix(".json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _panel(title: str, caption: str, tiles: Sequence[tuple[str, str, Image.Image]]) -> str:
-    """HTML of something to look at: what it is, what it shows and what not, and (heading, label, image) per tile."""
+def finding(found: Inspection) -> str:
+    """In a sentence: how much of its attention went to the image, where most, and how like the teacher it sees it."""
+    if not found.words:
+        return (
+            "Its blocks have no attention to show." if found.answer else "It answered nothing, so it looked nowhere."
+        )
+    shares = [torch.tensor([*word.share_by_block().values()]) for word in found.words]
+    by_block, even = torch.stack(shares).mean(0), fmean(word.even_share for word in found.words)
+    most = list(found.words[0].attention)[int(by_block.argmax())]
+    text = (
+        f"While it answered, {_percent(float(by_block.mean()))} of its attention fell on the image (spread evenly it "
+        f"would be {_percent(even)}), most in {_block_name(most)}, with {_percent(float(by_block.max()))}"
+    )
+    alike = [[float(pair[name]) for pair in found.pair_likeness] for name in ("cka", "cka_mirrored")]
+    if found.teacher is None or not np.isfinite(alike).all():
+        return f"{text}."
+    own, mirrored = map(fmean, alike)
+    return (
+        f"{text}; its blocks are like the teacher's with a CKA of {own:.2f} (1: the same, 0: nothing in common), and "
+        f"of {mirrored:.2f} where the teacher sees the mirrored image."
+    )
+
+
+def _panel(
+    title: str, shown: str, caption: str, tiles: Sequence[tuple[str, str, Image.Image]], is_open: bool = False
+) -> str:
+    """HTML of something to look at: what it is, what it shows, how to read it; (heading, label, image) per tile."""
     figures = ""
     for heading, label, image in tiles:
         bold = f"<b>{escape(heading)}</b>\n" if heading else ""
         words = f"<figcaption>{bold}{escape(label)}</figcaption>" if heading or label else ""
         source, width = data_url(image, "png"), max(image.width, NARROWEST)
         figures += f'<figure style="width:{width}px"><img alt="{escape(heading)}" src="{source}">{words}</figure>'
-    return f'<h2>{escape(title)}</h2><p class="caption">{escape(caption)}</p><div class="tiles">{figures}</div>'
+    how = folded("How to read it, and what it does not say", f"<p>{escape(caption)}</p>") if caption else ""
+    body = f'<p class="caption">{escape(shown)}</p>{how}<div class="tiles">{figures}</div>'
+    return folded(f"<h2>{escape(title)}</h2>", body, is_open)
 
 
 def _seen(found: Inspection, image_processor: VoraImageProcessor) -> str:
@@ -87,7 +118,9 @@ def _seen(found: Inspection, image_processor: VoraImageProcessor) -> str:
         "What the model is given",
         f"The image at the size at which the model reads it, {found.image.width} x {found.image.height} pixels, "
         f"cut into {rows} x {columns} image tokens. It sees nothing finer.",
+        "",
         [("", "", image)],
+        is_open=True,
     )
 
 
@@ -105,7 +138,8 @@ def _components(found: Inspection) -> str:
     )
     return _panel(
         "What differs from patch to patch, block by block",
-        "One square per image token: the first three principal components of the tokens as red, green and blue, each "
+        "One square per image token: where colours differ, the block tells patches apart.",
+        "The first three principal components of the tokens are red, green and blue, each "
         f"stretched over this image.{beside if found.teacher else ''} The percentage is how much of all differences "
         "between tokens the three hold; the rest is not seen. Input is what enters the first block. Order and signs "
         "follow the block before. Colours have no names, and are not the same in another image. That patches differ "
@@ -131,12 +165,14 @@ def _likeness(found: Inspection) -> str:
         rough = f" CKA is of {MOST_TOKENS} of the tokens, evenly spaced."
     return _panel(
         "How alike to the teacher",
+        "Lines are the likeness of each pair of blocks; as far as one lies above its dashes, the model has learned "
+        "what is where in this image.",
         f"{learned}CKA compares without any head: 1 where both find the same patches alike, 0 on average where they "
         "have nothing in common (it can fall below). Dashed: the same measure when the teacher looks at the mirrored "
         "image. What is left there comes from what no mirror changes (averages, symmetry, rows) and not from what "
         f"is where in this image; that is the distance between a line and its dashes.{rough} One image is no "
         "measurement of a model. On the map, dots are the pairs of blocks that stand side by side.",
-        [("", "", _likeness_figure(found))],
+        [("", "", _drawn(_lines(found))), ("", "", _drawn(_map(found)))],
     )
 
 
@@ -161,6 +197,7 @@ def _words(found: Inspection) -> str:
         )
     return _panel(
         "Where the model looked for each word",
+        "Bright: read from most when the word was chosen.",
         "Attention to the image tokens from the place where each word was chosen, which is the one before it; mean "
         f"over heads, blocks and the word's tokens, {CONTRAST}.{compared} The percentage is how much of all "
         "attention falls on the image, beside what an even spread over everything in sight would give. The strip "
@@ -169,6 +206,7 @@ def _words(found: Inspection) -> str:
         "After the first blocks an image token also holds what it read from others, so a dark patch may have "
         "mattered through a bright one, and many heads rest on some token that means nothing to them.",
         tiles,
+        is_open=True,
     )
 
 
@@ -179,8 +217,9 @@ def _blocks(found: Inspection) -> str:
         tiles.append((_block_name(block), _percent(float(attention.sum())), _lit(found, attention, TILE)))
     return _panel(
         "Which blocks look where",
-        f"The same attention, mean over the words and heads, for each block by itself, {CONTRAST}; the percentage is "
-        "the share that falls on the image. Where that is near 0, the bright patches are nearly nothing too.",
+        "The same attention for each block by itself; the percentage is the share that falls on the image.",
+        f"It is the mean over the words and heads, {CONTRAST}. Where the share is near 0, the bright patches are "
+        "nearly nothing too.",
         tiles,
     )
 
@@ -224,10 +263,9 @@ def _stacked(*images: Image.Image) -> Image.Image:
     return Image.fromarray(np.vstack([part for image in images for part in (gap, np.asarray(image))][1:]))
 
 
-def _likeness_figure(found: Inspection) -> Image.Image:
-    """Likeness of the pairs as lines, and that of all blocks as a map."""
-    figure = Figure(figsize=(11.2, 3.6), layout="constrained")
-    axes, heat = figure.subplots(1, 2)
+def _lines(found: Inspection) -> Figure:
+    """Likeness of the pairs."""
+    figure, axes = new_figure(5.6, 3.6)
     blocks = [likeness["student"] + 1 for likeness in found.pair_likeness]
     for colour, (name, label) in enumerate(LINES):
         for mark, style in (("", "-o"), ("_mirrored", "--")):
@@ -236,18 +274,28 @@ def _likeness_figure(found: Inspection) -> Image.Image:
                 shown = None if mark else label
                 axes.plot(blocks, values, style, color=f"C{colour}", label=shown, markersize=3)
     axes.axhline(0, color="#5b6b7b", linewidth=0.8)
-    axes.set(ylabel="likeness to the teacher's block", ylim=(None, 1.02))
+    axes.set(xlabel="block of the model", ylabel="likeness to the teacher's block", ylim=(None, 1.02))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
+    return figure
+
+
+def _map(found: Inspection) -> Figure:
+    """Likeness of all blocks."""
+    figure, axes = new_figure(5.6, 3.6)
     blocks, teacher_blocks = ([block + 1 for block in found.cka[name]] for name in ("blocks", "teacher_blocks"))
     values = np.asarray(found.cka["cka"]).T
-    mesh = heat.pcolormesh(blocks, teacher_blocks, values, cmap="viridis", vmin=0, vmax=1, shading="nearest")
-    heat.plot(*([block + 1 for block in side] for side in zip(*found.pairs)), "o", color="white", mec="black", ms=4)
-    heat.set(ylabel="block of the teacher")
+    mesh = axes.pcolormesh(blocks, teacher_blocks, values, cmap="viridis", vmin=0, vmax=1, shading="nearest")
+    axes.plot(*([block + 1 for block in side] for side in zip(*found.pairs)), "o", color="white", mec="black", ms=4)
+    axes.set(xlabel="block of the model (0: what enters the first)", ylabel="block of the teacher")
     figure.colorbar(mesh, label="CKA")
-    for axis in (axes.xaxis, heat.xaxis, heat.yaxis):
+    for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator("auto", integer=True))
-    figure.supxlabel("block of the model (0: what enters the first)", fontsize=10)
+    return figure
+
+
+def _drawn(figure: Figure) -> Image.Image:
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=96)
     return Image.open(buffer).convert("RGB")

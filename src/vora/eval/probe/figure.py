@@ -21,6 +21,11 @@ SHOWN = {  # its name below a bar, and its colour
     "none": ("no\nimage", "#3d5a80"),
 }
 LINEAR = 0.3  # nats; the axis of gains is about linear up to here
+AXIS = (
+    "what the right image adds to the log-likelihood of an answer, in nats\n"
+    "0: nothing, 1: 2.7 times as likely, 3: 20 times, -1: 0.37 times\n"
+    "(the scale is linear up to 0.3 and logarithmic beyond)"
+)
 
 
 def draw_probe(file: Path, metrics: dict[str, Estimate], scores: ProbeScores, verdict: str, title: str) -> None:
@@ -85,4 +90,4 @@ def _spreads(all_axes: Sequence["Axes"], scores: ProbeScores, metrics: dict[str,
         against = title.replace("\n", " ")
         axes.set_title(f"against {against}: the right one is better in {found}", fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-    all_axes[-1].set_xlabel("what the right image adds to the log-likelihood of an answer, nats", fontsize=9)
+    all_axes[-1].set_xlabel(AXIS, fontsize=9)

@@ -8,6 +8,7 @@ likelier than another one of the set does (chance: one half), and at its 95 % in
 Blank, shuffled and missing images decide nothing: a model may do badly with one only because it never saw the like.
 """
 
+import math
 from collections.abc import Sequence
 
 from vora.eval.metrics.intervals import Estimate, in_words, numbers
@@ -25,7 +26,8 @@ def verdict_of(
     found = (
         f"the right image makes the right answer likelier than another image of the set does in "
         f"{100 * value:.1f} % of {num_references:,} cases (95 % interval {in_words(beats['interval'], '.1f', 100)} %, "
-        f"chance 50 %), by {numbers(gain)[0]:.3g} nats on average ({in_words(gain['interval'], '.3g')})."
+        f"chance 50 %), by {numbers(gain)[0]:.3g} nats on average ({in_words(gain['interval'], '.3g')}), which is "
+        f"{math.exp(min(700, numbers(gain)[0])):.3g} times as likely."
     )
     if num_groups < FEWEST_GROUPS or not (low > CHANCE or high < LITTLE):
         wanted = f"at least {FEWEST_GROUPS} are needed" if num_groups < FEWEST_GROUPS else "give more"
