@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,22 @@ def test_every_vora_command_in_readme_and_docs_parses():
         options = {option for p in COMMANDS[verb].params for option in [*p.opts, *p.secondary_opts]} | {"--help"}
         unknown = [word for word in rest if re.match(r"--?[a-z]", word) and word.split("=")[0] not in options]
         assert not unknown, f"{page}: vora {verb} has no {unknown}"
+
+
+def test_every_recipe_key_is_described_in_the_reference():
+    spec = spec_from_file_location("hook", ROOT / "docs" / "hooks" / "recipe_reference.py")
+    spec.loader.exec_module(hook := module_from_spec(spec))
+    assert hook.MARK in (ROOT / "docs" / "keys.md").read_text()
+    found = hook.on_page_markdown(hook.MARK)
+    rows = dict(re.findall(r"^\| `(?:[\w.]+\.)?(\w+)` \|.*\| ([^|]*) \|$", found, flags=re.M))
+    schema = Recipe.model_json_schema()
+    assert len(rows) > 60 and {key for one in (schema, *schema["$defs"].values()) for key in one["properties"]} <= {
+        *rows
+    }
+    whole = ("model.llm", "data.sources.0.augment.crop", "data.validation.share", "sample_generations.0.question")
+    for key in (*whole, "teacher.standardize", "training.report_to"):
+        assert f"| `{key}` |" in found
+    assert not [key for key, meaning in rows.items() if not meaning.strip()]
 
 
 def test_files_named_in_readme_and_docs_exist():

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from inspect import formatannotation
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -46,12 +46,14 @@ def _sections(kind: Any, is_entry: bool = False) -> Iterator[tuple[type[Section]
     if isinstance(kind, type) and issubclass(kind, Section):
         yield kind, is_entry
     for part in get_args(kind):
-        yield from _sections(part, getattr(kind, "__origin__", None) is list)
+        yield from _sections(part, get_origin(kind) is list)
 
 
 def _type(field: FieldInfo) -> str:
-    words = re.sub(r"[\w.]+\.(?=\w)|Section\b|\bLiteral(?=\[)", "", formatannotation(field.annotation))
-    return f"`{words}`".replace("|", "\\|").replace("None", "null")
+    if get_origin(field.annotation) is Literal:
+        return " or ".join(f"`{value}`" for value in get_args(field.annotation))
+    words = re.sub(r"[\w.]+\.(?=\w)|Section\b", "", formatannotation(field.annotation))  # without modules
+    return " or ".join(f"`{one}`" for one in words.replace("None", "null").split(" | "))
 
 
 def _default(field: FieldInfo) -> str:
