@@ -130,6 +130,19 @@ def test_ranks_share_the_samples(stream):
     assert sum(chunks, []) == samples(0, 1, 8)
 
 
+def test_samples_of_the_last_sequence_are_named(stream, processor):
+    packed = stream(rank=1, num_ranks=2, weights=[3, 1], distill_only_sequences=2)
+    names = [name for name, _ in islice(packed.named_samples(), 4 * CHUNK_SAMPLES)]
+    for number, sequence in enumerate(islice(packed, 14)):
+        found = [packed.name_of(place) for place in packed.last_places]
+        assert found == [names[chunk * CHUNK_SAMPLES + index] for chunk, index in packed.last_places]
+        assert len(found) == len(sequence)
+        if number >= 2:  # where there is something to predict, and it says which row it is
+            files = {"a": "images.jsonl", "b": "texts.jsonl"}
+            said = [f"{files[answer[0]]}:{answer[1:]}" for answer in answers(processor, sequence)]
+            assert [Path(name).name for name in found] == said
+
+
 def test_weights_are_shares_of_samples_and_each_image_draws_its_budget_and_changes(stream, processor):
     drawn = list(islice(stream(weights=[1, 3]), 150))
     found = Counter(answer[0] for sequence in drawn for answer in answers(processor, sequence))

@@ -252,7 +252,6 @@ def test_what_spread_weights_cannot_do_is_refused(sections, resumes, message, tm
     check_fsdp(recipe, are_spread=False, resumes=resumes)
     check_fsdp(load_recipe(dict(NOWHERE)), are_spread=True)
     monkeypatch.setattr("vora.train.run.training_arguments", lambda recipe, directory: arguments)
-    monkeypatch.setattr("vora.train.run.find_checkpoint", lambda directory, resume: "there" if resume else None)
     with pytest.raises(ValueError, match=f"{message}.*Train with DDP"):
         train(recipe, tmp_path / "run", resume=resumes)
     assert not (tmp_path / "run").exists()

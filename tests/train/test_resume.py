@@ -22,7 +22,7 @@ from torch.multiprocessing import start_processes
 from transformers import TrainerCallback
 
 from vora.checkpoint.layout import read_info
-from vora.checkpoint.run_directory import find_checkpoint, newest_checkpoint
+from vora.checkpoint.run_directory import newest_checkpoint
 from vora.train.from_recipe import fewest_of_processes
 from vora.train.recipe import load_recipe
 from vora.train.recipe_sections import AUTO_LENGTH
@@ -128,14 +128,6 @@ def whole(two_sources, tmp_path_factory):
 @pytest.mark.parametrize(("num_kills", "least"), [(1, 1), pytest.param(10, 8, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_exactly(two_sources, whole, tmp_path, num_kills, least):
     assert kill_and_resume(two_sources, whole, tmp_path / "run", num_kills) >= least
-
-
-def test_a_checkpoint_that_was_not_finished_is_not_resumed_from(tmp_path):
-    for step, text in ((3, '{"global_step": 3}'), (6, '{"global_st')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
-    (tmp_path / "checkpoint-9").mkdir()
-    assert find_checkpoint(tmp_path, resume=True) == str(tmp_path / "checkpoint-3")
 
 
 def train_as(rank, store, recipe, folder, overrides, stop_at=None, **options):

@@ -1,6 +1,5 @@
 """The model card: README.md of a saved model, filled into `card.md.j2`; of a path only its last part is named."""
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from vora.checkpoint.layout import Kind, read_info
 from vora.checkpoint.lineage import NOT_STATED, lineage, read_card
 from vora.checkpoint.names import command_without_folders, is_hub_id
-from vora.checkpoint.run_directory import last_step, read_recipe, run_of, weights_of_run
+from vora.checkpoint.run_directory import last_step, read_lines, read_recipe, run_of, weights_of_run
 
 # (task, metric, value, number of examples, the command that makes it again)
 Evaluation = tuple[str, str, float | str, int, str]
@@ -105,8 +104,7 @@ def write_run_card(
             last_step(saved) if saved.name != "final" else recipe["training"].get("max_steps")
         )
     data = noted.get("data") or [{"name": s["path"], "weight": s.get("weight")} for s in recipe["data"]["sources"]]
-    log = run / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    lines = read_lines(run / "log.jsonl")
     logged: dict[str, Any] = next((line for line in reversed(lines) if steps is None or line["step"] <= steps), {})
     is_merged = recipe["stage"] == "pretrain" and not (Path(folder) / "adapter_config.json").exists()
     facts = CardFacts(

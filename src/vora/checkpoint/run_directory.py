@@ -1,14 +1,19 @@
 """Where a run keeps what it has trained: RUN/recipe.yaml, RUN/checkpoint-N/, RUN/final/; see `vora.train.run`."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from vora.checkpoint.manifest import MANIFEST, STATE, fault_of, is_json
 
 
 def run_of(folder: Path) -> Path | None:
@@ -56,23 +61,81 @@ def weights_of_run(run: Path) -> Path:
     return Path(found)
 
 
-def find_checkpoint(directory: Path, resume: bool) -> str | None:
-    """The newest checkpoint to resume from, or None for a fresh run; one that a killed run was writing is removed.
-    ValueError where nothing is there to resume, or a fresh run would mix with an old one."""
-    for folder in _checkpoints(directory):
-        if not _is_whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)  # several processes may do so at once
-    newest = newest_checkpoint(directory)
-    if resume and newest is None:
-        raise ValueError(f"{directory} holds no checkpoint to resume from: start without --resume.")
-    if not resume and (newest is not None or (directory / "final").exists()):
-        raise ValueError(f"{directory} already holds a run: add --resume to go on with it, or choose another --out.")
-    return newest
+def find_checkpoint(directory: Path, resume: bool, tell: Callable[[str], None] = lambda text: None) -> str | None:
+    """The newest whole checkpoint to resume from, or None for a fresh run; newer ones that are not whole are named to
+    `tell`. ValueError where there is none to resume from, or a fresh run would mix with an old one."""
+    found, faults = _checkpoints(directory), list[str]()
+    if not resume:
+        if any(map(_is_finished, found)) or (directory / "final").exists():
+            raise ValueError(
+                f"{directory} already holds a run: add --resume to go on with it, or choose another --out."
+            )
+        return None
+    for checkpoint in reversed(found):
+        if (fault := fault_of(checkpoint)) is None:
+            if faults:
+                tell(f"Warning: {'; '.join(faults)}. Going on from {checkpoint.name}.")
+            return str(checkpoint)
+        faults.append(f"{checkpoint.name}: {fault}")
+    causes = f" ({'; '.join(faults)})" if faults else ""
+    cure = "choose another --out to begin anew" if any(map(_is_finished, found)) else "start without --resume"
+    raise ValueError(f"{directory} holds no checkpoint to resume from{causes}: {cure}.")
+
+
+def set_aside_newer(checkpoint: Path) -> list[str]:
+    """Rename the finished checkpoints that are newer than the one a run goes on from, so that they mix with none of
+    those to come; their new names. Nothing is deleted."""
+    found = [folder for folder in _checkpoints(checkpoint.parent) if _step(folder) > _step(checkpoint)]
+    names = []
+    for folder in filter(_is_finished, found):
+        free = (folder.with_name(f"unused-{folder.name}{end}") for end in chain([""], (f"-{n}" for n in count(2))))
+        place = next(place for place in free if not place.exists())
+        folder.rename(place)
+        names.append(place.name)
+    return names
+
+
+def begin_checkpoint(checkpoint: Path) -> None:
+    """Before a checkpoint is written over one that was there: until the last file is written, it is not whole."""
+    for name in (STATE, MANIFEST):
+        (checkpoint / name).unlink(missing_ok=True)
+
+
+def delete_older(directory: Path, most: int | None, best: str | None) -> None:
+    """Delete the oldest whole checkpoints of a run but for so many, the newest and the best among them."""
+    whole = [folder for folder in _checkpoints(directory) if _is_whole(folder)]
+    kept = [folder for folder in whole if folder == whole[-1] or (best and folder.name == Path(best).name)]
+    others = [folder for folder in whole if folder not in kept]
+    for folder in others[: max(0, len(whole) - max(most or len(whole), len(kept)))]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def newest_checkpoint(directory: Path | str) -> str | None:
     """The newest whole checkpoint of a run."""
     return next((str(folder) for folder in reversed(_checkpoints(directory)) if _is_whole(folder)), None)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON Lines, none where it is missing: a full disk or a kill may have left the last
+    one unfinished. ValueError, which names file and line, where another one is no JSON."""
+    text = file.read_text() if file.exists() else ""
+    lines = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{file}, line {number} is no JSON: delete that line.") from None
+    return lines
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file so that all of it is there, or the one before."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def last_step(checkpoint: Path | str) -> int:
@@ -82,11 +145,24 @@ def last_step(checkpoint: Path | str) -> int:
 
 def _checkpoints(directory: Path | str) -> list[Path]:
     """All checkpoints of a run, oldest first."""
-    steps = {f: f.name.rpartition("-")[2] for f in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if f.is_dir()}
-    return sorted((folder for folder in steps if steps[folder].isdigit()), key=lambda folder: int(steps[folder]))
+    found = [folder for folder in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir()]
+    return sorted((folder for folder in found if folder.name.rpartition("-")[2].isdigit()), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    """Whether the last file is there, readable or not."""
+    try:
+        return (checkpoint / STATE).exists()
+    except OSError:
+        return True
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    with suppress(OSError, ValueError):
-        return bool(json.loads((checkpoint / "trainer_state.json").read_text()))  # written last
+    """Whether the last file can be read; `fault_of` looks at the others too."""
+    with suppress(OSError):
+        return is_json(checkpoint / STATE)
     return False

@@ -117,6 +117,20 @@ class PackedSequences:
         chunk, index = position["next"]
         return (chunk * CHUNK_SAMPLES + index - len(position["waiting"])) * self.num_ranks
 
+    @property
+    def last_places(self) -> list[list[int]]:
+        """[chunk, index] of each sample of the last sequence, which `name_of` names."""
+        return self._position.get("last", [])
+
+    def name_of(self, place: Sequence[int]) -> str:
+        """What the sample at a place is called; nothing is read."""
+        first = (place[0] * self.num_ranks + self.rank) * CHUNK_SAMPLES
+        before = self.mixture.sources(first, place[1] + 1)
+        source = int(before[-1])
+        number = int(self.mixture.counts(first)[source] + (before[:-1] == source).sum())
+        _, _, block, offset = self.maker.orders[source].draw(number)
+        return self.maker.sources[source].row_name(block, offset)
+
     def state_dict(self) -> dict[str, Any]:
         """The position after the last sequence, as JSON."""
         counts = {"num_read": self.bad.num_read, "num_bad": self.bad.num_bad}
@@ -198,6 +212,7 @@ class PackedSequences:
                 "num_sequences": position["num_sequences"] + 1,
                 "next": [place[0], place[1] + 1],
                 "waiting": [list(place) for place, _ in waiting],
+                "last": sorted(map(list, taken)),
             }
             yield samples, position
 
@@ -243,7 +258,8 @@ def as_it_is(item: Any) -> Any:
 
 
 class PackedBatches:
-    """What the Trainer takes as its dataloader: batches of so many sequences, from where `sequences` stands."""
+    """What the Trainer takes as its dataloader: batches of so many sequences, from where `sequences` stands, with the
+    `places` of their samples (`PackedSequences.name_of`)."""
 
     def __init__(self, sequences: PackedSequences, sequences_per_batch: int) -> None:
         self.sequences, self.sequences_per_batch = sequences, sequences_per_batch
@@ -251,4 +267,8 @@ class PackedBatches:
     def __iter__(self) -> Iterator[Batch]:
         left = iter(self.sequences)
         while True:
-            yield self.sequences.collate([next(left) for _ in range(self.sequences_per_batch)])
+            sequences, places = [], []
+            for _ in range(self.sequences_per_batch):
+                sequences.append(next(left))
+                places += self.sequences.last_places
+            yield self.sequences.collate(sequences) | {"places": places}

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -138,15 +139,40 @@ class BlockwiseDistillation(nn.Module):
             target = target * (getattr(self, f"variance_{name_of(pair)}") + 1e-6).rsqrt()
         return target
 
+    def without_images(self) -> None:
+        """In place of `forward`, for a micro-batch that has none: other processes may wait for this one's part."""
+        if self.training and self.center and num_processes() > 1:
+            self._update_moments({})
+
     @torch.no_grad()
     def _update_moments(self, teacher_states: Mapping[int | str, Tensor]) -> None:
-        self.num_updates += 1
+        """Take the features of a micro-batch of each process, all together, into the running moments."""
+        none = self.num_updates.new_zeros((0, 1), dtype=torch.float32)
+        means = [getattr(self, f"mean_{name_of(pair)}") for pair in self.pairs]
+        features = [teacher_states.get(teacher, none.expand(0, len(means[0]))).float() for _, teacher in self.pairs]
+        found, is_some = means_of_all(features)
+        self.num_updates += is_some
         # the first steps average evenly, so that the mean is right from the start
-        weight = torch.clamp(1.0 / self.num_updates, min=1 - self.momentum)
-        for pair in self.pairs:
-            features, name = teacher_states[pair[1]].float(), name_of(pair)
-            mean = getattr(self, f"mean_{name}")
-            mean.lerp_(features.mean(0), weight.to(mean))
-            if self.standardize:
-                variance = getattr(self, f"variance_{name}")
-                variance.lerp_((features - mean).square().mean(0), weight.to(variance))
+        weight = is_some * torch.clamp(1.0 / self.num_updates.clamp(min=1), min=1 - self.momentum)
+        for mean, now in zip(means, found):
+            mean.lerp_(now, weight.to(mean))
+        if self.standardize:
+            found, _ = means_of_all([(rows - mean).square() for rows, mean in zip(features, means)])
+            for pair, now in zip(self.pairs, found):
+                variance = getattr(self, f"variance_{name_of(pair)}")
+                variance.lerp_(now, weight.to(variance))
+
+
+def num_processes() -> int:
+    """Of the group that trains together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def means_of_all(rows: list[Tensor]) -> tuple[list[Tensor], Tensor | bool]:
+    """The means of several float[T, D] over their rows, of all processes of a group together, each row counting alike,
+    and whether any process has some. Without it each would follow its own samples, or the first one's alone."""
+    if num_processes() == 1:
+        return [one.mean(0) for one in rows], True
+    sums = torch.stack([torch.cat([one.sum(0), one.new_full((1,), len(one))]) for one in rows])
+    dist.all_reduce(sums)
+    return list(sums[:, :-1] / sums[:, -1:].clamp(min=1)), sums[0, -1] > 0

@@ -281,6 +281,8 @@ class Objective(nn.Module):
         for term in terms:
             loss, named = term(self, batch)
             losses |= named | {"loss": losses["loss"] + term.weight * loss}
+        if self.teacher is not None and "distill_loss" not in losses:
+            self.distillation.without_images()
         return losses
 
     def weighted(self, losses: Mapping[str, float]) -> float:

@@ -19,7 +19,7 @@ from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vora.checkpoint.card import write_run_card
-from vora.checkpoint.run_directory import best_checkpoint, newest_checkpoint
+from vora.checkpoint.run_directory import best_checkpoint, replace_text
 from vora.data.stream import PackedSequences
 from vora.distill.objective import LOSSES
 from vora.model.fetch_image import fetch_image
@@ -29,6 +29,8 @@ from vora.report.words import duration
 from vora.train.from_recipe import fewest_of_processes
 from vora.train.recipe_sections import SampleGenerationSection
 from vora.train.run_log import read_log
+
+ANSWERS_FILE = "sample_generations.jsonl"
 
 
 class StopOnSignal(TrainerCallback):
@@ -101,12 +103,13 @@ class CardCallback(TrainerCallback):
         self.directory = directory
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # as the recipe says now, not as a checkpoint does
         if best := best_checkpoint(self.directory):  # which the Trainer forgets of a run that was moved
             state.best_model_checkpoint = str(best.folder)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            folder = str(newest_checkpoint(self.directory))
+            folder = self.directory / f"checkpoint-{state.global_step}"
             write_run_card(folder, self.directory, state.global_step)
             shutil.rmtree(Path(self.directory, "final"), ignore_errors=True)  # of a shorter run: older now
 
@@ -124,11 +127,12 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        for file in (self.log_file, self.validation_file):
+        answers = self.log_file.with_name(ANSWERS_FILE)
+        for file in (self.log_file, self.validation_file, answers):
             # lines after the checkpoint that the run resumes from are repeated: drop them
             kept = [json.dumps(line) + "\n" for line in read_log(file) if line["step"] <= state.global_step]
             if file.exists() or file == self.log_file:
-                file.write_text("".join(kept))
+                replace_text(file, "".join(kept))
         figures = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
         columns = [TextColumn("step"), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"), figures]
         is_file = not self.console.is_terminal  # which gets lines: see on_log

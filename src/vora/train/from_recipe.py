@@ -1,10 +1,10 @@
 """What a recipe must not ask for, and what its sections become before training: arguments, sources, sequences."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,8 @@ from vora.train.recipe_sections import AUTO_LENGTH, CHECKPOINTING, NEAR_LENGTH, 
 from vora.train.throughput import steps_that_fit
 from vora.train.training_values import check_precision
 from vora.train.validation import LOOKS, Validation, validation_samples
+
+Found = TypeVar("Found")
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
@@ -285,3 +287,19 @@ def fewest_of_processes(steps: int, arguments: TrainingArguments) -> int:
     fewest = torch.tensor(steps, device=arguments.device)
     dist.all_reduce(fewest, dist.ReduceOp.MIN)
     return int(fewest)
+
+
+def of_first_process(find: Callable[[], Found], arguments: TrainingArguments) -> Found:
+    """What the first process of a run finds, or its error, for all of them: each might find something else."""
+    if arguments.world_size == 1:
+        return find()
+    found: list[Any] = [None, None]
+    if arguments.process_index == 0:
+        try:
+            found[0] = find()
+        except (ValueError, OSError) as error:
+            found[1] = error
+    dist.broadcast_object_list(found, device=arguments.device)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]

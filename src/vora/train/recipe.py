@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from vora.build.base_llm import ALIASES
+from vora.checkpoint.run_directory import replace_text
 from vora.data.readers import EASY_VQA
 from vora.train.packaged import find_recipe, in_package
 from vora.train.recipe_sections import Recipe, Section, nearest
@@ -102,7 +103,7 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: Iterable[str] = 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write the resolved recipe, defaults included."""
-    Path(path).write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=110))
+    replace_text(Path(path), yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=110))
 
 
 def validated(kind: type[AnySection], values: dict[str, Any], name: str) -> AnySection:

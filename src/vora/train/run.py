@@ -5,6 +5,8 @@ RUN/log.jsonl                      every log line
 RUN/validation.jsonl               what was measured on the validation samples, if the recipe has some
 RUN/sample_generations.jsonl       answers about the recipe's sample images at each checkpoint
 RUN/bad_samples.jsonl              rows that were skipped, with their causes
+RUN/diverged.jsonl                 samples of the step at which a training diverged, if one did
+RUN/run.lock                       which process trains here, while it does
 RUN/checkpoint-N/                  to resume from, or for another run to go on from; with its model card
 RUN/final/                         what was trained: adapter (stage 1) or model (stage 2), with its model card
 RUN/loss.png, report.md            the losses, and the run in short
@@ -24,18 +26,26 @@ from torch import nn
 from transformers import AttentionInterface, PrinterCallback, TrainerCallback, TrainingArguments
 
 from vora.checkpoint.card import write_run_card
-from vora.checkpoint.run_directory import find_checkpoint, last_step
+from vora.checkpoint.run_directory import last_step, replace_text
 from vora.data.few_answers import few_answers
 from vora.data.stream import PackedSequences
 from vora.distill.branches import takes_branches
 from vora.distill.objective import Objective
 from vora.model.segmented_sdpa import SEGMENTED_SDPA, segmented_sdpa, use_segmented_sdpa_on_cpu
-from vora.train.callbacks import CardCallback, EpochCallback, ProgressCallback, SampleGenerationCallback, StopOnSignal
+from vora.train.callbacks import (
+    ANSWERS_FILE,
+    CardCallback,
+    EpochCallback,
+    ProgressCallback,
+    SampleGenerationCallback,
+    StopOnSignal,
+)
 from vora.train.from_recipe import (
     check_fsdp,
     check_one_gpu_per_process,
     check_recipe,
     check_sequence_length,
+    of_first_process,
     open_sources,
     open_validation,
     packed_sequences,
@@ -46,6 +56,8 @@ from vora.train.from_recipe import (
 )  # fmt: skip
 from vora.train.recipe import save_recipe
 from vora.train.recipe_sections import AUTO_LENGTH, Recipe
+from vora.train.resume import checkpoint_to_resume, tell_changes
+from vora.train.run_lock import run_lock
 from vora.train.run_log import write_report
 from vora.train.stages import build_objective, trainable_table, vision_is_frozen
 from vora.train.trainer import VoraTrainer
@@ -64,11 +76,19 @@ def train(
     how to go on from where a signal stopped the run."""
     console, directory = console or Console(stderr=True), Path(run_directory)
     check_recipe(recipe)
-    checkpoint = find_checkpoint(directory, resume)
     arguments = training_arguments(recipe, directory)
     check_libraries(arguments)
     check_one_gpu_per_process(arguments)
-    check_fsdp(recipe, bool(arguments.fsdp), checkpoint is not None)
+    check_fsdp(recipe, bool(arguments.fsdp), resume)
+    with run_lock(directory, arguments):
+        checkpoint = of_first_process(lambda: checkpoint_to_resume(directory, resume, console.print), arguments)
+        return _train(recipe, directory, checkpoint, arguments, console, callbacks)
+
+
+def _train(
+    recipe: Recipe, directory: Path, checkpoint: str | None, arguments: TrainingArguments, console: Console,
+    callbacks: Sequence[TrainerCallback],
+) -> VoraTrainer:  # fmt: skip
     sources = open_sources(recipe.data)
     torch.manual_seed(arguments.seed)
     objective, processor = build_objective(recipe)
@@ -84,6 +104,8 @@ def train(
     validation = open_validation(recipe, sequences, arguments, bad_samples)
     with_epochs(recipe, sequences, arguments)
     recipe = with_planned_steps(recipe, objective, sequences, arguments, checkpoint)
+    if checkpoint is not None:
+        tell_changes(recipe, directory, console.print)
     write_what_runs(recipe, directory)
     console.print(trainable_table(objective, recipe.stage))
     console.print(length_of_run(sequences, arguments, validation), highlight=False)
@@ -96,7 +118,7 @@ def train(
     elif warning := few_answers(sources):
         console.print(f"Warning: {warning}", highlight=False, markup=False)
     stop, progress = StopOnSignal(), ProgressCallback(console, directory / "log.jsonl", directory / "validation.jsonl")
-    answers = directory / "sample_generations.jsonl"
+    answers = directory / ANSWERS_FILE
     samples = SampleGenerationCallback(recipe.sample_generations, processor, answers, console)
     own = [EpochCallback(sequences), stop, progress, CardCallback(directory), samples, *callbacks]
     trainer = VoraTrainer(
@@ -118,6 +140,7 @@ def train(
             f"{stop.caught}: stopped and saved at step {trainer.state.global_step} of {arguments.max_steps}. "
             f"Go on with: vora train {directory / 'recipe.yaml'} --out {directory} --resume"
         )
+    trainer.check_weights()
     trainer.save_model(directory / "final")  # on all processes, for each may hold a part
     if trainer.is_world_process_zero():
         write_run_card(directory / "final", directory, trainer.step_of_weights)
@@ -179,4 +202,4 @@ def write_what_runs(recipe: Recipe, directory: Path) -> None:
             versions[name] = version(name)
         except ImportError:
             versions[name] = "source tree"
-    (directory / "versions.json").write_text(json.dumps(versions, indent=1))
+    replace_text(directory / "versions.json", json.dumps(versions, indent=1))

@@ -1,10 +1,9 @@
 """What a run leaves of its losses: the log, a plot, a short report."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from vora.checkpoint.run_directory import best_checkpoint
+from vora.checkpoint.run_directory import best_checkpoint, read_lines, replace_text
 from vora.distill.objective import LOSSES
 from vora.report.markdown import table
 from vora.report.plots import losses_figure, save_figure
@@ -15,9 +14,8 @@ EVALUATED = tuple(f"eval_{name}" for name in ("loss", *LOSSES, LOOKS))
 
 
 def read_log(log_file: str | Path) -> list[dict[str, Any]]:
-    """The log lines of a run, oldest first; none of one that ended before its first."""
-    file = Path(log_file)
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """The log lines of a run, oldest first, as `read_lines` reads them."""
+    return read_lines(Path(log_file))
 
 
 def write_report(
@@ -44,7 +42,8 @@ def write_report(
     if best := best_checkpoint(directory):
         facts["best checkpoint"] = f"{best.folder.name}, by {best.metric}: {best.value:.4f}"
     warning = f"**Warning**: {warning}\n\n" if warning else ""
-    (directory / "report.md").write_text(
+    replace_text(
+        directory / "report.md",
         f"# Run {directory.name}\n\n{warning}{table(('', ''), facts.items())}\n\n![losses](loss.png)\n\n"
-        f"Merge it with `vora merge {directory} -o OUT`; the recipe is in recipe.yaml.\n"
+        f"Merge it with `vora merge {directory} -o OUT`; the recipe is in recipe.yaml.\n",
     )

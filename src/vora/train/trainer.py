@@ -13,15 +13,18 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainerControl, TrainerState
 
 from vora.checkpoint.load import restore
-from vora.checkpoint.run_directory import best_checkpoint, last_step
+from vora.checkpoint.manifest import write_manifest
+from vora.checkpoint.run_directory import begin_checkpoint, best_checkpoint, delete_older, last_step
 from vora.checkpoint.save import save_training
 from vora.data.packing import Batch
 from vora.data.stream import PackedBatches
 from vora.distill.objective import LOSSES
+from vora.train.divergence import Divergence
 from vora.train.recipe_sections import Recipe
+from vora.train.resume import hyperparameters, use_hyperparameters
 from vora.train.validation import Validation
 
-ON_HOST = ("image_grid_thw", "num_samples", "distill_only", "branches")  # of a batch: what only the host asks
+ON_HOST = ("image_grid_thw", "num_samples", "distill_only", "branches", "places")  # of a batch: the host asks these
 DATA_FILE = "data_position_{}.json"  # one per process
 # by its name a parameter belongs to one of the parts that have learning rates, or to the rest
 PART_MARKS = {"patch_embedding": "patch_embedding", "heads": "distillation.heads", "lora_b": "lora_B"}
@@ -37,8 +40,12 @@ class VoraTrainer(Trainer):
         self.learning_rates, self.distill_only_steps = recipe.learning_rates, recipe.distill_only_steps
         self.vision_lr_scale = recipe.teacher.vision_lr_scale if recipe.teacher else 1.0
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the label tokens of all micro-batches
+        self.most_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None  # see _save_checkpoint
+        directory = Path(str(self.args.output_dir))
+        self.divergence = Divergence(self.train_dataset, directory, self.args.process_index)
         self.num_samples_seen = self._samples_logged = 0
         self._terms: dict[str, tuple[torch.Tensor, set[int]]] = {}
+        self._last_batch: dict[str, Any] | None = None
         self._clock, self._tokens, self._waited = time.monotonic(), 0, 0.0
 
     def get_train_dataloader(self) -> PackedBatches:
@@ -64,8 +71,11 @@ class VoraTrainer(Trainer):
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch / self.accelerator.num_processes  # gradients are averaged
         num_micro_batches = self.current_gradient_accumulation_steps if model.training else 1
+        places = inputs.pop("places", [])
         losses = model(**inputs, num_items_in_batch=num_items_in_batch, num_micro_batches=num_micro_batches)
         if model.training:
+            self._last_batch = dict(inputs)
+            self.divergence.note(self.state.global_step + 1, losses["loss"], places)
             self._note(losses, inputs)
         return (losses["loss"], losses) if return_outputs else losses["loss"]
 
@@ -94,15 +104,43 @@ class VoraTrainer(Trainer):
         self.num_samples_seen += int(inputs["num_samples"])
         self._tokens += inputs["input_ids"].numel()
         if inputs["input_ids"].device.type == "cpu":  # elsewhere it would wait for the device: see log
-            check_finite(losses["loss"].item(), self.state.global_step)
+            self._check_loss(losses["loss"].item(), self.state.global_step + 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the named losses, as means since the last line, and the speed."""
         if "loss" in logs and self._terms:
             logs |= self._means()
-            check_finite(logs["loss"], self.state.global_step)
+            self._check_loss(logs["loss"], self.state.global_step)
+            self.divergence.forget()
             logs |= self._speed()
         super().log(logs, start_time)
+
+    def _check_loss(self, loss: float, step: int, name: str = "loss") -> None:
+        """Stop at the first one that is no number."""
+        if not math.isfinite(loss):
+            self.divergence.stop(f"The {name} is {loss} at step {step}")
+
+    def check_weights(self) -> None:
+        """Stop, in all processes together, before weights are saved that are not finite, or that make the last batch's
+        loss so, or that such a loss came before: where nothing is logged between two checkpoints, nobody else has
+        looked. Waits for a device once."""
+        model = self.accelerator.unwrap_model(self.model)
+        if self._last_batch is not None and not self.is_fsdp_enabled:  # whose processes would have to do so in step
+            self.divergence.note_again(self._loss_without_a_trace(model, self._last_batch))
+        bad = self.accelerator.reduce(self.divergence.num_bad(model, self.args.device), "sum").tolist()
+        if any(bad):
+            what = f"{bad[0]} tensors of weights and {bad[1]} losses are not finite"
+            self.divergence.stop(f"After step {self.state.global_step} {what}")
+        self.divergence.forget()
+
+    @torch.no_grad()
+    def _loss_without_a_trace(self, objective: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """Of a batch, which changes neither weights nor moments and draws no random number."""
+        is_training = objective.training
+        with self.accelerator.autocast():
+            loss = objective.eval()(**batch)["loss"]
+        objective.train(is_training)
+        return loss
 
     def _means(self) -> dict[str, float]:
         """Means of what was noted since the last line, over all processes, of which some may have seen no text, or no
@@ -146,7 +184,7 @@ class VoraTrainer(Trainer):
             raise ValueError(
                 f"All {len(validation.samples)} validation samples are bad: {validation.bad.file} says why."
             )
-        check_finite(loss := objective.weighted(means), self.state.global_step)
+        self._check_loss(loss := objective.weighted(means), self.state.global_step, "validation loss")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in {"loss": loss, **means}.items()}
         seconds = time.monotonic() - start
         self._clock += seconds
@@ -201,11 +239,33 @@ class VoraTrainer(Trainer):
         self.lr_scheduler = LambdaLR(scheduler.optimizer, schedules)
         return self.lr_scheduler
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Of a checkpoint; rates and decay are the recipe's, which may have changed since."""
+        wanted = hyperparameters(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            use_hyperparameters(wanted, self.optimizer, self.lr_scheduler)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Whole, or not at all; older ones are deleted once it is, and nothing else: the Trainer would delete whatever
+        is called checkpoint-*."""
+        self.check_weights()
+        directory = Path(str(self.args.output_dir))
+        if self.args.should_save:
+            begin_checkpoint(directory / f"checkpoint-{self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            delete_older(directory, self.most_checkpoints, self.state.best_model_checkpoint)
+
     def _save_rng_state(self, output_dir: str) -> None:
-        """Also where this process stands in the data: before trainer_state.json, which says that all is there."""
+        """Also where this process stands in the data; then, once all processes have written, what lies there. Only
+        trainer_state.json follows, which says that all is there."""
         super()._save_rng_state(output_dir)
         state = self.train_dataset.state_dict() | {"num_samples_seen": self.num_samples_seen}
         Path(output_dir, DATA_FILE.format(self.args.process_index)).write_text(json.dumps(state))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_manifest(Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -242,12 +302,3 @@ def _distill_only_schedule(rest: Callable, num_first: int, num_warmup: int, scal
     if step >= num_first:
         return scale * rest(step - num_first)
     return min((step + 1) / num_warmup, (num_first - step) / num_first)
-
-
-def check_finite(loss: float, step: int) -> None:
-    """Raise at the first loss that is no number."""
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"The loss is {loss} at step {step}: training diverged. Lower training.learning_rate, lengthen "
-            "training.warmup_steps, or train in bfloat16 or float32; earlier checkpoints are intact."
-        )

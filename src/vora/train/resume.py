@@ -1,0 +1,62 @@
+"""What a run goes on from, and what of its recipe may have changed since: applied or refused, and told."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers.utils.generic import flatten_dict
+
+from vora.checkpoint.run_directory import find_checkpoint, set_aside_newer
+from vora.train.recipe import load_recipe
+from vora.train.recipe_sections import Recipe
+
+FIXED = ("stage", "training.optim", "training.optim_args", "training.optim_target_modules")
+OWN_RATES = {"reduce_lr_on_plateau", "greedy"}  # schedules that keep rates in their state, so that none can change
+RATES = ("training.learning_rate", "training.lr_scheduler", "learning_rates.")
+FROM_RECIPE = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer's groups; others change while it runs
+
+
+def checkpoint_to_resume(directory: Path, resume: bool, tell: Callable[[str], None]) -> str | None:
+    """The checkpoint that a run goes on from, as `find_checkpoint` finds it; newer ones are set aside."""
+    checkpoint = find_checkpoint(directory, resume, tell)
+    if checkpoint is not None and (names := set_aside_newer(Path(checkpoint))):
+        tell(f"Newer than {Path(checkpoint).name}, so kept under another name: {', '.join(names)}.")
+    return checkpoint
+
+
+def tell_changes(recipe: Recipe, directory: Path, tell: Callable[[str], None]) -> None:
+    """Name what differs from the recipe that the run had before; ValueError where that cannot change on the way."""
+    try:
+        before = load_recipe(directory / "recipe.yaml")
+    except ValueError:  # of another version, or lost
+        tell("Warning: the recipe that this run had before cannot be read, so changes of it are not named.")
+        return
+    then, now = (flatten_dict(one.model_dump(mode="json")) for one in (before, recipe))
+    differ = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    changes = {key: f"{key} was {str(then.get(key))[:80]}, is {str(now.get(key))[:80]}" for key in differ}
+    fixed = FIXED + (RATES if {one.get("training.lr_scheduler_type") for one in (then, now)} & OWN_RATES else ())
+    if wrong := [text for key, text in changes.items() if key.startswith(fixed)]:
+        raise ValueError(
+            f"{'; '.join(wrong)}: the optimizer's state in {directory} is of another kind. Leave that as it was, or "
+            "start a new run with model.vora."
+        )
+    if changes:
+        tell(f"Changed since this run was started last, and used from here on: {'; '.join(changes.values())}.")
+
+
+def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What a recipe says of each group of an optimizer, before a checkpoint's state is loaded into it."""
+    return [{name: group[name] for name in FROM_RECIPE if name in group} for group in optimizer.param_groups]
+
+
+def use_hyperparameters(wanted: list[dict[str, Any]], optimizer: Optimizer, scheduler: LRScheduler) -> None:
+    """Have the recipe's values again, in whose place a checkpoint's state brought those of its time."""
+    for group, values in zip(optimizer.param_groups, wanted):
+        group.update(values)
+    if isinstance(scheduler, LambdaLR):
+        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        scheduler._last_lr = scheduler.get_lr()
+        for group, rate in zip(optimizer.param_groups, scheduler._last_lr):
+            group["lr"] = rate
