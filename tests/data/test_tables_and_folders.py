@@ -11,6 +11,7 @@ from PIL import Image
 from test_readers import answers, opened, read, write
 from test_schema import BLUE, LAYOUTS, RED
 
+from vora.data.columns import RowOptions
 from vora.data.csv_source import records
 from vora.data.guess import guessed_columns, line_to_paste
 from vora.data.readers import load_source
@@ -187,8 +188,15 @@ CHAT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     ],
 )  # fmt: skip
 def test_columns_are_guessed_where_ours_are_missing(row, guessed):
-    assert guessed_columns([ValueError("a bad row"), row]) == guessed
+    assert guessed_columns([ValueError("a bad row"), row], {}) == guessed
     assert line_to_paste({"answer": "Answer Text", "image": "img"}) == '{answer: "Answer Text", image: img}'
+
+
+def test_a_column_that_is_named_leaves_the_others_to_be_guessed():
+    row = {"photo": "a.png", "blurb": "a red dot", "description": "something else"}
+    assert guessed_columns([row], {"caption": "blurb"}) == {"image": "photo"}
+    with pytest.raises(ValueError, match="captoin is no column of ours.*did you mean caption"):
+        RowOptions(columns={"captoin": "blurb"})
 
 
 def test_guessed_columns_are_said_and_read(images, caplog):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from vora.train.from_recipe import check_fsdp
+from vora.train.from_recipe import check_fsdp, check_recipe
 from vora.train.recipe import OLD_KEYS, load_recipe, save_recipe
 from vora.train.recipe_sections import AUTO_LENGTH, Recipe
 from vora.train.run import train
@@ -255,3 +255,10 @@ def test_what_spread_weights_cannot_do_is_refused(sections, resumes, message, tm
     with pytest.raises(ValueError, match=f"{message}.*Train with DDP"):
         train(recipe, tmp_path / "run", resume=resumes)
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_in_float16_are_not_trained_in_bfloat16(recipe):
+    mixed = recipe(max_steps=1, bf16=True, use_cpu=True)
+    mixed.model.dtype = "float16"
+    with pytest.raises(ValueError, match="model.dtype=bfloat16"):
+        check_recipe(mixed)

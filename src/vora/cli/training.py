@@ -113,7 +113,8 @@ def train(
     from vora.train.run import train as run
 
     path = find_recipe(recipe)
-    out, read = out or Path("runs") / path.stem, load_recipe(path, overrides or ())
+    goes_on = resume and (path.parent / "versions.json").exists()  # named by the recipe that the run keeps
+    out, read = out or (path.parent if goes_on else Path("runs") / path.stem), load_recipe(path, overrides or ())
     if dry_run:
         estimate.dry_run(read, out, resume, path.parent, console)
         return

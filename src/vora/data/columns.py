@@ -1,5 +1,6 @@
 """The names of columns, and rows with these names and without what says nothing."""
 
+import difflib
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,12 @@ class RowOptions:
     prompts: Prompts = DEFAULT_PROMPTS  # one is drawn for each row that comes without a question, always the same
     columns: Mapping[str, str] = field(default_factory=dict)  # {our name: the file's}, which go before `SYNONYMS`
     allow_urls: bool = False  # fetch images from URLs; otherwise a row that names one is bad
+
+    def __post_init__(self) -> None:
+        if wrong := [name for name in self.columns if name not in COLUMNS]:
+            near = difflib.get_close_matches(wrong[0], COLUMNS, n=1)
+            known = f"did you mean {near[0]}?" if near else f"known are {', '.join(COLUMNS)}."
+            raise ValueError(f"columns: {wrong[0]} is no column of ours (ours: theirs); {known}")
 
 
 def usable(row: Mapping[str, Any], columns: Mapping[str, str]) -> Row:

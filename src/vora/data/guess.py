@@ -27,10 +27,11 @@ WITH_IMAGE = (("messages",), ("question", "answer"), ("caption",), ("label",))
 ALONE = (("messages",), ("question", "answer"), ("instruction", "output"), ("text",))
 
 
-def guessed_columns(rows: Iterable[Row | ValueError]) -> dict[str, str]:
-    """{our name: the file's} of what some first rows have under other names, as a source's `columns`; empty where
-    nothing is missing, or nothing is like it."""
-    good = [row for row in rows if isinstance(row, dict)]
+def guessed_columns(rows: Iterable[Row | ValueError], columns: Mapping[str, str]) -> dict[str, str]:
+    """{our name: the file's} of what some first rows have under other names than those that a source's `columns` say;
+    empty where nothing is missing, or nothing is like it."""
+    ours = {theirs: ours for ours, theirs in columns.items()}
+    good = [{ours.get(name, name): value for name, value in row.items()} for row in rows if isinstance(row, dict)]
     values = {str(name): _first(row.get(name) for row in good) for row in good for name in row}
     values = {name: value for name, value in values.items() if value is not None}
     found: dict[str, str] = {}

@@ -59,9 +59,9 @@ class Source:
         self.blocks, self.block_sizes = self.blocks[sizes > 0], sizes[sizes > 0]
         self.starts = self.block_sizes.cumsum() - self.block_sizes
         rows = self._first_rows() if len(self) else []
-        self.guessed = {} if options.columns else guessed_columns(rows)
+        self.guessed = guessed_columns(rows, options.columns)
         if self.guessed:
-            self.options = replace(options, columns=self.guessed)
+            self.options = replace(options, columns={**options.columns, **self.guessed})
         self.columns_read, self.columns_not_read = columns_read(rows, self.options.columns)
         self._cached: tuple[int | None, Rows] = (None, [])
         if len(self) == 0:

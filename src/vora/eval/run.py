@@ -143,7 +143,9 @@ def evaluation_of(
         return TaskEvaluation(TASKS[task](**options))
     if of not in TASKS:
         cause = (
-            "A probe needs --of, the task that is probed" if of is None else f"--of {of} is no task that can be probed"
+            "A probe needs `of` (--of), the task that is probed"
+            if of is None
+            else f"`of` (--of) {of} is no task that can be probed"
         )
         raise ValueError(f"{cause}: choose among {', '.join(TASKS)}.")
     return Probe(TASKS[of](**options), generate, tuple(against or CONDITIONS[1:]))

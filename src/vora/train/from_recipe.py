@@ -76,6 +76,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError("stage finetune has no teacher, so its section would change nothing: set teacher=null")
     if (num := recipe.distill_only_steps) and recipe.teacher is not None and recipe.teacher.weight == 0:
         raise ValueError(f"with teacher.weight 0 nothing is distilled, but distill_only_steps is {num}: set it to 0")
+    if recipe.model.dtype == "float16" and recipe.training.get("bf16"):
+        raise ValueError("model.dtype is float16, but training.bf16 computes in bfloat16: set model.dtype=bfloat16")
     defaults = {field.name: field.default for field in fields(TrainingArguments)}
     for key, why in NOT_SUPPORTED.items():
         if recipe.training.get(key, defaults[key]) != defaults[key]:

@@ -28,7 +28,8 @@ def find_recipe(name: str | Path) -> Path:
         return recipes_folder() / f"{wanted}.yaml"
     if inside := [one for one in known if one.startswith(f"{wanted}/") and "/ablations/" not in one]:
         raise ValueError(f"{name} has several recipes: say which of {', '.join(inside)}.")
-    near = difflib.get_close_matches(wanted, known, n=4, cutoff=0.4)
+    here = [file.as_posix() for file in path.parent.glob("*.y*ml")]
+    near = difflib.get_close_matches(path.as_posix(), here) + difflib.get_close_matches(wanted, known, n=4, cutoff=0.4)
     listed = f"near names are {', '.join(near)}" if near else "`vora init` writes one"
     raise ValueError(f"Cannot read recipe {name}: no such file, and the package has none of that name; {listed}.")
 
