@@ -183,7 +183,7 @@ def test_runs_end_at_equal_samples(work, tmp_path, monkeypatch):
         ({"variants": {"a": ["lora.rank"]}}, "no override"), ({"variants": {"../a": []}}, "no name for a variant"),
         ({"variants": {"a": ["training.seed=3"]}}, "seeds stand under seeds"), ({"seeds": [1, 1]}, "twice"),
         ({"variants": None, "grid": {"lora.rank": [2, 2]}}, "a value twice"), ({"baseline": "b"}, "among taught, un"),
-        ({"evaluate": [VQA, VQA]}, "a name"), ({"evaluate": [VQA | {"task": "probe"}]}, "A probe needs --of"),
+        ({"evaluate": [VQA, VQA]}, "a name"), ({"evaluate": [VQA | {"task": "probe"}]}, "A probe needs `of`"),
         ({"evaluate": [VQA | {"task": "vqx"}]}, "evaluate.*captions.*text"),
         ({"variants": {"a": [], "b": ["lora.rnk=3"]}}, "variant b: .*did you mean rank"),
         ({"variants": {"a": [], "b": ["max_minutes=3"]}}, "leave it out"),

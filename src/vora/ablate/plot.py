@@ -28,7 +28,8 @@ def draw_curves(
             samples = np.linspace(first, max(first, last), NUM_POINTS)  # where all seeds have been
             values = np.stack([np.interp(samples, c.samples, c.smooth) for c in own])
             mean = values.mean(0)
-            (line,) = axes.plot(samples, mean, style, color=color, lw=1.8, label=f"{variant} {mean[-1]:.3f}{mark}")
+            label, point = f"{variant} {mean[-1]:.3f}{mark}", "o" if last <= first else None  # of one line of a log
+            (line,) = axes.plot(samples, mean, style, color=color, lw=1.8, label=label, marker=point)
             axes.fill_between(samples, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
             drawn.append((samples, values))
             ends[line] = mean[-1]

@@ -37,7 +37,7 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of `ru_maxrss`
 LoadedModel: TypeAlias = tuple[VoraForConditionalGeneration, VoraProcessor]
 NUM_SHOWN = 12
 FEWEST_TRAINING_MINUTES, MOST_TRAINING_MINUTES = 1.0, 9.0
-TOKENS_PER_QUESTION = 10  # with the image's share, under the quickstart's chat template
+TOKENS_PER_QUESTION = 5  # that the bare LLM reads in the time of a question: each image is read once
 TOKENS_PER_DISTILL_STEP = 350  # that the bare LLM reads in the time of a step that only distills
 
 

@@ -110,8 +110,8 @@ def sizes_of(found: Sequence[Found], patch_size: int, context: int | None) -> di
     image_tokens = min(MOST_IMAGE_TOKENS, max(16, math.ceil(patches / patch_merge**2)))
     texts = sorted(length for one in found for length in one.text_tokens)
     longest = image_tokens + (texts[-1] if texts else 200)
-    length = next((one for one in LENGTHS if one >= 1.5 * longest), LENGTHS[-1])
     mean = image_tokens + (sum(texts) / len(texts) if texts else 100)
+    length = next((one for one in LENGTHS if one >= max(1.1 * longest, 3 * mean)), LENGTHS[-1])
     return {
         "patch_merge": patch_merge, "max_image_tokens": image_tokens, "mean_tokens": round(mean),
         "sequence_length": min(length, context or length), "batch": 4 if length <= 1024 else 2,

@@ -1,5 +1,6 @@
 """`vora data`: a recipe's mixture, read as training will read it."""
 
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from vora.model.processing_vora import VoraProcessor
 from vora.train.from_recipe import open_sources, packed_sequences, training_arguments, with_sequence_length
 from vora.train.recipe_sections import DataSection, Recipe
 from vora.train.stages import build_processor, check_names, load_vit
+
+NUM_CAUSES = 3  # the commonest, said in the terminal
 
 
 def preview(
@@ -38,6 +41,8 @@ def preview(
     write_page(out / "samples.html", summary, bad, shown, processor)
     console.print(table_of(summary))
     print_columns(summary, console)
+    for cause, count in Counter(one["cause"] for one in bad).most_common(NUM_CAUSES):
+        console.print(f"{count:,} bad: {cause}", highlight=False, markup=False)
     if summary["num_bad"] > recipe.data.max_bad_share * (summary["num_samples"] + summary["num_bad"]):
         console.print(f"[bold red]A run would stop:[/bold red] more than {recipe.data.max_bad_share:.0%} are bad.")
     if warning := few_answers(sequences.maker.sources):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from vora.data.stream import PackedSequences
 from vora.distill.objective import Objective
 from vora.train.plan.device import matmul_flops
 
-NUM_WARMING, NUM_TIMED = 2, 4
+NUM_WARMING, NUM_TIMED = 2, 6
 FEWEST_STEPS = 20
 MARGIN = 1.1  # logging, and the ups and downs of a shared machine
 
@@ -43,7 +44,7 @@ def cpu_dtype() -> str:
 def seconds_per_step(
     objective: Objective, sequences: PackedSequences, iterator: Iterator, arguments: TrainingArguments
 ) -> float:
-    """Mean time of an optimizer step from reading (`iterator`) to updating; neither weights nor running means
+    """Median time of an optimizer step from reading (`iterator`) to updating; neither weights nor running means
     change."""
     device = arguments.device
     objective.to(device).train()  # models come in eval mode, in which no block is recomputed or compiled
@@ -52,10 +53,10 @@ def seconds_per_step(
     if objective.distillation is not None:
         objective.distillation.eval()  # its means stay; the rest trains, or no block would be recomputed or compiled
     wait = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
-    for step in range(NUM_WARMING + NUM_TIMED):
-        if step == NUM_WARMING:
-            wait(device)
-            start = time.perf_counter()
+    times = []
+    for _ in range(NUM_WARMING + NUM_TIMED):
+        wait(device)
+        start = time.perf_counter()
         for _ in range(arguments.gradient_accumulation_steps):
             read = sequences.collate([next(iterator) for _ in range(arguments.per_device_train_batch_size)])
             batch: Any = {name: one.to(device) if hasattr(one, "to") else one for name, one in read.items()}
@@ -65,10 +66,10 @@ def seconds_per_step(
         nn.utils.clip_grad_norm_(trained, arguments.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-    wait(device)
-    seconds = (time.perf_counter() - start) / NUM_TIMED
+        wait(device)
+        times.append(time.perf_counter() - start)
     objective.train()
-    return seconds
+    return median(times[NUM_WARMING:])
 
 
 def steps_that_fit(
