@@ -13,7 +13,6 @@ from test_schema import BLUE, LAYOUTS, RED
 
 from vora.data.columns import RowOptions
 from vora.data.csv_source import records
-from vora.data.columns import RowOptions
 from vora.data.guess import guessed_columns, line_to_paste
 from vora.data.readers import load_source
 from vora.data.stream import ADDED, PackedSequences

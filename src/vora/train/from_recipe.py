@@ -125,7 +125,7 @@ def check_apart(trained: Sequence[Source], measured: Sequence[Source]) -> None:
         if both:
             raise ValueError(
                 f"data.validation.sources has {source.name}, of which {len(both)} of {len(theirs)} files, such as "
-                f"{both[0]}, are trained on too: name other files, or give data.validation.share alone to hold some out"
+                f"{both[0]}, are trained on too: name other files, or give data.validation.share alone"
             )
 
 
