@@ -68,7 +68,7 @@ class ImageFolder(Source):
 
 def image_root(folder: Path, split: str, kinds: Sequence[str]) -> Path | None:
     """The folder whose images belong to a split: the one named as it, else the folder itself. None if it has no
-    images, or files of data `kinds` somewhere, which say what images are. ValueError if its folders are other splits."""
+    images, or files of data `kinds` somewhere, which say what images are. ValueError if other splits are in it."""
     endings = {Path(name).suffix.lower() for _, names in _walk(folder) for name in names}
     if not endings & {f".{ending}" for ending in IMAGE_ENDINGS} or endings & {*kinds}:
         return None
