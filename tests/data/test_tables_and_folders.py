@@ -15,7 +15,7 @@ from vora.data.columns import RowOptions
 from vora.data.csv_source import records
 from vora.data.guess import guessed_columns, line_to_paste
 from vora.data.readers import load_source
-from vora.data.stream import PackedSequences
+from vora.data.stream import ADDED, PackedSequences
 from vora.eval.prediction_cache import fingerprint
 from vora.eval.rows import Data, Rows, SkippedRows
 
@@ -62,6 +62,28 @@ def test_cells_are_texts_lists_numbers_and_nothing(images):
     assert [answers([source[0]]), answers([source[1]])] == [["a"], ["x"]]
     assert causes(source).keys() == {2, 3}
     assert "label 7 is a number" in causes(source)[2] and "captions are no list in JSON" in causes(source)[3]
+
+
+def test_a_tsv_is_split_at_tabs_and_an_image_may_be_a_list(images):
+    (images / "t.tsv").write_text("question, a; or, b\tanswer\nwhat, then?\tred, or; blue\n")
+    source = opened(images / "t.tsv", columns={"question": "question, a; or, b"})
+    assert answers([source[0]]) == ["red, or; blue"] and "what, then?" in str(source[0].conversations)
+    (images / "t.csv").write_text('image,question,answer\n"[""red.png"", ""blue.png""]",same?,no\nred.png,b?,yes\n')
+    assert [len(opened(images / "t.csv")[number].images) for number in (0, 1)] == [2, 1]
+    (images / "v.csv").write_text('video,question,answer\n"[""red.png"", ""blue.png""]",what?,blinks\n')
+    assert [len(video) for video in opened(images / "v.csv")[0].images] == [2]
+
+
+@pytest.mark.parametrize("label", ["3", "-1", "3.0", "²", "1e3", " 7", "0.5", "1" * 5000])
+def test_a_label_that_is_a_number_names_no_class(images, label):
+    (images / "t.csv").write_text(f"image,label\nred.png,ox\nred.png,{label}\n")
+    assert "label" in (cause := causes(opened(images / "t.csv"))[1]) and "is a number: give the name" in cause
+
+
+def test_labels_with_digits_in_them_are_names(images):
+    names = ["B-52", "m²", "nan", "inf", "1_000", "3 oxen", "三"]
+    (images / "t.csv").write_text("image,label\n" + "".join(f"red.png,{name}\n" for name in names))
+    assert answers(opened(images / "t.csv")) == names
 
 
 def test_broken_rows_of_a_table_take_no_others_with_them(tmp_path, monkeypatch):
@@ -118,6 +140,58 @@ def test_a_folder_of_classes_and_its_splits(images):
         opened(images)
 
 
+def make_images(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), RED).save(root / path)
+    return root
+
+
+OTHERS = {
+    "more": ("train/ox/1.png", "train/ass/2.png", "test/ox/3.png", "unlabeled/4.png"),
+    "numbered": ("Training/ox/1.png", "Training/ass/2.png", "test1/3.png"),
+    "packed on macOS": ("train/ox/1.png", "train/ass/2.png", "val/ox/3.png", "__MACOSX/train/ox/._1.png"),
+}
+
+
+@pytest.mark.parametrize("paths", OTHERS.values(), ids=OTHERS)
+def test_a_split_is_read_alone_whatever_lies_beside_it(tmp_path, paths, caplog):
+    make_images(tmp_path, *paths)
+    (tmp_path / "__MACOSX").mkdir(exist_ok=True)
+    (tmp_path / "__MACOSX" / "._labels.csv").write_text("x")
+    assert answers(opened(tmp_path)) == ["ass", "ox"]
+    assert ("not those in unlabeled" in caplog.text) is ("unlabeled/4.png" in paths) and "MACOSX" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("folders", "split"),
+    [
+        (("train2017", "val2017"), "train"),
+        (("seg_pred", "seg_test", "seg_train"), "train"),
+        (("extra", "test", "train"), "validation"),
+        (("a", "b", "c", "d", "e", "f", "g", "test1"), "train"),
+        (("my-train", "my-unlabeled"), "train"),
+        (("testA", "testB", "trainA", "trainB"), "train"),
+        (("a", "b", "c", "d", "e", "f", "trainval"), "train"),
+    ],
+)
+def test_folders_that_look_like_splits_are_no_classes(tmp_path, folders, split):
+    make_images(tmp_path, *(f"{name}/1.png" for name in folders))
+    with pytest.raises(ValueError, match=f"no files of the split '{split}', only images of {', '.join(folders)}: "):
+        opened(tmp_path, split)
+    for name in folders:  # with captions too
+        (tmp_path / name / "1.txt").write_text("a caption")
+    with pytest.raises(ValueError, match="no files of the split"):
+        opened(tmp_path, split)
+    assert answers(opened(tmp_path / folders[0])) == answers(opened(tmp_path, folders[0])) == ["a caption"]
+
+
+def test_a_class_may_have_a_name_of_a_split_in_it(tmp_path):
+    names = ["bike", "boat", "bus", "car", "steam_train"]
+    make_images(tmp_path, *(f"{name}/1.png" for name in names))
+    assert answers(opened(tmp_path)) == names
+
+
 def test_evaluation_reads_tables_and_folders_too(images):
     for colour in ("red", "blue"):
         (images / colour).mkdir()
@@ -166,6 +240,31 @@ def test_a_stream_of_them_resumes_exactly(tmp_path, processor, kind, monkeypatch
     assert first(resumed, 19) == expected[11:] and resumed.state_dict() == whole.state_dict()
 
 
+def test_no_stream_resumes_on_other_columns_or_images(tmp_path, processor):
+    for number in range(4):
+        make_images(tmp_path, f"f/{number % 2}/{number}.png")
+    file = write(tmp_path / "t.jsonl", *({"question": "what?", "response": "a", "chosen": "b"} for _ in range(4)))
+
+    def stream(**columns):
+        sources = [load_source(file, options=RowOptions(columns=columns)), load_source(tmp_path / "f")]
+        return PackedSequences(sources, processor, 96)
+
+    guessed = json.loads(json.dumps(stream().state_dict()))
+    stream(answer="response").load_state_dict(guessed)
+    with pytest.raises(ValueError, match="columns of the sources was .*response.* and is .*chosen"):
+        stream(answer="chosen").load_state_dict(guessed)
+    (tmp_path / "f/0/0.png").rename(tmp_path / "f/0/1.png")
+    with pytest.raises(ValueError, match="images of the folders was .*classes"):
+        stream().load_state_dict(guessed)
+    before = {name: value for name, value in guessed["data"].items() if name not in ADDED}
+    stream(answer="chosen").load_state_dict(guessed | {"data": before})  # of a checkpoint that did not say
+    (tmp_path / "f/0/1.png").rename(tmp_path / "f/0/0.png")
+    stream().load_state_dict(guessed)
+    (tmp_path / "f/0/0.txt").write_text("a caption")
+    with pytest.raises(ValueError, match="images of the folders was .*classes.* and is .*captions"):
+        stream().load_state_dict(guessed)
+
+
 IMAGE = {"bytes": b"x", "path": None}
 CHAT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 
@@ -203,7 +302,9 @@ def test_guessed_columns_are_said_and_read(images, caplog):
     rows = [{"pic": "red.png", "query": "what?", "reply": reply, "id": 1} for reply in "ab"]
     file = write(images / "t.jsonl", *rows)
     source = opened(file)
-    assert answers(source) == ["a", "b"] and "{image: pic, question: query, answer: reply}" in caplog.text
+    assert (
+        answers(source) == ["a", "b"] and "{image: pic, question: query, answer: reply}; not read: id" in caplog.text
+    )
     assert source.columns_read == {"image": "pic", "question": "query", "answer": "reply"}
     assert source.columns_not_read == ["id"]
     named = opened(file, columns={"image": "pic", "caption": "query"})

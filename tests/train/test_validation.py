@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from command import vora
+from PIL import Image
 from runs import COLOURS, losses, run, write_lines
 from safetensors.torch import load_file
 from test_resume import StopAt, train_two
@@ -19,6 +21,7 @@ from vora.data.packing import collate_sequences, places, tokenize_sample
 from vora.data.readers import load_source
 from vora.eval.scoring.teacher_forced import score_answers
 from vora.train.from_recipe import (
+    check_apart,
     check_fsdp,
     check_recipe,
     open_sources,
@@ -264,6 +267,33 @@ def test_what_cannot_be_measured_is_an_error_at_once(validation, training, messa
     data = {"sources": [{"path": "easy-vqa"}], "validation": validation}
     with pytest.raises(ValueError, match=message):
         check_recipe(load_recipe({"model": {"llm": "none"}, "data": data, "training": training}))
+
+
+def test_files_that_are_trained_on_are_not_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": "what?", "answer": "this"}]
+    for name in ("a/train.jsonl", "a/test.jsonl", "b.jsonl"):
+        Path(name).parent.mkdir(exist_ok=True)
+        write_lines(Path(name), rows)
+    for name in ("train/ox/1.png", "train/ass/1.png", "val/ox/1.png", "val/ass/1.png"):
+        Path("f", name).parent.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(Path("f", name))
+        Path("f", name).with_suffix(".txt").write_text("a caption")
+    Path("link.jsonl").symlink_to("b.jsonl")
+    trained = [load_source("b.jsonl"), load_source("a"), load_source("f")]
+    same = ["b.jsonl", "./b.jsonl", tmp_path / "b.jsonl", "b*.jsonl", "link.jsonl", "a/train.jsonl", "f/train/ox"]
+    for path in same:
+        for split in ("train", "validation"):
+            with pytest.raises(ValueError, match="1 of 1 files, such as .* are trained on too: name other files"):
+                check_apart(trained, [load_source(path, split)])
+    with pytest.raises(ValueError, match="are trained on too"):
+        check_apart([load_source("f/train/ox")], [load_source("f")])
+    check_apart(trained, [load_source("a", "test"), load_source("f", "val"), load_source("a/test.jsonl")])
+
+
+def test_a_run_is_not_measured_on_its_own_file(with_validation, data_file, tmp_path):
+    with pytest.raises(ValueError, match="are trained on too"):
+        run(with_validation({"sources": [{"path": data_file, "split": "validation"}]}), tmp_path / "own")
 
 
 def test_spread_weights_are_not_measured():

@@ -6,15 +6,19 @@ The csv module splits cells; what it lacks are places in the file, and going on 
 import csv
 import io
 import json
+import re
+import unicodedata
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO
 
-from vora.data.columns import MOST_ROW_BYTES, Row, too_large
+from vora.data.columns import IMAGE_COLUMNS, MOST_ROW_BYTES, Row, too_large
 from vora.data.json_source import UTF8_MARK
 from vora.data.source import MOST_BLOCK_BYTES, Source, bytes_of
 
-DELIMITERS = ",;\t"  # the one that the first line has most of
-LISTS = ("images", "frames", "videos", "questions", "answers", "captions", "texts", "history", "choices", "options")
+DELIMITERS = ",;\t"  # of a CSV the one that the first line has most of
+LISTS = (*IMAGE_COLUMNS, "questions", "answers", "captions", "texts", "history", "choices", "options")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 Cells = list[str] | ValueError  # in latin-1, one to one with the file's bytes; or what is wrong with a row
 
 csv.field_size_limit(MOST_ROW_BYTES)
@@ -22,7 +26,7 @@ csv.field_size_limit(MOST_ROW_BYTES)
 
 class Csv(Source):
     """Rows of cells; an empty cell is null. A cell of a column that may hold lists (`LISTS`) is text, or a list in
-    JSON; a label of digits is a number."""
+    JSON; a label that is written as a number is one."""
 
     def _scanned(self, file: str) -> Iterator[Sequence[int]]:
         _, delimiter, first = _heads(file)
@@ -47,7 +51,8 @@ def _heads(file: str) -> tuple[list[str], str, int]:
         start = len(UTF8_MARK) if beginning.startswith(UTF8_MARK) else 0
         if b"\0" in beginning:
             raise ValueError(f"{file} is no table in UTF-8: save it as CSV in UTF-8.")
-        delimiter = max(DELIMITERS, key=beginning.partition(b"\n")[0].decode("latin-1").count)
+        kinds = "\t" if Path(file).suffix.lower() == ".tsv" else DELIMITERS
+        delimiter = max(kinds, key=beginning.partition(b"\n")[0].decode("latin-1").count)
         _, end, cells = next(records(text, delimiter, start), (0, 0, []))
     if isinstance(cells, ValueError):
         raise ValueError(f"The first line of {file} is to name its columns. {cells}")
@@ -109,14 +114,23 @@ def _row(names: Sequence[str], kinds: Sequence[str], cells: Cells) -> Row | Valu
 
 def _value(kind: str, cell: str) -> object:
     """What a cell holds; ValueError if it looks like a list and is none in JSON: it would be learned as text."""
-    if kind == "label" and cell.isdecimal():
-        return int(cell)
+    if kind == "label":
+        return _number(cell)
     if kind not in LISTS or not (cell.startswith("[") and cell.endswith("]")):
         return cell
     try:
         return json.loads(cell)
     except (ValueError, RecursionError):
         raise ValueError(f'Its {kind} are no list in JSON, such as ["a", "b"]: {cell[:80]}') from None
+
+
+def _number(cell: str) -> str | float:
+    """A number where a label is one, however it is written (3, 3.0, -1, ³): no name of a class."""
+    plain = unicodedata.normalize("NFKC", cell).strip()
+    if not NUMBER.fullmatch(plain):
+        return cell
+    value = float(plain)
+    return int(value) if value.is_integer() else value
 
 
 def _decoded(name: str, cell: str) -> str:

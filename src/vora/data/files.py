@@ -32,9 +32,9 @@ def files_of(path: str, split: str, kinds: Sequence[str]) -> list[Path] | None:
         found = sorted(folder.glob("*"))
         every += found
         files = [file for file in _readable(found, kinds) if file.name != "dataset_info.json"]
-        if folder not in own and any(_is_named(file, known) for file in files for known in (*SPLITS, split)):
-            files = [file for file in files if _is_named(file, split)]
-            found = [file for file in found if _is_named(file, split)]
+        if folder not in own and any(split_in(file.stem, known) for file in files for known in (*SPLITS, split)):
+            files = [file for file in files if split_in(file.stem, split)]
+            found = [file for file in found if split_in(file.stem, split)]
         if files:
             _check_not_compressed(found, files, kinds)
             return files
@@ -70,6 +70,6 @@ def named_as(split: str) -> str:
     return rf"(?i:{re.escape(split)}(ing)?)"
 
 
-def _is_named(file: Path, split: str) -> bool:
-    """Whether a split's name stands in a file's, between what are no letters."""
-    return re.search(rf"(?<![a-zA-Z]){named_as(split)}(?![a-zA-Z])", file.stem) is not None
+def split_in(name: str, split: str) -> bool:
+    """Whether a split's name stands in another, between what are no letters."""
+    return re.search(rf"(?<![a-zA-Z]){named_as(split)}(?![a-zA-Z])", name) is not None

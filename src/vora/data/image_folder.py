@@ -1,5 +1,7 @@
 """A folder of images: each with its caption in a text file beside it, or in a folder that is named as its class."""
 
+import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -7,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from vora.data.columns import MOST_ROW_BYTES, Row, too_large
-from vora.data.files import SPLITS, named_as
+from vora.data.files import SPLITS, named_as, split_in
 from vora.data.images import IMAGE_ENDINGS
 from vora.data.source import Source
+
+log = logging.getLogger("vora")
 
 
 class ImageFolder(Source):
@@ -19,6 +23,8 @@ class ImageFolder(Source):
     def __init__(self, name: str, root: Path, **further: Any) -> None:
         found, self.has_captions = _images_below(root)
         self.paths = b"\0".join(found)  # of a million images a tenth of what a list of texts takes
+        kind = "captions" if self.has_captions else "classes"
+        self.digest = f"{kind} {hashlib.sha256(self.paths).hexdigest()[:16]}"
         super().__init__(name, [root], **further | {"image_folder": str(root)})
 
     def _scanned(self, file: str) -> Iterator[Sequence[int]]:
@@ -61,23 +67,52 @@ class ImageFolder(Source):
 
 
 def image_root(folder: Path, split: str, kinds: Sequence[str]) -> Path | None:
-    """The folder whose images belong to a split: the one named as it, where all folders are named as splits; else the
-    folder itself. None if it has no images, or files of data `kinds` somewhere, which say what images are. ValueError
-    if all images are of other splits."""
-    endings = {Path(name).suffix.lower() for _, _, names in os.walk(folder) for name in names}
+    """The folder whose images belong to a split: the one named as it, else the folder itself. None if it has no
+    images, or files of data `kinds` somewhere, which say what images are. ValueError if other splits are in it."""
+    endings = {Path(name).suffix.lower() for _, names in _walk(folder) for name in names}
     if not endings & {f".{ending}" for ending in IMAGE_ENDINGS} or endings & {*kinds}:
         return None
-    folders = [one for one in sorted(folder.iterdir()) if one.is_dir() and not one.name.startswith(".")]
-    if not folders or not all(any(_is_named(one, known) for known in (*SPLITS, split)) for one in folders):
-        return folder
+    folders = [one.name for one in sorted(folder.iterdir()) if one.is_dir() and not _is_hidden(one.name)]
     if own := [one for one in folders if _is_named(one, split)]:
-        return own[0]
-    there = ", ".join(one.name for one in folders)
-    raise ValueError(f"{folder} holds no files of the split {split!r}, only images of {there}: name one of them.")
+        if left := [one for one in folders if not _are_splits([one], split)]:
+            log.warning("%s: only the images in %s are read, not those in %s", folder, own[0], _some(left))
+        return folder / own[0]
+    if not _are_splits(folders, split):
+        return folder
+    raise ValueError(
+        f"{folder} holds no files of the split {split!r}, only images of {_some(folders)}: name one of them as "
+        f"the split or the path, or, if they are classes, put them into a folder {split!r} in it."
+    )
 
 
-def _is_named(folder: Path, split: str) -> bool:
-    return re.fullmatch(named_as(split), folder.name) is not None
+def _are_splits(folders: Sequence[str], split: str) -> bool:
+    """Whether folders are splits rather than classes: one is named as a split, but for digits, as train2017, or more
+    than one of four has a split's name in it, as seg_train or testA; a steam_train among many is a class."""
+    known = (*SPLITS, split)
+    names = [re.sub(r"(?<=[a-z])(?=[A-Z])|(?i:sets?$|(?<=train)val)", "_", name) for name in folders]
+    alike = [name for name in names if any(split_in(name, one) for one in known)]
+    letters = [re.sub(r"[\W\d_]", "", name) for name in alike]
+    return len(alike) * 4 > len(folders) or any(_is_named(name, one) for name in letters for one in known)
+
+
+def _is_named(name: str, split: str) -> bool:
+    return re.fullmatch(named_as(split), name) is not None
+
+
+def _is_hidden(name: str) -> bool:
+    """Also what macOS packs beside everything."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) of all folders that are not hidden."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        yield folder, [name for name in names if not _is_hidden(name)]
 
 
 def _images_below(root: Path) -> tuple[list[bytes], bool]:
@@ -85,8 +120,7 @@ def _images_below(root: Path) -> tuple[list[bytes], bool]:
     captions nor classes."""
     found: list[bytes] = []
     captioned = False
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for folder, names in _walk(root):
         images = [name for name in names if _is_image(name)]
         texts = {name[:-4] for name in names if name.endswith(".txt")}
         captioned = captioned or any(name.rpartition(".")[0] in texts for name in images)
@@ -102,4 +136,4 @@ def _images_below(root: Path) -> tuple[list[bytes], bool]:
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(tuple(f".{ending}" for ending in IMAGE_ENDINGS)) and not name.startswith(".")
+    return name.lower().endswith(tuple(f".{ending}" for ending in IMAGE_ENDINGS))

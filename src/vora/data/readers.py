@@ -96,7 +96,10 @@ def load_source(
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"Cannot read {path}: {' '.join(str(error).split())[:300]}") from None
     if source.guessed and is_checked:
-        log.warning("%s: its columns are guessed, columns: %s", path, line_to_paste(source.guessed))
+        unread = ", ".join(source.columns_not_read) or "none"
+        log.warning(
+            "%s: its columns are guessed, columns: %s; not read: %s", path, line_to_paste(source.guessed), unread
+        )
     return source
 
 

@@ -36,6 +36,7 @@ class Source:
     """
 
     rows_per_block = 128  # where the file itself has no blocks
+    digest: str | None = None  # of what rows are made of, where that is not in `files`
 
     def __init__(
         self,

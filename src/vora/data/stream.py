@@ -28,6 +28,8 @@ from vora.data.source import Source
 from vora.model.processing_vora import VoraProcessor
 
 EPOCH_ROWS = 1024  # of which a process finds how many sequences an epoch has
+COLUMNS_USED, IMAGES_OF_FOLDERS = "columns of the sources", "images of the folders"
+ADDED = (COLUMNS_USED, IMAGES_OF_FOLDERS)  # which older checkpoints lack
 WAITING = 48  # samples among which sequences are filled; more would pack tighter and read further ahead
 
 
@@ -87,6 +89,8 @@ class PackedSequences:
             "text_kl_weight": self.maker.text_kl_weight or None,
             "held_out": self.maker.held_out and asdict(self.maker.held_out),
             "prompts": [[list(prompts) for prompts in astuple(source.options.prompts)] for source in sources],
+            COLUMNS_USED: [dict(source.options.columns) for source in sources],
+            IMAGES_OF_FOLDERS: [source.digest for source in sources],
         }  # fmt: skip
         self._position = self._beginning(distill_only=distill_only_sequences > 0)
 
@@ -141,7 +145,7 @@ class PackedSequences:
         state = dict(state)
         then = state.pop("data")
         for name, now in self.fingerprint.items():
-            if then.get(name) != now:
+            if then.get(name) != now and (name in then or name not in ADDED):
                 raise ValueError(
                     f"The checkpoint was made with other data: {name} was {then.get(name)} and is {now} now, so "
                     "samples would be lost or seen twice. Restore it, or start a new run from the weights."

@@ -115,6 +115,20 @@ def check_validation(recipe: Recipe, defaults: Mapping[str, Any]) -> None:
         raise ValueError(f"training.metric_for_best_model {wanted} is not measured (known: {', '.join(known)}){more}")
 
 
+def check_apart(trained: Sequence[Source], measured: Sequence[Source]) -> None:
+    """Raise where a file or a folder of images that is measured is trained on too, whatever it is called there."""
+    ours = {Path(file).resolve() for source in trained for file in source.files}
+    around = ours.union(*(file.parents for file in ours))
+    for source in measured:
+        theirs = [Path(file).resolve() for file in source.files]
+        both = [one for one in theirs if one in around or not ours.isdisjoint(one.parents)]
+        if both:
+            raise ValueError(
+                f"data.validation.sources has {source.name}, of which {len(both)} of {len(theirs)} files, such as "
+                f"{both[0]}, are trained on too: name other files, or give data.validation.share alone"
+            )
+
+
 def check_one_gpu_per_process(arguments: TrainingArguments) -> None:
     """Raise where one process sees several GPUs: packed batches cannot be cut for `torch.nn.DataParallel`, which
     transformers' Trainer would take."""
@@ -247,6 +261,8 @@ def open_validation(
     if wanted is None:
         return None
     sources = open_sources(data, wanted.sources) if wanted.sources else list(sequences.maker.sources)
+    if wanted.sources:
+        check_apart(sequences.maker.sources, sources)
     bad = BadSamples(bad_samples, max_share=1.0)  # named, and left out; a few stop no run late
     samples = validation_samples(sources, wanted.max_samples, wanted.seed, held_out_of(data), bad)
     return Validation(samples, sequences, bad, arguments.per_device_eval_batch_size, wanted.probe_samples)
