@@ -149,7 +149,7 @@ def test_what_follows_the_thoughts_is_scored(task, metric, parquet, report_of, m
         (["--task", "captions", "--generate"], "--generate is for the task probe"),
         (["--task", "vqa", "--base", "x"], "--base is for the task text"),
         (["--task", "text", "--labels", "{data}/labels"], "--labels is for the task captions, vqa"),
-        (["--task", "probe", "--of", "text"], "--of text is no task that can be probed"),
+        (["--task", "probe", "--of", "text"], "`of` (--of) text is no task that can be probed"),
         (["--task", "probe", "--against", "blank"], "other is needed"),
         (["--task", "probe", "--against", "other,black"], "there is no black"),
     ],

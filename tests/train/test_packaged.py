@@ -7,7 +7,7 @@ import pytest
 
 from vora.cli.options import names_of_recipes, names_of_specifications
 from vora.train import packaged
-from vora.train.packaged import find_recipe, packaged_recipes
+from vora.train.packaged import find_recipe, packaged_recipes, recipes_folder
 from vora.train.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_a_recipe_has_a_name_and_a_path_that_exists_goes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    packaged_file = ROOT / "recipes" / "smollm2-135m" / "pretrain.yaml"
+    packaged_file = recipes_folder() / "smollm2-135m" / "pretrain.yaml"
     for name in ("smollm2-135m/pretrain", "smollm2-135m/pretrain.yaml", "recipes/smollm2-135m/pretrain.yaml"):
         assert find_recipe(name) == packaged_file
     (tmp_path / "smollm2-135m").mkdir()
