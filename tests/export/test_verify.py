@@ -43,6 +43,16 @@ def tiny():
     return model, processor, [make_prompt(processor, image, "what colour?", False) for image in images]
 
 
+def test_a_question_that_spells_the_image_token_has_the_processors_tokens(tiny):
+    processor, image, question = tiny[1], tiny[2][0].image, f"what does {tiny[1].image_token} mean?"
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    wanted = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    prompt = make_prompt(processor, image, question, False)
+    assert prompt.inputs["input_ids"].tolist() == [list(wanted["input_ids"][0])]
+
+
 def verified(tiny, **engine):
     model, processor, prompts = tiny
     return compare(model, processor, Torch(model, **engine), prompts, 4)

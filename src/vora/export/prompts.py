@@ -39,7 +39,7 @@ def make_prompt(processor: VoraProcessor, image: Image.Image, question: str, wit
     num_tokens = int(inputs["image_grid_thw"].prod()) // processor.image_processor.patch_merge**2
     before, after = str(text).split(processor.image_token)
     parts = [before, BEGIN, END, after] if with_markers else [before, after]
-    ids = [processor.tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+    ids = [processor.ids_of(part) for part in parts]
     first = [id for part in ids[: len(ids) // 2] for id in part]
     rest = [id for part in ids[len(ids) // 2 :] for id in part]
     inputs["input_ids"] = torch.tensor([[*first, *[processor.image_token_id] * num_tokens, *rest]])

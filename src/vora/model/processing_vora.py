@@ -87,7 +87,7 @@ class VoraProcessor(ProcessorMixin):
         inputs, lengths = self._process_images(images, **kwargs["images_kwargs"]) if images is not None else ({}, [])
         texts, _ = self.get_text_with_replacements(texts, lengths)
         options = {name: kwargs["text_kwargs"].get(name) for name in ("padding", "return_tensors")}
-        inputs.update(self.tokenizer.pad({"input_ids": [self._ids(one) for one in texts]}, **options))
+        inputs.update(self.tokenizer.pad({"input_ids": [self.ids_of(one) for one in texts]}, **options))
         return BatchFeature(inputs, tensor_type=options["return_tensors"])
 
     def prepare_inputs_layout(self, images: Any = None, **kwargs: Any) -> tuple:
@@ -166,7 +166,7 @@ class VoraProcessor(ProcessorMixin):
             if prompt.startswith(done):
                 request = self._ids_after(ids, done, prompt)
             else:
-                request = self._ids(prompt)
+                request = self.ids_of(prompt)
                 if request[:end] != ids[:end]:
                     end = 0
                     samples.append(([], []))
@@ -219,21 +219,23 @@ class VoraProcessor(ProcessorMixin):
         spelt, ids = self._spelt(text, "user"), self.tokenizer
         if SPELT not in spelt:
             return ids(text)["input_ids"]
-        return [id for id in ids("")["input_ids"] if id != ids.eos_token_id] + self._ids(spelt)
+        return [id for id in ids("")["input_ids"] if id != ids.eos_token_id] + self.ids_of(spelt)
 
     def _ids_after(self, ids: list[int], beginning: str, text: str) -> list[int]:
         """Ids of the rest of a text whose beginning has become `ids`."""
-        whole = self._ids(text)
+        whole = self.ids_of(text)
         if whole[: len(ids)] == ids:
             return whole[len(ids) :]
-        return self._ids(text[len(beginning) :])  # a token would reach across the border, where generation starts anew
+        return self.ids_of(
+            text[len(beginning) :]
+        )  # a token would reach across the border, where generation starts anew
 
-    def _ids(self, text: str) -> list[int]:
+    def ids_of(self, text: str) -> list[int]:
         """Ids of a text that a template made; what is `SPELT` in it is parted and so no control token."""
         first, *rest = text.split(SPELT)
         ids = list(self.tokenizer(first, add_special_tokens=False)["input_ids"])
         for part in rest:  # after a line break, for some tokenizers put a space before whatever comes first
-            ids += self._ids_after(self._ids("\n"), "\n", "\n" + part)
+            ids += self._ids_after(self.ids_of("\n"), "\n", "\n" + part)
         return ids
 
     def _spelt(self, text: str, role: str | None) -> str:

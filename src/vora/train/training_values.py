@@ -21,7 +21,7 @@ NOT_NEGATIVE = (
 )  # fmt: skip
 BELOW_ONE = ("adam_beta1", "adam_beta2")
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list[str]: "a list of texts"}
-EXTRAS = ("tensorboard",)  # of this package, of the same name as the integration
+EXTRAS = ("tensorboard", "wandb", "trackio")  # of this package, of the same name as the integration
 
 
 @cache
