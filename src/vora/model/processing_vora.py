@@ -226,9 +226,8 @@ class VoraProcessor(ProcessorMixin):
         whole = self.ids_of(text)
         if whole[: len(ids)] == ids:
             return whole[len(ids) :]
-        return self.ids_of(
-            text[len(beginning) :]
-        )  # a token would reach across the border, where generation starts anew
+        # a token would reach across the border, where generation starts anew
+        return self.ids_of(text[len(beginning) :])
 
     def ids_of(self, text: str) -> list[int]:
         """Ids of a text that a template made; what is `SPELT` in it is parted and so no control token."""
