@@ -10,6 +10,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from vora.build.fewer_activations import keep_all_activations, keep_fewer_activations
 from vora.build.lora_product import use_lora_product
 from vora.model.modeling_vora import VoraForConditionalGeneration
 
@@ -62,6 +63,7 @@ def attach_vision_lora(
     )
     peft_model = peft_model_of(model, config)
     use_lora_product(peft_model)
+    keep_fewer_activations(peft_model)
     return peft_model
 
 
@@ -106,6 +108,7 @@ def merge_vision_lora(model: PeftModel | VoraForConditionalGeneration) -> VoraFo
     for layer, weight in merged.items():
         layer.get_base_layer().weight.copy_(weight)
     model = model.unload() if isinstance(model, PeftModel) else _without_adapter(model)
+    keep_all_activations(model)
     model.model.patch_embedding.to(model.lm_head.weight.dtype)  # trained in fp32; saved models have one precision
     return model
 

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from vora.baselines.llava import VoraLlavaConfig, VoraLlavaForConditionalGeneration
 from vora.build.base_llm import grow_for_image_token, load_llm, load_tokenizer
+from vora.build.fewer_activations import keep_fewer_activations
 from vora.build.from_llm import from_llm, processor_from_llm, wrap_llm
 from vora.build.hub import loading, remote_code
 from vora.build.lora import keep_trained_in_fp32, merge_vision_lora, peft_model_of
@@ -108,6 +109,7 @@ def load_adapter(path: Source, *, llm: str | None = None, dtype: torch.dtype | s
     keep_trained_in_fp32(peft_model)
     restore(peft_model, info.path)
     use_lora_product(peft_model)
+    keep_fewer_activations(peft_model)
     return peft_model.eval()
 
 
