@@ -61,7 +61,8 @@ def test_train_merge_chat(work, merged):
     alone, answer = command_line(*ask, "-q", "what?"), succeeded(*ask, "-q", "what?")  # the first by itself
     assert alone.returncode == 0 and alone.stdout.endswith("\n") and alone.stdout == answer.stdout, alone.stderr
     succeeded(*ask, "-q", "what?", "--max-image-tokens", 1)
-    succeeded(*ask, work / "blue.png", "-q", "what?")
+    two = succeeded(*ask, work / "blue.png", "-q", "what?")
+    assert "2 images, and the model was trained with at most 1 image in a sample" in two.stderr
     talk = succeeded(*ask, input=f"what?\n/image {work / 'blue.png'}\n/image nothing.png\nand now?\n\n")
     assert talk.stdout.count("\n") == 2 and "nothing.png" in talk.stderr
 
@@ -84,6 +85,7 @@ def test_every_kind_of_folder_is_asked_alike(work, merged, tmp_path):
     succeeded("inspect", work / "red.png", "-q", "what?", "-m", *adapter, "-o", tmp_path / "page.html")
     questions = ["--task", "vqa", "--data", work / "train.jsonl"]
     succeeded("eval", "-m", work / "run" / "checkpoint-4", *questions, "-o", tmp_path / "vqa.json")
+    succeeded("eval", "-m", *adapter, *questions, "-o", tmp_path / "of-adapter.json")
     alone = succeeded("chat", "-m", merged, "-q", "what?", "--max-new-tokens", 4)
     assert "No image was given" in alone.stderr
 
@@ -173,6 +175,12 @@ def test_data_shows_what_training_will_read(work, tmp_path):
     page = (tmp_path / "found" / "samples.html").read_text()
     assert page.count("data:image/jpeg") == 2 and '<span class="label">red&lt;|im_end|&gt;</span>' in page
     assert page.count("no such file") == 2 and "A run would stop" in result.stderr
+    shutil.copytree(work / "vit", tmp_path / "shape", ignore=shutil.ignore_patterns("*.safetensors"))
+    shape = f"teacher.name={tmp_path / 'shape'}"
+    unseen = succeeded("data", work / "recipe.yaml", shape, "--out", tmp_path / "no-vit")
+    assert "2 samples, 0 bad" in unseen.stderr  # no weights of a teacher are needed
+    missing = vora("train", work / "recipe.yaml", "data.sources.0.path=trian.jsonl", "--out", tmp_path / "run")
+    assert "no file" in missing.stderr and "Estimate" not in missing.stderr  # said before an estimate
     alone = vora("data", work / "recipe.yaml", f"data.sources=[{{path: {bad}}}]", "--out", tmp_path / "none")
     assert alone.returncode == 1 and "All 2 samples are bad" in alone.stderr
 
@@ -224,6 +232,25 @@ def test_interrupted_run_saves_and_says_how_to_go_on(work):
     more = [f"training.max_steps={step + 2}", "--out", work / "cut", "--resume"]
     succeeded("train", work / "cut" / "recipe.yaml", *more)
     assert json.loads(log.read_text().splitlines()[-1])["step"] == step + 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["evl"], "No such command 'evl'. Did you mean 'eval'?"),
+        (["eval", "-m", "x"], "Missing option '--task'. (vora eval -h shows what there is)"),
+        (["train", "r.yaml", "--dryrun"], "No such option: --dryrun"),
+        (["chat", "--dtype", "fp16"], "fp16 is none of float32, bfloat16, float16"),
+    ],
+)
+def test_a_wrong_command_line_is_answered_in_a_line(arguments, wanted):
+    result = vora(*arguments)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and wanted in result.stderr
+
+
+def test_all_keys_of_recipes_are_printed():
+    printed = succeeded("init", "--keys").stdout
+    assert "\nlora.rank = 32  # int. " in printed and "\ntraining.save_steps = 500\n" in printed
 
 
 @pytest.mark.parametrize(

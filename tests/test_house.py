@@ -12,6 +12,7 @@ import typer
 from vora.ablate.spec import Spec
 from vora.cli import app
 from vora.train.recipe import Recipe
+from vora.train.reference import lines
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "vora"
@@ -144,6 +145,8 @@ def test_every_recipe_key_is_described_in_the_reference():
     for key in (*whole, "teacher.standardize", "training.report_to"):
         assert f"| `{key}` |" in found
     assert not [key for key, meaning in rows.items() if not meaning.strip()]
+    printed = {line.split(" = ")[0] for line in lines()}  # `vora init --keys`
+    assert printed == {*re.findall(r"^\| `([\w.]+)` \|", found, flags=re.M)} and "lora.rank" in printed
 
 
 def test_files_named_in_readme_and_docs_exist():

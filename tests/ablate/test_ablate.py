@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from vora.ablate.curves import read_curve, samples_until, smoothed
-from vora.ablate.page import markdown
+from vora.ablate.page import console_table, markdown
 from vora.ablate.plot import limits
 from vora.ablate.run import ablate
 from vora.ablate.runs import base_of
@@ -60,8 +61,8 @@ def losses(folder):
 
 
 def test_two_variants_two_seeds_end_to_end(work, tmp_path):
-    vqa, text = VQA | {"max_examples": 2}, {"task": "text", "data": "texts.jsonl"}
-    probe = VQA | {"task": "probe", "of": "vqa", "max_examples": 4, "metrics": ["right_beats_other"]}
+    vqa, text = VQA | {"max_samples": 2}, {"task": "text", "data": "texts.jsonl"}
+    probe = VQA | {"task": "probe", "of": "vqa", "max_samples": 4, "metrics": ["right_beats_other"]}
     spec, out = work(variants=VARIANTS, baseline="untaught", evaluate=[vqa, text, probe]), tmp_path / "out"
     result = vora("ablate", spec, "--out", out)
     assert result.returncode == 0, result.stderr
@@ -89,7 +90,7 @@ def test_two_variants_two_seeds_end_to_end(work, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert drawn == {name: (out / name).read_bytes() for name in drawn}
     # a measurement of other words is done anew, other figures of one are not; another recipe is refused
-    asked = [{**vqa, "max_examples": 1}, text, {**probe, "metrics": ["gain_over_other", "gain"]}]
+    asked = [{**vqa, "max_samples": 1}, text, {**probe, "metrics": ["gain_over_other", "gain"]}]
     found = ablate(work(variants=VARIANTS, seeds=[0], evaluate=asked), out, [], QUIET)
     reports = out / "taught" / "seed-0" / "eval"
     assert json.loads((reports / "vqa.json").read_text())["num_examples"] == 1
@@ -144,13 +145,15 @@ def test_a_grid_goes_on_after_a_signal_a_kill_and_a_failure(work, tmp_path, monk
 
 
 def test_a_part_of_a_grid_and_a_table_of_eight_columns(work, tmp_path):
-    vqa = VQA | {"max_examples": 4}
-    spec = work(variants={**VARIANTS, "wide": ["lora.rank=8"]}, evaluate=[vqa], seeds=[0, 1, 2])
+    vqa = VQA | {"max_samples": 4}
+    own = ["data.validation.share=0.5"]
+    spec = work(variants={**VARIANTS, "wide": ["lora.rank=8"]}, evaluate=[vqa], seeds=[0, 1, 2], set=own)
     part = ["--seeds", "1", "--variants", "untaught,wide", "--max-samples", "2"]
     shown = vora("ablate", spec, "--out", tmp_path / "out", *part)
     assert shown.returncode == 0, shown.stderr
     found = json.loads((tmp_path / "out" / "table.json").read_text())
     assert [row["variant"] for row in found["variants"]] == ["untaught", "wide"] and found["baseline"] == "untaught"
+    assert {"validation loss", "validation lm_loss"} < found["variants"][0]["metrics"].keys()
     assert found["seeds"] == [1] and found["samples"] == 2 and "--seeds 1 --variants untaught,wide" in found["command"]
     report = tmp_path / "out" / "wide" / "seed-1" / "eval" / "vqa.json"
     assert json.loads(report.read_text())["num_examples"] == 2
@@ -179,6 +182,7 @@ def test_runs_end_at_equal_samples(work, tmp_path, monkeypatch):
     [
         ({"sed": [1]}, r"spec.yaml: .*unknown key sed \(did you mean seeds\?\)"),
         ({"evaluate": [VQA | {"dat": "x"}]}, "did you mean data?"),
+        ({"evaluate": [VQA | {"max_examples": 2}]}, "evaluate.0.max_examples is called max_samples now"),
         ({"variants": None}, "exactly one of variants"), ({"grid": {"lora.rank": [1]}}, "exactly one of variants"),
         ({"variants": {"a": ["lora.rank"]}}, "no override"), ({"variants": {"../a": []}}, "no name for a variant"),
         ({"variants": {"a": ["training.seed=3"]}}, "seeds stand under seeds"), ({"seeds": [1, 1]}, "twice"),
@@ -273,5 +277,14 @@ def test_table_of_hand_made_logs(tmp_path):
     given = {"name": "x", "baseline": "slow", "window": 0.01, "set": [], "seeds": [0, 1, 2], "command": "c"}
     page = markdown({**given, "commit": None, "commit_is_changed": None, "trained_at": [], **found})
     assert "not reached by 3 of 3" in page and "-4.6667 ± 1.4343" in page and "broken, seed 2: it broke" in page
+    for width in (60, 80, 120):  # no word of the terminal's table is broken, and whether it looks comes first
+        scores = {("slow", 0): {"vqa vqa_accuracy": 0.5, "probe right_beats_other": 0.75}}
+        found = {**given, **summary(variants, "slow", curves, scores, {})}
+        text = StringIO()
+        Console(file=text, width=width).print(console_table(found, width))
+        assert max(map(len, text.getvalue().splitlines())) <= width
+        assert {"slow", "(baseline)", "against", "baseline", "5.0000±2.4843"} <= {*text.getvalue().split()}
+        assert "vqa" not in text.getvalue() or "other" in text.getvalue().split()
+    assert "beats_" in text.getvalue()
     tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]
     assert [{line.count("|") - 1 for line in lines} for lines in tables] == [{8}, {5}]  # columns, eight at most

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tiny import GRID, IMAGE, PATCH, SHAPE, prompt, text, tiny_llm, tiny_vora
 from tiny_teachers import TEACHERS, tiny_vit
 from transformers import AutoConfig, AutoModel
@@ -116,6 +117,19 @@ def test_from_pretrained_reads_weights_and_normalisation(vit, teacher, tmp_path)
     loaded.image_mean, loaded.image_std = teacher.image_mean, teacher.image_std
     found, expected = (one(noise_images(SQUARE), [SQUARE], [1])[1] for one in (loaded, teacher))
     torch.testing.assert_close(found, expected)
+
+
+def test_weights_that_are_missing_are_named_but_for_a_pooler(vit, tmp_path, caplog):
+    vit.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    Teacher.from_pretrained(tmp_path)
+    assert "REPORT" not in caplog.text
+    gone = next(name for name in kept if "layer" in name and name.endswith("weight"))
+    save_file({name: kept[name] for name in kept if name != gone}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 of its weights, such as .*: copy or fetch its files again"):
+        Teacher.from_pretrained(tmp_path)
 
 
 def test_a_fresh_patch_embedding_starts_as_the_teachers_own(kind, vit, teacher):

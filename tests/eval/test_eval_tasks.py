@@ -93,7 +93,7 @@ def test_rows_of_one_image_are_one(tmp_path, png, parquet):
     file = jsonl(tmp_path, *({"image": f"{n % 3}.png", "caption": caption} for n, caption in enumerate(captions)))
     found = [one.references for one in examples("captions", file)]
     assert found == [["a dog runs", "a cow"], ["a cat sits"], ["a bus waits"]]
-    first = examples("captions", file, max_examples=1)
+    first = examples("captions", file, max_samples=1)
     assert [one.references for one in first] == [["a dog runs"]]  # up to where another image begins
     copies = [{"image": png(0), "caption": "a"}, {"image": png(0), "caption": "b"}]
     assert len(examples("captions", parquet("copies", copies))) == 1
@@ -137,7 +137,7 @@ def test_consistency_wants_every_image_of_a_sentence(parquet):
 
 
 def test_all_classes_are_candidates_of_a_few_examples(task_data):
-    found = examples("classify", task_data / "classify.parquet", max_examples=1)
+    found = examples("classify", task_data / "classify.parquet", max_samples=1)
     assert len(found) == 1 and found[0].candidates == ("blue", "green square", "red")
 
 

@@ -41,9 +41,9 @@ def test_python_and_the_command_give_the_same_report(task_data, model_folder, re
     loaded = load_model(str(model_folder))
     for number, model in enumerate((model_folder, loaded)):
         out = tmp_path / f"{number}.json"
-        report = evaluate(model, "vqa", task_data / "vqa.parquet", out, max_examples=4, model_name=model_folder)
+        report = evaluate(model, "vqa", task_data / "vqa.parquet", out, max_samples=4, model_name=model_folder)
         assert report.metrics == by_command["metrics"] and report.to_dict() == json.loads(out.read_text())
-    ready = evaluation_of("vqa", max_examples=2)
+    ready = evaluation_of("vqa", max_samples=2)
     assert evaluate(loaded, ready, [task_data / "vqa.parquet"], tmp_path / "x.json").num_examples == 2
     with pytest.raises(ValueError, match="seed: give them to the Evaluation"):
         evaluate(loaded, ready, [task_data / "vqa.parquet"], tmp_path / "x.json", seed=1)
@@ -53,7 +53,7 @@ def test_reports_of_other_endings_have_predictions_of_their_own(task_data, model
     model = load_model(model_folder)
     reports = {}
     for name, task in {"a.x": "captions", "a.y": "vqa", "a.json": "classify"}.items():
-        report = evaluate(model, task, task_data / f"{task}.parquet", tmp_path / name, max_examples=2)
+        report = evaluate(model, task, task_data / f"{task}.parquet", tmp_path / name, max_samples=2)
         reports[name] = report.predictions, json.loads((tmp_path / name).read_text())["task"]
     assert reports == {
         "a.x": ("a.x.predictions.jsonl", "captions"),
@@ -61,10 +61,10 @@ def test_reports_of_other_endings_have_predictions_of_their_own(task_data, model
         "a.json": ("a.predictions.jsonl", "classify"),
     }
     assert (
-        evaluate(model, "captions", task_data / "captions.parquet", tmp_path / "a.x", max_examples=2).num_resumed == 2
+        evaluate(model, "captions", task_data / "captions.parquet", tmp_path / "a.x", max_samples=2).num_resumed == 2
     )
     with pytest.raises(ValueError, match="a.json is a report whose predictions would have the same name"):
-        evaluate(model, "captions", task_data / "captions.parquet", tmp_path / "a", max_examples=2)
+        evaluate(model, "captions", task_data / "captions.parquet", tmp_path / "a", max_samples=2)
 
 
 def test_a_killed_run_loses_at_most_a_batch(task_data, model_folder, tmp_path, monkeypatch):

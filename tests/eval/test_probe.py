@@ -46,7 +46,7 @@ def test_what_is_read_together_is_what_is_read_alone(task, task_data, model_fold
     # many requests share an image; each is held against a pass of its own
     model, processor = load_model(str(model_folder))
     rows = Rows(Data([task_data / f"{task}.parquet"]))
-    examples, groups = image_groups_of(TASKS[task](max_examples=6).examples(rows, SkippedRows()), SkippedRows())
+    examples, groups = image_groups_of(TASKS[task](max_samples=6).examples(rows, SkippedRows()), SkippedRows())
     substitutes = conditions.Substitutes(groups, other_groups(groups), processor.image_processor)
     under = examples_under(CONDITIONS, examples, substitutes)
     for place, condition in enumerate(CONDITIONS):

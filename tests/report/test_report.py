@@ -10,7 +10,7 @@ from PIL import Image
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.report import html, markdown
 from vora.report.images import data_url, image_of_patches, with_grid
-from vora.report.plots import figure_url, losses_figure, save_figure
+from vora.report.plots import figure_url, losses_figure, run_figure, save_figure
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 20, 3), np.uint8))
 
@@ -61,6 +61,17 @@ def test_losses_are_drawn_where_they_are_logged(tmp_path):
     save_figure(figure, tmp_path / "a.png", dpi=50)
     assert Image.open(tmp_path / "a.png").size == (200, 100) and opened(figure_url(figure, 50)).shape[:2] == (100, 200)
     save_figure(losses_figure([], {"lm_loss": "answers"}, (4, 2)), tmp_path / "b.png")
+
+
+def test_whether_a_run_looks_is_drawn_below_its_losses():
+    log = [{"samples_seen": seen, "eval_loss": 2.0, "looks": 0.5 + seen / 10} for seen in (1, 2)]
+    both = run_figure([*log, {"samples_seen": 1, "loss": 2.5}], {"loss": "a", "eval_loss": "b"}, {}).axes[0].lines
+    assert both[0].get_color() == both[1].get_color()
+    losses, shares = run_figure(log, {"eval_loss": "validation"}, {"looks": "right_beats_other"}).axes
+    assert [line.get_label() for line in losses.lines] == ["validation"]
+    chance, looks = shares.lines
+    assert chance.get_label() == "chance" and looks.get_xydata().tolist() == [[1, 0.6], [2, 0.7]]
+    assert len(run_figure(log, {"eval_loss": "validation"}, {"no": "no"}).axes) == 1
 
 
 def test_markdown_tables():

@@ -91,6 +91,15 @@ def test_commands_of_the_chat(model_folder, tmp_path, monkeypatch, capsys):
     assert len(said) == 1 and said[0] > shown.index("A new conversation, without images.")
 
 
+def test_a_chat_says_with_how_many_images_the_model_was_trained(model_folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("what?\n\n"))
+    chat = Chat(Engine(*load_model(str(model_folder))), max_new_tokens=2)
+    terminal.converse(chat, [Image.new("RGB", (4, 4))] * 2, Console(stderr=True, width=300), trained_with=1)
+    assert "2 images, and the model was trained with at most 1 image in a sample" in capsys.readouterr().err
+    assert "trained with up to 4" in terminal.several_images(3, 4)
+    assert terminal.several_images(1, 1) is None and terminal.several_images(2, None) is None
+
+
 def test_an_answer_that_is_stopped_ends_nothing(model_folder, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("what?\nwhat?\n\n"))
     chat, asked = Chat(Engine(*load_model(str(model_folder)))), []

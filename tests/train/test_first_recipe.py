@@ -33,6 +33,7 @@ def test_rank_is_that_of_the_packaged_recipes(llm, size, rank):
         (("image", "question", "answer"), {}),
         (("img", "query", "response"), {"image": "img", "question": "query", "answer": "response"}),
         (("photo", "description"), {"image": "photo", "caption": "description"}),
+        (("file", "description"), {"image": "file", "caption": "description"}),
     ],
 )
 def test_columns_are_found(tmp_path, names, columns):
@@ -41,8 +42,10 @@ def test_columns_are_found(tmp_path, names, columns):
 
 
 def test_columns_that_say_nothing_are_named(tmp_path):
-    with pytest.raises(ValueError, match="fit none of the layouts"):
+    with pytest.raises(ValueError, match="fit none of the layouts.*--column image=photo"):
         look_at(write_rows(tmp_path, "x", "y"))
+    named = {"image": "x", "caption": "y"}
+    assert look_at(write_rows(tmp_path, "x", "y"), named).columns == named
 
 
 def test_sizes_follow_from_the_images(tmp_path):

@@ -1,11 +1,13 @@
 """The table as Markdown."""
 
 from collections.abc import Callable
-from typing import Any
+from itertools import accumulate
+from typing import Any, Literal
 
 from rich.table import Table
 
 from vora.report.markdown import table
+from vora.train.validation import LOOKS
 
 COUNTS = {"samples_seen": "samples", "distill_only": "images alone", "tokens": "tokens", "seconds": "seconds"}
 MOST_COLUMNS = 8  # of a table
@@ -31,7 +33,8 @@ def columns_of(found: dict[str, Any]) -> list[list[str]]:
         column("lm_loss", lambda row: _figure(row["lm_loss"])),
         column("against baseline", lambda row: _figure(row["difference"].get("lm_loss"), "+.4f")),
     ]
-    for name in dict.fromkeys(name for row in variants for name in row["metrics"]):
+    names = dict.fromkeys(name for row in variants for name in row["metrics"])
+    for name in sorted(names, key=lambda name: not name.endswith(LOOKS)):  # which says whether it looks
         shown.append(column(name, lambda row: _figure(row["metrics"].get(name))))
         shown.append(column(f"{name} against baseline", lambda row: _figure(row["difference"].get(name), "+.4f")))
     shown.append(column("samples to the baseline's loss", until))
@@ -42,16 +45,22 @@ def columns_of(found: dict[str, Any]) -> list[list[str]]:
     return shown
 
 
-def console_table(found: dict[str, Any]) -> Table:
-    """The first columns, for the terminal."""
-    shown = columns_of(found)
+def console_table(found: dict[str, Any], width: int) -> Table:
+    """The first columns, for a terminal of so many characters: as many as fit it without a break inside a word."""
+    every = [
+        [name.replace("_", "_\n"), *(cell.replace(" ± ", "±") for cell in cells)] for name, *cells in columns_of(found)
+    ]
+    longest = [max(len(word) for cell in column for word in cell.split()) for column in every]
+    ends = accumulate(length + 3 for length in longest[:MOST_COLUMNS])
+    num_shown = max(2, sum(end < width for end in ends))
     table = Table(title=found["name"])
-    for number, (name, *_) in enumerate(shown[:MOST_COLUMNS]):
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
-    for cells in list(zip(*shown[:MOST_COLUMNS]))[1:]:
+    for number, (name, *_) in enumerate(every[:num_shown]):
+        justify: Literal["left", "right"] = "right" if number else "left"
+        table.add_column(name, justify=justify, overflow="fold", width=longest[number])
+    for cells in list(zip(*every[:num_shown]))[1:]:
         table.add_row(*cells)
-    if len(shown) > MOST_COLUMNS:
-        table.caption = f"{len(shown) - MOST_COLUMNS} more columns are in table.md"
+    if len(every) > num_shown:
+        table.caption = f"{len(every) - num_shown} more columns are in table.md"
     return table
 
 

@@ -24,6 +24,7 @@ from vora.ablate.spec import Run, Spec, chosen_of, load_spec, runs_of
 from vora.ablate.table import Key, summary
 from vora.eval.report import commit, commit_in_words
 from vora.train.estimate import print_estimate
+from vora.train.run_log import EVALUATED, read_log
 
 
 def ablate(
@@ -96,7 +97,7 @@ def draw(
             failures[key] = str(error)
             continue
         commits[commit_in_words(json.loads((run.folder / "run.json").read_text()))] = None
-        scores[key] = {}
+        scores[key] = _of_validation(run.folder / "validation.jsonl")
         for section in spec.evaluate:
             if report := report_of(run, section):
                 values = report["metrics"]
@@ -120,6 +121,12 @@ def draw(
     (out / "table.md").write_text(markdown(found))
     draw_curves(curves, list(variants), baseline, out / "curves.png", name)
     return found
+
+
+def _of_validation(file: Path) -> dict[str, float | None]:
+    """What a run was last measured on while it trained, if it was."""
+    last = (read_log(file) or [{}])[-1]
+    return {f"validation {name.removeprefix('eval_')}": last[name] for name in EVALUATED if name in last}
 
 
 def num_failed(found: dict[str, Any]) -> int:

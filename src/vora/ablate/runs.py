@@ -37,6 +37,7 @@ class EnoughSamples(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if (logs or {}).get("samples_seen", 0) >= self.samples:
             control.should_save = control.should_training_stop = True
+            control.should_evaluate |= args.eval_strategy != "no"
 
 
 def check_same(run: Run, samples: int | None) -> None:

@@ -36,7 +36,7 @@ class EvaluateSection(Section):
     subset: str | None = None
     image_folder: str | None = None
     allow_urls: bool = False
-    max_examples: int | None = Field(None, ge=1)
+    max_samples: int | None = Field(None, ge=1)
     seed: int = 0
 
     @model_validator(mode="after")
@@ -47,7 +47,7 @@ class EvaluateSection(Section):
 
     def evaluation(self, base: str | None = None) -> Evaluation:
         """What is to be measured; `base` as of `evaluation_of`."""
-        options = self.model_dump(include={"of", "against", "base", "prompt", "labels", "max_examples", "seed"})
+        options = self.model_dump(include={"of", "against", "base", "prompt", "labels", "max_samples", "seed"})
         if self.task == "probe":
             options["against"] = self.against or ["other"]
         return evaluation_of(self.task, **options | {"generate": bool(self.generate), "base": base or self.base})
@@ -118,7 +118,13 @@ class Run:
 def load_spec(path: str | Path) -> Spec:
     """Read a specification, whose recipe lies beside it; ValueError names all that is wrong in one message."""
     path = Path(path)
-    spec = validated(Spec, read_yaml(path), str(path))
+    values = read_yaml(path)
+    if "recipe" not in values and "model" in values:
+        raise ValueError(
+            f"{path} is a recipe, and no specification: write a file with recipe: {path.name} and variants: {{NAME: "
+            "[KEY=VALUE]}, and name that."
+        )
+    spec = validated(Spec, values, str(path))
     spec.recipe = str(path.parent / spec.recipe)
     return spec
 
@@ -142,7 +148,7 @@ def chosen_of(
     if max_samples is not None:
         changes["samples"] = min(max_samples, spec.samples or max_samples)
         changes["evaluate"] = [
-            one.model_copy(update={"max_examples": min(max_samples, one.max_examples or max_samples)})
+            one.model_copy(update={"max_samples": min(max_samples, one.max_samples or max_samples)})
             for one in spec.evaluate
         ]
     return spec.model_copy(update=changes)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import logging
 
 from vora.build.hub import loading, located, remote_code
 from vora.model.patch_embed import PatchEmbedding, resized
@@ -63,6 +64,23 @@ class VitEmbedding:
         embedding.position.copy_(table[0].flatten(1).T)
 
 
+def load_vit(place: str, **kwargs: Any) -> PreTrainedModel:
+    """A ViT of a folder or hub id. ValueError where it lacks weights, which transformers would draw at random; a
+    pooler's, of which nothing is read, may be missing, and without a report."""
+    log = logging.get_logger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        vit, info = AutoModel.from_pretrained(place, output_loading_info=True, **kwargs)
+    finally:
+        log.setLevel(level)
+    if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name and "head" not in name):
+        raise ValueError(
+            f"{KEY} {place} lacks {len(missing)} of its weights, such as {missing[0]}: copy or fetch its files again."
+        )
+    return vit
+
+
 def vit_embedding(vit: Any) -> VitEmbedding:
     """The patch embedding of a ViT (model, folder or hub id; of a `Teacher`, that of its ViT); ValueError where it is
     no plain ViT: no patch projection is found, or the model hides patches from itself."""
@@ -72,7 +90,7 @@ def vit_embedding(vit: Any) -> VitEmbedding:
     else:
         place = located(given, KEY, EXAMPLE)
         with loading(place, KEY):
-            model = AutoModel.from_pretrained(place, **remote_code())
+            model = load_vit(place, **remote_code())
     vit = getattr(model, "vision_model", model)
     config = getattr(vit.config, "vision_config", vit.config)
     if hasattr(config, "mask_ratio"):  # ViT-MAE: its outputs are of a shuffled part of the patches

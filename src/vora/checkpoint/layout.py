@@ -52,6 +52,7 @@ class CheckpointInfo:
     adapter: AdapterInfo | None = None
     encoder: str | None = None
     teacher: str | None = None
+    max_images: int | None = None  # most of a sample that it was trained on; None where that is not known
     block_pairs: tuple[Pair, ...] = ()  # (student block, teacher block or `SUMMARY`) of the distillation
     has_heads: bool = False  # of the distillation, beside it
     has_processor: bool = False  # with its tokenizer

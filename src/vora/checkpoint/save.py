@@ -27,10 +27,11 @@ Tensors = dict[str, torch.Tensor]
 
 def save_training(
     student: Student, processor: VoraProcessor, folder: Path, *, distillation: BlockwiseDistillation | None = None,
-    state_dict: Tensors | None = None,
+    state_dict: Tensors | None = None, max_images: int | None = None,
 ) -> None:  # fmt: skip
     """Write what was trained into a folder of its run: adapter and distill heads (stage 1), or the whole model. Where
-    FSDP has spread tensors over processes, `state_dict` has those of `student.` and `distillation.`, gathered."""
+    FSDP has spread tensors over processes, `state_dict` has those of `student.` and `distillation.`, gathered.
+    `max_images` is of the samples that it saw."""
     folder.mkdir(parents=True, exist_ok=True)
     state = None if state_dict is None else _part_of(state_dict, "student.")
     if isinstance(student, PeftModel):
@@ -43,6 +44,8 @@ def save_training(
         save_file({name: tensor.contiguous() for name, tensor in heads.items()}, folder / HEADS_FILE)
     processor.save_pretrained(folder)
     info = _info_of_training(student, folder, state is None)
+    seen = [number for number in (info.max_images, max_images) if number is not None]
+    info = replace(info, max_images=max(seen, default=None))
     write_info(info if distillation is None else replace(info, block_pairs=tuple(distillation.pairs)), folder)
 
 
@@ -177,8 +180,8 @@ def _info_of_training(student: Student, folder: Path, with_digest: bool) -> Chec
     if source := read_recipe(run)["model"].get("vora"):
         with suppress(ValueError, OSError):  # it may have been moved since, and the weights matter more
             before = read_info(source)
-            known = {name: getattr(before, name) for name in ("base_llm", "encoder", "teacher", "block_pairs")}
-            info = replace(info, **known)
+            names = ("base_llm", "encoder", "teacher", "block_pairs", "max_images")
+            info = replace(info, **{name: getattr(before, name) for name in names})
     return as_run_names(info, run)
 
 

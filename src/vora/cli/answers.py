@@ -8,6 +8,7 @@ from typer import Argument, Option
 from vora.cli.app import app, console
 from vora.cli.options import (
     BaseLlm,
+    Columns,
     DeviceOption,
     DtypeOption,
     MaxImageTokens,
@@ -15,6 +16,7 @@ from vora.cli.options import (
     ModelOption,
     RemoteCode,
     listed,
+    named_columns,
     out_file,
 )
 
@@ -28,7 +30,7 @@ def evaluate(
     model: ModelOption = None,
     prompt: Annotated[str | None, Option(help="Instead of the task's own; {} takes a row's text.")] = None,
     labels: Annotated[Path | None, Option(help="Names of all classes, one per line.")] = None,
-    column: Annotated[list[str] | None, Option(help="ours=theirs, such as captions=alt_text.")] = None,
+    column: Columns = None,
     split: Annotated[str | None, Option(help="By default test, else validation, else train.")] = None,
     subset: Annotated[str | None, Option(help="Of a dataset on the Hub.")] = None,
     image_folder: Annotated[Path | None, Option(help="Where paths of images start.")] = None,
@@ -43,21 +45,20 @@ def evaluate(
     generate: Annotated[bool, Option("--generate", help="A probe also generates answers; slow.")] = False,
     against: Annotated[str | None, Option(help="What else a probe shows: other,blank,shuffled,none.")] = None,
     base: Annotated[str | None, Option(help="LLM that --task text compares with; else the model's own.")] = None,
+    llm: BaseLlm = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Measure a model on a task, with 95 % intervals; the same command goes on after a stop."""
     from vora.checkpoint.pretrained import committed_model
     from vora.eval.run import evaluate as run
 
-    if wrong := [pair for pair in column or () if "=" not in pair]:
-        raise ValueError(f"--column {wrong[0]} is not of the form ours=theirs, such as captions=alt_text.")
     names = None if labels is None else [line.strip() for line in labels.read_text().splitlines() if line.strip()]
-    columns = dict(pair.split("=", 1) for pair in column or ()) or None
     report = run(
         model or committed_model(), task, [*data, *(more_data or ())], out,
-        split=split, subset=subset, image_folder=image_folder, allow_urls=allow_urls, columns=columns,
+        split=split, subset=subset, image_folder=image_folder, allow_urls=allow_urls,
+        columns=named_columns(column) or None,
         min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, device=device, dtype=dtype,
-        max_examples=max_samples, seed=seed,
+        llm=llm, max_samples=max_samples, seed=seed,
         prompt=prompt, labels=names, of=of, generate=generate, against=listed(against), base=base,
         console=console,
     )  # fmt: skip
@@ -72,8 +73,8 @@ def chat(
     images: Annotated[list[str] | None, Argument(metavar="[IMAGE]...", help="Paths or URLs.")] = None,
     model: ModelOption = None,
     question: Annotated[str | None, Option("--question", "-q", help="Ask once instead of chatting.")] = None,
-    max_new_tokens: Annotated[int, Option(help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, Option(help="0 answers greedily.")] = 0.0,
+    max_new_tokens: Annotated[int, Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, Option(min=0, help="0 answers greedily.")] = 0.0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     min_image_tokens: MinImageTokens = None,
@@ -82,23 +83,26 @@ def chat(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Ask a model about images; without -q, interactively (`/help` shows what a line may be, an empty one ends)."""
+    from vora.checkpoint.layout import read_info
     from vora.checkpoint.load import load_model
     from vora.checkpoint.pretrained import committed_model
     from vora.serve.chat import Chat
     from vora.serve.engine import Engine
-    from vora.serve.terminal import NO_IMAGE, converse, open_image, print_answer
+    from vora.serve.terminal import NO_IMAGE, converse, open_image, print_answer, several_images
 
     opened = [open_image(image) for image in images or []]
-    name = model or committed_model()
+    info = read_info(model or committed_model())
     loaded = load_model(
-        name, llm=llm, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, device=device, dtype=dtype
+        info, llm=llm, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, device=device, dtype=dtype
     )
     conversation = Chat(Engine(*loaded), max_new_tokens, temperature)
     if question is None:
-        converse(conversation, opened, console)
+        converse(conversation, opened, console, info.max_images)
         return
     if not opened:
         console.print(f"{NO_IMAGE}: vora chat IMAGE -q QUESTION gives one.", highlight=False)
+    if said := several_images(len(opened), info.max_images):
+        console.print(said, highlight=False)
     print_answer(conversation, question, opened)
 
 
@@ -110,7 +114,7 @@ def inspect(
     answer: Annotated[str | None, Option(help="Answer to follow; the model's own by default.")] = None,
     teacher: Annotated[str | None, Option(help="ViT to compare with: folder or hub id; else the run's own.")] = None,
     out: Annotated[Path, out_file("HTML page; its figures go beside it as JSON.")] = Path("inspect.html"),
-    max_new_tokens: Annotated[int, Option(help="Longest answer, in tokens.")] = 64,
+    max_new_tokens: Annotated[int, Option(min=1, help="Longest answer, in tokens.")] = 64,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     min_image_tokens: MinImageTokens = None,

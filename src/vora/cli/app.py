@@ -44,6 +44,7 @@ app = typer.Typer(
 )
 console = Terminal(stderr=True)
 log = logging.getLogger("vora")
+UsageError: Any = typer.BadParameter.__base__  # what typer, or click below it, raises for a wrong command line
 
 
 def _print_version(wanted: bool) -> None:
@@ -74,6 +75,7 @@ def main() -> None:
     configure_cpu_threads()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries; ours are rich's
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries, about names that users never wrote
     pressed: list[bool] = []
@@ -84,7 +86,15 @@ def main() -> None:
 
     before = signal.signal(signal.SIGINT, on_ctrl_c)
     try:
-        app()
+        if status := app(prog_name="vora", standalone_mode=False):
+            sys.exit(status)
+    except UsageError as error:
+        if not (message := error.format_message()):  # the help was shown, of a command without arguments
+            sys.exit(error.exit_code)
+        if error.ctx and "option: --" in message and any(p.name == "overrides" for p in error.ctx.command.params):
+            message += "; a recipe's keys are set as training.max_steps=100"
+        what = escape(f"{message} ({error.ctx.command_path if error.ctx else 'vora'} -h shows what there is)")
+        _print_error(f"[bold red]error:[/bold red] {what}", error.exit_code)
     except InterruptedError as stop:
         _print_error(escape(str(stop)), 130)
     except KeyboardInterrupt:

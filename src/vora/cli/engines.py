@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Option
 
 from vora.cli.app import app, console
-from vora.cli.options import ModelOption, out_folder
+from vora.cli.options import BaseLlm, ModelOption, RemoteCode, out_folder
 
 
 @app.command()
@@ -17,6 +17,8 @@ def export(
     quant: Annotated[str, Option(help="Weights of the LLM: f32, f16, bf16 or q8_0.")] = "f16",
     image_size: Annotated[int | None, Option(help="Side of its images in pixels; the largest by default.")] = None,
     llama_cpp: Annotated[Path | None, Option(help="A clone of llama.cpp to convert with.")] = None,
+    llm: BaseLlm = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Write a model in the format of another engine."""
     from vora.checkpoint.pretrained import committed_model
@@ -24,7 +26,9 @@ def export(
 
     if to != "gguf":
         raise ValueError(f"--to {to} is unknown: give gguf.")
-    found = export_gguf(model or committed_model(), out, quant=quant, image_size=image_size, llama_cpp=llama_cpp)
+    found = export_gguf(
+        model or committed_model(), out, quant=quant, image_size=image_size, llama_cpp=llama_cpp, llm=llm
+    )
     console.print(found.summary(), highlight=False, markup=False)
 
 
@@ -35,12 +39,14 @@ def verify(
     images: Annotated[list[str] | None, Option(help="File or folder; by default three drawn images.")] = None,
     files: Annotated[Path | None, Option(help="Folder of `vora export`; else one is made in f32.")] = None,
     json: Annotated[Path | None, Option(help="File for the figures.")] = None,
+    llm: BaseLlm = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Prove that another engine computes what torch computes: log-probabilities of the same tokens, and attention."""
     from vora.checkpoint.pretrained import committed_model
     from vora.export.verify import verify as run
 
-    found = run(model or committed_model(), runtime, images=images or (), files=files)
+    found = run(model or committed_model(), runtime, images=images or (), files=files, llm=llm)
     if json is not None:
         found.write(json)
     console.print(found.summary(), highlight=False, markup=False)

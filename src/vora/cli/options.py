@@ -49,6 +49,13 @@ def _trust(wanted: bool) -> None:
         trust_remote_code()
 
 
+def named_columns(pairs: list[str] | None) -> dict[str, str]:
+    """The values of `Columns` as {our name: the file's}."""
+    if wrong := [pair for pair in pairs or () if "=" not in pair]:
+        raise ValueError(f"--column {wrong[0]} is not of the form ours=theirs, such as captions=alt_text.")
+    return dict(pair.split("=", 1) for pair in pairs or ())
+
+
 def listed(text: str | None) -> list[str] | None:
     """The values of an option with commas between them."""
     return None if text is None else [one.strip() for one in text.split(",") if one.strip()]
@@ -70,8 +77,9 @@ DeviceOption = Annotated[
 DtypeOption = Annotated[
     str | None, Option("--dtype", callback=_dtype, help=f"{', '.join(DTYPES)}; the model's own by default.")
 ]
-MinImageTokens = Annotated[int | None, Option(help="Fewest tokens of an image; the model's own by default.")]
-MaxImageTokens = Annotated[int | None, Option(help="Most tokens of an image; the model's own by default.")]
+Columns = Annotated[list[str] | None, Option("--column", help="ours=theirs, such as captions=alt_text.")]
+MinImageTokens = Annotated[int | None, Option(min=1, help="Fewest tokens of an image; the model's own by default.")]
+MaxImageTokens = Annotated[int | None, Option(min=1, help="Most tokens of an image; the model's own by default.")]
 BaseLlm = Annotated[str | None, Option("--llm", help="Base LLM of an adapter that does not name it.")]
 RemoteCode = Annotated[
     bool, Option("--trust-remote-code", callback=_trust, help="Run code that lies beside models; read it first.")

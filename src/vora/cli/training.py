@@ -3,10 +3,19 @@
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument, Exit, Option
 
 from vora.cli.app import app, console
-from vora.cli.options import Overrides, RecipeArgument, RemoteCode, listed, names_of_specifications, out_folder
+from vora.cli.options import (
+    Columns,
+    Overrides,
+    RecipeArgument,
+    RemoteCode,
+    listed,
+    named_columns,
+    names_of_specifications,
+    out_folder,
+)
 
 
 @app.command()
@@ -23,6 +32,14 @@ def quickstart(
     run_quickstart(out, llm=llm, minutes=minutes, seed=seed, overrides=overrides or (), console=console)
 
 
+def _print_keys(wanted: bool) -> None:
+    if wanted:
+        from vora.train.reference import lines
+
+        print("\n".join(lines()))
+        raise Exit
+
+
 @app.command()
 def init(
     name: Annotated[str, Argument(metavar="[NAME]", help="NAME.yaml is written.")] = "recipe",
@@ -31,13 +48,19 @@ def init(
     teacher: Annotated[
         str | None, Option(help="A plain ViT: folder or hub id; by default one of fitting size.")
     ] = None,
+    column: Columns = None,
     epochs: Annotated[float, Option(min=0.01, help="How often the data is read, if --data is given.")] = 3.0,
+    keys: Annotated[
+        bool, Option("--keys", callback=_print_keys, is_eager=True, help="Print all keys of recipes and exit.")
+    ] = False,
 ) -> None:
     """Write a recipe for your LLM, your data and this machine, with what it found out as comments."""
+    path = Path(name if name.endswith(".yaml") else f"{name}.yaml")
+    if path.exists():
+        raise ValueError(f"{path} is there already: choose another NAME, so that nothing is overwritten.")
     from vora.train.first_recipe import write_recipe
 
-    path = Path(name if name.endswith(".yaml") else f"{name}.yaml")
-    for line in write_recipe(path, llm, data or [], teacher, epochs):
+    for line in write_recipe(path, llm, data or [], teacher, epochs, named_columns(column)):
         console.print(f"* {line}", highlight=False, markup=False)
     console.print(f"Wrote {path}. Next: vora train {path} --dry-run", highlight=False)
 
@@ -52,10 +75,13 @@ def data(
     workers: Annotated[int, Option(help="Worker processes; 0 reads in this one.")] = 2,
 ) -> None:
     """Read a recipe's data before training: what is in it, what is bad, how it packs, and how it looks."""
+    from vora.train.packaged import find_recipe
+
+    path = find_recipe(recipe)  # before seconds of imports
     from vora.train.preview import preview
     from vora.train.recipe import load_recipe
 
-    summary = preview(load_recipe(recipe, overrides or ()), out, show, max_samples, workers, console)
+    summary = preview(load_recipe(path, overrides or ()), out, show, max_samples, workers, console)
     if not summary["num_samples"]:
         raise ValueError(f"All {summary['num_bad']} samples are bad: {out / 'bad_samples.jsonl'} says why.")
 
@@ -75,6 +101,8 @@ def plan(
     import json
 
     from vora.train.packaged import find_recipe
+
+    path = find_recipe(recipe)
     from vora.train.plan.device import GPUS, device_at_hand
     from vora.train.plan.plan import plan as run
     from vora.train.plan.table import plan_table
@@ -82,7 +110,6 @@ def plan(
 
     if gpu is not None and gpu.lower() not in GPUS:
         raise ValueError(f"--gpu {gpu} is unknown: choose among {', '.join(GPUS)}.")
-    path = find_recipe(recipe)
     read = load_recipe(path, overrides or ())
     device = device_at_hand(bool(read.training.get("bf16"))) if gpu is None else GPUS[gpu.lower()]
     found = run(
@@ -107,12 +134,13 @@ def train(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Train by a recipe: stage pretrain (vision LoRA) or finetune (everything)."""
-    from vora.train import estimate
     from vora.train.packaged import find_recipe
+
+    path = find_recipe(recipe)
+    from vora.train import estimate
     from vora.train.recipe import load_recipe
     from vora.train.run import train as run
 
-    path = find_recipe(recipe)
     goes_on = resume and (path.parent / "versions.json").exists()  # named by the recipe that the run keeps
     out, read = out or (path.parent if goes_on else Path("runs") / path.stem), load_recipe(path, overrides or ())
     if dry_run:
@@ -142,15 +170,16 @@ def ablate(
     ] = None,
 ) -> None:
     """Train a grid of variants and seeds and draw table and curves; the same command goes on after a stop."""
-    from vora.ablate.page import console_table
-    from vora.ablate.run import ablate as run
-    from vora.ablate.run import num_failed
     from vora.train.packaged import find_recipe
 
     path = find_recipe(spec)
+    from vora.ablate.page import console_table
+    from vora.ablate.run import ablate as run
+    from vora.ablate.run import num_failed
+
     out = out or Path("runs") / path.stem
     found = run(path, out, overrides or (), console, listed(seeds), listed(variants), max_samples)
-    console.print(console_table(found))
+    console.print(console_table(found, console.width))
     for warning in found["warnings"]:
         console.print(f"* {warning}", highlight=False)
     console.print(f"Table: {out / 'table.md'}, curves: {out / 'curves.png'}", highlight=False)

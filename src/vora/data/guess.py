@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vora.data.columns import COLUMNS, IMAGE_COLUMNS, LAYOUTS, TURN_COLUMNS, Row
-from vora.data.images import is_media, looks_like_media
+from vora.data.images import IMAGE_ENDINGS, is_media, looks_like_media
 
 # how people name them, the likeliest first; of "Question Text" and "questionText" all but letters is left out
 NAMES: dict[str, tuple[str, ...]] = {
@@ -72,10 +72,13 @@ def _is_complete(names: Iterable[str], has_image: bool) -> bool:
 
 
 def _image(values: Mapping[str, Any]) -> dict[str, str]:
-    """The column that holds images by its name and what stands in it; none where there are several."""
+    """The column that holds images by its name and what stands in it; none where there are several. A name that says
+    nothing, such as `file`, will do where a row of text alone would be nothing to learn from."""
     media = [name for name, value in values.items() if is_media(value) or _is_list(value, is_media)]
     likely = [name for name in media if looks_like_media(name) or _plain(name) in IMAGE_COLUMNS]
     chosen = likely or [name for name in media if isinstance(values[name], (bytes, dict))]
+    if not chosen and not _is_complete(values.keys(), False):
+        chosen = [name for name in media if str(values[name]).lower().endswith(IMAGE_ENDINGS)]
     return {"image": chosen[0]} if len(chosen) == 1 else {}
 
 

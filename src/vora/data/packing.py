@@ -182,6 +182,12 @@ def cut_after_images(sample: TokenSample, image_token_id: int) -> TokenSample:
     return {**found, "num_samples": 1}
 
 
+def num_images(sample: TokenSample) -> int:
+    """How many images each of its conversations shows; those that stand apart have each their own copy."""
+    num_apart = int((sample["position_ids"] == 0).sum())
+    return len(sample.get("image_grid_thw", ())) // max(1, num_apart)
+
+
 def without_targets(sample: TokenSample, max_length: int) -> TokenSample:
     """At most so many first tokens of a sample, with nothing to predict: enough for text to be kept as it was."""
     length = min(len(sample["input_ids"]), max_length)

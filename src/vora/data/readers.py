@@ -4,12 +4,14 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from vora.build.fetch import wheel_files
+from vora.build.hub import may_be_hub_id
 from vora.data.columns import COLUMNS, Row, RowOptions
 from vora.data.csv_source import Csv
 from vora.data.files import files_of, no_files
@@ -97,10 +99,20 @@ def load_source(
         raise ValueError(f"Cannot read {path}: {' '.join(str(error).split())[:300]}") from None
     if source.guessed and is_checked:
         unread = ", ".join(source.columns_not_read) or "none"
-        log.warning(
-            "%s: its columns are guessed, columns: %s; not read: %s", path, line_to_paste(source.guessed), unread
-        )
+        _say_once(f"{path}: its columns are guessed, columns: {line_to_paste(source.guessed)}; not read: {unread}")
     return source
+
+
+@cache
+def _say_once(text: str) -> None:
+    """A command opens its data several times."""
+    log.warning(text)
+
+
+def check_is_there(path: str, split: str) -> None:
+    """Raise ValueError for a file, folder or pattern that is not on this machine, without reading it or the hub."""
+    if path != EASY_VQA and files_of(path, split, tuple(KINDS)) is None and not may_be_hub_id(path):
+        prepared_files(path, None, split)
 
 
 def _kind_of(file: Path) -> type[Source]:

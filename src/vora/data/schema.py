@@ -123,6 +123,6 @@ def _conversations_of(row: Row, has_image: bool, draw: random.Random, prompts: P
             raise ValueError(NOTHING_TO_LEARN)
         return [[{"role": "text", "content": text}]]
     raise ValueError(
-        f"Its columns {sorted(map(str, row))} fit none of the layouts messages, conversations, question and answer, "
-        "caption, sentence and label, label, instruction and output, texts, text: name them in the source's `columns`."
+        f"Its columns {sorted(map(str, row))} fit none of the layouts (caption; question, answer; ...): name them in "
+        "the source's `columns`."
     )

@@ -93,6 +93,7 @@ class PackedSequences:
             IMAGES_OF_FOLDERS: [source.digest for source in sources],
         }  # fmt: skip
         self._position = self._beginning(distill_only=distill_only_sequences > 0)
+        self.max_images = 0  # of a sample that it gave, in one conversation; frames of a video are images
 
     def __iter__(self) -> Iterator[PackedSequence]:
         """Sequences from where the last one ended."""
@@ -138,7 +139,7 @@ class PackedSequences:
     def state_dict(self) -> dict[str, Any]:
         """The position after the last sequence, as JSON."""
         counts = {"num_read": self.bad.num_read, "num_bad": self.bad.num_bad}
-        return {**self._position, **counts, "data": self.fingerprint}
+        return {**self._position, **counts, "max_images": self.max_images, "data": self.fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a run with the same data was; ValueError, naming what differs, if they are not the same."""
@@ -151,6 +152,7 @@ class PackedSequences:
                     "samples would be lost or seen twice. Restore it, or start a new run from the weights."
                 )
         self.bad.num_read, self.bad.num_bad = state.pop("num_read"), state.pop("num_bad")
+        self.max_images = state.pop("max_images", 0)  # which older checkpoints lack
         self._position = state
 
     def named_samples(self) -> Iterator[tuple[str, TokenSample]]:
@@ -191,6 +193,7 @@ class PackedSequences:
     def _remembered(self) -> Iterator[PackedSequence]:
         for sequence, position in self._sequences(self._position, self.num_workers):
             self._position = position
+            self.max_images = max(self.max_images, *map(packing.num_images, sequence))
             yield sequence
 
     def _sequences(
@@ -233,12 +236,14 @@ class PackedSequences:
             generator=torch.Generator().manual_seed(0),  # torch's own would shift a resumed run's dropout
         )
         only_images_teach, num_fruitless = distill_only or self.maker.text_kl_weight, 0
+        cause = ""
         for number, chunk in loader:
             for place, (name, sample) in zip(product([number], range(CHUNK_SAMPLES)), unpacked(chunk)):
                 teaches = isinstance(sample, dict) and ("pixel_values" in sample or not only_images_teach)
                 num_fruitless = 0 if teaches else num_fruitless + 1
+                cause = f" The last: {sample}" if isinstance(sample, ValueError) else cause
                 if num_fruitless > self._longest_gap:
-                    raise ValueError(self._fruitless(num_fruitless, distill_only))
+                    raise ValueError(self._fruitless(num_fruitless, distill_only) + cause)
                 if place >= following:
                     self.bad.num_read += 1
                     if isinstance(sample, ValueError):
@@ -249,7 +254,7 @@ class PackedSequences:
     def _fruitless(self, count: int, distill_only: bool) -> str:
         if not (distill_only or self.maker.text_kl_weight):
             held = "" if self.maker.held_out is None else " or held out"
-            return f"All of the last {count} samples are bad{held}: bad_samples.jsonl of the run says why."
+            return f"All of the last {count} samples are bad{held} (bad_samples.jsonl)."
         why, cure = "with lora.text_kl_weight text alone teaches nothing", "leave lora.text_kl_weight out"
         if distill_only:
             why, cure = "the first steps distill images alone", "set teacher.distill_only_steps=0"

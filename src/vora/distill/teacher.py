@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
-from transformers import AutoModel
 
-from vora.build.hub import loading, located, remote_code
-from vora.build.vit_init import EXAMPLE, KEY, vit_embedding
+from vora.build.hub import hub_problem, loading, located, remote_code
+from vora.build.vit_init import EXAMPLE, KEY, load_vit, vit_embedding
 from vora.distill.blocks import block_outputs, only_first_blocks
 from vora.distill.blockwise import SUMMARY
 from vora.model.patch_embed import resized
@@ -91,8 +90,8 @@ class Teacher(nn.Module):
         """
         place = located(name, KEY, EXAMPLE)
         with loading(place, KEY):
-            vit = AutoModel.from_pretrained(place, dtype=dtype, **remote_code() | kwargs)
-            normalisation = _normalisation(place)
+            vit = load_vit(place, dtype=dtype, **remote_code() | kwargs)
+            normalisation = normalisation_of(place)
         try:
             teacher = cls(vit, **normalisation)
         except ValueError as error:
@@ -256,10 +255,12 @@ def channels(values: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, device=device)[:, None, None]
 
 
-def _normalisation(name: str | Path) -> dict[str, list[float]]:
-    """Mean and standard deviation from preprocessor_config.json, by folder or hub id."""
+def normalisation_of(name: str | Path) -> dict[str, list[float]]:
+    """Mean and standard deviation from preprocessor_config.json, by folder or hub id; nothing where there is none."""
     path = Path(name) / "preprocessor_config.json"
     if not Path(name).is_dir():
+        if hub_problem(str(name)):
+            return {}
         try:
             path = Path(hf_hub_download(str(name), "preprocessor_config.json"))
         except OSError:

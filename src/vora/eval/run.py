@@ -37,6 +37,7 @@ def evaluate(
     allow_urls: bool = False,
     min_image_tokens: int | None = None,
     max_image_tokens: int | None = None,
+    llm: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
     console: Console | None = None,
@@ -44,7 +45,7 @@ def evaluate(
 ) -> Report:
     """Measure a model, with 95 % intervals. The same call goes on where a stopped one ended.
 
-    >>> report = vora.evaluate("my-vora", "captions", "val.parquet", out="captions.json", max_examples=500)
+    >>> report = vora.evaluate("my-vora", "captions", "val.parquet", out="captions.json", max_samples=500)
     >>> report.metrics["cider_d"]["value"]
 
     Args:
@@ -55,6 +56,7 @@ def evaluate(
         model_name: of a loaded model: where it came from; by default what transformers noted when it was loaded.
         split, subset, image_folder, columns, allow_urls: see `Data`.
         min_image_tokens, max_image_tokens: budget per image, if not the model's own.
+        llm: to put an adapter over, if not the one that it names.
         device, dtype: where a model that is not loaded yet is to run, and in what; by default the GPU if there is one,
             and its own.
         console: for progress; by default all is quiet.
@@ -66,6 +68,8 @@ def evaluate(
     """
     paths = [str(path) for path in ([data] if isinstance(data, str | Path) else data)]
     source = Data(paths, split, subset, None if image_folder is None else str(image_folder), columns, allow_urls)
+    if "max_examples" in options:
+        raise ValueError("max_examples is called max_samples now: rename it.")
     out = Path(out)
     check_overwrites_nothing(out, (".png",) if task == "probe" or isinstance(task, Probe) else ())
     if isinstance(task, Evaluation):
@@ -80,7 +84,12 @@ def evaluate(
         info = read_info(model)
         model_name = info.path if Path(model).is_dir() else model  # of a run, what it saved
         loaded, processor = load_model(
-            info, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, device=device, dtype=dtype
+            info,
+            llm=llm,
+            min_image_tokens=min_image_tokens,
+            max_image_tokens=max_image_tokens,
+            device=device,
+            dtype=dtype,
         )
     else:
         loaded, processor = model
@@ -99,7 +108,7 @@ def evaluation_of(
     base: str | None = None,
     prompt: str | None = None,
     labels: Sequence[str] | None = None,
-    max_examples: int | None = None,
+    max_samples: int | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """An evaluation by its name.
@@ -111,7 +120,7 @@ def evaluation_of(
         base: of text: the LLM to compare with; None: what the model's card names.
         prompt: of a task or the probe: instead of the task's own; {} is where a row's text goes.
         labels: of a task or the probe: names of all classes.
-        max_examples: the first so many.
+        max_samples: the first so many.
         seed: of intervals and of what a probe shows.
 
     Raises:
@@ -130,11 +139,11 @@ def evaluation_of(
         if value is not None and task not in where:
             raise ValueError(f"--{name} is for the task {', '.join(where)}, and this is {task}: leave it out.")
     if task == "text":
-        return TextAbility(base, max_examples, seed)
+        return TextAbility(base, max_samples, seed)
     options: dict[str, Any] = {
         "prompt": prompt,
         "labels": labels and list(labels),
-        "max_examples": max_examples,
+        "max_samples": max_samples,
         "seed": seed,
     }
     if task == "exact":

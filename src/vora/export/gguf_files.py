@@ -81,12 +81,13 @@ def read_export(folder: Path) -> GgufExport:
 
 
 def export_gguf(
-    path: Path | str, out: Path, *, quant: str = "f16", image_size: int | None = None, llama_cpp: Path | None = None
-) -> GgufExport:
-    """Export a model of any kind of folder, all of it or nothing; see `write_export`. ValueError where it does not fit
-    or the conversion refuses it."""
+    path: Path | str, out: Path, *, quant: str = "f16", image_size: int | None = None, llama_cpp: Path | None = None,
+    llm: str | None = None,
+) -> GgufExport:  # fmt: skip
+    """Export a model of any kind of folder, all of it or nothing; see `write_export` and, of `llm`, `load_model`.
+    ValueError where it does not fit or the conversion refuses it."""
     info = read_info(path)
-    model, processor = load_model(info, dtype=torch.float32 if info.adapter else None, device="cpu")
+    model, processor = load_model(info, llm=llm, dtype=torch.float32 if info.adapter else None, device="cpu")
     with whole_folder(out) as folder:
         found = write_export(model, processor, folder, out.name, quant, image_size, llama_cpp)
     return GgufExport(out, found.name, quant, found.image_size, found.num_image_tokens)

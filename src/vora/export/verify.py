@@ -84,13 +84,14 @@ class Verification:
 
 def verify(
     path: Path | str, runtime: str, *, images: Sequence[str] = (), question: str = "Describe the image.",
-    max_new_tokens: int = 16, files: Path | None = None,
+    max_new_tokens: int = 16, files: Path | None = None, llm: str | None = None,
 ) -> Verification:  # fmt: skip
     """Compare a model in torch, in float32, with itself in another engine.
 
     Args:
         path: folder or hub id of a model, or the directory of a run.
         images: files or folders; by default three drawn ones.
+        llm: to put an adapter over, if not the one that it names.
         files: a folder of `vora export`, for llama.cpp; by default one is written in f32 and thrown away.
 
     Raises:
@@ -99,7 +100,7 @@ def verify(
     if runtime not in RUNTIMES:
         raise ValueError(f"--runtime {runtime} is unknown: give {' or '.join(RUNTIMES)}.")
     info, opened = read_info(path), images_to_compare(images)
-    model, processor = load_model(info, dtype=torch.float32, device="cpu")
+    model, processor = load_model(info, llm=llm, dtype=torch.float32, device="cpu")
     export = None
     with TemporaryDirectory() as scratch:
         if runtime == "llama.cpp":

@@ -16,7 +16,8 @@ svg{width:100%;max-width:36rem}svg text{font:12px system-ui,sans-serif;fill:#1c2
 .wide{overflow-x:auto}.wide img{min-width:36rem}
 details{margin:.8rem 0}summary{cursor:pointer}summary h2{display:inline}
 @media(max-width:40rem){.facts{gap:.5rem}.facts div{padding:.4rem .7rem}.facts b{font-size:1.1rem}
-td,th{padding:.3rem .4rem;font-size:.85rem}body{margin:1rem auto}}
+td,th{padding:.25rem .22rem;font-size:.8rem}td:first-child,th:first-child{min-width:3.6rem}
+body{margin:1rem auto}}
 """
 
 

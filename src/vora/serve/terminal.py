@@ -34,8 +34,21 @@ def print_answer(chat: Chat, question: str, images: Sequence[Image.Image | Video
     print(flush=True)
 
 
-def converse(chat: Chat, images: Sequence[Image.Image | Video], console: Console) -> None:
-    """Answer what is typed; a question or image that is refused ends nothing."""
+def several_images(num_images: int, trained_with: int | None) -> str | None:
+    """What is to be said of several images, where it is known with how many a model was trained."""
+    if num_images < 2 or trained_with is None:
+        return None
+    if trained_with < num_images:
+        most = f"{trained_with} image{'s' * (trained_with != 1)}"
+        return f"{num_images} images, and the model was trained with at most {most} in a sample: expect little."
+    return f"{num_images} images; the model was trained with up to {trained_with} in a sample."
+
+
+def converse(
+    chat: Chat, images: Sequence[Image.Image | Video], console: Console, trained_with: int | None = None
+) -> None:
+    """Answer what is typed; a question or image that is refused ends nothing.
+    `trained_with` as of `several_images`."""
     pending = list(images)
     console.print(f"Images: {len(pending)}. {HELP}", highlight=False)
     while line := read_line():
@@ -44,6 +57,8 @@ def converse(chat: Chat, images: Sequence[Image.Image | Video], console: Console
             continue
         if not pending and not chat.num_images:
             console.print(f"{NO_IMAGE}: /image PATH adds one.", highlight=False)
+        if pending and (said := several_images(chat.num_images + len(pending), trained_with)):
+            console.print(said, highlight=False)
         try:
             print_answer(chat, line, pending)
         except KeyboardInterrupt:

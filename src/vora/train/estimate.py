@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from vora.checkpoint.run_directory import find_checkpoint, last_step
 from vora.data.page import token_runs
+from vora.data.readers import check_is_there
 from vora.data.stats import dataset_statistics
 from vora.report.words import duration
 from vora.train.from_recipe import check_fsdp, check_one_gpu_per_process, check_recipe, training_arguments
@@ -18,7 +19,7 @@ from vora.train.plan.meta_model import meta_model
 from vora.train.plan.plan import plan
 from vora.train.preview import sequences_to_read, source_names
 from vora.train.recipe_sections import Recipe
-from vora.train.stages import trainable_table
+from vora.train.stages import check_names, trainable_table
 from vora.train.training_values import check_libraries
 
 NUM_SHOWN, MOST_CONVERSATIONS = 2, 3  # samples of a dry run, and conversations of each
@@ -65,6 +66,9 @@ def check_start(recipe: Recipe, directory: Path, resume: bool) -> int:
     """Raise where a run would not start, as far as that is known before anything is loaded; return the steps that are
     done."""
     check_recipe(recipe)
+    for source in [*recipe.data.sources, *(recipe.data.validation.sources if recipe.data.validation else [])]:
+        check_is_there(source.path, source.split)
+    check_names(recipe)
     checkpoint = find_checkpoint(directory, resume)
     arguments = training_arguments(recipe, directory)
     check_libraries(arguments)

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from vora.build.base_llm import ALIASES
+from vora.data.columns import RowOptions
 from vora.data.readers import EASY_VQA, load_source
 from vora.data.schema import Sample
 from vora.data.source import Source
@@ -43,12 +44,15 @@ class Found:
     text_tokens: list[float]  # of each sample, by its characters
 
 
-def write_recipe(path: Path, llm: str, data: Sequence[str], teacher: str | None, epochs: float) -> list[str]:
+def write_recipe(
+    path: Path, llm: str, data: Sequence[str], teacher: str | None, epochs: float,
+    columns: Mapping[str, str] | None = None,
+) -> list[str]:  # fmt: skip
     """Write a recipe of stage pretrain and return what it was made from, in lines. A ValueError where the file is
     there already, the LLM or the teacher is not known, or data cannot be used."""
     if path.exists():
         raise ValueError(f"{path} is there already: choose another NAME, so that nothing is overwritten.")
-    found = [look_at(one) for one in data]
+    found = [look_at(one, columns) for one in data]
     config = config_of(llm)
     num_parameters, rank = size_of(config)
     teacher = teacher or next(name for most, name in TEACHERS if num_parameters <= most)
@@ -91,13 +95,24 @@ def size_of(config: PretrainedConfig) -> tuple[int, int]:
     return sum(p.numel() for p in llm.parameters()), max(1, round(LORA_SHARE * weights / sides))
 
 
-def look_at(path: str) -> Found:
-    """Read the first rows of what a user names. A ValueError where they fit no layout, also under likely names."""
-    source = load_source(path)
+def look_at(path: str, columns: Mapping[str, str] | None = None) -> Found:
+    """Read the first rows of what a user names, with columns {our name: the file's} or likely ones. A ValueError where
+    they fit no layout."""
+    try:
+        source = load_source(path, options=RowOptions(columns=columns or {}))
+    except ValueError as error:
+        cure = "--column image=photo --column caption=text"
+        raise ValueError(str(error).replace("name them in the source's `columns`", f"name them with {cure}")) from None
     samples = [sample for index in range(min(ROWS_SEEN, len(source))) if (sample := _sample(source, index))]
     images = [image for sample in samples[:16] for image in _images(sample)]
     texts = [sum(len(str(turn["content"])) for turn in sum(sample.conversations, [])) for sample in samples]
-    return Found(path, len(source), source.guessed, images, [length / CHARACTERS_PER_TOKEN + 16 for length in texts])
+    return Found(
+        path,
+        len(source),
+        {**source.guessed, **(columns or {})},
+        images,
+        [length / CHARACTERS_PER_TOKEN + 16 for length in texts],
+    )
 
 
 def sizes_of(found: Sequence[Found], patch_size: int, context: int | None) -> dict[str, int]:

@@ -23,6 +23,8 @@ def find_recipe(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
+    if (path / "recipe.yaml").is_file():
+        raise ValueError(f"{name} is a folder, perhaps of a run: name its recipe, {path / 'recipe.yaml'}.")
     wanted, known = path.as_posix().removeprefix("recipes/").removesuffix(".yaml"), packaged_recipes()
     if wanted in known:
         return recipes_folder() / f"{wanted}.yaml"

@@ -5,19 +5,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers import AutoModel
 
+from vora.build.hub import remote_code
 from vora.data.few_answers import few_answers
 from vora.data.guess import line_to_paste
 from vora.data.page import SOURCE_COLUMNS, column_rows, filling, source_rows, write_page
 from vora.data.stats import dataset_statistics, write_summary
 from vora.data.stream import PackedSequences
+from vora.distill.teacher import Teacher, normalisation_of
 from vora.model.processing_vora import VoraProcessor
 from vora.train.from_recipe import open_sources, packed_sequences, training_arguments, with_sequence_length
+from vora.train.plan.meta_model import config_of
 from vora.train.recipe_sections import DataSection, Recipe
-from vora.train.stages import build_processor, check_names, load_vit
+from vora.train.stages import build_processor, check_student_name
 
 NUM_CAUSES = 3  # the commonest, said in the terminal
 
@@ -58,12 +63,23 @@ def sequences_to_read(recipe: Recipe, max_samples: int | None) -> tuple[PackedSe
         limits = [limit for limit in (source.max_samples, max_samples) if limit is not None]
         source.max_samples = min(limits, default=None)
     sources = open_sources(recipe.data)
-    check_names(recipe)
-    processor = build_processor(recipe, load_vit(recipe))
+    check_student_name(recipe)
+    processor = build_processor(recipe, vit_without_weights(recipe))
     recipe.training = {"max_steps": 1, "use_cpu": True, "seed": recipe.training.get("seed", 42)}
     arguments = training_arguments(recipe, ".")
     recipe = with_sequence_length(recipe, sources, processor, arguments)
     return packed_sequences(recipe, sources, processor, arguments), processor
+
+
+def vit_without_weights(recipe: Recipe) -> Teacher | None:
+    """The ViT that a recipe names, on the meta device: its patches and its normalisation are all that data needs."""
+    name = recipe.model.encoder or (recipe.teacher.name if recipe.teacher else None)
+    if name is None:
+        return None
+    config = config_of(name, "model.encoder" if recipe.model.encoder else "teacher.name")
+    with torch.device("meta"):
+        vit = AutoModel.from_config(getattr(config, "vision_config", config), **remote_code())
+        return Teacher(vit, **normalisation_of(name))
 
 
 def source_names(data: DataSection) -> list[str]:

@@ -13,7 +13,16 @@ from vora.build.base_llm import ALIASES
 from vora.checkpoint.run_directory import replace_text
 from vora.data.readers import EASY_VQA
 from vora.train.packaged import find_recipe, in_package
-from vora.train.recipe_sections import Recipe, Section, nearest
+from vora.train.recipe_sections import (
+    DataSection,
+    LoraSection,
+    ModelSection,
+    Recipe,
+    Section,
+    TeacherSection,
+    nearest,
+)
+from vora.train.training_values import known_fields
 
 OLD_KEYS = {  # what keys of recipes and specifications of ablations were called, and are called now
     "lora.keep_text": "lora.text_kl_weight",
@@ -24,6 +33,15 @@ OLD_KEYS = {  # what keys of recipes and specifications of ablations were called
     "data.blind": "data.text_only",
     "watch": "sample_generations",
     "arms": "variants",
+    "evaluate.max_examples": "max_samples",
+}
+ELSEWHERE = {  # what keys are called in other libraries, and here
+    "lr": "training.learning_rate",
+    "lora.r": "lora.rank",
+    "lora.lora_r": "lora.rank",
+    "data.path": "data.sources.0.path",
+    "model.name_or_path": "model.llm",
+    "model.model_name_or_path": "model.llm",
 }
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -66,7 +84,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"Cannot read recipe {path}: {error.strerror}.") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is no valid YAML: {_in_words(error)}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text (byte {error.start}): save it as UTF-8.") from None
     except ValueError as error:
@@ -74,6 +92,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no keys: a recipe has at least model and data.")
     return values
+
+
+def _in_words(error: yaml.YAMLError) -> str:
+    """Where YAML breaks off, and why; its own text shows it on a line below another."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    mark = error.problem_mark
+    lines = (mark.buffer or "").splitlines()
+    line = lines[mark.line].strip() if mark.line < len(lines) else "its end"
+    cure = "indent with spaces, without tabs" if "\t" in line or "\\t" in (error.problem or "") else "check it"
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem} ({line[:60]!r}): {cure}."
 
 
 def yaml_value(text: str) -> Any:
@@ -95,6 +124,8 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: Iterable[str] = 
         if not equals:
             raise ValueError(f"{override!r} is no override: write key=value, such as training.max_steps=100.")
         _override(values, key, yaml_value(value))
+    if file is not None and "recipe" in values and "model" not in values:
+        raise ValueError(f"{file} is a specification of an ablation, and no recipe: vora ablate {file}.")
     recipe = validated(Recipe, values, "recipe" if file is None else str(file))
     if file is not None:
         _resolve_paths(recipe, file.parent)
@@ -120,9 +151,9 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
     *path, leaf = key.split(".")
     section: Any = values
     try:
-        for part in path:
+        for part, following in zip(path, [*path[1:], leaf]):
             if isinstance(section, dict) and section.get(part) is None:  # left out, or null as in a run's own recipe
-                section[part] = {}
+                section[part] = {"0": [{}], "+": []}.get(following, {})
             section = section[int(part)] if isinstance(section, list) else section[part]
         if isinstance(section, list) and leaf == "+":
             section.append(value)
@@ -133,21 +164,37 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
         raise ValueError(f"{_renamed(key) or nowhere}.") from None
 
 
+def _whole_name(key: str) -> str | None:
+    """The key of a section that was given without its section."""
+    sections: dict[str, type[Section]]
+    sections = {"model": ModelSection, "lora": LoraSection, "teacher": TeacherSection, "data": DataSection}
+    found = [f"{name}.{key}" for name, section in sections.items() if key in section.model_fields]
+    return found[0] if found else f"training.{key}" if key in known_fields() else None
+
+
 def _renamed(key: str) -> str | None:
     """What to do about a key of earlier versions; None for any other."""
-    return f"{key} is called {OLD_KEYS[key]} now: rename it" if key in OLD_KEYS else None
+    now = OLD_KEYS.get(re.sub(r"\.\d+", "", key))  # of any entry of a list
+    return f"{key} is called {now} now: rename it" if now else None
 
 
 def _explain(section: type[Section], error: Any) -> str:
-    place = ".".join(str(part) for part in error["loc"])
+    place, is_recipe = ".".join(str(part) for part in error["loc"]), section is Recipe
     if error["type"] == "extra_forbidden":
         for part in error["loc"][:-1]:
             if isinstance(part, str):
                 annotation = section.model_fields[part].annotation
                 candidates = [annotation, *getattr(annotation, "__args__", ())]
                 section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
+        if is_recipe and (now := ELSEWHERE.get(place) or _whole_name(place)):
+            return f"unknown key {place}: it is {now} here"
         return _renamed(place) or f"unknown key {place}{nearest(error['loc'][-1], section.model_fields)}"
     quote = f" (write '{error['input']}' in quotes)" if error["type"] == "string_type" else ""
+    if error["type"] == "list_type":
+        return f"{place}: {error['input']!r} is no list: write [{error['input']}]"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        key = {"teacher": "name", "model": "llm", "lora": "rank", "data": "sources"}.get(place, "KEY")
+        return f"{place}: {error['input']!r} is no section of keys: set one of them, such as {place}.{key}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{place}: {message}{quote}" if place else message
 

@@ -6,7 +6,7 @@ from typing import Any
 from vora.checkpoint.run_directory import best_checkpoint, read_lines, replace_text
 from vora.distill.objective import LOSSES
 from vora.report.markdown import table
-from vora.report.plots import losses_figure, save_figure
+from vora.report.plots import run_figure, save_figure
 from vora.train.recipe_sections import Recipe
 from vora.train.validation import LOOKS
 
@@ -23,8 +23,9 @@ def write_report(
 ) -> None:
     """loss.png, the losses against samples seen, and report.md, in short how the run went."""
     lines, measured = read_log(directory / "log.jsonl"), read_log(directory / "validation.jsonl")
-    labels = {name: name for name in LOSSES} | {f"eval_{name}": f"{name}, validation" for name in LOSSES}
-    save_figure(losses_figure([*lines, *measured], labels, (7, 3.5)), directory / "loss.png")
+    losses = {name: name for name in LOSSES} | {f"eval_{name}": f"{name}, validation" for name in ("loss", *LOSSES)}
+    looks = {f"eval_{LOOKS}": LOOKS}
+    save_figure(run_figure([*lines, *measured], losses, looks), directory / "loss.png")
     last = lines[-1] if lines else {}
     facts = {
         "stage": recipe.stage,

@@ -40,12 +40,17 @@ def build_objective(recipe: Recipe) -> tuple[Objective, VoraProcessor]:
 
 def check_names(recipe: Recipe) -> None:
     """Raise, with the recipe's key, where one of its models is not there, before any is loaded."""
+    check_student_name(recipe)
     named = {"model.encoder": recipe.model.encoder, "teacher.name": recipe.teacher.name if recipe.teacher else None}
-    if recipe.model.llm is not None:
-        resolve_llm(recipe.model.llm, "model.llm")
     for key, name in named.items():
         if name is not None:
             located(name, key, VIT_EXAMPLE)
+
+
+def check_student_name(recipe: Recipe) -> None:
+    """As `check_names`, of the LLM or the VoRA model alone."""
+    if recipe.model.llm is not None:
+        resolve_llm(recipe.model.llm, "model.llm")
     if recipe.model.vora is not None:
         located(recipe.model.vora, "model.vora", "me/my-vora")
 

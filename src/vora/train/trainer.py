@@ -273,7 +273,10 @@ class VoraTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         objective = self.accelerator.unwrap_model(self.model)
         heads = objective.distillation
-        save_training(objective.student, self.processing_class, folder, distillation=heads, state_dict=state_dict)
+        save_training(
+            objective.student, self.processing_class, folder, distillation=heads, state_dict=state_dict,
+            max_images=self.train_dataset.max_images,
+        )  # fmt: skip
         if folder.name.startswith("checkpoint-"):
             torch.save(self.args, folder / "training_args.bin")
 

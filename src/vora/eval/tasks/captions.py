@@ -23,7 +23,7 @@ class Captions(Task):
         """As of all tasks; rows of one image, as where each caption has its own, are one example."""
         found: dict[Any, Example] = {}
         for example in self.each(rows, skipped):
-            if example.group not in found and len(found) == self.max_examples:
+            if example.group not in found and len(found) == self.max_samples:
                 break
             first = found.setdefault(example.group, example)
             if first is not example:

@@ -35,7 +35,7 @@ class Classify(Task):
             else:
                 cause = f"Its label {example.references[0]!r} is none of the {len(candidates)} classes."
                 skipped.add(example.name, cause)
-        return kept[: self.max_examples]
+        return kept[: self.max_samples]
 
     def of_row(self, row: Row, skipped: SkippedRows) -> Iterator[Example]:
         yield Example(row.name, self.prompt_for(), [class_of(row.values, self.labels)], row.images, row.number)

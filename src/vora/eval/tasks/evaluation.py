@@ -83,7 +83,7 @@ def conditions_of(task: Task, examples: Sequence[Example], job: Job, files: Sequ
             "num_beams": task.num_beams,
             "candidates": {"most": max(map(len, candidates)), "hash": _hash(candidates)},
             "requests": _hash([(example.prompt, example.references) for example in examples]),
-            "max_examples": task.max_examples,
+            "max_samples": task.max_samples,
             "seed": task.seed,
             "dtype": str(job.model.dtype).removeprefix("torch."),
             "min_image_tokens": image_processor.min_image_tokens,

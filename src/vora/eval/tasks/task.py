@@ -19,7 +19,7 @@ class Task:
 
     prompt: str | None = None  # what a row asks stands at `{}`; None: the task's own, that of `vora.data.prompts`
     labels: Sequence[str] | None = None  # the classes, where the data does not name all
-    max_examples: int | None = None  # the first so many
+    max_samples: int | None = None  # the first so many
     seed: int = 0  # of what is drawn
     name: ClassVar[str] = ""
     max_new_tokens: ClassVar[int] = 16
@@ -41,7 +41,7 @@ class Task:
 
     def examples(self, rows: Rows, skipped: SkippedRows) -> list[Example]:
         """All examples of `rows`; rows that are none are added to `skipped`."""
-        return list(islice(self.each(rows, skipped), self.max_examples))
+        return list(islice(self.each(rows, skipped), self.max_samples))
 
     def each(self, rows: Rows, skipped: SkippedRows) -> Iterator[Example]:
         """The examples row by row, however many."""

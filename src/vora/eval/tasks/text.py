@@ -30,7 +30,7 @@ class TextAbility(Evaluation):
     """Measure a model and its base LLM on text. Its report has a `verdict` in words."""
 
     base: str | None = None  # the LLM (anything `load_llm` takes); None: what the model's card names
-    max_examples: int | None = None
+    max_samples: int | None = None
     seed: int = 0
     name = "text"
 
@@ -45,7 +45,7 @@ class TextAbility(Evaluation):
         config = model.config.get_text_config()
         limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
         length = min(WINDOW, *(limit for limit in limits if limit), WINDOW)  # what the LLM holds and sees at once
-        windows, files = read_windows(job.data, processor, length, skipped, self.max_examples)
+        windows, files = read_windows(job.data, processor, length, skipped, self.max_samples)
         if not windows:
             raise ValueError(f"{job.data} holds no text.{skipped.first()}")
         conditions = {
@@ -55,7 +55,7 @@ class TextAbility(Evaluation):
             "data": fingerprints(files),
             "settings": {
                 "seed": seed,
-                "max_examples": self.max_examples,
+                "max_samples": self.max_samples,
                 "window": length,
                 "dtype": str(model.dtype).removeprefix("torch."),
                 **job.data.options,

@@ -30,15 +30,15 @@ class Window:
 
 
 def read_windows(
-    data: Data, processor: VoraProcessor, length: int, skipped: SkippedRows, max_examples: int | None = None
+    data: Data, processor: VoraProcessor, length: int, skipped: SkippedRows, max_samples: int | None = None
 ) -> tuple[list[Window], list[str]]:
-    """All windows, `length` tokens long, of the first `max_examples` documents, and the files; `skipped` gets the rows
+    """All windows, `length` tokens long, of the first `max_samples` documents, and the files; `skipped` gets the rows
     that hold no text."""
     texts, rows = open_texts(data)
     windows: list[Window] = []
     number = 0
     for name, values in _named(texts, rows, skipped):
-        if max_examples is not None and number == max_examples:
+        if max_samples is not None and number == max_samples:
             break
         try:
             documents = list(_documents(values, name, processor))

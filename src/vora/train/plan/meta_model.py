@@ -67,11 +67,12 @@ def meta_model(recipe: Recipe, beside: str | Path | None = None) -> tuple[Object
     return objective, remarks
 
 
-def config_of(name: str) -> PretrainedConfig:
-    """Configuration of a model by folder, alias or hub id; of the models that recipes/ names, the one shipped here."""
+def config_of(name: str, key: str = "The model") -> PretrainedConfig:
+    """Configuration of a model by folder, alias or hub id; of the models that recipes/ names, the one shipped here.
+    ValueError, which names it as `key`, where there is none."""
     shape = SHAPES / SHAPE_OF_ALIAS.get(name, name)
     if not Path(name).is_dir() and (shape / "config.json").is_file():
         return AutoConfig.from_pretrained(str(shape))
-    source, options = resolve_llm(name, "The model")
-    with loading(source, "The model"):
+    source, options = resolve_llm(name, key)
+    with loading(source, key):
         return AutoConfig.from_pretrained(source, **options, **remote_code())
