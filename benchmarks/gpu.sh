@@ -41,6 +41,7 @@ if [ -n "$toy" ]; then
     part prefill_decode 150 benchmarks/prefill_decode.py $small --new-tokens 4
     part distill_step 150 benchmarks/distill_step.py --size toy --rounds 1 --images 8 --ceiling-side 256
     part memory 150 benchmarks/memory.py $small --sequence-length 256
+    part unmerged 150 benchmarks/unmerged.py $small --new-tokens 4
 else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
     part flex 100 benchmarks/train_step.py --attn flex_attention --only check
@@ -53,6 +54,7 @@ else
     part prefill_decode 50 benchmarks/prefill_decode.py
     part distill_step 40 benchmarks/distill_step.py --images 256
     part memory 50 benchmarks/memory.py --sequence-length 4096 --sequences 4 --rounds 1
+    part unmerged 40 benchmarks/unmerged.py --rounds 5
 fi
 echo "== all figures"
 python3 benchmarks/rows.py "$out"/*.json

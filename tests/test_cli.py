@@ -80,7 +80,8 @@ def test_every_kind_of_folder_is_asked_alike(work, merged, tmp_path):
     refused = vora(*ask, *adapter)  # its vision LoRA is merged into that one
     assert refused.returncode == 1 and "of other weights" in refused.stderr
     adapter[-1] = yaml.safe_load((work / "recipe.yaml").read_text())["model"]["llm"]
-    answers.add(succeeded(*ask, *adapter).stdout)
+    for unmerged in ([], ["--unmerged"]):
+        answers.add(succeeded(*ask, *adapter, *unmerged).stdout)
     assert len(answers) == 1
     succeeded("inspect", work / "red.png", "-q", "what?", "-m", *adapter, "-o", tmp_path / "page.html")
     questions = ["--task", "vqa", "--data", work / "train.jsonl"]
@@ -88,6 +89,23 @@ def test_every_kind_of_folder_is_asked_alike(work, merged, tmp_path):
     succeeded("eval", "-m", *adapter, *questions, "-o", tmp_path / "of-adapter.json")
     alone = succeeded("chat", "-m", merged, "-q", "what?", "--max-new-tokens", 4)
     assert "No image was given" in alone.stderr
+
+
+def test_unmerged_answers_to_images_are_the_merged_models_and_text_is_the_llms(work, merged, llm_folder, tmp_path):
+    """As `vora eval` has it, which never goes on after predictions of the other."""
+    ask = ["eval", "-m", work / "run", "--task", "vqa", "--data", work / "train.jsonl", "-o"]
+    for options in ([], ["--unmerged"]):
+        succeeded(*ask, tmp_path / f"vqa{len(options)}.json", *options)
+    said = [(tmp_path / f"vqa{n}.predictions.jsonl").read_text().splitlines()[1:] for n in (0, 1)]
+    first, second = ([json.loads(line)["generated"] for line in lines] for lines in said)
+    assert first == second and any(first)
+    again = vora(*ask, tmp_path / "vqa0.json", "--unmerged")
+    assert again.returncode == 1 and "unmerged" in again.stderr, again.stderr
+    (tmp_path / "text.txt").write_text("what colour is the shape? blue red green " * 9)
+    held = ["--task", "text", "--base", llm_folder, "--data", tmp_path / "text.txt", "--unmerged"]
+    succeeded("eval", "-m", work / "run", *held, "-o", tmp_path / "text.json")
+    metrics = json.loads((tmp_path / "text.json").read_text())["metrics"]
+    assert metrics["perplexity_ratio"]["value"] == 1
 
 
 def test_inspect_draws_a_page_of_a_run_and_of_its_merged_model(work, merged, tmp_path):

@@ -27,6 +27,7 @@ TOY = {
     "prefill_decode": "--size toy --rounds 1 --new-tokens 2",
     "memory": "--size toy --sequence-length 128 --rounds 1 --our-dtype float32",
     "distill_step": "--size toy --rounds 1 --images 8 --ceiling-side 64",
+    "unmerged": "--size toy --rounds 1 --new-tokens 2",
     "large_step": "--size toy --rounds 1 --sequences 1 --sequence-length 256 --ceiling-side 64 --checkpointing",
 }
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from command import vora
 from huggingface_hub import ModelCard
+from peft import PeftModel
 from PIL import Image
 from safetensors import safe_open
 from tiny import GRID, PATCH, SHAPE, command_line, logits_of, prompt, tiny_tokenizer, train_a_little
@@ -54,6 +55,26 @@ def test_over_its_llm_it_is_the_merged_model(adapter):
     assert its_processor.chat_template == processor.chat_template
     assert its_processor.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     assert its_processor.image_processor.to_dict() == processor.image_processor.to_dict()
+
+
+@torch.no_grad()
+def test_unmerged_it_is_its_llm_on_text_and_the_merged_model_on_images(adapter, llm_folder, tmp_path):
+    """Also by plain PEFT over the plain LLM, as the docs have it."""
+    folder, merged, _ = adapter
+    model, processor = load_model(str(folder), unmerged=True)
+    llm, ids = AutoModelForCausalLM.from_pretrained(llm_folder), torch.arange(20, 40)[None]
+    assert torch.equal(model(input_ids=ids).logits[..., : llm.config.vocab_size], llm(input_ids=ids).logits)
+    content = [{"type": "image", "image": Image.new("RGB", (9, 17), "red")}, {"type": "text", "text": "what colour?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    torch.testing.assert_close(model(**inputs).logits, merged(**inputs).logits, atol=1e-3, rtol=0)
+    over_llm = PeftModel.from_pretrained(llm, folder, key_mapping={r"model\.language_model\.": "model."})
+    expected = logits_of(merged, input_ids=ids)[..., : llm.config.vocab_size]
+    torch.testing.assert_close(logits_of(over_llm, input_ids=ids), expected, atol=1e-4, rtol=0)
+    merged.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no vision LoRA: it is merged already"):
+        load_model(str(tmp_path), unmerged=True)
 
 
 def test_what_is_merged_over_an_llm_ends_turns_as_the_template_does(adapter, llm_folder, tmp_path):

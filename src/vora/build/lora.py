@@ -120,6 +120,8 @@ def _without_adapter(model: VoraForConditionalGeneration) -> VoraForConditionalG
             model.set_submodule(name, layer.get_base_layer())
         elif isinstance(layer, ModulesToSaveWrapper):
             model.set_submodule(name, layer.modules_to_save[layer.active_adapter])
+    for hook in model.__dict__.pop("hooks_of_lora", ()):
+        hook.remove()
     del model.peft_config
     model._hf_peft_config_loaded = False
     model.__dict__.pop("_weight_conversions", None)  # they would put the adapter's prefixes into saved names

@@ -19,6 +19,7 @@ from vora.build.fewer_activations import keep_fewer_activations
 from vora.build.from_llm import from_llm, processor_from_llm, wrap_llm
 from vora.build.hub import loading, remote_code
 from vora.build.lora import keep_trained_in_fp32, merge_vision_lora, peft_model_of
+from vora.build.lora_by_image import use_lora_by_image
 from vora.build.lora_product import use_lora_product
 from vora.checkpoint.adapter import WEIGHTS_FILE, read_adapter_config
 from vora.checkpoint.layout import HEADS_FILE, CheckpointInfo, read_info, weight_files
@@ -38,7 +39,7 @@ AnyProcessor: TypeAlias = VoraProcessor | VoraImageProcessor  # the image part a
 
 def load_model(
     path: Source, *, llm: str | None = None, min_image_tokens: int | None = None, max_image_tokens: int | None = None,
-    dtype: torch.dtype | str | None = None, device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None, device: torch.device | str | None = None, unmerged: bool = False,
 ) -> tuple[VoraForConditionalGeneration, VoraProcessor]:  # fmt: skip
     """A model in eval mode and its processor, whatever the folder holds: LoRA is merged in memory.
 
@@ -47,15 +48,20 @@ def load_model(
         llm: to put an adapter over, if not the one that it names.
         min_image_tokens, max_image_tokens: budget per image.
         device: by default the GPU if there is one.
+        unmerged: LoRA stays beside the weights, off in conversations without images, whose answers are the LLM's own
+            to the last bit; see `use_lora_by_image`.
 
     Raises:
         ValueError: nothing is there, or nothing with vision and a tokenizer; or the LLM given has no use; or there is
-            no such device.
+            no such device; or what is to stay unmerged is merged already.
     """
     info = _vora_info(path, llm)
     device = _device(device)
-    model = _merged(info, llm, dtype).to(device).eval()
-    use_segmented_sdpa_on_cpu(model, device)
+    if unmerged:  # and attention is the LLM's own too, whose bits segments would not repeat in bf16
+        model = use_lora_by_image(load_adapter(info, llm=llm, dtype=dtype)).to(device)
+    else:
+        model = _merged(info, llm, dtype).to(device).eval()
+        use_segmented_sdpa_on_cpu(model, device)
     processor = load_processor(info, llm)
     processor.image_processor.set_budget(min_image_tokens, max_image_tokens)
     processor.end_turns_of(model)

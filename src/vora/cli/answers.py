@@ -15,6 +15,7 @@ from vora.cli.options import (
     MinImageTokens,
     ModelOption,
     RemoteCode,
+    Unmerged,
     listed,
     named_columns,
     out_file,
@@ -40,6 +41,7 @@ def evaluate(
     dtype: DtypeOption = None,
     min_image_tokens: MinImageTokens = None,
     max_image_tokens: MaxImageTokens = None,
+    unmerged: Unmerged = False,
     seed: Annotated[int, Option(help="Of intervals and of what a probe shows.")] = 0,
     of: Annotated[str | None, Option(help="The probed task; by default the one that the columns fit.")] = None,
     generate: Annotated[bool, Option("--generate", help="A probe also generates answers; slow.")] = False,
@@ -58,7 +60,7 @@ def evaluate(
         split=split, subset=subset, image_folder=image_folder, allow_urls=allow_urls,
         columns=named_columns(column) or None,
         min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, device=device, dtype=dtype,
-        llm=llm, max_samples=max_samples, seed=seed,
+        llm=llm, unmerged=unmerged, max_samples=max_samples, seed=seed,
         prompt=prompt, labels=names, of=of, generate=generate, against=listed(against), base=base,
         console=console,
     )  # fmt: skip
@@ -80,6 +82,7 @@ def chat(
     min_image_tokens: MinImageTokens = None,
     max_image_tokens: MaxImageTokens = None,
     llm: BaseLlm = None,
+    unmerged: Unmerged = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Ask a model about images; without -q, interactively (`/help` shows what a line may be, an empty one ends)."""
@@ -93,8 +96,9 @@ def chat(
     opened = [open_image(image) for image in images or []]
     info = read_info(model or committed_model())
     loaded = load_model(
-        info, llm=llm, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, device=device, dtype=dtype
-    )
+        info, llm=llm, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens,
+        device=device, dtype=dtype, unmerged=unmerged,
+    )  # fmt: skip
     conversation = Chat(Engine(*loaded), max_new_tokens, temperature)
     if question is None:
         converse(conversation, opened, console, info.max_images)

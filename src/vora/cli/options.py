@@ -81,6 +81,10 @@ Columns = Annotated[list[str] | None, Option("--column", help="ours=theirs, such
 MinImageTokens = Annotated[int | None, Option(min=1, help="Fewest tokens of an image; the model's own by default.")]
 MaxImageTokens = Annotated[int | None, Option(min=1, help="Most tokens of an image; the model's own by default.")]
 BaseLlm = Annotated[str | None, Option("--llm", help="Base LLM of an adapter that does not name it.")]
+Unmerged = Annotated[
+    bool,
+    Option("--unmerged", help="Of a run or adapter: keep LoRA apart, so that text without images is the LLM's own."),
+]
 RemoteCode = Annotated[
     bool, Option("--trust-remote-code", callback=_trust, help="Run code that lies beside models; read it first.")
 ]

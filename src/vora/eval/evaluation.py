@@ -17,6 +17,7 @@ from vora.eval.metrics.intervals import Estimate
 from vora.eval.prediction_cache import PredictionCache, fingerprint
 from vora.eval.report import Report, beside, commit, commit_in_words, device_name
 from vora.eval.rows import Data, Rows, SkippedRows
+from vora.eval.scoring.read_prompts import has_unmerged_lora
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
@@ -90,6 +91,12 @@ class Job:
         )
         report.write(self.out)
         return report
+
+
+def computed_as(model: VoraForConditionalGeneration) -> dict[str, Any]:
+    """What of a model's settings its predictions depend on, beside its weights."""
+    unmerged = {"unmerged": True} if has_unmerged_lora(model) else {}
+    return {"dtype": str(model.dtype).removeprefix("torch."), **unmerged}
 
 
 class Evaluation(ABC):

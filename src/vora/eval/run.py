@@ -40,6 +40,7 @@ def evaluate(
     llm: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    unmerged: bool = False,
     console: Console | None = None,
     **options: Any,
 ) -> Report:
@@ -59,6 +60,7 @@ def evaluate(
         llm: to put an adapter over, if not the one that it names.
         device, dtype: where a model that is not loaded yet is to run, and in what; by default the GPU if there is one,
             and its own.
+        unmerged: of a model that is not loaded yet: see `load_model`.
         console: for progress; by default all is quiet.
         options: of `evaluation_of`. A probe's `of` may be left out where the data's columns tell the task.
 
@@ -84,13 +86,9 @@ def evaluate(
         info = read_info(model)
         model_name = info.path if Path(model).is_dir() else model  # of a run, what it saved
         loaded, processor = load_model(
-            info,
-            llm=llm,
-            min_image_tokens=min_image_tokens,
-            max_image_tokens=max_image_tokens,
-            device=device,
-            dtype=dtype,
-        )
+            info, llm=llm, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens,
+            device=device, dtype=dtype, unmerged=unmerged,
+        )  # fmt: skip
     else:
         loaded, processor = model
         model_name = model_name or loaded.config._name_or_path

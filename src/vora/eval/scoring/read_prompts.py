@@ -42,9 +42,17 @@ class ReadPrompts:
         return found
 
 
+def has_unmerged_lora(model: VoraForConditionalGeneration) -> bool:
+    """Whether LoRA lies beside a model's weights, as `load_model(..., unmerged=True)` has it."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
 def can_share(model: VoraForConditionalGeneration, prompts: Sequence[Prompt], extra: int = 0) -> bool:
     """Whether what a model keeps of prompts can be parted and shared: none, with `extra` tokens, fills a sliding
-    window, and no layer keeps a state of all that came before."""
+    window, no layer keeps a state of all that came before, and no LoRA lies beside the weights: whether it is on is
+    kept with the cache that was read."""
+    if has_unmerged_lora(model):
+        return False
     layers = DynamicCache(config=model.config.get_text_config()).layers
     lengths, window = [len(prompt) for prompt in prompts], sliding_window(model) or float("inf")
     return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer} and (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vora.data.answers import tasks_of
-from vora.eval.evaluation import Evaluation, Job
+from vora.eval.evaluation import Evaluation, Job, computed_as
 from vora.eval.prediction_cache import Line, PredictionCache, fingerprints, model_fingerprint
 from vora.eval.report import Report
 from vora.eval.rows import Example, Rows, SkippedRows
@@ -85,7 +85,7 @@ def conditions_of(task: Task, examples: Sequence[Example], job: Job, files: Sequ
             "requests": _hash([(example.prompt, example.references) for example in examples]),
             "max_samples": task.max_samples,
             "seed": task.seed,
-            "dtype": str(job.model.dtype).removeprefix("torch."),
+            **computed_as(job.model),
             "min_image_tokens": image_processor.min_image_tokens,
             "max_image_tokens": image_processor.max_image_tokens,
             **job.data.options,

@@ -12,7 +12,7 @@ import numpy as np
 
 from vora.checkpoint.layout import read_info
 from vora.checkpoint.load import load_base_llm
-from vora.eval.evaluation import Evaluation, Job
+from vora.eval.evaluation import Evaluation, Job, computed_as
 from vora.eval.metrics.intervals import Estimate, in_words, interval_of, numbers
 from vora.eval.prediction_cache import Line, fingerprints, model_fingerprint
 from vora.eval.report import Report
@@ -57,7 +57,7 @@ class TextAbility(Evaluation):
                 "seed": seed,
                 "max_samples": self.max_samples,
                 "window": length,
-                "dtype": str(model.dtype).removeprefix("torch."),
+                **computed_as(model),
                 **job.data.options,
             },
         }
