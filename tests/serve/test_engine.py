@@ -30,6 +30,10 @@ def test_a_model_that_nobody_listens_to_stops(model_folder, leave):
     else:
         with pytest.raises(KeyboardInterrupt):
             answer.throw(KeyboardInterrupt)
+    for _ in range(100):
+        if threading.active_count() == others:
+            break
+        time.sleep(0.05)
     made = len(steps)
     assert made < 60 and threading.active_count() == others
     time.sleep(0.05)

@@ -5,7 +5,7 @@ options.py    options that several verbs have, spelt alike
 training.py   verbs before there is a model: quickstart, init, data, plan, train, ablate
 models.py     verbs that write a model: merge, import-reference
 answers.py    verbs that ask a model: eval, chat, inspect
-engines.py    verbs for other engines: export, verify
+engines.py    verbs for engines: serve, export, verify
 """
 
 # isort: off

@@ -1,12 +1,75 @@
-"""Verbs for other engines: export writes their files, verify compares them with torch."""
+"""Verbs for engines: serve answers over HTTP, export writes files for others, verify compares these with torch."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 from typer import Option
 
 from vora.cli.app import app, console
-from vora.cli.options import BaseLlm, ModelOption, RemoteCode, out_folder
+from vora.cli.options import (
+    BaseLlm,
+    DeviceOption,
+    DtypeOption,
+    MaxImageTokens,
+    MinImageTokens,
+    ModelOption,
+    RemoteCode,
+    Unmerged,
+    out_folder,
+)
+
+
+@app.command()
+def serve(
+    model: ModelOption = None,
+    engine: Annotated[str, Option(help="auto, transformers, llama.cpp or vllm.")] = "auto",
+    host: Annotated[str, Option(help="Address to listen at; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=1, max=65535)] = 8000,
+    api_key: Annotated[
+        list[str] | None, Option(envvar="VORA_API_KEY", help="Clients have to send it; may be given several times.")
+    ] = None,
+    name: Annotated[str | None, Option(help="What clients call the model; its folder's name by default.")] = None,
+    allow_image_urls: Annotated[
+        bool, Option("--allow-image-urls", help="Fetch images that clients name by http(s) URL.")
+    ] = False,
+    max_batch_size: Annotated[int, Option(min=1, help="Answers that are generated together.")] = 16,
+    max_waiting: Annotated[int, Option(min=0, help="Requests that may wait; more are refused (429).")] = 64,
+    max_images: Annotated[int, Option(min=0, help="Of a request.")] = 8,
+    max_prompt_tokens: Annotated[int, Option(min=1, help="Of a request, images included.")] = 8192,
+    max_tokens: Annotated[int, Option(min=1, help="Of an answer.")] = 1024,
+    request_seconds: Annotated[float, Option(min=1, help="For an answer, waiting included.")] = 300.0,
+    quant: Annotated[str, Option(help="Weights in llama.cpp: f32, f16, bf16 or q8_0.")] = "f16",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    min_image_tokens: MinImageTokens = None,
+    max_image_tokens: MaxImageTokens = None,
+    llm: BaseLlm = None,
+    unmerged: Unmerged = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Answer over HTTP as OpenAI's API does: chat/completions with images, streamed or whole."""
+    if find_spec("fastapi") is None:
+        raise ValueError("The server is not installed: pip install 'vora-vlm[serve]'.")
+    from vora.checkpoint.pretrained import committed_model
+    from vora.serve import server
+    from vora.serve.limits import Limits
+
+    limits = Limits(
+        max_batch_size=max_batch_size, max_waiting=max_waiting, max_images=max_images, max_tokens=max_tokens,
+        max_prompt_tokens=max_prompt_tokens, request_seconds=request_seconds,
+    )  # fmt: skip
+    kind, keys, model = server.choose_engine(engine), [key for key in api_key or () if key], model or committed_model()
+    name = name or server.default_name(model)
+    if not keys and host not in ("127.0.0.1", "localhost", "::1"):
+        console.print("Whoever reaches this machine may ask: --api-key KEY, or VORA_API_KEY, asks for a key.")
+    if kind == "vllm":
+        server.exec_vllm(model, name, limits, host, port, keys, trust_remote_code)
+    loading = {"llm": llm, "device": device, "dtype": dtype, "unmerged": unmerged}
+    budget = {"min_image_tokens": min_image_tokens, "max_image_tokens": max_image_tokens}
+    with server.service(kind, model, name, limits, allow_image_urls, quant=quant, **loading, **budget) as found:
+        console.print(f"{name} ({kind}) answers at http://{host}:{port}/v1 until Ctrl-C.", highlight=False)
+        server.run(found, host, port, keys)
 
 
 @app.command()

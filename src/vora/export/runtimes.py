@@ -102,7 +102,7 @@ class LlamaCpp:
         params.n_batch = params.n_ubatch = export.batch_size
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
         params.warmup, params.verbosity = False, -1
-        with _silence():
+        with silence():
             self.server = xllamacpp.Server(params)
 
     def read(self, prompts: Sequence[Prompt], answers: Sequence[list[int]]) -> list[Reading]:
@@ -148,7 +148,7 @@ def _as_url(image: Image.Image) -> str:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Keep what a C library prints while it loads off the terminal."""
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)

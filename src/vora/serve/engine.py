@@ -1,64 +1,212 @@
-"""From messages to an answer, whoever asks: the terminal, the quickstart's report."""
+"""From messages to an answer, whoever asks: the terminal, the web page, the API, the quickstart's report.
 
-from collections.abc import Generator
-from threading import Event, Thread
-from typing import Any, TypeAlias
+Requests that wait are generated together. Before each step those join for whom there is a place, so that nobody waits
+for a longer answer to end; each row is read and drawn by itself, and an error in it ends that row alone.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from threading import Lock, Thread
+from typing import Any, Protocol, TypeAlias
 
 import torch
-from transformers import BatchFeature, PreTrainedModel, StoppingCriteriaList, TextIteratorStreamer
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import BatchFeature
 
+from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
+from vora.serve.answer import Answer
+from vora.serve.batch import Batch, can_batch
+from vora.serve.sampling import Sampling, draw
+from vora.serve.text_stream import TextStream
 
 Message: TypeAlias = dict[str, Any]  # {"role": ..., "content": text, or a list of typed parts}
+JOINS = 4  # prompts read between two steps: those who are being answered wait for them
+
+
+class RefusedError(ValueError):
+    """What is asked cannot be answered, as told; the fault is the request's."""
+
+
+class ContextError(RefusedError):
+    """The conversation, or the conversation and its answer, are longer than they may be."""
+
+
+class AnyEngine(Protocol):
+    """What the API asks of an engine."""
+
+    name: str
+
+    def submit(
+        self, messages: list[Message], *, max_new_tokens: int | None = 256, temperature: float = 0.0,
+        top_p: float = 1.0, seed: int | None = None, stop: Sequence[str] = (),
+    ) -> Answer: ...  # fmt: skip
+
+    def load(self) -> tuple[int, int]: ...
 
 
 class Engine:
     """The one road to an answer: messages in, pieces of text out as they are generated; see `load_model`."""
 
-    def __init__(self, model: PreTrainedModel, processor: VoraProcessor) -> None:
+    name = "transformers"
+
+    def __init__(
+        self, model: VoraForConditionalGeneration, processor: VoraProcessor, *, max_batch_size: int = 16,
+        max_prompt_tokens: int | None = None, max_new_tokens: int | None = None,
+    ) -> None:  # fmt: skip
+        """`max_new_tokens` is of answers for which no number is given; None: whatever the context holds."""
         self.model, self.processor = model, processor
+        self.max_prompt_tokens, self.max_new_tokens = max_prompt_tokens, max_new_tokens
+        self.max_batch_size = max_batch_size if can_batch(model) else 1
+        self._waiting: deque[_Row] = deque()
+        self._rows: list[_Row] = []
+        self._lock, self._preparing = Lock(), Lock()
+        self._worker: Thread | None = None
 
     def submit(
-        self, messages: list[Message], *, max_new_tokens: int = 256, temperature: float = 0.0
-    ) -> Generator[str, None, None]:
-        """Answer the last of some messages, as `VoraProcessor.apply_chat_template` takes them; closing the iterator
-        stops the model. Temperature 0 is greedy. ValueError, before any piece, if the conversation exceeds the LLM's
-        context, or an image cannot be read."""
-        inputs = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        self, messages: list[Message], *, max_new_tokens: int | None = 256, temperature: float = 0.0,
+        top_p: float = 1.0, seed: int | None = None, stop: Sequence[str] = (),
+    ) -> Answer:  # fmt: skip
+        """Answer the last of some messages, as `VoraProcessor.apply_chat_template` takes them; closing the answer
+        stops it. See `Sampling`. ValueError, before any piece, if an image cannot be read; ContextError if the
+        conversation is too long for the LLM."""
+        inputs = self._prepared(messages)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         length = inputs["input_ids"].shape[1]
-        if limit and length + max_new_tokens > limit:
-            raise ValueError(
-                f"The conversation has {length} tokens and the answer may take {max_new_tokens} more, but the "
-                f"LLM's context holds {limit}: start a new chat, or give fewer or smaller images."
-            )
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        return self._stream(inputs.to(self.model.device), max_new_tokens=max_new_tokens, **sampling)
+        room = room_for(length, max_new_tokens, limit, self.max_prompt_tokens, self.max_new_tokens)
+        sampling = Sampling(room, temperature, top_p, seed, tuple(stop))
+        row = _Row(dict(inputs.to(self.model.device)), sampling, self.processor, self._ends())
+        with self._lock:
+            self._waiting.append(row)
+            if self._worker is None:  # which ends when there is nothing to do
+                self._worker = Thread(target=self._work, daemon=True, name="vora-engine")
+                self._worker.start()
+        return row.answer
 
-    def _stream(self, inputs: BatchFeature, **options: Any) -> Generator[str, None, None]:
-        """Generate in a thread of its own and yield what it says."""
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop, failure = Event(), []
-
-        def stopped(ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            return torch.full((len(ids),), stop.is_set(), device=ids.device)
-
-        def generate() -> None:
-            criteria = StoppingCriteriaList([stopped])
-            try:
-                self.model.generate(**inputs, **options, stopping_criteria=criteria, streamer=streamer)
-            except Exception as error:  # raised again where the caller can see it
-                failure.append(error)
-                streamer.end()
-
-        thread = Thread(target=generate, daemon=True)
-        thread.start()
+    def _prepared(self, messages: list[Message]) -> BatchFeature:
         try:
-            yield from streamer
-        finally:  # the listener may have gone: then the next token is the last
-            stop.set()
-            thread.join()
-        if failure:
-            raise failure[0]
+            with self._preparing:  # tokenizers are not made for several threads
+                return self.processor.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+                )
+        except TemplateError as error:  # which may raise what it likes, such as at a system's turn
+            raise RefusedError(f"The model's chat template refuses the conversation: {error}") from None
+
+    def load(self) -> tuple[int, int]:
+        """(requests that are being answered, requests that wait)"""
+        return len(self._rows), len(self._waiting)
+
+    def _ends(self) -> set[int]:
+        known = self.model.generation_config.eos_token_id
+        ends = {self.processor.tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+        return ends - {None}
+
+    def _take(self) -> "list[_Row] | None":
+        """Who joins now; None, and the thread is to end, where nobody is left."""
+        with self._lock:
+            waiting = [row for row in self._waiting if not row.answer.closed]
+            num_joining = min(JOINS, self.max_batch_size - len(self._rows))
+            self._waiting = deque(waiting[num_joining:])
+            if not (waiting or self._rows):
+                self._worker = None
+                return None
+            return waiting[:num_joining]
+
+    @torch.inference_mode()
+    def _work(self) -> None:
+        batch, rows = Batch(self.model), self._rows
+        suppressed = self._suppressed()
+        while (joining := self._take()) is not None:
+            for row in joining:
+                try:
+                    logits = batch.join(row.inputs)
+                except Exception as error:  # of this prompt
+                    row.answer.put(error)
+                    continue
+                rows.append(row)
+                row.inputs = {}
+                if not row.go_on(logits.masked_fill_(suppressed, -torch.inf)):
+                    self._leave(batch, len(rows) - 1)
+            for number in reversed([number for number, row in enumerate(rows) if row.answer.closed]):
+                self._leave(batch, number)
+            if not rows:
+                continue
+            try:
+                logits = batch.step([row.token for row in rows]).masked_fill_(suppressed, -torch.inf)
+            except Exception as error:  # of all of them, such as memory that ran out
+                for row in rows:
+                    row.answer.put(error)
+                rows.clear()
+                batch = Batch(self.model)
+                continue
+            going_on = [row.go_on(one) for row, one in zip(rows, logits)]
+            for number in reversed(range(len(rows))):
+                if not going_on[number]:
+                    self._leave(batch, number)
+
+    def _leave(self, batch: Batch, number: int) -> None:
+        batch.leave(number)
+        last = self._rows.pop()
+        if number < len(self._rows):
+            self._rows[number] = last
+
+    def _suppressed(self) -> Tensor:
+        """bool[V], the tokens that are never generated, the image token among them."""
+        ids = {self.model.config.image_token_id, *(self.model.generation_config.suppress_tokens or [])}
+        found = torch.zeros(self.model.lm_head.out_features, dtype=torch.bool, device=self.model.device)
+        found[sorted(ids)] = True
+        return found
+
+
+class _Row:
+    """A request and what has become of it."""
+
+    def __init__(
+        self, inputs: dict[str, Tensor], sampling: Sampling, processor: VoraProcessor, ends: set[int]
+    ) -> None:
+        self.inputs, self.sampling, self.ends = inputs, sampling, ends
+        self.answer = Answer(inputs["input_ids"].shape[1])
+        self.text, self.generator = TextStream(processor.tokenizer, sampling.stop), sampling.generator()
+        self.token = -1  # the last
+
+    def go_on(self, logits: Tensor) -> bool:
+        """Take the next token by float[V]; whether there is one more to come."""
+        answer, piece = self.answer, ""
+        try:
+            self.token = draw(logits, self.sampling, self.generator)
+            answer.num_tokens += 1
+            if is_end := self.token in self.ends:
+                piece = self.text.flush()
+            else:
+                piece = self.text.push(self.token)
+            is_last = not is_end and not self.text.stopped and answer.num_tokens == self.sampling.max_new_tokens
+            if is_last:
+                piece += self.text.flush()
+        except Exception as error:
+            answer.put(error)
+            return False
+        answer.put(piece)
+        if is_end or self.text.stopped or is_last:
+            answer.end("stop" if is_end or self.text.stopped else "length")
+            return False
+        return not answer.closed
+
+
+def room_for(
+    length: int, wanted: int | None, context: int | None, max_prompt_tokens: int | None, default: int | None
+) -> int:
+    """Tokens that the answer to a prompt of so many may have: as many as are wanted, else the default, else what the
+    context holds. ContextError where the prompt is too long, or the context holds less than is wanted."""
+    if max_prompt_tokens and length > max_prompt_tokens:
+        raise ContextError(
+            f"The conversation has {length} tokens, more than the limit of {max_prompt_tokens}: give less text, or "
+            "fewer or smaller images."
+        )
+    left = context - length if context else wanted or default or length
+    if left < (wanted or 1):
+        raise ContextError(
+            f"The conversation has {length} tokens and the answer may take {wanted or 1} more, but the "
+            f"LLM's context holds {context}: start a new chat, or give fewer or smaller images."
+        )
+    return wanted or min(left, default or left)

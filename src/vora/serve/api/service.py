@@ -1,0 +1,36 @@
+"""What the routes answer with."""
+
+import time
+from dataclasses import dataclass, field
+
+import anyio
+
+from vora.serve.api.errors import ApiError
+from vora.serve.api.metrics import Metrics
+from vora.serve.engine import AnyEngine
+from vora.serve.limits import Limits
+
+PREPARED = 2  # requests whose images are decoded at once: what memory they take at most
+
+
+@dataclass
+class Service:
+    """An engine under a name, with its limits. `temperature` and `top_p` are of requests that give none."""
+
+    engine: AnyEngine
+    model: str
+    limits: Limits = Limits()
+    allow_urls: bool = False  # whether images at http(s) URLs are fetched
+    temperature: float = 1.0
+    top_p: float = 1.0
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.engine)
+        self.preparing = anyio.CapacityLimiter(PREPARED)
+
+    def check_model(self, name: str) -> None:
+        """ApiError unless a request names the model that is served."""
+        if name != self.model:
+            message = f"The model {name[:200]!r} is not here; {self.model!r} is."
+            raise ApiError(404, message, code="model_not_found", param="model")

@@ -1,0 +1,133 @@
+"""Answers generated side by side: it knows tokens only.
+
+All rows end at the same place of one cache, with padding on their left. A row that joins brings the keys and values of
+its own prompt, read alone; a row that leaves gives its place to the last one.
+
+Dims: R rows, T tokens, C columns of the cache, H heads, W width of a head, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from vora.model.modeling_vora import CACHE, VoraForConditionalGeneration
+
+SPARE = 64  # columns added at once
+KEPT = "rows_with_image"  # where a model with unmerged LoRA notes with a cache which of its rows have an image
+
+
+def can_batch(model: VoraForConditionalGeneration) -> bool:
+    """Whether all that a model keeps of a prompt are keys and values, which rows can join with."""
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+class _Layer(DynamicLayer):
+    """Keys and values of all rows, float[R, H, C, W], of which `batch` says which rows and columns are in use."""
+
+    def __init__(self, batch: "Batch", keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.batch, self.keys, self.values, self.is_initialized = batch, keys, values, True
+
+    def get_seq_length(self) -> int:
+        return self.batch.end - self.batch.start
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        rows, new = len(self.batch.lengths), self.batch.end + key_states.shape[2]
+        assert self.keys is not None and self.values is not None
+        self.keys[:rows, :, self.batch.end : new] = key_states
+        self.values[:rows, :, self.batch.end : new] = value_states
+        return self.keys[:rows, :, self.batch.start : new], self.values[:rows, :, self.batch.start : new]
+
+
+class Batch:
+    """The rows that are being generated. Where `can_batch` is False it holds one row at most."""
+
+    def __init__(self, model: VoraForConditionalGeneration) -> None:
+        self.model, self.is_shared = model, can_batch(model)
+        self.lengths: list[int] = []  # tokens of each row
+        self.with_image: list[bool | None] = []  # of each row, as `KEPT` has it; None where nothing is noted
+        self.start = self.end = 0  # columns in use
+        self.cache: Any = None
+        self.mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)  # [R, C]
+
+    def join(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Read a prompt of one row, the last from now on; float[V], the logits of its first token."""
+        cache = DynamicCache() if self.is_shared else DynamicCache(config=self.model.config.get_text_config())
+        outputs = self.model(**inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+        length = inputs["input_ids"].shape[1]
+        if self.is_shared:
+            self._add(cache, length)
+        else:
+            self.cache = cache
+        self.lengths.append(length)
+        self.with_image += getattr(cache, KEPT, [None])
+        return outputs.logits[0, -1].float()
+
+    def step(self, tokens: list[int]) -> Tensor:
+        """Each row goes on by a token; float[R, V], the logits of the next ones."""
+        device, rows = self.model.device, len(self.lengths)
+        inputs: dict[str, Any] = {"input_ids": torch.tensor(tokens, device=device)[:, None]}
+        inputs["position_ids"] = torch.tensor(self.lengths, device=device)[:, None]
+        if self.is_shared:
+            if self.end == self.mask.shape[1]:
+                self._resize(rows, self.end - self.start)
+            self.mask[:rows, self.end] = 1
+            inputs["attention_mask"] = self.mask[:rows, self.start : self.end + 1]
+            if None not in self.with_image:
+                setattr(self.cache, KEPT, list(self.with_image))
+        logits = self.model(**inputs, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1).logits
+        self.lengths, self.end = [length + 1 for length in self.lengths], self.end + 1
+        return logits[:, -1].float()
+
+    def leave(self, row: int) -> None:
+        """A row ends; the last one takes its place, and its number."""
+        last, with_image = self.lengths.pop(), self.with_image.pop()
+        if row < len(self.lengths):
+            self.lengths[row], self.with_image[row] = last, with_image
+            columns = slice(self.start, self.end)
+            for states in (*self._states(), self.mask[:, None]):
+                states[row, :, columns] = states[len(self.lengths), :, columns]
+        if not self.lengths:  # memory goes back
+            self.__init__(self.model)  # type: ignore[misc]
+            return
+        self.mask[len(self.lengths)] = 0
+        self.start = self.end - max(self.lengths)
+
+    def _states(self) -> list[Tensor]:
+        return [states for layer in self.cache.layers for states in (layer.keys, layer.values)]
+
+    def _add(self, cache: DynamicCache, length: int) -> None:
+        """Put keys and values of a prompt behind the last row."""
+        row = len(self.lengths)
+        if self.cache is None:
+            self.cache = DynamicCache()
+            empty = [(layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in cache.layers]
+            self.cache.layers = [_Layer(self, keys, values) for keys, values in empty]
+        if row == len(self.mask) or length > self.end:
+            self._resize(max(row + 1, min(2 * row, row + 8)), max(length, self.end - self.start))
+        first = self.end - length
+        new = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+        for states, (added,) in zip(self._states(), new):
+            states[row, :, :first] = 0  # what another row left, were it no number, would spoil what is masked, too
+            states[row, :, first : self.end] = added
+        self.mask[row], self.mask[row, first : self.end] = 0, 1
+        self.start = min(self.start, first)
+
+    def _resize(self, num_rows: int, length: int) -> None:
+        """Room for so many rows of so many tokens, and for some more of them; what is in use stays."""
+        used, columns = slice(self.start, self.end), slice(length - (self.end - self.start), length)
+        rows, num_rows = len(self.lengths), max(num_rows, len(self.mask))
+
+        def moved(states: Tensor) -> Tensor:
+            found = states.new_zeros(num_rows, states.shape[1], length + SPARE, *states.shape[3:])
+            found[:rows, :, columns] = states[:rows, :, used]
+            return found
+
+        for layer in self.cache.layers:
+            layer.keys, layer.values = moved(layer.keys), moved(layer.values)
+        self.mask = moved(self.mask[:, None])[:, 0]
+        self.start, self.end = columns.start, length
