@@ -31,7 +31,7 @@ MAY_IMPORT = {  # others nothing
     "data": {"model", "build", "report"},
     "train": ABOVE_MODEL | {"data", "report"},
     "eval": {"model", "checkpoint", "data", "report"},
-    "serve": {"model", "checkpoint", "export"},
+    "serve": {"model", "checkpoint", "export", "report"},
     "export": {"model", "checkpoint"},
     "registration": {"model", "build", "baselines"},
 }

@@ -1,7 +1,8 @@
 """Verbs that ask a model: with words, with a task's data, with images drawn."""
 
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -83,9 +84,25 @@ def chat(
     max_image_tokens: MaxImageTokens = None,
     llm: BaseLlm = None,
     unmerged: Unmerged = False,
+    web: Annotated[bool, Option("--web", help="A page in the browser, for one image.")] = False,
+    url: Annotated[str | None, Option(help="The page asks this server with an OpenAI API, of the model -m.")] = None,
+    api_key: Annotated[str | None, Option(envvar="VORA_API_KEY", help="Of that server.")] = None,
+    host: Annotated[str, Option(help="Address of the page; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=1, max=65535, help="Of the page.")] = 7860,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Ask a model about images; without -q, interactively (`/help` shows what a line may be, an empty one ends)."""
+    """Ask a model about images; without -q, interactively (`/help` shows what a line may be, an empty one ends), or
+    with --web on a page."""
+    loading: dict[str, Any] = {
+        "llm": llm, "device": device, "dtype": dtype, "unmerged": unmerged,
+        "min_image_tokens": min_image_tokens, "max_image_tokens": max_image_tokens,
+    }  # fmt: skip
+    if web:
+        options = {"url": url, "api_key": api_key, **loading}
+        _open_page(images or [], model, question, max_new_tokens, temperature, host, port, options)
+        return
+    if url is not None:
+        raise ValueError("--url is of the page in the browser: add --web.")
     from vora.checkpoint.layout import read_info
     from vora.checkpoint.load import load_model
     from vora.checkpoint.pretrained import committed_model
@@ -95,10 +112,7 @@ def chat(
 
     opened = [open_image(image) for image in images or []]
     info = read_info(model or committed_model())
-    loaded = load_model(
-        info, llm=llm, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens,
-        device=device, dtype=dtype, unmerged=unmerged,
-    )  # fmt: skip
+    loaded = load_model(info, **loading)
     conversation = Chat(Engine(*loaded), max_new_tokens, temperature)
     if question is None:
         converse(conversation, opened, console, info.max_images)
@@ -108,6 +122,28 @@ def chat(
     if said := several_images(len(opened), info.max_images):
         console.print(said, highlight=False)
     print_answer(conversation, question, opened)
+
+
+def _open_page(
+    images: list[str], model: str | None, question: str | None, max_new_tokens: int, temperature: float, host: str,
+    port: int, options: dict[str, Any],
+) -> None:  # fmt: skip
+    """`vora chat --web`, with the options of `chat_page`."""
+    if missing := [name for name in ("gradio", "openai", "fastapi") if find_spec(name) is None]:
+        raise ValueError(f"The page needs {' and '.join(missing)}: pip install 'vora-vlm[web]'.")
+    if options["url"] and model is None:
+        raise ValueError("--url needs -m MODEL, which is served there: the page shows images as its processor does.")
+    if len(images) > 1:
+        raise ValueError(f"The page shows one image, and {len(images)} were given: give one.")
+    from vora.checkpoint.pretrained import committed_model
+    from vora.model.fetch_image import fetch_image
+    from vora.serve.web.run import First, chat_page
+
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        console.print("Whoever reaches this machine may use the page: it asks for no password.")
+    image = fetch_image(images[0], allow_urls=True) if images else None
+    first = First(image, question, max_new_tokens, temperature)
+    chat_page(model or committed_model(), first, host, port, console.print, **options)
 
 
 @app.command()

@@ -1,4 +1,5 @@
-"""Images for pages: as data URLs, rebuilt from what a model is given, and with the grid of its image tokens."""
+"""Images for pages: as data URLs, rebuilt from what a model is given, with the grid of its image tokens; and changed,
+to see whether a model looks."""
 
 import base64
 from io import BytesIO
@@ -42,3 +43,24 @@ def with_grid(image: Image.Image, cell_pixels: int, side: int = 320) -> Image.Im
         for y in range(step, shown.height, step):
             draw.line([(0, y + shift), (shown.width, y + shift)], colour)
     return shown
+
+
+def blank(image: Image.Image) -> Image.Image:
+    """An image's mean colour, at its size."""
+    colour = np.asarray(image).reshape(-1, 3).mean(0).round().astype(int)
+    return Image.new("RGB", image.size, tuple(colour.tolist()))
+
+
+def shuffled(image: Image.Image, image_processor: Any, seed: int) -> Image.Image:
+    """An image at the size at which the model reads it, its image tokens (squares of the grid) in another order."""
+    inputs = image_processor.preprocess(image, return_tensors="np")
+    _, rows, columns = inputs["image_grid_thw"][0].tolist()
+    image = image_of_patches(inputs["pixel_values"], rows, columns, image_processor)
+    merge = image_processor.patch_merge
+    rows, columns, side = rows // merge, columns // merge, image_processor.patch_size * merge
+    squares = np.asarray(image).reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+    draw, order = np.random.default_rng(seed), np.arange(len(squares))
+    while len(squares) > 1 and (order == np.arange(len(squares))).all():
+        order = draw.permutation(len(squares))
+    grid = squares[order].reshape(rows, columns, side, side, 3).swapaxes(1, 2)
+    return Image.fromarray(grid.reshape(rows * side, columns * side, 3))

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image
 
 from vora.eval.rows import Example, Images, SkippedRows
 from vora.model.image_processing_vora import VoraImageProcessor
-from vora.report.images import image_of_patches
+from vora.report.images import blank, shuffled
 
 CONDITIONS = ("right", "other", "blank", "shuffled", "none")
 SAME_IMAGE = 1_000_000  # as bad as so many shared facts
@@ -109,24 +108,3 @@ class Substitutes:
             seed = int(group.key, 16) ^ self.seed
             return lambda: [shuffled(image, self.image_processor, seed) for image in group.images()]
         return {"right": group.images, "other": other.images, "none": list}[condition]
-
-
-def blank(image: Image.Image) -> Image.Image:
-    """An image's mean colour, at its size."""
-    colour = np.asarray(image).reshape(-1, 3).mean(0).round().astype(int)
-    return Image.new("RGB", image.size, tuple(colour.tolist()))
-
-
-def shuffled(image: Image.Image, image_processor: VoraImageProcessor, seed: int) -> Image.Image:
-    """An image at the size at which the model reads it, its image tokens (squares of the grid) in another order."""
-    inputs = image_processor.preprocess(image, return_tensors="np")
-    _, rows, columns = inputs["image_grid_thw"][0].tolist()
-    image = image_of_patches(inputs["pixel_values"], rows, columns, image_processor)
-    merge = image_processor.patch_merge
-    rows, columns, side = rows // merge, columns // merge, image_processor.patch_size * merge
-    squares = np.asarray(image).reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
-    draw, order = np.random.default_rng(seed), np.arange(len(squares))
-    while len(squares) > 1 and (order == np.arange(len(squares))).all():
-        order = draw.permutation(len(squares))
-    grid = squares[order].reshape(rows, columns, side, side, 3).swapaxes(1, 2)
-    return Image.fromarray(grid.reshape(rows * side, columns * side, 3))
