@@ -115,3 +115,18 @@ def test_an_answer_that_is_stopped_ends_nothing(model_folder, monkeypatch, capsy
     monkeypatch.setattr(terminal, "print_answer", stopped)
     terminal.converse(chat, [], Console(stderr=True))
     assert len(asked) == 2 and "Stopped" in capsys.readouterr().err
+
+
+def test_what_a_generation_config_has_against_repetition_holds_as_in_generate(model_folder):
+    model, processor = load_model(str(model_folder))
+    messages = [{"role": "user", "content": "what colour?"}]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    answers = []
+    for penalties in ({}, {"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2}):
+        model.generation_config.update(eos_token_id=None, **{"repetition_penalty": None, **penalties})
+        wanted = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        answers.append("".join(Engine(model, processor).submit(messages, max_new_tokens=12)))
+        assert answers[-1] == processor.decode(wanted, skip_special_tokens=True)
+    assert len(set(answers)) == 3

@@ -12,13 +12,13 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import BatchFeature
+from transformers import BatchFeature, LogitsProcessorList
 
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 from vora.serve.answer import Answer
 from vora.serve.batch import Batch, can_batch
-from vora.serve.sampling import Sampling, draw
+from vora.serve.sampling import Sampling, draw, penalties
 from vora.serve.text_stream import TextStream
 
 Message: TypeAlias = dict[str, Any]  # {"role": ..., "content": text, or a list of typed parts}
@@ -76,7 +76,8 @@ class Engine:
         length = inputs["input_ids"].shape[1]
         room = room_for(length, max_new_tokens, limit, self.max_prompt_tokens, self.max_new_tokens)
         sampling = Sampling(room, temperature, top_p, seed, tuple(stop))
-        row = _Row(dict(inputs.to(self.model.device)), sampling, self.processor, self._ends())
+        against = penalties(self.model.generation_config)
+        row = _Row(dict(inputs.to(self.model.device)), sampling, self.processor, self._ends(), against)
         with self._lock:
             self._waiting.append(row)
             if self._worker is None:  # which ends when there is nothing to do
@@ -163,9 +164,11 @@ class _Row:
     """A request and what has become of it."""
 
     def __init__(
-        self, inputs: dict[str, Tensor], sampling: Sampling, processor: VoraProcessor, ends: set[int]
-    ) -> None:
+        self, inputs: dict[str, Tensor], sampling: Sampling, processor: VoraProcessor, ends: set[int],
+        penalties: LogitsProcessorList,
+    ) -> None:  # fmt: skip
         self.inputs, self.sampling, self.ends = inputs, sampling, ends
+        self.penalties, self.ids = penalties, inputs["input_ids"]
         self.answer = Answer(inputs["input_ids"].shape[1])
         self.text, self.generator = TextStream(processor.tokenizer, sampling.stop), sampling.generator()
         self.token = -1  # the last
@@ -174,7 +177,10 @@ class _Row:
         """Take the next token by float[V]; whether there is one more to come."""
         answer, piece = self.answer, ""
         try:
+            if self.penalties:
+                logits = self.penalties(self.ids, logits[None])[0]
             self.token = draw(logits, self.sampling, self.generator)
+            self.ids = torch.cat([self.ids, self.ids.new_tensor([[self.token]])], 1)
             answer.num_tokens += 1
             if is_end := self.token in self.ends:
                 piece = self.text.flush()

@@ -4,6 +4,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 LIKELIEST = 256  # among so many tokens the nucleus is looked for before all are sorted
 
@@ -26,6 +32,16 @@ class Sampling:
         else:
             generator.manual_seed(self.seed)
         return generator
+
+
+def penalties(config: GenerationConfig) -> LogitsProcessorList:
+    """What a model's generation config has against repetition: functions of ids int[1, T] and logits float[1, V]."""
+    found = LogitsProcessorList()
+    if (config.repetition_penalty or 1.0) != 1.0:
+        found.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    if config.no_repeat_ngram_size:
+        found.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+    return found
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
