@@ -9,7 +9,7 @@ folder=$(realpath "$1") vit=$(realpath "$2") out=$3 toy=${4:-}
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$out"
 vora=(python3 -m vora.cli)
-llm=smollm2-135m
+llm=${LLM:-smollm2-135m} # where there is no network: a folder that holds it
 image_size=(model.patch_merge=2 model.min_image_tokens=49 model.max_image_tokens=49)
 machine=(training.use_cpu=false training.dataloader_num_workers=12 training.save_steps=200)
 distill=(training.max_steps=5000 teacher.distill_only_steps=5000 training.per_device_train_batch_size=64) # 1.3 M images
@@ -43,25 +43,25 @@ measured() { # folder of a model: a report of each task, by the commands of READ
     score probe --data "$folder"/flickr8k/validation-*.parquet --against other,shuffled "${examples[@]}"
     score classify --data "$folder"/tiny_imagenet/validation-*.parquet "${examples[@]}"
     score vqa --data "$folder"/daquar/validation-*.parquet "${examples[@]}"
-    score text --base $llm --data "$here/../held_text.jsonl" "${examples[@]}"
+    score text --base "$llm" --data "$here/../held_text.jsonl" "${examples[@]}"
 }
 
 scripts=$here/../../examples
-python3 "$scripts/text_from_llm.py" $llm --num "$texts" --out "$folder/text.jsonl"
-python3 "$scripts/text_from_llm.py" $llm --num "$texts" --kind document --answer-tokens 200 --out "$folder/documents.jsonl"
+python3 "$scripts/text_from_llm.py" "$llm" --num "$texts" --out "$folder/text.jsonl"
+python3 "$scripts/text_from_llm.py" "$llm" --num "$texts" --kind document --answer-tokens 200 --out "$folder/documents.jsonl"
 [ -e "$folder/prose.jsonl" ] || python3 "$scripts/text_from_docstrings.py" --out "$folder/prose.jsonl"
 
-run "$out/distill" distill.yaml teacher.name="$vit" "${image_size[@]}" data.sequence_length=212 "${machine[@]}" "${distill[@]}"
+run "$out/distill" distill.yaml model.llm="$llm" teacher.name="$vit" "${image_size[@]}" data.sequence_length=212 "${machine[@]}" "${distill[@]}"
 run "$out/language" language.yaml teacher.name="$vit" model.vora="$out/distill" model.min_image_tokens=49 \
     model.max_image_tokens=49 data.sequence_length=260 "${machine[@]}" "${language[@]}"
 merged "$out/language" "$out/model" --adapter-out "$out/adapter"
 measured "$out/model"
 
-run "$out/llava" llava.yaml model.encoder="$vit" "${image_size[@]}" data.sequence_length=260 "${machine[@]}" "${language[@]}"
+run "$out/llava" llava.yaml model.llm="$llm" model.encoder="$vit" "${image_size[@]}" data.sequence_length=260 "${machine[@]}" "${language[@]}"
 merged "$out/llava" "$out/llava-model"
 measured "$out/llava-model"
 
-run "$out/text_only" text_only.yaml "${machine[@]}" "${text_only[@]}"
+run "$out/text_only" text_only.yaml model.llm="$llm" "${machine[@]}" "${text_only[@]}"
 merged "$out/text_only" "$out/text_only-model"
 [ -e "$out/text_only-model-probe.json" ] || "${vora[@]}" eval -m "$out/text_only-model" --task probe --of vqa --generate \
     --against other,none --data "$folder"/daquar/validation-*.parquet "${examples[@]}" -o "$out/text_only-model-probe.json"

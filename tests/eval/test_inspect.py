@@ -197,7 +197,7 @@ def test_blocks_are_compared_token_by_token_with_the_merged_patches(seeing, inpu
     assert found.cka["blocks"] == [-1, 0, 1, 2] and found.cka["teacher_blocks"] == [0, 1]
     images = inputs["pixel_values"], inputs["image_grid_thw"]
     with torch.no_grad():
-        tokens, taught = seeing[0].vora.get_image_features(*images), seeing[0].teach(*images, blocks=[0, 1])
+        tokens, taught = seeing[0].vora.model.patch_embedding(*images), seeing[0].teach(*images, blocks=[0, 1])
     torch.testing.assert_close(found.cka["cka"][:1], linear_cka([tokens], [taught[0], taught[1]]), atol=1e-4, rtol=0)
     assert found.pair_likeness[1]["cka"] == found.cka["cka"][2, 1]
     assert set(found.colours) == {-1, 0, 1, 2} and set(found.teacher_colours) == {0, 1}

@@ -18,15 +18,15 @@ from vora.eval.probe.verdict import verdict_of
 from vora.eval.rows import Data, Example, Rows, SkippedRows
 from vora.eval.scoring.teacher_forced import AnswerScore
 from vora.eval.tasks.evaluation import TASKS, task_of
-from vora.model.modeling_vora import VoraModel
+from vora.model.patch_embed import PatchEmbedding
 
 COUNT = 14
 
 
 @pytest.mark.parametrize("task", ["vqa", "classify"])  # one whose answers are read, one where they are chosen
 def test_a_model_that_ignores_images_does_not_look(task, task_data, report_of, tmp_path, monkeypatch):
-    seen = VoraModel.get_image_features  # every image of one grid becomes the same tokens
-    monkeypatch.setattr(VoraModel, "get_image_features", lambda self, pixels, grid: seen(self, 0 * pixels, grid))
+    seen = PatchEmbedding.forward  # every image of one grid becomes the same tokens
+    monkeypatch.setattr(PatchEmbedding, "forward", lambda self, pixels, grid: seen(self, 0 * pixels, grid))
     report = report_of("probe", task_data / f"{task}.parquet")
     assert report["task"] == "probe" and report["of"] == task and report["num_examples"] >= COUNT
     assert report["looks"] is False and report["verdict"].startswith("It does not look")

@@ -48,7 +48,7 @@ def test_mmproj_computes_what_the_patch_embedding_does(tmp_path, size):
     processor.image_processor.set_budget(1, 9)
     inputs = processor.image_processor(pixels, return_tensors="pt")
     with torch.no_grad():
-        wanted = model.get_image_features(**inputs)
+        wanted = model.get_image_features(**inputs).last_hidden_state
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert values["clip.projector_type"] == "gemma3" and values["clip.vision.block_count"] == 0
     assert (values["clip.vision.image_size"], values["clip.vision.patch_size"]) == (size, TOKEN)

@@ -61,7 +61,7 @@ def test_positions_learn_from_every_grid_and_frames_share_them(embedding):
 def test_fresh_image_tokens_are_as_large_as_words(family):
     vora = tiny_vora(family)
     words = vora.get_input_embeddings()(torch.arange(128)).std()
-    tokens = vora.get_image_features(image(9, 9), torch.tensor([[1, 9, 9]])).std()
+    tokens = vora.model.patch_embedding(image(9, 9), torch.tensor([[1, 9, 9]])).std()
     assert 0.5 < tokens / words < 2
 
 

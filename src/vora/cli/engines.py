@@ -97,7 +97,7 @@ def export(
 
 @app.command()
 def verify(
-    runtime: Annotated[str, Option(help="Engine to compare with torch: remote-code or llama.cpp.")],
+    runtime: Annotated[str, Option(help="Engine to compare with torch: remote-code, llama.cpp or vllm.")],
     model: ModelOption = None,
     images: Annotated[list[str] | None, Option(help="File or folder; by default three drawn images.")] = None,
     files: Annotated[Path | None, Option(help="Folder of `vora export`; else one is made in f32.")] = None,

@@ -61,7 +61,7 @@ def inputs_of_branches(
     follow each other at its end."""
     groups = [(count, length) for count, length in sizes.tolist()]
     begun = vora.get_input_embeddings()(ids[:, : ids.shape[1] - sum(count * length for count, length in groups)])
-    row = torch.cat([begun, vora.get_image_features(**images).to(begun)[None]], 1)
+    row = torch.cat([begun, vora.model.patch_embedding(**images).to(begun)[None]], 1)
     mask = mask_of_branches(Branches(begun.shape[1], groups), ids.device)
     return {"inputs_embeds": row, "position_ids": position_ids, "attention_mask": mask}
 

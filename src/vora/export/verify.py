@@ -22,12 +22,13 @@ from vora.export.carrier import square_size
 from vora.export.gguf_files import read_export, write_export
 from vora.export.prompts import Prompt, images_to_compare, make_prompt, squared, swap_far_patches
 from vora.export.runtimes import LlamaCpp, Reading, RemoteCode, Runtime, with_answer
+from vora.export.vllm import Vllm
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
-RUNTIMES = ("remote-code", "llama.cpp")
+RUNTIMES = ("remote-code", "llama.cpp", "vllm")
 # how far log-probabilities may lie apart, by what the weights are kept in; llama.cpp's cache is f16 in any case
-TOLERANCE = {"remote-code": 1e-3, "f32": 0.3, "f16": 0.3, "bf16": 0.5, "q8_0": 1.0}
+TOLERANCE = {"remote-code": 1e-3, "vllm": 0.02, "f32": 0.3, "f16": 0.3, "bf16": 0.5, "q8_0": 1.0}
 LEAST_AGREEMENT = 0.9  # of the likeliest token; below it, it is not only ties that fall otherwise
 LEAST_BETWEEN = 1e-4  # less than that between both rules is what rounding makes
 Mask = Literal["bidirectional", "causal", "unknown"]
@@ -98,7 +99,7 @@ def verify(
         ValueError: the engine is unknown or not installed, or the model does not fit it.
     """
     if runtime not in RUNTIMES:
-        raise ValueError(f"--runtime {runtime} is unknown: give {' or '.join(RUNTIMES)}.")
+        raise ValueError(f"--runtime {runtime} is unknown: give {', '.join(RUNTIMES[:-1])} or {RUNTIMES[-1]}.")
     info, opened = read_info(path), images_to_compare(images)
     model, processor = load_model(info, llm=llm, dtype=torch.float32, device="cpu")
     export = None
@@ -112,7 +113,8 @@ def verify(
         if export is not None:
             engine = LlamaCpp(export, max(prompt.length for prompt in prompts) + max_new_tokens + 16, max_new_tokens)
         else:
-            engine = RemoteCode(_with_code(info, model, processor, Path(scratch) / "merged"))
+            folder = _with_code(info, model, processor, Path(scratch) / "merged")
+            engine = RemoteCode(folder) if runtime == "remote-code" else Vllm(folder, model.config.image_token_id)
         found = compare(model, processor, engine, prompts, max_new_tokens, export.quant if export else None)
     found.model = published(path)
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .attention import attention_masks, image_blocks
@@ -89,9 +89,15 @@ class VoraModel(VoraPreTrainedModel):
         depth = self.config.get_text_config().num_hidden_layers
         return next(m for m in self.language_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
 
-    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """float[P, C*p*p] patches of N images to float[P / patch_merge^2, D] image tokens, raster order."""
-        return self.patch_embedding(pixel_values, image_grid_thw)
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """float[P, C*p*p] patches of N images to image tokens in raster order: `last_hidden_state` of all,
+        float[P / patch_merge^2, D], and `pooler_output`, those of each image by themselves, which vLLM asks for."""
+        tokens = self.patch_embedding(pixel_values, image_grid_thw)
+        sizes = image_grid_thw.prod(-1) // self.config.patch_merge**2
+        return BaseModelOutputWithPooling(tokens, tokens.split(sizes.tolist()))  # type: ignore[arg-type]
 
     def image_token_mask(self, input_ids: Tensor | None, inputs_embeds: Any) -> Tensor:
         """bool[B, T], True where the prompt holds an image token."""
@@ -127,6 +133,7 @@ class VoraModel(VoraPreTrainedModel):
         blocks: Tensor | None = None
         is_image: Any = None
         if image_grid_thw is not None:  # first, since the ids of another processor may be outside of the vocabulary
+            image_grid_thw = image_grid_thw.cpu()  # once, for a GPU is waited for
             is_image = self.image_token_mask(input_ids, inputs_embeds)
             if image_numbers is None:
                 image_numbers = image_blocks(is_image, image_grid_thw, self.config.patch_merge)
@@ -135,7 +142,7 @@ class VoraModel(VoraPreTrainedModel):
         cache = past_key_values if cache is None else cache
 
         if pixel_values is not None and image_grid_thw is not None:
-            inputs_embeds = put_tokens(inputs_embeds, is_image, self.get_image_features(pixel_values, image_grid_thw))
+            inputs_embeds = put_tokens(inputs_embeds, is_image, self.patch_embedding(pixel_values, image_grid_thw))
             if self.config.image_attention == "bidirectional":
                 blocks = image_numbers
         elif cache is None and input_ids is not None:
@@ -175,8 +182,8 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
             self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
-    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        return self.model.get_image_features(pixel_values, image_grid_thw)
+    def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        return self.model.get_image_features(*args, **kwargs)
 
     @can_return_tuple
     def forward(

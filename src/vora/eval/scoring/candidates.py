@@ -116,7 +116,8 @@ def _behind(
     model: VoraForConditionalGeneration, read: ReadPrompts, rows: list[int], *arrays: np.ndarray
 ) -> np.ndarray:
     """float[..., Q], log-probability of each target behind some prompts, 0 where there is none."""
-    ids, offsets, seen_until, targets = (torch.from_numpy(array).to(model.device) for array in arrays)
+    *given, targets = map(torch.from_numpy, arrays)
+    ids, offsets, seen_until = (one.to(model.device) for one in given)
     mask = read.mask[rows]
     states = model.model(
         ids,
@@ -125,10 +126,7 @@ def _behind(
         seen_until=torch.cat([torch.full_like(mask, mask.shape[1] + ids.shape[1] - 1), seen_until], 1),
         **{CACHE: read.cache(rows), "use_cache": True},
     ).last_hidden_state
-    is_target = targets != -100
-    found = torch.zeros(targets.shape, dtype=torch.float64, device=model.device)
-    found[is_target] = at_targets(model, states[is_target], targets[is_target])[0]
-    return found.cpu().numpy()
+    return at_targets(model, states, targets)[0].numpy()
 
 
 def _scores_alone(model: VoraForConditionalGeneration, prompts: Sequence[Prompt]) -> list[np.ndarray]:

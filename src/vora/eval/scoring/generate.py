@@ -59,7 +59,7 @@ def _continued(
 
     def half_ended(sequences: Tensor, *_: Any, **__: Any) -> Tensor:
         ended = has_ended(sequences)
-        return torch.full_like(ended, bool(ended.float().mean() >= 0.5))
+        return (ended.float().mean() >= 0.5).expand_as(ended)
 
     stop = [half_ended] if beams == 1 else []
     rows = torch.arange(len(ids), device=ids.device)

@@ -97,14 +97,11 @@ def score_samples(
         rows.pop("num_samples")
         if window and rows["input_ids"].shape[1] > window:
             rows.pop("seen_until")  # nothing is shared, and such borders may not exceed the window
-        targets = rows.pop("targets").to(model.device)
+        targets = rows.pop("targets")
         inputs = {name: tensor.to(model.device) for name, tensor in rows.items()}
         states = model.model(**inputs, use_cache=False).last_hidden_state
-        is_target = targets != -100
-        found = torch.zeros(2, *targets.shape, dtype=torch.float64, device=model.device)
-        found[:, is_target] = at_targets(model, states[is_target], targets[is_target])
-        log_probs, chosen = found.cpu().numpy()
-        wanted = is_target.cpu().numpy()
+        log_probs, chosen = at_targets(model, states, targets).numpy()
+        wanted = (targets != -100).numpy()
         scores: dict[Index, AnswerScore] = {}
         for row, (index, sample) in enumerate(batch):
             places = np.arange(len(sample["input_ids"]))
@@ -120,13 +117,19 @@ def score_samples(
 
 
 def at_targets(model: VoraForConditionalGeneration, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """float[2, places]: log-probability of each target, and 1 where it is the model's first choice."""
-    found = torch.zeros(2, len(targets), dtype=torch.float64, device=targets.device)
-    for part in torch.arange(len(targets), device=targets.device).split(ROWS_OF_LOGITS):
+    """float[2, B, T] on the host: log-probability of each target of int[B, T], also there, and 1 where it is the
+    model's first choice; 0 where it is -100. Of states float[B, T, D]."""
+    is_target = targets != -100  # found on the host, so that a GPU is waited for once
+    places, wanted = is_target.flatten().nonzero()[:, 0].to(states.device), targets[is_target].to(states.device)
+    states, found = states.flatten(0, 1), torch.zeros(2, *targets.shape, dtype=torch.float64)
+    log_probs, chosen = [], []
+    for part, of_part in zip(places.split(ROWS_OF_LOGITS), wanted.split(ROWS_OF_LOGITS)):
         logits = model.logits(states[part]).float()
-        found[0, part] = (logits.gather(1, targets[part, None])[:, 0] - logits.logsumexp(-1)).double()
-        check_log_probs(model, found[0, part])
-        found[1, part] = (logits.argmax(-1) == targets[part]).double()
+        log_probs.append((logits.gather(1, of_part[:, None])[:, 0] - logits.logsumexp(-1)).double())
+        chosen.append((logits.argmax(-1) == of_part).double())
+    if log_probs:
+        found[:, is_target] = torch.stack([torch.cat(log_probs), torch.cat(chosen)]).cpu()
+    check_log_probs(model, found[0])
     return found
 
 
