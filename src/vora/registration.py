@@ -16,6 +16,7 @@ def register() -> None:
 
     from vora.baselines.llava import VoraLlavaConfig, VoraLlavaForConditionalGeneration, VoraLlavaModel
     from vora.build.from_llm import from_llm, processor_from_llm, to_llm
+    from vora.build.template_limits import install, limited
     from vora.model.configuration_vora import VoraConfig
     from vora.model.image_processing_vora import VoraImageProcessor
     from vora.model.modeling_vora import VoraForConditionalGeneration, VoraModel
@@ -34,6 +35,9 @@ def register() -> None:
     VoraForConditionalGeneration.from_llm = staticmethod(from_llm)
     VoraForConditionalGeneration.to_llm = to_llm
     VoraProcessor.from_llm = staticmethod(processor_from_llm)
+    install()
+    if not hasattr(VoraProcessor.apply_chat_template, "__wrapped__"):
+        setattr(VoraProcessor, "apply_chat_template", limited(VoraProcessor.apply_chat_template))
 
 
 def register_when_needed() -> None:

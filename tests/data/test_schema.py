@@ -132,6 +132,14 @@ FILM = [[RED, BLUE]]
         ({"question": "what?", "options": "[]", "answer": "x"}, [], ALONE),
         ({"question": "what?", "choices": ["X", "no"], "answer": "x"}, [], ALONE),
         ({"question": "what?", "choices": ["x", "y"], "answers": ["x", None, "x"]}, [], ALONE),
+        ({"question": "which? A: x B: y", "A": "x", "B": "y", "answer": "B"}, [],
+         "user: which? A: x B: y / assistant: B"),
+        # what is read before it is asked about: of SQuAD, of Dolly
+        ({"context": "It is x.", **GOOD}, [], "user: It is x.\nwhat? / assistant: x"),
+        ({"instruction": "what?", "context": "It is x.", "output": "x"}, [],
+         "user: what?\nIt is x. / assistant: x"),
+        ({"instruction": "what?", "context": "", "output": "x <tool_call> y"}, [],
+         "user: what? / assistant: x <tool_call> y"),
     ],
 )  # fmt: skip
 def test_rows_as_people_have_them(folder, row, images, conversation):
@@ -153,6 +161,8 @@ NOTHING, UNREAD = "answer is empty", "which is not understood"
         ({"question": "what?", "answers": ["a", "b"], "questions": ["what?"]}, "1 questions, but 2 answers"),
         ({"question": "which?", "choices": ["this", "that"], "answer": 1}, "answer 1 is none of its 2 choices"),
         ({"question": "which?", "choices": ["this", "that"], "answer": "B"}, "answer 'B' is none of its 2 choices"),
+        ({"question": "which?", "A": "this", "B": "that", "answer": "B"}, "answer 'B' is none of its 2 choices"),
+        ({"messages": turns("x", '<tool_call>\n{"name": "f"}\n</tool_call>')}, f"a tool, <tool_call>, {UNREAD}"),
         ({"question": "is it \ud83d?", "answer": "x"}, r"holds '\\ud83d', half of a surrogate pair, at place 6"),
         ({"messages": turns("what?", "\udc00")}, "column 'messages' holds .* half of a surrogate pair"),
         ({"conversations": [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "x"}]}, "1 places"),

@@ -45,6 +45,22 @@ def scores_alone(model, processor, examples):
     return [[log_prob_of_answer(model, processor, example, answer) for answer in ANSWERS] for example in examples]
 
 
+def test_a_prompt_of_one_token_after_its_image_is_read_beside_longer_ones(asked):
+    model, processor, prompts, _ = asked
+    image = int(np.flatnonzero(prompts[1].inputs["input_ids"] == processor.image_token_id).max())
+    ids = prompts[1].inputs["input_ids"]
+    cut = [
+        replace(prompts[1], inputs=prompts[1].inputs | {"input_ids": ids[: image + n].copy()}) for n in (2, 5, 3, 2)
+    ]
+    cut[3].inputs["input_ids"][-1] += 1
+    for prompt in cut:
+        prompt.answers = [[20, 21], [22], [20, 23]]
+    together = candidate_scores(model, cut)
+    for prompt, found in zip(cut, together):
+        exact = np.isfinite(found)
+        np.testing.assert_allclose(found[exact], candidate_scores(model, [prompt])[0][exact], atol=1e-4)
+
+
 @pytest.mark.parametrize("first", [1, 3, 16])
 @pytest.mark.parametrize("sureness", [1, 20])
 def test_likelihoods_are_those_of_each_answer_alone(asked, first, sureness, monkeypatch):

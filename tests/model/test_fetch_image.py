@@ -266,3 +266,9 @@ def test_which_addresses_are_public():
     assert [address for address in f"{PUBLIC} {PRIVATE}".split() if is_public(address)] == PUBLIC.split()
     for host in "localhost 127.1 0x7f000001 2130706433 [::1] [::ffff:127.0.0.1] 0 169.254.169.254".split():
         assert "private, local or reserved network" in refused(f"http://{host}:9/a.png", allow_urls=True)
+
+
+def test_a_name_stays_one_line_without_control_characters():
+    with pytest.raises(ValueError, match=r"^Cannot read image a b \[2Jc\.png: there is no such file\.") as caught:
+        fetch_image("a\nb\x1b[2Jc.png")
+    assert str(caught.value).isprintable()

@@ -336,3 +336,37 @@ def test_conversations_that_cannot_be_learned_from_are_refused(processor, llm_fo
     other = VoraProcessor.from_llm(llm_folder, chat_template=rewriting, **SIZES)
     with pytest.raises(ValueError, match="only appends"):
         other.training_sample([user("what?"), assistant("red")])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"truncation": True, "max_length": 5},
+        {"padding": "max_length", "max_length": 60},
+        {"padding": False},
+        {"pad_to_multiple_of": 16},
+    ],
+)
+def test_options_of_texts_hold_where_a_special_token_is_spelt(processor, options):
+    texts = processor.apply_chat_template([[user("<|im_start|> red")], [user("what?")]])
+    found, plain = processor(text=texts, **options), processor(text=[texts[1]] * 2, **options)
+    assert list(found["input_ids"][1])[-5:] == list(plain["input_ids"][1])[-5:]
+    lengths = [len(ids) for ids in found["input_ids"]]
+    if "max_length" in options:
+        assert lengths == [options["max_length"]] * 2
+    elif "padding" in options:
+        assert lengths[0] > lengths[1]
+    else:
+        assert lengths[0] == lengths[1] and lengths[0] % 16 == 0
+
+
+def test_half_a_surrogate_pair_is_no_text(processor):
+    with pytest.raises(ValueError, match=r"message of 'user' holds '\\ud83d', half of a surrogate pair"):
+        encode(processor, [user("what \ud83d?")])
+
+
+@pytest.mark.parametrize("said", [None, {}, [], ["hi"], [{"content": "hi"}], [{"role": "user", "content": 3}], "hi"])
+def test_what_is_no_conversation_is_refused(processor, said):
+    for use in (processor.apply_chat_template, processor.training_samples):
+        with pytest.raises(ValueError, match="A conversation is a list of messages|Message 0 is no dict"):
+            use(said)

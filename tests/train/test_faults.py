@@ -18,6 +18,7 @@ from test_train import Rates
 from torch.multiprocessing import ProcessRaisedException
 from transformers import TrainerCallback
 
+from vora.checkpoint.load import load_adapter
 from vora.checkpoint.manifest import MANIFEST, STATE
 from vora.checkpoint.run_directory import find_checkpoint, read_lines
 from vora.data.stream import PackedSequences
@@ -129,6 +130,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     with pytest.raises(ValueError, match=f"no checkpoint to resume from .*checkpoint-6: {stem}.*checkpoint-3: {stem}"):
         find_checkpoint(copied, True)
     assert sorted(copied.rglob("*")) == [path for path in before if path.exists()]
+
+
+def test_a_damaged_final_is_named_when_it_is_loaded(copied):
+    assert (copied / "final" / MANIFEST).exists()
+    load_adapter(copied)
+    flip(copied / "final" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="final: adapter_model.safetensors has other bytes than were written"):
+        load_adapter(copied)
 
 
 def test_a_run_goes_on_exactly_from_the_checkpoint_before(recipe, whole, copied):

@@ -23,6 +23,7 @@ from vora.build.lora_by_image import use_lora_by_image
 from vora.build.lora_product import use_lora_product
 from vora.checkpoint.adapter import WEIGHTS_FILE, read_adapter_config
 from vora.checkpoint.layout import HEADS_FILE, CheckpointInfo, read_info, weight_files
+from vora.checkpoint.manifest import check_written
 from vora.checkpoint.names import is_hub_id
 from vora.distill.blockwise import BlockwiseDistillation
 from vora.distill.teacher import Teacher
@@ -234,8 +235,11 @@ def digest_of(llm: PreTrainedModel) -> str | None:
 
 
 def _vora_info(path: Source, llm: str | None = None) -> CheckpointInfo:
-    """The description of a folder that holds a model with vision, which can go over the LLM if one is given."""
+    """The description of a folder that holds a model with vision, which can go over the LLM if one is given; a run's
+    folder holds what was written there."""
     info = path if isinstance(path, CheckpointInfo) else read_info(path)
+    if not isinstance(path, CheckpointInfo):
+        check_written(info.path)
     if info.kind == "llm":
         config = json.loads((info.path / "config.json").read_text())
         seen = "with a vision encoder, and no VoRA model" if "vision_config" in config else "without vision"

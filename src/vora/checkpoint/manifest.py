@@ -38,6 +38,13 @@ def fault_of(checkpoint: Path) -> str | None:
         return f"{Path(error.filename or STATE).name} cannot be read ({error.strerror})"
 
 
+def check_written(folder: Path) -> None:
+    """Raise ValueError where what lies in a folder of a run is not what was written there, by its manifest, if it has
+    one."""
+    if (folder / MANIFEST).exists() and (change := next(_changes(folder), None)):
+        raise ValueError(f"{folder}: {change}: copy it again, or name another checkpoint of the run.")
+
+
 def is_json(file: Path) -> bool:
     """Whether a file holds a JSON object with something in it."""
     try:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vora.data.columns import CHOICE_COLUMNS, Row, first_of, has_any
+from vora.data.columns import CHOICE_COLUMNS, CHOICE_LETTERS, Row, first_of, has_any
 
 
 @dataclass
@@ -64,7 +64,8 @@ def _question_of(row: Row, question: Any, answers: Any) -> Question | ValueError
         texts = [text for answer in said if (text := text_of(answer, "answer")).strip()]
         if len(texts) == 1:  # several people's numbers are what they counted
             _check_names_no_choice(row, said)
-        return Question(text_of(question, "question"), texts)
+        asked = [text_of(row.get("context"), "context").strip(), text_of(question, "question")]
+        return Question("\n".join(filter(None, asked)), texts)
     except ValueError as error:
         return error
 
@@ -141,7 +142,8 @@ def _written(value: Any) -> str:
 
 def _check_names_no_choice(row: Row, answers: Sequence[Any]) -> None:
     """Raise ValueError where an answer is the number or the letter of a choice, and the choices are not shown."""
-    choices = next((row[column] for column in CHOICE_COLUMNS if column in row), None)
+    lettered = [row[letter] for letter in CHOICE_LETTERS if letter in row]  # a column for each
+    choices = next((row[column] for column in CHOICE_COLUMNS if column in row), lettered)
     choices = choices.get("text") if isinstance(choices, dict) else choices
     choices = [_plain(choice) for choice in choices] if isinstance(choices, (list, tuple)) else []
     shown = _plain(" ".join(map(str, as_list(row.get("question", row.get("questions", ""))))))

@@ -18,15 +18,16 @@ LEARN_KEYS = ("weight", "loss", "loss_mask", "loss_scale", "train", "training") 
 TURN_COLUMNS = ("messages", "conversations")
 LEAD_COLUMNS = ("system", "history")  # what comes before the rest of a row
 CHOICE_COLUMNS = ("choices", "options")
+CHOICE_LETTERS = ("A", "B", "C", "D", "E", "F")  # columns of one choice each
 TEXT_COLUMNS = (
     *TURN_COLUMNS, *LEARN_KEYS, "weights", *UNREAD_COLUMNS, "objects", "kto_tag", *LEAD_COLUMNS, "texts", "question",
     "answer", "questions", "answers", "caption", "captions", "sentence", "statement", "label", "identifier",
-    "instruction", "input", "output", "text", "id", *CHOICE_COLUMNS, *SOUND_COLUMNS,
+    "instruction", "input", "context", "output", "text", "id", *CHOICE_COLUMNS, *CHOICE_LETTERS, *SOUND_COLUMNS,
 )  # fmt: skip
 COLUMNS = (*IMAGE_COLUMNS, *TEXT_COLUMNS, "file_name")
 LAYOUTS: tuple[Set[str], ...] = (  # the first that a row has is read
     {*TURN_COLUMNS}, {"texts"}, {"question", "questions", "answer", "answers"}, {"caption", "captions"},
-    {"sentence", "statement", "label"}, {"instruction", "output", "input"}, {"text"},
+    {"sentence", "statement", "label"}, {"instruction", "output", "input", "context"}, {"text"},
 )  # fmt: skip
 SYNONYMS: tuple[Set[str], ...] = (  # of these one is read
     {*IMAGE_COLUMNS}, {*TURN_COLUMNS}, {"questions", "question"}, {"answers", "answer"},

@@ -51,10 +51,11 @@ def to_sample(row: Row, name: str = "", image_folder: str | Path = ".", options:
     """A row of a file as a `Sample`; paths of images start at `image_folder`.
 
     Layouts: `messages`; `conversations` (LLaVA, VoRA: `from` and `value`, `<image>` in the text); `question(s)` and
-    `answer(s)`; `caption(s)`; `sentence` and `label` (true or false, as NLVR); `label`, the name of a class;
-    `instruction`, `input` and `output` (Alpaca); `texts` (the Cauldron, FineVision: turns of `user` and `assistant`);
-    `text`: a caption beside an image, plain text to go on alone. Each with `image`, `images`, `frames`, `video`,
-    `videos` or none; several frames for one place are a video. `system` and `history` go before what is said.
+    `answer(s)`, after a `context` if there is one; `caption(s)`; `sentence` and `label` (true or false, as NLVR);
+    `label`, the name of a class; `instruction`, `input` or `context`, and `output` (Alpaca, Dolly); `texts` (the
+    Cauldron, FineVision: turns of `user` and `assistant`); `text`: a caption beside an image, plain text to go on
+    alone. Each with `image`, `images`, `frames`, `video`, `videos` or none; several frames for one place are a video.
+    `system` and `history` go before what is said.
     ValueError if the row fits no layout, or what it holds is not as the layout says.
     """
     row = columns.without_layouts_before(columns.usable(row, options.columns), options.columns.keys())
@@ -115,7 +116,7 @@ def _conversations_of(row: Row, has_image: bool, draw: random.Random, prompts: P
         prompt = draw.choice(prompts.statement).replace("{}", statement.sentence)
         return [question_and_answer(prompt, TRUE_FALSE[0] if statement.truth else TRUE_FALSE[1])]
     if "instruction" in row and "output" in row:
-        asked = [text_of(row.get(column), column) for column in ("instruction", "input")]
+        asked = [text_of(row.get(column), column) for column in ("instruction", "input", "context")]
         return [question_and_answer("\n".join(filter(None, asked)), row["output"])]
     if "text" in row:
         text = text_of(row["text"], "text")

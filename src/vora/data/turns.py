@@ -33,6 +33,7 @@ UNREAD_KEYS = (  # of a turn, beside what it says
 QWEN_IMAGE = re.compile(r"<img>(.+?)</img>")  # as Qwen-VL writes where an image is
 PLACE = re.compile(r"\n?<(?:image|video)>\n?")
 UNFILLED = re.compile(r"^\s*<(video|audio)>", re.MULTILINE)  # within a sentence it is text about a tag
+TOOL_CALL = re.compile(r"^\s*<\|?(tool_calls?|function_calls?)\|?>", re.MULTILINE)  # as templates write them
 NOTHING_TO_LEARN = "Its answer is empty: there is nothing to learn."
 
 
@@ -80,7 +81,9 @@ def conversation_of(turns: Any, row: Row | None = None) -> tuple[Conversation, l
 
 
 def _check_says(answer: str) -> None:
-    """Raise ValueError for an answer that is empty, or only thought."""
+    """Raise ValueError for an answer that is empty, only thought, or calls a tool."""
+    if call := TOOL_CALL.search(answer):
+        raise ValueError(f"Its assistant calls a tool, {call[0].strip()}, which is not understood: leave the row out.")
     if not answer.rpartition("</think>")[2].strip():
         raise ValueError(NOTHING_TO_LEARN)
 

@@ -145,7 +145,7 @@ def _name_of(source: Any) -> str:
         source = source.get("path") or source.get("url") or source
     if not isinstance(source, (str, os.PathLike)):
         source = getattr(source, "filename", "") or type(source).__name__
-    return str(source)[:200]
+    return "".join(one if one.isprintable() else " " for one in str(source)[:200])
 
 
 @contextmanager

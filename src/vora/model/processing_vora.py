@@ -75,7 +75,7 @@ class VoraProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation: Sequence, *args: Any, **kwargs: Any) -> Any:
         """As the library's; ValueError where a part is no text, image or video, so that it would be left out."""
-        return super().apply_chat_template(self._normalised(conversation), *args, **kwargs)
+        return super().apply_chat_template(self._normalised(conversation, is_batch=True), *args, **kwargs)
 
     def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
         """As the library's: images alone, texts alone, or texts whose image tokens stand for the images in order."""
@@ -86,8 +86,12 @@ class VoraProcessor(ProcessorMixin):
         kwargs = self._merge_kwargs(self.valid_processor_kwargs, self.tokenizer.init_kwargs, **kwargs)
         inputs, lengths = self._process_images(images, **kwargs["images_kwargs"]) if images is not None else ({}, [])
         texts, _ = self.get_text_with_replacements(texts, lengths)
-        options = {name: kwargs["text_kwargs"].get(name) for name in ("padding", "return_tensors")}
-        inputs.update(self.tokenizer.pad({"input_ids": [self.ids_of(one) for one in texts]}, **options))
+        names, given = ("padding", "max_length", "pad_to_multiple_of", "return_tensors"), kwargs["text_kwargs"]
+        options, ids = {name: given.get(name) for name in names}, [self.ids_of(one) for one in texts]
+        if given.get("truncation"):  # what is cut of images is named where they are put in
+            most = given.get("max_length") or self.tokenizer.model_max_length
+            ids = [one[-most:] if self.tokenizer.truncation_side == "left" else one[:most] for one in ids]
+        inputs.update(self.tokenizer.pad({"input_ids": ids}, **options))
         return BatchFeature(inputs, tensor_type=options["return_tensors"])
 
     def prepare_inputs_layout(self, images: Any = None, **kwargs: Any) -> tuple:
@@ -239,6 +243,8 @@ class VoraProcessor(ProcessorMixin):
 
     def _spelt(self, text: str, role: str | None) -> str:
         """The text of a message, the control tokens in it marked as letters; an assistant may think."""
+        if not text.isascii() and (half := re.search("[\ud800-\udfff]", text)):
+            raise ValueError(f"A message of {role!r} holds {half[0]!a}, half of a surrogate pair: that is no text.")
         tokens = self._once(self._control_tokens)[role == "assistant"]
         return re.sub(tokens, lambda found: found[0][:1] + SPELT + found[0][1:], text.replace(SPELT, ""))
 
@@ -259,13 +265,17 @@ class VoraProcessor(ProcessorMixin):
             self._found[key] = find()
         return self._found[key]
 
-    def _normalised(self, conversation: Sequence) -> list:
+    def _normalised(self, conversation: Sequence, is_batch: bool = False) -> list:
         """Messages, or a batch of them, as the template and the library take them."""
-        if conversation and isinstance(conversation[0], (list, tuple)):
+        if not isinstance(conversation, (list, tuple)) or not conversation:
+            raise ValueError(f"A conversation is a list of messages: this {type(conversation).__name__} has none.")
+        if is_batch and isinstance(conversation[0], (list, tuple)):
             return [self._normalised(one) for one in conversation]
-        messages = [dict(message) for message in conversation]
+        messages = [dict(message) if isinstance(message, Mapping) else {} for message in conversation]
         for number, message in enumerate(messages):
             content, role = message.get("content"), message.get("role")
+            if not (isinstance(role, str) and isinstance(content or "", (str, list, tuple))):
+                raise ValueError(f"Message {number} is no dict with a role and, as content, text or a list of parts.")
             if isinstance(content, (list, tuple)):
                 parts: list[dict[str, Any]] = []
                 for part in (self._part(one, number) for one in content):

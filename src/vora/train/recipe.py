@@ -43,6 +43,7 @@ ELSEWHERE = {  # what keys are called in other libraries, and here
     "model.name_or_path": "model.llm",
     "model.model_name_or_path": "model.llm",
 }
+MOST_VALUES = 100_000  # in a recipe
 AnySection = TypeVar("AnySection", bound=Section)
 
 
@@ -81,12 +82,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """What a YAML file of keys holds; a ValueError where it cannot be read, is no YAML, has no keys, or one twice."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
+        _check_size(values)
     except OSError as error:
         raise ValueError(f"Cannot read recipe {path}: {error.strerror}.") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no valid YAML: {_in_words(error)}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text (byte {error.start}): save it as UTF-8.") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply: a recipe has a few levels.") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}.") from None
     if not isinstance(values, dict):
@@ -109,8 +113,19 @@ def yaml_value(text: str) -> Any:
     """The value that a text stands for in YAML; what is no YAML, such as *.parquet, is that text."""
     try:
         return yaml.load(text, StrictLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text
+
+
+def _check_size(values: Any) -> None:
+    """Raise ValueError for more values than a recipe has, each counted as often as aliases repeat it."""
+    count, left = 0, [values]
+    while left:
+        value = left.pop()
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        count += 1
+        if count > MOST_VALUES:
+            raise ValueError(f"it has more than {MOST_VALUES} values, or aliases that repeat so many: write fewer")
 
 
 def load_recipe(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import AttentionInterface, PrinterCallback, TrainerCallback, TrainingArguments
 
 from vora.checkpoint.card import write_run_card
+from vora.checkpoint.manifest import write_manifest
 from vora.checkpoint.run_directory import last_step, replace_text
 from vora.data.few_answers import few_answers
 from vora.data.stream import PackedSequences
@@ -143,6 +144,7 @@ def _train(
     trainer.check_weights()
     trainer.save_model(directory / "final")  # on all processes, for each may hold a part
     if trainer.is_world_process_zero():
+        write_manifest(directory / "final")
         write_run_card(directory / "final", directory, trainer.step_of_weights)
         write_report(recipe, trainer.state.global_step, trainer.num_samples_seen, directory, warning)
     return trainer

@@ -65,7 +65,9 @@ def read_prompts(model: VoraForConditionalGeneration, prompts: Sequence[Prompt])
     """One pass over prompts of which `can_share` is True."""
     of_image: defaultdict[Any, list[int]] = defaultdict(list)
     for number, prompt in enumerate(prompts):
-        of_image[prompt.beginning(model.config.image_token_id)].append(number)
+        # what stands in the last place but one is not shared: where that is of the image, the prompt stands alone
+        is_alone = prompt.inputs["input_ids"][-2] == model.config.image_token_id
+        of_image[prompt.beginning(model.config.image_token_id), number if is_alone else None].append(number)
     window = sliding_window(model) or float("inf")
     packed = [row for numbers in of_image.values() for row in _packed(prompts, numbers, window)]
     longest = max(len(sample["input_ids"]) for _, sample in packed)
