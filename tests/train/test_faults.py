@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from ruins import Ruins
 from runs import losses, run
 from safetensors.torch import load_file, save_file
 from test_resume import train_two
@@ -73,6 +74,14 @@ def test_weights_are_looked_at_where_no_loss_is(recipe, tmp_path, monkeypatch):
     with pytest.raises(FloatingPointError, match="After step 1 0 tensors of weights and 1 losses.*No checkpoint"):
         run(wanted, tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("num_steps", [40, pytest.param(2000, marks=pytest.mark.slow)])
+def test_nothing_that_is_not_finite_is_saved(tmp_path, num_steps):
+    ruins = Ruins(tmp_path)
+    for number in range(60, 60 + num_steps):
+        ruins.step(number)
+    assert len(ruins.found) == 5 and sum(ruins.found.values()) >= 0.97 * num_steps
 
 
 def empty(file):

@@ -11,6 +11,7 @@ from vora.train.from_recipe import check_fsdp, check_recipe
 from vora.train.recipe import OLD_KEYS, load_recipe, save_recipe
 from vora.train.recipe_sections import AUTO_LENGTH, Recipe
 from vora.train.run import train
+from vora.train.sharding import check_sharding
 
 GOOD = {"model": {"llm": "smollm2-135m"}, "data": {"sources": [{"path": "easy-vqa"}]}}
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,22 +240,47 @@ def test_what_would_come_to_nothing_is_refused_of_a_run(sections, wanted, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("sections", "resumes", "message"),
+    ("sections", "message"),
     [
-        ({"lora": {"text_kl_weight": 1.0}}, False, "lora.text_kl_weight runs the LLM once more"),
-        ({"sample_generations": [{"image": "a", "question": "b"}]}, False, "sample_generations are made in one"),
-        ({}, True, "--resume reads whole weights back"),
+        ({"lora": {"text_kl_weight": 1.0}}, "lora.text_kl_weight runs the LLM once more"),
+        ({"sample_generations": [{"image": "a", "question": "b"}]}, "sample_generations are made in one"),
     ],
 )
-def test_what_spread_weights_cannot_do_is_refused(sections, resumes, message, tmp_path, monkeypatch):
-    recipe, arguments = load_recipe({**NOWHERE, **sections}), SimpleNamespace(n_gpu=1, fsdp=["full_shard"])
+def test_what_spread_weights_cannot_do_is_refused(sections, message, tmp_path, monkeypatch):
+    recipe = load_recipe({**NOWHERE, **sections})
+    arguments = SimpleNamespace(n_gpu=1, fsdp=["full_shard"], fsdp_config=None, world_size=2)
     monkeypatch.setattr("vora.train.run.check_libraries", lambda arguments: None)
-    check_fsdp(recipe, are_spread=False, resumes=resumes)
+    check_fsdp(recipe, are_spread=False)
     check_fsdp(load_recipe(dict(NOWHERE)), are_spread=True)
     monkeypatch.setattr("vora.train.run.training_arguments", lambda recipe, directory: arguments)
     with pytest.raises(ValueError, match=f"{message}.*Train with DDP"):
-        train(recipe, tmp_path / "run", resume=resumes)
+        train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("num", "values", "message"),
+    [
+        (1, {"fsdp": True}, "there is one: start several with `torchrun"),
+        (2, {"fsdp": True, "fsdp_config": {"version": 1}}, "training.fsdp is FSDP2, by decoder block"),
+        (2, {"fsdp": True, "fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP"}}, "by decoder block"),
+        (2, {"fsdp": True, "fsdp_config": {"cpu_offload": True}}, "cpu_offload is not supported"),
+        (2, {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}, "state_dict_type is not supp"),
+        (2, {"fsdp": "full_shard offload"}, "cpu_offload is not supported"),
+        (2, {"fsdp_config": {"reshard_after_forward": False}}, "changes nothing without training.fsdp"),
+    ],
+)
+def test_fsdp_does_what_it_says_or_is_refused(num, values, message, tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **values)
+    of_all = SimpleNamespace(world_size=num, fsdp=arguments.fsdp, fsdp_config=arguments.fsdp_config)
+    with pytest.raises(ValueError, match=message):
+        check_sharding(of_all)
+
+
+@pytest.mark.parametrize("values", [{}, {"fsdp": True}, {"fsdp": "shard_grad_op auto_wrap"}])
+def test_fsdp_that_is_done_is_taken(values, tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **values)
+    check_sharding(SimpleNamespace(world_size=2, fsdp=arguments.fsdp, fsdp_config=arguments.fsdp_config))
 
 
 def test_weights_in_float16_are_not_trained_in_bfloat16(recipe):

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
-RESUMED = ("*.safetensors", "*.pt", "*.pth", "*.bin", "data_position_*.json")
+OPTIMIZER_FOLDER = "optimizer"  # of a run whose weights are spread over processes, in place of optimizer.pt
+RESUMED = ("*.safetensors", "*.pt", "*.pth", "*.bin", "*.distcp", ".metadata", "data_position_*.json")
 NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "data_position_*.json", "*.safetensors")
 PIECE_BYTES = 1 << 22
 

@@ -27,11 +27,11 @@ Tensors = dict[str, torch.Tensor]
 
 def save_training(
     student: Student, processor: VoraProcessor, folder: Path, *, distillation: BlockwiseDistillation | None = None,
-    state_dict: Tensors | None = None, max_images: int | None = None,
+    state_dict: Tensors | None = None, llm_digest: str | None = None, max_images: int | None = None,
 ) -> None:  # fmt: skip
     """Write what was trained into a folder of its run: adapter and distill heads (stage 1), or the whole model. Where
-    FSDP has spread tensors over processes, `state_dict` has those of `student.` and `distillation.`, gathered.
-    `max_images` is of the samples that it saw."""
+    FSDP has spread tensors over processes, `state_dict` has those of `student.` and `distillation.`, gathered, and
+    `llm_digest` is `digest_of` the LLM before. `max_images` is of the samples that it saw."""
     folder.mkdir(parents=True, exist_ok=True)
     state = None if state_dict is None else _part_of(state_dict, "student.")
     if isinstance(student, PeftModel):
@@ -43,7 +43,9 @@ def save_training(
         heads = distillation.state_dict() if state_dict is None else _part_of(state_dict, "distillation.")
         save_file({name: tensor.contiguous() for name, tensor in heads.items()}, folder / HEADS_FILE)
     processor.save_pretrained(folder)
-    info = _info_of_training(student, folder, state is None)
+    if isinstance(student, PeftModel) and state_dict is None:
+        llm_digest = digest_of(student.get_base_model())
+    info = _info_of_training(student, folder, llm_digest)
     seen = [number for number in (info.max_images, max_images) if number is not None]
     info = replace(info, max_images=max(seen, default=None))
     write_info(info if distillation is None else replace(info, block_pairs=tuple(distillation.pairs)), folder)
@@ -73,7 +75,7 @@ def save_adapter(
     config.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(processor.chat_template)
-    info = info or _info_of_training(model, folder, True)
+    info = info or _info_of_training(model, folder, digest_of(model.get_base_model()))
     write_info(replace(info, dtype=_name_of(dtype)), folder)
 
 
@@ -158,7 +160,7 @@ def _write(model: PreTrainedModel, processor: Any, folder: Path, source: Checkpo
     write_run_card(folder, source.path)
 
 
-def _info_of_training(student: Student, folder: Path, with_digest: bool) -> CheckpointInfo:
+def _info_of_training(student: Student, folder: Path, llm_digest: str | None) -> CheckpointInfo:
     """What a model in training is: by itself, by its run's recipe, and by what that went on from."""
     is_peft, run = isinstance(student, PeftModel), run_of(folder)
     config = student.get_base_model().config if is_peft else student.config
@@ -173,8 +175,7 @@ def _info_of_training(student: Student, folder: Path, with_digest: bool) -> Chec
     if is_peft:
         lora = student.peft_config["default"]
         adapter = adapter_info(lora.r, lora.layers_to_transform, lora.target_modules)
-        digest = digest_of(student.get_base_model()) if with_digest else None
-        info = replace(info, adapter=adapter, llm_digest=digest)
+        info = replace(info, adapter=adapter, llm_digest=llm_digest)
     if run is None:
         return info
     if source := read_recipe(run)["model"].get("vora"):

@@ -55,7 +55,7 @@ class Batch(TypedDict, total=False):
     text_input_ids: torch.Tensor
     text_position_ids: torch.Tensor
     text_seen_until: torch.Tensor
-    places: list[list[int]]  # of the samples, see `vora.data.stream.PackedBatches`
+    places: list[list[int]]  # of the samples, see `vora.data.streams.PackedBatches`
 
 
 def tokenize_sample(

@@ -264,20 +264,3 @@ class PackedSequences:
 def as_it_is(item: Any) -> Any:
     """A DataLoader's `collate_fn` that leaves arrays arrays."""
     return item
-
-
-class PackedBatches:
-    """What the Trainer takes as its dataloader: batches of so many sequences, from where `sequences` stands, with the
-    `places` of their samples (`PackedSequences.name_of`)."""
-
-    def __init__(self, sequences: PackedSequences, sequences_per_batch: int) -> None:
-        self.sequences, self.sequences_per_batch = sequences, sequences_per_batch
-
-    def __iter__(self) -> Iterator[Batch]:
-        left = iter(self.sequences)
-        while True:
-            sequences, places = [], []
-            for _ in range(self.sequences_per_batch):
-                sequences.append(next(left))
-                places += self.sequences.last_places
-            yield self.sequences.collate(sequences) | {"places": places}

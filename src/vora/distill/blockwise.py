@@ -3,7 +3,7 @@
 Dims: T image tokens of the batch, D = the student's width, D_t = the teacher's.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -75,7 +75,9 @@ class BlockwiseDistillation(nn.Module):
             large common part, so that without this a student scores by predicting the mean (dev/LOG.md).
         standardize: then divide by the running per-channel deviation. In the later blocks of plain ViTs one or two
             channels hold nearly all of the variance, so that without this a student scores by predicting those.
-        momentum: of these running moments, per step.
+        momentum: of these running moments, per step. A step's losses are taken with the moments of the steps before,
+            so that they do not depend on how its micro-batches are shared out among processes; those of the first
+            step with its own (`begin`).
 
     Raises:
         ValueError: deviations are asked for without means.
@@ -100,26 +102,40 @@ class BlockwiseDistillation(nn.Module):
             if standardize:
                 self.register_buffer(f"variance_{name_of(pair)}", torch.ones(teacher_size))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
+        self.has_moments = False  # whether features have been seen before, which the host knows without a look
+        self._sums: Tensor | None = None  # of the step's micro-batches so far, see `_add`
+        self._num_added = 0
 
     def forward(
-        self, student_states: Mapping[int, Tensor], teacher_states: Mapping[int | str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+        self, student_states: Mapping[int, Tensor], teacher_states: Mapping[int | str, Tensor],
+        num_micro_batches: int = 1,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The mean loss float[] and each pair's own float[pairs]; 0 is perfect, 1 is chance.
 
         Args:
             student_states: {student block: float[T, D]}.
             teacher_states: {teacher block or SUMMARY: float[T, D_t]}.
+            num_micro_batches: of the optimizer step, after which the moments move.
         """
-        if self.training and self.center:
-            self._update_moments(teacher_states)
+        if self.training and self.center and not self.has_moments:
+            self.begin([teacher_states])
+        # copies, since what is recomputed in the backward pass has to find the same once the moments have moved
+        moments = {pair: [moment.clone() for moment in self._moments(pair)] for pair in self.pairs}
         loss_of = self.loss_of_pair
         if self.recomputes:
             loss_of = partial(checkpoint, self.loss_of_pair, use_reentrant=False, preserve_rng_state=False)
-        losses = torch.stack([loss_of(pair, student_states[pair[0]], teacher_states[pair[1]]) for pair in self.pairs])
+        losses = torch.stack(
+            [loss_of(pair, student_states[pair[0]], teacher_states[pair[1]], moments[pair]) for pair in self.pairs]
+        )
+        if self.training and self.center:
+            self._add(teacher_states, num_micro_batches)
         return losses.mean(), losses.detach()
 
-    def loss_of_pair(self, pair: Pair, states: Tensor, features: Tensor) -> Tensor:
-        """1 - cosine between what a pair's head makes of float[T, D] and its target of float[T, D_t], mean over T."""
+    def loss_of_pair(
+        self, pair: Pair, states: Tensor, features: Tensor, moments: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """1 - cosine between what a pair's head makes of float[T, D] and its target of float[T, D_t], mean over T; by
+        default with the moments as they are."""
         head: Any = self.heads[name_of(pair)]
         norm, linear = head
         if computing_dtype(linear.weight) == linear.weight.dtype:  # no autocast
@@ -128,39 +144,84 @@ class BlockwiseDistillation(nn.Module):
         length = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
         scale = (length.square() / states.shape[-1] + norm.eps).rsqrt()
         predicted = F.linear(states, linear.weight * norm.weight) * scale + linear.bias
-        return 1 - F.cosine_similarity(predicted.float(), self.target(pair, features), dim=-1).mean()
+        return 1 - F.cosine_similarity(predicted.float(), self.target(pair, features, moments), dim=-1).mean()
 
-    def target(self, pair: Pair, features: Tensor) -> Tensor:
+    def target(self, pair: Pair, features: Tensor, moments: Sequence[Tensor] | None = None) -> Tensor:
         """What a pair's head is to point at: float[T, D_t], centred and standardized if so wished."""
-        target = features.float()
+        target, moments = features.float(), self._moments(pair) if moments is None else moments
         if self.center:
-            target = target - getattr(self, f"mean_{name_of(pair)}")
+            target = target - moments[0]
         if self.standardize:
-            target = target * (getattr(self, f"variance_{name_of(pair)}") + 1e-6).rsqrt()
+            target = target * (moments[1] + 1e-6).rsqrt()
         return target
 
-    def without_images(self) -> None:
+    def _moments(self, pair: Pair) -> list[Tensor]:
+        """The running mean of a pair's teacher, and its variance, as far as they are wished."""
+        kinds = ["mean"] * self.center + ["variance"] * self.standardize
+        return [getattr(self, f"{kind}_{name_of(pair)}") for kind in kinds]
+
+    def without_images(self, num_micro_batches: int = 1) -> None:
         """In place of `forward`, for a micro-batch that has none: other processes may wait for this one's part."""
-        if self.training and self.center and num_processes() > 1:
-            self._update_moments({})
+        if self.training and self.center:
+            if not self.has_moments and num_processes() > 1:
+                self.begin([])
+            self._add({}, num_micro_batches)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.has_moments = bool(state_dict.get(f"{prefix}num_updates", 0) > 0)
 
     @torch.no_grad()
-    def _update_moments(self, teacher_states: Mapping[int | str, Tensor]) -> None:
-        """Take the features of a micro-batch of each process, all together, into the running moments."""
-        none = self.num_updates.new_zeros((0, 1), dtype=torch.float32)
-        means = [getattr(self, f"mean_{name_of(pair)}") for pair in self.pairs]
-        features = [teacher_states.get(teacher, none.expand(0, len(means[0]))).float() for _, teacher in self.pairs]
-        found, is_some = means_of_all(features)
+    def begin(self, micro_batches: Iterable[Mapping[int | str, Tensor]]) -> None:
+        """Take the first moments, of what the micro-batches of all processes together have, if they have something.
+        Without it the first step would be taken with none."""
+        for pair in self.pairs:
+            self._moments(pair)[0].zero_()
+        sums = self._sums_of({}, torch.float64)
+        for teacher_states in micro_batches:
+            sums += self._sums_of(teacher_states, torch.float64)
+        means, squares, count = sum_over_processes(sums)
+        if num_processes() > 1 and count == 0:
+            return
+        for pair, mean, square in zip(self.pairs, means, squares):
+            moments = self._moments(pair)
+            moments[0] += mean
+            if self.standardize:
+                moments[1].copy_(square - mean.square())
+        self.has_moments = True
+
+    @torch.no_grad()
+    def _add(self, teacher_states: Mapping[int | str, Tensor], num_micro_batches: int) -> None:
+        """Take a micro-batch's features into the step's; after its last one, those of all processes into the running
+        moments."""
+        found = self._sums_of(teacher_states, torch.float32)
+        self._sums = found if self._sums is None else self._sums + found
+        self._num_added += 1
+        if self._num_added < num_micro_batches:
+            return
+        means, squares, count = sum_over_processes(self._sums)
+        self._sums, self._num_added = None, 0
+        is_some = count > 0
         self.num_updates += is_some
         # the first steps average evenly, so that the mean is right from the start
         weight = is_some * torch.clamp(1.0 / self.num_updates.clamp(min=1), min=1 - self.momentum)
-        for mean, now in zip(means, found):
-            mean.lerp_(now, weight.to(mean))
-        if self.standardize:
-            found, _ = means_of_all([(rows - mean).square() for rows, mean in zip(features, means)])
-            for pair, now in zip(self.pairs, found):
-                variance = getattr(self, f"variance_{name_of(pair)}")
-                variance.lerp_(now, weight.to(variance))
+        for pair, mean, square in zip(self.pairs, means, squares):
+            moments, moved = self._moments(pair), weight * mean
+            moments[0] += moved
+            if self.standardize:  # around the mean as it is now
+                moments[1].lerp_(square - 2 * moved * mean + moved.square(), weight.to(mean))
+
+    def _sums_of(self, teacher_states: Mapping[int | str, Tensor], dtype: torch.dtype) -> Tensor:
+        """float[pairs, 2 D_t + 1] of a micro-batch: how far its features are from the running means, summed, the
+        squares of that, and the number of features."""
+        sums = []
+        for pair in self.pairs:
+            mean = self._moments(pair)[0]
+            rows = teacher_states.get(pair[1], mean.new_zeros((0, len(mean)))).to(dtype) - mean
+            count = rows.new_full((1,), len(rows))
+            squares = rows.square().sum(0) if self.standardize else rows.new_zeros(len(mean))
+            sums.append(torch.cat([rows.sum(0), squares, count]))
+        return torch.stack(sums)
 
 
 def num_processes() -> int:
@@ -168,11 +229,12 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def means_of_all(rows: list[Tensor]) -> tuple[list[Tensor], Tensor | bool]:
-    """The means of several float[T, D] over their rows, of all processes of a group together, each row counting alike,
-    and whether any process has some. Without it each would follow its own samples, or the first one's alone."""
-    if num_processes() == 1:
-        return [one.mean(0) for one in rows], True
-    sums = torch.stack([torch.cat([one.sum(0), one.new_full((1,), len(one))]) for one in rows])
-    dist.all_reduce(sums)
-    return list(sums[:, :-1] / sums[:, -1:].clamp(min=1)), sums[0, -1] > 0
+def sum_over_processes(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of what `BlockwiseDistillation._sums_of` gave: means and mean squares float[pairs, D_t] over the features of all
+    processes of a group, each feature counting alike, and their number. Without it each process would follow its own
+    samples, or the first one's alone."""
+    if num_processes() > 1:
+        dist.all_reduce(sums)
+    width, count = sums.shape[1] // 2, sums[0, -1]
+    means = sums[:, :-1] / count.clamp(min=1)
+    return means[:, :width], means[:, width:], count

@@ -44,6 +44,7 @@ class MicroBatch:
     text_inputs: Any = None  # of rows of text that the student has not run
     num_items_in_batch: Tensor | float | None = None
     num_micro_batches: int = 1
+    num_image_tokens: float | None = None  # of the step, by which the distillation's sum is divided
     in_branches: bool = False  # one row, see `vora.data.packing.images_in_branches`
     only_paired_blocks: bool = False  # the student ran no block above the last paired one
     hidden_states: Any = None  # float[B, T, D] after all blocks and the last norm; None with `only_paired_blocks`
@@ -121,8 +122,10 @@ class Distillation(Term):
             block: hidden.flatten(0, 1)[first:] if batch.in_branches else hidden.flatten(0, 1)[places]
             for block, hidden in batch.block_states.items()
         }
-        loss, pair_losses = objective.distillation(states, objective.teach(**batch.images))
-        return loss / batch.num_micro_batches, {"distill_loss": loss, "pair_losses": pair_losses}
+        features, count = objective.teach(**batch.images), batch.num_micro_batches
+        loss, pair_losses = objective.distillation(states, features, count)
+        share = 1 / count if batch.num_image_tokens is None else len(places) / batch.num_image_tokens
+        return share * loss, {"distill_loss": loss, "pair_losses": pair_losses}
 
 
 class Objective(nn.Module):
@@ -231,7 +234,8 @@ class Objective(nn.Module):
         label_places: Tensor | None = None, label_weights: Tensor | None = None, image_places: Tensor | None = None,
         text_rows: Tensor | None = None, text_places: Tensor | None = None, distill_only: Tensor | bool | None = None,
         num_samples: Tensor | int | None = None, num_items_in_batch: Tensor | float | None = None,
-        num_micro_batches: int = 1, branches: Tensor | None = None, **inputs: Tensor,
+        num_micro_batches: int = 1, num_image_tokens: float | None = None, branches: Tensor | None = None,
+        **inputs: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Named losses of a packed batch.
 
@@ -248,6 +252,7 @@ class Objective(nn.Module):
             num_items_in_batch: label tokens of the whole optimizer step, or their summed weights, by which what the
                 language loss adds to `loss` is divided.
             num_micro_batches: of the step, by which the other terms are divided in `loss`.
+            num_image_tokens: of the whole step, so that in `loss` each of them counts alike, in whatever micro-batch.
             branches: int[G, 2] on the host, of one row of images alone (`vora.data.packing.images_in_branches`);
                 text that is to stay is then in inputs that begin with `text_`.
 
@@ -265,7 +270,7 @@ class Objective(nn.Module):
         text_inputs: Any = {name[5:]: inputs.pop(name) for name in list(inputs) if name.startswith("text_")} or None
         batch = MicroBatch(
             inputs, images, targets, label_places, image_places, label_weights, text_rows, text_places,
-            text_inputs, num_items_in_batch, num_micro_batches, branches is not None,
+            text_inputs, num_items_in_batch, num_micro_batches, num_image_tokens, branches is not None,
         )  # fmt: skip
         batch.only_paired_blocks = (
             len(label_places) == 0 and self.distillation is not None and (distill_only is None or bool(distill_only))
@@ -282,7 +287,7 @@ class Objective(nn.Module):
             loss, named = term(self, batch)
             losses |= named | {"loss": losses["loss"] + term.weight * loss}
         if self.teacher is not None and "distill_loss" not in losses:
-            self.distillation.without_images()
+            self.distillation.without_images(num_micro_batches)
         return losses
 
     def weighted(self, losses: Mapping[str, float]) -> float:

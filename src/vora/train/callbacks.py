@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vora.checkpoint.card import write_run_card
 from vora.checkpoint.run_directory import best_checkpoint, replace_text
-from vora.data.stream import PackedSequences
+from vora.data.streams import Streams
 from vora.distill.objective import LOSSES
 from vora.model.fetch_image import fetch_image
 from vora.model.modeling_vora import VoraForConditionalGeneration
@@ -72,7 +72,7 @@ class EpochCallback(TrainerCallback):
     """Says how often the mixture has been read, and evaluates, saves and logs after each time where the recipe says
     `epoch`; the Trainer's own count takes a run for one epoch."""
 
-    def __init__(self, sequences: PackedSequences) -> None:
+    def __init__(self, sequences: Streams) -> None:
         self.sequences, self._num_whole = sequences, 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

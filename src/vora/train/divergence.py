@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from vora.checkpoint.run_directory import newest_checkpoint
-from vora.data.stream import PackedSequences
+from vora.data.streams import Streams
 
 MOST_REMEMBERED = 4096  # micro-batches between two looks at the losses
 
@@ -18,7 +18,7 @@ class Divergence:
     """Remembers each micro-batch since the host last looked at the losses: its step, its loss, still on the device,
     and the places of its samples. Only `num_bad` asked for its value, and `stop`, wait for the device."""
 
-    def __init__(self, sequences: PackedSequences, directory: Path, process: int) -> None:
+    def __init__(self, sequences: Streams, directory: Path, process: int) -> None:
         self.sequences, self.directory, self.process = sequences, directory, process
         self.file = directory / "diverged.jsonl"
         self._recent: deque[tuple[int, torch.Tensor, list[list[int]]]] = deque(maxlen=MOST_REMEMBERED)

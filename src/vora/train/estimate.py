@@ -19,6 +19,7 @@ from vora.train.plan.meta_model import meta_model
 from vora.train.plan.plan import plan
 from vora.train.preview import sequences_to_read, source_names
 from vora.train.recipe_sections import Recipe
+from vora.train.sharding import check_sharding
 from vora.train.stages import check_names, trainable_table
 from vora.train.training_values import check_libraries
 
@@ -73,7 +74,8 @@ def check_start(recipe: Recipe, directory: Path, resume: bool) -> int:
     arguments = training_arguments(recipe, directory)
     check_libraries(arguments)
     check_one_gpu_per_process(arguments)
-    check_fsdp(recipe, bool(arguments.fsdp), checkpoint is not None)
+    check_sharding(arguments)
+    check_fsdp(recipe, bool(arguments.fsdp))
     return 0 if checkpoint is None else last_step(checkpoint)
 
 

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import fields
+from math import gcd
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +21,7 @@ from vora.data.schema import Sample
 from vora.data.sequence_length import length_that_fits
 from vora.data.source import Source
 from vora.data.stream import PackedSequences
+from vora.data.streams import Streams, streams_of_process
 from vora.distill.objective import Objective
 from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe_sections import AUTO_LENGTH, CHECKPOINTING, NEAR_LENGTH, DataSection, Recipe, SourceSection
@@ -139,11 +142,10 @@ def check_one_gpu_per_process(arguments: TrainingArguments) -> None:
         )
 
 
-def check_fsdp(recipe: Recipe, are_spread: bool, resumes: bool = False) -> None:
+def check_fsdp(recipe: Recipe, are_spread: bool) -> None:
     """Raise where weights that FSDP spreads over processes, which then have to compute in step, are asked for what one
-    process does alone, or for whole weights. `are_spread` by the recipe, or by an accelerate configuration."""
+    process does alone. `are_spread` by the recipe, or by an accelerate configuration."""
     needs = {
-        "--resume reads whole weights back": resumes,
         "sample_generations are made in one process alone": recipe.sample_generations,
         "data.validation is measured by each process in its own batches": recipe.data.validation,
         "lora.text_kl_weight runs the LLM once more only where a batch has text": (
@@ -225,25 +227,48 @@ def open_sources(data: DataSection, listed: Sequence[SourceSection] | None = Non
 
 def packed_sequences(
     recipe: Recipe, sources: list[Source], processor: VoraProcessor, arguments: TrainingArguments,
-    bad_samples: Path | None = None, branches: bool = False,
+    bad_samples: Path | None = None, branches: bool = False, part: tuple[int, int] | None = None,
 ) -> PackedSequences:  # fmt: skip
-    """This process's part of the sequences that a recipe trains on; ValueError where the LLM's chat template is such
-    that no conversation could be learned."""
+    """A part of the sequences that a recipe trains on, (number, of how many), by default one of as many as there are
+    processes; ValueError where the LLM's chat template is such that no conversation could be learned."""
     check_chat_template(processor)
     data = recipe.data
     weights = [source.weight for source in data.sources if source.weight is not None]  # of all sources, or of none
     sequences_per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    rank, num_ranks = part or (arguments.process_index, arguments.world_size)
     return PackedSequences(
         sources, processor, data.sequence_length, weights=weights or None, seed=arguments.seed,
         distill_only_sequences=recipe.distill_only_steps * sequences_per_step,
         bad_samples=bad_samples, max_bad_share=data.max_bad_share, num_workers=arguments.dataloader_num_workers,
-        rank=arguments.process_index, num_ranks=arguments.world_size,
+        rank=rank, num_ranks=num_ranks,
         answer_balance=data.answer_balance, questions_per_image=data.questions_per_image,
         image_tokens=data.image_tokens, text_only=data.text_only,
         augment=[source.augment and source.augment.model_dump() for source in data.sources],
         branches=branches, text_kl_weight=recipe.stage == "pretrain" and recipe.lora.text_kl_weight > 0,
         held_out=held_out_of(data),
     )  # fmt: skip
+
+
+def streams_of_run(
+    recipe: Recipe, sequences: PackedSequences, arguments: TrainingArguments, num_streams: int
+) -> Streams:
+    """This process's part of a run's sequences: `sequences`, or of a run that began on another number of processes,
+    what they would have read."""
+    rank, num_ranks = arguments.process_index, arguments.world_size
+    parts = {rank: sequences}
+    if num_streams != num_ranks:
+        numbers, maker = streams_of_process(rank, num_ranks, num_streams), sequences.maker
+        alone = copy(arguments)
+        alone.dataloader_num_workers //= len(numbers)  # they share the workers
+        parts = {}
+        for number in numbers:
+            is_first = number % gcd(num_ranks, num_streams) == rank  # of those who read it: it alone names what is bad
+            parts[number] = packed_sequences(
+                recipe, list(maker.sources), maker.processor, alone, sequences.bad.file if is_first else None,
+                sequences.branches, (number, num_streams),
+            )  # fmt: skip
+    of_process = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return Streams(parts, num_streams, rank, num_ranks, num_ranks * of_process, recipe.distill_only_steps)
 
 
 def held_out_of(data: DataSection) -> HeldOut | None:

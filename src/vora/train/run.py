@@ -30,6 +30,7 @@ from vora.checkpoint.manifest import write_manifest
 from vora.checkpoint.run_directory import last_step, replace_text
 from vora.data.few_answers import few_answers
 from vora.data.stream import PackedSequences
+from vora.data.streams import num_streams_of
 from vora.distill.branches import takes_branches
 from vora.distill.objective import Objective
 from vora.model.segmented_sdpa import SEGMENTED_SDPA, segmented_sdpa, use_segmented_sdpa_on_cpu
@@ -50,6 +51,7 @@ from vora.train.from_recipe import (
     open_sources,
     open_validation,
     packed_sequences,
+    streams_of_run,
     training_arguments,
     with_epochs,
     with_planned_steps,
@@ -60,6 +62,7 @@ from vora.train.recipe_sections import AUTO_LENGTH, Recipe
 from vora.train.resume import checkpoint_to_resume, tell_changes
 from vora.train.run_lock import run_lock
 from vora.train.run_log import write_report
+from vora.train.sharding import check_sharding
 from vora.train.stages import build_objective, trainable_table, vision_is_frozen
 from vora.train.trainer import VoraTrainer
 from vora.train.training_values import check_libraries
@@ -80,7 +83,8 @@ def train(
     arguments = training_arguments(recipe, directory)
     check_libraries(arguments)
     check_one_gpu_per_process(arguments)
-    check_fsdp(recipe, bool(arguments.fsdp), resume)
+    check_sharding(arguments)
+    check_fsdp(recipe, bool(arguments.fsdp))
     with run_lock(directory, arguments):
         checkpoint = of_first_process(lambda: checkpoint_to_resume(directory, resume, console.print), arguments)
         return _train(recipe, directory, checkpoint, arguments, console, callbacks)
@@ -105,6 +109,8 @@ def _train(
     validation = open_validation(recipe, sequences, arguments, bad_samples)
     with_epochs(recipe, sequences, arguments)
     recipe = with_planned_steps(recipe, objective, sequences, arguments, checkpoint)
+    num_streams = arguments.world_size if checkpoint is None else num_streams_of(checkpoint)
+    streams = streams_of_run(recipe, sequences, arguments, num_streams)
     if checkpoint is not None:
         tell_changes(recipe, directory, console.print)
     write_what_runs(recipe, directory)
@@ -121,13 +127,13 @@ def _train(
     stop, progress = StopOnSignal(), ProgressCallback(console, directory / "log.jsonl", directory / "validation.jsonl")
     answers = directory / ANSWERS_FILE
     samples = SampleGenerationCallback(recipe.sample_generations, processor, answers, console)
-    own = [EpochCallback(sequences), stop, progress, CardCallback(directory), samples, *callbacks]
+    own = [EpochCallback(streams), stop, progress, CardCallback(directory), samples, *callbacks]
     trainer = VoraTrainer(
-        recipe, objective, arguments, train_dataset=sequences, eval_dataset=validation,
+        recipe, objective, arguments, train_dataset=streams, eval_dataset=validation,
         processing_class=processor, callbacks=own,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
-    check_fsdp(recipe, trainer.is_fsdp_enabled, checkpoint is not None)  # as an accelerate configuration may ask
+    check_fsdp(recipe, trainer.is_fsdp_enabled)  # as an accelerate configuration may ask
     try:
         if checkpoint is not None and last_step(checkpoint) >= arguments.max_steps:
             trainer.restore(checkpoint)  # killed after its last step: the Trainer would do one more

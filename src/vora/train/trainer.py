@@ -1,6 +1,5 @@
 """transformers' Trainer with the named losses of VoRA."""
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -12,28 +11,28 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainerControl, TrainerState
 
-from vora.checkpoint.load import restore
-from vora.checkpoint.manifest import write_manifest
+from vora.checkpoint.load import digest_of, restore
+from vora.checkpoint.manifest import OPTIMIZER_FOLDER, write_manifest
 from vora.checkpoint.run_directory import begin_checkpoint, best_checkpoint, delete_older, last_step
 from vora.checkpoint.save import save_training
 from vora.data.packing import Batch
-from vora.data.stream import PackedBatches
+from vora.data.streams import PackedBatches
 from vora.distill.objective import LOSSES
+from vora.train import sharding
 from vora.train.divergence import Divergence
 from vora.train.recipe_sections import Recipe
 from vora.train.resume import hyperparameters, use_hyperparameters
 from vora.train.validation import Validation
 
 ON_HOST = ("image_grid_thw", "num_samples", "distill_only", "branches", "places")  # of a batch: the host asks these
-DATA_FILE = "data_position_{}.json"  # one per process
 # by its name a parameter belongs to one of the parts that have learning rates, or to the rest
 PART_MARKS = {"patch_embedding": "patch_embedding", "heads": "distillation.heads", "lora_b": "lora_B"}
 
 
 class VoraTrainer(Trainer):
     """Trains an `Objective`; saves the adapter (stage 1) or the whole model (stage 2), never the teacher. Its
-    `train_dataset` is a `PackedSequences`, whose position each process saves in every checkpoint; its `eval_dataset`,
-    if any, a `Validation`."""
+    `train_dataset` is a `Streams`, whose position is saved in every checkpoint; its `eval_dataset`, if any, a
+    `Validation`."""
 
     def __init__(self, recipe: Recipe, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,18 +43,41 @@ class VoraTrainer(Trainer):
         directory = Path(str(self.args.output_dir))
         self.divergence = Divergence(self.train_dataset, directory, self.args.process_index)
         self.num_samples_seen = self._samples_logged = 0
-        self._terms: dict[str, tuple[torch.Tensor, set[int]]] = {}
+        self._terms: dict[str, tuple[Any, Any]] = {}  # of each loss since the last line: its sum, of how many
+        self._num_image_tokens: Any = 0.0  # of the step, per process
+        self._last_counted: dict[str, int] = {}
+        self._llm_digest: str | None = None
         self._last_batch: dict[str, Any] | None = None
         self._clock, self._tokens, self._waited = time.monotonic(), 0, 0.0
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp or getattr(self.accelerator.state, "fsdp_plugin", None) is not None:
+            sharding.shard(self.accelerator, self.args)
+            self.is_fsdp_enabled: bool = True
 
     def get_train_dataloader(self) -> PackedBatches:
         return PackedBatches(self.train_dataset, self.args.per_device_train_batch_size)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], Any]:
         start = time.monotonic()
-        batches = super().get_batch_samples(*args, **kwargs)
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
         self._waited += time.monotonic() - start
-        return batches
+        self._begin_moments(batches)
+        return batches, num_items
+
+    def _begin_moments(self, batches: list[Batch]) -> None:
+        """Before the first step, the moments of the teacher's features are those of all its micro-batches."""
+        objective = self.accelerator.unwrap_model(self.model)
+        if objective.teacher is None or not objective.distillation.center or objective.distillation.has_moments:
+            return
+        images: list[Any] = [
+            {"pixel_values": batch["pixel_values"], "image_grid_thw": batch["image_grid_thw"]}
+            for batch in batches
+            if "pixel_values" in batch
+        ]
+        if images or self.args.world_size > 1:
+            objective.distillation.begin(objective.teach(**self._prepare_inputs(one)) for one in images)
 
     def _prepare_inputs(self, inputs: Batch) -> dict[str, Any]:
         """To the device, but for what only the host reads; a GPU is fed without being waited for."""
@@ -71,12 +93,18 @@ class VoraTrainer(Trainer):
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch / self.accelerator.num_processes  # gradients are averaged
         num_micro_batches = self.current_gradient_accumulation_steps if model.training else 1
-        places = inputs.pop("places", [])
-        losses = model(**inputs, num_items_in_batch=num_items_in_batch, num_micro_batches=num_micro_batches)
+        places, counts = inputs.pop("places", []), {}
+        if model.training:
+            counts = {"num_items_in_batch": num_items_in_batch, "num_image_tokens": self._num_image_tokens}
+        losses = model(**inputs, **counts, num_micro_batches=num_micro_batches)
+        if model.training and self.is_fsdp_enabled and "image_grid_thw" not in inputs:
+            objective = self.accelerator.unwrap_model(model)
+            parts = [objective.vora.model.patch_embedding, objective.distillation]
+            losses["loss"] = sharding.tie_unused(losses["loss"], [part for part in parts if part is not None])
         if model.training:
             self._last_batch = dict(inputs)
             self.divergence.note(self.state.global_step + 1, losses["loss"], places)
-            self._note(losses, inputs)
+            self._note(losses, inputs, num_items_in_batch)
         return (losses["loss"], losses) if return_outputs else losses["loss"]
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor | float | None:
@@ -84,23 +112,34 @@ class VoraTrainer(Trainer):
             return None
         # by what the language loss is divided: label tokens, or their weights; still on the host
         counted = [one["label_weights"] if "label_weights" in one else one["targets"] != -100 for one in batch_samples]
-        count = sum(float(labels.sum()) for labels in counted)
-        if self.args.world_size == 1:
-            return count
-        return self.accelerator.gather(torch.full((1,), count, device=device)).sum()
+        counts: Any = [
+            sum(float(labels.sum()) for labels in counted),
+            float(sum(len(one.get("image_places", ())) for one in batch_samples)),
+        ]
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(torch.tensor(counts, device=device), "sum")
+        self._num_image_tokens = counts[1] / self.args.world_size  # gradients are averaged
+        return counts[0]
 
-    def _note(self, losses: dict[str, torch.Tensor], inputs: Batch) -> None:
-        """Add a micro-batch to what the next log line reports; stays on the device."""
-        learned = "answer_loss" if "answer_loss" in losses else "lm_loss"  # divided by what the step has together
+    def _note(self, losses: dict[str, torch.Tensor], inputs: Batch, num_items: Any) -> None:
+        """Add a micro-batch to what the next log line reports; stays on the device. What is learned of tokens is
+        divided by those of the whole step, so that a step's micro-batches, of all processes, add up to one value."""
+        learned = "answer_loss" if "answer_loss" in losses or "label_weights" in inputs else "lm_loss"
+        tokens = self._num_image_tokens
+        of_step = {learned: num_items, "distill_loss": tokens, "pair_losses": tokens}
         for name in (*LOSSES, "pair_losses"):
-            if name in losses:
-                total, counted = self._terms.get(name, (0.0, set()))
-                value = losses[name].detach()
-                if name == "lm_loss" and name != learned:  # divided by the step's micro-batches
-                    value = value * self.current_gradient_accumulation_steps
-                # a step's micro-batches add up to one value, also where some of them have none
-                counted.add(self.state.global_step if name == learned else len(counted))
-                self._terms[name] = (total + value, counted)
+            total, counted = self._terms.get(name, (0.0, 0.0))
+            value = losses[name].detach() if name in losses else 0.0
+            if name in of_step:
+                if name != learned and name in losses:
+                    value = value * (len(inputs["image_places"]) / tokens)
+                is_new = self._last_counted.get(name) != self.state.global_step
+                counted = counted + is_new * (of_step[name] > 0)
+                self._last_counted[name] = self.state.global_step
+            elif name in losses:  # a mean over micro-batches
+                value = value * (self.current_gradient_accumulation_steps if name == "lm_loss" else 1)
+                counted = counted + 1
+            self._terms[name] = total + value, counted
         self.num_samples_seen += int(inputs["num_samples"])
         self._tokens += inputs["input_ids"].numel()
         if inputs["input_ids"].device.type == "cpu":  # elsewhere it would wait for the device: see log
@@ -125,7 +164,7 @@ class VoraTrainer(Trainer):
         loss so, or that such a loss came before: where nothing is logged between two checkpoints, nobody else has
         looked. Waits for a device once."""
         model = self.accelerator.unwrap_model(self.model)
-        if self._last_batch is not None and not self.is_fsdp_enabled:  # whose processes would have to do so in step
+        if self._last_batch is not None:
             self.divergence.note_again(self._loss_without_a_trace(model, self._last_batch))
         bad = self.accelerator.reduce(self.divergence.num_bad(model, self.args.device), "sum").tolist()
         if any(bad):
@@ -140,6 +179,8 @@ class VoraTrainer(Trainer):
         with self.accelerator.autocast():
             loss = objective.eval()(**batch)["loss"]
         objective.train(is_training)
+        if self.is_fsdp_enabled:
+            objective.reshard()  # which otherwise follows a backward pass
         return loss
 
     def _means(self) -> dict[str, float]:
@@ -150,7 +191,7 @@ class VoraTrainer(Trainer):
         names = {name: [name] for name in LOSSES} | {"pair_losses": pairs}
         rows = {term: torch.zeros(len(parts) + 1, device=self.args.device) for term, parts in names.items()}
         for term, (total, counted) in self._terms.items():
-            rows[term][:-1], rows[term][-1] = total, len(counted)
+            rows[term][:-1], rows[term][-1] = total, counted
         rows = self.accelerator.reduce(rows, "sum")
         means = {term: (row[:-1] / row[-1]).tolist() for term, row in rows.items() if row[-1] > 0}
         return {name: value for term, row in means.items() for name, value in zip(names[term], row)}
@@ -241,10 +282,37 @@ class VoraTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Of a checkpoint; rates and decay are the recipe's, which may have changed since."""
+        if checkpoint is None:
+            return
         wanted = hyperparameters(self.optimizer)
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            use_hyperparameters(wanted, self.optimizer, self.lr_scheduler)
+        if self.is_fsdp_enabled or Path(checkpoint, OPTIMIZER_FOLDER).exists():
+            sharding.load_optimizer(self.model, self._bare_optimizer, Path(checkpoint))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        use_hyperparameters(wanted, self.optimizer, self.lr_scheduler)
+
+    @property
+    def _bare_optimizer(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The Trainer would gather a sharded LLM and all of its optimizer's state in the first process."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        sharding.save_optimizer(self.model, self._bare_optimizer, Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.pt"))
+
+    def save_model(self, output_dir: Any = None, _internal_call: bool = False) -> None:
+        """What was trained; sharded weights are gathered, but not those that are frozen."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        objective = self.accelerator.unwrap_model(self.model)
+        whole = sharding.gathered(sharding.saved_tensors(objective), self.args.should_save)
+        self._save(output_dir, state_dict=whole)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Whole, or not at all; older ones are deleted once it is, and nothing else: the Trainer would delete whatever
@@ -261,8 +329,8 @@ class VoraTrainer(Trainer):
         """Also where this process stands in the data; then, once all processes have written, what lies there. Only
         trainer_state.json follows, which says that all is there."""
         super()._save_rng_state(output_dir)
-        state = self.train_dataset.state_dict() | {"num_samples_seen": self.num_samples_seen}
-        Path(output_dir, DATA_FILE.format(self.args.process_index)).write_text(json.dumps(state))
+        samples_seen = torch.tensor(self.num_samples_seen, device=self.args.device)
+        self.train_dataset.save(Path(output_dir), int(self.accelerator.reduce(samples_seen, "sum")))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_manifest(Path(output_dir))
@@ -272,10 +340,9 @@ class VoraTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         objective = self.accelerator.unwrap_model(self.model)
-        heads = objective.distillation
         save_training(
-            objective.student, self.processing_class, folder, distillation=heads, state_dict=state_dict,
-            max_images=self.train_dataset.max_images,
+            objective.student, self.processing_class, folder, distillation=objective.distillation,
+            state_dict=state_dict, llm_digest=self._llm_digest, max_images=self.train_dataset.max_images,
         )  # fmt: skip
         if folder.name.startswith("checkpoint-"):
             torch.save(self.args, folder / "training_args.bin")
@@ -288,17 +355,22 @@ class VoraTrainer(Trainer):
             self.state.best_model_checkpoint = str(best.folder)
             self._load_best_model()
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if resume_from_checkpoint is not None and self.is_fsdp_enabled:
+            self._load_from_checkpoint(resume_from_checkpoint)  # whole weights, which are spread then
+        if self.is_fsdp_enabled:
+            self._llm_digest = digest_of(self.accelerator.unwrap_model(self.model).vora)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str | Path, model: Any = None) -> None:
-        """Weights, and this process's place in the data; a ValueError where the checkpoint was made with other data,
-        by another number of processes, or by an older vora."""
-        file = Path(resume_from_checkpoint, DATA_FILE.format(self.args.process_index))
-        if not file.exists():
-            raise ValueError(f"{resume_from_checkpoint} holds no {file.name}: was it saved by as many processes?")
-        state = json.loads(file.read_text())
-        self.num_samples_seen = self._samples_logged = state.pop("num_samples_seen")
-        self.train_dataset.load_state_dict(state)
+        """Weights, and this process's place in the data; a ValueError where it was made with other data."""
+        if model is not None and self.is_fsdp_enabled:
+            return  # done before weights were spread
+        checkpoint = Path(resume_from_checkpoint)
+        seen = self.train_dataset.load(checkpoint, last_step(checkpoint))
+        self.num_samples_seen = self._samples_logged = seen if self.args.process_index == 0 else 0  # adds up to all
         objective = self.accelerator.unwrap_model(model or self.model)
-        restore(objective.student, Path(resume_from_checkpoint), objective.distillation)
+        restore(objective.student, checkpoint, objective.distillation)
 
 
 def _distill_only_schedule(rest: Callable, num_first: int, num_warmup: int, scale: float, step: int) -> float:

@@ -33,17 +33,19 @@ def step_memory(
 ) -> dict[str, float]:  # fmt: skip
     """{part: bytes} on one device at the moment of a step when most are in use, and their sum `total`. `loss` is zero
     when the optimizer's update is that moment, `gradients` when they do not exist yet.
-    FSDP spreads weights, gradients and optimizer over `num_shards`; without it, several processes hold gradients a
-    second time, in DDP's buckets. Who accumulates holds those of earlier micro-batches in the forward pass."""
+    FSDP spreads weights, gradients and optimizer over `num_shards`, and gathers two blocks and what is in no block;
+    without it, several processes hold gradients a second time, in DDP's buckets. Who accumulates holds those of
+    earlier micro-batches in the forward pass."""
     found = traced(objective, row, num_rows, bf16, num_recomputed)
     gradients = bytes_of(trained_parameters(objective)) / num_shards
-    largest_block = max(bytes_of(block.parameters()) for block in objective.vora.model.blocks)
+    blocks = [bytes_of(block.parameters()) for block in objective.vora.model.blocks]
+    outside = bytes_of(objective.parameters()) - sum(blocks)  # embeddings, heads: gathered from forward to backward
     parts = {
         "frozen weights": bytes_of(p for p in objective.parameters() if not p.requires_grad) / num_shards,
         "trained weights": gradients,
         "optimizer": optimizer_bytes(objective, optim) / num_shards,
         "gradient buckets": gradients if num_processes > 1 and num_shards == 1 else 0,
-        "gathered blocks": 0 if num_shards == 1 else 2 * largest_block,
+        "gathered blocks": 0 if num_shards == 1 else 2 * max(blocks) + outside,
         "teacher": 0 if objective.teacher is None else bytes_of(objective.teacher.parameters()),
     }
     early = gradients if accumulates else 0  # gradients that are there before the backward pass
