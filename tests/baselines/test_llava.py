@@ -173,6 +173,7 @@ def test_a_recipe_has_one_way_to_see(recipe):
         ({"data": {"sources": [{"path": "x"}], "text_only": True}}, "model.encoder and data.text_only exclude"),
         ({"model": {"vora": "x", "encoder": "vit"}}, "model.vora has vision: leave"),
         ({"model": {"llm": "x", "encoder": "vit", "image_attention": "bidirectional"}}, "leave image_attention out"),
+        ({"model": {"llm": "x", "encoder": "vit", "axial_positions": True}}, "leave axial_positions out"),
     ):
         with pytest.raises(ValueError, match=wanted):
             meta_model(recipe(**sections))

@@ -19,7 +19,7 @@ SHAPES = {
 TOKEN = 8  # side of an image token in pixels
 
 
-def tiny_exportable(family="llama", teacher="vit", **options):
+def tiny_exportable(family="llama", teacher="vit", image_markers=None, **options):
     """(model, processor) whose patch embedding starts as a ViT's: 4 to 9 image tokens of 2 x 2 patches of 4 pixels."""
     tokenizer, vit = tiny_tokenizer(), tiny_vit(teacher, image_size=24)
     shape = SHAPE | FAMILIES[family] | SHAPES[family] | {"vocab_size": len(tokenizer)}
@@ -34,7 +34,12 @@ def tiny_exportable(family="llama", teacher="vit", **options):
     model = from_llm(llm.eval(), teacher=vit, patch_merge=2, tokenizer=tokenizer, **options)
     model.model.patch_embedding.position.data.normal_()
     processor = processor_from_llm(
-        tokenizer, teacher=vit, patch_merge=2, image_mean=(0.5, 0.4, 0.3), image_std=(0.5, 0.3, 0.2)
+        tokenizer,
+        teacher=vit,
+        patch_merge=2,
+        image_markers=image_markers,
+        image_mean=(0.5, 0.4, 0.3),
+        image_std=(0.5, 0.3, 0.2),
     )
     return model, processor
 

@@ -10,7 +10,7 @@ import torch
 from exportable import TOKEN, save_exportable, tiny_exportable
 from tiny import command_line, tiny_tokenizer
 
-from vora.export.carrier import as_convolution, check_fits, square_size, write_mmproj
+from vora.export.carrier import check_fits, square_size, token_positions, write_mmproj
 from vora.export.gguf_files import export_gguf, modelfile, read_export
 from vora.export.sentencepiece_model import is_sentencepiece, write_sentencepiece_model
 
@@ -39,7 +39,7 @@ def llama_cpp_tokens(tensors, values, image):
 @pytest.mark.parametrize("size", [TOKEN, 2 * TOKEN, 3 * TOKEN])
 def test_mmproj_computes_what_the_patch_embedding_does(tmp_path, size):
     model, processor = tiny_exportable()
-    write_mmproj(tmp_path / "mmproj.gguf", model, processor.image_processor, size, "tiny")
+    write_mmproj(tmp_path / "mmproj.gguf", model, processor.image_processor, "tiny", size)
     values, tensors = tensors_of(tmp_path / "mmproj.gguf")
     pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     mean, std = values["clip.vision.image_mean"], values["clip.vision.image_std"]
@@ -54,11 +54,11 @@ def test_mmproj_computes_what_the_patch_embedding_does(tmp_path, size):
     assert (values["clip.vision.image_size"], values["clip.vision.patch_size"]) == (size, TOKEN)
 
 
-def test_the_convolution_of_another_grid_takes_resampled_positions():
+def test_tokens_of_another_grid_take_resampled_positions():
     model, _ = tiny_exportable()
-    own, other = (as_convolution(model.model.patch_embedding, 4, side) for side in (3, 2))
-    torch.testing.assert_close(own[0], other[0])
-    assert own[1].shape == (9, 32) and other[1].shape == (4, 32)
+    own, other = (token_positions(model.model.patch_embedding, *grid) for grid in ((3, 3), (2, 1)))
+    assert own.shape == (3, 3, 32) and other.shape == (2, 1, 32)
+    assert not torch.isclose(own[:2, :1], other).all(-1).any()
 
 
 def test_what_does_not_fit_is_refused_with_the_cure():
@@ -107,6 +107,7 @@ def test_the_command_prints_how_to_run_it(tmp_path):
     assert found.returncode == 0, found.stderr
     assert f"llama-server -m {out}/model.gguf --mmproj {out}/mmproj.gguf" in found.stderr
     assert "ollama create my-vora" in found.stderr and "~/.lmstudio/models/vora/my-vora" in found.stderr
+    assert "<start_of_image> and <end_of_image> around each image" in found.stderr
 
 
 @pytest.mark.skipif(has_conversion, reason="llama.cpp's conversion is installed")

@@ -20,7 +20,7 @@ needs_llama_cpp = pytest.mark.skipif(not installed, reason="llama.cpp: pip insta
 class Torch:
     """An engine that is torch itself, with what `changed` does to its readings."""
 
-    name, version, with_markers, writes = "remote-code", "0", False, False
+    name, version, writes = "remote-code", "0", False
 
     def __init__(self, model, rule="bidirectional", changed=lambda reading: reading):
         self.model, self.rule, self.changed = model, rule, changed
@@ -40,7 +40,7 @@ class Torch:
 def tiny():
     model, processor = tiny_exportable()
     images = [squared(processor, image, 24) for image in images_to_compare([])]
-    return model, processor, [make_prompt(processor, image, "what colour?", False) for image in images]
+    return model, processor, [make_prompt(processor, image, "what colour?") for image in images]
 
 
 def test_a_question_that_spells_the_image_token_has_the_processors_tokens(tiny):
@@ -49,7 +49,7 @@ def test_a_question_that_spells_the_image_token_has_the_processors_tokens(tiny):
     wanted = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
     )
-    prompt = make_prompt(processor, image, question, False)
+    prompt = make_prompt(processor, image, question)
     assert prompt.inputs["input_ids"].tolist() == [list(wanted["input_ids"][0])]
 
 

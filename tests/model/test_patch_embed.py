@@ -5,6 +5,7 @@ import torch
 from tiny import GRID, PATCH, InFourBits, image, tiny_llm, tiny_vora
 
 from vora import VoraConfig
+from vora.build.vit_init import VitEmbedding
 from vora.model.patch_embed import PatchEmbedding, merge_neighbours
 
 
@@ -55,6 +56,32 @@ def test_positions_learn_from_every_grid_and_frames_share_them(embedding):
     assert found.shape == (8, 16) and torch.equal(found[:4], found[4:])
     embedding(image(2, 5), torch.tensor([[1, 2, 5]])).sum().backward()
     assert (embedding.position.grad.abs().sum(1) > 0).all()
+
+
+def test_axial_positions_are_a_row_and_a_column_whatever_the_grid():
+    embedding = PatchEmbedding(config(axial_positions=True))
+    torch.nn.init.normal_(embedding.position)
+    rows, columns = embedding.position.view(2, GRID, 16)
+    found = embedding.positions_of_grid(2, GRID + 2).view(2, GRID + 2, 16)
+    for row, column in ((0, 0), (1, 0), (1, GRID - 1)):
+        assert torch.equal(found[row, column], rows[row] + columns[column])
+    assert torch.equal(found[:, GRID:], found[:, GRID - 1 : GRID].expand(2, 2, 16))  # past the last
+    embedding(image(2, 1), torch.tensor([[1, 2, 1]])).sum().backward()
+    learned = embedding.position.grad.abs().sum(1).view(2, GRID) > 0
+    assert learned.tolist() == [[i < num for i in range(GRID)] for num in (2, 1)]
+
+
+def test_axial_positions_begin_as_near_to_the_teachers_as_sums_can():
+    torch.manual_seed(0)
+    embedding = PatchEmbedding(config(axial_positions=True))
+    sums = torch.randn(GRID, 1, 16) + torch.randn(1, GRID, 16)
+    parts = {"bias": None, "norm": None, "patch_size": PATCH, "num_channels": 3, "image_size": PATCH * GRID}
+    for table in (sums, torch.randn(GRID, GRID, 16)):
+        VitEmbedding(torch.zeros(16, 3 * PATCH**2), position=table.flatten(0, 1), **parts).copy_to(embedding)
+        left = table - embedding.positions_of_grid(GRID, GRID).detach().view(GRID, GRID, 16)
+        # of least squares: nothing is left that a row or a column could still take
+        assert left.mean(0).abs().max() < 1e-5 and left.mean(1).abs().max() < 1e-5
+        assert table is not sums or left.abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "gpt2"])

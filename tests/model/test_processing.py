@@ -32,6 +32,25 @@ def test_images_and_texts_become_tokens_in_order(processor, tmp_path):
     assert torch.equal(inputs["pixel_values"], torch.cat(alone))
 
 
+def test_markers_go_around_each_image_as_tokens_by_themselves(llm_folder, tmp_path):
+    plain = VoraProcessor.from_llm(llm_folder, **SIZES)
+    VoraProcessor.from_llm(llm_folder, image_markers=("<|image>", "<image|>"), **SIZES).save_pretrained(tmp_path)
+    marked = VoraProcessor.from_pretrained(tmp_path)
+    messages = [user("<", coloured("red"), ">|", coloured("blue"), "what?")]
+    begin, end = (plain.tokenizer(text, add_special_tokens=False)["input_ids"] for text in marked.image_markers)
+    ids = encode(plain, messages)["input_ids"][0].tolist()
+    places = [place for place, id in enumerate(ids) if id == plain.image_token_id]
+    expected = []
+    for place, id in enumerate(ids):
+        expected += begin if id == plain.image_token_id and place - 1 not in places else []
+        expected += [id]
+        expected += end if id == plain.image_token_id and place + 1 not in places else []
+    assert encode(marked, messages)["input_ids"][0].tolist() == expected
+    sample = marked.training_sample([*messages, {"role": "assistant", "content": "teal"}])
+    assert sample["input_ids"][: len(expected)].tolist() == expected
+    assert marked.text_tokenizer().chat_template == plain.text_tokenizer().chat_template
+
+
 def test_batches_mix_images_videos_and_text_and_pad_left(processor):
     rows = [
         [user(coloured("red"), "what colour is the shape?")],

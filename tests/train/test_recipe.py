@@ -52,6 +52,7 @@ def file(tmp_path):
             "at least 1; training.weight_decay is -1",
         ),
         ({"training": {"adam_beta2": 1.0}}, "give less than 1"),
+        ({"model": {"llm": "x", "image_markers": ["it's", ">"]}}, "give two texts without quotes"),
     ],
 )
 def test_mistakes_are_named(sections, wanted):

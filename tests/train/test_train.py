@@ -19,6 +19,7 @@ from vora.checkpoint.layout import HEADS_FILE
 from vora.checkpoint.lineage import read_card
 from vora.data.readers import load_source
 from vora.data.stream import PackedSequences
+from vora.model.processing_vora import SPELT
 from vora.train.from_recipe import training_arguments
 from vora.train.plan.meta_model import meta_model
 from vora.train.recipe import load_recipe
@@ -126,6 +127,7 @@ def test_what_a_trained_model_is_cannot_be_asked_otherwise(recipe, vision):
     second = going_on(recipe, vision)
     for section, key, value, message in (
         (second.model, "patch_merge", 2, "patch_merge 2 .it has 1.* would change it"),
+        (second.model, "axial_positions", True, "axial_positions True .it has False"),
         (second.model, "image_attention", "causal", "image_attention causal .it has bidirectional"),
         (second.lora, "rank", 4, "LoRA of rank 8 in 3 blocks, but the recipe asks for rank 4 in 3"),
         (second.lora, "target_modules", ["q_proj"], "leave lora.target_modules out"),
@@ -138,9 +140,12 @@ def test_what_a_trained_model_is_cannot_be_asked_otherwise(recipe, vision):
         setattr(section, key, before)
     second.model.attn_implementation = "eager"
     second.model.chat_template = "{% for m in messages %}{{ m['role'] }}> {{ m['content'] }}{% endfor %}"
+    second.model.image_markers = ("<|image>", "<image|>")
     objective, processor = build_objective(second)
     assert objective.config.get_text_config()._attn_implementation == "eager"
     assert processor.apply_chat_template([{"role": "user", "content": "what?"}]) == "user> what?"
+    marked = processor.apply_chat_template([{"role": "user", "content": [{"type": "image", "image": None}]}])
+    assert marked.replace(SPELT, "") == f"user> <|image>{processor.image_token}<image|>"
     second.stage, second.teacher = "finetune", None
     with pytest.raises(ValueError, match="vora merge"):
         build_objective(second)

@@ -1,6 +1,7 @@
 """From an LLM, and a ViT if there is one, to a fresh VoRA model and its processor, and back to the LLM alone."""
 
 import copy
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from vora.model.processing_vora import VoraProcessor
 
 def from_llm(
     llm: str | PreTrainedModel, *, teacher: Any = None, patch_size: int | None = None, image_size: int | None = None,
-    patch_merge: int = 1, image_attention: str = "bidirectional", image_token_id: int | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None, **llm_kwargs: Any,
+    patch_merge: int = 1, axial_positions: bool = False, image_attention: str = "bidirectional",
+    image_token_id: int | None = None, tokenizer: PreTrainedTokenizerBase | None = None, **llm_kwargs: Any,
 ) -> VoraForConditionalGeneration:  # fmt: skip
     """A VoRA model with a fresh patch embedding in front of an LLM.
 
@@ -29,6 +30,7 @@ def from_llm(
         teacher: a plain ViT of transformers (model, folder or hub id) whose patch projection and positions the patch
             embedding starts from; it also sets the defaults of the two sizes, which are 14 and 448 without one.
         image_size: side in pixels of the square that the learned positions cover.
+        axial_positions: a patch's position is its row's plus its column's, counted from the corner, never resampled.
         patch_merge: m; m x m neighbouring patches become one image token.
         image_token_id: a token of the vocabulary; by default the tokenizer's own or a spare special token.
         tokenizer: of a loaded LLM whose vocabulary was changed; `processor_from_llm` is given the same object.
@@ -50,6 +52,7 @@ def from_llm(
         image_token_id=image_token_id,
         lm_head_bias=llm.get_output_embeddings().bias is not None,
         patch_merge=patch_merge,
+        axial_positions=axial_positions,
         image_attention=image_attention,
         dtype=llm.dtype,
         **sizes,
@@ -104,13 +107,15 @@ def to_llm(model: VoraForConditionalGeneration) -> PreTrainedModel:
 
 def processor_from_llm(
     llm: Path | str | PreTrainedTokenizerBase, *, teacher: Any = None, patch_size: int | None = None,
-    image_size: int | None = None, patch_merge: int = 1, chat_template: str | None = None, **image_kwargs: Any,
+    image_size: int | None = None, patch_merge: int = 1, chat_template: str | None = None,
+    image_markers: Sequence[str] | None = None, **image_kwargs: Any,
 ) -> VoraProcessor:  # fmt: skip
     """The processor for `from_llm` with the same arguments, where the LLM may also be a tokenizer. Images get at most
     as many tokens as a square of `image_size` has patches.
 
     Args:
         chat_template: Jinja template instead of the LLM's own.
+        image_markers: texts before and after each image, each a token or several.
         image_kwargs: further arguments of `VoraImageProcessor`; a teacher's normalisation is the default.
     """
     tokenizer = load_tokenizer(llm) if isinstance(llm, str | Path) else llm
@@ -134,7 +139,8 @@ def processor_from_llm(
         plain = (files("vora.build") / "plain_chat.jinja").read_text()
         template = ("{{- bos_token -}}" if begins else "") + plain
     images = VoraImageProcessor(patch_size=patch_size, patch_merge=patch_merge, **image_kwargs)
-    return VoraProcessor(images, tokenizer, image_token=image_token).set_template(template)
+    processor = VoraProcessor(images, tokenizer, image_token=image_token, image_markers=image_markers or ("", ""))
+    return processor.set_template(template)
 
 
 @torch.no_grad()
@@ -143,7 +149,8 @@ def match_embedding_scale(model: VoraForConditionalGeneration) -> None:
     embedding = model.model.patch_embedding
     num_patches = 64 * embedding.patch_merge**2
     features = embedding.norm(torch.randn(num_patches, embedding.patch.out_features).to(embedding.patch.weight))
-    tokens = embedding.projection((features + embedding.position.mean(0)).view(64, -1))
+    mean_position = embedding.positions_of_grid(embedding.grid_size, embedding.grid_size).mean(0)
+    tokens = embedding.projection((features + mean_position).view(64, -1))
     embedding.projection.weight.mul_(scale_of_text(model, tokens).to(embedding.projection.weight.dtype))
 
 

@@ -49,7 +49,8 @@ class VitEmbedding:
 
     @torch.no_grad()
     def copy_to(self, embedding: PatchEmbedding) -> None:
-        """Copy into a patch embedding; positions are resampled where its grid differs."""
+        """Copy into a patch embedding; positions are resampled where its grid differs; axial ones are the rows'
+        and columns' means, whose sums are nearest to the table."""
         embedding.patch.weight.copy_(self.weight)
         bias = embedding.patch.bias
         bias.zero_() if self.bias is None else bias.copy_(self.bias)
@@ -61,7 +62,11 @@ class VitEmbedding:
         table = self.position.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
         if side != embedding.grid_size:
             table = resized(table, (embedding.grid_size, embedding.grid_size), "bicubic")
-        embedding.position.copy_(table[0].flatten(1).T)
+        if embedding.axial_positions:
+            table = table - table.mean((2, 3), keepdim=True) / 2
+            embedding.position.copy_(torch.cat([table.mean(3), table.mean(2)], 2)[0].T)
+        else:
+            embedding.position.copy_(table[0].flatten(1).T)
 
 
 def load_vit(place: str, **kwargs: Any) -> PreTrainedModel:

@@ -78,7 +78,7 @@ def export(
     model: ModelOption = None,
     to: Annotated[str, Option(help="gguf: for llama.cpp, Ollama and LM Studio.")] = "gguf",
     quant: Annotated[str, Option(help="Weights of the LLM: f32, f16, bf16 or q8_0.")] = "f16",
-    image_size: Annotated[int | None, Option(help="Side of its images in pixels; the largest by default.")] = None,
+    image_size: Annotated[int | None, Option(help="Side of square images in pixels; the largest by default.")] = None,
     llama_cpp: Annotated[Path | None, Option(help="A clone of llama.cpp to convert with.")] = None,
     llm: BaseLlm = None,
     trust_remote_code: RemoteCode = False,
@@ -101,6 +101,7 @@ def verify(
     model: ModelOption = None,
     images: Annotated[list[str] | None, Option(help="File or folder; by default three drawn images.")] = None,
     files: Annotated[Path | None, Option(help="Folder of `vora export`; else one is made in f32.")] = None,
+    max_new_tokens: Annotated[int, Option(min=1, help="Most tokens of each answer that is compared.")] = 16,
     json: Annotated[Path | None, Option(help="File for the figures.")] = None,
     llm: BaseLlm = None,
     trust_remote_code: RemoteCode = False,
@@ -109,7 +110,9 @@ def verify(
     from vora.checkpoint.pretrained import committed_model
     from vora.export.verify import verify as run
 
-    found = run(model or committed_model(), runtime, images=images or (), files=files, llm=llm)
+    found = run(
+        model or committed_model(), runtime, images=images or (), max_new_tokens=max_new_tokens, files=files, llm=llm
+    )
     if json is not None:
         found.write(json)
     console.print(found.summary(), highlight=False, markup=False)

@@ -1,13 +1,16 @@
-"""A patch embedding in a form that stock llama.cpp reads: an mmproj file of its projector type `gemma3`, no blocks.
+"""A patch embedding in a form that stock llama.cpp reads: an mmproj file of one of its projector types, no blocks.
 
 Without a norm, patch projection, positions, merge and projection are one convolution and one row to add per token.
-llama.cpp normalises (RMSNorm) what comes out of that before a last projection. So a channel of its own holds a number
-in every row beside which the tokens are nothing to the norm, and the last projection leaves it out.
+Type `gemma3` has a table of these rows, for one size of images; type `gemma4v` sums one of the token's row and one of
+its column, for any size. llama.cpp normalises (RMSNorm) what comes out of that before a last projection. So a channel
+of its own holds a number in every row beside which the tokens are nothing to the norm, and the last projection leaves
+it out.
 
-Dims: p patch side, m = patch_merge, k = m p side of a token, N tokens, D LLM width, E channels here, D_v width of the
-patch embedding, C colours.
+Dims: p patch side, m = patch_merge, k = m p side of a token, R x S tokens of a grid, L most rows and columns, D LLM
+width, E channels here, D_v width of the patch embedding, C colours.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -18,10 +21,30 @@ from torch import Tensor
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.patch_embed import PatchEmbedding
+from vora.model.processing_vora import VoraProcessor
 
-BEGIN, END = "<start_of_image>", "<end_of_image>"  # texts that llama.cpp puts around an image of this projector type
 NORM_CONSTANT = 1e4  # fits half precision; the norm changes tokens e by |e|^2 / 2e8 of themselves
 EPS = 1e-6  # of the norm
+BATCH = 512  # tokens that llama-server takes at once by default; an image has to fit
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """A projector type of llama.cpp, and the texts that it puts before and after each image."""
+
+    projector_type: str
+    image_markers: tuple[str, str]
+
+
+SQUARE = Carrier("gemma3", ("<start_of_image>", "<end_of_image>"))
+ANY_SIZE = Carrier("gemma4v", ("<|image>", "<image|>"))
+CAUSAL_WIDTHS = (1536, 2560)  # newer llama.cpp takes LLMs of these for small Gemma 4, whose images it reads causally
+
+
+def fitting_carrier(model: VoraForConditionalGeneration, processor: VoraProcessor) -> Carrier:
+    """What carries a model: it takes images of any size if positions, texts around images and width let it."""
+    is_axial = model.config.axial_positions and model.config.get_text_config().hidden_size not in CAUSAL_WIDTHS
+    return ANY_SIZE if is_axial and tuple(processor.image_markers) == ANY_SIZE.image_markers else SQUARE
 
 
 def check_fits(model: VoraForConditionalGeneration) -> None:
@@ -66,51 +89,97 @@ def square_size(model: VoraForConditionalGeneration, images: VoraImageProcessor,
 
 
 @torch.no_grad()
-def as_convolution(embedding: PatchEmbedding, patch_size: int, tokens_a_side: int) -> tuple[Tensor, Tensor]:
-    """What a patch embedding without norm does to a square image: kernel float[D, C, k, k], rows float[N, D]."""
-    m, g = embedding.patch_merge, tokens_a_side
-    patch, bias = embedding.patch.weight.double(), embedding.patch.bias.double()
+def token_kernel(embedding: PatchEmbedding, patch_size: int) -> Tensor:
+    """float[D, C, k, k]: the convolution by which a patch embedding without norm makes tokens of pixels."""
+    m = embedding.patch_merge
     projection = embedding.projection.weight.double().unflatten(1, (m, m, -1))  # D, m, m, D_v
-    kernel = torch.einsum("dijw,wx->dijx", projection, patch).unflatten(-1, (-1, patch_size, patch_size))
-    kernel = kernel.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # D, C, m p, m p
-    positions = embedding.positions_of_grid(g * m, g * m).double() + bias
-    rows = torch.einsum("dijw,aibjw->abd", projection, positions.view(g, m, g, m, -1)).flatten(0, 1)
-    return kernel.float(), rows.float()
+    kernel = torch.einsum("dijw,wx->dijx", projection, embedding.patch.weight.double())
+    kernel = kernel.unflatten(-1, (-1, patch_size, patch_size)).permute(0, 3, 1, 4, 2, 5)  # D, C, m, p, m, p
+    return kernel.flatten(4, 5).flatten(2, 3).float()
 
 
-def write_mmproj(
-    path: Path, model: VoraForConditionalGeneration, images: VoraImageProcessor, image_size: int, name: str
-) -> None:
-    """Write the mmproj file for square images of a side of so many pixels."""
-    p, m = model.config.patch_size, model.config.patch_merge
-    kernel, rows = as_convolution(model.model.patch_embedding, p, image_size // (p * m))
-    width = len(kernel)
-    channels = (width // 64 + 1) * 64
-    constant = rows.new_zeros(len(rows), channels)
-    constant[:, width] = NORM_CONSTANT
-    constant[:, :width] = rows
-    tensors = {
-        "v.patch_embd.weight": torch.cat([kernel, kernel.new_zeros(channels - width, *kernel.shape[1:])]),
+@torch.no_grad()
+def token_positions(embedding: PatchEmbedding, num_rows: int, num_columns: int) -> Tensor:
+    """float[R, S, D]: what it adds to the tokens of a grid."""
+    m = embedding.patch_merge
+    projection = embedding.projection.weight.double().unflatten(1, (m, m, -1))
+    positions = embedding.positions_of_grid(num_rows * m, num_columns * m).double() + embedding.patch.bias.double()
+    return torch.einsum("dijw,aibjw->abd", projection, positions.view(num_rows, m, num_columns, m, -1)).float()
+
+
+def token_tables(embedding: PatchEmbedding, most: int) -> Tensor:
+    """float[2, L, D]: tables of columns and of rows, whose sums are `token_positions` of axial ones."""
+    columns, rows = token_positions(embedding, 1, most)[0], token_positions(embedding, most, 1)[:, 0]
+    return torch.stack([columns, rows - rows[0]])
+
+
+def with_constant(rows: Tensor, constant: float = NORM_CONSTANT) -> Tensor:
+    """float[..., D] rows to float[..., E], with a constant in the channel after them."""
+    width = rows.shape[-1]
+    found = rows.new_zeros(*rows.shape[:-1], (width // 64 + 1) * 64)
+    found[..., :width], found[..., width] = rows, constant
+    return found
+
+
+def square_tensors(embedding: PatchEmbedding, patch_size: int, tokens_a_side: int) -> dict[str, Tensor]:
+    """The tensors of an mmproj file of type `gemma3`."""
+    rows = with_constant(token_positions(embedding, tokens_a_side, tokens_a_side).flatten(0, 1))
+    width, channels = embedding.projection.out_features, rows.shape[-1]
+    return {
+        "v.patch_embd.weight": with_constant(token_kernel(embedding, patch_size).movedim(0, -1), 0).movedim(-1, 0),
         "v.patch_embd.bias": torch.zeros(channels),
-        "v.position_embd.weight": constant,
+        "v.position_embd.weight": rows,
         "mm.input_projection.weight": torch.eye(channels, width),
         "mm.soft_emb_norm.weight": torch.full((channels,), NORM_CONSTANT / channels**0.5),
     }
+
+
+def any_size_tensors(embedding: PatchEmbedding, patch_size: int, most: int) -> dict[str, Tensor]:
+    """The tensors of an mmproj file of type `gemma4v`, for at most so many rows and columns of tokens."""
+    tables = with_constant(token_tables(embedding, most), NORM_CONSTANT / 2)
+    width, channels = embedding.projection.out_features, tables.shape[-1]
+    return {
+        "v.patch_embd.weight": with_constant(token_kernel(embedding, patch_size).movedim(0, -1), 0).movedim(-1, 0),
+        "v.position_embd.weight": tables,
+        "mm.input_projection.weight": torch.eye(width, channels) * (NORM_CONSTANT / channels**0.5),
+    }
+
+
+def write_mmproj(
+    path: Path,
+    model: VoraForConditionalGeneration,
+    images: VoraImageProcessor,
+    name: str,
+    image_size: int | None = None,
+) -> None:
+    """Write the mmproj file for square images of a side of so many pixels, or for images of any size."""
+    embedding, patch_size = model.model.patch_embedding, model.config.patch_size
+    side = patch_size * model.config.patch_merge
+    mean, deviation = np.array(images.image_mean), np.array(images.image_std)
+    if image_size is None:
+        carrier = ANY_SIZE
+        most = max(BATCH, images.max_image_tokens)  # an image of more tokens does not fit into a batch anyway
+        tensors = any_size_tensors(embedding, patch_size, most)
+        mean, deviation = mean - deviation, deviation * 2  # this type makes 2 x - 1 of normalised pixels x
+    else:
+        carrier = SQUARE
+        tensors = square_tensors(embedding, patch_size, image_size // side)
     numbers = {
-        "image_size": image_size, "patch_size": p * m, "embedding_length": channels, "feed_forward_length": 0,
-        "block_count": 0, "projection_dim": width, "attention.head_count": 1, "projector.scale_factor": 1,
+        "image_size": image_size or side, "patch_size": side, "feed_forward_length": 0, "block_count": 0,
+        "embedding_length": len(tensors["v.patch_embd.weight"]), "projection_dim": embedding.projection.out_features,
+        "attention.head_count": 1, "projector.scale_factor": 1,
     }  # fmt: skip
     writer = gguf.GGUFWriter(path, arch="clip")
     writer.add_string("general.name", name)
     writer.add_string("general.type", "mmproj")
     writer.add_bool("clip.has_vision_encoder", True)
-    writer.add_string("clip.projector_type", "gemma3")
+    writer.add_string("clip.projector_type", carrier.projector_type)
     writer.add_bool("clip.use_gelu", True)
     for key, number in numbers.items():
         writer.add_uint32(f"clip.vision.{key}", number)
     writer.add_float32("clip.vision.attention.layer_norm_epsilon", EPS)
-    writer.add_array("clip.vision.image_mean", images.image_mean)
-    writer.add_array("clip.vision.image_std", images.image_std)
+    writer.add_array("clip.vision.image_mean", mean.tolist())
+    writer.add_array("clip.vision.image_std", deviation.tolist())
     for key, tensor in tensors.items():
         writer.add_tensor(key, np.ascontiguousarray(tensor.float().numpy()))
     writer.write_header_to_file()

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,14 +14,26 @@ from transformers import PreTrainedTokenizerBase
 from vora.checkpoint.layout import read_info
 from vora.checkpoint.load import load_model
 from vora.checkpoint.save import whole_folder
-from vora.export.carrier import check_fits, square_size, write_mmproj
+from vora.export.carrier import (
+    ANY_SIZE,
+    BATCH,
+    SQUARE,
+    Carrier,
+    check_fits,
+    fitting_carrier,
+    square_size,
+    write_mmproj,
+)
 from vora.export.sentencepiece_model import is_sentencepiece, write_sentencepiece_model
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
 QUANTS = ("f32", "f16", "bf16", "q8_0")
 MODEL, MMPROJ, MODELFILE, EXPORT_INFO = "model.gguf", "mmproj.gguf", "Modelfile", "export.json"
-BATCH = 512  # tokens that llama-server takes at once by default; an image has to fit
+UNKNOWN_MARKERS = (
+    "llama.cpp puts the texts {} and {} around each image, with which the model was not trained: it may answer "
+    "otherwise than in `vora chat`."
+)
 # Runs llama.cpp's conversion. It knows tokenizers by a checksum; one that it does not know, but that splits words as
 # GPT-2's does, is said to be that.
 CONVERT = """
@@ -51,8 +63,14 @@ class GgufExport:
     folder: Path
     name: str
     quant: str
-    image_size: int  # side of the square images, in pixels
-    num_image_tokens: int  # of each
+    image_size: int | None  # side of the square images, in pixels; None: of any size
+    num_image_tokens: int  # of each, or the most of them
+    min_image_tokens: int | None = None  # of images of any size
+    knows_markers: bool = False  # whether it was trained with the texts that llama.cpp puts around images
+
+    @property
+    def carrier(self) -> Carrier:
+        return ANY_SIZE if self.image_size is None else SQUARE
 
     @property
     def batch_size(self) -> int:
@@ -62,13 +80,18 @@ class GgufExport:
     def summary(self) -> str:
         """What it is, and how to run it."""
         model, mmproj = self.folder / MODEL, self.folder / MMPROJ
-        larger = f" -b {self.batch_size} -ub {self.batch_size}" if self.batch_size > BATCH else ""
+        options = f" -b {self.batch_size} -ub {self.batch_size}" if self.batch_size > BATCH else ""
         place = f"~/.lmstudio/models/vora/{self.name}"
+        size = f"of {self.image_size} x {self.image_size} pixels"
+        if self.image_size is None:
+            size = f"of any size, of {self.min_image_tokens} to {self.num_image_tokens} tokens each"
+            options += f" --image-min-tokens {self.min_image_tokens} --image-max-tokens {self.num_image_tokens}"
         return (
-            f"Saved {self.folder}, for images of {self.image_size} x {self.image_size} pixels. Run it in\n"
-            f"* llama.cpp: llama-server -m {model} --mmproj {mmproj}{larger}\n"
+            f"Saved {self.folder}, for images {size}. Run it in\n"
+            f"* llama.cpp: llama-server -m {model} --mmproj {mmproj}{options}\n"
             f"* Ollama: ollama create {self.name.lower()} -f {self.folder / MODELFILE}\n"
             f"* LM Studio: mkdir -p {place} && cp {model} {mmproj} {place}"
+            + ("" if self.knows_markers else f"\n{UNKNOWN_MARKERS.format(*self.carrier.image_markers)}")
         )
 
 
@@ -90,7 +113,7 @@ def export_gguf(
     model, processor = load_model(info, llm=llm, dtype=torch.float32 if info.adapter else None, device="cpu")
     with whole_folder(out) as folder:
         found = write_export(model, processor, folder, out.name, quant, image_size, llama_cpp)
-    return GgufExport(out, found.name, quant, found.image_size, found.num_image_tokens)
+    return replace(found, folder=out)
 
 
 def write_export(
@@ -101,15 +124,14 @@ def write_export(
 
     Args:
         quant: of the LLM, one of `QUANTS`; the patch embedding stays in f32.
-        image_size: side of the one square size that images are brought to; by default the model's largest.
+        image_size: side of the one square size that images are brought to, by default the model's largest; not of a
+            model that is exported for images of any size.
         llama_cpp: a clone of llama.cpp whose conversion is used, instead of the one in the extra `llamacpp`.
     """
     if quant not in QUANTS:
         raise ValueError(f"--quant {quant} is unknown: give {', '.join(QUANTS)}; others make llama-quantize of f32.")
     check_fits(model)
-    size = square_size(model, processor.image_processor, image_size)
-    tokens = (size // (model.config.patch_size * model.config.patch_merge)) ** 2
-    export = GgufExport(folder, name, quant, size, tokens)
+    export = planned(model, processor, folder, name, quant, image_size)
     converter = conversion_folder(llama_cpp)
     with TemporaryDirectory(dir=folder.parent, prefix=".llm-") as scratch:
         model.to_llm().save_pretrained(scratch)
@@ -117,11 +139,27 @@ def write_export(
         if is_sentencepiece(json.loads(Path(scratch, "tokenizer.json").read_text())):
             write_sentencepiece_model(Path(scratch))
         _convert(converter, Path(scratch), folder / MODEL, export)
-    write_mmproj(folder / MMPROJ, model, processor.image_processor, size, name)
+    write_mmproj(folder / MMPROJ, model, processor.image_processor, name, export.image_size)
     (folder / MODELFILE).write_text(modelfile(processor))
-    values = {"name": name, "quant": quant, "image_size": size, "num_image_tokens": tokens}
+    values = {key: value for key, value in asdict(export).items() if key != "folder"}
     (folder / EXPORT_INFO).write_text(json.dumps(values, indent=1) + "\n")
     return export
+
+
+def planned(
+    model: VoraForConditionalGeneration, processor: VoraProcessor, folder: Path, name: str, quant: str,
+    image_size: int | None,
+) -> GgufExport:  # fmt: skip
+    """What an export of a model will be; ValueError where images cannot be of a wanted size."""
+    images, carrier = processor.image_processor, fitting_carrier(model, processor)
+    known = tuple(processor.image_markers) == carrier.image_markers
+    if carrier == ANY_SIZE:
+        if image_size is not None:
+            raise ValueError(f"--image-size {image_size}: the model is exported for images of any size, leave it out.")
+        return GgufExport(folder, name, quant, None, images.max_image_tokens, images.min_image_tokens, known)
+    size = square_size(model, images, image_size)
+    num_image_tokens = (size // (images.patch_size * images.patch_merge)) ** 2
+    return GgufExport(folder, name, quant, size, num_image_tokens, knows_markers=known)
 
 
 def conversion_folder(llama_cpp: Path | None = None) -> Path:

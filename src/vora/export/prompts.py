@@ -1,5 +1,6 @@
 """The prompts on which engines are compared: an image of whole tokens, as it is or with far patches swapped."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,11 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 
-from vora.export.carrier import BEGIN, END
 from vora.model.fetch_image import fetch_image
 from vora.model.image_processing_vora import on_black_square
 from vora.model.processing_vora import VoraProcessor
 
+CLOUDS = ((256, 256), (320, 160), (160, 320))  # sizes of drawn images
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 
 
@@ -31,19 +32,31 @@ class Prompt:
         return self.inputs["input_ids"].shape[1]
 
 
-def make_prompt(processor: VoraProcessor, image: Image.Image, question: str, with_markers: bool) -> Prompt:
-    """The inputs of a question about an image, where wanted with the texts that llama.cpp puts around images."""
+def make_prompt(processor: VoraProcessor, image: Image.Image, question: str) -> Prompt:
+    """The inputs of a question about an image."""
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor.image_processor(image, return_tensors="pt")
     num_tokens = int(inputs["image_grid_thw"].prod()) // processor.image_processor.patch_merge**2
-    before, after = str(text).split(processor.image_token)
-    parts = [before, BEGIN, END, after] if with_markers else [before, after]
-    ids = [processor.ids_of(part) for part in parts]
-    first = [id for part in ids[: len(ids) // 2] for id in part]
-    rest = [id for part in ids[len(ids) // 2 :] for id in part]
+    first, rest = (processor.ids_of(part) for part in str(text).split(processor.image_token))
     inputs["input_ids"] = torch.tensor([[*first, *[processor.image_token_id] * num_tokens, *rest]])
     return Prompt(image, question, inputs, len(first))
+
+
+def with_image_markers(processor: VoraProcessor, image_markers: Sequence[str]) -> VoraProcessor:
+    """A processor that puts these texts before and after each image."""
+    template = processor.text_tokenizer().chat_template
+    processor = copy.copy(processor)
+    processor.image_markers = list(image_markers)
+    return processor.set_template(template)
+
+
+def in_whole_tokens(processor: VoraProcessor, image: Image.Image) -> Image.Image:
+    """An image at the size to which the model's own image processor brings it."""
+    images = processor.image_processor
+    image = on_black_square(image) if images.pad_to_square else image
+    rows, columns = images.patch_grid(image.height, image.width, images.min_image_tokens, images.max_image_tokens)
+    return image.resize((columns * images.patch_size, rows * images.patch_size), images.resample)
 
 
 def squared(processor: VoraProcessor, image: Image.Image, size: int) -> Image.Image:
@@ -67,7 +80,8 @@ def swap_far_patches(image: Image.Image, token_size: int) -> Image.Image | None:
 
 
 def images_to_compare(paths: Sequence[str]) -> list[Image.Image]:
-    """The images of files and folders; without any, three of coloured clouds. ValueError where a folder has none."""
+    """The images of files and folders; without any, three of coloured clouds at three aspect ratios. ValueError where
+    a folder has none."""
     found: list[str] = []
     for path in paths:
         folder = Path(path)
@@ -75,9 +89,9 @@ def images_to_compare(paths: Sequence[str]) -> list[Image.Image]:
         if folder.is_dir() and not inside:
             raise ValueError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))}): name another folder, or files.")
         found += inside if folder.is_dir() else [path]
-    return [fetch_image(one) for one in found] or [_clouds(seed) for seed in range(3)]
+    return [fetch_image(one) for one in found] or [_clouds(seed, size) for seed, size in enumerate(CLOUDS)]
 
 
-def _clouds(seed: int) -> Image.Image:
+def _clouds(seed: int, size: tuple[int, int]) -> Image.Image:
     colours = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    return Image.fromarray(colours).resize((256, 256), Image.Resampling.BICUBIC)
+    return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)

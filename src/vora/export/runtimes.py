@@ -44,7 +44,6 @@ class Runtime(Protocol):
 
     name: str
     version: str
-    with_markers: bool  # whether it puts texts around images
     writes: bool  # answers of its own
 
     def read(self, prompts: Sequence[Prompt], answers: Sequence[list[int]]) -> list[Reading]: ...
@@ -53,7 +52,7 @@ class Runtime(Protocol):
 class RemoteCode:
     """transformers with the code that a merged folder brings."""
 
-    name, with_markers, writes = "remote-code", False, False
+    name, writes = "remote-code", False
 
     def __init__(self, folder: Path) -> None:
         import transformers
@@ -88,7 +87,7 @@ class RemoteCode:
 class LlamaCpp:
     """llama.cpp's server, inside this process, on its road of chats with images; it answers greedily."""
 
-    name, with_markers, writes = "llama.cpp", True, True
+    name, writes = "llama.cpp", True
 
     def __init__(self, export: GgufExport, context: int, max_new_tokens: int) -> None:
         if find_spec("xllamacpp") is None:
@@ -100,6 +99,7 @@ class LlamaCpp:
         params.model.path, params.mmproj.path = str(export.folder / MODEL), str(export.folder / MMPROJ)
         params.n_ctx, params.n_parallel = context, 1
         params.n_batch = params.n_ubatch = export.batch_size
+        params.image_min_tokens, params.image_max_tokens = export.min_image_tokens or -1, export.num_image_tokens
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
         params.warmup, params.verbosity = False, -1
         with silence():

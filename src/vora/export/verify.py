@@ -18,9 +18,16 @@ from vora.checkpoint.layout import CheckpointInfo, read_info
 from vora.checkpoint.load import load_model
 from vora.checkpoint.names import published
 from vora.checkpoint.save import save_merged
-from vora.export.carrier import square_size
 from vora.export.gguf_files import read_export, write_export
-from vora.export.prompts import Prompt, images_to_compare, make_prompt, squared, swap_far_patches
+from vora.export.prompts import (
+    Prompt,
+    images_to_compare,
+    in_whole_tokens,
+    make_prompt,
+    squared,
+    swap_far_patches,
+    with_image_markers,
+)
 from vora.export.runtimes import LlamaCpp, Reading, RemoteCode, Runtime, with_answer
 from vora.export.vllm import Vllm
 from vora.model.modeling_vora import VoraForConditionalGeneration
@@ -106,9 +113,13 @@ def verify(
     with TemporaryDirectory() as scratch:
         if runtime == "llama.cpp":
             export = read_export(files) if files else write_export(model, processor, Path(scratch), "model", "f32")
-        size = export.image_size if export else square_size(model, processor.image_processor)
-        square = [squared(processor, image, size) for image in opened]
-        prompts = [make_prompt(processor, image, question, export is not None) for image in square]
+        if export is not None:  # what it puts around images is given to torch as well
+            processor = with_image_markers(processor, export.carrier.image_markers)
+        if export is not None and export.image_size is not None:
+            shown = [squared(processor, image, export.image_size) for image in opened]
+        else:
+            shown = [in_whole_tokens(processor, image) for image in opened]
+        prompts = [make_prompt(processor, image, question) for image in shown]
         engine: Runtime
         if export is not None:
             engine = LlamaCpp(export, max(prompt.length for prompt in prompts) + max_new_tokens + 16, max_new_tokens)
@@ -162,17 +173,17 @@ def check_mask(
     """Swap the far patches of each image and compare what changes at the first place that the engine shows, its first
     image token if it can, with what changes in torch. None where images have fewer than three tokens."""
     side = model.config.patch_size * model.config.patch_merge
-    images = [swap_far_patches(prompt.image, side) for prompt in prompts]  # squares of one size
-    swapped = [
-        make_prompt(processor, image, prompt.question, engine.with_markers)
-        for image, prompt in zip(images, prompts)
+    images = [swap_far_patches(prompt.image, side) for prompt in prompts]
+    pairs = [
+        (prompt, reading, make_prompt(processor, image, prompt.question))
+        for prompt, reading, image in zip(prompts, readings, images)
         if image is not None
     ]
-    if not swapped:
+    if not pairs:
         return None
-    again = engine.read(swapped, [reading.answer for reading in readings])
+    again = engine.read([swapped for *_, swapped in pairs], [reading.answer for _, reading, _ in pairs])
     changes, by_rule = [], {"bidirectional": [], "causal": []}  # type: ignore[var-annotated]
-    for prompt, before, other, after in zip(prompts, readings, swapped, again):
+    for (prompt, before, other), after in zip(pairs, again):
         row = next(i for i, place in enumerate(before.places) if place >= prompt.first_image_token)
         place = before.places[row]
         ids, change = _change(before, after, row)

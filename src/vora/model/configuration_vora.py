@@ -26,6 +26,7 @@ class VoraConfig(PreTrainedConfig):
         image_size: side in pixels of the square whose grid of patches the learned positions cover.
         vision_hidden_size: d_vit, width of the patch embedding before its projection to the LLM's width.
         patch_norm: whether an RMSNorm follows the patch projection, as in the paper.
+        axial_positions: positions are a row's plus a column's, never resampled, not a table of image_size's grid.
         image_attention: "bidirectional", tokens of one image see all of it (the paper's), or "causal".
         lm_head_bias: whether the LLM's output layer has a bias.
 
@@ -43,7 +44,7 @@ class VoraConfig(PreTrainedConfig):
         patch_merge: int = 1, image_size: int = 448, num_channels: int = 3, vision_hidden_size: int = 768,
         patch_norm: bool = True, patch_norm_eps: float = 1e-5, image_attention: str = "bidirectional",
         lm_head_bias: bool = False, initializer_range: float = 0.02, tie_word_embeddings: bool | None = None,
-        **kwargs: Any,
+        axial_positions: bool = False, **kwargs: Any,
     ):  # fmt: skip
         if text_config is None or isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**{"model_type": "llama", **(text_config or {})})
@@ -60,14 +61,12 @@ class VoraConfig(PreTrainedConfig):
             )
         if image_attention not in ("bidirectional", "causal"):
             raise ValueError(f"image_attention {image_attention!r} is unknown: give bidirectional or causal.")
-        self.image_token_id, self.image_attention = image_token_id, image_attention
-        self.patch_size, self.patch_merge = patch_size, patch_merge
-        self.image_size, self.num_channels = image_size, num_channels
-        self.vision_hidden_size, self.lm_head_bias = vision_hidden_size, lm_head_bias
-        self.patch_norm, self.patch_norm_eps = patch_norm, patch_norm_eps
-        self.initializer_range = initializer_range
+        self.image_token_id, self.axial_positions = image_token_id, axial_positions
+        self.patch_size, self.patch_merge, self.image_size = patch_size, patch_merge, image_size
+        self.num_channels, self.vision_hidden_size, self.lm_head_bias = num_channels, vision_hidden_size, lm_head_bias
+        self.patch_norm, self.patch_norm_eps, self.initializer_range = patch_norm, patch_norm_eps, initializer_range
         # vLLM reads it: the tokens of one image attend to each other in both directions
-        self.is_mm_prefix_lm = image_attention == "bidirectional"
+        self.image_attention, self.is_mm_prefix_lm = image_attention, image_attention == "bidirectional"
         kwargs.pop("is_mm_prefix_lm", None)
         if tie_word_embeddings is None:
             tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)

@@ -78,11 +78,8 @@ def fetch_image(source: Any, *, allow_urls: bool = False, policy: ImagePolicy = 
 
 
 def fetch_frames(source: Any, *, allow_urls: bool = False, policy: ImagePolicy = POLICY) -> list[Image.Image]:
-    """All frames of an animated image as RGB images, of another that one; see `fetch_image`.
-
-    Raises:
-        ValueError: as `fetch_image`, and for too many frames or pixels in all.
-    """
+    """All frames of an animated image as RGB images, of another that one; ValueError as of `fetch_image`, and for too
+    many frames or pixels in all."""
     cure = "Give its frames as a list of images, or an animated GIF, WebP or PNG."
     with _named(source, "video", cure), _opened(source, allow_urls, policy) as image:
         return limited_frames(map(to_rgb, ImageSequence.Iterator(image) if _moves(image) else [image]), policy)
@@ -316,10 +313,8 @@ def _answer(parts: SplitResult, host: str, deadline: float, policy: ImagePolicy)
 
 
 def _connected(host: str, port: int, deadline: float, policy: ImagePolicy) -> socket.socket:
-    """A connection to a host, all of whose addresses must be public ones.
-
-    It goes to an address that was checked, so that no second look-up of the name, and no proxy, can lead elsewhere.
-    """
+    """A connection to a host, all of whose addresses must be public ones. It goes to an address that was checked, so
+    that no second look-up of the name, and no proxy, can lead elsewhere."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     if not policy.allow_private and (private := [one for one in addresses if not is_public(one)]):

@@ -1,4 +1,4 @@
-"""Patches to image tokens: linear, norm, two-dimensional positions resampled to any grid, merge, projection.
+"""Patches to image tokens: linear, norm, two-dimensional positions of any grid, merge, projection.
 
 Dims: P patches of all images of the batch, C channels, p patch side, m = patch_merge, D_v = vision_hidden_size,
 D = LLM width, G = side of the learned grid, N images, B sequences, T tokens of each.
@@ -25,11 +25,12 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, config: VoraConfig):
         super().__init__()
-        self.grid_size = config.grid_size
+        self.grid_size, self.axial_positions = config.grid_size, config.axial_positions
         width = config.vision_hidden_size
         self.patch = nn.Linear(config.num_channels * config.patch_size**2, width)
         self.norm = nn.RMSNorm(width, eps=config.patch_norm_eps) if config.patch_norm else nn.Identity()
-        self.position = nn.Parameter(torch.zeros(self.grid_size**2, width))
+        num_positions = self.grid_size * (2 if self.axial_positions else self.grid_size)
+        self.position = nn.Parameter(torch.zeros(num_positions, width))
         self.patch_merge = config.patch_merge
         self.projection = nn.Linear(config.patch_merge**2 * width, config.get_text_config().hidden_size, bias=False)
 
@@ -58,7 +59,11 @@ class PatchEmbedding(nn.Module):
         return torch.cat([resampled[h, w].repeat(t, 1) for t, h, w in grids])
 
     def positions_of_grid(self, num_rows: int, num_columns: int) -> Tensor:
-        """The learned table resampled (bicubic, antialiased) to float[num_rows * num_columns, D_v]."""
+        """float[num_rows * num_columns, D_v]: the table resampled; if axial, sums of its halves, clamped."""
+        if self.axial_positions:
+            tables = zip(self.position.chunk(2), (num_rows, num_columns))
+            rows, columns = (t[torch.arange(n, device=t.device).clamp(max=len(t) - 1)] for t, n in tables)
+            return (rows[:, None] + columns).flatten(0, 1)
         if (num_rows, num_columns) == (self.grid_size, self.grid_size):
             return self.position
         table = self.position.unflatten(0, (self.grid_size, self.grid_size)).permute(2, 0, 1)[None]

@@ -48,7 +48,7 @@ class VoraProcessor(ProcessorMixin):
 
     Content is text, or a list of texts, images and videos: `{"type": "video", "video": frames}` with all that `Video`
     takes. Special tokens that a message spells (the image token, those of roles and ends) are plain text. In texts
-    given by hand one `image_token` stands for a whole image.
+    given by hand one `image_token` stands for a whole image; in messages `image_markers`, two texts, go around each.
     """
 
     _auto_class = "AutoProcessor"
@@ -59,9 +59,9 @@ class VoraProcessor(ProcessorMixin):
 
     def __init__(
         self, image_processor: VoraImageProcessor | None = None, tokenizer: Any = None,
-        chat_template: str | None = None, image_token: str = "<image>", **kwargs: Any,
+        chat_template: str | None = None, image_token: str = "<image>", image_markers: Any = ("", ""), **kwargs: Any,
     ):  # fmt: skip
-        self.image_token = image_token
+        self.image_token, self.image_markers = image_token, list(image_markers)
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         # left, so that generation continues right after every prompt of a batch; calls and saving read init_kwargs
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
@@ -70,8 +70,12 @@ class VoraProcessor(ProcessorMixin):
 
     def set_template(self, template: str) -> "VoraProcessor":
         """Write turns by an LLM's Jinja template from now on; gives itself."""
-        self.chat_template = FLATTEN_CONTENT.replace("IMAGE_TOKEN", self.image_token) + template
+        self.chat_template = self._lead() + template
         return self
+
+    def _lead(self) -> str:
+        begin, end = (SPELT + one + SPELT if one else "" for one in self.image_markers)  # tokens by themselves
+        return FLATTEN_CONTENT.replace("IMAGE_TOKEN", begin + self.image_token + end)
 
     def apply_chat_template(self, conversation: Sequence, *args: Any, **kwargs: Any) -> Any:
         """As the library's; ValueError where a part is no text, image or video, so that it would be left out."""
@@ -311,8 +315,7 @@ class VoraProcessor(ProcessorMixin):
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer.init_kwargs.pop("processor_class", None)
         tokenizer._processor_class = None
-        lead = FLATTEN_CONTENT.replace("IMAGE_TOKEN", self.image_token)
-        tokenizer.chat_template = self.chat_template.removeprefix(lead)
+        tokenizer.chat_template = self.chat_template.removeprefix(self._lead())
         return tokenizer
 
     @property

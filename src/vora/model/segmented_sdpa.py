@@ -156,12 +156,8 @@ def _products(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, s
 
 def complete_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
     """float[B, H, Q, width of the values], where every query sees every key."""
-    if (
-        not dropout
-        and query.device.type == "cpu"
-        and _by_products(computing_dtype(query))
-        and key.shape[2] <= MOST_KEPT
-    ):
+    is_soonest = query.device.type == "cpu" and _by_products(computing_dtype(query)) and key.shape[2] <= MOST_KEPT
+    if is_soonest and not dropout:
         query, key, value = (states.to(torch.bfloat16) for states in (query, key, value))
         queries = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3).flatten(0, 1)  # [B G, H / G Q, W]
         scores = torch.baddbmm(queries.new_zeros(()), queries, key.flatten(0, 1).mT, beta=0, alpha=scale)

@@ -1,7 +1,7 @@
 """llama.cpp as an engine: its server inside this process, on an export that is made for it and thrown away after.
 
-llama.cpp generates the answers that come together side by side by itself. Images are of one square size there, which
-it brings them to; limits, key and errors are the API's, as before any engine.
+llama.cpp generates the answers that come together side by side by itself. Images are brought to the size, or one of
+the sizes, that the export takes; limits, key and errors are the API's, as before any engine.
 """
 
 import base64
@@ -21,6 +21,7 @@ from PIL import Image
 from vora.checkpoint.layout import read_info
 from vora.checkpoint.load import load_model
 from vora.export.gguf_files import MMPROJ, MODEL, GgufExport, write_export
+from vora.export.prompts import in_whole_tokens, squared
 from vora.export.runtimes import silence
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import SPELT, VoraProcessor
@@ -46,6 +47,7 @@ class LlamaCppEngine:
         self.context = min(context, limits.max_prompt_tokens + limits.max_tokens)
         params.n_parallel, params.n_ctx = limits.max_batch_size, limits.max_batch_size * self.context
         params.n_batch = params.n_ubatch = export.batch_size
+        params.image_min_tokens, params.image_max_tokens = export.min_image_tokens or -1, export.num_image_tokens
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
         params.warmup, params.verbosity = False, -1
         with silence():
@@ -120,10 +122,9 @@ class LlamaCppEngine:
         return re.sub(re.escape(PLACE_OF_IMAGE), f"<{UNSEEN}{PLACE_OF_IMAGE[1:]}", parted)
 
     def _as_url(self, image: Image.Image) -> str:
-        """An image of the one size, brought to it as our processor would."""
-        processor = self.processor.image_processor
-        if image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), processor.resample)
+        """An image at the size that llama.cpp leaves as it is, brought to it as our processor would."""
+        size = self.size
+        image = in_whole_tokens(self.processor, image) if size is None else squared(self.processor, image, size)
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=1)
         return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -28,6 +28,9 @@ class ModelSection(Section):
     encoder: str | None = Field(None, description="LLaVA's way, as a baseline: a frozen ViT behind a projector.")
     patch_size: int | None = Field(None, description="Side of a patch in pixels; default: the teacher's.")
     image_size: int | None = Field(None, description="Side in pixels of the square of the learned positions.")
+    axial_positions: bool = Field(
+        False, description="Positions are a row's plus a column's, as llama.cpp needs for images of any size."
+    )
     patch_merge: int = Field(1, ge=1, description="m: m x m neighbouring patches become one image token.")
     min_image_tokens: int | None = Field(None, ge=1, description="Fewest tokens of an image; smaller ones grow.")
     max_image_tokens: int | None = Field(None, ge=1, description="Most tokens of an image; larger ones shrink.")
@@ -36,12 +39,22 @@ class ModelSection(Section):
         "bidirectional", description="Whether the tokens of an image see all of it, or only those before."
     )
     chat_template: str | None = Field(None, description="Jinja text, or a path beside the recipe; default: the LLM's.")
+    image_markers: tuple[str, str] | None = Field(
+        None, description="Texts before and after each image, such as those that llama.cpp puts there."
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Precision of the weights that do not train."
     )
     attn_implementation: Literal["sdpa", "eager", "flex_attention"] = Field(
         "sdpa", description="How attention is computed."
     )
+
+    @field_validator("image_markers")
+    @classmethod
+    def can_stand_in_templates(cls, markers: tuple[str, str] | None) -> tuple[str, str] | None:
+        if any("'" in marker or "\\" in marker or not marker.strip() for marker in markers or ()):
+            raise ValueError("give two texts without quotes and backslashes: they stand in the chat template")
+        return markers
 
     @model_validator(mode="after")
     def one_source(self) -> "ModelSection":
@@ -53,6 +66,8 @@ class ModelSection(Section):
             raise ValueError(
                 "encoder makes a fresh start from an llm, and model.vora has vision: leave one of them out"
             )
+        if self.axial_positions:
+            raise ValueError("an encoder has positions of its own: leave axial_positions out")
         if "image_attention" not in self.model_fields_set:
             self.image_attention = "causal"
         if self.image_attention != "causal":

@@ -128,7 +128,8 @@ def build_student(recipe: Recipe, vit: Teacher | None = None, **given: Any) -> A
     if wanted.encoder is not None and vit is not None:
         return VoraLlavaForConditionalGeneration.from_llm(encoder=vit, **options)
     start = vit if recipe.init_from_teacher else None
-    return from_llm(teacher=start, image_attention=wanted.image_attention, **options)
+    options |= wanted.model_dump(include={"image_attention", "axial_positions"})
+    return from_llm(teacher=start, **options)
 
 
 def student_to_go_on_with(recipe: Recipe) -> Any:
@@ -142,7 +143,7 @@ def student_to_go_on_with(recipe: Recipe) -> Any:
     if wanted.attn_implementation != "sdpa":
         model.set_attn_implementation(wanted.attn_implementation)
     changed = []
-    for key in ("patch_size", "image_size", "patch_merge", "image_attention"):
+    for key in ("patch_size", "image_size", "patch_merge", "axial_positions", "image_attention"):
         value, has = getattr(wanted, key), getattr(model.config, key, None)
         if value not in (has, ModelSection.model_fields[key].default):
             changed.append(f"{key} {value} (it has {has})")
@@ -178,10 +179,13 @@ def build_processor(recipe: Recipe, vit: Teacher | None = None) -> VoraProcessor
     wanted = recipe.model
     if wanted.vora is not None:
         processor = load_processor(wanted.vora)
-        if wanted.chat_template is not None:
-            processor.set_template(wanted.chat_template)
+        if wanted.chat_template is not None or wanted.image_markers is not None:
+            template = wanted.chat_template or processor.text_tokenizer().chat_template
+            processor.image_markers = list(wanted.image_markers or processor.image_markers)
+            processor.set_template(template)
     else:
-        options = wanted.model_dump(include={"patch_size", "image_size", "patch_merge", "chat_template"})
+        keys = {"patch_size", "image_size", "patch_merge", "chat_template", "image_markers"}
+        options = wanted.model_dump(include=keys)
         if vit is not None and (wanted.encoder is not None or recipe.init_from_teacher):
             options["teacher"] = vit
         elif vit is not None:  # its normalisation, also where the patch embedding starts afresh
