@@ -24,7 +24,7 @@ for verb in verbs:
 print(*verbs, [name for name in ("torch", "transformers", "numpy") if name in sys.modules])
 """
     shown = command_line(code=code)
-    verbs = "quickstart init data plan train ablate merge import-reference eval chat inspect export verify"
+    verbs = "quickstart init data plan train ablate merge import-reference eval chat inspect serve export verify"
     assert shown.stdout == f"{verbs} []\n", shown.stderr
 
 

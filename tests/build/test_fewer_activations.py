@@ -8,7 +8,7 @@ from tiny import prompt, text, tiny_vora, train_a_little
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from vora import attach_vision_lora, merge_vision_lora
-from vora.build.fewer_activations import keep_all_activations, keep_fewer_activations
+from vora.build.fewer_activations import LeanMLP, LeanNorm, keep_all_activations, keep_fewer_activations
 from vora.train.plan.memory import Saved
 
 # (norms, MLPs) that are written as Llama's are, in three blocks and before the output
@@ -16,8 +16,7 @@ REPLACED = {"llama": (7, 3), "qwen3": (13, 3), "gemma3_text": (0, 3), "phi3": (7
 
 
 def replaced(model):
-    named = [module.forward.func.__name__ for module in model.modules() if "forward" in vars(module)]
-    return named.count("_norm"), named.count("_gated_mlp")
+    return tuple(sum(isinstance(module, kind) for module in model.modules()) for kind in (LeanNorm, LeanMLP))
 
 
 def step(model, inputs):

@@ -39,11 +39,12 @@ def test_all_that_is_saved_is_described_and_names_no_folder(work, folder, tmp_pa
     assert info.adapter == (AdapterInfo(2, 2, LAYERS) if has_lora else None)
     assert (info.llm_digest is not None) == has_lora
     assert info.model_type == ("llama" if folder == "llm" else "vora")
+    assert info.max_images == 1
     # one that was saved without a description says the same, but for what is in no other file: a digest was in
     # config.json then, and pairs follow from heads alone
     (tmp_path / "it" / "vora.json").unlink()
     without = {} if info.has_heads else {"block_pairs": ()}
-    assert read_info(tmp_path / "it") == replace(info, llm_digest=None, **without)
+    assert read_info(tmp_path / "it") == replace(info, llm_digest=None, max_images=None, **without)
 
 
 def test_a_run_is_what_it_saved_last_and_names_its_folders(work, tmp_path):

@@ -168,7 +168,7 @@ def test_class_labels_alone_and_in_lists_are_names(tmp_path):
         for column in ("answer", "answers"):
             source = opened(tmp_path / place, columns={column: column})
             assert answers([source[0], source[1]]) == ["ass", "ox"]
-            with pytest.raises(ValueError, match="fit none of the layouts|answer is empty"):
+            with pytest.raises(ValueError, match="fit no layout|answer is empty"):
                 source[2]  # a class that is withheld
 
 
@@ -228,7 +228,7 @@ def test_bad_rows_among_good_ones_refuse_no_source(tmp_path, monkeypatch):
     source = opened(write(tmp_path / "t.parquet", *rows, row_group_size=1))
     assert list(source.block_sizes) == [1] * 4 and content_of(source[3])[1] == ["user: ? / assistant: yes"]
     monkeypatch.setattr("vora.data.source.FIRST_ROWS", 3)
-    with pytest.raises(ValueError, match="None of the first 3 rows of .* can be used"):
+    with pytest.raises(ValueError, match="none of its first 3 rows can be used"):
         opened(tmp_path / "t.parquet")
 
 

@@ -155,8 +155,8 @@ NOTHING, UNREAD = "answer is empty", "which is not understood"
     [
         ({"image": "red.png", "question": "what?", "answer": " "}, NOTHING),
         ({"questions": ["what?"], "answers": [None]}, NOTHING),
-        ({"question": "what?", "answer": math.nan}, "fit none of the layouts"),
-        ({"question": math.nan, "answer": "x"}, "fit none of the layouts"),
+        ({"question": "what?", "answer": math.nan}, "fit no layout"),
+        ({"question": math.nan, "answer": "x"}, "fit no layout"),
         ({"questions": ["what?", math.nan], "answers": ["a", "b"]}, "question is null"),
         ({"question": "what?", "answers": ["a", "b"], "questions": ["what?"]}, "1 questions, but 2 answers"),
         ({"question": "which?", "choices": ["this", "that"], "answer": 1}, "answer 1 is none of its 2 choices"),

@@ -1,5 +1,6 @@
 """Two processes that train together learn what one does of the same samples: losses, weights and running moments."""
 
+import gc
 from datetime import timedelta
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def learn_as(rank, folder):
     model = DistributedDataParallel(objective, find_unused_parameters=True)
     learned = learn(objective, model, lambda rows: rows[rank], 2)
     torch.save((*learned, objective.state_dict()), Path(folder, f"{rank}.pt"))
+    del model
+    gc.collect()  # DDP lets go of the group first: as its last owner it would wait for threads that wait for Python
     dist.barrier()
     dist.destroy_process_group()
 

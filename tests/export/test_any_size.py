@@ -57,7 +57,7 @@ def test_mmproj_computes_what_the_patch_embedding_does(tmp_path, grid):
     eps = values["clip.vision.attention.layer_norm_epsilon"]
     states = states * (states.square().mean(-1, keepdim=True) + eps).rsqrt()
     with torch.no_grad():
-        wanted = model.get_image_features(**processor.image_processor(pixels, return_tensors="pt"))
+        wanted = model.model.patch_embedding(**processor.image_processor(pixels, return_tensors="pt"))
     torch.testing.assert_close(states @ tensors["mm.input_projection.weight"].T, wanted, atol=1e-4, rtol=1e-4)
     assert values["clip.projector_type"] == "gemma4v" and values["clip.vision.patch_size"] == TOKEN
     assert tensors["v.position_embd.weight"].shape[1] == 512  # as many as llama-server takes at once

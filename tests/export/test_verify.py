@@ -149,7 +149,7 @@ def test_a_saved_folder_computes_the_same_with_its_own_code(tmp_path):
 
 
 def test_an_unknown_runtime_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="--runtime onnx is unknown: give remote-code or llama.cpp"):
+    with pytest.raises(ValueError, match="--runtime onnx is unknown: give remote-code, llama.cpp or vllm"):
         verify(tmp_path, "onnx")
 
 

@@ -49,7 +49,7 @@ def test_image_features_are_one_tensor_for_each_image(pair):
 
 def test_prompts_have_one_image_token_which_vllm_repeats(pair, tmp_path, monkeypatch):
     model, processor = pair
-    prompt = make_prompt(processor, squared(processor, images_to_compare([])[0], 24), "what?", False)
+    prompt = make_prompt(processor, squared(processor, images_to_compare([])[0], 24), "what?")
     ids = Vllm(tmp_path, model.config.image_token_id)._with_one_token(prompt, [7, 8])
     assert ids.count(model.config.image_token_id) == 1 and ids[-2:] == [7, 8]
     num_tokens = int(prompt.inputs["image_grid_thw"].prod()) // 4

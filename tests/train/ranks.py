@@ -1,5 +1,6 @@
 """Runs of several processes for the tests, which do not import anything anew."""
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -33,6 +34,8 @@ def train_as(
     trainer = run(load_recipe(recipe, list(overrides)), folder, **options)
     if after is not None:
         after(trainer)
+    del trainer
+    gc.collect()  # DDP lets go of the group first: as its last owner it would wait for threads that wait for Python
     dist.barrier()
     dist.destroy_process_group()  # else a process that ends while its threads live may abort
 

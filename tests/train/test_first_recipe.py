@@ -42,7 +42,7 @@ def test_columns_are_found(tmp_path, names, columns):
 
 
 def test_columns_that_say_nothing_are_named(tmp_path):
-    with pytest.raises(ValueError, match="fit none of the layouts.*--column image=photo"):
+    with pytest.raises(ValueError, match="fit no layout.*--column image=photo"):
         look_at(write_rows(tmp_path, "x", "y"))
     named = {"image": "x", "caption": "y"}
     assert look_at(write_rows(tmp_path, "x", "y"), named).columns == named

@@ -1,5 +1,6 @@
 """A stopped or killed run goes on as if nothing had been, of one process and of two; no run is overwritten."""
 
+import gc
 import json
 import os
 import random
@@ -139,10 +140,13 @@ def train_as(rank, store, recipe, folder, overrides, stop_at=None, **options):
     if stop_at is None:
         trainer = run(load_recipe(recipe, overrides), folder, **options)
         assert fewest_of_processes(30 - rank, trainer.args) == 29  # of steps that each measured
+        del trainer
     else:
         callbacks = [] if rank else [StopAt(stop_at)]
         with pytest.raises(InterruptedError, match="A signal to another process" if rank else "SIGTERM"):
             run(load_recipe(recipe, overrides), folder, callbacks=callbacks, **options)
+    # DDP lets go of the group first: as its last owner it would wait for threads that wait for the interpreter
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()  # else a process that ends while its threads live may abort
 

@@ -124,6 +124,6 @@ def _conversations_of(row: Row, has_image: bool, draw: random.Random, prompts: P
             raise ValueError(NOTHING_TO_LEARN)
         return [[{"role": "text", "content": text}]]
     raise ValueError(
-        f"Its columns {sorted(map(str, row))} fit none of the layouts (caption; question, answer; ...): name them in "
+        f"Its columns {sorted(map(str, row))} fit no layout (caption; question, answer; ...): name them in "
         "the source's `columns`."
     )

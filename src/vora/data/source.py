@@ -157,7 +157,7 @@ class Source:
                     f"they have {', '.join(sorted(map(str, known)))}."
                 )
         if not is_used:
-            raise ValueError(f"None of the first {count} rows of {self.name} can be used. The first: {cause}")
+            raise ValueError(f"{self.name}: none of its first {count} rows can be used. The first: {cause}")
 
 
 def bytes_of(file: str, start: int, end: int) -> bytes:

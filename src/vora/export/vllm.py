@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).with_name("read_in_vllm.py")
 class Vllm:
     """vLLM, which is given the tokens that torch reads; it shows the likeliest at each place, images included."""
 
-    name, with_markers, writes = "vllm", False, False
+    name, writes = "vllm", False
 
     def __init__(self, folder: Path, image_token_id: int) -> None:
         self.folder, self.image_token_id, self.version = folder, image_token_id, ""

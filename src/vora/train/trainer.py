@@ -126,7 +126,9 @@ class VoraTrainer(Trainer):
         divided by those of the whole step, so that a step's micro-batches, of all processes, add up to one value."""
         learned = "answer_loss" if "answer_loss" in losses or "label_weights" in inputs else "lm_loss"
         tokens = self._num_image_tokens
-        of_step = {learned: num_items, "distill_loss": tokens, "pair_losses": tokens}
+        of_step = {learned: num_items}
+        if self.accelerator.unwrap_model(self.model).teacher is not None:
+            of_step |= {"distill_loss": tokens, "pair_losses": tokens}
         for name in (*LOSSES, "pair_losses"):
             total, counted = self._terms.get(name, (0.0, 0.0))
             value = losses[name].detach() if name in losses else 0.0
