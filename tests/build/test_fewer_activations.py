@@ -1,6 +1,7 @@
 """Norms and MLPs that keep less for the backward pass: the same losses and gradients, fewer bytes."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -52,6 +53,13 @@ def test_losses_and_gradients_are_the_same_and_fewer_bytes_are_kept(family, dtyp
 def test_merged_models_are_as_transformers_writes_them():
     merged = merge_vision_lora(attach_vision_lora(tiny_vora("llama"), rank=2))
     assert replaced(merged) == (0, 0)
+
+
+def test_models_are_pickled():
+    model, inputs = attach_vision_lora(tiny_vora("llama"), rank=2), prompt(text(5))
+    again = pickle.loads(pickle.dumps(model))
+    assert replaced(again) == replaced(model) == (7, 3) and type(again) is type(model)
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
 def test_a_norm_that_trains_gets_its_gradient():

@@ -130,3 +130,20 @@ def test_what_it_saves_is_peft_s_adapter(tmp_path):
     late = merge_vision_lora(model)
     torch.testing.assert_close(logits_of(late, **prompt(WORDS)), logits_of(merged, **prompt(WORDS)))
     assert not late.model._forward_pre_hooks and not late.model._forward_hooks
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_that_change_places_stay_what_they_are():
+    model, mixed = use_lora_by_image(trained("llama")), prompt(SEEN, WORDS)
+    after, mask = torch.tensor([[13], [14]]), torch.cat([mixed["attention_mask"], torch.ones(2, 1).long()], 1)
+
+    def go_on(change, order):
+        cache = model(**mixed, use_cache=True).past_key_values
+        change(cache)
+        return model(input_ids=after[order], attention_mask=mask[order], past_key_values=cache).logits
+
+    wanted, turned = go_on(lambda cache: None, [0, 1]), torch.tensor([1, 0])
+    torch.testing.assert_close(go_on(lambda cache: cache.reorder_cache(turned), [1, 0]), wanted[turned])
+    torch.testing.assert_close(go_on(lambda cache: cache.batch_select_indices(turned), [1, 0]), wanted[turned])
+    twice = go_on(lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1])
+    torch.testing.assert_close(twice, wanted.repeat_interleave(2, 0))

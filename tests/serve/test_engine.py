@@ -7,6 +7,7 @@ import time
 import pytest
 from PIL import Image
 from rich.console import Console
+from tiny import command_line
 
 from vora.checkpoint import load_model
 from vora.model.fetch_image import is_animated
@@ -130,3 +131,28 @@ def test_what_a_generation_config_has_against_repetition_holds_as_in_generate(mo
         answers.append("".join(Engine(model, processor).submit(messages, max_new_tokens=12)))
         assert answers[-1] == processor.decode(wanted, skip_special_tokens=True)
     assert len(set(answers)) == 3
+
+
+@pytest.mark.parametrize("heard", ["answer = ''.join(answer)", "next(answer)"])
+def test_the_interpreter_waits_for_the_thread_that_generates(model_folder, heard):
+    """Which still lets go of a cache when the answer is there, or goes on with one that nobody listens to."""
+    code = f"""
+import atexit, sys, time
+from vora.checkpoint import load_model
+from vora.serve import engine as module
+from vora.serve.batch import Batch
+class Slow(Batch):
+    def __del__(self):
+        time.sleep(0.5)
+module.Batch = Slow
+engine = module.Engine(*load_model(sys.argv[1]))
+engine.model.generation_config.eos_token_id = None
+answer = engine.submit([dict(role="user", content="what?")], max_new_tokens=200 if "next" in {heard!r} else 3)
+{heard}
+worker = engine._worker
+assert worker.is_alive()
+atexit._run_exitfuncs()
+print(worker.is_alive())
+"""
+    done = command_line(model_folder, code=code)
+    assert done.returncode == 0 and done.stdout == "False\n", done.stderr

@@ -58,7 +58,15 @@ class GatedProduct(torch.autograd.Function):
         return ctx.gradient_of_act(gradient * up, gate), ctx.act(gate).mul_(gradient), None
 
 
-class LeanNorm:
+class Lean:
+    """A module whose class is made (`_lean`), and which is pickled by what that is made of."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        how, kind = type(self).__bases__
+        return _bare, (kind, how), vars(self)
+
+
+class LeanNorm(Lean):
     """An RMSNorm, of whatever class, that keeps its input alone; one that trains is as ever."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
@@ -67,7 +75,7 @@ class LeanNorm:
         return RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
-class LeanMLP:
+class LeanMLP(Lean):
     """A gated MLP, of whatever class, that keeps gate and up alone."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -77,6 +85,11 @@ class LeanMLP:
 @cache
 def _lean(kind: type[nn.Module], how: type) -> type[nn.Module]:
     return type(kind.__name__, (how, kind), {})
+
+
+def _bare(kind: type[nn.Module], how: type) -> nn.Module:
+    made = _lean(kind, how)  # type: ignore[arg-type]
+    return made.__new__(made)
 
 
 def keep_fewer_activations(model: nn.Module) -> None:
@@ -91,7 +104,7 @@ def keep_fewer_activations(model: nn.Module) -> None:
 def keep_all_activations(model: nn.Module) -> None:
     """Undo `keep_fewer_activations`."""
     for module in model.modules():
-        if isinstance(module, (LeanNorm, LeanMLP)):
+        if isinstance(module, Lean):
             module.__class__ = type(module).__bases__[1]
 
 

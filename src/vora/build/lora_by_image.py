@@ -38,6 +38,27 @@ class LoraByRow:
         return super().forward(x, *args, adapter_names=names, **kwargs)  # type: ignore[misc]
 
 
+class OrderedWithRows:
+    """A cache, of whatever class, in which what was decided of its rows goes where they go."""
+
+    def reorder_cache(self: Any, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        setattr(self, KEPT, [getattr(self, KEPT)[row] for row in beam_idx.tolist()])
+
+    def batch_select_indices(self: Any, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        setattr(self, KEPT, [getattr(self, KEPT)[row] for row in indices.tolist()])
+
+    def batch_repeat_interleave(self: Any, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        setattr(self, KEPT, [row for row in getattr(self, KEPT) for _ in range(repeats)])
+
+
+@functools.cache
+def _ordered(kind: type[Cache]) -> type[Cache]:
+    return type(kind.__name__, (OrderedWithRows, kind), {})
+
+
 @functools.cache
 def _by_row(kind: type[LoraLayer]) -> type[LoraLayer]:
     return type(kind.__name__, (LoraByRow, kind), {})
@@ -104,4 +125,6 @@ def _keep_with_cache(model: VoraModel, args: tuple[Any, ...], outputs: Any) -> N
     cache = getattr(outputs, CACHE, None)
     if cache is not None:
         setattr(cache, KEPT, _rows_with_image.get())
+        if not isinstance(cache, OrderedWithRows):
+            cache.__class__ = _ordered(type(cache))
     _rows_with_image.set(None)

@@ -51,16 +51,20 @@ def serve(
     """Answer over HTTP as OpenAI's API does: chat/completions with images, streamed or whole."""
     if find_spec("fastapi") is None:
         raise ValueError("The server is not installed: pip install 'vora-vlm[serve]'.")
-    from vora.checkpoint.pretrained import committed_model
+    from vora.checkpoint.pretrained import NAME, committed_model
     from vora.serve import server
     from vora.serve.limits import Limits
+    from vora.serve.port import check_port
 
     limits = Limits(
         max_batch_size=max_batch_size, max_waiting=max_waiting, max_images=max_images, max_tokens=max_tokens,
         max_prompt_tokens=max_prompt_tokens, request_seconds=request_seconds,
     )  # fmt: skip
-    kind, keys, model = server.choose_engine(engine), [key for key in api_key or () if key], model or committed_model()
-    name = name or server.default_name(model)
+    check_port(host, port)
+    server.leave_on_sigterm()
+    kind, keys = server.choose_engine(engine), [key for key in api_key or () if key]
+    name = name or (NAME if model is None else server.default_name(model))
+    model = model or committed_model()
     if not keys and host not in ("127.0.0.1", "localhost", "::1"):
         console.print("Whoever reaches this machine may ask: --api-key KEY, or VORA_API_KEY, asks for a key.")
     if kind == "vllm":

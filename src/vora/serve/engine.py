@@ -4,6 +4,8 @@ Requests that wait are generated together. Before each step those join for whom 
 for a longer answer to end; each row is read and drawn by itself, and an error in it ends that row alone.
 """
 
+import atexit
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from threading import Lock, Thread
@@ -63,6 +65,8 @@ class Engine:
         self._rows: list[_Row] = []
         self._lock, self._preparing = Lock(), Lock()
         self._worker: Thread | None = None
+        self._is_working = False
+        atexit.register(_end, weakref.ref(self))
 
     def submit(
         self, messages: list[Message], *, max_new_tokens: int | None = 256, temperature: float = 0.0,
@@ -80,7 +84,8 @@ class Engine:
         row = _Row(dict(inputs.to(self.model.device)), sampling, self.processor, self._ends(), against)
         with self._lock:
             self._waiting.append(row)
-            if self._worker is None:  # which ends when there is nothing to do
+            if not self._is_working:  # it ends when there is nothing to do
+                self._is_working = True
                 self._worker = Thread(target=self._work, daemon=True, name="vora-engine")
                 self._worker.start()
         return row.answer
@@ -110,7 +115,7 @@ class Engine:
             num_joining = min(JOINS, self.max_batch_size - len(self._rows))
             self._waiting = deque(waiting[num_joining:])
             if not (waiting or self._rows):
-                self._worker = None
+                self._is_working = False
                 return None
             return waiting[:num_joining]
 
@@ -158,6 +163,17 @@ class Engine:
         found = torch.zeros(self.model.lm_head.out_features, dtype=torch.bool, device=self.model.device)
         found[sorted(ids)] = True
         return found
+
+
+def _end(engine_of: "weakref.ref[Engine]") -> None:
+    """Before the interpreter goes: a thread that still lets go of tensors then would abort the process."""
+    engine = engine_of()
+    if engine is None or engine._worker is None:
+        return
+    with engine._lock:
+        for row in (*engine._waiting, *engine._rows):
+            row.answer.close()
+    engine._worker.join(10)
 
 
 class _Row:

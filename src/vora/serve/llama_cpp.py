@@ -63,7 +63,7 @@ class LlamaCppEngine:
             "messages": [self._message(message) for message in messages],
             "max_tokens": max_new_tokens or self.limits.max_tokens,
             "temperature": temperature, "top_p": top_p, "stop": list(stop),
-            "seed": -1 if seed is None else seed % 2**32,
+            "seed": -1 if seed is None else seed % (2**32 - 1),  # the last of 32 bits means a new one each time
             # llama.cpp's own choices, which a request does not name
             "top_k": 0, "min_p": 0, "typical_p": 1, "repeat_penalty": 1, "samplers": ["top_p", "temperature"],
             "stream": True, "stream_options": {"include_usage": True},

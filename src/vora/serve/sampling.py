@@ -11,6 +11,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
+LEAST_TEMPERATURE = 1e-6  # below, the likeliest token is all there is
 LIKELIEST = 256  # among so many tokens the nucleus is looked for before all are sorted
 
 
@@ -48,7 +49,7 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """A token by float[V] logits; ValueError where they are no numbers."""
     if not bool(logits.isfinite().any()):
         raise ValueError("The model's logits are no numbers: its weights are damaged, or too large for their dtype.")
-    if not sampling.temperature:
+    if sampling.temperature < LEAST_TEMPERATURE:
         return int(logits.argmax())
     scores = logits.to("cpu", torch.float32)
     probs = ((scores - scores.max()) / sampling.temperature).softmax(-1)

@@ -81,14 +81,18 @@ def run(service: Service, host: str, port: int, api_keys: Sequence[str] = ()) ->
         create_app(service, api_keys), host=host, port=port, log_level="warning", access_log=False,
         timeout_graceful_shutdown=int(service.limits.stop_seconds), timeout_keep_alive=30, server_header=False,
     )  # fmt: skip
-    # uvicorn sends itself once more what stopped it: to be stopped so is no failure
-    signal.signal(signal.SIGTERM, _leave)
+    leave_on_sigterm()  # uvicorn sends itself once more what stopped it: to be stopped so is no failure
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run()
 
 
-def _leave(*given: Any) -> NoReturn:
-    raise SystemExit(0)
+def leave_on_sigterm() -> None:
+    """From now on SIGTERM leaves in order: what was written for the time being goes."""
+
+    def leave(*given: Any) -> NoReturn:
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def exec_vllm(

@@ -13,8 +13,9 @@ sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")]
 
+from vora.serve.port import check_port  # noqa: E402
 from vora.serve.web.client import Server  # noqa: E402
-from vora.serve.web.launch import check_port, launched  # noqa: E402
+from vora.serve.web.launch import launched  # noqa: E402
 from vora.serve.web.page import Page, build_page  # noqa: E402
 from vora.serve.web.run import image_processor_of, own_server  # noqa: E402
 

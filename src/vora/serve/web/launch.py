@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vora.serve.port import check_port
 from vora.serve.web.style import CSS, THEME
 
 MAX_FILE_SIZE = "20mb"
@@ -46,18 +46,6 @@ class NothingFromElsewhere:
             await send(message)
 
         await self.app(scope, receive, marked)
-
-
-def check_port(host: str, port: int | None) -> None:
-    """ValueError where nothing can listen there."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        with socket.create_server((host, port or 0), family=family):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"Nothing can listen at {host}, port {port or 'any'} ({error.strerror}): give another --port."
-        ) from None
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from vora.checkpoint.load import load_processor
 from vora.checkpoint.pretrained import NAME, committed_model
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.serve.limits import Limits
+from vora.serve.port import check_port
 from vora.serve.server import default_name, service
 from vora.serve.web.client import Server, find_server
-from vora.serve.web.launch import check_port, launched, wait_for_the_end
+from vora.serve.web.launch import launched, wait_for_the_end
 from vora.serve.web.local_api import local_api
 from vora.serve.web.page import Page, build_page
 
