@@ -126,5 +126,5 @@ def _keep_with_cache(model: VoraModel, args: tuple[Any, ...], outputs: Any) -> N
     if cache is not None:
         setattr(cache, KEPT, _rows_with_image.get())
         if not isinstance(cache, OrderedWithRows):
-            cache.__class__ = _ordered(type(cache))
+            cache.__class__ = _ordered(type(cache))  # type: ignore[arg-type]
     _rows_with_image.set(None)

@@ -60,14 +60,15 @@ def write_recipe(
     vit = getattr(vit, "vision_config", vit)
     values = sizes_of(found, vit.patch_size, getattr(config.get_text_config(), "max_position_embeddings", None))
     precision = precision_overrides()
-    steps = steps_of(found, values, epochs)
+    steps, passes = steps_of(found, values, epochs)
+    why_steps = f"some {passes:.3g} times through the data" if found else "say how many"
     text = TEMPLATE.format(
         name=path.name, llm=in_yaml(llm), teacher=in_yaml(teacher), rank=rank, size=f"{num_parameters / 1e6:,.0f}",
         num_blocks=min(depth, vit.num_hidden_layers), depth=depth, teacher_depth=vit.num_hidden_layers,
         spread="\n  spread: true  # the teacher is deeper than the LLM"
         if vit.num_hidden_layers > depth else "",
         sources=sources_text(found), steps=steps, distill_only=steps // 5, warmup=max(1, min(100, steps // 20)),
-        save=max(1, steps // 5), why_steps=f"{epochs:g} times through the data" if found else "say how many",
+        save=max(1, steps // 5), why_steps=why_steps,
         dtype=precision["model.dtype"], bf16=json.dumps(precision["training.bf16"]),
         use_cpu=json.dumps(not torch.cuda.is_available()),
         machine=torch.cuda.get_device_name() if torch.cuda.is_available() else "a processor, no GPU",
@@ -133,10 +134,15 @@ def sizes_of(found: Sequence[Found], patch_size: int, context: int | None) -> di
     }  # fmt: skip
 
 
-def steps_of(found: Sequence[Found], values: dict[str, int], epochs: float) -> int:
-    """Optimizer steps for so many passes over the data; 2,000 where there is none yet."""
-    tokens = epochs * sum(one.num_rows for one in found) * values["mean_tokens"]
-    return max(20, math.ceil(tokens / (SEQUENCES_PER_STEP * values["sequence_length"]))) if found else 2000
+def steps_of(found: Sequence[Found], values: dict[str, int], epochs: float) -> tuple[int, float]:
+    """(Optimizer steps for so many passes over the data, at least 20, or 2,000 where there is none yet; the passes
+    that these make)."""
+    num_tokens = sum(one.num_rows for one in found) * values["mean_tokens"]
+    steps_of_pass = num_tokens / (SEQUENCES_PER_STEP * values["sequence_length"])
+    if not found:
+        return 2000, epochs
+    steps = max(20, math.ceil(epochs * steps_of_pass))
+    return steps, max(epochs, (steps - 1) / steps_of_pass)
 
 
 def sources_text(found: Sequence[Found]) -> str:
