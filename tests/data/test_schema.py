@@ -134,7 +134,18 @@ FILM = [[RED, BLUE]]
         ({"question": "what?", "choices": ["x", "y"], "answers": ["x", None, "x"]}, [], ALONE),
         ({"question": "which? A: x B: y", "A": "x", "B": "y", "answer": "B"}, [],
          "user: which? A: x B: y / assistant: B"),
-        # what is read before it is asked about: of SQuAD, of Dolly
+        ({"context": "A. cat B. dog", "question": "which?", "choices": ["cat", "dog"], "answer": "A"}, [],
+         "user: A. cat B. dog\nwhich? / assistant: A"),
+        ({"question": "how many? (A) 1 (B) 2", "A": 1, "B": 2, "answer": "B"}, [],
+         "user: how many? (A) 1 (B) 2 / assistant: B"),
+        ({"question": "how many?", "A": 0.5, "answer": "3"}, [], "user: how many? / assistant: 3"),
+        ({"question": "what?", "options": "any", "answer": "x"}, [], ALONE),
+        # what is read before it is asked about: of SQuAD, of PubMedQA, of HotpotQA, of Dolly
+        ({"context": ["It is", "x."], **GOOD}, [], "user: It is\nx.\nwhat? / assistant: x"),
+        ({"context": {"contexts": ["It is", None, "x."], "labels": ["A", "B", "C"]}, **GOOD}, [],
+         "user: It is\nx.\nwhat? / assistant: x"),
+        ({"context": {"title": ["T"], "sentences": [["It is", "x."]]}, **GOOD}, [],
+         "user: It is\nx.\nwhat? / assistant: x"),
         ({"context": "It is x.", **GOOD}, [], "user: It is x.\nwhat? / assistant: x"),
         ({"instruction": "what?", "context": "It is x.", "output": "x"}, [],
          "user: what?\nIt is x. / assistant: x"),
@@ -145,6 +156,23 @@ FILM = [[RED, BLUE]]
 def test_rows_as_people_have_them(folder, row, images, conversation):
     found, conversations = read(row, folder)
     assert (found, conversations[0]) == (images, conversation)
+
+
+@pytest.mark.parametrize("answer", ["A", "a", "A:", "[A]", "(A)", "Option A", "answer: A"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["cat", "dog"], {"A": "cat", "B": "dog"}, "A. cat\nB. dog", "(A) cat (B) dog", '["cat", "dog"]',
+        "['cat', 'dog']", '{"A": "cat", "B": "dog"}', [{"label": "A", "text": "cat"}, {"label": "B", "text": "dog"}],
+    ],
+)  # fmt: skip
+def test_letters_of_choices_that_are_not_shown_are_refused(folder, options, answer):
+    row = {"question": "which?", "options": options}
+    with pytest.raises(ValueError, match="is none of its 2 choices"):
+        read({**row, "answer": answer}, folder)
+    assert read({**row, "answer": "cat"}, folder)[1][0] == "user: which? / assistant: cat"
+    shown = {**row, "question": "which? A. cat B. dog", "answer": answer}
+    assert read(shown, folder)[1][0].endswith(f"assistant: {answer}")
 
 
 NOTHING, UNREAD = "answer is empty", "which is not understood"
@@ -162,6 +190,9 @@ NOTHING, UNREAD = "answer is empty", "which is not understood"
         ({"question": "which?", "choices": ["this", "that"], "answer": 1}, "answer 1 is none of its 2 choices"),
         ({"question": "which?", "choices": ["this", "that"], "answer": "B"}, "answer 'B' is none of its 2 choices"),
         ({"question": "which?", "A": "this", "B": "that", "answer": "B"}, "answer 'B' is none of its 2 choices"),
+        ({"question": "in 1234?", "A": 1, "B": 2, "C": 3, "D": 4, "answer": "B"}, "'B' is none of its 4 choices"),
+        ({"question": "which?", "a": "cat", "b": "dog", "answer": "a"}, "answer 'a' is none of its 2 choices"),
+        ({"context": {"facts": 3}, **GOOD}, r"context is a dict, not text. .* columns: \{id: context\}"),
         ({"messages": turns("x", '<tool_call>\n{"name": "f"}\n</tool_call>')}, f"a tool, <tool_call>, {UNREAD}"),
         ({"question": "is it \ud83d?", "answer": "x"}, r"holds '\\ud83d', half of a surrogate pair, at place 6"),
         ({"messages": turns("what?", "\udc00")}, "column 'messages' holds .* half of a surrogate pair"),
@@ -266,6 +297,7 @@ def test_bytes_and_addresses_are_images_and_videos(folder):
         ({"question": "what?", "answers": [{"answer": "many"}], "best": "x", "captions": ["no"]}, {"answer": "best"},
          ALONE),
         ({**GOOD, "opts": ["x", "y"]}, {"choices": "opts"}, ALONE),
+        ({**GOOD, "context": {"facts": 3}}, {"id": "context"}, ALONE),  # leaves it out
     ],
 )  # fmt: skip
 def test_named_columns_go_before_layouts_and_synonyms(row, columns, wanted):

@@ -154,6 +154,36 @@ def test_what_is_not_done_is_refused_by_name(client, options, param):
     assert error_of(found.value)["param"] == param
 
 
+PART = "messages.0.content.0"
+
+
+@pytest.mark.parametrize(
+    "options, param, says",
+    [
+        ({"stop": [""]}, "stop.0", "at least 1 character"),
+        ({"stop": ["a", 5]}, "stop.1", "valid string"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, f"{PART}.type", "a part is"),
+        ({"messages": [{"role": "user", "content": ["hi"]}]}, f"{PART}.type", "a part is"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, f"{PART}.text", "required"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "b": 1}]}]}, f"{PART}.b", "support"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages.0.content", "at least 1 item"),
+    ],
+)
+def test_errors_name_the_place_in_the_body(url, options, param, says):
+    found = post(url, json.dumps({"model": "tiny", "messages": question(), **options}))
+    error = error_of(found)
+    assert found.status_code == 400 and error["param"] == param
+    assert says in error["message"] and not any(sign in error["message"] for sign in "[<")
+
+
+def test_texts_that_follow_each_other_are_one(client):
+    def num_tokens(content):
+        return ask(client, [{"role": "user", "content": content}], max_tokens=1).usage.prompt_tokens
+
+    whole = num_tokens("what colour is it?")
+    assert num_tokens([{"type": "text", "text": text} for text in ("what col", "our ", "is it?")]) == whole
+
+
 def test_what_changes_nothing_is_taken(client):
     neutral = {"n": 1, "frequency_penalty": 0, "logprobs": False, "user": "me", "response_format": {"type": "text"}}
     assert text_of(ask(client, question(), **neutral)) == text_of(ask(client, question()))

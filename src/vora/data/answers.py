@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vora.data.columns import CHOICE_COLUMNS, CHOICE_LETTERS, Row, first_of, has_any
+from vora.data.choices import check_names_no_choice, written
+from vora.data.columns import Row, first_of, has_any
 
 
 @dataclass
@@ -62,12 +63,29 @@ def _question_of(row: Row, question: Any, answers: Any) -> Question | ValueError
             raise ValueError("Its question is null.")
         said = [answer for answer in map(_said, as_list(answers)) if answer is not None]
         texts = [text for answer in said if (text := text_of(answer, "answer")).strip()]
+        asked = "\n".join(filter(None, [context_of(row).strip(), text_of(question, "question")]))
         if len(texts) == 1:  # several people's numbers are what they counted
-            _check_names_no_choice(row, said)
-        asked = [text_of(row.get("context"), "context").strip(), text_of(question, "question")]
-        return Question("\n".join(filter(None, asked)), texts)
+            check_names_no_choice(row, asked, said)
+        return Question(asked, texts)
     except ValueError as error:
         return error
+
+
+def context_of(row: Row) -> str:
+    """What is read before a question: a text, or texts in lists (also as `contexts` or `sentences`, PubMedQA's and
+    HotpotQA's), a line for each; ValueError if it is something else."""
+    try:
+        return "\n".join(filter(None, _texts_in(row.get("context"))))
+    except ValueError as error:
+        raise ValueError(f"{error} Leave it out: columns: {{id: context}} reads it as what is not asked.") from None
+
+
+def _texts_in(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("contexts", "sentences") if key in value), value)
+    if isinstance(value, (list, tuple)):
+        return [text for one in value for text in _texts_in(one)]
+    return [text_of(value, "context")]
 
 
 def class_of(row: Row, classes: Sequence[str] | None) -> str:
@@ -126,37 +144,10 @@ def text_of(value: Any, what: str) -> str:
         return ""
     if not isinstance(value, (str, bool, int, float)):
         raise ValueError(f"Its {what} is a {type(value).__name__}, not text.")
-    return _written(value)
+    return written(value)
 
 
 def _said(value: Any) -> Any:
     """What one person said, whose name or number stands beside it."""
     known = [value[name] for name in ("answer", "raw") if name in value] if isinstance(value, dict) else []
     return known[0] if known else value
-
-
-def _written(value: Any) -> str:
-    """A value as text; of a whole number without a point, as it has in a column of which some are missing."""
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
-
-
-def _check_names_no_choice(row: Row, answers: Sequence[Any]) -> None:
-    """Raise ValueError where an answer is the number or the letter of a choice, and the choices are not shown."""
-    lettered = [row[letter] for letter in CHOICE_LETTERS if letter in row]  # a column for each
-    choices = next((row[column] for column in CHOICE_COLUMNS if column in row), lettered)
-    choices = choices.get("text") if isinstance(choices, dict) else choices
-    choices = [_plain(choice) for choice in choices] if isinstance(choices, (list, tuple)) else []
-    shown = _plain(" ".join(map(str, as_list(row.get("question", row.get("questions", ""))))))
-    if all(choice in shown for choice in choices):
-        return
-    for answer in answers:
-        is_number = isinstance(answer, (int, float)) or (isinstance(answer, str) and len(answer.strip(" ().")) == 1)
-        if is_number and _plain(answer) not in choices:
-            raise ValueError(
-                f"Its answer {answer!r} is none of its {len(choices)} choices: give the text of the right one, and "
-                "put the choices into the question if they are to be chosen from."
-            )
-
-
-def _plain(value: Any) -> str:
-    return _written(value).strip().casefold()

@@ -18,7 +18,7 @@ LEARN_KEYS = ("weight", "loss", "loss_mask", "loss_scale", "train", "training") 
 TURN_COLUMNS = ("messages", "conversations")
 LEAD_COLUMNS = ("system", "history")  # what comes before the rest of a row
 CHOICE_COLUMNS = ("choices", "options")
-CHOICE_LETTERS = ("A", "B", "C", "D", "E", "F")  # columns of one choice each
+CHOICE_LETTERS = (*"ABCDEF", *"abcdef")  # columns of one choice each
 TEXT_COLUMNS = (
     *TURN_COLUMNS, *LEARN_KEYS, "weights", *UNREAD_COLUMNS, "objects", "kto_tag", *LEAD_COLUMNS, "texts", "question",
     "answer", "questions", "answers", "caption", "captions", "sentence", "statement", "label", "identifier",

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from vora.data import columns, turns
-from vora.data.answers import captions_of, class_of, has_questions, questions_of, statement_of, text_of
+from vora.data.answers import captions_of, class_of, context_of, has_questions, questions_of, statement_of, text_of
 from vora.data.columns import IMAGE_COLUMNS, TURN_COLUMNS, Row, RowOptions, first_of, has_any
 from vora.data.images import ImageSource, check_unread_media, images_of_row, located, open_source
 from vora.data.prompts import TRUE_FALSE, Prompts
@@ -116,7 +116,7 @@ def _conversations_of(row: Row, has_image: bool, draw: random.Random, prompts: P
         prompt = draw.choice(prompts.statement).replace("{}", statement.sentence)
         return [question_and_answer(prompt, TRUE_FALSE[0] if statement.truth else TRUE_FALSE[1])]
     if "instruction" in row and "output" in row:
-        asked = [text_of(row.get(column), column) for column in ("instruction", "input", "context")]
+        asked = [*(text_of(row.get(column), column) for column in ("instruction", "input")), context_of(row)]
         return [question_and_answer("\n".join(filter(None, asked)), row["output"])]
     if "text" in row:
         text = text_of(row["text"], "text")

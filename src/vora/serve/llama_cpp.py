@@ -108,7 +108,12 @@ class LlamaCppEngine:
         content, role = message["content"], message["role"]
         if isinstance(content, str):
             return {"role": role, "content": self._as_text(content, role)}
-        return {"role": role, "content": [self._part(part, role) for part in content]}
+        parts: list[dict[str, Any]] = []
+        for part in content:
+            if part["type"] == "text" and parts and parts[-1]["type"] == "text":  # llama.cpp puts a line break between
+                part = {"type": "text", "text": parts.pop()["text"] + part["text"]}
+            parts.append(part)
+        return {"role": role, "content": [self._part(part, role) for part in parts]}
 
     def _part(self, part: dict[str, Any], role: str) -> dict[str, Any]:
         if part["type"] == "text":

@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from vora.serve.api.schemas import TAGS
 from vora.serve.engine import ContextError
 
 log = logging.getLogger("vora.serve")
@@ -76,9 +77,12 @@ def answer_errors(app: FastAPI) -> None:
 
 def _of_validation(found: Any) -> ApiError:
     """The first thing that is wrong with a body."""
-    places = [str(place) for place in found["loc"] if place not in ("body", "text", "image_url")]
+    places = [str(place) for place in found["loc"][1:] if place not in TAGS]  # the first is the body
     if found["type"] == "json_invalid":
         return ApiError(400, f"The body is no JSON: {found.get('ctx', {}).get('error', '')}.", code="invalid_json")
+    if found["type"] == "union_tag_not_found":
+        places.append("type")
+        found = found | {"msg": "a part is {'type': 'text', 'text': ...} or {'type': 'image_url', 'image_url': ...}."}
     param = ".".join(places) or None
     if found["type"] == "extra_forbidden":
         return ApiError(400, f"The parameter {param} is not supported.", code="unsupported_parameter", param=param)

@@ -6,7 +6,17 @@ changes nothing. Those that change no answer are taken and left alone.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    field_validator,
+    model_validator,
+)  # fmt: skip
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # the values that change nothing
     "n": (1,), "frequency_penalty": (0,), "presence_penalty": (0,), "logprobs": (False,), "top_logprobs": (0,),
@@ -22,6 +32,17 @@ def _is_unicode(text: str) -> str:
     return text
 
 
+def _form(value: Any) -> str:
+    """Of what may be a text or a list, so that errors are about the one that is given."""
+    return LIST if isinstance(value, list) else TEXT
+
+
+def _kind(part: Any) -> str | None:
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return next((tag for tag in (TEXT, IMAGE) if kind == tag.strip("<>")), None)
+
+
+TEXT, LIST, IMAGE = TAGS = ("<text>", "<list>", "<image_url>")  # stand in an error's place, and are no keys of a body
 Text = Annotated[str, AfterValidator(_is_unicode)]
 
 
@@ -44,12 +65,16 @@ class ImagePart(_Strict):
     image_url: ImageUrl
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Part = Annotated[Annotated[TextPart, Tag(TEXT)] | Annotated[ImagePart, Tag(IMAGE)], Discriminator(_kind)]
+Parts = Annotated[list[Part], Field(min_length=1)]
+Content = Annotated[Annotated[Text, Tag(TEXT)] | Annotated[Parts, Tag(LIST)], Discriminator(_form)]
+Stops = list[Annotated[str, StringConstraints(min_length=1), AfterValidator(_is_unicode)]]
+Stop = Annotated[Annotated[Text, Tag(TEXT)] | Annotated[Stops, Tag(LIST)], Discriminator(_form)]
 
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1)]
+    content: Content
     name: str | None = Field(None, description="Taken and left alone: chat templates write no names.")
     refusal: None = None
 
@@ -69,7 +94,7 @@ class ChatRequest(_Strict):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Text | list[Annotated[Text, StringConstraints(min_length=1)]] | None = None
+    stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

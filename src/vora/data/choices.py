@@ -1,0 +1,77 @@
+"""Choices beside a question, in every spelling, and answers that name one which is not shown."""
+
+import ast
+import json
+import re
+from collections.abc import Mapping, Sequence
+from string import ascii_uppercase
+from typing import Any
+
+from vora.data.columns import CHOICE_COLUMNS, CHOICE_LETTERS, Row
+
+MARK = re.compile(r"(?:^|(?<=\s))[(\[]?[A-Z][)\].:]+\s*(?=\S)")  # of a choice: "A. ", "(B) "
+FIRST_MARK = re.compile(r"^" + MARK.pattern)
+NAMES_A_CHOICE = re.compile(r"(?:(?:option|choice|answer)\b)?[\s()\[\].:*]*\w[\s()\[\].:*]*", re.IGNORECASE)
+WORD = re.compile(r"[^\W\d_]{2}")
+
+
+def written(value: Any) -> str:
+    """A value as text; of a whole number without a point, as it has in a column of which some are missing."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def check_names_no_choice(row: Row, asked: str, answers: Sequence[Any]) -> None:
+    """Raise ValueError where an answer is the number or the letter of a choice, and what is `asked` does not show the
+    choices."""
+    choices, asked = _choices_of(row), _plain(asked)
+    if all(_is_shown(choice, letter, number, asked) for number, (letter, choice) in enumerate(choices.items())):
+        return
+    for answer in answers:
+        is_name = isinstance(answer, (int, float)) or (isinstance(answer, str) and NAMES_A_CHOICE.fullmatch(answer))
+        if is_name and _plain(answer) not in choices.values():
+            raise ValueError(
+                f"Its answer {answer!r} is none of its {len(choices)} choices: give the text of the right one, and "
+                "put the choices into the question if they are to be chosen from."
+            )
+
+
+def _choices_of(row: Row) -> dict[str, str]:
+    """{letter: choice} of the columns for all choices, or for one each, of which there are several."""
+    given = next((row[column] for column in CHOICE_COLUMNS if column in row), None)
+    if given is None:
+        given = {letter: row[letter] for letter in CHOICE_LETTERS if letter in row}
+        given = given if len(given) > 1 else {}
+    given = _read(given) if isinstance(given, str) else given
+    if isinstance(given, Mapping):
+        given = given.get("text", given)
+    if isinstance(given, (list, tuple)):
+        texts = [one.get("text") if isinstance(one, Mapping) else one for one in given]
+        given = {ascii_uppercase[n] if n < len(ascii_uppercase) else str(n): text for n, text in enumerate(texts)}
+    if not isinstance(given, Mapping):
+        return {}
+    known = {_plain(letter): written(text).strip() for letter, text in given.items() if text is not None}
+    return {letter: _plain(FIRST_MARK.sub("", text)) for letter, text in known.items() if text}
+
+
+def _read(text: str) -> Any:
+    """Choices in one text: JSON, a list as Python writes it, a line for each, or letters before each."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    lines = text.strip().splitlines()
+    found = [one for one in (lines if len(lines) > 1 else MARK.split(text)) if one.strip()]
+    return found if len(found) > 1 else []
+
+
+def _is_shown(choice: str, letter: str, number: int, asked: str) -> bool:
+    """Whether a choice stands in a text; one without a word, as a number, may stand there by chance, so that it
+    counts only after its letter or number."""
+    names = "|".join(map(re.escape, (letter, str(number), str(number + 1))))
+    before = r"(?<!\w)" if WORD.search(choice) else rf"(?<!\w)(?:{names})[\W_]+"
+    return re.search(rf"{before}{re.escape(choice)}(?!\w)", asked) is not None
+
+
+def _plain(value: Any) -> str:
+    return " ".join(written(value).casefold().split())
