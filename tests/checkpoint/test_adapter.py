@@ -21,6 +21,8 @@ from vora.checkpoint import load_adapter, load_model, merge_run, read_info, save
 from vora.checkpoint.load import digest_of, load_processor
 from vora.checkpoint.pretrained import committed_model
 from vora.model.processing_vora import VoraProcessor
+from vora.train.recipe import Recipe
+from vora.train.stages import build_processor
 
 OWN_MODEL = Path(committed_model())
 SIZES = {"patch_size": PATCH, "image_size": PATCH * GRID, "patch_merge": 2}
@@ -55,6 +57,24 @@ def test_over_its_llm_it_is_the_merged_model(adapter):
     assert its_processor.chat_template == processor.chat_template
     assert its_processor.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     assert its_processor.image_processor.to_dict() == processor.image_processor.to_dict()
+
+
+@pytest.mark.parametrize("markers", [("<|image>", "<image|>"), ("<|image>", ""), ("", "<image|>")])
+def test_texts_around_images_are_kept(adapter, llm_folder, tmp_path, markers):
+    folder, _, plain = adapter
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    marked = VoraProcessor.from_llm(str(llm_folder), image_markers=markers, **SIZES)
+    (tmp_path / "chat_template.jinja").write_text(marked.chat_template)  # as `save_adapter` does
+    again = load_processor(tmp_path)
+    assert again.image_markers == list(markers) and load_processor(folder).image_markers == ["", ""]
+    assert again.text_tokenizer().chat_template == plain.text_tokenizer().chat_template
+
+    model = {"vora": str(tmp_path), "image_markers": ["[", "]"]}
+    recipe = Recipe.model_validate(
+        {"stage": "finetune", "model": model, "data": {"sources": [{"path": "none.jsonl"}]}}
+    )
+    anew = VoraProcessor.from_llm(str(llm_folder), image_markers=("[", "]"), **SIZES)
+    assert build_processor(recipe).chat_template == anew.chat_template
 
 
 @torch.no_grad()

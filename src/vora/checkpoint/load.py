@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import TypeAlias
 
@@ -30,7 +31,7 @@ from vora.distill.teacher import Teacher
 from vora.model.configuration_vora import VoraConfig
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.modeling_vora import VoraForConditionalGeneration
-from vora.model.processing_vora import VoraProcessor
+from vora.model.processing_vora import SPELT, VoraProcessor
 from vora.model.segmented_sdpa import use_segmented_sdpa_on_cpu
 
 Source = CheckpointInfo | Path | str
@@ -146,8 +147,16 @@ def load_processor(path: Source, llm: str | None = None) -> VoraProcessor:
             f"{processor.image_token_id} ({processor.image_token}): it is another LLM than the adapter grew on."
         )
     processor.chat_template = (info.path / "chat_template.jinja").read_text()
+    processor.image_markers = _image_markers(processor)
     processor.image_processor = VoraImageProcessor.from_pretrained(info.path)
     return processor
+
+
+def _image_markers(processor: VoraProcessor) -> list[str]:
+    """What a whole template puts around each image: an adapter has no other file that says it."""
+    text = f"(?:{SPELT}([^{SPELT}]*){SPELT})?"
+    image = re.search(text + re.escape(processor.image_token) + text, processor.chat_template)
+    return [one or "" for one in image.groups()] if image else ["", ""]
 
 
 def load_base_llm(name: str, model: VoraForConditionalGeneration, processor: VoraProcessor) -> PreTrainedModel:
