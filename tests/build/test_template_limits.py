@@ -80,6 +80,33 @@ def test_a_template_that_takes_long_is_refused(hostile, monkeypatch):
         hostile("{% for a in range(10000) %}{% endfor %}")
 
 
+@pytest.mark.parametrize(
+    "template, cause",
+    [
+        ("{{ 1 + messages[0]['content'] }}", r"unsupported operand type\(s\) for \+: 'int' and 'str'"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% include 'a' %}", "no loader for this environment specified"),
+        ("{% import 'a' as b %}", "no loader for this environment specified"),
+        ("{{ 1e308 ** 9 }}", ".*out of range.*"),
+        ("{% macro m() %}{% endmacro %}{% call m() %}{% endcall %}", ".*special caller argument.*"),
+        ("{{ '%d' % messages[0].content }}", "%d format: a real number is required, not str"),
+        ("{{ '{'.format(1) }}", "Single '{' encountered in format string"),
+        ("{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "too many statically nested blocks.*"),
+    ],
+)
+def test_what_python_raises_in_a_template_is_told_in_a_line(hostile, template, cause):
+    with pytest.raises(ValueError, match=f"^The model's chat template does not take the conversation: {cause}$"):
+        hostile(template)
+
+
+def test_members_of_a_list_that_was_added_to_are_still_counted(hostile):
+    many = "{% set ns = namespace(x=['a' * 10000]) %}{% for i in range(16) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
+    assert hostile(many + "{{ ns.x | length }}") == str(2**16)
+    for use in ("{{ ns.x }}", "{{ '%s' % ns.x }}", "{{ {}[ns.x].a }}", "{{ ns.x ~ '' }}", "{{ [ns.x] | length }}"):
+        with pytest.raises(ValueError, match="more than 200,000 steps: .*, or shorten the conversation"):
+            hostile(many + use)
+
+
 FULL = (
     "{%- set ns = namespace(n=0, last='') -%}{%- macro say(m, k=1) -%}[{{ m['role'] | upper }}]{{ m.content | trim }}"
     "{%- endmacro %}{% for m in messages if m.role != 'tool' %}{% if loop.first and m['role'] == 'system' %}\n"
@@ -107,5 +134,7 @@ def test_a_processor_asks_with_images_and_a_long_history(processor):
     turns = [message for _ in range(100) for message in (*GO, assistant("yes"))]
     found = encode(processor, [*turns, user(coloured("red"), "what?")])
     assert (found["input_ids"] == processor.image_token_id).sum() == 9
+    turns = [message for _ in range(200) for message in (user("word " * 2000), assistant("word " * 2000))]
+    assert processor.apply_chat_template(turns[:-1]).count("word") == 399 * 2000
     text = processor.apply_chat_template([*GO, assistant("it is")], continue_final_message=True)
     assert text.endswith("it is")

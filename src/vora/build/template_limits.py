@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, wraps
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jinja2
 from jinja2 import nodes
@@ -45,6 +45,7 @@ NUMBER = re.compile(r"\d{1,18}")
 OPERATORS = frozenset({"+", "*", "%", "**"})
 
 STEPS_PER_LOOK = 2000  # at the clock
+SHORTEN = ", or shorten the conversation where that is long"
 Result = TypeVar("Result")
 
 
@@ -56,9 +57,9 @@ class _Meter:
 
     def look(self) -> None:
         if self.steps < 0:
-            raise _too_much(f"it takes more than {MOST_STEPS:,} steps")
+            raise _too_much(f"it takes more than {MOST_STEPS:,} steps", SHORTEN)
         if time.thread_time() > self.end:
-            raise _too_much(f"it takes longer than {MOST_SECONDS:g} seconds")
+            raise _too_much(f"it takes longer than {MOST_SECONDS:g} seconds", SHORTEN)
         self.next_look = max(0, self.steps - STEPS_PER_LOOK)
 
 
@@ -75,8 +76,7 @@ def template_limits() -> Iterator[None]:
     except RecursionError:
         raise _too_much("it is nested too deeply") from None
     except jinja2.TemplateError as error:
-        cause = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"The model's chat template does not take the conversation: {cause}") from error
+        raise _not_taken(error) from error
     finally:
         _meter.reset(token)
 
@@ -115,7 +115,10 @@ def _compiled(chat_template: str) -> jinja2.Template:
         theirs = chat_template_utils._compile_jinja_template("").environment
     finally:
         _meter.reset(token)
-    return LimitedEnvironment(theirs).from_string(chat_template)
+    try:
+        return LimitedEnvironment(theirs).from_string(chat_template)
+    except (SyntaxError, OverflowError) as error:  # of Python's compiler, as of loops nested deeply
+        raise _not_taken(error) from error
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
@@ -162,10 +165,25 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             _check(max(1, *map(_extent, (left, right))) ** 2)
         elif operator == "+":
             _check(_extent(left) + _extent(right) if not isinstance(left, (int, float)) else 1)
+            if isinstance(left, list) and isinstance(right, list):  # members were read when they were put in a list
+                return _kept(super().call_binop(context, operator, left, right))
         elif not isinstance(left, (int, float)) or not isinstance(right, (int, float)):
             operands = (left, *right) if isinstance(right, tuple) else (left, right)
             _check(_product(operands, operator))
+            for operand in operands if operator == "%" else ():
+                _read(operand)
         return _made(super().call_binop(context, operator, left, right))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        _read(argument)  # hashed, or written where there is no such member
+        return super().getitem(obj, argument)
+
+    def handle_exception(self, source: str | None = None) -> NoReturn:
+        """Raise what a rendering met, what Python itself raised there as a ValueError in one line."""
+        error = sys.exc_info()[1]
+        if error is None or isinstance(error, (_Refused, jinja2.TemplateError, RecursionError)):
+            super().handle_exception(source)
+        raise _not_taken(error) from error
 
     def call(*args: Any, **kwargs: Any) -> Any:  # self, context and function by place, as any name may be a keyword
         environment, context, function, *rest = args
@@ -235,6 +253,11 @@ def _made(value: Any) -> Any:
         return value
     if not isinstance(value, str):
         _read(value)
+    return _kept(value)
+
+
+def _kept(value: Any) -> Any:
+    """A value whose own memory is counted, without its members'."""
     _spend(1 + sys.getsizeof(value) // BYTES_PER_STEP)
     return value
 
@@ -288,5 +311,14 @@ def _replaced(operands: Sequence[Any]) -> int:
     return len(text) + len(text) // max(1, len(old)) * len(new)
 
 
-def _too_much(cause: str) -> ValueError:
-    return ValueError(f"The model's chat template is refused, {cause}: set another one (model.chat_template).")
+class _Refused(ValueError):
+    """What goes beyond the limits."""
+
+
+def _too_much(cause: str, cure: str = "") -> _Refused:
+    return _Refused(f"The model's chat template is refused, {cause}: set another one (model.chat_template){cure}.")
+
+
+def _not_taken(error: BaseException) -> ValueError:
+    cause = " ".join(str(error).split())[:300] or type(error).__name__
+    return ValueError(f"The model's chat template does not take the conversation: {cause}")
