@@ -161,11 +161,12 @@ PART = "messages.0.content.0"
     "options, param, says",
     [
         ({"stop": [""]}, "stop.0", "at least 1 character"),
-        ({"stop": ["a", 5]}, "stop.1", "valid string"),
+        ({"stop": ["a", 5]}, "stop.1", "a text is wanted"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, f"{PART}.type", "a part is"),
         ({"messages": [{"role": "user", "content": ["hi"]}]}, f"{PART}.type", "a part is"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, f"{PART}.text", "required"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "b": 1}]}]}, f"{PART}.b", "support"),
+        ({"messages": ["hi"]}, "messages.0", "an object is wanted"),
         ({"messages": [{"role": "user", "content": []}]}, "messages.0.content", "at least 1 item"),
     ],
 )

@@ -14,6 +14,11 @@ from vora.serve.engine import ContextError
 log = logging.getLogger("vora.serve")
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+PLAIN = {  # of what pydantic says in its own words
+    "union_tag_not_found": "a part is {'type': 'text', 'text': ...} or {'type': 'image_url', 'image_url': ...}.",
+    "model_type": "an object is wanted.", "model_attributes_type": "an object is wanted.",
+    "string_type": "a text is wanted.", "string_unicode": "the text is no Unicode.",
+}  # fmt: skip
 
 
 class ApiError(Exception):
@@ -82,9 +87,8 @@ def _of_validation(found: Any) -> ApiError:
         return ApiError(400, f"The body is no JSON: {found.get('ctx', {}).get('error', '')}.", code="invalid_json")
     if found["type"] == "union_tag_not_found":
         places.append("type")
-        found = found | {"msg": "a part is {'type': 'text', 'text': ...} or {'type': 'image_url', 'image_url': ...}."}
     param = ".".join(places) or None
     if found["type"] == "extra_forbidden":
         return ApiError(400, f"The parameter {param} is not supported.", code="unsupported_parameter", param=param)
-    message = str(found["msg"]).removeprefix("Value error, ")
+    message = PLAIN.get(found["type"], str(found["msg"])).removeprefix("Value error, ")
     return ApiError(400, f"{param or 'The body'}: {message}", code="invalid_value", param=param)
