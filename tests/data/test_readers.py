@@ -197,7 +197,7 @@ def test_tars_as_people_pack_them(tmp_path):
     ("name", "content", "cause"),
     [
         ("a.jsonl", b"", "0 rows"),
-        ("b.jsonl", b"not json\n[1]\n", "None of the first 2 rows .* no JSON"),
+        ("b.jsonl", b"not json\n[1]\n", "none of its first 2 rows .* no JSON"),
         ("c.json", b'"what?"', "no list of JSON objects"),
         ("d.json", b'[{"question": "what?", "answer": "x"}, {"quest', "broken at byte"),
         ("e.parquet", b"PAR1 not really", "Cannot read"),
