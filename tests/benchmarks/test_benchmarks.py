@@ -32,7 +32,10 @@ TOY = {
 }
 
 
-@pytest.mark.parametrize("name", TOY)
+ON_REQUEST = ("train_step with flex", "prefill_decode", "memory", "unmerged", "large_step")  # 15 to 20 seconds each
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ON_REQUEST else n for n in TOY])
 def test_rows_have_their_names(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, *TOY[name].split(), "--json", str(tmp_path / "rows.json")])
     monkeypatch.setattr("memory.in_own_process", lambda work, *args: work(*args))  # which has a test of its own

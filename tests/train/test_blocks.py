@@ -94,6 +94,7 @@ def test_compiled_blocks_learn_the_same_and_are_compiled_once(objective, backend
     assert list(objective.state_dict()) == names
 
 
+@pytest.mark.slow
 def test_a_compiled_run_answers_saves_and_resumes_as_a_plain_one(fresh_compiler, recipe, data_file, tmp_path):
     plain = recipe(max_steps=4, save_steps=2)
     image = data_file.replace("train.jsonl", "red.png")
