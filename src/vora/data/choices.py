@@ -12,6 +12,7 @@ from vora.data.columns import CHOICE_COLUMNS, CHOICE_LETTERS, Row
 MARK = re.compile(r"(?:^|(?<=\s))[(\[]?[A-Z][)\].:]+\s*(?=\S)")  # of a choice: "A. ", "(B) "
 FIRST_MARK = re.compile(r"^" + MARK.pattern)
 NAMES_A_CHOICE = re.compile(r"(?:(?:option|choice|answer)\b)?[\s()\[\].:*]*\w[\s()\[\].:*]*", re.IGNORECASE)
+LONGEST = 10_000  # characters of choices that are read as values: Python's parser has no limit of its own
 WORD = re.compile(r"[^\W\d_]{2}")
 
 
@@ -55,7 +56,7 @@ def _choices_of(row: Row) -> dict[str, str]:
 
 def _read(text: str) -> Any:
     """Choices in one text: JSON, a list as Python writes it, a line for each, or letters before each."""
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, ast.literal_eval) if len(text) <= LONGEST else ():
         try:
             return read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
