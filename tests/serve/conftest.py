@@ -11,13 +11,12 @@ pytest.importorskip("openai", reason="the tests' client: pip install '.[test]'")
 sys.path.append(str(Path(__file__).parents[1] / "export"))
 
 from exportable import save_exportable  # noqa: E402
-from http_server import served  # noqa: E402
+from http_server import KEY, served  # noqa: E402
 from openai import OpenAI  # noqa: E402
 
 from vora.serve import server  # noqa: E402
 from vora.serve.limits import Limits  # noqa: E402
 
-KEY = "secret-key"
 LIMITS = Limits(
     max_body_bytes=200_000, max_image_bytes=50_000, max_image_pixels=90_000, max_images=3, max_prompt_tokens=180,
     max_tokens=40, max_batch_size=4, max_waiting=60,

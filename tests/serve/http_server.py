@@ -11,6 +11,8 @@ from PIL import Image
 
 from vora.serve.api.app import create_app
 
+KEY = "secret-key"
+
 
 @contextmanager
 def served(service, api_keys=()):

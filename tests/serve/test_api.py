@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import requests
-from conftest import KEY
-from http_server import data_url, question
+from http_server import KEY, data_url, question
 from PIL import Image
 
 COLOURS = ("red", "green", "blue", "white", "black", "orange")
