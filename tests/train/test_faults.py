@@ -19,7 +19,8 @@ from test_train import Rates
 from torch.multiprocessing import ProcessRaisedException
 from transformers import TrainerCallback
 
-from vora.checkpoint.load import load_adapter
+from vora.checkpoint.layout import read_info
+from vora.checkpoint.load import load_adapter, load_model, merge_run
 from vora.checkpoint.manifest import MANIFEST, STATE
 from vora.checkpoint.run_directory import find_checkpoint, read_lines
 from vora.data.stream import PackedSequences
@@ -145,8 +146,10 @@ def test_a_damaged_final_is_named_when_it_is_loaded(copied):
     assert (copied / "final" / MANIFEST).exists()
     load_adapter(copied)
     flip(copied / "final" / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="final: adapter_model.safetensors has other bytes than were written"):
-        load_adapter(copied)
+    for load in (load_adapter, load_model, merge_run):
+        for given in (copied, read_info(copied)):  # as Python gives it, and as the command line does
+            with pytest.raises(ValueError, match="final: adapter_model.safetensors has other bytes than were written"):
+                load(given)
 
 
 def test_a_run_goes_on_exactly_from_the_checkpoint_before(recipe, whole, copied):

@@ -105,6 +105,7 @@ def load_adapter(path: Source, *, llm: str | None = None, dtype: torch.dtype | s
     info = _vora_info(path, llm)
     if info.adapter is None:
         raise ValueError(f"{info.path} has no vision LoRA: it is merged already.")
+    check_written(info.path)
     config = read_adapter_config(info.path)
     model = _base_model(info, llm, dtype or info.dtype)
     digests = {info.llm_digest, digest_of(model)} - {None}
@@ -244,11 +245,8 @@ def digest_of(llm: PreTrainedModel) -> str | None:
 
 
 def _vora_info(path: Source, llm: str | None = None) -> CheckpointInfo:
-    """The description of a folder that holds a model with vision, which can go over the LLM if one is given; a run's
-    folder holds what was written there."""
+    """The description of a folder that holds a model with vision, which can go over the LLM if one is given."""
     info = path if isinstance(path, CheckpointInfo) else read_info(path)
-    if not isinstance(path, CheckpointInfo):
-        check_written(info.path)
     if info.kind == "llm":
         config = json.loads((info.path / "config.json").read_text())
         seen = "with a vision encoder, and no VoRA model" if "vision_config" in config else "without vision"
@@ -274,6 +272,8 @@ def _config_of(info: CheckpointInfo) -> VoraConfig:
 def _whole_model(info: CheckpointInfo, dtype: torch.dtype | str) -> VoraForConditionalGeneration:
     """A folder's own weights, without an adapter beside them: that is for PEFT alone, not for transformers."""
     kind = VoraLlavaForConditionalGeneration if info.is_llava else VoraForConditionalGeneration
+    if info.adapter is None:  # else it has been looked at with the adapter
+        check_written(info.path)
     with loading(info.path, "The model"):
         if info.adapter is None:
             return kind.from_pretrained(info.path, dtype=dtype, **remote_code())

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
@@ -84,26 +85,37 @@ class RemoteCode:
         return readings
 
 
+def check_llama_cpp() -> None:
+    """Raise ValueError where llama.cpp is not installed."""
+    if find_spec("xllamacpp") is None:
+        raise ValueError("llama.cpp is not installed: pip install 'vora-vlm[llamacpp]'.")
+
+
+def llama_cpp_server(export: GgufExport, context: int, num_slots: int = 1) -> Any:
+    """llama.cpp's server on an export, inside this process, with slots that hold `context` tokens each.
+    ValueError where it is not installed."""
+    check_llama_cpp()
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.mmproj.path = str(export.folder / MODEL), str(export.folder / MMPROJ)
+    params.n_ctx, params.n_parallel = num_slots * context, num_slots
+    params.n_batch = params.n_ubatch = export.batch_size
+    params.image_min_tokens, params.image_max_tokens = export.min_image_tokens or -1, export.num_image_tokens
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    params.warmup, params.verbosity = False, -1
+    with _silence():
+        return xllamacpp.Server(params)
+
+
 class LlamaCpp:
     """llama.cpp's server, inside this process, on its road of chats with images; it answers greedily."""
 
     name, writes = "llama.cpp", True
 
     def __init__(self, export: GgufExport, context: int, max_new_tokens: int) -> None:
-        if find_spec("xllamacpp") is None:
-            raise ValueError("llama.cpp is not installed: pip install 'vora-vlm[llamacpp]'.")
-        import xllamacpp
-
-        self.version, self.max_new_tokens = xllamacpp.__version__, max_new_tokens
-        params = xllamacpp.CommonParams()
-        params.model.path, params.mmproj.path = str(export.folder / MODEL), str(export.folder / MMPROJ)
-        params.n_ctx, params.n_parallel = context, 1
-        params.n_batch = params.n_ubatch = export.batch_size
-        params.image_min_tokens, params.image_max_tokens = export.min_image_tokens or -1, export.num_image_tokens
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
-        params.warmup, params.verbosity = False, -1
-        with silence():
-            self.server = xllamacpp.Server(params)
+        self.server, self.version = llama_cpp_server(export, context), version("xllamacpp")
+        self.max_new_tokens = max_new_tokens
 
     def read(self, prompts: Sequence[Prompt], answers: Sequence[list[int]]) -> list[Reading]:
         return [self._read(prompt) for prompt in prompts]
@@ -148,7 +160,7 @@ def _as_url(image: Image.Image) -> str:
 
 
 @contextmanager
-def silence() -> Iterator[None]:
+def _silence() -> Iterator[None]:
     """Keep what a C library prints while it loads off the terminal."""
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)

@@ -196,7 +196,8 @@ class _Row:
             if self.penalties:
                 logits = self.penalties(self.ids, logits[None])[0]
             self.token = draw(logits, self.sampling, self.generator)
-            self.ids = torch.cat([self.ids, self.ids.new_tensor([[self.token]])], 1)
+            if self.penalties:
+                self.ids = torch.cat([self.ids, self.ids.new_tensor([[self.token]])], 1)
             answer.num_tokens += 1
             if is_end := self.token in self.ends:
                 piece = self.text.flush()

@@ -9,7 +9,6 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock, Thread
@@ -20,9 +19,9 @@ from PIL import Image
 
 from vora.checkpoint.layout import read_info
 from vora.checkpoint.load import load_model
-from vora.export.gguf_files import MMPROJ, MODEL, GgufExport, write_export
+from vora.export.gguf_files import GgufExport, write_export
 from vora.export.prompts import in_whole_tokens, squared
-from vora.export.runtimes import silence
+from vora.export.runtimes import check_llama_cpp, llama_cpp_server
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import SPELT, VoraProcessor
 from vora.serve.answer import Answer
@@ -39,19 +38,9 @@ class LlamaCppEngine:
     name = "llama.cpp"
 
     def __init__(self, export: GgufExport, processor: VoraProcessor, context: int, limits: Limits) -> None:
-        import xllamacpp
-
         self.processor, self.size, self.limits = processor, export.image_size, limits
-        params = xllamacpp.CommonParams()
-        params.model.path, params.mmproj.path = str(export.folder / MODEL), str(export.folder / MMPROJ)
-        self.context = min(context, limits.max_prompt_tokens + limits.max_tokens)
-        params.n_parallel, params.n_ctx = limits.max_batch_size, limits.max_batch_size * self.context
-        params.n_batch = params.n_ubatch = export.batch_size
-        params.image_min_tokens, params.image_max_tokens = export.min_image_tokens or -1, export.num_image_tokens
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
-        params.warmup, params.verbosity = False, -1
-        with silence():
-            self.server = xllamacpp.Server(params)
+        context = min(context, limits.max_prompt_tokens + limits.max_tokens)
+        self.server = llama_cpp_server(export, context, limits.max_batch_size)
         self._lock, self._num_requests = Lock(), 0
 
     def submit(
@@ -149,8 +138,7 @@ def _error(found: dict[str, Any]) -> Exception:
 def llama_cpp_engine(model: str, limits: Limits, quant: str = "f16", **loading: Any) -> Iterator[LlamaCppEngine]:
     """Export a model of any kind of folder and serve it. ValueError where llama.cpp or its conversion are not
     installed, or the model does not fit."""
-    if find_spec("xllamacpp") is None:
-        raise ValueError("llama.cpp is not installed: pip install 'vora-vlm[llamacpp]'.")
+    check_llama_cpp()
     if loading.pop("unmerged", False):
         raise ValueError("llama.cpp has no LoRA for images alone: leave --unmerged out, or take --engine auto.")
     info = read_info(model)
