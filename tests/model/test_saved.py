@@ -14,10 +14,13 @@ from vora import VoraImageProcessor, VoraProcessor
 def test_the_processor_saves_and_loads(tmp_path):
     tokenizer = tiny_tokenizer(padding_side="right")  # as many an LLM's
     processor = VoraProcessor.from_llm(tokenizer, image_mean=(0.1, 0.2, 0.3), min_image_tokens=2, **SIZES)
-    processor.save_pretrained(tmp_path)
     messages = [user(coloured("red", (40, 20)), "what?")]
     batch = [messages, [user("what colour is the shape? blue, red, or green, yes?")]]
+    processor(text="what?", padding="max_length", max_length=60, truncation=True)  # is asked of this call alone
+    processor.save_pretrained(tmp_path)
     expected = encode(processor, batch)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert saved["padding"] is None and saved["truncation"] is None
     assert expected["attention_mask"][:, -1].all() and not expected["attention_mask"].all()
     for loaded in (VoraProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
         assert type(loaded) is VoraProcessor and type(loaded.image_processor) is VoraImageProcessor

@@ -215,27 +215,22 @@ class VoraProcessor(ProcessorMixin):
 
     def text_sample(self, text: str) -> dict[str, np.ndarray]:
         """Plain text as `training_sample`, every token of it to be learned; ValueError where these are below two."""
-        ids, end = self.text_ids(text), self.tokenizer.eos_token_id
-        if ids[-1:] != [end]:  # some tokenizers end texts by themselves
-            ids = [*ids, end]
+        ids, end = self.text_ids(text), [self.tokenizer.eos_token_id]
+        ids += end if ids[-1:] != end else []  # some tokenizers end texts by themselves
         if len(ids) < 2:
             raise ValueError(f"Its text {text[:50]!r} is empty.")
         return {"input_ids": np.array(ids), "labels": np.array(ids)}
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of a text as the tokenizer makes them; special tokens that it spells are plain text."""
-        spelt, ids = self._spelt(text, "user"), self.tokenizer
-        if SPELT not in spelt:
-            return ids(text)["input_ids"]
-        return [id for id in ids("")["input_ids"] if id != ids.eos_token_id] + self.ids_of(spelt)
+        if SPELT not in (spelt := self._spelt(text, "user")):
+            return self.tokenizer(text)["input_ids"]
+        return [id for id in self.tokenizer("")["input_ids"] if id != self.tokenizer.eos_token_id] + self.ids_of(spelt)
 
     def _ids_after(self, ids: list[int], beginning: str, text: str) -> list[int]:
         """Ids of the rest of a text whose beginning has become `ids`."""
-        whole = self.ids_of(text)
-        if whole[: len(ids)] == ids:
-            return whole[len(ids) :]
-        # a token would reach across the border, where generation starts anew
-        return self.ids_of(text[len(beginning) :])
+        whole = self.ids_of(text)  # a token of it may reach across the border, where generation starts anew
+        return whole[len(ids) :] if whole[: len(ids)] == ids else self.ids_of(text[len(beginning) :])
 
     def ids_of(self, text: str) -> list[int]:
         """Ids of a text that a template made; what is `SPELT` in it is parted and so no control token."""
@@ -264,8 +259,7 @@ class VoraProcessor(ProcessorMixin):
 
     def _once(self, find: Callable[[], Any]) -> Any:
         """What a method finds, asked once for each chat template."""
-        key = find.__name__, self.chat_template
-        if key not in self._found:
+        if (key := (find.__name__, self.chat_template)) not in self._found:
             self._found[key] = find()
         return self._found[key]
 
@@ -310,8 +304,14 @@ class VoraProcessor(ProcessorMixin):
             "out: give parts of type text, image, image_url or video, each with what it is."
         )
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> list:
+        """As the library's, without how the last call padded and cut, which a tokenizer takes for its own way."""
+        self.tokenizer("")
+        return super().save_pretrained(*args, **kwargs)
+
     def text_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer as it goes with the language model alone: its chat template knows no images."""
+        self.tokenizer("")  # as in `save_pretrained`
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer.init_kwargs.pop("processor_class", None)
         tokenizer._processor_class = None
