@@ -10,7 +10,8 @@ from tiny import IMAGE, states_of_blocks, text
 from vora.data import packing
 from vora.data.packing import collate_sequences, label_weights, next_sequence, places, share_prefixes
 from vora.data.schema import Sample
-from vora.model import label_loss, segmented_sdpa
+from vora.distill import label_loss
+from vora.model import segmented_sdpa
 from vora.model.segmented_sdpa import SEGMENTED_SDPA
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])

@@ -13,10 +13,10 @@ from tiny import logits_of, text, tiny_vora
 from vora import attach_vision_lora
 from vora.data.readers import load_source
 from vora.data.stream import PackedSequences
+from vora.distill import label_loss
 from vora.distill.blockwise import BlockwiseDistillation, block_pairs
 from vora.distill.objective import Objective
 from vora.distill.text_kl import lora_off, unexplained
-from vora.model import label_loss
 from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe import load_recipe
 

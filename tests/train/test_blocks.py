@@ -167,7 +167,7 @@ def test_neither_teacher_nor_student_is_waited_for(kind, family, how, monkeypatc
     if how == "recomputed":
         objective.gradient_checkpointing_enable(num_blocks=2)
     if how == "in parts":
-        monkeypatch.setattr("vora.model.label_loss.MOST_LOGITS", 2 * SHAPE["vocab_size"])
+        monkeypatch.setattr("vora.distill.label_loss.MOST_LOGITS", 2 * SHAPE["vocab_size"])
     assert teacher.device.type == "cpu"
     batch = device_batch(how == "images alone")
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]

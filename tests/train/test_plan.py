@@ -139,7 +139,7 @@ def test_flops_of_stage_2(models, tmp_path):
 )  # fmt: skip
 def test_activations_are_those_that_autograd_saves(models, recomputed, bf16, in_parts, segments, monkeypatch):
     if in_parts:
-        monkeypatch.setattr("vora.model.label_loss.MOST_LOGITS", 10 * 400)
+        monkeypatch.setattr("vora.distill.label_loss.MOST_LOGITS", 10 * 400)
     recipe = recipe_of(models)
     recipe.model.attn_implementation = "sdpa"
     objective = real_objective(recipe)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vora.distill.blocks import block_outputs, only_first_blocks
 from vora.distill.blockwise import SUMMARY, BlockwiseDistillation
 from vora.distill.branches import inputs_of_branches
+from vora.distill.label_loss import label_losses
 from vora.distill.teacher import TeacherProtocol, images_of_patches
 from vora.distill.text_kl import divergence, lora_off, unexplained
 from vora.model.patch_embed import merge_neighbours
@@ -73,7 +74,7 @@ class LanguageModeling(Term):
         return len(batch.label_places) > 0
 
     def __call__(self, objective: "Objective", batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        each = objective.vora.label_losses(batch.hidden_states, batch.targets, batch.label_places)
+        each = label_losses(objective.vora, batch.hidden_states, batch.targets, batch.label_places)
         total = batch.num_items_in_batch
         if batch.label_weights is None:
             loss = each.sum() / (len(each) if total is None else total)

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from vora.model.label_loss import by_parts, labels_at_once
+from vora.distill.label_loss import by_parts, labels_at_once
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def unexplained(states: Tensor, own: Tensor) -> Tensor:
 def divergence(logits_of: Callable[[Tensor], Tensor], states: Tensor, own: Tensor, vocab_size: int) -> Tensor:
     """KL divergence of the next token's distribution from the LLM's own, mean over tokens, in float32: float[].
 
-    Of last hidden states float[L, D] with LoRA on and off. Logits are made part by part, as in `losses_of_labels`.
+    Of last hidden states float[L, D] with LoRA on and off. Logits are made part by part, as in `label_losses`.
     """
     size = labels_at_once(len(states), 2 * vocab_size)  # both models'
     return torch.stack(by_parts(partial(_summed, logits_of), size, states, own)).sum() / len(states)

@@ -14,7 +14,6 @@ from transformers.utils import can_return_tuple
 
 from .attention import attention_masks, image_blocks
 from .configuration_vora import VoraConfig
-from .label_loss import losses_of_labels
 from .patch_embed import PatchEmbedding, put_tokens
 
 # What this release of transformers calls a cache; `forward` and `generate` here take both names
@@ -227,26 +226,17 @@ class VoraForConditionalGeneration(VoraPreTrainedModel, GenerationMixin):
     def lm_loss(
         self, hidden_states: Tensor, targets: Tensor, num_items_in_batch: float | Tensor | None = None
     ) -> Tensor:
-        """The sum of `label_losses` by the label tokens of a step's micro-batches; None: by those present."""
-        losses = self.label_losses(hidden_states, targets)
-        return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
-
-    def label_losses(self, hidden_states: Tensor, targets: Tensor, places: Tensor | None = None) -> Tensor:
-        """Next-token cross-entropy of each label, float[L]; logits are made only there, see `losses_of_labels`.
-
-        Args:
-            targets: int[B, T], the token that each place should predict, -100 where masked, not everywhere.
-            places: int[L], where in the flattened targets something is to be predicted, if that is known.
-        """
-        if places is None:
-            places = (targets != -100).flatten().nonzero()[:, 0]
-        if not len(places):
+        """Cross-entropy in float32 where int[B, T] is not -100, by the label tokens of a step's micro-batches; None:
+        by those present. Logits are made only there."""
+        is_label = targets != -100
+        if not is_label.any():
             raise ValueError(
                 f"All {targets.numel()} labels are masked (-100): there is nothing to predict. "
                 "Check that the chat template marks assistant turns and that sequences are not truncated before them."
             )
-        states, vocab_size = hidden_states.flatten(0, 1)[places], self.lm_head.out_features
-        return losses_of_labels(self.logits, states, targets.flatten()[places], vocab_size)
+        logits, labels = self.logits(hidden_states[is_label]).float(), targets[is_label]
+        total = len(labels) if num_items_in_batch is None else num_items_in_batch
+        return nn.functional.cross_entropy(logits, labels, reduction="sum") / total
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `generate`; the image token is not generated, also where `suppress_tokens` are given."""

@@ -20,6 +20,7 @@ from vora.data.samples import as_bad
 from vora.data.schema import Sample
 from vora.data.source import Source
 from vora.data.stream import WAITING, PackedSequences
+from vora.distill.label_loss import label_losses
 from vora.distill.objective import LOSSES, Objective
 
 LOOKS = "right_beats_other"  # as `vora eval --task probe` calls it
@@ -156,7 +157,7 @@ def losses_of_labels(objective: Objective, batch: dict[str, Any]) -> torch.Tenso
     names = ("input_ids", "position_ids", "seen_until", "pixel_values", "image_grid_thw", "image_numbers")
     inputs = {name: batch[name] for name in names if name in batch}
     hidden_states = objective.vora.model(**inputs, use_cache=False).last_hidden_state
-    return objective.vora.label_losses(hidden_states, batch["targets"], batch["label_places"])
+    return label_losses(objective.vora, hidden_states, batch["targets"], batch["label_places"])
 
 
 def pack(samples: Numbered, sequence_length: int) -> Iterator[Numbered]:

@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from vora.distill.blocks import only_first_blocks
 from vora.distill.blockwise import name_of
+from vora.distill.label_loss import labels_at_once
 from vora.distill.objective import Objective
 from vora.model.attention import attention_masks
-from vora.model.label_loss import labels_at_once
 from vora.model.segmented_sdpa import SEGMENTED_SDPA
 from vora.train.plan.flops import Row
 
@@ -187,7 +187,7 @@ def saved_by_patch_embedding(objective: Objective, row: Row, num_rows: int, bf16
 
 def held_by_losses(objective: Objective, row: Row, num_rows: int, bf16: bool) -> int:
     """Bytes of output layer, heads and losses at their largest: saved ones, and the gradient of the logits, of which
-    there is one part at a time (`losses_of_labels`)."""
+    there is one part at a time (`label_losses`)."""
     vora, heads, config = objective.vora, objective.distillation, objective.config.get_text_config()
     num_labels, num_images = round(num_rows * row.num_labels), round(num_rows * row.num_image_tokens)
     held = 0

@@ -5,10 +5,14 @@ Dims: L labels, D = LLM width, V = vocabulary.
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from vora.model.modeling_vora import VoraForConditionalGeneration
 
 MOST_LOGITS = 2**26  # in memory at once: some 1 GB with gradients, and products that still fill a GPU
 
@@ -28,16 +32,17 @@ def by_parts(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> li
     return [checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
 
 
-def losses_of_labels(
-    logits_of: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, vocab_size: int
+def label_losses(
+    vora: "VoraForConditionalGeneration", hidden_states: Tensor, targets: Tensor, places: Tensor
 ) -> Tensor:
-    """Cross-entropy of each label of int[L], from states float[L, D], in float32: float[L].
+    """Cross-entropy in float32 at each of int[L] places of the flattened targets int[B, T]: float[L].
 
     Where all logits would be more than `MOST_LOGITS` they are made part by part, so that memory grows with the
     labels' states and not with L x V.
     """
-    size = labels_at_once(len(targets), vocab_size)
-    return torch.cat(by_parts(partial(_losses, logits_of), size, states, targets))
+    states, labels = hidden_states.flatten(0, 1)[places], targets.flatten()[places]
+    size = labels_at_once(len(labels), vora.lm_head.out_features)
+    return torch.cat(by_parts(partial(_losses, vora.logits), size, states, labels))
 
 
 def _losses(logits_of: Callable, states: Tensor, targets: Tensor) -> Tensor:
