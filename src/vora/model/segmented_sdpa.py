@@ -24,7 +24,7 @@ CHANGES_SCORES = ("softcap", "position_bias")  # what some LLMs ask of attention
 # Measured (dev/LOG.md). Longer segments compute more that nobody sees, shorter ones read their keys more often.
 LONGEST, LONGEST_IN_PRODUCTS = 256, 320
 WHOLE = 128  # what is not longer is not cut at the borders of images
-MOST_IN_ONE = 1024  # keys: of a longer image the softmax of all its products at once would fill the memory
+MOST_KEPT = 1024  # keys: of longer segments the softmax of the products would fill the memory until the backward pass
 SHORT = 64  # sequences that are not longer are soonest all together, by `sdpa`
 
 
@@ -121,65 +121,47 @@ def segmented_sdpa(
     segments_of_batch = getattr(attention_mask, "segments", None)
     if segments_of_batch is None or any(kwargs.get(name) is not None for name in CHANGES_SCORES):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if in_products := _by_products(computing_dtype(query)) and not dropout:
+    most_keys = 0  # of products
+    if _by_products(computing_dtype(query)) and not dropout:
+        most_keys = MOST_KEPT if torch.is_grad_enabled() and query.requires_grad else key.shape[2]
         query, key, value = (states.to(torch.bfloat16) for states in (query, key, value))
     outputs = []
-    for segments, queries, keys, values in zip(segments_of_batch, query.split(1), key.split(1), value.split(1)):
-        parts = queries.split([segment.queries.stop - segment.queries.start for segment in segments], dim=2)
+    for segments, queries, keys, values in zip(segments_of_batch, query, key, value):
+        parts = queries.split([segment.queries.stop - segment.queries.start for segment in segments], dim=1)
         for segment, part in zip(segments, parts):
-            given = part, keys[:, :, segment.keys], values[:, :, segment.keys], segment.added, scale
-            outputs.append(Products.apply(*given) if in_products else _sdpa(*given, dropout))
-    return torch.cat([output[0].transpose(0, 1) for output in outputs]).unflatten(0, (len(query), -1)), None
+            given = part, keys[:, segment.keys], values[:, segment.keys], segment.added, scale
+            in_products = given[1].shape[1] <= most_keys
+            outputs.append(_products(*given) if in_products else _sdpa(*given, dropout))
+    return torch.cat([output.transpose(0, 1) for output in outputs]).unflatten(0, (len(query), -1)), None
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, scale: float, dropout: float) -> Tensor:
-    """float[1, H, L, W]"""
+    """float[H, L, W]"""
     added = None if added is None else added[None].to(query.dtype)
-    return nn.functional.scaled_dot_product_attention(query, key, value, added, dropout, scale=scale, enable_gqa=True)
+    return nn.functional.scaled_dot_product_attention(
+        query[None], key[None], value[None], added, dropout, scale=scale, enable_gqa=True
+    )[0]
 
 
-class Products(torch.autograd.Function):
-    """Attention by plain products, a third to a half of the time of torch's bf16 kernel: float[B, H, L, width of the
-    values]. The softmax is made again for the gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, scale: float) -> Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.added, ctx.scale = added, scale
-        softmax = _softmax(query, key, added, scale)
-        return torch.bmm(softmax, value.flatten(0, 1)).view(*query.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
-        softmax, gradient = _softmax(query, key, ctx.added, ctx.scale), gradients[0].reshape(*_grouped(query, key), -1)
-        of_scores = torch.bmm(gradient, value.flatten(0, 1).mT)
-        of_scores = torch._softmax_backward_data(of_scores, softmax, -1, softmax.dtype).mul_(ctx.scale)
-        of_query, of_key = of_scores @ key.flatten(0, 1), of_scores.mT @ query.reshape(*_grouped(query, key), -1)
-        return of_query.view_as(query), of_key.view_as(key), (softmax.mT @ gradient).view_as(value), None, None
-
-
-def _grouped(query: Tensor, key: Tensor) -> tuple[int, int]:
-    """(B G, H / G L)"""
-    return key.shape[:2].numel(), query.shape[1] // key.shape[1] * query.shape[2]
-
-
-def _softmax(query: Tensor, key: Tensor, added: Tensor | None, scale: float) -> Tensor:
-    """float[B G, H / G L, S]"""
-    queries, keys = query.reshape(*_grouped(query, key), -1), key.flatten(0, 1).mT
+def _products(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, scale: float) -> Tensor:
+    """float[H, L, W] by plain products, which take a third to a half of the time of torch's bf16 kernel."""
+    heads, length, groups = len(query), query.shape[1], len(key)
+    query, key = query.reshape(groups, -1, query.shape[-1]), key.transpose(1, 2)
     if added is None:
-        scores = torch.baddbmm(query.new_zeros(()), queries, keys, beta=0, alpha=scale)
+        scores = torch.baddbmm(query.new_zeros(1, 1, 1), query, key, beta=0, alpha=scale)
     else:
-        scores = added.repeat(len(keys), query.shape[1] // key.shape[1], 1).baddbmm_(queries, keys, alpha=scale)
-    return scores.softmax(-1)
+        scores = added.repeat(groups, heads // groups, 1).baddbmm_(query, key, alpha=scale)
+    return torch.bmm(scores.softmax(-1), value).view(heads, length, -1)
 
 
 def complete_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
     """float[B, H, Q, width of the values], where every query sees every key."""
-    is_soonest = query.device.type == "cpu" and _by_products(computing_dtype(query)) and key.shape[2] <= MOST_IN_ONE
+    is_soonest = query.device.type == "cpu" and _by_products(computing_dtype(query)) and key.shape[2] <= MOST_KEPT
     if is_soonest and not dropout:
         query, key, value = (states.to(torch.bfloat16) for states in (query, key, value))
-        return Products.apply(query, key, value, None, scale)
+        queries = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3).flatten(0, 1)  # [B G, H / G Q, W]
+        scores = torch.baddbmm(queries.new_zeros(()), queries, key.flatten(0, 1).mT, beta=0, alpha=scale)
+        return torch.bmm(scores.softmax(-1), value.flatten(0, 1)).view(*query.shape[:-1], -1)
     return nn.functional.scaled_dot_product_attention(
         query, key, value, dropout_p=dropout, scale=scale, enable_gqa=True
     )

@@ -31,8 +31,8 @@ class Row:
 
 def sequence_flops(objective: Objective, row: Row, num_recomputed: int = 0, num_rows: int = 1) -> dict[str, float]:
     """{part: FLOPs} of one row, forward and backward, and their sum `total`. The first `num_recomputed` blocks are
-    computed again in the backward pass, and the heads; so are the scores of attention by segments, and the logits of a
-    batch of `num_rows` if they are made in parts (`label_losses`)."""
+    computed again in the backward pass, and the heads; so are the logits of a batch of `num_rows` if they are made in
+    parts (`label_losses`)."""
     config, paired = objective.config.get_text_config(), objective.paired_blocks
     num_pairs = 0 if objective.distillation is None else len(objective.distillation.pairs)
     blocks = list(objective.vora.model.blocks)
@@ -46,8 +46,6 @@ def sequence_flops(objective: Objective, row: Row, num_recomputed: int = 0, num_
         parts["student_forward"] += 2 * base * row.num_tokens + attention
         parts["student_backward"] += 2 * (base + base_trained) * row.num_tokens + 2 * attention
         parts["lora"] += 6 * lora * row.num_tokens
-        if row.num_segments > 1:  # the scores
-            parts["recomputation"] += attention / 2
         if index < num_recomputed:
             parts["recomputation"] += 2 * (base + lora) * row.num_tokens + attention
     head = objective.vora.lm_head.weight
