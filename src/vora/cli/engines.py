@@ -16,6 +16,7 @@ from vora.cli.options import (
     ModelOption,
     RemoteCode,
     Unmerged,
+    also_file,
     out_folder,
 )
 
@@ -106,17 +107,20 @@ def verify(
     images: Annotated[list[str] | None, Option(help="File or folder; by default three drawn images.")] = None,
     files: Annotated[Path | None, Option(help="Folder of `vora export`; else one is made in f32.")] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="Most tokens of each answer that is compared.")] = 16,
-    json: Annotated[Path | None, Option(help="File for the figures.")] = None,
+    json: Annotated[Path | None, also_file("For the figures.")] = None,
+    device: DeviceOption = "cpu",
     llm: BaseLlm = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Prove that another engine computes what torch computes: log-probabilities of the same tokens, and attention."""
+    """Prove that another engine computes what torch computes in float32: log-probabilities of the same tokens, and
+    attention."""
     from vora.checkpoint.pretrained import committed_model
     from vora.export.verify import verify as run
 
     found = run(
-        model or committed_model(), runtime, images=images or (), max_new_tokens=max_new_tokens, files=files, llm=llm
-    )
+        model or committed_model(), runtime, images=images or (), max_new_tokens=max_new_tokens, files=files, llm=llm,
+        device=device,
+    )  # fmt: skip
     if json is not None:
         found.write(json)
     console.print(found.summary(), highlight=False, markup=False)

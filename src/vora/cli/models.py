@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from vora.cli.app import app, console
-from vora.cli.options import BaseLlm, RemoteCode, out_folder
+from vora.cli.options import BaseLlm, RemoteCode, also_folder, out_folder
 
 
 @app.command()
@@ -15,8 +15,8 @@ def merge(
         str, Argument(metavar="RUN", help="Run of `vora train`, a checkpoint of it, unmerged model or adapter.")
     ],
     out: Annotated[Path, out_folder("Folder for the merged model.")],
-    llm_out: Annotated[Path | None, Option(help="Also write the LLM alone, in its own format.")] = None,
-    adapter_out: Annotated[Path | None, Option(help="Also write the vision adapter alone.")] = None,
+    llm_out: Annotated[Path | None, also_folder("Also write the LLM alone, in its own format.")] = None,
+    adapter_out: Annotated[Path | None, also_folder("Also write the vision adapter alone.")] = None,
     llm: BaseLlm = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:

@@ -1,5 +1,7 @@
 """Options and arguments that several verbs have: one idea has one name everywhere."""
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, BadParameter, Option
@@ -9,13 +11,35 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def out_folder(help: str) -> OptionInfo:
-    """Where a verb writes. Folders above it are made; what something else has left there is never overwritten."""
-    return Option("--out", "-o", help=help, file_okay=False)
+    """Where a verb writes. Folders above it are made; what something else has left there is never overwritten. That
+    it cannot be written is said before any work."""
+    return Option("--out", "-o", help=help, file_okay=False, callback=can_be_written)
 
 
 def out_file(help: str) -> OptionInfo:
     """As `out_folder`, of a verb that writes a file and perhaps others of its name."""
-    return Option("--out", "-o", help=help, dir_okay=False)
+    return Option("--out", "-o", help=help, dir_okay=False, callback=can_be_written)
+
+
+def also_folder(help: str) -> OptionInfo:
+    """Where a verb writes more, under a name of its own."""
+    return Option(help=help, file_okay=False, callback=can_be_written)
+
+
+def also_file(help: str) -> OptionInfo:
+    """As `also_folder`, of a file."""
+    return Option(help=help, dir_okay=False, callback=can_be_written)
+
+
+def can_be_written(place: Path | None) -> Path | None:
+    """The place itself; an error where nothing can be written there, for what is above it."""
+    if place is not None:
+        there = next(one for one in (place, *place.absolute().parents) if one.exists())
+        if there != place and not there.is_dir():
+            raise BadParameter(f"{there} is a file, so that {place} cannot be written in it.")
+        if not os.access(there, os.W_OK):
+            raise BadParameter(f"{there} cannot be written by you: choose another place.")
+    return place
 
 
 def names_of_recipes(incomplete: str) -> list[str]:

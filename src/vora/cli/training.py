@@ -11,6 +11,7 @@ from vora.cli.options import (
     Overrides,
     RecipeArgument,
     RemoteCode,
+    can_be_written,
     listed,
     named_columns,
     names_of_specifications,
@@ -58,6 +59,7 @@ def init(
     path = Path(name if name.endswith(".yaml") else f"{name}.yaml")
     if path.exists():
         raise ValueError(f"{path} is there already: choose another NAME, so that nothing is overwritten.")
+    can_be_written(path)
     from vora.train.first_recipe import write_recipe
 
     for line in write_recipe(path, llm, data or [], teacher, epochs, named_columns(column)):

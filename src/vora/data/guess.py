@@ -1,10 +1,12 @@
 """What columns are that have other names than ours, guessed from their names and from what stands in them.
 
-Nothing is guessed that a row says by our own names: files that were read before are read as they were.
+Nothing is guessed that a row says by our own names, but where its images are, if it names files that are there.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from vora.data.columns import COLUMNS, IMAGE_COLUMNS, LAYOUTS, TURN_COLUMNS, Row
@@ -27,16 +29,18 @@ WITH_IMAGE = (("messages",), ("question", "answer"), ("caption",), ("label",))
 ALONE = (("messages",), ("question", "answer"), ("instruction", "output"), ("text",))
 
 
-def guessed_columns(rows: Iterable[Row | ValueError], columns: Mapping[str, str]) -> dict[str, str]:
+def guessed_columns(
+    rows: Iterable[Row | ValueError], columns: Mapping[str, str], image_folder: str | Path | None = None
+) -> dict[str, str]:
     """{our name: the file's} of what some first rows have under other names than those that a source's `columns` say;
-    empty where nothing is missing, or nothing is like it."""
+    empty where nothing is missing, or nothing is like it. Paths of images start at `image_folder`."""
     ours = {theirs: ours for ours, theirs in columns.items()}
     good = [{ours.get(name, name): value for name, value in row.items()} for row in rows if isinstance(row, dict)]
     values = {str(name): _first(row.get(name) for row in good) for row in good for name in row}
     values = {name: value for name, value in values.items() if value is not None}
     found: dict[str, str] = {}
     if not values.keys() & {*IMAGE_COLUMNS, *TURN_COLUMNS, "file_name"}:
-        found = _image(values)
+        found = _image(values, image_folder)
     has_image = bool(found or values.keys() & {*IMAGE_COLUMNS, "file_name"})
     if not _is_complete(values.keys(), has_image):
         free = {name: value for name, value in values.items() if name not in (*IMAGE_COLUMNS, *found.values())}
@@ -55,6 +59,15 @@ def columns_read(rows: Iterable[Row | ValueError], columns: Mapping[str, str]) -
     return read, [name for name in names if name not in read.values()]
 
 
+def images_not_read(rows: Iterable[Row | ValueError], read: Iterable[str], unread: Iterable[str]) -> dict[str, str]:
+    """{column: the first image} of what names images in some first rows, of which none is read. `read` and `unread`
+    are of `columns_read`."""
+    if {*read} & {*IMAGE_COLUMNS, "file_name"}:
+        return {}
+    first = {name: _first(row.get(name) for row in rows if isinstance(row, dict)) for name in unread}
+    return {name: path for name, value in first.items() if (path := _image_path(value))}
+
+
 def line_to_paste(columns: Mapping[str, str]) -> str:
     """Columns as the command line and a recipe take them."""
     pairs = ", ".join(f"{ours}: {_quoted(theirs)}" for ours, theirs in columns.items())
@@ -71,15 +84,23 @@ def _is_complete(names: Iterable[str], has_image: bool) -> bool:
     return bool(have & {"caption", "captions", "text", "label"}) if has_image else "text" in have
 
 
-def _image(values: Mapping[str, Any]) -> dict[str, str]:
+def _image(values: Mapping[str, Any], folder: str | Path | None) -> dict[str, str]:
     """The column that holds images by its name and what stands in it; none where there are several. A name that says
-    nothing, such as `file`, will do where a row of text alone would be nothing to learn from."""
+    nothing, such as `file`, will do where that is a file, or a row of text alone would be nothing to learn from."""
     media = [name for name, value in values.items() if is_media(value) or _is_list(value, is_media)]
     likely = [name for name in media if looks_like_media(name) or _plain(name) in IMAGE_COLUMNS]
     chosen = likely or [name for name in media if isinstance(values[name], (bytes, dict))]
-    if not chosen and not _is_complete(values.keys(), False):
-        chosen = [name for name in media if str(values[name]).lower().endswith(IMAGE_ENDINGS)]
+    if not chosen:
+        paths = {name: path for name, value in values.items() if (path := _image_path(value))}
+        is_text = _is_complete(values.keys(), False)
+        chosen = [name for name, path in paths.items() if not is_text or (folder and os.path.isfile(Path(folder, path)))]
     return {"image": chosen[0]} if len(chosen) == 1 else {}
+
+
+def _image_path(value: Any) -> str | None:
+    """The path of an image that a column holds, or its list begins with."""
+    path = value[0] if isinstance(value, list) and value else value
+    return path if isinstance(path, str) and path.lower().endswith(tuple(f".{one}" for one in IMAGE_ENDINGS)) else None
 
 
 def _layout(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, str]:

@@ -86,7 +86,7 @@ def column_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             _short(one["name"]),
             ", ".join(said(ours, theirs, one["guessed_columns"]) for ours, theirs in one["columns"].items()),
-            ", ".join(one["columns_not_read"]) or "-",
+            ", ".join(one["columns_not_read"]) or "none",
         )
         for one in summary["sources"]
     ]

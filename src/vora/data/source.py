@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from vora.data.columns import COLUMNS, MOST_ROW_BYTES, Row, RowOptions
-from vora.data.guess import columns_read, guessed_columns
+from vora.data.guess import columns_read, guessed_columns, images_not_read
 from vora.data.schema import to_sample
 
 ReadRow: TypeAlias = Callable[[Row, str, str, RowOptions], Any]  # row, its name, folder of its images
@@ -60,10 +60,11 @@ class Source:
         self.blocks, self.block_sizes = self.blocks[sizes > 0], sizes[sizes > 0]
         self.starts = self.block_sizes.cumsum() - self.block_sizes
         rows = self._first_rows() if len(self) else []
-        self.guessed = guessed_columns(rows, options.columns)
+        self.guessed = guessed_columns(rows, options.columns, self._folder_of(0) if rows else None)
         if self.guessed:
             self.options = replace(options, columns={**options.columns, **self.guessed})
         self.columns_read, self.columns_not_read = columns_read(rows, self.options.columns)
+        self.images_not_read = images_not_read(rows, self.columns_read, self.columns_not_read)
         self._cached: tuple[int | None, Rows] = (None, [])
         if len(self) == 0:
             raise ValueError(f"{name} holds 0 rows: an empty dataset cannot be trained on.")
@@ -99,11 +100,14 @@ class Source:
         row = rows[offset]
         if isinstance(row, ValueError):
             raise row
-        folder = self.image_folder or str(Path(self.files[self.blocks[block, 0]]).parent)
         try:
-            return self.read_row(row, self.row_name(block, offset), folder, self.options)
+            return self.read_row(row, self.row_name(block, offset), self._folder_of(block), self.options)
         except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
             raise ValueError(f"It is not built as its layout is: {type(error).__name__}: {error}") from None
+
+    def _folder_of(self, block: int) -> str:
+        """Where paths of a block's images start."""
+        return self.image_folder or str(Path(self.files[self.blocks[block, 0]]).parent)
 
     def read_block(self, number: int) -> Rows:
         """The rows of a block. One that cannot be read is a block of bad rows: a long run goes on."""

@@ -5,6 +5,7 @@ import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from vora.eval.metrics.intervals import Estimate, in_words
 
+NUM_SHOWN = 3  # answers, in the terminal
 # that predictions may depend on
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "pillow", "numpy")
 
@@ -66,6 +68,21 @@ class Report:
         """All that lies in the folder of `out`, the JSON file, for this report."""
         names = (".predictions.jsonl", ".generated.jsonl", ".png")
         return [out, *(file for name in names if (file := beside(out, name)).exists())]
+
+    def examples(self, out: Path) -> list[str]:
+        """The first answers in words, as the predictions beside `out` have them; none where answers were only read."""
+        texts = []
+        with beside(out, ".predictions.jsonl").open(encoding="utf-8") as file:
+            for line in map(json.loads, islice(file, 1, 1 + NUM_SHOWN)):
+                said = line.get("generated", line.get("chosen"))
+                if said is not None:
+                    all_right = line["references"]
+                    right = max(all_right, key=all_right.count)
+                    if more := len({*all_right}) - 1:
+                        right += f" (or one of {more} more)"
+                    asked, said, right = (repr(text)[1:-1] for text in (line["prompt"], said, right))  # one line each
+                    texts.append(f"{line['name']}: {asked}\n  said   {said}\n  right  {right}")
+        return texts
 
     def table(self) -> Table:
         """The metrics, for a console."""

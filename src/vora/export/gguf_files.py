@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from vora.checkpoint.layout import read_info
-from vora.checkpoint.load import load_model
-from vora.checkpoint.save import whole_folder
+from vora.checkpoint.load import digest_of, load_model
+from vora.checkpoint.save import check_is_free, whole_folder
 from vora.export.carrier import (
     ANY_SIZE,
     BATCH,
@@ -67,6 +67,7 @@ class GgufExport:
     num_image_tokens: int  # of each, or the most of them
     min_image_tokens: int | None = None  # of images of any size
     knows_markers: bool = False  # whether it was trained with the texts that llama.cpp puts around images
+    llm_digest: str | None = None  # `digest_of` the model that it was made from
 
     @property
     def carrier(self) -> Carrier:
@@ -109,6 +110,9 @@ def export_gguf(
 ) -> GgufExport:  # fmt: skip
     """Export a model of any kind of folder, all of it or nothing; see `write_export` and, of `llm`, `load_model`.
     ValueError where it does not fit or the conversion refuses it."""
+    check_quant(quant)
+    check_is_free(out)
+    conversion_folder(llama_cpp)
     info = read_info(path)
     model, processor = load_model(info, llm=llm, dtype=torch.float32 if info.adapter else None, device="cpu")
     with whole_folder(out) as folder:
@@ -128,8 +132,7 @@ def write_export(
             model that is exported for images of any size.
         llama_cpp: a clone of llama.cpp whose conversion is used, instead of the one in the extra `llamacpp`.
     """
-    if quant not in QUANTS:
-        raise ValueError(f"--quant {quant} is unknown: give {', '.join(QUANTS)}; others make llama-quantize of f32.")
+    check_quant(quant)
     check_fits(model)
     export = planned(model, processor, folder, name, quant, image_size)
     converter = conversion_folder(llama_cpp)
@@ -146,20 +149,26 @@ def write_export(
     return export
 
 
+def check_quant(quant: str) -> None:
+    """Raise ValueError where weights cannot be kept so."""
+    if quant not in QUANTS:
+        raise ValueError(f"--quant {quant} is unknown: give {', '.join(QUANTS)}; others make llama-quantize of f32.")
+
+
 def planned(
     model: VoraForConditionalGeneration, processor: VoraProcessor, folder: Path, name: str, quant: str,
     image_size: int | None,
 ) -> GgufExport:  # fmt: skip
     """What an export of a model will be; ValueError where images cannot be of a wanted size."""
     images, carrier = processor.image_processor, fitting_carrier(model, processor)
-    known = tuple(processor.image_markers) == carrier.image_markers
+    facts = {"knows_markers": tuple(processor.image_markers) == carrier.image_markers, "llm_digest": digest_of(model)}
     if carrier == ANY_SIZE:
         if image_size is not None:
             raise ValueError(f"--image-size {image_size}: the model is exported for images of any size, leave it out.")
-        return GgufExport(folder, name, quant, None, images.max_image_tokens, images.min_image_tokens, known)
+        return GgufExport(folder, name, quant, None, images.max_image_tokens, images.min_image_tokens, **facts)
     size = square_size(model, images, image_size)
     num_image_tokens = (size // (images.patch_size * images.patch_merge)) ** 2
-    return GgufExport(folder, name, quant, size, num_image_tokens, knows_markers=known)
+    return GgufExport(folder, name, quant, size, num_image_tokens, **facts)
 
 
 def conversion_folder(llama_cpp: Path | None = None) -> Path:

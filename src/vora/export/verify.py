@@ -4,7 +4,7 @@ Dims: T tokens of prompt and answer, V vocabulary.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from vora.checkpoint.layout import CheckpointInfo, read_info
-from vora.checkpoint.load import load_model
+from vora.checkpoint.load import digest_of, load_model
 from vora.checkpoint.names import published
 from vora.checkpoint.save import save_merged
-from vora.export.gguf_files import read_export, write_export
+from vora.export.gguf_files import conversion_folder, read_export, write_export
 from vora.export.prompts import (
     Prompt,
     images_to_compare,
@@ -28,8 +28,8 @@ from vora.export.prompts import (
     swap_far_patches,
     with_image_markers,
 )
-from vora.export.runtimes import LlamaCpp, Reading, RemoteCode, Runtime, with_answer
-from vora.export.vllm import Vllm
+from vora.export.runtimes import LlamaCpp, Reading, RemoteCode, Runtime, check_llama_cpp, with_answer
+from vora.export.vllm import Vllm, check_vllm
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
@@ -92,7 +92,7 @@ class Verification:
 
 def verify(
     path: Path | str, runtime: str, *, images: Sequence[str] = (), question: str = "Describe the image.",
-    max_new_tokens: int = 16, files: Path | None = None, llm: str | None = None,
+    max_new_tokens: int = 16, files: Path | None = None, llm: str | None = None, device: str | None = "cpu",
 ) -> Verification:  # fmt: skip
     """Compare a model in torch, in float32, with itself in another engine.
 
@@ -101,18 +101,27 @@ def verify(
         images: files or folders; by default three drawn ones.
         llm: to put an adapter over, if not the one that it names.
         files: a folder of `vora export`, for llama.cpp; by default one is written in f32 and thrown away.
+        device: of torch; None takes the GPU if there is one.
 
     Raises:
         ValueError: the engine is unknown or not installed, or the model does not fit it.
     """
     if runtime not in RUNTIMES:
         raise ValueError(f"--runtime {runtime} is unknown: give {', '.join(RUNTIMES[:-1])} or {RUNTIMES[-1]}.")
+    if files is not None and runtime != "llama.cpp":
+        raise ValueError(f"--files are of llama.cpp, and --runtime is {runtime}: leave them out.")
+    export = None if files is None else read_export(files)
+    if runtime == "llama.cpp":
+        check_llama_cpp()
+        if export is None:
+            conversion_folder()
+    elif runtime == "vllm":
+        check_vllm()
     info, opened = read_info(path), images_to_compare(images)
-    model, processor = load_model(info, llm=llm, dtype=torch.float32, device="cpu")
-    export = None
+    model, processor = load_model(info, llm=llm, dtype=torch.float32, device=device)
     with TemporaryDirectory() as scratch:
-        if runtime == "llama.cpp":
-            export = read_export(files) if files else write_export(model, processor, Path(scratch), "model", "f32")
+        if runtime == "llama.cpp" and export is None:
+            export = write_export(model, processor, Path(scratch), "model", "f32")
         if export is not None:  # what it puts around images is given to torch as well
             processor = with_image_markers(processor, export.carrier.image_markers)
         if export is not None and export.image_size is not None:
@@ -128,6 +137,8 @@ def verify(
             engine = RemoteCode(folder) if runtime == "remote-code" else Vllm(folder, model.config.image_token_id)
         found = compare(model, processor, engine, prompts, max_new_tokens, export.quant if export else None)
     found.model = published(path)
+    if found.failures and export and export.llm_digest and export.llm_digest != digest_of(model):
+        found.failures = [f"{files} was exported from another model than {path}: name that one, or export this one."]
     return found
 
 
@@ -212,12 +223,16 @@ def image_attention(model: VoraForConditionalGeneration, rule: str) -> Iterator[
 @torch.inference_mode()
 def log_probs_of(model: VoraForConditionalGeneration, prompt: Prompt, answer: list[int]) -> Tensor:
     """float[T, V] in torch."""
-    inputs = {**prompt.inputs, "input_ids": with_answer(prompt, answer)}
-    return model(**inputs, use_cache=False).logits[0].log_softmax(-1)
+    inputs = _on_device(model, {**prompt.inputs, "input_ids": with_answer(prompt, answer)})
+    return model(**inputs, use_cache=False).logits[0].log_softmax(-1).cpu()
+
+
+def _on_device(model: VoraForConditionalGeneration, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
 def _greedy(model: VoraForConditionalGeneration, prompt: Prompt, max_new_tokens: int) -> list[int]:
-    output = model.generate(**prompt.inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    output = model.generate(**_on_device(model, prompt.inputs), max_new_tokens=max_new_tokens, do_sample=False)
     return output[0, prompt.length :].tolist()
 
 
@@ -232,12 +247,12 @@ def _change(before: Reading, after: Reading, row: int) -> tuple[Tensor, Tensor]:
 
 def _failures(found: Verification, rule: str) -> list[str]:
     """Why the engine is not the model, in a sentence each; nothing where it is."""
-    failures = []
-    if found.num_prompt_tokens != found.num_prompt_tokens_runtime:
-        failures.append(
+    if found.num_prompt_tokens != found.num_prompt_tokens_runtime:  # from which all else follows
+        return [
             f"The engine reads {found.num_prompt_tokens_runtime} prompt tokens, torch {found.num_prompt_tokens}: "
             "tokenizer or chat template differ."
-        )
+        ]
+    failures = []
     if found.image_attention == "unknown":
         if found.mask_check:
             failures.append("Which image attention it has cannot be told: give --images whose patches matter more.")

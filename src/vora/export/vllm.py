@@ -5,9 +5,11 @@ vLLM wants libraries of its own, so that it runs in a process of another Python:
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,6 +20,14 @@ from vora.export.runtimes import NUM_LOG_PROBS, Reading
 
 PYTHON = "VORA_VLLM_PYTHON"
 SCRIPT = Path(__file__).with_name("read_in_vllm.py")
+
+
+def check_vllm() -> None:
+    """Raise ValueError where there is no Python that may have vLLM."""
+    python = os.environ.get(PYTHON)
+    if (find_spec("vllm") is None) if python is None else (shutil.which(python) is None):
+        missing = "vLLM is not installed here" if python is None else f"{PYTHON}={python} is no program"
+        raise ValueError(f"{missing}: {PYTHON} names the Python of an environment that has it.")
 
 
 class Vllm:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from vora.checkpoint.layout import read_info
 from vora.checkpoint.load import load_model
-from vora.export.gguf_files import GgufExport, write_export
+from vora.export.gguf_files import GgufExport, check_quant, conversion_folder, write_export
 from vora.export.prompts import in_whole_tokens, squared
 from vora.export.runtimes import check_llama_cpp, llama_cpp_server
 from vora.model.modeling_vora import VoraForConditionalGeneration
@@ -141,6 +141,8 @@ def llama_cpp_engine(model: str, limits: Limits, quant: str = "f16", **loading: 
     check_llama_cpp()
     if loading.pop("unmerged", False):
         raise ValueError("llama.cpp has no LoRA for images alone: leave --unmerged out, or take --engine auto.")
+    check_quant(quant)
+    conversion_folder()
     info = read_info(model)
     loading["device"], loading["dtype"] = "cpu", torch.float32 if info.adapter else None
     loaded, processor = load_model(info, **loading)

@@ -31,6 +31,7 @@ from vora.train.recipe_sections import SampleGenerationSection
 from vora.train.run_log import read_log
 
 ANSWERS_FILE = "sample_generations.jsonl"
+QUIET_SECONDS = 30.0  # after which a file of a run gets a line, though nothing was logged
 
 
 class StopOnSignal(TrainerCallback):
@@ -122,7 +123,8 @@ class ProgressCallback(TrainerCallback):
         self.console, self.log_file, self.validation_file = console, log_file, validation_file
         self.bar: Progress | None = None
         self.task = TaskID(0)
-        self._line = 0.0, 0  # when the last line was logged, and at which step
+        self._line = 0.0, 0  # when the last line was written, and at which step
+        self._is_file = False  # which gets lines, not a bar
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
@@ -135,8 +137,8 @@ class ProgressCallback(TrainerCallback):
                 replace_text(file, "".join(kept))
         figures = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
         columns = [TextColumn("step"), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"), figures]
-        is_file = not self.console.is_terminal  # which gets lines: see on_log
-        self.bar = Progress(*columns, console=self.console, redirect_stdout=False, expand=True, disable=is_file)
+        self._is_file = not self.console.is_terminal
+        self.bar = Progress(*columns, console=self.console, redirect_stdout=False, expand=True, disable=self._is_file)
         self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
         self._line = time.monotonic(), state.global_step
         self.bar.start()
@@ -146,6 +148,8 @@ class ProgressCallback(TrainerCallback):
             control.should_log = True  # also of a run that is shorter than the distance between two lines
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
+        if self._is_file and not control.should_log and time.monotonic() - self._line[0] > QUIET_SECONDS:
+            self.console.print(self._place(state), soft_wrap=True)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -159,9 +163,8 @@ class ProgressCallback(TrainerCallback):
         read = f"epoch {logs['epoch']:.2f}" if "epoch" in logs else ""
         text = "  ".join(filter(None, [read, *losses, speed, f"{logs['data_wait_share']:.0%} waiting for data"]))
         self.bar.update(self.task, description=text)
-        if not self.console.is_terminal:
-            place = f"step {state.global_step}/{state.max_steps}  {duration(self._seconds_left(state))} left"
-            self.console.print(f"{place}  {text}", soft_wrap=True)
+        if self._is_file:
+            self.console.print(f"{self._place(state)}  {text}", soft_wrap=True)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
@@ -174,10 +177,11 @@ class ProgressCallback(TrainerCallback):
         text = f"step {state.global_step}/{state.max_steps}  validation: " + "  ".join(values)
         self.console.print(text, highlight=False, soft_wrap=True)
 
-    def _seconds_left(self, state: TrainerState) -> float:
-        """At the speed since the last line."""
+    def _place(self, state: TrainerState) -> str:
+        """The beginning of a line: the step, and the time left at the speed since the last line."""
         (before, step), self._line = self._line, (time.monotonic(), state.global_step)
-        return (self._line[0] - before) / max(1, state.global_step - step) * (state.max_steps - state.global_step)
+        left = (self._line[0] - before) / max(1, state.global_step - step) * (state.max_steps - state.global_step)
+        return f"step {state.global_step}/{state.max_steps}  {duration(left)} left"
 
     def stop(self) -> None:
         """Leave the terminal as it was, however the run ended."""

@@ -35,9 +35,10 @@ def dry_run(recipe: Recipe, directory: Path, resume: bool, beside: Path, console
     done = check_start(recipe, directory, resume)
     try:
         console.print(trainable_table(meta_model(recipe, beside)[0], recipe.stage))
-    except ValueError as error:  # LLaVA's way
-        console.print(f"No table of what trains: {error}", highlight=False, markup=False)
-    print_estimate(recipe, beside, console, done)
+    except ValueError as error:  # LLaVA's way, of which nothing is counted
+        console.print(f"No table of what trains, and no estimate: {error}", highlight=False, markup=False)
+    else:
+        print_estimate(recipe, beside, console, done)
     print_samples(recipe, console)
     console.print(f"\nNothing was trained: without --dry-run it would be, into {directory}.", highlight=False)
 

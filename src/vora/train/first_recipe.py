@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from vora.build.base_llm import ALIASES
+from vora.build.hub import hub_problem, may_be_hub_id
 from vora.data.columns import RowOptions
 from vora.data.readers import EASY_VQA, load_source
 from vora.data.schema import Sample
@@ -49,13 +50,20 @@ def write_recipe(
     columns: Mapping[str, str] | None = None,
 ) -> list[str]:  # fmt: skip
     """Write a recipe of stage pretrain and return what it was made from, in lines. A ValueError where the file is
-    there already, the LLM or the teacher is not known, or data cannot be used."""
+    there already, the LLM or the teacher is not known, no teacher is named and the one of fitting size cannot be had,
+    or data cannot be used."""
     if path.exists():
         raise ValueError(f"{path} is there already: choose another NAME, so that nothing is overwritten.")
     found = [look_at(one, columns) for one in data]
     config = config_of(llm)
     num_parameters, rank = size_of(config)
-    teacher = teacher or next(name for most, name in TEACHERS if num_parameters <= most)
+    if teacher is None:
+        teacher = next(name for most, name in TEACHERS if num_parameters <= most)
+        if cause := hub_problem(teacher):
+            raise ValueError(
+                f"No --teacher was given, and {teacher}, which fits, cannot be had: {cause}. Give --teacher a folder "
+                "of a plain ViT, or that name if it will be there where the recipe runs."
+            )
     depth, vit = config.get_text_config().num_hidden_layers, config_of(teacher)
     vit = getattr(vit, "vision_config", vit)
     values = sizes_of(found, vit.patch_size, getattr(config.get_text_config(), "max_position_embeddings", None))
@@ -80,9 +88,16 @@ def write_recipe(
     return [
         f"{llm}: {num_parameters / 1e6:,.0f} M parameters, {depth} blocks; taught by {teacher}",
         f"this machine: {'a GPU' if torch.cuda.is_available() else 'no GPU'}, so {precision['model.dtype']}",
+        *(f"{name} cannot be had here: {cause}" for name in (llm, teacher) if (cause := lacking(name))),
         *(described(one) for one in found or []),
         *([] if found else ["no --data was given: put your file in data.sources"]),
     ]
+
+
+def lacking(name: str) -> str | None:
+    """Why the weights of a model are not to be had, whose configuration is known; None where they are."""
+    is_place = name in ALIASES or Path(name).exists() or not may_be_hub_id(name)
+    return None if is_place else hub_problem(name)
 
 
 def size_of(config: PretrainedConfig) -> tuple[int, int]:

@@ -202,6 +202,8 @@ def training_arguments(recipe: Recipe, directory: str | Path) -> TrainingArgumen
             "training.max_steps is missing: sequences are packed without end, so say how many steps, or "
             "training.num_train_epochs."
         )
+    if values.get("max_steps", -1) > 0 and "logging_steps" not in recipe.training:  # a short run has lines, too
+        values["logging_steps"] = max(1, min(values["logging_steps"], values["max_steps"] // 20))
     if recipe.data.validation is not None:  # measured whenever a checkpoint is saved
         strategy = "epoch" if values.get("save_strategy") == "epoch" else "steps"
         values = {"eval_strategy": strategy, "eval_steps": values["save_steps"]} | values
