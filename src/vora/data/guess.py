@@ -93,7 +93,9 @@ def _image(values: Mapping[str, Any], folder: str | Path | None) -> dict[str, st
     if not chosen:
         paths = {name: path for name, value in values.items() if (path := _image_path(value))}
         is_text = _is_complete(values.keys(), False)
-        chosen = [name for name, path in paths.items() if not is_text or (folder and os.path.isfile(Path(folder, path)))]
+        chosen = [
+            name for name, path in paths.items() if not is_text or (folder and os.path.isfile(Path(folder, path)))
+        ]
     return {"image": chosen[0]} if len(chosen) == 1 else {}
 
 
