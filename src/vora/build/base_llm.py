@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -35,8 +42,6 @@ def resolve_llm(llm: Path | str, key: str = KEY) -> tuple[str, dict[str, str]]:
     folder = Path(located(llm, key, EXAMPLE, ALIASES))
     if folder.suffix.lower() == ".gguf" and folder.is_file():
         return str(folder.parent), {"gguf_file": folder.name}
-    if folder.is_file():
-        raise ValueError(f"{key} {folder} is a file, and no GGUF file: name the folder that it lies in.")
     if not folder.is_dir() or (folder / "config.json").exists():
         return str(folder), {}
     if (folder / "recipe.yaml").exists():
@@ -76,7 +81,7 @@ def load_llm(llm: PreTrainedModel | Path | str, **kwargs: Any) -> PreTrainedMode
     kwargs = remote_code() | kwargs
     with loading(name, KEY):
         if not source:
-            check_is_llm(llm, name, kwargs["trust_remote_code"])
+            check_is_llm(llm, AutoConfig.from_pretrained(name, trust_remote_code=kwargs["trust_remote_code"]))
         model = AutoModelForCausalLM.from_pretrained(name, **source, **kwargs)
     if hasattr(model.config, "quantization_config") and "gguf_file" in source:
         del model.config.quantization_config
@@ -91,9 +96,8 @@ def load_llm(llm: PreTrainedModel | Path | str, **kwargs: Any) -> PreTrainedMode
     return model.eval()
 
 
-def check_is_llm(llm: Path | str, name: str, trust_remote_code: bool = False) -> None:
-    """Raise ValueError where the configuration under a name is not that of a causal LM."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+def check_is_llm(llm: Path | str, config: PretrainedConfig) -> None:
+    """Raise ValueError where the configuration of what is called `llm` is not that of a causal LM."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
         return
     kind = config.model_type

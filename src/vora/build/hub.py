@@ -48,6 +48,10 @@ def located(name: Path | str, key: str, example: str, aliases: Collection[str] =
         ValueError: it is neither, with the place looked at and the name that is likest.
     """
     name, place = str(name), os.path.expanduser(str(name))
+    if os.path.isfile(place) and not place.lower().endswith(".gguf"):
+        folder = os.path.dirname(place)
+        such = f", such as {folder}" if os.path.exists(os.path.join(folder, "config.json")) else ""
+        raise ValueError(f"{key} {name} is a file: name the folder of a model{such}.")
     if os.path.exists(place):
         return place
     cause = hub_problem(name) if may_be_hub_id(name) else None
@@ -106,6 +110,8 @@ def loading(name: Path | str, key: str) -> Iterator[None]:
             cause = f"has weights that are damaged or cut off ({text[:100]}): copy or fetch its files again"
         elif "trust_remote_code" in text:
             cause = "needs code of its own: read it, and then give --trust-remote-code, or name another model"
+        elif "Unrecognized model" in text:
+            cause = "holds no configuration of a model that transformers knows: check the path, or name another"
         elif "no file named" in text:
             cause = "holds no weights (model.safetensors): copy or fetch its files again, or name another"
         raise ValueError(f"{key} {name} {cause.rstrip('.')}.") from None

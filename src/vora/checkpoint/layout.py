@@ -111,7 +111,7 @@ def fetched(name: Path | str) -> Path:
 def _is_no_model(folder: Path) -> str:
     """What to do about a path without a model."""
     if folder.is_file():
-        return f"{folder} is a file: name the folder of the model, such as {folder.parent}."
+        return f"{folder} is a file: name the folder of the model, such as {folder.absolute().parent}."
     inside = [one for one in sorted(folder.iterdir()) if run_of(one) == one or (one / "config.json").exists()]
     if inside:
         names = ", ".join(map(str, inside[:3]))

@@ -19,6 +19,7 @@ from vora.cli.options import (
     Unmerged,
     listed,
     named_columns,
+    no_folders,
     out_file,
 )
 
@@ -31,11 +32,11 @@ def evaluate(
     more_data: Annotated[list[str] | None, Argument(metavar="[PATH]...", help="More data.")] = None,
     model: ModelOption = None,
     prompt: Annotated[str | None, Option(help="Instead of the task's own; {} takes a row's text.")] = None,
-    labels: Annotated[Path | None, Option(help="Names of all classes, one per line.")] = None,
+    labels: Annotated[Path | None, Option(exists=True, help="Names of all classes, one per line.")] = None,
     column: Columns = None,
     split: Annotated[str | None, Option(help="By default test, else validation, else train.")] = None,
     subset: Annotated[str | None, Option(help="Of a dataset on the Hub.")] = None,
-    image_folder: Annotated[Path | None, Option(help="Where paths of images start.")] = None,
+    image_folder: Annotated[Path | None, Option(exists=True, help="Where paths of images start.")] = None,
     allow_urls: Annotated[bool, Option("--allow-urls", help="Fetch images that rows name by URL.")] = False,
     max_samples: Annotated[int | None, Option(min=1, help="Only the first so many of the data.")] = None,
     device: DeviceOption = None,
@@ -75,7 +76,9 @@ def evaluate(
 
 @app.command()
 def chat(
-    images: Annotated[list[str] | None, Argument(metavar="[IMAGE]...", help="Paths or URLs.")] = None,
+    images: Annotated[
+        list[str] | None, Argument(metavar="[IMAGE]...", callback=no_folders, help="Paths or URLs.")
+    ] = None,
     model: ModelOption = None,
     question: Annotated[str | None, Option("--question", "-q", help="Ask once instead of chatting.")] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="Longest answer, in tokens.")] = 256,
@@ -150,7 +153,7 @@ def _open_page(
 
 @app.command()
 def inspect(
-    image: Annotated[str, Argument(help="Path or URL.")],
+    image: Annotated[str, Argument(callback=no_folders, help="Path or URL.")],
     model: ModelOption = None,
     question: Annotated[str, Option("--question", "-q", help="What to ask.")] = "Describe the image.",
     answer: Annotated[str | None, Option(help="Answer to follow; the model's own by default.")] = None,

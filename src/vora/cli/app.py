@@ -109,6 +109,9 @@ def main() -> None:
         log.info("Traceback of the error:", exc_info=True)
         known = isinstance(error, (ValueError, OSError, ArithmeticError))
         message = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.filename:
+            cause = (error.strerror or type(error).__name__).lower()
+            message = f"{error.filename}: {cause}: check the path, and who may read or write it."
         shown = message if known else f"{type(error).__name__}: {message} (vora --verbose shows where)"
         _print_error(f"[bold red]error:[/bold red] {escape(shown)}", 1)
     finally:

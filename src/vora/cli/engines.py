@@ -84,7 +84,7 @@ def export(
     to: Annotated[str, Option(help="gguf: for llama.cpp, Ollama and LM Studio.")] = "gguf",
     quant: Annotated[str, Option(help="Weights of the LLM: f32, f16, bf16 or q8_0.")] = "f16",
     image_size: Annotated[int | None, Option(help="Side of square images in pixels; the largest by default.")] = None,
-    llama_cpp: Annotated[Path | None, Option(help="A clone of llama.cpp to convert with.")] = None,
+    llama_cpp: Annotated[Path | None, Option(exists=True, help="A clone of llama.cpp to convert with.")] = None,
     llm: BaseLlm = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:
@@ -105,7 +105,7 @@ def verify(
     runtime: Annotated[str, Option(help="Engine to compare with torch: remote-code, llama.cpp or vllm.")],
     model: ModelOption = None,
     images: Annotated[list[str] | None, Option(help="File or folder; by default three drawn images.")] = None,
-    files: Annotated[Path | None, Option(help="Folder of `vora export`; else one is made in f32.")] = None,
+    files: Annotated[Path | None, Option(exists=True, help="Folder of `vora export`; else one in f32.")] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="Most tokens of each answer that is compared.")] = 16,
     json: Annotated[Path | None, also_file("For the figures.")] = None,
     device: DeviceOption = "cpu",

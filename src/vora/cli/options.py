@@ -42,6 +42,14 @@ def can_be_written(place: Path | None) -> Path | None:
     return place
 
 
+def no_folders(images: list[str] | str | None) -> list[str] | str | None:
+    """The names of images themselves; an error where one is a folder's."""
+    for image in [images] if isinstance(images, str) else images or ():
+        if Path(image).is_dir():
+            raise BadParameter(f"{image} is a folder, and no image: name images; a model's folder is -m {image}.")
+    return images
+
+
 def names_of_recipes(incomplete: str) -> list[str]:
     """For the shell's completion: the recipes that come with the package."""
     from vora.train.packaged import packaged_recipes

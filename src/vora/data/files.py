@@ -13,6 +13,8 @@ def files_of(path: str, split: str, kinds: Sequence[str]) -> list[Path] | None:
     files, in itself, in `data/`, or in a folder named as the split, or none, if it has none of any split; None if it
     is a dataset's folder or id. ValueError if they are of other splits, or some of them are compressed."""
     place = Path(path)
+    if (place / "config.json").is_file() and any(place.glob("*.safetensors")):
+        raise ValueError(f"{path} is a model's folder, and no data: name files of data here, and models by -m.")
     if place.is_file():
         if place.suffix.lower() not in kinds:
             raise ValueError(f"{path} is none of the kinds {', '.join(kinds)}: rename or convert it.")

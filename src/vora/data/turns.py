@@ -50,7 +50,7 @@ def conversation_of(turns: Any, row: Row | None = None) -> tuple[Conversation, l
     """Turns in the form of OpenAI (`role`, `content`) or ShareGPT (`from`, `value`), also as JSON or by columns: the
     conversation, and the images that stand in it. Columns of `row` may say what is learned."""
     messages, images = [], []
-    for turn in _with_marks(as_list(json.loads(turns) if isinstance(turns, str) else turns), row or {}):
+    for turn in _with_marks(as_list(_from_json(turns)), row or {}):
         speaker = turn.get("role") or turn.get("from")
         role = ROLES.get(str(speaker))
         if role is None:
@@ -92,8 +92,7 @@ def lead_of(row: Row) -> Conversation:
     """What stands before a row's conversations: its columns `system`, and `history` of earlier questions and
     answers."""
     lead = [{"role": "system", "content": text_of(row["system"], "system")}] if row.get("system") else []
-    history = row.get("history") or []
-    history = json.loads(history) if isinstance(history, str) else history
+    history = _from_json(row.get("history") or [])
     if history and all(isinstance(turn, dict) for turn in as_list(history)):
         return lead + conversation_of(history)[0]
     for turn in history:
@@ -183,6 +182,16 @@ def _mark(turn: dict[str, Any], role: str) -> dict[str, bool]:
     if wrong := [f"{key} {value!r}" for key, value in marks.items() if value not in (0, 1)]:
         raise ValueError(f"Its turns are weighed by {wrong[0]}: a turn counts (1) or does not (0).")
     return {} if all(marks.values()) else {"learn": False}
+
+
+def _from_json(turns: Any) -> Any:
+    """Turns as they are, or of their JSON; ValueError where a text is none."""
+    if not isinstance(turns, str):
+        return turns
+    try:
+        return json.loads(turns)
+    except ValueError:
+        raise ValueError(f"Its turns are a text, and no list or JSON of one: {turns[:60]!r}.") from None
 
 
 def _with_marks(turns: list[Any], row: Row) -> list[dict[str, Any]]:

@@ -119,6 +119,8 @@ def _opened(path: str, split: str | None, given: dict[str, Any]) -> Source:
     is_here = Path(path).exists() or path == EASY_VQA or any(mark in path for mark in "*?[")
     if not is_here and Path(path).suffix.lower() in KINDS:
         raise ValueError(f"{path}: there is no such file: check --data.")
+    if split and Path(path).is_file():
+        raise ValueError(f"--split {split} is of folders and datasets, and {path} is a file: leave it out.")
     if split or not Path(path).is_dir():
         return load_source(path, split or (SPLITS[0] if is_here else _split_on_hub(path, given["subset"])), **given)
     for name in SPLITS:

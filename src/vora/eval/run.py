@@ -84,6 +84,7 @@ def evaluate(
         evaluation = evaluation_of(task, **options)
     if isinstance(model, str | Path):
         info = read_info(model)
+        evaluation.check_data(source)  # before seconds of loading
         model_name = info.path if Path(model).is_dir() else model  # of a run, what it saved
         loaded, processor = load_model(
             info, llm=llm, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens,

@@ -36,8 +36,8 @@ ENCODED = (str, os.PathLike, bytes, bytearray, memoryview, Mapping)  # or what h
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a segment: neither an escaped FF nor a restart
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 URLS_ARE_OFF = (
-    "it is a URL, and URLs are opened only where you ask for it (in a recipe data.allow_urls: true, of a processor "
-    "processor.image_processor.allow_urls = True)"
+    "it is a URL, opened only if you ask for it (in a recipe data.allow_urls=true, of a processor "
+    "image_processor.allow_urls=True)"
 )
 
 

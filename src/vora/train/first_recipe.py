@@ -21,7 +21,7 @@ from vora.data.readers import EASY_VQA, load_source
 from vora.data.schema import Sample
 from vora.data.source import Source
 from vora.train.packaged import find_recipe
-from vora.train.plan.meta_model import config_of
+from vora.train.plan.meta_model import llm_config_of, vit_config_of
 from vora.train.recipe import load_recipe
 from vora.train.throughput import precision_overrides
 
@@ -55,7 +55,7 @@ def write_recipe(
     if path.exists():
         raise ValueError(f"{path} is there already: choose another NAME, so that nothing is overwritten.")
     found = [look_at(one, columns) for one in data]
-    config = config_of(llm)
+    config = llm_config_of(llm, "--llm")
     num_parameters, rank = size_of(config)
     if teacher is None:
         teacher = next(name for most, name in TEACHERS if num_parameters <= most)
@@ -64,8 +64,7 @@ def write_recipe(
                 f"No --teacher was given, and {teacher}, which fits, cannot be had: {cause}. Give --teacher a folder "
                 "of a plain ViT, or that name if it will be there where the recipe runs."
             )
-    depth, vit = config.get_text_config().num_hidden_layers, config_of(teacher)
-    vit = getattr(vit, "vision_config", vit)
+    depth, vit = config.get_text_config().num_hidden_layers, vit_config_of(teacher, "--teacher")
     values = sizes_of(found, vit.patch_size, getattr(config.get_text_config(), "max_position_embeddings", None))
     precision = precision_overrides()
     steps, passes = steps_of(found, values, epochs)

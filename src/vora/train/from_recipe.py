@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import fields
+from importlib.util import find_spec
 from math import gcd
 from pathlib import Path
 from typing import Any, TypeVar
@@ -208,9 +209,11 @@ def training_arguments(recipe: Recipe, directory: str | Path) -> TrainingArgumen
         strategy = "epoch" if values.get("save_strategy") == "epoch" else "steps"
         values = {"eval_strategy": strategy, "eval_steps": values["save_steps"]} | values
     check_precision(values)
+    if values.get("deepspeed") and find_spec("deepspeed") is None:
+        raise ValueError("training.deepspeed is set, but deepspeed is not installed: pip install deepspeed.")
     try:
         arguments = TrainingArguments(output_dir=str(directory), **values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"training: {error}") from None
     arguments.ignore_data_skip = True  # a checkpoint holds the position in the data
     return arguments

@@ -3,6 +3,7 @@
 import difflib
 from pathlib import Path
 
+DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".tar", ".arrow")  # not .json, which is YAML too
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -21,6 +22,8 @@ def packaged_recipes() -> list[str]:
 def find_recipe(name: str | Path) -> Path:
     """The file at a path, or else the packaged one of that name; a ValueError lists near names where both fail."""
     path = Path(name)
+    if path.suffix.lower() in DATA and path.exists():
+        raise ValueError(f"{name} is data, and no recipe: vora init mine --data {name} writes one.")
     if path.is_file():
         return path
     if (path / "recipe.yaml").is_file():
@@ -28,6 +31,9 @@ def find_recipe(name: str | Path) -> Path:
     wanted, known = path.as_posix().removeprefix("recipes/").removesuffix(".yaml"), packaged_recipes()
     if wanted in known:
         return recipes_folder() / f"{wanted}.yaml"
+    if path.is_dir():
+        what = "is a model's folder" if (path / "config.json").exists() else "is a folder"
+        raise ValueError(f"{name} {what}, and no recipe: name a YAML file; `vora init` writes one.")
     if inside := [one for one in known if one.startswith(f"{wanted}/") and "/ablations/" not in one]:
         raise ValueError(f"{name} has several recipes: say which of {', '.join(inside)}.")
     here = [file.as_posix() for file in path.parent.glob("*.y*ml")]

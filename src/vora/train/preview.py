@@ -20,7 +20,7 @@ from vora.data.stream import PackedSequences
 from vora.distill.teacher import Teacher, normalisation_of
 from vora.model.processing_vora import VoraProcessor
 from vora.train.from_recipe import open_sources, packed_sequences, training_arguments, with_sequence_length
-from vora.train.plan.meta_model import config_of
+from vora.train.plan.meta_model import vit_config_of
 from vora.train.recipe_sections import DataSection, Recipe
 from vora.train.stages import build_processor, check_student_name
 
@@ -76,9 +76,9 @@ def vit_without_weights(recipe: Recipe) -> Teacher | None:
     name = recipe.model.encoder or (recipe.teacher.name if recipe.teacher else None)
     if name is None:
         return None
-    config = config_of(name, "model.encoder" if recipe.model.encoder else "teacher.name")
+    config = vit_config_of(name, "model.encoder" if recipe.model.encoder else "teacher.name")
     with torch.device("meta"):
-        vit = AutoModel.from_config(getattr(config, "vision_config", config), **remote_code())
+        vit = AutoModel.from_config(config, **remote_code())
         return Teacher(vit, **normalisation_of(name))
 
 

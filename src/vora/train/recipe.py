@@ -20,9 +20,8 @@ from vora.train.recipe_sections import (
     Recipe,
     Section,
     TeacherSection,
-    nearest,
 )
-from vora.train.training_values import known_fields
+from vora.train.training_values import known_fields, nearest
 
 OLD_KEYS = {  # what keys of recipes and specifications of ablations were called, and are called now
     "lora.keep_text": "lora.text_kl_weight",
@@ -42,7 +41,17 @@ ELSEWHERE = {  # what keys are called in other libraries, and here
     "data.path": "data.sources.0.path",
     "model.name_or_path": "model.llm",
     "model.model_name_or_path": "model.llm",
+    "model_name_or_path": "model.llm",
+    "model.vision_tower": "teacher.name",
+    "data.train_file": "data.sources",
+    "data.dataset_name": "data.sources",
+    "dataset_name": "data.sources",
+    "train_file": "data.sources",
+    "output_dir": "--out",
+    "batch_size": "training.per_device_train_batch_size",
+    "epochs": "training.num_train_epochs",
 }
+MOST_NAMED = 4  # of what is wrong with a recipe
 MOST_VALUES = 100_000  # in a recipe
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -153,12 +162,15 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
 
 
 def validated(kind: type[AnySection], values: dict[str, Any], name: str) -> AnySection:
-    """Values as a `Section` of that kind; `name` is that of their source in messages. A ValueError names all unknown,
-    old and missing keys and values of the wrong kind in one message."""
+    """Values as a `Section` of that kind; `name` is that of their source in messages. A ValueError names the unknown,
+    old and missing keys and values of the wrong kind, the first of them where they are many."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{name}: " + "; ".join(_explain(kind, found) for found in error.errors())) from None
+        found = sorted(error.errors(), key=lambda one: one["type"] == "missing")
+        causes = [_explain(kind, one) for one in found[:MOST_NAMED]]
+        more = [f"and {len(found) - MOST_NAMED} more"] * (len(found) > MOST_NAMED)
+        raise ValueError(f"{name}: {'; '.join([*causes, *more])}") from None
 
 
 def _override(values: dict[str, Any], key: str, value: Any) -> None:
@@ -203,7 +215,11 @@ def _explain(section: type[Section], error: Any) -> str:
                 section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
         if is_recipe and (now := ELSEWHERE.get(place) or _whole_name(place)):
             return f"unknown key {place}: it is {now} here"
-        return _renamed(place) or f"unknown key {place}{nearest(error['loc'][-1], section.model_fields)}"
+        near = nearest(error["loc"][-1], section.model_fields)
+        near += "; `vora init --keys` prints all" if is_recipe and ", ..." in near else ""
+        return _renamed(place) or f"unknown key {place}{near}"
+    if error["type"] == "missing":
+        return f"{place} is missing"
     quote = f" (write '{error['input']}' in quotes)" if error["type"] == "string_type" else ""
     if error["type"] == "list_type":
         return f"{place}: {error['input']!r} is no list: write [{error['input']}]"

@@ -1,13 +1,11 @@
 """The sections of a recipe and what each key means; the reference in the docs is generated from here."""
 
-import difflib
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from vora.data.prompts import DEFAULT_PROMPTS, Prompts
-from vora.train.training_values import known_fields, wrong_value
+from vora.train.training_values import known_fields, nearest, wrong_value
 
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transformers' old and its new name
 NEAR_LENGTH, AUTO_LENGTH = 1024, 0  # of packed sequences; the second stands for what the data fills best
@@ -274,6 +272,8 @@ class Recipe(Section):
         types = {name: str(kind) for name, kind in known_fields().items()}
         types |= dict.fromkeys(CHECKPOINTING, "bool | int")  # by either name, whichever release is installed
         for key in self.training:
+            if key == "output_dir":
+                raise ValueError("training.output_dir is --out on the command line: leave it out")
             if key not in types:
                 raise ValueError(f"training.{key} is not a field of TrainingArguments{nearest(key, types)}")
         self.training = {key: _as_field(key, types[key], value) for key, value in self.training.items()}
@@ -293,12 +293,6 @@ class Recipe(Section):
         if wrong := [cause for cause in causes if cause]:
             raise ValueError("; ".join(wrong))
         return self
-
-
-def nearest(key: object, known: Iterable[str]) -> str:
-    """The known key that a misspelt one is like, or some of the known ones, for a message."""
-    close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(sorted(known)[:20])})"
 
 
 def _as_field(key: str, kind: str, value: Any) -> Any:

@@ -1,10 +1,11 @@
 """Fields of transformers' TrainingArguments in a recipe: each value is checked before anything is loaded."""
 
+import difflib
 import inspect
+from collections.abc import Iterable
 from dataclasses import fields
 from enum import Enum
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -40,7 +41,7 @@ def wrong_value(key: str, value: Any) -> str | None:
     for choice in kinds:
         if inspect.isclass(choice) and issubclass(choice, Enum):
             names = [one.value for one in choice]
-            return None if value in names else f"training.{key} is {value!r}: give one of {', '.join(names)}"
+            return None if value in names else f"training.{key} is {value!r}{nearest(value, names, 3)}"
     try:
         TypeAdapter(kind).validate_python(value, strict=True)
     except PydanticUserError:  # a type of a library's own
@@ -49,6 +50,16 @@ def wrong_value(key: str, value: Any) -> str | None:
         wanted = " or ".join(dict.fromkeys(WORDS.get(one, "keys with values") for one in kinds))
         return f"training.{key} is {value!r}: give {wanted}"
     return _out_of_range(key, value)
+
+
+def nearest(key: object, known: Iterable[str], most: int = 1) -> str:
+    """The known names that a misspelt one is like, or some of the known ones, for a message."""
+    given = list(known)
+    begin = [name for name in given if most > 1 and name.startswith(str(key))]
+    if close := begin or difflib.get_close_matches(str(key), given, n=most, cutoff=0.5):
+        return f" (did you mean {' or '.join(close[:most])}?)"
+    names = sorted(given)
+    return f" (known: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
 
 
 def _out_of_range(key: str, value: Any) -> str | None:
@@ -92,8 +103,6 @@ def check_libraries(arguments: TrainingArguments) -> None:
             raise ValueError(
                 f"training.report_to is {name}, which is not installed: pip install {cure}, or set it to none."
             )
-    if arguments.deepspeed and find_spec("deepspeed") is None:
-        raise ValueError("training.deepspeed is set, but deepspeed is not installed: pip install deepspeed.")
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)

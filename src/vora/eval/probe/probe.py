@@ -17,10 +17,10 @@ from vora.eval.probe.requests import ImageCondition, examples_under, image_condi
 from vora.eval.probe.scores import ProbeScores, drawn_together, probe_metrics
 from vora.eval.probe.verdict import verdict_of
 from vora.eval.report import Report, beside
-from vora.eval.rows import Example, Rows
+from vora.eval.rows import Data, Example, Rows
 from vora.eval.scoring.predict import predict
 from vora.eval.scoring.teacher_forced import score_answers
-from vora.eval.tasks.evaluation import conditions_of, examples_of, scores_of
+from vora.eval.tasks.evaluation import check_has_example, conditions_of, examples_of, scores_of
 from vora.eval.tasks.task import Task
 
 SPOKEN = {"captions": ["cider_d"], "vqa": ["exact_accuracy", "vqa_accuracy"], "classify": ["generated_accuracy"]}
@@ -41,6 +41,9 @@ class Probe(Evaluation):
             cause = f"there is no {', '.join(wrong)}" if wrong else "other is needed for the verdict"
             raise ValueError(f"--against {','.join(self.against)}: {cause}; choose among {', '.join(CONDITIONS[1:])}.")
         self.task.generates = self.task.generates and self.generate
+
+    def check_data(self, data: Data) -> None:
+        check_has_example(self.task, data)
 
     def run(self, job: Job) -> Report:
         task, rows = self.task, Rows(job.data)

@@ -10,7 +10,7 @@ from vora.data.answers import tasks_of
 from vora.eval.evaluation import Evaluation, Job, computed_as
 from vora.eval.prediction_cache import Line, PredictionCache, fingerprints, model_fingerprint
 from vora.eval.report import Report
-from vora.eval.rows import Example, Rows, SkippedRows
+from vora.eval.rows import Data, Example, Rows, SkippedRows
 from vora.eval.scoring.generate import without_thinking
 from vora.eval.scoring.predict import predict
 from vora.eval.tasks.captions import Captions
@@ -31,6 +31,9 @@ class TaskEvaluation(Evaluation):
     @property
     def name(self) -> str:
         return self.task.name
+
+    def check_data(self, data: Data) -> None:
+        check_has_example(self.task, data)
 
     def run(self, job: Job) -> Report:
         task, rows = self.task, Rows(job.data)
@@ -59,6 +62,13 @@ def task_of(rows: Rows) -> str:
         what = f"may be of {' or '.join(found)}" if found else "fit no task"
         raise ValueError(f"The columns {', '.join(sorted(row.values))} {what}: say which with --of.")
     raise ValueError(f"No row of {rows.data} can be read.")
+
+
+def check_has_example(task: Task, data: Data) -> None:
+    """Raise ValueError where data cannot be opened, or holds no example of a task."""
+    skipped = SkippedRows()
+    if next(iter(task.each(Rows(data), skipped)), None) is None:
+        raise ValueError(f"{data} holds no example of the task {task.name}.{skipped.first()}")
 
 
 def examples_of(task: Task, rows: Rows, skipped: SkippedRows) -> list[Example]:

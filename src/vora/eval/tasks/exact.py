@@ -16,8 +16,8 @@ from vora.eval.probe.probe import most_common, read_requests
 from vora.eval.probe.requests import ImageCondition
 from vora.eval.probe.scores import drawn_together
 from vora.eval.report import Report
-from vora.eval.rows import Rows
-from vora.eval.tasks.evaluation import conditions_of, examples_of
+from vora.eval.rows import Data, Rows
+from vora.eval.tasks.evaluation import check_has_example, conditions_of, examples_of
 from vora.eval.tasks.vqa import Vqa
 
 BLANK = "blank"
@@ -30,6 +30,9 @@ class ExactAnswers(Evaluation):
 
     task: Vqa
     name = "exact"
+
+    def check_data(self, data: Data) -> None:
+        check_has_example(self.task, data)
 
     def run(self, job: Job) -> Report:
         rows = Rows(job.data)

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
-from vora.build.base_llm import resolve_llm
-from vora.build.hub import loading, remote_code
+from vora.build.base_llm import check_is_llm, resolve_llm
+from vora.build.hub import loading, located, remote_code
+from vora.build.vit_init import EXAMPLE as VIT_EXAMPLE
 from vora.checkpoint.layout import read_info
 from vora.distill.objective import Objective
 from vora.distill.teacher import Teacher
@@ -36,15 +37,15 @@ def meta_model(recipe: Recipe, beside: str | Path | None = None) -> tuple[Object
         )
     remarks, teacher = [], None
     if recipe.teacher is not None:
-        config = config_of(recipe.teacher.name)
+        config = vit_config_of(recipe.teacher.name, "teacher.name")
         with torch.device("meta"):
-            vit = AutoModel.from_config(getattr(config, "vision_config", config), dtype=teacher_dtype(recipe))
+            vit = AutoModel.from_config(config, dtype=teacher_dtype(recipe))
             teacher = Teacher(vit)
     dtype = getattr(torch, recipe.model.dtype)
     if vora is None:
         with torch.device("meta"):
             options = {"dtype": dtype, "attn_implementation": recipe.model.attn_implementation}
-            llm = AutoModelForCausalLM.from_config(config_of(str(recipe.model.llm)), **options)
+            llm = AutoModelForCausalLM.from_config(llm_config_of(str(recipe.model.llm), "model.llm"), **options)
             student = build_student(recipe, teacher, llm=llm, image_token_id=0)
     elif is_there:
         with torch.device("meta"):
@@ -67,12 +68,28 @@ def meta_model(recipe: Recipe, beside: str | Path | None = None) -> tuple[Object
     return objective, remarks
 
 
-def config_of(name: str, key: str = "The model") -> PretrainedConfig:
+def llm_config_of(name: str, key: str = "The LLM") -> PretrainedConfig:
+    """As `config_of`, of a causal LM; ValueError where it is none."""
+    config = config_of(name, key)
+    check_is_llm(name, config)
+    return config
+
+
+def vit_config_of(name: str, key: str) -> PretrainedConfig:
+    """As `config_of`, of a ViT, the visual part alone; ValueError where it has no patches."""
+    config = config_of(name, key, VIT_EXAMPLE)
+    config = getattr(config, "vision_config", config)
+    if not hasattr(config, "patch_size"):
+        raise ValueError(f"{key} {name} is a {config.model_type} model, and no plain ViT: name one, or {VIT_EXAMPLE}.")
+    return config
+
+
+def config_of(name: str, key: str = "The model", vit: str | None = None) -> PretrainedConfig:
     """Configuration of a model by folder, alias or hub id; of the models that recipes/ names, the one shipped here.
-    ValueError, which names it as `key`, where there is none."""
+    ValueError, which names it as `key`, where there is none. `vit` is an example where a ViT is wanted."""
     shape = SHAPES / SHAPE_OF_ALIAS.get(name, name)
     if not Path(name).is_dir() and (shape / "config.json").is_file():
         return AutoConfig.from_pretrained(str(shape))
-    source, options = resolve_llm(name, key)
+    source, options = resolve_llm(name, key) if vit is None else (located(name, key, vit), {})
     with loading(source, key):
         return AutoConfig.from_pretrained(source, **options, **remote_code())
