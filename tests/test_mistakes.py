@@ -66,6 +66,15 @@ def here(tmp_path_factory):
     (here / "colon.yaml").write_text("model: llm: tiny-llama\n")
     (here / "bracket.yaml").write_text("data: {sources: [train.jsonl}\n")
     (here / "spec.yaml").write_text("recipe: recipe.yaml\nvariants: {a: []}\n")
+    (here / "folder.yaml").mkdir()
+    hugging_face = {"model_name_or_path": "tiny-llama", "output_dir": "x", "num_train_epochs": 1, "bf16": True}
+    (here / "args.json").write_text(json.dumps(hugging_face))
+    (here / "stage2.yaml").write_text(yaml.safe_dump(two | {"teacher": {"name": "vit"}, "lora": {"rank": 4}}))
+    (here / "semicolon.csv").write_text("image;question;answer\nred.png;what; now?;red\n")
+    (here / "spoken.jsonl").write_text('{"messages": "what is this?", "image": "red.png"}\n')
+    (here / "page.png").write_text("<html>404</html>")
+    (here / "page.jsonl").write_text('{"image": "page.png", "caption": "a red thing"}\n')
+    (here / "url.jsonl").write_text('{"image": "http://example.org/red.png", "caption": "a red thing"}\n')
     for kind in ("llava", "qwen2_vl", "t5"):
         AutoConfig.for_model(kind).save_pretrained(here / kind)
     ViTMAEModel(ViTMAEConfig(**SMALL, image_size=16, patch_size=8)).save_pretrained(here / "mae")
@@ -134,7 +143,7 @@ MISTAKES = {
         ),
         (f"{TRAIN} teacher.name=mae", "teacher .*mae: .* hides 75% of the patches .* only plain ViTs"),
         (f"{TRAIN} teacher.name=vit-cut", "vit-cut has weights that are damaged"),
-        (f"{TRAIN} teacher.name=empty", "empty cannot be loaded"),
+        (f"{TRAIN} teacher.name=empty", "empty holds no configuration of a model that transformers knows"),
     ],
     "runs": [
         ("train two.yaml --out new", "merged model: vora merge .*stage1 -o OUT, and model.vora=OUT"),
@@ -174,6 +183,38 @@ MISTAKES = {
         ("chat no.png -q what? -m my-vora", "no.png: there is no such file"),
         ("chat notes.txt -q what? -m my-vora", "notes.txt: it is not an image"),
         ("inspect red.png -m my-vora --teacher no-vit", "teacher no-vit: there is no .*/no-vit"),
+    ],
+    "swapped": [  # one thing given where another is wanted
+        ("train train.jsonl", "train.jsonl is data, and no recipe: vora init mine --data train.jsonl writes one"),
+        ("train tiny-llama", "tiny-llama is a model's folder, and no recipe: name a YAML file"),
+        ("train folder.yaml", "folder.yaml is a folder, and no recipe"),
+        ("train args.json", "unknown key model_name_or_path: it is model.llm here; .*output_dir: it is --out here"),
+        ("train stage2.yaml", "stage finetune has no teacher, .* set teacher=null"),
+        (f"{TRAIN} training.output_dir=x", "training.output_dir is --out on the command line"),
+        (f"{TRAIN} training.optim=adam", "optim is 'adam' .did you mean adamw_torch or"),
+        (f"{TRAIN} training.deepspeed=ds.json", "deepspeed is not installed: pip install deepspeed"),
+        (f"{TRAIN} model.llm=vit", "The LLM .*vit is a vit model, and no LLM"),
+        (f"{TRAIN} model.llm=train.jsonl", "model.llm .*train.jsonl is a file: name the folder of a model"),
+        (f"{TRAIN} teacher.name=train.jsonl", "teacher.name .*train.jsonl is a file: name the folder of a model"),
+        (f"{TRAIN} teacher.name=runs/stage1", "The teacher .*stage1 holds no configuration .* check the path"),
+        (f"{TRAIN} data.sources.0.path=my-vora", "my-vora is a model's folder, and no data"),
+        (f"{TRAIN} data.sources.0.path=semicolon.csv", "It has 4 cells, but the first line names 3 columns"),
+        (f"{TRAIN} data.sources.0.path=spoken.jsonl", "Its turns are a text, and no list .*: 'what is this.'"),
+        (f"{TRAIN} data.sources.0.path=page.jsonl", "page.png: it is not an image of a known format"),
+        (f"{TRAIN} data.sources.0.path=url.jsonl", "it is a URL, and data.allow_urls .* is false"),
+        ("plan recipe.yaml model.llm=vit", "The LLM .*vit is a vit model, and no LLM"),
+        ("init new --llm vit --teacher vit", "The LLM vit is a vit model, and no LLM"),
+        ("init new --llm tiny-llama --teacher tiny-llama", "--teacher tiny-llama is a llama model, and no plain ViT"),
+        ("init new --llm tiny-llama --teacher resnet", "--teacher resnet: there is no .* such as google/vit"),
+        ("init new --llm tiny-llama", "No --teacher was given, and .* Give --teacher a folder"),
+        ("chat my-vora red.png -q what?", "my-vora is a folder, and no image: .* -m my-vora"),
+        ("inspect photos -m my-vora", "photos is a folder, and no image"),
+        ("eval my-vora --task vqa --data train.jsonl -o new.json", "my-vora is a model's folder, and no data: .* -m"),
+        ("eval -m my-vora --task vqa --data train.jsonl --split tset -o new.json", "train.jsonl is a file: leave it"),
+        ("eval -m my-vora --task classify --labels no.txt --data train.jsonl -o new.json", "'--labels': .*no.txt"),
+        ("verify -m my-vora --runtime llama.cpp --files none", "'--files': .*none.* does not exist"),
+        ("verify -m my-vora --runtime remote-code --json red.png/x", "red.png is a file, so that"),
+        ("merge runs/stage1 -o red.png/x", "red.png is a file, so that .* cannot be written in it"),
     ],
     "recipe": [
         ("train no.yaml", "Cannot read recipe no.yaml"),
@@ -226,6 +267,17 @@ def test_each_mistake_is_answered_in_three_lines_with_its_cure(here, group):
             wrong.append(f"{command}\n  wanted: {wanted}\n  got ({len(lines)} lines): {text}")
     assert not wrong, "\n".join(wrong)
     assert not (here / "new").exists() or not (here / "new" / "final").exists()
+
+
+def test_a_file_that_may_not_be_read_is_named_with_the_cure(here, monkeypatch):
+    """As for all but the superuser, who may."""
+
+    def refused(path, *given, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("vora.data.json_source.lines", refused)
+    text, lines = answer_to(f"{TRAIN}", here)
+    assert "train.jsonl: Permission denied. Check the file, and who may read it" in text and len(lines) <= 3
 
 
 def test_lines_of_a_chat_never_make_code_of_a_model_run(here, monkeypatch):

@@ -43,9 +43,9 @@ def file(tmp_path):
         ({"training": {"max_steps": "x"}}, "training.max_steps is 'x': give a whole number"),
         ({"training": {"learning_rate": "1e-4"}}, "training.learning_rate is '1e-4': give a number"),
         ({"training": {"bf16": "maybe"}}, "training.bf16 is 'maybe': give true or false"),
-        ({"training": {"lr_scheduler_type": "cosin"}}, "give one of linear, cosine"),
-        ({"training": {"optim": "adam"}}, "give one of adamw_torch"),
-        ({"training": {"save_strategy": False}}, "give one of no, steps, epoch"),
+        ({"training": {"lr_scheduler_type": "cosin"}}, "did you mean cosine or cosine_with"),
+        ({"training": {"optim": "adam"}}, "did you mean adamw_torch or"),
+        ({"training": {"save_strategy": False}}, "known: best, epoch, no, steps"),
         ({"training": {"save_steps": 0}}, "training.save_steps is 0: give more than 0"),
         (
             {"training": {"per_device_train_batch_size": 0, "weight_decay": -1}},

@@ -96,7 +96,8 @@ def load_source(
     try:
         source = kinds.pop()(str(path), files, **given)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"Cannot read {path}: {' '.join(str(error).split())[:300]}") from None
+        cause = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
+        raise ValueError(f"Cannot read {path}: {cause}. Check the file, and who may read it.") from None
     if source.guessed and is_checked:
         unread = ", ".join(source.columns_not_read) or "none"
         _say_once(f"{path}: its columns are guessed, columns: {line_to_paste(source.guessed)}; not read: {unread}")

@@ -35,10 +35,7 @@ MAX_TILE_PIXELS = 2048 * 2048
 ENCODED = (str, os.PathLike, bytes, bytearray, memoryview, Mapping)  # or what has a method `read`
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a segment: neither an escaped FF nor a restart
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
-URLS_ARE_OFF = (
-    "it is a URL, opened only if you ask for it (in a recipe data.allow_urls=true, of a processor "
-    "image_processor.allow_urls=True)"
-)
+URLS_ARE_OFF = "it is a URL, and data.allow_urls or image_processor.allow_urls is false"
 
 
 @dataclass(frozen=True)

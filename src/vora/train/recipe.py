@@ -51,7 +51,7 @@ ELSEWHERE = {  # what keys are called in other libraries, and here
     "batch_size": "training.per_device_train_batch_size",
     "epochs": "training.num_train_epochs",
 }
-MOST_NAMED = 4  # of what is wrong with a recipe
+MOST_NAMED = 3  # of what is wrong with a recipe
 MOST_VALUES = 100_000  # in a recipe
 AnySection = TypeVar("AnySection", bound=Section)
 
