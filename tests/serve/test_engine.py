@@ -3,6 +3,7 @@
 import io
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -15,6 +16,13 @@ from vora.serve import terminal
 from vora.serve.chat import Chat
 from vora.serve.engine import Engine
 from vora.serve.terminal import open_image
+
+
+@pytest.mark.parametrize(("pieces", "is_said"), [([], True), ([" ", "\n"], True), (["a", " "], False)])
+def test_an_empty_answer_is_said_to_be_one(pieces, is_said, capsys):
+    terminal.print_answer(SimpleNamespace(ask=lambda question, images: iter(pieces)), "what?", [])
+    said = capsys.readouterr()
+    assert said.out == "".join(pieces) + "\n" and ("The answer is empty" in said.err) is is_said
 
 
 @pytest.mark.parametrize("leave", ["close", "raise"])

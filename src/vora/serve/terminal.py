@@ -28,10 +28,14 @@ def open_image(source: str) -> Image.Image | Video:
 
 
 def print_answer(chat: Chat, question: str, images: Sequence[Image.Image | Video]) -> None:
-    """Ask, and print the answer to stdout as it comes."""
+    """Ask, and print the answer to stdout as it comes; that it is empty, to stderr."""
+    is_empty = True
     for piece in chat.ask(question, images):
         print(piece, end="", flush=True)
+        is_empty = is_empty and not piece.strip()
     print(flush=True)
+    if is_empty:
+        print("The answer is empty: the model ends it at once.", file=sys.stderr)
 
 
 def several_images(num_images: int, trained_with: int | None) -> str | None:
