@@ -297,7 +297,7 @@ def test_all_keys_of_recipes_are_printed():
         (["chat", "-m", "{model}", "-q", "hello", "--device", "cuda"], "device cuda is not here"),
         (["import-reference", "{llm}", "--llm", "{llm}", "-o", "{new}"], "no checkpoint of the released code"),
         (["train", "no-recipe.yaml"], "Cannot read recipe"),
-        (["train", "{recipe}", "teacher.name={run}", "--out", "{new}"], "The teacher"),
+        (["train", "{recipe}", "teacher.name={run}", "--out", "{new}"], "teacher.name"),
         (["train", "{recipe}", "training.learning_rate=1e30", "training.max_grad_norm=0", "training.max_steps=50",
           "--out", "{new}"], "training diverged"),
         (["train", "{recipe}", "--out", "{run}"], "already holds a run"),

@@ -161,14 +161,14 @@ def planned(
 ) -> GgufExport:  # fmt: skip
     """What an export of a model will be; ValueError where images cannot be of a wanted size."""
     images, carrier = processor.image_processor, fitting_carrier(model, processor)
-    facts = {"knows_markers": tuple(processor.image_markers) == carrier.image_markers, "llm_digest": digest_of(model)}
+    known, digest = tuple(processor.image_markers) == carrier.image_markers, digest_of(model)
     if carrier == ANY_SIZE:
         if image_size is not None:
             raise ValueError(f"--image-size {image_size}: the model is exported for images of any size, leave it out.")
-        return GgufExport(folder, name, quant, None, images.max_image_tokens, images.min_image_tokens, **facts)
+        return GgufExport(folder, name, quant, None, images.max_image_tokens, images.min_image_tokens, known, digest)
     size = square_size(model, images, image_size)
     num_image_tokens = (size // (images.patch_size * images.patch_merge)) ** 2
-    return GgufExport(folder, name, quant, size, num_image_tokens, **facts)
+    return GgufExport(folder, name, quant, size, num_image_tokens, knows_markers=known, llm_digest=digest)
 
 
 def conversion_folder(llama_cpp: Path | None = None) -> Path:

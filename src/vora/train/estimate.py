@@ -13,9 +13,15 @@ from vora.data.page import token_runs
 from vora.data.readers import check_is_there
 from vora.data.stats import dataset_statistics
 from vora.report.words import duration
-from vora.train.from_recipe import check_fsdp, check_one_gpu_per_process, check_recipe, training_arguments
+from vora.train.from_recipe import (
+    check_fsdp,
+    check_one_gpu_per_process,
+    check_recipe,
+    check_sequence_length,
+    training_arguments,
+)
 from vora.train.plan.device import device_at_hand, processor_at_hand
-from vora.train.plan.meta_model import meta_model
+from vora.train.plan.meta_model import llm_config_of, meta_model, vit_config_of
 from vora.train.plan.plan import plan
 from vora.train.preview import sequences_to_read, source_names
 from vora.train.recipe_sections import Recipe
@@ -71,6 +77,10 @@ def check_start(recipe: Recipe, directory: Path, resume: bool) -> int:
     for source in [*recipe.data.sources, *(recipe.data.validation.sources if recipe.data.validation else [])]:
         check_is_there(source.path, source.split)
     check_names(recipe)
+    if recipe.model.llm is not None:
+        check_sequence_length(recipe, llm_config_of(recipe.model.llm, "model.llm"))
+    if recipe.teacher is not None:
+        vit_config_of(recipe.teacher.name, "teacher.name")
     checkpoint = find_checkpoint(directory, resume)
     arguments = training_arguments(recipe, directory)
     check_libraries(arguments)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerState, TrainingArguments
+from transformers import PretrainedConfig, TrainerState, TrainingArguments
 
 from vora.data.bad_samples import BadSamples
 from vora.data.columns import RowOptions
@@ -161,14 +161,11 @@ def check_fsdp(recipe: Recipe, are_spread: bool) -> None:
         )
 
 
-def check_sequence_length(recipe: Recipe, objective: Objective) -> None:
-    """Raise if a packed sequence would exceed the LLM's context."""
-    limit = getattr(objective.config.get_text_config(), "max_position_embeddings", None)
-    if limit and recipe.data.sequence_length > limit:
-        raise ValueError(
-            f"data.sequence_length is {recipe.data.sequence_length}, but the LLM's context holds {limit} tokens: "
-            "lower it."
-        )
+def check_sequence_length(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Raise if a packed sequence would exceed the context of a configuration's LLM."""
+    limit, length = getattr(config.get_text_config(), "max_position_embeddings", None), recipe.data.sequence_length
+    if limit and length != AUTO_LENGTH and length > limit:
+        raise ValueError(f"data.sequence_length is {length}, but the LLM's context holds {limit} tokens: lower it.")
 
 
 def check_chat_template(processor: VoraProcessor) -> None:

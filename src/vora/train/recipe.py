@@ -146,7 +146,9 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: Iterable[str] = 
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise ValueError(f"{override!r} is no override: write key=value, such as training.max_steps=100.")
+            raise ValueError(
+                f"{override!r} is no override: write key=value without spaces, such as training.max_steps=100."
+            )
         _override(values, key, yaml_value(value))
     if file is not None and "recipe" in values and "model" not in values:
         raise ValueError(f"{file} is a specification of an ablation, and no recipe: vora ablate {file}.")

@@ -101,7 +101,7 @@ def _train(
     if recipe.data.sequence_length == AUTO_LENGTH:
         recipe = with_sequence_length(recipe, sources, processor, arguments, context)
         console.print(f"Packed sequences of {recipe.data.sequence_length:,} tokens, which the data fills best.")
-    check_sequence_length(recipe, objective)
+    check_sequence_length(recipe, objective.config)
     prepare(objective, recipe, arguments)
     branches = recipe.distill_only_steps > 0 and takes_branches(objective, recipe.data.sequence_length)
     bad_samples = directory / "bad_samples.jsonl"

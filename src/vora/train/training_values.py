@@ -12,6 +12,7 @@ import torch
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
 AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps", "save_total_limit")
@@ -37,6 +38,8 @@ def wrong_value(key: str, value: Any) -> str | None:
     kind = known_fields().get(key)
     if kind is None or key in ("fsdp", "debug"):  # true, or lists: TrainingArguments says itself what it takes
         return None
+    if key.endswith("_kwargs") and value is not None and not isinstance(value, dict):
+        return f"training.{key} is {value!r}: give keys with values, such as {{num_cycles: 2}}"
     kinds = [one for one in (get_args(kind) or (kind,)) if one is not type(None)]
     for choice in kinds:
         if inspect.isclass(choice) and issubclass(choice, Enum):
@@ -98,6 +101,8 @@ def check_libraries(arguments: TrainingArguments) -> None:
     """Raise where a value needs a library that is not installed, or an optimizer or a schedule does not take what it
     is given: the Trainer would say so once models are loaded."""
     for name in arguments.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"training.report_to {name} is unknown{nearest(name, INTEGRATION_TO_CALLBACK)}.")
         if name not in get_available_reporting_integrations():
             cure = f"'vora-vlm[{name}]'" if name in EXTRAS else name
             raise ValueError(
