@@ -201,7 +201,7 @@ NOTHING, UNREAD = "answer is empty", "which is not understood"
         ({"image": "no.png", **GOOD}, "no.png.*no such file"),
         ({"image": "x" * 240 + ".png", **GOOD}, "no such file"),
         ({"image": {"bytes": None, "path": None}, "caption": "x"}, "images is empty"),
-        ({"image": "https://example.org/a.png", **GOOD}, "URLs? .*data.allow_urls"),
+        ({"image": "https://example.org/a.png", **GOOD}, "(URLs|URL,) .*data.allow_urls"),
         ({"caption": "a dog", "image": None}, "a caption, but no image"),
         ({"image": "red.png", "label": 3}, "label 3 is a number"),
         ({"image": "red.png", "sentence": "a", "label": "maybe"}, "neither true nor false"),
