@@ -79,7 +79,7 @@ def attention_masks(
         elif blocks is None:
             all_blocks = torch.full_like(seen_until, -1)  # without any, sdpa is told "causal" and given no mask
     elif past_key_values is not None and blocks is not None:  # masks count from the cache's first token
-        all_blocks = nn.functional.pad(blocks, (int(past_key_values.get_seq_length()), 0), value=-1)
+        all_blocks = nn.functional.pad(blocks, (past_key_values.get_seq_length(), 0), value=-1)
     given = config, inputs_embeds, attention_mask, past_key_values, position_ids
     masks = create_masks_for_generate(*given, and_mask_function=still_seen, block_sequence_ids=all_blocks)
     if is_flex:
