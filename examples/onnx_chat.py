@@ -1,7 +1,7 @@
 """Asks an export of `vora export --to onnx` about an image, without torch: numpy, pillow, tokenizers, onnxruntime.
 
-    vora export -m MODEL --to onnx -o my-onnx
-    python examples/onnx_chat.py my-onnx photo.png "What is in the image?"
+vora export -m MODEL --to onnx -o my-onnx
+python examples/onnx_chat.py my-onnx photo.png "What is in the image?"
 """
 
 import json
@@ -33,14 +33,19 @@ def main(folder, image, question):
         for name in ("embed_tokens", "vision_encoder", "decoder_model_merged")
     )
     text = export["prompt"].replace("QUESTION", question)
-    before, after = (tokenizer.encode(part, add_special_tokens=False).ids for part in text.split(export["image_token"]))
+    before, after = (
+        tokenizer.encode(part, add_special_tokens=False).ids for part in text.split(export["image_token"])
+    )
     ids = np.array([[*before, *[export["image_token_id"]] * export["num_image_tokens"], *after]])
     is_image = ids == export["image_token_id"]
     embeds = embed.run(None, {"input_ids": ids})[0]
     pixels = normalised(Image.open(image), export["image_size"], processor)
     embeds[is_image] = vision.run(None, {"pixel_values": pixels})[0][0]
     names = [one.name for one in decoder.get_inputs()]
-    cache = [np.zeros((1, heads, 0, width), np.float32) for _, heads, _, width in (i.shape for i in decoder.get_inputs()[2:])]
+    cache = [
+        np.zeros((1, heads, 0, width), np.float32)
+        for _, heads, _, width in (i.shape for i in decoder.get_inputs()[2:])
+    ]
     image_numbers, answer = is_image.astype(np.int64) - 1, []
     while len(answer) < MOST_TOKENS:
         logits, *cache = decoder.run(None, dict(zip(names, [embeds, image_numbers, *cache])))

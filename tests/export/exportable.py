@@ -22,7 +22,7 @@ TOKEN = 8  # side of an image token in pixels
 def tiny_exportable(family="llama", teacher="vit", image_markers=None, **options):
     """(model, processor) whose patch embedding starts as a ViT's: 4 to 9 image tokens of 2 x 2 patches of 4 pixels."""
     tokenizer, vit = tiny_tokenizer(), tiny_vit(teacher, image_size=24)
-    shape = SHAPE | FAMILIES[family] | SHAPES[family] | {"vocab_size": len(tokenizer)}
+    shape = SHAPE | FAMILIES[family] | SHAPES.get(family, {}) | {"vocab_size": len(tokenizer)}
     torch.manual_seed(0)
     llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
     for name, parameter in llm.named_parameters():

@@ -79,10 +79,10 @@ def serve(
 
 @app.command()
 def export(
-    out: Annotated[Path, out_folder("Folder for model.gguf, mmproj.gguf and Modelfile.")],
+    out: Annotated[Path, out_folder("Folder for the files.")],
     model: ModelOption = None,
-    to: Annotated[str, Option(help="gguf: for llama.cpp, Ollama and LM Studio.")] = "gguf",
-    quant: Annotated[str, Option(help="Weights of the LLM: f32, f16, bf16 or q8_0.")] = "f16",
+    to: Annotated[str, Option(help="gguf: llama.cpp, Ollama, LM Studio; onnx: onnxruntime, in f32.")] = "gguf",
+    quant: Annotated[str | None, Option(help="Weights of the LLM in gguf: f32, f16 (default), bf16 or q8_0.")] = None,
     image_size: Annotated[int | None, Option(help="Side of square images in pixels; the largest by default.")] = None,
     llama_cpp: Annotated[Path | None, Option(exists=True, help="A clone of llama.cpp to convert with.")] = None,
     llm: BaseLlm = None,
@@ -90,19 +90,25 @@ def export(
 ) -> None:
     """Write a model in the format of another engine."""
     from vora.checkpoint.pretrained import committed_model
-    from vora.export.gguf_files import export_gguf
+    from vora.export.gguf_files import GgufExport, export_gguf
+    from vora.export.onnx_files import OnnxExport, export_onnx
 
-    if to != "gguf":
-        raise ValueError(f"--to {to} is unknown: give gguf.")
-    found = export_gguf(
-        model or committed_model(), out, quant=quant, image_size=image_size, llama_cpp=llama_cpp, llm=llm
-    )
+    if to not in ("gguf", "onnx"):
+        raise ValueError(f"--to {to} is unknown: give gguf or onnx.")
+    if to == "onnx" and (quant or llama_cpp):
+        raise ValueError("--quant and --llama-cpp are of --to gguf: leave them out, ONNX is in float32.")
+    model = model or committed_model()
+    found: GgufExport | OnnxExport
+    if to == "onnx":
+        found = export_onnx(model, out, image_size=image_size, llm=llm)
+    else:
+        found = export_gguf(model, out, quant=quant or "f16", image_size=image_size, llama_cpp=llama_cpp, llm=llm)
     console.print(found.summary(), highlight=False, markup=False)
 
 
 @app.command()
 def verify(
-    runtime: Annotated[str, Option(help="Engine to compare with torch: remote-code, llama.cpp or vllm.")],
+    runtime: Annotated[str, Option(help="Engine to compare with torch: remote-code, llama.cpp, vllm or onnx.")],
     model: ModelOption = None,
     images: Annotated[list[str] | None, Option(help="File or folder; by default three drawn images.")] = None,
     files: Annotated[Path | None, Option(exists=True, help="Folder of `vora export`; else one in f32.")] = None,

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from vora.checkpoint.layout import read_info
-from vora.checkpoint.load import load_model
-from vora.checkpoint.save import whole_folder
+from vora.checkpoint.load import digest_of, load_model
+from vora.checkpoint.save import check_is_free, whole_folder
 from vora.export.carrier import square_size
 from vora.model.attention import attention_masks
 from vora.model.modeling_vora import CACHE, VoraForConditionalGeneration
@@ -53,6 +53,7 @@ class OnnxExport:
     end_ids: list[int]  # tokens that end an answer
     prompt: str  # a question about an image, with the image token for the image and QUESTION for the question
     image_token: str
+    llm_digest: str  # `digest_of` the model that it was made from
 
     def summary(self) -> str:
         return (
@@ -103,11 +104,10 @@ def check_onnx() -> None:
         raise ValueError(f"{' and '.join(missing)}: not installed. pip install 'vora-vlm[onnx]'.")
 
 
-def export_onnx(
-    path: Path | str, out: Path, *, image_size: int | None = None, llm: str | None = None
-) -> OnnxExport:  # fmt: skip
+def export_onnx(path: Path | str, out: Path, *, image_size: int | None = None, llm: str | None = None) -> OnnxExport:
     """Export a model of any kind of folder, all of it or nothing; see `write_onnx` and, of `llm`, `load_model`."""
     check_onnx()
+    check_is_free(out)
     model, processor = load_model(read_info(path), llm=llm, dtype=torch.float32, device="cpu")
     with whole_folder(out) as folder:
         found = write_onnx(model, processor, folder, image_size)
@@ -151,8 +151,10 @@ def write_onnx(
     prompt = processor.apply_chat_template([{"role": "user", "content": asked}], add_generation_prompt=True)
     count = (side // config.patch_merge) ** 2
     ends = processor.end_ids
-    prompt = prompt.replace(SPELT, "")
-    found = OnnxExport(folder, size, count, config.image_token_id, ends, prompt, processor.image_token)
+    found = OnnxExport(
+        folder, size, count, config.image_token_id, ends, prompt.replace(SPELT, ""), processor.image_token,
+        digest_of(model),
+    )  # fmt: skip
     values = {key: value for key, value in asdict(found).items() if key != "folder"}
     (folder / EXPORT_INFO).write_text(json.dumps(values, indent=1) + "\n")
     return found

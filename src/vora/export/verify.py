@@ -18,7 +18,9 @@ from vora.checkpoint.layout import CheckpointInfo, read_info
 from vora.checkpoint.load import digest_of, load_model
 from vora.checkpoint.names import published
 from vora.checkpoint.save import save_merged
-from vora.export.gguf_files import conversion_folder, read_export, write_export
+from vora.export.gguf_files import GgufExport, conversion_folder, read_export, write_export
+from vora.export.onnx_files import OnnxExport, check_onnx, read_onnx, write_onnx
+from vora.export.onnx_runtime import Onnx
 from vora.export.prompts import (
     Prompt,
     images_to_compare,
@@ -33,9 +35,9 @@ from vora.export.vllm import Vllm, check_vllm
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
-RUNTIMES = ("remote-code", "llama.cpp", "vllm")
+RUNTIMES = ("remote-code", "llama.cpp", "vllm", "onnx")
 # how far log-probabilities may lie apart, by what the weights are kept in; llama.cpp's cache is f16 in any case
-TOLERANCE = {"remote-code": 1e-3, "vllm": 0.02, "f32": 0.3, "f16": 0.3, "bf16": 0.5, "q8_0": 1.0}
+TOLERANCE = {"remote-code": 1e-3, "onnx": 1e-3, "vllm": 0.02, "f32": 0.3, "f16": 0.3, "bf16": 0.5, "q8_0": 1.0}
 LEAST_AGREEMENT = 0.9  # of the likeliest token; below it, it is not only ties that fall otherwise
 LEAST_BETWEEN = 1e-4  # less than that between both rules is what rounding makes
 Mask = Literal["bidirectional", "causal", "unknown"]
@@ -100,7 +102,7 @@ def verify(
         path: folder or hub id of a model, or the directory of a run.
         images: files or folders; by default three drawn ones.
         llm: to put an adapter over, if not the one that it names.
-        files: a folder of `vora export`, for llama.cpp; by default one is written in f32 and thrown away.
+        files: a folder of `vora export`, for llama.cpp or onnx; by default one is written in f32 and thrown away.
         device: of torch; None takes the GPU if there is one.
 
     Raises:
@@ -108,13 +110,17 @@ def verify(
     """
     if runtime not in RUNTIMES:
         raise ValueError(f"--runtime {runtime} is unknown: give {', '.join(RUNTIMES[:-1])} or {RUNTIMES[-1]}.")
-    if files is not None and runtime != "llama.cpp":
-        raise ValueError(f"--files are of llama.cpp, and --runtime is {runtime}: leave them out.")
-    export = None if files is None else read_export(files)
+    if files is not None and runtime not in ("llama.cpp", "onnx"):
+        raise ValueError(f"--files are of llama.cpp or onnx, and --runtime is {runtime}: leave them out.")
+    export: GgufExport | OnnxExport | None = None
     if runtime == "llama.cpp":
+        export = None if files is None else read_export(files)
         check_llama_cpp()
         if export is None:
             conversion_folder()
+    elif runtime == "onnx":
+        export = None if files is None else read_onnx(files)
+        check_onnx()
     elif runtime == "vllm":
         check_vllm()
     info, opened = read_info(path), images_to_compare(images)
@@ -122,7 +128,9 @@ def verify(
     with TemporaryDirectory() as scratch:
         if runtime == "llama.cpp" and export is None:
             export = write_export(model, processor, Path(scratch), "model", "f32")
-        if export is not None:  # what it puts around images is given to torch as well
+        elif runtime == "onnx" and export is None:
+            export = write_onnx(model, processor, Path(scratch))
+        if isinstance(export, GgufExport):  # what it puts around images is given to torch as well
             processor = with_image_markers(processor, export.carrier.image_markers)
         if export is not None and export.image_size is not None:
             shown = [squared(processor, image, export.image_size) for image in opened]
@@ -130,12 +138,14 @@ def verify(
             shown = [in_whole_tokens(processor, image) for image in opened]
         prompts = [make_prompt(processor, image, question) for image in shown]
         engine: Runtime
-        if export is not None:
+        if isinstance(export, OnnxExport):
+            engine = Onnx(export)
+        elif export is not None:
             engine = LlamaCpp(export, max(prompt.length for prompt in prompts) + max_new_tokens + 16, max_new_tokens)
         else:
             folder = _with_code(info, model, processor, Path(scratch) / "merged")
             engine = RemoteCode(folder) if runtime == "remote-code" else Vllm(folder, model.config.image_token_id)
-        found = compare(model, processor, engine, prompts, max_new_tokens, export.quant if export else None)
+        found = compare(model, processor, engine, prompts, max_new_tokens, getattr(export, "quant", None))
     found.model = published(path)
     if found.failures and export and export.llm_digest and export.llm_digest != digest_of(model):
         found.failures = [f"{files} was exported from another model than {path}: name that one, or export this one."]

@@ -1,0 +1,76 @@
+"""A model as ONNX graphs: the numbers of torch, for a prompt at once and for an answer behind the cache."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command import vora
+from exportable import save_exportable, tiny_exportable
+from tiny import FAMILIES
+
+from vora.export import verify as verifying
+from vora.export.onnx_files import write_onnx
+from vora.export.onnx_runtime import Onnx
+from vora.export.prompts import images_to_compare, make_prompt, squared
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_chat.py"
+installed = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+needs_onnx = pytest.mark.skipif(not installed, reason="ONNX: pip install '.[onnx]'")
+
+
+def compared(export, model, processor, size):
+    images = [squared(processor, image, size) for image in images_to_compare([])]
+    prompts = [make_prompt(processor, image, "what colour?") for image in images]
+    return verifying.compare(model, processor, Onnx(export), prompts, 4)
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES if one != "llama")]
+)
+def test_graphs_compute_what_torch_does(family, tmp_path):
+    """Gemma's blocks see windows, its embeddings are scaled and its logits capped; Phi's output layer has a bias."""
+    model, processor = tiny_exportable(family)
+    attention = model.config.get_text_config()._attn_implementation
+    export = write_onnx(model, processor, tmp_path, 16)
+    assert (export.image_size, export.num_image_tokens) == (16, 4)
+    assert model.config.get_text_config()._attn_implementation == attention
+    found = compared(export, model, processor, 16)
+    assert found.failures == [] and found.image_attention == "bidirectional" and found.argmax_agreement == 1
+    assert found.max_abs_diff < 1e-4 and found.num_tokens > 3 * 4  # answers too, token by token
+    model.lm_head.weight.data[7] += 0.1  # another model is told
+    assert any("Log-probabilities differ" in one for one in compared(export, model, processor, 16).failures)
+
+
+@needs_onnx
+def test_the_command_writes_what_answers_without_torch(tmp_path):
+    save_exportable(tmp_path / "model")
+    done = vora("export", "-m", tmp_path / "model", "--to", "onnx", "-o", tmp_path / "onnx")
+    assert done.returncode == 0 and "24 x 24 pixels (9 tokens)" in done.stderr, done.stderr
+    image = images_to_compare([])[1]
+    image.save(tmp_path / "image.png")
+    command = [sys.executable, EXAMPLE, tmp_path / "onnx", tmp_path / "image.png", "what colour?"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    chat = vora("chat", tmp_path / "image.png", "-m", tmp_path / "model", "-q", "what colour?", "--max-image-tokens", 9,
+                "--min-image-tokens", 9, "--max-new-tokens", 64)  # fmt: skip
+    assert said.strip() and said.strip() in chat.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "onnx", "--quant", "q8_0"], "are of --to gguf"),
+        (["--to", "mlx"], "--to mlx is unknown: give gguf or onnx."),
+    ],
+)
+def test_what_onnx_has_not_is_refused(options, message, tmp_path):
+    done = vora("export", "-m", "anything", "-o", tmp_path / "out", *options)
+    assert done.returncode == 1 and message in done.stderr
+
+
+def test_without_what_writes_it_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("vora.export.onnx_files.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"onnx and onnxscript and onnxruntime: not installed.*vora-vlm\[onnx\]"):
+        verifying.verify(tmp_path, "onnx")
