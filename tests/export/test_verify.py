@@ -199,8 +199,8 @@ def test_what_cannot_be_run_or_written_is_said_before_a_model_is_loaded(tmp_path
 
 
 def test_an_unknown_runtime_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="--runtime onnx is unknown: give remote-code, llama.cpp or vllm"):
-        verify(tmp_path, "onnx")
+    with pytest.raises(ValueError, match="--runtime mlx is unknown: give remote-code, llama.cpp, vllm or onnx"):
+        verify(tmp_path, "mlx")
 
 
 @needs_llama_cpp

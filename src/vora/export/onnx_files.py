@@ -4,9 +4,9 @@
 |---|---|---|
 | `embed_tokens.onnx` | `input_ids` int[1, T] | `inputs_embeds` float[1, T, D] |
 | `vision_encoder.onnx` | `pixel_values` float[N, C, S, S], normalised | `image_features` float[N, I, D] |
-| `decoder_model_merged.onnx` | `inputs_embeds`, `image_numbers`, `past_key_values.*` | `logits` float[1, T, V], `present.*` |
+| `decoder_model_merged.onnx` | `inputs_embeds`, `image_numbers`, `past_key_values.*` | `logits`, `present.*` |
 
-`image_numbers` int[1, T] says which image each new token is of, from 0, and -1 at text: image tokens see their whole
+`logits` are float[1, T, V], caches float[1, G, P, W]. `image_numbers` int[1, T] says which image each new token is of, from 0, and -1 at text: image tokens see their whole
 image. A prompt begins with caches of no tokens.
 
 Dims: T new tokens, P tokens before them, N images of S x S pixels and I tokens, D LLM width, V vocabulary, L layers,
@@ -16,13 +16,13 @@ G heads of keys and values, W their width.
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,12 +53,12 @@ class OnnxExport:
     end_ids: list[int]  # tokens that end an answer
     prompt: str  # a question about an image, with the image token for the image and QUESTION for the question
     image_token: str
-    llm_digest: str  # `digest_of` the model that it was made from
+    llm_digest: str | None  # `digest_of` the model that it was made from
 
     def summary(self) -> str:
         return (
             f"Saved {self.folder}: {EMBED}, {VISION} and {DECODER} in float32, for images of {self.image_size} x "
-            f"{self.image_size} pixels ({self.num_image_tokens} tokens). examples/onnx_chat.py asks them without torch."
+            f"{self.image_size} pixels ({self.num_image_tokens} tokens). examples/onnx_chat.py asks without torch."
         )
 
 
@@ -173,7 +173,7 @@ def _shapes_of_cache(model: VoraForConditionalGeneration) -> list[tuple[int, int
     """(heads, width) of the keys and values of each layer."""
     lm, cache = model.model.language_model, DynamicCache()
     lm(inputs_embeds=torch.zeros(1, 1, lm.config.hidden_size), use_cache=True, **{CACHE: cache})
-    kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    kept: list[Any] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
     if len(kept) != lm.config.num_hidden_layers or any(k is None or k.shape != v.shape for k, v in kept):
         raise ValueError(
             f"An LLM of type {lm.config.model_type} keeps more for its next tokens than keys and values of each layer: "
