@@ -6,8 +6,8 @@
 | `vision_encoder.onnx` | `pixel_values` float[N, C, S, S], normalised | `image_features` float[N, I, D] |
 | `decoder_model_merged.onnx` | `inputs_embeds`, `image_numbers`, `past_key_values.*` | `logits`, `present.*` |
 
-`logits` are float[1, T, V], caches float[1, G, P, W]. `image_numbers` int[1, T] says which image each new token is of, from 0, and -1 at text: image tokens see their whole
-image. A prompt begins with caches of no tokens.
+`logits` are float[1, T, V], caches float[1, G, P, W]. `image_numbers` int[1, T] says which image each new token is of,
+from 0, and -1 at text: image tokens see their whole image. A prompt begins with caches of no tokens.
 
 Dims: T new tokens, P tokens before them, N images of S x S pixels and I tokens, D LLM width, V vocabulary, L layers,
 G heads of keys and values, W their width.
