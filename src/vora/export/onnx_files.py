@@ -176,7 +176,7 @@ def _shapes_of_cache(model: VoraForConditionalGeneration) -> list[tuple[int, int
     kept: list[Any] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
     if len(kept) != lm.config.num_hidden_layers or any(k is None or k.shape != v.shape for k, v in kept):
         raise ValueError(
-            f"An LLM of type {lm.config.model_type} keeps more for its next tokens than keys and values of each layer: "
+            f"An LLM of type {lm.config.model_type} keeps more between tokens than keys and values of each layer: "
             "export it --to gguf, or serve its folder."
         )
     return [(keys.shape[1], keys.shape[3]) for keys, _ in kept]
