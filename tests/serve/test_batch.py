@@ -9,7 +9,7 @@ from vora.build.lora_by_image import use_lora_by_image
 from vora.checkpoint import load_model
 from vora.serve import batch as batch_module
 from vora.serve import engine as engine_module
-from vora.serve.batch import Batch
+from vora.serve.batch import Batch, packed, read_together
 from vora.serve.engine import ContextError, Engine
 from vora.serve.sampling import Sampling, draw, nucleus
 from vora.serve.text_stream import TextStream
@@ -36,7 +36,7 @@ def test_rows_that_join_and_leave_are_what_they_are_alone(family, monkeypatch):
     while rows or step == 0:
         if step % 2 == 0 and step // 2 < len(ROWS):
             rows.append(step // 2)
-            take(rows[-1], batch.join(prompt(ROWS[rows[-1]])))
+            take(rows[-1], batch.join([prompt(ROWS[rows[-1]])])[0])
         for row, logits in zip(rows, batch.step([said[row][-1] for row in rows])):
             take(row, logits)
         for place in reversed(range(len(rows))):
@@ -51,6 +51,40 @@ def test_rows_that_join_and_leave_are_what_they_are_alone(family, monkeypatch):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_read_in_one_pass_are_what_they_are_alone(family, monkeypatch):
+    """Of different lengths, with one image and several, and of text alone."""
+    model = tiny_vora(family).eval()
+    if getattr(model.config.get_text_config(), "sliding_window", None):  # which holds them all, but not the answers
+        for layer in (model.config.get_text_config(), *model.model.blocks):
+            for module in (layer, getattr(layer, "self_attn", layer)):
+                if getattr(module, "sliding_window", None):
+                    module.sliding_window = 31
+    prompts = [prompt(row) for row in ROWS]
+    assert read_together(model, prompts) == [0, 2] and read_together(model, prompts[1:]) == [0, 2]
+    wanted = [generate(model, inputs, max_new_tokens=6)[0].tolist() for inputs in prompts]
+    batch, suppressed = Batch(model), torch.tensor([IMAGE, 2])
+    said = []
+    for joining in ([1, 3], [0, 2]):
+        for logits in batch.join([prompts[number] for number in joining]):
+            said.append([int(logits.index_fill(0, suppressed, -torch.inf).argmax())])
+    for _ in range(5):
+        for one, logits in zip(said, batch.step([one[-1] for one in said])):
+            one.append(int(logits.index_fill(0, suppressed, -torch.inf).argmax()))
+    assert said == [wanted[number] for number in (1, 3, 0, 2)]
+
+
+def test_prompts_are_read_together_as_far_as_tokens_and_window_let_them(monkeypatch):
+    model, window = tiny_vora("llama"), tiny_vora("mistral")
+    texts = [prompt([11] * length) for length in (4, 7, 2, 3)]
+    assert read_together(window, texts) == [0, 2] and read_together(window, texts[1:]) == [0]
+    assert read_together(model, texts) == [0, 1, 2, 3] and read_together(model, []) == []
+    monkeypatch.setattr(batch_module, "MOST_READ", 14)
+    assert read_together(model, texts) == [0, 1, 2]
+    assert packed(texts[:1]) is texts[0] and packed(texts[1:3])["position_ids"].tolist() == [[*range(7), 0, 1]]
+
+
+@torch.inference_mode()
 def test_rows_with_an_image_alone_have_unmerged_lora():
     """A row of text that takes the place of one with an image stays without LoRA, also beside others that have it."""
     peft_model = attach_vision_lora(tiny_vora("llama"), rank=4, num_blocks=2)
@@ -58,16 +92,16 @@ def test_rows_with_an_image_alone_have_unmerged_lora():
     model = use_lora_by_image(peft_model)
     text, image = prompt(ROWS[3]), prompt(ROWS[0])
     alone = Batch(model)
-    wanted = [alone.join(text), alone.step([30])[0]]
+    wanted = [alone.join([text])[0], alone.step([30])[0]]
     batch = Batch(model)
-    for inputs in (image, image, text):
-        found = batch.join(inputs)
+    batch.join([image, image])
+    found = batch.join([text])[0]
     batch.leave(0)
     assert batch.with_image == [False, True] and torch.equal(found, wanted[0])
     steps = batch.step([30, 31])
     assert torch.allclose(steps[0], wanted[1], atol=1e-5)
     beside = Batch(model)
-    beside.join(image)
+    beside.join([image])
     assert torch.allclose(steps[1], beside.step([31])[0], atol=1e-5)
 
 
@@ -75,13 +109,13 @@ def test_rows_with_an_image_alone_have_unmerged_lora():
 def test_numbers_that_are_none_stay_in_their_row():
     model = tiny_vora("llama").eval()
     alone, batch = Batch(model), Batch(model)
-    wanted = [alone.join(prompt(ROWS[3])), alone.step([30])[0]]
-    batch.join(prompt(ROWS[0]))
-    batch.join(prompt(ROWS[2]))
+    wanted = [alone.join([prompt(ROWS[3])]), alone.step([30])[0]]
+    batch.join([prompt(ROWS[0])])
+    batch.join([prompt(ROWS[2])])
     for layer in batch.cache.layers:
         layer.keys[1], layer.values[1] = torch.nan, torch.nan
     batch.leave(1)
-    assert torch.equal(batch.join(prompt(ROWS[3])), wanted[0])
+    assert torch.equal(batch.join([prompt(ROWS[3])]), wanted[0])
     assert torch.allclose(batch.step([31, 30])[1], wanted[1], atol=1e-5)
 
 
@@ -90,10 +124,10 @@ def test_an_error_in_a_prompt_or_a_draw_is_of_its_row_alone(model_folder, monkey
     wanted = "".join(engine.submit([{"role": "user", "content": "what?"}], max_new_tokens=20))
     join = Batch.join
 
-    def broken(batch, inputs):
-        if inputs["input_ids"].shape[1] > 20:
+    def broken(batch, prompts):
+        if max(inputs["input_ids"].shape[1] for inputs in prompts) > 20:
             raise RuntimeError("no memory")
-        return join(batch, inputs)
+        return join(batch, prompts)
 
     monkeypatch.setattr(Batch, "join", broken)
     answers = [engine.submit([{"role": "user", "content": "what?" + " what?" * (n % 2 * 9)}], max_new_tokens=20)

@@ -1,11 +1,13 @@
 """Answers generated side by side: it knows tokens only.
 
-All rows end at the same place of one cache, with padding on their left. A row that joins brings the keys and values of
-its own prompt, read alone; a row that leaves gives its place to the last one.
+All rows end at the same place of one cache, with padding on their left. Rows that join bring the keys and values of
+their prompts, which are read in one pass, packed so that none sees another; a row that leaves gives its place to the
+last one.
 
-Dims: R rows, T tokens, C columns of the cache, H heads, W width of a head, V vocabulary.
+Dims: R rows, N prompts, T tokens, C columns of the cache, H heads, W width of a head, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from vora.model.modeling_vora import CACHE, VoraForConditionalGeneration
 
 SPARE = 64  # columns added at once
+MOST_READ = 512  # tokens of prompts read in one pass: those who are being answered wait for it
 KEPT = "rows_with_image"  # where a model with unmerged LoRA notes with a cache which of its rows have an image
 
 
@@ -23,6 +26,37 @@ def can_batch(model: VoraForConditionalGeneration) -> bool:
     """Whether all that a model keeps of a prompt are keys and values, which rows can join with."""
     layers = DynamicCache(config=model.config.get_text_config()).layers
     return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def read_together(model: VoraForConditionalGeneration, prompts: Sequence[dict[str, Tensor]]) -> list[int]:
+    """Which prompts join in one pass: the first, and as many after it as `MOST_READ` and a sliding window hold, all of
+    them with an image or all without, since unmerged LoRA is on or off in a whole pass."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    found: list[int] = []
+    num_tokens, most = 0, min(MOST_READ, window or MOST_READ)
+    for number, prompt in enumerate(prompts):
+        length = prompt["input_ids"].shape[1]
+        is_alike = ("pixel_values" in prompt) == ("pixel_values" in prompts[0])
+        if not found or (is_alike and num_tokens + length <= most):
+            found.append(number)
+            num_tokens += length
+    return found
+
+
+def packed(prompts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Model inputs of prompts of one row each, one after the other in one sequence; a single one stays as it is."""
+    if len(prompts) == 1:
+        return prompts[0]
+    ids = [prompt["input_ids"] for prompt in prompts]
+    lengths = torch.tensor([one.shape[1] for one in ids])
+    last = (lengths.cumsum(0) - 1).repeat_interleave(lengths)
+    inputs = {"input_ids": torch.cat(ids, 1), "seen_until": last[None]}
+    inputs["position_ids"] = torch.cat([torch.arange(length) for length in lengths.tolist()])[None]
+    inputs = {name: tensor.to(ids[0].device) for name, tensor in inputs.items()}
+    for name in ("pixel_values", "image_grid_thw"):
+        if name in prompts[0]:
+            inputs[name] = torch.cat([prompt[name] for prompt in prompts])
+    return inputs
 
 
 class _Layer(DynamicLayer):
@@ -54,18 +88,20 @@ class Batch:
         self.cache: Any = None
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)  # [R, C]
 
-    def join(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Read a prompt of one row, the last from now on; float[V], the logits of its first token."""
+    def join(self, prompts: Sequence[dict[str, Tensor]]) -> Tensor:
+        """Read prompts of one row each, the last rows from now on; float[N, V], the logits of their first tokens. See
+        `read_together` for which; ValueError where they exceed the sliding window."""
         cache = DynamicCache() if self.is_shared else DynamicCache(config=self.model.config.get_text_config())
-        outputs = self.model(**inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-        length = inputs["input_ids"].shape[1]
+        lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
+        last = torch.tensor(lengths).cumsum(0).to(self.model.device) - 1
+        outputs = self.model(**packed(prompts), **{CACHE: cache}, use_cache=True, logits_to_keep=last)
         if self.is_shared:
-            self._add(cache, length)
+            self._add(cache, lengths)
         else:
             self.cache = cache
-        self.lengths.append(length)
-        self.with_image += getattr(cache, KEPT, [None])
-        return outputs.logits[0, -1].float()
+        self.lengths += lengths
+        self.with_image += getattr(cache, KEPT, [None]) * len(prompts)
+        return outputs.logits[0].float()
 
     def step(self, tokens: list[int]) -> Tensor:
         """Each row goes on by a token; float[R, V], the logits of the next ones."""
@@ -100,22 +136,24 @@ class Batch:
     def _states(self) -> list[Tensor]:
         return [states for layer in self.cache.layers for states in (layer.keys, layer.values)]
 
-    def _add(self, cache: DynamicCache, length: int) -> None:
-        """Put keys and values of a prompt behind the last row."""
-        row = len(self.lengths)
+    def _add(self, cache: DynamicCache, lengths: list[int]) -> None:
+        """Put keys and values of packed prompts behind the last row."""
         if self.cache is None:
             self.cache = DynamicCache()
             empty = [(layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in cache.layers]
             self.cache.layers = [_Layer(self, keys, values) for keys, values in empty]
-        if row == len(self.mask) or length > self.end:
-            self._resize(max(row + 1, min(2 * row, row + 8)), max(length, self.end - self.start))
-        first = self.end - length
-        new = [states for layer in cache.layers for states in (layer.keys, layer.values)]
-        for states, (added,) in zip(self._states(), new):
-            states[row, :, :first] = 0  # what another row left, were it no number, would spoil what is masked, too
-            states[row, :, first : self.end] = added
-        self.mask[row], self.mask[row, first : self.end] = 0, 1
-        self.start = min(self.start, first)
+        row, longest = len(self.lengths), max(lengths)
+        num_rows = row + len(lengths)
+        if num_rows > len(self.mask) or longest > self.end:
+            self._resize(max(num_rows, min(2 * row, row + 8)), max(longest, self.end - self.start))
+        new = [states.split(lengths, 2) for layer in cache.layers for states in (layer.keys, layer.values)]
+        for number, length in enumerate(lengths, row):
+            first = self.end - length
+            for states, added in zip(self._states(), new):
+                states[number, :, :first] = 0  # what another row left, were it no number, would spoil what is masked
+                states[number, :, first : self.end] = added[number - row][0]
+            self.mask[number], self.mask[number, first : self.end] = 0, 1
+        self.start = min(self.start, self.end - longest)
 
     def _resize(self, num_rows: int, length: int) -> None:
         """Room for so many rows of so many tokens, and for some more of them; what is in use stays."""

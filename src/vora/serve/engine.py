@@ -1,7 +1,7 @@
 """From messages to an answer, whoever asks: the terminal, the web page, the API, the quickstart's report.
 
 Requests that wait are generated together. Before each step those join for whom there is a place, so that nobody waits
-for a longer answer to end; each row is read and drawn by itself, and an error in it ends that row alone.
+for a longer answer to end; an error in a row ends that row alone.
 """
 
 import atexit
@@ -19,12 +19,11 @@ from transformers import BatchFeature, LogitsProcessorList
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 from vora.serve.answer import Answer
-from vora.serve.batch import Batch, can_batch
+from vora.serve.batch import Batch, can_batch, read_together
 from vora.serve.sampling import Sampling, draw, penalties
 from vora.serve.text_stream import TextStream
 
 Message: TypeAlias = dict[str, Any]  # {"role": ..., "content": text, or a list of typed parts}
-JOINS = 4  # prompts read between two steps: those who are being answered wait for them
 
 
 class RefusedError(ValueError):
@@ -112,30 +111,24 @@ class Engine:
         """Who joins now; None, and the thread is to end, where nobody is left."""
         with self._lock:
             waiting = [row for row in self._waiting if not row.answer.closed]
-            num_joining = min(JOINS, self.max_batch_size - len(self._rows))
-            self._waiting = deque(waiting[num_joining:])
+            first = waiting[: self.max_batch_size - len(self._rows)]
+            joining = [first[number] for number in read_together(self.model, [row.inputs for row in first])]
+            self._waiting = deque(row for row in waiting if row not in joining)
             if not (waiting or self._rows):
                 self._is_working = False
                 return None
-            return waiting[:num_joining]
+            return joining
 
     @torch.inference_mode()
     def _work(self) -> None:
         batch, rows = Batch(self.model), self._rows
         suppressed = self._suppressed()
         while (joining := self._take()) is not None:
-            for row in joining:
-                try:
-                    logits = batch.join(row.inputs)
-                except Exception as error:  # of this prompt
-                    row.answer.put(error)
-                    continue
-                rows.append(row)
-                row.inputs = {}
-                if not row.go_on(logits.masked_fill_(suppressed, -torch.inf)):
-                    self._leave(batch, len(rows) - 1)
-            for number in reversed([number for number, row in enumerate(rows) if row.answer.closed]):
-                self._leave(batch, number)
+            read = self._read(batch, joining)
+            ended = [row for row, one in read if not row.go_on(one.masked_fill_(suppressed, -torch.inf))]
+            for number in reversed(range(len(rows))):
+                if rows[number].answer.closed or rows[number] in ended:
+                    self._leave(batch, number)
             if not rows:
                 continue
             try:
@@ -150,6 +143,22 @@ class Engine:
             for number in reversed(range(len(rows))):
                 if not going_on[number]:
                     self._leave(batch, number)
+
+    def _read(self, batch: Batch, joining: "list[_Row]") -> "list[tuple[_Row, Tensor]]":
+        """Let rows join; those that did, each with float[V] logits of its first token."""
+        if not joining:
+            return []
+        try:
+            logits = batch.join([row.inputs for row in joining])
+        except Exception as error:
+            if len(joining) > 1:  # whose prompt it was shows when each is read alone
+                return [found for row in joining for found in self._read(batch, [row])]
+            joining[0].answer.put(error)
+            return []
+        for row in joining:
+            row.inputs = {}
+        self._rows += joining
+        return list(zip(joining, logits))
 
     def _leave(self, batch: Batch, number: int) -> None:
         batch.leave(number)
