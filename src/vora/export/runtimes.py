@@ -91,9 +91,9 @@ def check_llama_cpp() -> None:
         raise ValueError("llama.cpp is not installed: pip install 'vora-vlm[llamacpp]'.")
 
 
-def llama_cpp_server(export: GgufExport, context: int, num_slots: int = 1) -> Any:
-    """llama.cpp's server on an export, inside this process, with slots that hold `context` tokens each.
-    ValueError where it is not installed."""
+def llama_cpp_server(export: GgufExport, context: int, num_slots: int = 1, is_exact: bool = False) -> Any:
+    """llama.cpp's server on an export, inside this process, with slots that hold `context` tokens each; `is_exact`
+    keeps them in f32 as torch does, in twice the memory. ValueError where it is not installed."""
     check_llama_cpp()
     import xllamacpp
 
@@ -103,6 +103,9 @@ def llama_cpp_server(export: GgufExport, context: int, num_slots: int = 1) -> An
     params.n_batch = params.n_ubatch = export.batch_size
     params.image_min_tokens, params.image_max_tokens = export.min_image_tokens or -1, export.num_image_tokens
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    if is_exact:  # flash attention rounds to f16 what is f32 in the cache
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup, params.verbosity = False, -1
     with _silence():
         return xllamacpp.Server(params)
@@ -114,14 +117,14 @@ class LlamaCpp:
     name, writes = "llama.cpp", True
 
     def __init__(self, export: GgufExport, context: int, max_new_tokens: int) -> None:
-        self.server, self.version = llama_cpp_server(export, context), version("xllamacpp")
+        self.server, self.version = llama_cpp_server(export, context, is_exact=True), version("xllamacpp")
         self.max_new_tokens = max_new_tokens
 
     def read(self, prompts: Sequence[Prompt], answers: Sequence[list[int]]) -> list[Reading]:
         return [self._read(prompt) for prompt in prompts]
 
     def _read(self, prompt: Prompt) -> Reading:
-        image = {"type": "image_url", "image_url": {"url": _as_url(prompt.image)}}
+        image = {"type": "image_url", "image_url": {"url": as_url(prompt.image)}}
         content = [image, {"type": "text", "text": prompt.question}]
         request = {
             "messages": [{"role": "user", "content": content}], "max_tokens": self.max_new_tokens, "temperature": 0,
@@ -153,7 +156,8 @@ def with_answer(prompt: Prompt, answer: list[int]) -> Tensor:
     return torch.cat([prompt.inputs["input_ids"], torch.tensor([answer], dtype=torch.long)], 1)
 
 
-def _as_url(image: Image.Image) -> str:
+def as_url(image: Image.Image) -> str:
+    """A data URL of an image."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

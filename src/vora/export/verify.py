@@ -36,7 +36,7 @@ from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
 RUNTIMES = ("remote-code", "llama.cpp", "vllm", "onnx")
-# how far log-probabilities may lie apart, by what the weights are kept in; llama.cpp's cache is f16 in any case
+# how far log-probabilities may lie apart, by what the weights are kept in; llama.cpp rounds activations to it too
 TOLERANCE = {"remote-code": 1e-3, "onnx": 1e-3, "vllm": 0.02, "f32": 0.3, "f16": 0.3, "bf16": 0.5, "q8_0": 1.0}
 LEAST_AGREEMENT = 0.9  # of the likeliest token; below it, it is not only ties that fall otherwise
 LEAST_BETWEEN = 1e-4  # less than that between both rules is what rounding makes
