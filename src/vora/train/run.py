@@ -40,6 +40,7 @@ from vora.train.callbacks import (
     EpochCallback,
     ProgressCallback,
     SampleGenerationCallback,
+    SaveAtStep,
     StopOnSignal,
 )
 from vora.train.from_recipe import (
@@ -62,6 +63,7 @@ from vora.train.recipe_sections import AUTO_LENGTH, Recipe
 from vora.train.resume import checkpoint_to_resume, tell_changes
 from vora.train.run_lock import run_lock
 from vora.train.run_log import write_report
+from vora.train.schedule import check_schedule, schedule_in_words
 from vora.train.sharding import check_sharding
 from vora.train.stages import build_objective, trainable_table, vision_is_frozen
 from vora.train.trainer import VoraTrainer
@@ -81,12 +83,15 @@ def train(
     console, directory = console or Console(stderr=True), Path(run_directory)
     check_recipe(recipe)
     arguments = training_arguments(recipe, directory)
+    check_schedule(recipe, arguments)
     check_libraries(arguments)
     check_one_gpu_per_process(arguments)
     check_sharding(arguments)
     check_fsdp(recipe, bool(arguments.fsdp))
     with run_lock(directory, arguments):
-        checkpoint = of_first_process(lambda: checkpoint_to_resume(directory, resume, console.print), arguments)
+        checkpoint = of_first_process(
+            lambda: checkpoint_to_resume(recipe, directory, resume, arguments.max_steps, console.print), arguments
+        )
         return _train(recipe, directory, checkpoint, arguments, console, callbacks)
 
 
@@ -109,6 +114,7 @@ def _train(
     validation = open_validation(recipe, sequences, arguments, bad_samples)
     with_epochs(recipe, sequences, arguments)
     recipe = with_planned_steps(recipe, objective, sequences, arguments, checkpoint)
+    check_schedule(recipe, arguments)  # once more, with the steps that were planned
     num_streams = arguments.world_size if checkpoint is None else num_streams_of(checkpoint)
     streams = streams_of_run(recipe, sequences, arguments, num_streams)
     if checkpoint is not None:
@@ -116,6 +122,8 @@ def _train(
     write_what_runs(recipe, directory)
     console.print(trainable_table(objective, recipe.stage))
     console.print(length_of_run(sequences, arguments, validation), highlight=False)
+    if line := schedule_in_words(recipe, arguments.max_steps):
+        console.print(line, highlight=False)
     warning = None
     if recipe.distill_only_steps >= arguments.max_steps:
         console.print(
@@ -133,6 +141,7 @@ def _train(
         processing_class=processor, callbacks=own,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(SaveAtStep(trainer.before_decay))
     check_fsdp(recipe, trainer.is_fsdp_enabled)  # as an accelerate configuration may ask
     try:
         if checkpoint is not None and last_step(checkpoint) >= arguments.max_steps:
