@@ -109,7 +109,8 @@ def begin_checkpoint(checkpoint: Path) -> None:
 
 def delete_older(directory: Path, most: int | None, named: Iterable[str] = ()) -> None:
     """Delete the oldest whole checkpoints of a run but for so many, among them the newest and those that are named."""
-    whole, names = [folder for folder in _checkpoints(directory) if _is_whole(folder)], {Path(one).name for one in named}
+    whole = [folder for folder in _checkpoints(directory) if _is_whole(folder)]
+    names = {Path(one).name for one in named}
     kept = [folder for folder in whole if folder == whole[-1] or folder.name in names]
     others = [folder for folder in whole if folder not in kept]
     for folder in others[: max(0, len(whole) - max(most or len(whole), len(kept)))]:

@@ -29,6 +29,7 @@ from vora.checkpoint.card import write_run_card
 from vora.checkpoint.manifest import write_manifest
 from vora.checkpoint.run_directory import last_step, replace_text
 from vora.data.few_answers import few_answers
+from vora.data.source import Source
 from vora.data.stream import PackedSequences
 from vora.data.streams import num_streams_of
 from vora.distill.branches import takes_branches
@@ -122,6 +123,7 @@ def _train(
     write_what_runs(recipe, directory)
     console.print(trainable_table(objective, recipe.stage))
     console.print(length_of_run(sequences, arguments, validation), highlight=False)
+    console.print(rows_of_sources(sources), highlight=False, markup=False, soft_wrap=True)
     if line := schedule_in_words(recipe, arguments.max_steps):
         console.print(line, highlight=False)
     warning = None
@@ -173,6 +175,12 @@ def length_of_run(sequences: PackedSequences, arguments: TrainingArguments, vali
     held_out = sequences.maker.held_out
     where = "of their own" if held_out is None else f"of the {held_out.share:.1%} of the images that are held out"
     return f"{text}; validation on {len(validation.samples):,} samples {where}"
+
+
+def rows_of_sources(sources: Sequence[Source]) -> str:
+    """In a line: what each source has, so that one sees which files a pattern has found here."""
+    found = [f"{len(source):,} rows of {len(source.files):,} files ({source.name})" for source in sources]
+    return f"Read: {', '.join(found)}."
 
 
 def prepare(objective: Objective, recipe: Recipe, arguments: TrainingArguments) -> None:

@@ -43,8 +43,8 @@ def check_schedule(recipe: Recipe, arguments: TrainingArguments) -> None:
         raise ValueError(f"{said}: with {STABLE}, say over how many last steps the rate decays, such as a tenth.")
     if "num_stable_steps" in given:
         raise ValueError(
-            "training.lr_scheduler_kwargs.num_stable_steps would end the constant rate wherever training.max_steps is: "
-            "leave it out, for what warm-up and decay leave of the steps is constant."
+            "training.lr_scheduler_kwargs.num_stable_steps would end the constant rate whatever training.max_steps "
+            "says: leave it out, for what warm-up and decay leave of the steps is constant."
         )
     first, num_steps = recipe.distill_only_steps, arguments.max_steps
     phases = {"that only distill": min(first, num_steps), "of the run": num_steps - first}

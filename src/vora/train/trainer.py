@@ -39,7 +39,8 @@ class VoraTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.learning_rates, self.distill_only_steps = recipe.learning_rates, recipe.distill_only_steps
         self.vision_lr_scale = recipe.teacher.vision_lr_scale if recipe.teacher else 1.0
-        self.before_decay, _ = decay_of(recipe, self.args.max_steps, self.args.max_steps) or (None, None)
+        decay = decay_of(recipe, self.args.max_steps, self.args.max_steps)
+        self.before_decay = None if decay is None else decay[0]
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the label tokens of all micro-batches
         self.most_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None  # see _save_checkpoint
         directory = Path(str(self.args.output_dir))
@@ -268,8 +269,8 @@ class VoraTrainer(Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
-        """The recipe's schedule; steps that only distill have a phase of their own before it, down to zero. Vision learns
-        shapes only once its learning rate falls, and the first gradients of the language loss would undo them
+        """The recipe's schedule; steps that only distill have a phase of their own before it, down to zero. Vision
+        learns shapes only once its learning rate falls, and the first gradients of the language loss would undo them
         (dev/LOG.md): so the warm-up starts anew with these, and vision goes on at `vision_lr_scale` of its rates."""
         first = min(self.distill_only_steps, num_training_steps)
         scheduler = super().create_scheduler(num_training_steps - first, optimizer)
@@ -376,4 +377,3 @@ class VoraTrainer(Trainer):
         self.num_samples_seen = self._samples_logged = seen if self.args.process_index == 0 else 0  # adds up to all
         objective = self.accelerator.unwrap_model(model or self.model)
         restore(objective.student, checkpoint, objective.distillation)
-
