@@ -97,13 +97,21 @@ def test_a_batch_that_grows_with_the_processes_goes_on_in_order(chain, tmp_path)
     assert sum(kind == "images" for kind, *_ in taken) == 4 * 2 * chain[0] + 2 * 2 * chain[1]
 
 
-def test_other_steps_that_only_distill_are_refused_and_older_checkpoints_are_read(tmp_path):
+def test_steps_that_only_distill_change_while_they_last_and_older_checkpoints_are_read(tmp_path):
     (rank,) = processes(1, 1, 2, distill_only_steps=3)
     steps([rank], 2, 2)
     checkpoint = saved([rank], tmp_path / "checkpoint-2")
     (other,) = processes(1, 1, 2, distill_only_steps=1)
-    with pytest.raises(ValueError, match="its first 3 steps only distill, and now 1 would"):
+    with pytest.raises(ValueError, match="of its 2 steps the first 2 only distilled, and now 1 would"):
         other.load(checkpoint, 2)
+    (longer,) = processes(1, 1, 2, distill_only_steps=5)
+    longer.load(checkpoint, 2)
+    assert [kind for step in steps([longer], 4, 2) for kind, *_ in step] == ["images"] * 6 + ["all"] * 2
+    (first,) = processes(1, 1, 2, distill_only_steps=3)
+    steps([first], 4, 2)
+    (late,) = processes(1, 1, 2, distill_only_steps=9)
+    with pytest.raises(ValueError, match="restore teacher.distill_only_steps=3"):
+        late.load(saved([first], tmp_path / "checkpoint-4"), 4)
     file = checkpoint / "data_position_0.json"
     state = json.loads(file.read_text())
     for name in ("cursor", "distill_only_steps", "samples_seen"):

@@ -31,6 +31,22 @@ def test_all_frames_of_a_video_are_shown(tmp_path):
     assert len(examples("captions", file)[0].images()) == 3
 
 
+def test_halves_share_no_image_whatever_the_task_and_the_file(task_data, tmp_path):
+    def images(file, half, task):
+        return {one.group for one in examples(task, file, rows_options={"half": half})}
+
+    for task in ("captions", "vqa", "classify"):
+        file = task_data / f"{task}.parquet"
+        halves = [images(file, half, task) for half in ("choose", "report")]
+        assert all(halves) and halves[0].isdisjoint(halves[1]) and set.union(*halves) == images(file, None, task)
+    shuffled = write(tmp_path / "texts.jsonl", *({"text": f"a text {number}"} for number in range(20)))
+    numbers = [row.number for row in Rows(Data([shuffled], half="choose")).read(SkippedRows())]
+    others = [row.number for row in Rows(Data([shuffled], half="report")).read(SkippedRows())]
+    assert sorted(numbers + others) == list(range(20)) and min(len(numbers), len(others)) > 3
+    with pytest.raises(ValueError, match="--half is 'test': say choose or report"):
+        Data([shuffled], half="test")
+
+
 def test_one_bad_question_leaves_the_others_of_its_image(tmp_path):
     row = {"questions": ["<image>\na", "b", "c", "d"], "answers": ["x", "", "z", ["one", {"answer": ["two"]}]]}
     found = examples("vqa", jsonl(tmp_path, row), skipped := SkippedRows())

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, count
@@ -82,6 +82,12 @@ def find_checkpoint(directory: Path, resume: bool, tell: Callable[[str], None] =
     raise ValueError(f"{directory} holds no checkpoint to resume from{causes}: {cure}.")
 
 
+def checkpoint_up_to(directory: Path, step: int) -> str | None:
+    """The newest whole checkpoint of a run that was saved after no more steps than these."""
+    found = (folder for folder in reversed(_checkpoints(directory)) if _step(folder) <= step)
+    return next((str(folder) for folder in found if fault_of(folder) is None), None)
+
+
 def set_aside_newer(checkpoint: Path) -> list[str]:
     """Rename the finished checkpoints that are newer than the one a run goes on from, so that they mix with none of
     those to come; their new names. Nothing is deleted."""
@@ -101,10 +107,11 @@ def begin_checkpoint(checkpoint: Path) -> None:
         (checkpoint / name).unlink(missing_ok=True)
 
 
-def delete_older(directory: Path, most: int | None, best: str | None) -> None:
-    """Delete the oldest whole checkpoints of a run but for so many, the newest and the best among them."""
+def delete_older(directory: Path, most: int | None, named: Iterable[str] = ()) -> None:
+    """Delete the oldest whole checkpoints of a run but for so many, among them the newest and those that are named."""
     whole = [folder for folder in _checkpoints(directory) if _is_whole(folder)]
-    kept = [folder for folder in whole if folder == whole[-1] or (best and folder.name == Path(best).name)]
+    names = {Path(one).name for one in named}
+    kept = [folder for folder in whole if folder == whole[-1] or folder.name in names]
     others = [folder for folder in whole if folder not in kept]
     for folder in others[: max(0, len(whole) - max(most or len(whole), len(kept)))]:
         shutil.rmtree(folder, ignore_errors=True)

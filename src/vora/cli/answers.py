@@ -38,6 +38,9 @@ def evaluate(
     subset: Annotated[str | None, Option(help="Of a dataset on the Hub.")] = None,
     image_folder: Annotated[Path | None, Option(exists=True, help="Where paths of images start.")] = None,
     allow_urls: Annotated[bool, Option("--allow-urls", help="Fetch images that rows name by URL.")] = False,
+    half: Annotated[
+        str | None, Option(help="choose or report: of half of the images, to choose a model by one, report the other.")
+    ] = None,
     max_samples: Annotated[int | None, Option(min=1, help="Only the first so many of the data.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -59,7 +62,7 @@ def evaluate(
     names = None if labels is None else [line.strip() for line in labels.read_text().splitlines() if line.strip()]
     report = run(
         model or committed_model(), task, [*data, *(more_data or ())], out,
-        split=split, subset=subset, image_folder=image_folder, allow_urls=allow_urls,
+        split=split, subset=subset, image_folder=image_folder, allow_urls=allow_urls, half=half,
         columns=named_columns(column) or None,
         min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, device=device, dtype=dtype,
         llm=llm, unmerged=unmerged, max_samples=max_samples, seed=seed,

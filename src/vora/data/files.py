@@ -23,6 +23,8 @@ def files_of(path: str, split: str, kinds: Sequence[str]) -> list[Path] | None:
         found = sorted(Path(place.anchor or ".").glob(path[len(place.anchor) :]))
         files = _readable(found, kinds)
         _check_not_compressed(found, files, kinds)
+        if not found:
+            raise ValueError(f"{path} matches 0 files: check the folder before it, or leave that source out.")
         if not files:
             raise ValueError(f"{path} matches {len(found)} files, none of the kinds {', '.join(kinds)}.")
         return files

@@ -114,11 +114,11 @@ class Streams:
         for number, stream in self.streams.items():
             state = json.loads((checkpoint / POSITION_FILE.format(number)).read_text())
             then = state.pop("distill_only_steps", None)
-            if then not in (None, self.distill_only_steps):
+            if then is not None and then != self.distill_only_steps and num_steps > min(then, self.distill_only_steps):
                 raise ValueError(
-                    f"The checkpoint was made with other data: its first {then} steps only distill, and now "
-                    f"{self.distill_only_steps} would: restore teacher.distill_only_steps, or start a new run from "
-                    "the weights."
+                    f"The checkpoint was made with other data: of its {num_steps} steps the first "
+                    f"{min(then, num_steps)} only distilled, and now {self.distill_only_steps} would: restore "
+                    f"teacher.distill_only_steps={then}, or start a new run from the weights."
                 )
             if then is not None:  # as many steps, whatever a step has now
                 own = stream.fingerprint | {"distill_only_sequences": state["data"]["distill_only_sequences"]}

@@ -17,6 +17,7 @@ from vora.data.source import Source
 
 Images: TypeAlias = Callable[[], list[Image.Image]]  # opens them; ValueError if one cannot be read
 SPLITS = ("test", "validation", "valid", "val", "dev", "eval", "train")  # the first that a folder has is read
+HALVES = ("choose", "report")  # what a model is chosen by, and what is said of it then
 NUM_NAMED = 20  # bad rows that a report names
 
 
@@ -30,6 +31,11 @@ class Data:
     image_folder: str | None = None  # where paths of images start
     columns: dict[str, str] | None = None  # {our name: the files' name}
     allow_urls: bool = False  # fetch images that rows name by URL; otherwise such rows are bad
+    half: str | None = None  # of `HALVES`: the rows of one half of the images; None: all
+
+    def __post_init__(self) -> None:
+        if self.half not in (None, *HALVES):
+            raise ValueError(f"--half is {self.half!r}: say {' or '.join(HALVES)}.")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -108,10 +114,21 @@ class Rows:
                     try:
                         values = texts.item(block, offset, rows)
                         opens = partial(_open, images, index, self.data.allow_urls)
-                        yield Row(name, number, values, opens, partial(_key_of, images, index))
+                        row = Row(name, number, values, opens, partial(_key_of, images, index))
+                        if self.data.half in (None, half_of(row)):
+                            yield row
                     except ValueError as error:
                         skipped.add(name, error)
                     number += 1
+
+
+def half_of(row: Row) -> str:
+    """Which of `HALVES` a row belongs to, by its image, or without one by its text: in all files the same."""
+    try:
+        key = row.image_key()
+    except ValueError:  # without one
+        key = repr(sorted(row.values.items()))
+    return HALVES[hashlib.blake2b(key.encode(), digest_size=1).digest()[0] % 2]
 
 
 def _opened(path: str, split: str | None, given: dict[str, Any]) -> Source:

@@ -35,6 +35,7 @@ def evaluate(
     image_folder: str | Path | None = None,
     columns: dict[str, str] | None = None,
     allow_urls: bool = False,
+    half: str | None = None,
     min_image_tokens: int | None = None,
     max_image_tokens: int | None = None,
     llm: str | None = None,
@@ -55,7 +56,7 @@ def evaluate(
         data: files, folders or datasets.
         out: JSON file of the report; predictions go beside it as they come.
         model_name: of a loaded model: where it came from; by default what transformers noted when it was loaded.
-        split, subset, image_folder, columns, allow_urls: see `Data`.
+        split, subset, image_folder, columns, allow_urls, half: see `Data`.
         min_image_tokens, max_image_tokens: budget per image, if not the model's own.
         llm: to put an adapter over, if not the one that it names.
         device, dtype: where a model that is not loaded yet is to run, and in what; by default the GPU if there is one,
@@ -69,7 +70,7 @@ def evaluate(
             else, or the predictions found there are not of this model, data and task.
     """
     paths = [str(path) for path in ([data] if isinstance(data, str | Path) else data)]
-    source = Data(paths, split, subset, None if image_folder is None else str(image_folder), columns, allow_urls)
+    source = Data(paths, split, subset, None if image_folder is None else str(image_folder), columns, allow_urls, half)
     if "max_examples" in options:
         raise ValueError("max_examples is called max_samples now: rename it.")
     out = Path(out)

@@ -97,6 +97,16 @@ class EpochCallback(TrainerCallback):
         return fewest_of_processes(int(self.sequences.epoch), args)
 
 
+class SaveAtStep(TrainerCallback):
+    """A checkpoint after one step more than those that `save_steps` says, if any."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_save |= state.global_step == self.step
+
+
 class CardCallback(TrainerCallback):
     """A card in each checkpoint, since another run may go on from it, or it may be sent, whatever ends this one."""
 

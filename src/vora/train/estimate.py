@@ -25,6 +25,7 @@ from vora.train.plan.meta_model import llm_config_of, meta_model, vit_config_of
 from vora.train.plan.plan import plan
 from vora.train.preview import sequences_to_read, source_names
 from vora.train.recipe_sections import Recipe
+from vora.train.schedule import check_schedule
 from vora.train.sharding import check_sharding
 from vora.train.stages import check_names, trainable_table
 from vora.train.training_values import check_libraries
@@ -83,6 +84,7 @@ def check_start(recipe: Recipe, directory: Path, resume: bool) -> int:
         vit_config_of(recipe.teacher.name, "teacher.name")
     checkpoint = find_checkpoint(directory, resume)
     arguments = training_arguments(recipe, directory)
+    check_schedule(recipe, arguments)
     check_libraries(arguments)
     check_one_gpu_per_process(arguments)
     check_sharding(arguments)

@@ -6,11 +6,14 @@ from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import TrainerState
 from transformers.utils.generic import flatten_dict
 
-from vora.checkpoint.run_directory import find_checkpoint, set_aside_newer
+from vora.checkpoint.manifest import STATE
+from vora.checkpoint.run_directory import checkpoint_up_to, find_checkpoint, set_aside_newer
 from vora.train.recipe import load_recipe
 from vora.train.recipe_sections import Recipe
+from vora.train.schedule import decay_of
 
 FIXED = ("stage", "training.optim", "training.optim_args", "training.optim_target_modules")
 OWN_RATES = {"reduce_lr_on_plateau", "greedy"}  # schedules that keep rates in their state, so that none can change
@@ -18,12 +21,40 @@ RATES = ("training.learning_rate", "training.lr_scheduler", "learning_rates.")
 FROM_RECIPE = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer's groups; others change while it runs
 
 
-def checkpoint_to_resume(directory: Path, resume: bool, tell: Callable[[str], None]) -> str | None:
-    """The checkpoint that a run goes on from, as `find_checkpoint` finds it; newer ones are set aside."""
+def checkpoint_to_resume(
+    recipe: Recipe, directory: Path, resume: bool, num_steps: int, tell: Callable[[str], None]
+) -> str | None:
+    """The checkpoint that a run of so many steps goes on from, as `find_checkpoint` finds it, but from before a decay
+    that comes later now; newer ones are set aside."""
     checkpoint = find_checkpoint(directory, resume, tell)
-    if checkpoint is not None and (names := set_aside_newer(Path(checkpoint))):
+    if checkpoint is None:
+        return None
+    checkpoint = _before_decay(checkpoint, recipe, directory, num_steps, tell)
+    if names := set_aside_newer(Path(checkpoint)):
         tell(f"Newer than {Path(checkpoint).name}, so kept under another name: {', '.join(names)}.")
     return checkpoint
+
+
+def _before_decay(
+    checkpoint: str, recipe: Recipe, directory: Path, num_steps: int, tell: Callable[[str], None]
+) -> str:
+    """Where the learning rate had decayed for an end that comes later now, the newest checkpoint from before that, if
+    there is one: a rate that rises again undoes a part of what its decay has settled."""
+    try:
+        before = load_recipe(directory / "recipe.yaml")
+    except ValueError:  # of another version, or left on another machine
+        return checkpoint
+    state = TrainerState.load_from_json(str(Path(checkpoint, STATE)))
+    step = state.global_step
+    then, now = decay_of(before, state.max_steps, step), decay_of(recipe, num_steps, step)
+    if then is None or now is None or step <= then[0] or now[1] <= then[1]:
+        return checkpoint
+    why = f"{Path(checkpoint).name} is past step {then[0]:,}, where the learning rate began to decay"
+    if (found := checkpoint_up_to(directory, then[0])) is None:
+        tell(f"Warning: {why}, and no checkpoint from before it is left: the rate rises again, which undoes a part.")
+        return checkpoint
+    tell(f"{why}, and the run ends at step {now[1]:,} now: going on from {Path(found).name}.")
+    return found
 
 
 def tell_changes(recipe: Recipe, directory: Path, tell: Callable[[str], None]) -> None:

@@ -29,6 +29,7 @@ from vora.checkpoint.card import write_run_card
 from vora.checkpoint.manifest import write_manifest
 from vora.checkpoint.run_directory import last_step, replace_text
 from vora.data.few_answers import few_answers
+from vora.data.source import Source
 from vora.data.stream import PackedSequences
 from vora.data.streams import num_streams_of
 from vora.distill.branches import takes_branches
@@ -40,6 +41,7 @@ from vora.train.callbacks import (
     EpochCallback,
     ProgressCallback,
     SampleGenerationCallback,
+    SaveAtStep,
     StopOnSignal,
 )
 from vora.train.from_recipe import (
@@ -62,6 +64,7 @@ from vora.train.recipe_sections import AUTO_LENGTH, Recipe
 from vora.train.resume import checkpoint_to_resume, tell_changes
 from vora.train.run_lock import run_lock
 from vora.train.run_log import write_report
+from vora.train.schedule import check_schedule, schedule_in_words
 from vora.train.sharding import check_sharding
 from vora.train.stages import build_objective, trainable_table, vision_is_frozen
 from vora.train.trainer import VoraTrainer
@@ -81,12 +84,15 @@ def train(
     console, directory = console or Console(stderr=True), Path(run_directory)
     check_recipe(recipe)
     arguments = training_arguments(recipe, directory)
+    check_schedule(recipe, arguments)
     check_libraries(arguments)
     check_one_gpu_per_process(arguments)
     check_sharding(arguments)
     check_fsdp(recipe, bool(arguments.fsdp))
     with run_lock(directory, arguments):
-        checkpoint = of_first_process(lambda: checkpoint_to_resume(directory, resume, console.print), arguments)
+        checkpoint = of_first_process(
+            lambda: checkpoint_to_resume(recipe, directory, resume, arguments.max_steps, console.print), arguments
+        )
         return _train(recipe, directory, checkpoint, arguments, console, callbacks)
 
 
@@ -109,6 +115,7 @@ def _train(
     validation = open_validation(recipe, sequences, arguments, bad_samples)
     with_epochs(recipe, sequences, arguments)
     recipe = with_planned_steps(recipe, objective, sequences, arguments, checkpoint)
+    check_schedule(recipe, arguments)  # once more, with the steps that were planned
     num_streams = arguments.world_size if checkpoint is None else num_streams_of(checkpoint)
     streams = streams_of_run(recipe, sequences, arguments, num_streams)
     if checkpoint is not None:
@@ -116,6 +123,9 @@ def _train(
     write_what_runs(recipe, directory)
     console.print(trainable_table(objective, recipe.stage))
     console.print(length_of_run(sequences, arguments, validation), highlight=False)
+    console.print(rows_of_sources(sources), highlight=False, markup=False, soft_wrap=True)
+    if line := schedule_in_words(recipe, arguments.max_steps):
+        console.print(line, highlight=False)
     warning = None
     if recipe.distill_only_steps >= arguments.max_steps:
         console.print(
@@ -133,6 +143,7 @@ def _train(
         processing_class=processor, callbacks=own,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(SaveAtStep(trainer.before_decay))
     check_fsdp(recipe, trainer.is_fsdp_enabled)  # as an accelerate configuration may ask
     try:
         if checkpoint is not None and last_step(checkpoint) >= arguments.max_steps:
@@ -164,6 +175,12 @@ def length_of_run(sequences: PackedSequences, arguments: TrainingArguments, vali
     held_out = sequences.maker.held_out
     where = "of their own" if held_out is None else f"of the {held_out.share:.1%} of the images that are held out"
     return f"{text}; validation on {len(validation.samples):,} samples {where}"
+
+
+def rows_of_sources(sources: Sequence[Source]) -> str:
+    """In a line: what each source has, so that one sees which files a pattern has found here."""
+    found = [f"{len(source):,} rows of {len(source.files):,} files ({source.name})" for source in sources]
+    return f"Read: {', '.join(found)}."
 
 
 def prepare(objective: Objective, recipe: Recipe, arguments: TrainingArguments) -> None:

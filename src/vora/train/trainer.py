@@ -22,6 +22,7 @@ from vora.train import sharding
 from vora.train.divergence import Divergence
 from vora.train.recipe_sections import Recipe
 from vora.train.resume import hyperparameters, use_hyperparameters
+from vora.train.schedule import decay_of, distill_only_factor, in_phases
 from vora.train.validation import Validation
 
 ON_HOST = ("image_grid_thw", "num_samples", "distill_only", "branches", "places")  # of a batch: the host asks these
@@ -38,6 +39,8 @@ class VoraTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.learning_rates, self.distill_only_steps = recipe.learning_rates, recipe.distill_only_steps
         self.vision_lr_scale = recipe.teacher.vision_lr_scale if recipe.teacher else 1.0
+        decay = decay_of(recipe, self.args.max_steps, self.args.max_steps)
+        self.before_decay = None if decay is None else decay[0]
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the label tokens of all micro-batches
         self.most_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None  # see _save_checkpoint
         directory = Path(str(self.args.output_dir))
@@ -266,19 +269,19 @@ class VoraTrainer(Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
-        """The recipe's schedule; steps that only distill have one of their own before it, down to zero. Vision learns
-        shapes only once its learning rate falls, and the first gradients of the language loss would undo them
+        """The recipe's schedule; steps that only distill have a phase of their own before it, down to zero. Vision
+        learns shapes only once its learning rate falls, and the first gradients of the language loss would undo them
         (dev/LOG.md): so the warm-up starts anew with these, and vision goes on at `vision_lr_scale` of its rates."""
-        first = self.distill_only_steps
+        first = min(self.distill_only_steps, num_training_steps)
         scheduler = super().create_scheduler(num_training_steps - first, optimizer)
         if not first and self.vision_lr_scale == 1.0:
             return scheduler
-        warmup = max(1, self.args.get_warmup_steps(num_training_steps - first))
+        of_first = distill_only_factor(self.args, first, num_training_steps - first)
         schedules: list[Callable[[int], float]] = []
         for group, rest, rate in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs):
             _, is_vision = group["part"]
             group["lr"], scale = rate, self.vision_lr_scale if is_vision else 1.0
-            schedules.append(partial(_distill_only_schedule, rest, first, warmup, scale))
+            schedules.append(partial(in_phases, of_first, rest, first, scale))
         self.lr_scheduler = LambdaLR(scheduler.optimizer, schedules)
         return self.lr_scheduler
 
@@ -325,7 +328,8 @@ class VoraTrainer(Trainer):
             begin_checkpoint(directory / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            delete_older(directory, self.most_checkpoints, self.state.best_model_checkpoint)
+            named = [f"checkpoint-{self.before_decay}", self.state.best_model_checkpoint or ""]
+            delete_older(directory, self.most_checkpoints, named)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Also where this process stands in the data; then, once all processes have written, what lies there. Only
@@ -373,9 +377,3 @@ class VoraTrainer(Trainer):
         self.num_samples_seen = self._samples_logged = seen if self.args.process_index == 0 else 0  # adds up to all
         objective = self.accelerator.unwrap_model(model or self.model)
         restore(objective.student, checkpoint, objective.distillation)
-
-
-def _distill_only_schedule(rest: Callable, num_first: int, num_warmup: int, scale: float, step: int) -> float:
-    if step >= num_first:
-        return scale * rest(step - num_first)
-    return min((step + 1) / num_warmup, (num_first - step) / num_first)
