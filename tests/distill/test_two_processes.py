@@ -1,17 +1,11 @@
 """Two processes that train together learn what one does of the same samples: losses, weights and running moments."""
 
-import gc
-from datetime import timedelta
-from pathlib import Path
-
 import torch
-import torch.distributed as dist
+from processes import in_processes
 from test_objective import objective_of
 from tiny import prompt, text
-from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-START = "spawn" if torch.cuda.is_available() else "fork"
 # of each step the rows of both processes: images of one number of tokens each, and in the last step one without
 STEPS = [[(2, 3, 0), (3, 2, 1)], [(2, 3, 2), (2, 3, 3)], [(3, 2, 4), None]]
 
@@ -53,21 +47,14 @@ def learn(objective, model, rows_of_step, num_processes):
 
 
 def learn_as(rank, folder):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
     objective = learner()
     model = DistributedDataParallel(objective, find_unused_parameters=True)
     learned = learn(objective, model, lambda rows: rows[rank], 2)
-    torch.save((*learned, objective.state_dict()), Path(folder, f"{rank}.pt"))
-    del model
-    gc.collect()  # DDP lets go of the group first: as its last owner it would wait for threads that wait for Python
-    dist.barrier()
-    dist.destroy_process_group()
+    torch.save((*learned, objective.state_dict()), folder / f"{rank}.pt")
 
 
 def test_two_processes_learn_what_one_does(tmp_path):
-    start_processes(learn_as, (str(tmp_path),), nprocs=2, start_method=START)
+    in_processes(2, tmp_path, learn_as, tmp_path)
     (first, weights, state), (second, _, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     objective = learner()
     start = {name: tensor.clone() for name, tensor in objective.state_dict().items()}

@@ -20,7 +20,8 @@ import numpy as np
 import tiny
 import yaml
 from PIL import Image
-from ranks import START, train_ranks
+from processes import START
+from ranks import train_ranks
 from runs import losses, write_lines
 
 from vora.checkpoint.manifest import STATE, fault_of

@@ -1,6 +1,5 @@
 """A stopped or killed run goes on as if nothing had been, of one process and of two; no run is overwritten."""
 
-import gc
 import json
 import os
 import random
@@ -9,17 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import timedelta
-from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
-from tempfile import mkdtemp
 
 import pytest
 import torch
-import torch.distributed as dist
+from processes import START, in_processes
+from ranks import train_ranks
 from runs import close_to, losses, run
-from torch.multiprocessing import start_processes
 from transformers import TrainerCallback
 
 from vora.checkpoint.layout import read_info
@@ -77,8 +72,6 @@ def test_a_longer_run_hides_its_first_end_and_keeps_the_planned_steps(recipe, tm
     assert run(planned, tmp_path / "run", resume=True).state.global_step == 9
 
 
-# a fork has at once what a fresh process imports in seconds; where there is a GPU, autograd refuses to run in one
-START = "spawn" if torch.cuda.is_available() else "fork"
 torch.set_num_threads(1)  # also in what is spawned
 STEPS = 30
 NAMES = ("lm_loss", "distill_loss", "samples_seen")
@@ -131,29 +124,15 @@ def test_a_killed_run_goes_on_exactly(two_sources, whole, tmp_path, num_kills, l
     assert kill_and_resume(two_sources, whole, tmp_path / "run", num_kills) >= least
 
 
-def train_as(rank, store, recipe, folder, overrides, stop_at=None, **options):
-    """As one of two processes, the first of which alone may catch a signal."""
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
-    os.environ |= {name: str(value) for name, value in places.items()}
-    group = {"rank": rank, "world_size": 2, "timeout": timedelta(seconds=100)}
-    dist.init_process_group("gloo", init_method=f"file://{store}", **group)
-    if stop_at is None:
-        trainer = run(load_recipe(recipe, overrides), folder, **options)
-        assert fewest_of_processes(30 - rank, trainer.args) == 29  # of steps that each measured
-        del trainer
-    else:
-        callbacks = [] if rank else [StopAt(stop_at)]
-        with pytest.raises(InterruptedError, match="A signal to another process" if rank else "SIGTERM"):
-            run(load_recipe(recipe, overrides), folder, callbacks=callbacks, **options)
-    # DDP lets go of the group first: as its last owner it would wait for threads that wait for the interpreter
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()  # else a process that ends while its threads live may abort
+def stopped(rank, recipe, folder, overrides):
+    """As one of two processes, the first of which alone catches a signal."""
+    with pytest.raises(InterruptedError, match="A signal to another process" if rank else "SIGTERM"):
+        run(load_recipe(recipe, overrides), folder, callbacks=[] if rank else [StopAt(5)])
 
 
-def train_two(folder, *arguments, **options):
-    store = Path(mkdtemp(dir=folder.parent)) / "store"
-    start_processes(partial(train_as, **options), (store, *arguments), nprocs=2, start_method=START)
+def measures(trainer):
+    """Each process has its own number of steps that it has time for."""
+    assert fewest_of_processes(30 - trainer.args.process_index, trainer.args) == 29
 
 
 def test_two_processes_stop_and_resume_as_one_run(two_sources, tmp_path):
@@ -164,9 +143,9 @@ def test_two_processes_stop_and_resume_as_one_run(two_sources, tmp_path):
         [*launched, two_sources, *few, "--out", tmp_path / "whole"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, timeout=300, check=True,
     )  # fmt: skip
-    train_two(tmp_path / "cut", two_sources, tmp_path / "cut", few, stop_at=5)
+    in_processes(2, tmp_path, stopped, two_sources, tmp_path / "cut", few)
     assert (tmp_path / "cut" / "checkpoint-6").exists()
-    train_two(tmp_path / "cut", two_sources, tmp_path / "cut", few, resume=True)
+    train_ranks(2, two_sources, tmp_path / "cut", few, after=measures, resume=True)
     found = losses(tmp_path / "cut", OF_TWO)
     # a sum's last bit depends on where a process has its memory; the KL is a difference of such sums
     expected = close_to(losses(tmp_path / "whole", OF_TWO), rel=1e-6, abs=1e-7)
@@ -178,6 +157,6 @@ def test_two_processes_stop_and_resume_as_one_run(two_sources, tmp_path):
 
 
 def test_logged_losses_are_those_of_both_processes(two_sources, tmp_path):
-    train_two(tmp_path / "run", two_sources, tmp_path / "run", ["training.max_steps=3", "teacher=null"])
+    train_ranks(2, two_sources, tmp_path / "run", ["training.max_steps=3", "teacher=null"])
     lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if "lm_loss" in line]
     assert len(lines) == 3 and all(line["lm_loss"] == pytest.approx(line["loss"], rel=1e-4) for line in lines)
