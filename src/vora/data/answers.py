@@ -64,8 +64,7 @@ def _question_of(row: Row, question: Any, answers: Any) -> Question | ValueError
         said = [answer for answer in map(_said, as_list(answers)) if answer is not None]
         texts = [text for answer in said if (text := text_of(answer, "answer")).strip()]
         asked = "\n".join(filter(None, [context_of(row).strip(), text_of(question, "question")]))
-        if len(texts) == 1:  # several people's numbers are what they counted
-            check_names_no_choice(row, asked, said)
+        check_names_no_choice(row, asked, said)
         return Question(asked, texts)
     except ValueError as error:
         return error

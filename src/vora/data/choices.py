@@ -11,7 +11,10 @@ from vora.data.columns import CHOICE_COLUMNS, CHOICE_LETTERS, Row
 
 MARK = re.compile(r"(?:^|(?<=\s))[(\[]?[A-Z][)\].:]+\s*(?=\S)")  # of a choice: "A. ", "(B) "
 FIRST_MARK = re.compile(r"^" + MARK.pattern)
-NAMES_A_CHOICE = re.compile(r"(?:(?:option|choice|answer)\b)?[\s()\[\].:*]*\w[\s()\[\].:*]*", re.IGNORECASE)
+NAME = r"[\s()\[\].:*]*\w[\s()\[\].:*]*"
+NAMES_CHOICES = re.compile(  # "A", "Option (a)", "B, C", "A and C", "ABD"
+    rf"(?:(?:option|choice|answer)s?\b)?{NAME}(?:(?:[,;/&+]|\band\b|\bor\b)+{NAME})*|[A-Z]{{2,9}}", re.IGNORECASE
+)
 LONGEST = 10_000  # characters of choices that are read as values: Python's parser has no limit of its own
 WORD = re.compile(r"[^\W\d_]{2}")
 
@@ -22,18 +25,29 @@ def written(value: Any) -> str:
 
 
 def check_names_no_choice(row: Row, asked: str, answers: Sequence[Any]) -> None:
-    """Raise ValueError where an answer is the number or the letter of a choice, and what is `asked` does not show the
-    choices."""
+    """Raise ValueError where an answer is numbers or letters of choices, and what is `asked` does not show the
+    choices. Of several people's answers letters alone count: their numbers are what they counted."""
     choices, asked = _choices_of(row), _plain(asked)
     if all(_is_shown(choice, letter, number, asked) for number, (letter, choice) in enumerate(choices.items())):
         return
     for answer in answers:
-        is_name = isinstance(answer, (int, float)) or (isinstance(answer, str) and NAMES_A_CHOICE.fullmatch(answer))
-        if is_name and _plain(answer) not in choices.values():
+        if _is_name(answer, choices, len(answers) == 1) and _plain(answer) not in choices.values():
             raise ValueError(
                 f"Its answer {answer!r} is none of its {len(choices)} choices: give the text of the right one, and "
                 "put the choices into the question if they are to be chosen from."
             )
+
+
+def _is_name(answer: Any, choices: Mapping[str, str], is_alone: bool) -> bool:
+    """Whether an answer is made of letters of choices; one that stands alone, also of numbers or unknown letters."""
+    if not isinstance(answer, str):
+        return is_alone and isinstance(answer, (int, float))
+    if not NAMES_CHOICES.fullmatch(answer):
+        return False
+    if answer.isalpha() and len(answer) > 1:  # letters in a row, each once and in order, or a word
+        return answer.isupper() and sorted({*answer}) == [*answer] and {*answer.casefold()} <= choices.keys()
+    names = re.findall(r"\b\w\b", answer.casefold())
+    return is_alone or all(name.isalpha() and name in choices for name in names)
 
 
 def _choices_of(row: Row) -> dict[str, str]:

@@ -36,12 +36,8 @@ class VoraPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, PatchEmbedding):
             nn.init.normal_(module.position, std=self.config.initializer_range)
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
+        else:
+            super()._init_weights(module)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Raises ValueError beside another model's adapter, which `from_pretrained` would add to this one."""

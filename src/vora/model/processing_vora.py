@@ -79,6 +79,7 @@ class VoraProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation: Sequence, *args: Any, **kwargs: Any) -> Any:
         """As the library's; ValueError where a part is no text, image or video, so that it would be left out."""
+        kwargs |= {name: self._spelt(kwargs[name], "user") for name in ("tools", "documents") if name in kwargs}
         return super().apply_chat_template(self._normalised(conversation, is_batch=True), *args, **kwargs)
 
     def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
@@ -191,8 +192,7 @@ class VoraProcessor(ProcessorMixin):
         if not ids:
             raise ValueError("The conversation has no assistant turn, so there is nothing to learn from it.")
 
-        contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
-        parts = [part for content in contents for part in content if part["type"] == "image"]
+        parts = [part for one in messages if isinstance(one.get("content"), list) for part in one["content"]]
         images = [part[key] for part in parts for key in ("image", "url", "path", "base64") if key in part]
         if (count := ids.count(self.image_token_id)) != len(images):
             raise ValueError(
@@ -240,8 +240,14 @@ class VoraProcessor(ProcessorMixin):
             ids += self._ids_after(self.ids_of("\n"), "\n", "\n" + part)
         return ids
 
-    def _spelt(self, text: str, role: str | None) -> str:
-        """The text of a message, the control tokens in it marked as letters; an assistant may think."""
+    def _spelt(self, text: Any, role: str | None) -> Any:
+        """What a message says, the control tokens in its texts marked as letters; an assistant may think."""
+        if isinstance(text, Mapping):
+            return {self._spelt(key, role): self._spelt(value, role) for key, value in text.items()}
+        if isinstance(text, (list, tuple)):
+            return [self._spelt(one, role) for one in text]
+        if not isinstance(text, str):
+            return text
         if not text.isascii() and (half := re.search("[\ud800-\udfff]", text)):
             raise ValueError(f"A message of {role!r} holds {half[0]!a}, half of a surrogate pair: that is no text.")
         tokens = self._once(self._control_tokens)[role == "assistant"]
@@ -271,18 +277,17 @@ class VoraProcessor(ProcessorMixin):
             return [self._normalised(one) for one in conversation]
         messages = [dict(message) if isinstance(message, Mapping) else {} for message in conversation]
         for number, message in enumerate(messages):
-            content, role = message.get("content"), message.get("role")
+            content, role, parts = message.get("content"), message.get("role"), list[dict[str, Any]]()
             if not (isinstance(role, str) and isinstance(content or "", (str, list, tuple))):
                 raise ValueError(f"Message {number} is no dict with a role and, as content, text or a list of parts.")
             if isinstance(content, (list, tuple)):
-                parts: list[dict[str, Any]] = []
                 for part in (self._part(one, number) for one in content):
                     if part["type"] == "text":  # joined to that before, as they may spell a token together
                         before = parts.pop()["text"] if parts and parts[-1]["type"] == "text" else ""
                         part = {"type": "text", "text": self._spelt(before + part["text"], role)}
                     parts.append(part)
                 message["content"] = parts
-            message |= {k: self._spelt(v, role) for k, v in message.items() if isinstance(v, str) and k != "role"}
+            message |= {k: self._spelt(v, role) for k, v in message.items() if k != "role" and v is not parts}
         return messages
 
     def _part(self, part: Any, number: int) -> dict[str, Any]:
@@ -326,12 +331,11 @@ class VoraProcessor(ProcessorMixin):
 
     def _ends_of_template(self) -> tuple[list[int], int]:
         """`end_ids`, and how many of them the template writes after the last answer (at least 1)."""
-        tokenizer, answer, text = self.tokenizer, "(yes)", ""
+        tokenizer, known, answer, text = self.tokenizer, self.tokenizer.added_tokens_decoder, "(yes)", ""
         messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": answer}]
         with suppress(Exception):  # a template may raise what it likes, and still render what has no answer yet
             text = self.apply_chat_template(messages)
         after = tokenizer(text.partition(answer)[2], add_special_tokens=False)["input_ids"]
-        known = tokenizer.added_tokens_decoder
         ends = {tokenizer.eos_token_id, *[id for id in after if id in known and known[id].special][:1]} - {None}
         return sorted(ends), max(1, sum(id in ends for id in after))
 
