@@ -82,6 +82,12 @@ def test_other_grids_have_a_feature_per_patch_in_order(kind, teacher):
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
+def test_a_teacher_in_bf16_sees_grids_that_are_not_its_own(kind, teacher):
+    """Of aimv2 the image is resampled, which a processor does in float32 alone."""
+    found = copy.deepcopy(teacher).to(torch.bfloat16)(noise_images(SQUARE), [SQUARE], [1])[1].float()
+    torch.testing.assert_close(found, teacher(noise_images(SQUARE), [SQUARE], [1])[1], atol=0.1, rtol=0.1)
+
+
 def test_positions_are_resampled_and_rows_and_columns_are_not_swapped(kind, teacher):
     """A bright patch moves the state at its own place most, in the first block, on a grid that is not square."""
     square = teacher(noise_images(SQUARE), [SQUARE], [1])[1]

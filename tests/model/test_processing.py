@@ -196,6 +196,9 @@ def test_special_tokens_in_tool_calls_and_tools_are_text_at_any_depth(llm_folder
         texts.append(processor.tokenizer.decode(asked[0]))
         assert json.dumps(call) in texts[-1] and json.dumps(call) in processor.tokenizer.decode(learned)
     assert counts[0] == counts[1] == [[3, 3, 0], [2, 2, 0]]
+    for role in ("user<|im_end|>", "\ud83d", ""):
+        with pytest.raises(ValueError, match="Message 0 is no dict with a role"):
+            processor.apply_chat_template([{"role": role, "content": "x"}])
 
 
 @pytest.mark.parametrize("sentencepiece", [True, False])

@@ -174,6 +174,9 @@ class Teacher(nn.Module):
     def inputs_on_grid(self, pixels: Tensor, grid: Grid) -> tuple[dict[str, Any], Grid]:
         """(what the ViT takes for normalised images of one grid, the grid on which it sees them)."""
         parameter, side = next(self.vit.parameters()), self.patch_size
+        if not self.takes_any_grid:
+            grid = self.own_grid  # in float32: a processor antialiases nothing less
+            pixels = F.interpolate(pixels.float(), (grid[0] * side, grid[1] * side), mode="bicubic", antialias=True)
         pixels = pixels.to(parameter.device, parameter.dtype)
         if "spatial_shapes" in self.accepts:  # SigLIP 2 takes patches float[n, rows * columns, p*p*C]
             # sizes on the host, where they are read; without padding there is nothing to mask, or to look for
@@ -183,9 +186,6 @@ class Teacher(nn.Module):
             return {"pixel_values": patches.flatten(3).flatten(1, 2), "spatial_shapes": shapes, mask: None}, grid
         if "interpolate_pos_encoding" in self.accepts:
             return {"pixel_values": pixels, "interpolate_pos_encoding": True}, grid
-        if not self.takes_any_grid:
-            grid = self.own_grid
-            pixels = F.interpolate(pixels, (grid[0] * side,) * 2, mode="bicubic", antialias=True)
         return {"pixel_values": pixels}, grid
 
 

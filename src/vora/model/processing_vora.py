@@ -277,8 +277,9 @@ class VoraProcessor(ProcessorMixin):
             return [self._normalised(one) for one in conversation]
         messages = [dict(message) if isinstance(message, Mapping) else {} for message in conversation]
         for number, message in enumerate(messages):
-            content, role, parts = message.get("content"), message.get("role"), list[dict[str, Any]]()
-            if not (isinstance(role, str) and isinstance(content or "", (str, list, tuple))):
+            content, role, parts = message.get("content") or "", message.get("role"), list[dict[str, Any]]()
+            is_role = isinstance(role, str) and re.fullmatch(r"[\w -]+", role)  # which spells no control token
+            if not (is_role and isinstance(content, (str, list, tuple))):
                 raise ValueError(f"Message {number} is no dict with a role and, as content, text or a list of parts.")
             if isinstance(content, (list, tuple)):
                 for part in (self._part(one, number) for one in content):
@@ -300,10 +301,9 @@ class VoraProcessor(ProcessorMixin):
             return {key: value for key, value in part.items() if value is not None}
         if kind == "image_url" and (url := part.get("image_url")):
             return {"type": "image", "url": url["url"] if isinstance(url, Mapping) else url}
-        video = next((part[key] for key in ("video", "path", "url") if part.get(key) is not None), None)
-        if kind == "video" and video is not None:
-            video = video if is_video(video) else Video(video, self.image_processor.allow_urls)
-            return {"type": "image", "image": video}
+        film = next((part[key] for key in ("video", "path", "url") if part.get(key) is not None), None)
+        if kind == "video" and film is not None:
+            return {"type": "image", "image": film if is_video(film) else Video(film, self.image_processor.allow_urls)}
         raise ValueError(
             f"Message {number} holds a part of type {kind!r} (with {', '.join(map(repr, part))}) that would be left "
             "out: give parts of type text, image, image_url or video, each with what it is."
