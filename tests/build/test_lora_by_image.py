@@ -113,7 +113,6 @@ def test_a_cache_that_was_computed_otherwise_is_refused():
     with pytest.raises(ValueError, match="cache is of 0 conversations .* and 1 are to go on"):
         model(**one, **{CACHE: of_llm})
     mixed = read(model, SEEN, WORDS)
-    mixed.batch_select_indices(torch.tensor([1]))
     with pytest.raises(ValueError, match="cache is of 2 conversations"):
         model(**one, **{CACHE: mixed})
     assert torch.equal(logits_of(model, **prompt(WORDS)), logits_of(tiny_llm("llama"), **prompt(WORDS)))
@@ -147,3 +146,17 @@ def test_rows_of_a_cache_that_change_places_stay_what_they_are():
     torch.testing.assert_close(go_on(lambda cache: cache.batch_select_indices(turned), [1, 0]), wanted[turned])
     twice = go_on(lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1])
     torch.testing.assert_close(twice, wanted.repeat_interleave(2, 0))
+
+
+def test_gradients_with_checkpointing_are_those_without():
+    """Blocks that are computed again after the pass is over know which rows have an image, also after another pass."""
+    found, mixed = [], prompt(SEEN, WORDS)
+    for checkpointing in (False, True):
+        model = use_lora_by_image(trained("llama")).train().requires_grad_(True)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        losses = [model(**inputs, labels=inputs["input_ids"]).loss for inputs in (mixed, prompt(WORDS, WORDS), mixed)]
+        sum(losses).backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+    assert found[0].keys() == found[1].keys() and any("lora_A" in name for name in found[0])
+    assert all(torch.equal(found[1][name], found[0][name]) for name in found[0])

@@ -6,7 +6,8 @@ whose adapter is not called `__base__`.
 """
 
 import functools
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextvars import ContextVar, copy_context
 from inspect import signature
 from typing import Any
 
@@ -100,7 +101,18 @@ def _look_for_images(model: VoraModel, args: tuple[Any, ...], kwargs: dict[str, 
     cache = given.get("past_key_values") if given.get("cache") is None else given["cache"]
     if cache is not None and cache.get_seq_length() > 0:
         rows = _continued(cache, rows)
+    for module in model.modules() if model.training else ():
+        if getattr(module, "gradient_checkpointing", False):
+            recompute = getattr(module, "_gradient_checkpointing_func")
+            if getattr(recompute, "func", None) is not _checkpointed:
+                setattr(module, "_gradient_checkpointing_func", functools.partial(_checkpointed, recompute))
     _rows_with_image.set(rows)
+
+
+def _checkpointed(checkpoint: Callable[..., Any], block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A block that is computed again in the backward pass, with the rows that have an image now: by then this pass is
+    over."""
+    return checkpoint(functools.partial(copy_context().run, block), *args, **kwargs)
 
 
 def _continued(cache: Cache, rows: list[bool]) -> list[bool]:
