@@ -20,6 +20,7 @@ from vora.build.lora import attach_vision_lora, merge_vision_lora
 from vora.checkpoint import load_adapter, load_model, merge_run, read_info, save_adapter
 from vora.checkpoint.load import digest_of, load_processor
 from vora.checkpoint.pretrained import committed_model
+from vora.checkpoint.save import merge
 from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe import Recipe
 from vora.train.stages import build_processor
@@ -106,6 +107,17 @@ def test_what_is_merged_over_an_llm_ends_turns_as_the_template_does(adapter, llm
     assert len(processor.end_ids) == 2
     assert model.generation_config.eos_token_id == model.to_llm().generation_config.eos_token_id == processor.end_ids
     assert load_model(str(folder))[0].generation_config.eos_token_id == 2  # its own LLM's
+
+
+def test_a_generation_config_beside_an_adapter_is_its_models(adapter, tmp_path):
+    folder, merged, processor = adapter
+    folder = shutil.copytree(folder, tmp_path / "adapter")
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.5, "suppress_tokens": [7]}))
+    merge(folder, tmp_path / "merged")
+    for model in (load_model(str(folder))[0], load_model(str(tmp_path / "merged"))[0]):
+        found = model.generation_config
+        assert found.repetition_penalty == 1.5 and set(found.suppress_tokens) == {7, merged.config.image_token_id}
+        assert found.eos_token_id == processor.end_ids[0]
 
 
 def test_an_adapter_on_the_hub_is_put_over_its_llm(adapter, tmp_path, monkeypatch):

@@ -77,6 +77,15 @@ def test_what_is_no_model_is_said(tmp_path):
         read_info(tmp_path)
 
 
+def test_a_generation_config_beside_what_a_run_saved_goes_wherever_it_is_merged_to(work, tmp_path):
+    run = shutil.copytree(work / "one", tmp_path / "one")
+    (run / "final" / "generation_config.json").write_text('{"repetition_penalty": 1.5}')
+    merge(run, tmp_path / "merged", llm_out=tmp_path / "llm", adapter_out=tmp_path / "adapter")
+    for folder in ("merged", "llm", "adapter"):
+        saved = json.loads((tmp_path / folder / "generation_config.json").read_text())
+        assert saved["repetition_penalty"] == 1.5
+
+
 def test_a_run_is_loaded_as_its_merged_model(work):
     expected, processor = load_model(work / "merged")
     for path in (work / "one", work / "one" / "final", str(work / "one")):

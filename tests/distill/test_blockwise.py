@@ -95,6 +95,29 @@ def test_standardized_channels_count_alike():
         BlockwiseDistillation([(0, 0)], 8, 8, center=False, standardize=True)
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_running_variance_is_that_of_all_features_so_far(micro_batches):
+    """Of steps whose means lie far apart, after each of the first ones; later ones count by momentum."""
+    distillation, seen = perfect(8, standardize=True, momentum=0.75).train(), []
+    for step in range(6):
+        batches = [states(10 * step + n)[0] + 3 * step for n in range(micro_batches)]
+        if step == 0:  # as the trainer does
+            distillation.begin([{0: batch} for batch in batches])
+        for batch in batches:
+            distillation({0: batch}, {0: batch}, micro_batches)
+        seen.append(torch.cat(batches))
+        weights = torch.tensor([1.0])
+        for number in range(2, step + 2):
+            new = max(1 / number, 0.25)
+            weights = torch.cat([weights * (1 - new), torch.tensor([new])])
+        mean = sum(w * one.mean(0) for w, one in zip(weights, seen))
+        variance = sum(w * (one - mean).square().mean(0) for w, one in zip(weights, seen))
+        torch.testing.assert_close(distillation.mean_0, mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(distillation.variance_0, variance, rtol=1e-4, atol=1e-5)
+        if step == 3:  # all alike until then
+            torch.testing.assert_close(variance, torch.cat(seen).var(0, correction=0))
+
+
 def test_a_teacher_in_bf16_teaches_what_it_teaches_in_float32():
     """The quickstart's, which is trained; a student half way there."""
     folder, generator = Path(vora.__file__).parent / "quickstart" / "teacher", torch.Generator().manual_seed(0)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from vora.baselines.llava import VoraLlavaConfig, VoraLlavaForConditionalGeneration
 from vora.build.base_llm import grow_for_image_token, load_llm, load_tokenizer
@@ -114,6 +115,10 @@ def load_adapter(path: Source, *, llm: str | None = None, dtype: torch.dtype | s
             f"{info.path} grew on an LLM of {llm or info.base_llm}'s shape, but of other weights, such as a fine-tune "
             f"of it: put it over that one with `vora merge {info.path} --llm LLM -o OUT`."
         )
+    if info.kind == "adapter" and (info.path / GENERATION_CONFIG_NAME).exists():  # how its answers are made
+        model.generation_config = GenerationConfig.from_pretrained(info.path)
+        suppressed = {*(model.generation_config.suppress_tokens or []), model.config.image_token_id}
+        model.generation_config.suppress_tokens = sorted(suppressed)
     peft_model = peft_model_of(model, config)
     keep_trained_in_fp32(peft_model)
     restore(peft_model, info.path)

@@ -1,6 +1,7 @@
 """Saving: the state of a training, an adapter alone, a merged model; each with its description, and whole or not."""
 
 import copy
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from vora.build.from_llm import to_llm
 from vora.checkpoint.card import write_run_card
@@ -114,6 +116,8 @@ def merge(
         folders = {name: stack.enter_context(whole_folder(place, name)) for name, place in places.items()}
         if adapter := folders.get("--adapter-out"):
             save_adapter(load_adapter(info), load_processor(info), adapter, dtype=info.dtype, info=info)
+            if (generation := info.path / GENERATION_CONFIG_NAME).exists():
+                shutil.copy(generation, adapter)
             llm_option = "" if read_info(adapter).base_llm else " --llm LLM"
             command = f"vora merge THIS_FOLDER{llm_option} -o my-vora"
             write_run_card(adapter, info.path, merge_command=command)

@@ -208,8 +208,8 @@ class BlockwiseDistillation(nn.Module):
         for pair, mean, square in zip(self.pairs, means, squares):
             moments, moved = self._moments(pair), weight * mean
             moments[0] += moved
-            if self.standardize:  # around the mean as it is now
-                moments[1].lerp_(square - 2 * moved * mean + moved.square(), weight.to(mean))
+            if self.standardize:  # around the mean as it is now, also of the features of the steps before
+                moments[1].lerp_(square, weight.to(mean)).sub_(moved.square())
 
     def _sums_of(self, teacher_states: Mapping[int | str, Tensor], dtype: torch.dtype) -> Tensor:
         """float[pairs, 2 D_t + 1] of a micro-batch: how far its features are from the running means, summed, the
