@@ -5,11 +5,14 @@ import json
 import pytest
 import tiny
 import torch
+from hypothesis import settings
 from PIL import Image
 
 import vora
 
 torch.set_num_threads(1)
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None)  # the same examples in each run
+settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session")

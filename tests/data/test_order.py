@@ -14,7 +14,7 @@ def drawn(order, numbers):
 
 
 @given(sizes=SIZES, seed=st.integers(0, 5), epoch=st.integers(0, 3), place=st.floats(0, 1))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_each_row_comes_once_an_epoch_and_any_place_can_be_entered(sizes, seed, epoch, place):
     order, total = SourceOrder(sizes, (seed,)), sum(sizes)
     found = drawn(order, range(epoch * total, (epoch + 1) * total))
@@ -37,7 +37,7 @@ def test_few_blocks_are_needed_at_a_time_and_epochs_differ():
 
 
 @given(weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=6), first=st.integers(0, 5000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_shares_are_those_of_the_weights_everywhere(weights, first):
     mixture = Mixture(weights, seed=0)
     counts = np.bincount(mixture.sources(first, 1000), minlength=len(weights))

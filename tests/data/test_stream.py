@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from test_readers import write, write_tar
 from tiny import command_line
@@ -100,6 +102,32 @@ def test_a_resumed_stream_of_any_number_of_workers_goes_on_where_it_was(stream, 
         assert first(resumed, 7) == [sequence for sequence, _ in whole[stop : stop + 7]]
         assert resumed.state_dict() == whole[stop + 6][1]
     assert torch.equal(torch.get_rng_state(), rng_state)  # a resumed run would miss what reading draws
+
+
+@given(
+    of=st.sampled_from([{"weights": [3, 1], "distill_only_sequences": 7}, {"rank": 1, "num_ranks": 2}, {"seed": 5}]),
+    parts=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+)
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_splits_of_a_stream_into_consumed_and_rest_give_the_same_sequences(stream, monkeypatch, of, parts):
+    """Stopped after so many sequences, again and again; each goes on from what was saved as text."""
+    for name in ("stream.WAITING", "stream.CHUNK_SAMPLES", "samples.CHUNK_SAMPLES"):
+        monkeypatch.setattr(f"vora.data.{name}", 8)  # less to read ahead after each stop
+    found, state = [], None
+    for part in [*parts, 3]:
+        packed = stream(**of)
+        if state is not None:
+            packed.load_state_dict(json.loads(state))
+        found += first(packed, part)
+        state = json.dumps(packed.state_dict())
+    assert found == whole_stream(stream, json.dumps(of))[: len(found)] and len(found) == sum(parts) + 3
+
+
+def whole_stream(stream, of, known={}):  # noqa: B006
+    """18 sequences in one go, made once."""
+    if of not in known:
+        known[of] = first(stream(**json.loads(of)), 18)
+    return known[of]
 
 
 def test_images_alone_come_first_and_predict_nothing(stream):

@@ -3,8 +3,12 @@
 import doctest
 import json
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vora.data import streams
 from vora.data.streams import Streams, num_streams_of, streams_of_process
@@ -60,23 +64,28 @@ def saved(ranks, folder):
     return folder
 
 
-@pytest.mark.parametrize("chain", [(2, 4, 1), (4, 1, 2), (3, 2, 4), (1, 4, 3), (2, 3, 2)])
-def test_a_batch_of_one_size_has_the_same_sequences_on_any_number_of_processes(chain, tmp_path):
-    assert doctest.testmod(streams).failed == 0
-    batch, num_streams, found = 12, chain[0], []
-    whole = steps(processes(num_streams, num_streams, batch, distill_only_steps=5), 12, batch)
-    checkpoint = None
-    for number, num_ranks in enumerate(chain):
-        ranks = processes(num_ranks, num_streams, batch, distill_only_steps=5)
-        for rank in ranks:
-            if checkpoint is not None:
-                assert rank.load(checkpoint, 4 * number) == 7
-        found += steps(ranks, 4, batch)
-        checkpoint = saved(ranks, tmp_path / f"checkpoint-{number}")
-        assert num_streams_of(checkpoint) == num_streams
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 5)), min_size=2, max_size=4))
+@settings(max_examples=40)
+def test_a_batch_of_one_size_has_the_same_sequences_on_any_number_of_processes(chain):
+    """A chain of (processes, steps until they stop)."""
+    batch, num_streams, num_steps, found, checkpoint = 12, chain[0][0], sum(number for _, number in chain), [], None
+    whole = steps(processes(num_streams, num_streams, batch, distill_only_steps=5), num_steps, batch)
+    with TemporaryDirectory() as folder:
+        for number, (num_ranks, num_of_these) in enumerate(chain):
+            ranks = processes(num_ranks, num_streams, batch, distill_only_steps=5)
+            for rank in ranks:
+                if checkpoint is not None:
+                    assert rank.load(checkpoint, len(found)) == 7
+            found += steps(ranks, num_of_these, batch)
+            checkpoint = saved(ranks, Path(folder, f"checkpoint-{number}"))
+            assert num_streams_of(checkpoint) == num_streams
     assert found == whole
-    assert sum(kind == "images" for step in found for kind, *_ in step) == 5 * batch
-    assert len({sequence for step in found for sequence in step}) == 12 * batch
+    assert sum(kind == "images" for step in found for kind, *_ in step) == min(5, num_steps) * batch
+    assert len({sequence for step in found for sequence in step}) == num_steps * batch
+
+
+def test_examples_of_the_docstrings():
+    assert doctest.testmod(streams).failed == 0
 
 
 @pytest.mark.parametrize("chain", [(2, 4, 1), (3, 2, 5)])

@@ -15,7 +15,7 @@ sides = st.integers(1, 5000)
 
 
 @given(sides, sides, st.integers(1, 32), st.integers(1, 64), st.integers(2, 20))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_grids_keep_to_the_budget_and_within_it_are_the_nearest_whole_patches(height, width, size, least, factor):
     rows, columns = fit_grid(height, width, size, least, least * factor)
     assert rows >= 1 and columns >= 1 and least <= rows * columns <= least * factor
@@ -25,7 +25,7 @@ def test_grids_keep_to_the_budget_and_within_it_are_the_nearest_whole_patches(he
 
 
 @given(st.integers(1, 2000), st.integers(1, 2000), st.sampled_from([(4, 16), (4, 64), (16, 16), (64, 256), (9, 9)]))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_no_grid_of_as_many_tokens_is_clearly_nearer_in_aspect_ratio(height, width, budget):
     rows, columns = fit_grid(height, width, 14, *budget)
     own = max(1, round(height / 14)) * max(1, round(width / 14))
@@ -36,6 +36,22 @@ def test_no_grid_of_as_many_tokens_is_clearly_nearer_in_aspect_ratio(height, wid
     for r in range(1, most + 1):
         for c in range(-(-fewest // r), most // r + 1):
             assert abs(math.log(r / c * width / height)) > error - 0.25, (r, c)
+
+
+@given(sides, sides, st.integers(1, 32), st.integers(1, 300), st.integers(0, 300), st.integers(1, 3))
+@settings(max_examples=300)
+def test_no_grid_exceeds_the_budget_however_narrow_and_turned_images_have_turned_grids(
+    height, width, size, least, more, merge
+):
+    """In whole tokens; a turned image has as many, as near to its aspect ratio."""
+    processor, budget = VoraImageProcessor(size, merge), (least, least + more)
+    processor.set_budget(*budget)
+    rows, columns = processor.patch_grid(height, width, *budget)
+    turned = processor.patch_grid(width, height, *budget)
+    assert rows % merge == columns % merge == 0 and rows * columns <= merge**2 * (least + more)
+    assert rows * columns == turned[0] * turned[1] == processor.get_number_of_image_patches(height, width)
+    off, turned_off = math.log(rows * width / columns / height), math.log(turned[0] * height / turned[1] / width)
+    assert abs(off) == pytest.approx(abs(turned_off), abs=1e-9)
 
 
 @pytest.mark.parametrize(
