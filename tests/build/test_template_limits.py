@@ -57,6 +57,14 @@ def hostile(llm_folder, monkeypatch):
         "{{ '%1000000000d' | format(1) }}",
         "{{ " + "'a' | replace('a', 'aaaaaaaaaa')" + " | replace('a', 'aaaaaaaaaa')" * 12 + " }}",
         "{% set x = 'a' * 1000000 %}{{ ([x] * 1000) | join }}",
+        "{{ ('a ' * 2000000) | title }}",  # filters and methods that make something of each character
+        "{{ ('a' * 2000000) | sort | length }}",
+        "{{ ('a' * 2000000) | list | length }}",
+        "{{ 'a' * 2000000 | string | wordcount }}{{ ('<a>' * 2000000) | striptags }}",
+        "{{ ('a ' * 2000000).split() | length }}{{ ('a ' * 2000000).split(' ') | length }}",
+        "{{ ('a' * 100000).translate({97: 'b' * 10000}) | length }}",
+        "{{ ''.join(['a' * 1000000] * 40) | length }}",
+        "{{ (['a' * 1000000] * 40) | join | length }}",
         "{% set x = 'a' * 1000000 %}{% for i in range(100000) %}{% set y = x[1:] %}{% endfor %}",
         "{% set x = 'a' * 1000000 %}{% for i in range(100000) %}{% if 'b' in x %}{% endif %}{% endfor %}",
         MACRO,
@@ -128,6 +136,13 @@ def test_other_templates_are_written_as_ever(template):
         limited = chat_template_utils._compile_jinja_template(template)
         assert isinstance(limited.environment, template_limits.LimitedEnvironment)
         assert limited.render(**given) == plain.render(**given)
+
+
+def test_long_texts_may_be_split_joined_and_trimmed(hostile):
+    """As templates do with what an assistant thought, for texts of nearly a million characters."""
+    text = "{% set x = 'ab ' * 300000 ~ '</think>' ~ 'yes' %}"
+    use = "{{ x.split('</think>')[-1] }}{{ (x | trim).startswith('a') }}{{ [x, 'c'] | join('-') | length }}"
+    assert hostile(text + use) == "yesTrue900013"
 
 
 def test_a_processor_asks_with_images_and_a_long_history(processor):

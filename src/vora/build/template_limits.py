@@ -27,20 +27,17 @@ BYTES_PER_STEP = 64  # of values made
 WORK_PER_STEP, READ_PER_STEP = 1024, 256  # characters or members that an operation goes through, or that are read
 FREE = {"length", "count", "first", "last", "default", "d"}  # filters that look at no members
 LIGHT = {
-    "string",
-    "defined",
-    "undefined",
-    "none",
-    "mapping",
-    "iterable",
-    "sequence",
-    "number",
-    "boolean",
-    "true",
-    "false",
-}
+    "string", "defined", "undefined", "none", "mapping", "iterable", "sequence", "number", "boolean", "true", "false",
+}  # fmt: skip
+WHOLE = {  # filters that take a text as a whole; others make something of each of its characters
+    "trim", "upper", "lower", "capitalize", "replace", "string", "safe", "tojson", "escape", "e", "forceescape",
+    "urlencode", "center", "format", "indent", "join", "attr", "int", "float", "abs", "round", "items", *FREE,
+}  # fmt: skip
 SLOW = {"lipsum", "urlize", "wordwrap", "pprint"}  # and of no use in a chat
+UNBOUNDED = {"translate", "maketrans"}  # methods whose result may be as long as it likes
+PARTING = {"split", "rsplit", "splitlines"}
 FORMATS = {"format", "format_map", "%", "strftime_now"}
+PLAIN = (int, bool, float, type(None))
 NUMBER = re.compile(r"\d{1,18}")
 OPERATORS = frozenset({"+", "*", "%", "**"})
 
@@ -190,9 +187,12 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         name = getattr(function, "__name__", "")
         itself = getattr(getattr(function, "__wrapped__", function), "__self__", None)  # the sandbox wraps str.format
         operands = [itself, *rest, *kwargs.values()]
-        _check(_replaced(operands) if name == "replace" else _product(operands, name))
-        for operand in operands:
-            _read(operand)
+        if isinstance(itself, str) and name in UNBOUNDED:
+            raise _too_much(f"it uses {name}")
+        if isinstance(itself, str) and name in PARTING:
+            mark = operands[1] if len(operands) > 1 and isinstance(operands[1], str) and operands[1] else None
+            _spend(itself.count(mark) if mark else len(itself) // 2)
+        _use(operands, name)
         return _made(ImmutableSandboxedEnvironment.call(environment, context, function, *rest, **kwargs))
 
 
@@ -200,13 +200,20 @@ def _counted_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
     @wraps(function)  # also which of context and environment it is given
     def counted(*args: Any, **kwargs: Any) -> Any:
         operands = [*args[bool(getattr(function, "jinja_pass_arg", None)) :], *kwargs.values()]
+        for operand in operands if name not in WHOLE else ():
+            _spend(len(operand) if isinstance(operand, str) else 0)
         if name not in FREE:
-            _check(_replaced(operands) if name == "replace" else _product(operands, name))
-            for operand in operands:
-                _read(operand)
+            _use(operands, name)
         return _made(function(*args, **kwargs))
 
     return counted
+
+
+def _use(operands: Sequence[Any], name: str) -> None:
+    """Before a function or filter is called: what it may make, and what it reads."""
+    _check(_replaced(operands) if name == "replace" else _product(operands, name))
+    for operand in operands:
+        _read(operand, BYTES_PER_STEP if name == "join" else READ_PER_STEP)  # a join's result is as large as its parts
 
 
 def _call(name: str, node: nodes.Node) -> nodes.Expr:
@@ -267,19 +274,23 @@ def _written(context: Any, value: Any) -> Any:
     return _made(value)
 
 
-def _read(value: Any) -> Any:
+def _read(value: Any, per_step: int = READ_PER_STEP) -> Any:
     """A value whose members are gone through, those of its members too, as often as they are there."""
-    if isinstance(value, str):
-        _spend(1 + len(value) // READ_PER_STEP)
+    kind = type(value)
+    if kind is str or isinstance(value, str):
+        _spend(1 + len(value) // per_step)
         return value
-    if isinstance(value, jinja2.utils.Namespace):
-        _read(getattr(value, "_Namespace__attrs"))
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            _read(one)
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            _read(one)
+    members: Iterable[Any] = ()
+    if kind in PLAIN:
+        pass
+    elif kind is list or isinstance(value, (list, tuple)):
+        members = value
+    elif kind is dict or isinstance(value, Mapping):
+        members = value.values()
+    elif isinstance(value, jinja2.utils.Namespace):
+        members = (getattr(value, "_Namespace__attrs"),)
+    for one in members:
+        _read(one, per_step)
     _spend(1)
     return value
 
@@ -291,7 +302,8 @@ def _steps(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _extent(value: Any) -> int:
-    if isinstance(value, (str, list, dict, tuple, bytes, range, Mapping)):
+    kind = type(value)
+    if kind is str or isinstance(value, (str, list, dict, tuple, bytes, range, Mapping)):
         return len(value)
     return abs(value) if isinstance(value, int) else 1
 
@@ -300,7 +312,7 @@ def _product(operands: Iterable[Any], name: str) -> int:
     """The most that could be made of operands: a number may be a width, or how often something is repeated."""
     found = 1
     for operand in operands:
-        found *= max(1, _extent(operand))
+        found *= _extent(operand) or 1
         if name in FORMATS and isinstance(operand, str):
             found *= max((int(number) for number in NUMBER.findall(operand)), default=1) or 1
     return found
