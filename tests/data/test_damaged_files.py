@@ -55,6 +55,27 @@ def test_one_bad_row_is_bad_alone(tmp_path, kind, line, cause, peak):
     assert peak() < 300e6
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_that_are_no_longer_there_are_bad_ones(tmp_path, kind):
+    """The file became shorter after it was opened, or says of itself that it has more rows."""
+    rows, file = [{"text": f"row {number}"} for number in range(5)], tmp_path / f"t.{kind}"
+
+    def put(some):
+        if kind == "jsonl":
+            return write(file, *some)
+        datasets.Dataset.from_list(some).to_parquet(file)
+
+    put(rows)
+    source = opened(file)
+    lengths, stamps = source.block_sizes.sum(), os.stat(file)
+    put(rows[:3])
+    os.utime(file, ns=(stamps.st_atime_ns, stamps.st_mtime_ns))
+    for number in (3, 4):
+        with pytest.raises(ValueError, match="Its part of the file cannot be read: "):
+            source[number]
+    assert lengths == len(source) == 5
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "json"])
 def test_a_line_that_does_not_end_is_not_read_whole(tmp_path, ending, peak):
     file = tmp_path / f"t.{ending}"

@@ -111,11 +111,15 @@ class Source:
 
     def read_block(self, number: int) -> Rows:
         """The rows of a block. One that cannot be read is a block of bad rows: a long run goes on."""
+        size = int(self.block_sizes[number])
+        rows: Rows = []
         try:
-            return self._read(self.files[self.blocks[number, 0]], *self.blocks[number, 1:].tolist())
+            rows = self._read(self.files[self.blocks[number, 0]], *self.blocks[number, 1:].tolist())
+            cause = f"{len(rows)} of {size} rows are there, so the file is damaged or has changed since it was opened"
         except (OSError, ValueError, RecursionError, pa.ArrowException, tarfile.TarError) as error:
-            cause = ValueError(f"Its part of the file cannot be read: {' '.join(str(error).split())[:200]}")
-            return [cause] * int(self.block_sizes[number])
+            cause = " ".join(str(error).split())[:200]
+        missing = [ValueError(f"Its part of the file cannot be read: {cause}")] * (size - len(rows))
+        return [*rows, *missing] if missing else rows
 
     def _scanned(self, file: str) -> Iterator[Sequence[int]]:
         """(places..., number of rows) of each block of a file."""
