@@ -31,7 +31,7 @@ LIGHT = {
 }  # fmt: skip
 WHOLE = {  # filters that take a text as a whole; others make something of each of its characters
     "trim", "upper", "lower", "capitalize", "replace", "string", "safe", "tojson", "escape", "e", "forceescape",
-    "urlencode", "center", "format", "indent", "join", "attr", "int", "float", "abs", "round", "items", *FREE,
+    "center", "format", "join", "attr", "int", "float", "abs", "round", "items", *FREE,
 }  # fmt: skip
 SLOW = {"lipsum", "urlize", "wordwrap", "pprint"}  # and of no use in a chat
 UNBOUNDED = {"translate", "maketrans"}  # methods whose result may be as long as it likes
