@@ -288,7 +288,10 @@ class VoraProcessor(ProcessorMixin):
                         part = {"type": "text", "text": self._spelt(before + part["text"], role)}
                     parts.append(part)
                 message["content"] = parts
-            message |= {k: self._spelt(v, role) for k, v in message.items() if k != "role" and v is not parts}
+            try:
+                message |= {k: self._spelt(v, role) for k, v in message.items() if k != "role" and v is not parts}
+            except RecursionError:
+                raise ValueError(f"Message {number} is nested too deeply.") from None
         return messages
 
     def _part(self, part: Any, number: int) -> dict[str, Any]:
