@@ -138,6 +138,7 @@ def test_gpu_script_is_sound():
     assert deadline <= 9 * 60 - 15  # the summary comes after it
     assert all(int(words[2]) < deadline for words in real)
     scripts = {path.stem for path in BENCHMARKS.glob("*.py") if "parser_of(__doc__)" in path.read_text()}
+    scripts.remove("llama_cpp")  # of processors
     assert {Path(words[3]).stem for words in toy} == {Path(words[3]).stem for words in real} == scripts
     assert scripts == {name.split()[0] for name in TOY}
     assert len({words[1] for words in real}) == len(real)

@@ -297,7 +297,10 @@ def test_the_teacher_is_the_one_asked_for_or_the_cards(seeing, tmp_path, model):
     write_info(replace(read_info(model), block_pairs=((2, 0), (2, SUMMARY))), tmp_path / "model")
     assert take_teacher(fresh(seeing), model, teacher) == ([(2, 0)], None)  # as it was trained, though without heads
     (tmp_path / "empty").mkdir()
-    for name, message in (("nope", "teacher nope: there is no"), (str(tmp_path / "empty"), "cannot be loaded")):
+    for name, message in (
+        ("nope", "teacher nope: there is no"),
+        (str(tmp_path / "empty"), "holds no configuration of a model"),
+    ):
         with pytest.raises(ValueError, match=message):
             take_teacher(fresh(seeing), model, name)
 

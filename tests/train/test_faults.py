@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import train_ranks
 from rich.console import Console
 from ruins import Ruins
 from runs import losses, run
 from safetensors.torch import load_file, save_file
-from test_resume import train_two
 from test_train import Rates
 from torch.multiprocessing import ProcessRaisedException
 from transformers import TrainerCallback
@@ -233,7 +233,7 @@ class NoPosition(TrainerCallback):
 
 def test_a_checkpoint_that_one_of_two_processes_did_not_write_is_not_finished(two_sources, tmp_path):
     with pytest.raises(ProcessRaisedException):
-        train_two(tmp_path / "run", two_sources, tmp_path / "run", ["training.max_steps=3"], callbacks=[NoPosition()])
+        train_ranks(2, two_sources, tmp_path / "run", ["training.max_steps=3"], callbacks=[NoPosition()])
     names = {path.name for path in (tmp_path / "run" / "checkpoint-3").iterdir()}
     assert "data_position_0.json" in names and not names & {"data_position_1.json", MANIFEST, STATE}
     with pytest.raises(ValueError, match="checkpoint-3: it was not finished"):

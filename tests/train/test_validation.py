@@ -8,9 +8,10 @@ import pytest
 import torch
 from command import vora
 from PIL import Image
+from ranks import train_ranks
 from runs import COLOURS, losses, run, write_lines
 from safetensors.torch import load_file
-from test_resume import StopAt, train_two
+from test_resume import StopAt
 from transformers import TrainerCallback
 
 from vora.checkpoint.layout import read_info
@@ -197,7 +198,7 @@ def test_two_processes_measure_what_one_does(two_sources, tmp_path):
     still = ["training.max_steps=2", "training.learning_rate=0", "training.eval_steps=2", "teacher.center=false"]
     still += ["data.validation.share=0.3", "data.validation.probe_samples=9", "teacher.distill_only_steps=0"]
     run(load_recipe(two_sources, still), tmp_path / "one")
-    train_two(tmp_path / "two", two_sources, tmp_path / "two", still)
+    train_ranks(2, two_sources, tmp_path / "two", still)
     one, two = (measured(tmp_path / name)[2] for name in ("one", "two"))
     assert two["samples_seen"] > one["samples_seen"]
     assert two == pytest.approx(one | {"samples_seen": two["samples_seen"]}, rel=1e-5)
