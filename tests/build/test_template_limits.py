@@ -46,6 +46,7 @@ def hostile(llm_folder, monkeypatch):
         grown("{'a': 1}", "dict(a=ns.x, b=ns.x)") + "{{ ns.x | tojson }}",
         grown("namespace(a=1)", "namespace(a=ns.x, b=ns.x)") + "{{ ns.x }}",
         grown("99**99", "ns.x * ns.x"),
+        *("{% set x = ('f' * 3000000) | int(0, 16) %}{{ x " + by + " (x // 9**9) }}" for by in ("%", "//", "*")),
         "{{ 'a'.center(10**10) }}",
         "{{ 'a' | center(1000000000) }}",
         "{% filter center(1000000000) %}a{% endfilter %}",

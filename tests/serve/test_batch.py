@@ -9,7 +9,7 @@ from vora.build.lora_by_image import use_lora_by_image
 from vora.checkpoint import load_model
 from vora.serve import batch as batch_module
 from vora.serve import engine as engine_module
-from vora.serve.batch import Batch, packed, read_together
+from vora.serve.batch import Batch, can_batch, packed, read_together
 from vora.serve.engine import ContextError, Engine
 from vora.serve.sampling import Sampling, draw, nucleus
 from vora.serve.text_stream import TextStream
@@ -117,6 +117,45 @@ def test_numbers_that_are_none_stay_in_their_row():
     batch.leave(1)
     assert torch.equal(batch.join([prompt(ROWS[3])]), wanted[0])
     assert torch.allclose(batch.step([31, 30])[1], wanted[1], atol=1e-5)
+
+
+@torch.inference_mode()
+def test_memory_that_runs_out_while_a_prompt_joins_changes_no_other_answer(monkeypatch):
+    model, new_zeros, given = tiny_vora("llama").eval(), torch.Tensor.new_zeros, []
+    wanted, batch = Batch(model), Batch(model)
+    wanted.join([prompt([14, 15, 16])])
+    batch.join([prompt([14, 15, 16])])
+
+    def runs_out(tensor, *args, **kwargs):
+        given.append(args)
+        if len(given) == 3:  # of seven that more room takes
+            raise torch.OutOfMemoryError("no memory")
+        return new_zeros(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", runs_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        batch.join([prompt(list(range(20, 60)))])
+    assert torch.equal(batch.step([20]), wanted.step([20]))
+
+
+def test_a_prompt_of_no_numbers_does_not_spoil_those_read_with_it(model_folder):
+    model, processor = load_model(str(model_folder))
+    engine, asked = Engine(model, processor), [{"role": "user", "content": "what?"}]
+    wanted = "".join(engine.submit(asked, max_new_tokens=5))
+    spoilt = processor.tokenizer("red", add_special_tokens=False)["input_ids"][0]
+    assert spoilt not in processor.ids_of(processor.apply_chat_template(asked))
+    engine.model.get_input_embeddings().weight.data[spoilt] = torch.nan
+    answers = [engine.submit([{"role": "user", "content": text}], max_new_tokens=5) for text in ("x", "red", "what?")]
+    assert "".join(answers[2]) == wanted
+    with pytest.raises(ValueError, match="logits are no numbers"):
+        list(answers[1])
+
+
+def test_positions_that_change_with_the_longest_row_are_not_shared():
+    model = tiny_vora("llama").eval()
+    assert can_batch(model)
+    model.config.get_text_config().rope_parameters["rope_type"] = "dynamic"
+    assert not can_batch(model)
 
 
 def test_an_error_in_a_prompt_or_a_draw_is_of_its_row_alone(model_folder, monkeypatch):

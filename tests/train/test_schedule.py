@@ -60,6 +60,20 @@ def test_a_longer_run_goes_on_from_before_the_decay_as_if_it_had_been_longer_all
     assert any(not longer[name].equal(short[name]) for name in whole)
 
 
+def test_epochs_say_as_well_where_a_longer_run_goes_on(recipe, tmp_path):
+    def of(num_epochs):
+        found = stable(recipe, 1, 0, save_steps=100, num_train_epochs=num_epochs)
+        del found.training["max_steps"]
+        return found
+
+    trained(of(20), tmp_path / "parts")
+    said, longer = trained(of(30), tmp_path / "parts", resume=True)
+    assert "where the learning rate began to decay" in said and "going on from checkpoint-" in said
+    _, whole = trained(of(30), tmp_path / "whole")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert all(longer[name].equal(whole[name]) for name in whole)
+
+
 def test_a_lost_checkpoint_from_before_the_decay_is_told(recipe, tmp_path):
     trained(stable(recipe, 4, 4), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoint-2")
@@ -85,6 +99,7 @@ def test_a_checkpoint_alone_goes_on_exactly_in_another_place(recipe, tmp_path):
         (None, 6, "num_decay_steps is missing"),
         ({"num_decay_steps": "2"}, 6, "num_decay_steps is '2'"),
         ({"num_decay_steps": 0}, 6, "num_decay_steps is 0"),
+        ({"num_decay_steps": True}, 6, "num_decay_steps is True"),
         ({"num_decay_steps": 2, "num_stable_steps": 3}, 6, "num_stable_steps would end the constant rate"),
         ({"num_decay_steps": 6}, 6, "The 6 steps that only distill are fewer than 1 of warm-up and 6 of decay"),
         ({"num_decay_steps": 3}, 9, "The 3 steps of the run are fewer than 1 of warm-up and 3 of decay"),

@@ -39,7 +39,7 @@ PARTING = {"split", "rsplit", "splitlines"}
 FORMATS = {"format", "format_map", "%", "strftime_now"}
 PLAIN = (int, bool, float, type(None))
 NUMBER = re.compile(r"\d{1,18}")
-OPERATORS = frozenset({"+", "*", "%", "**"})
+OPERATORS = frozenset({"+", "*", "%", "//", "**"})
 
 STEPS_PER_LOOK = 2000  # at the clock
 SHORTEN = ", or shorten the conversation where that is long"
@@ -158,6 +158,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return super()._generate(source, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if isinstance(left, int) and isinstance(right, int) and operator in ("*", "%", "//", "**"):
+            _check(left.bit_length() * right.bit_length())
         if operator == "**":
             _check(max(1, *map(_extent, (left, right))) ** 2)
         elif operator == "+":

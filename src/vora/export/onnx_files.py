@@ -187,10 +187,14 @@ def _write(
 ) -> None:
     """A module as a graph, its weights beside it where they are more than a file of ONNX may hold."""
     with _quiet(), torch.no_grad():
-        program: Any = torch.onnx.export(
-            module.eval(), inputs, dynamo=True, input_names=input_names, output_names=output_names,
-            dynamic_shapes=shapes, verbose=False,
-        )  # fmt: skip
+        try:
+            program: Any = torch.onnx.export(
+                module.eval(), inputs, dynamo=True, input_names=input_names, output_names=output_names,
+                dynamic_shapes=shapes, verbose=False,
+            )  # fmt: skip
+        except Exception as error:  # torch prints whole graphs
+            cause = next(filter(None, str(error.__cause__ or error).splitlines()), type(error).__name__)[:200]
+            raise ValueError(f"torch.onnx makes no {path.name} of this LLM: {cause}. Export it --to gguf.") from None
         is_large = sum(p.numel() * p.element_size() for p in module.parameters()) > 2**30
         program.save(str(path), external_data=is_large)
 

@@ -23,9 +23,13 @@ KEPT = "rows_with_image"  # where a model with unmerged LoRA notes with a cache 
 
 
 def can_batch(model: VoraForConditionalGeneration) -> bool:
-    """Whether all that a model keeps of a prompt are keys and values, which rows can join with."""
-    layers = DynamicCache(config=model.config.get_text_config()).layers
-    return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    """Whether all that a model keeps of a prompt are keys and values, which rows can join with, and no row's positions
+    change with the length of another."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "rope_parameters", None) or {}
+    kinds = {one.get("rope_type") for one in (positions, *positions.values()) if isinstance(one, dict)}
+    layers = {type(layer) for layer in DynamicCache(config=config).layers}
+    return layers <= {DynamicLayer, DynamicSlidingWindowLayer} and not kinds & {"dynamic", "longrope"}
 
 
 def read_together(model: VoraForConditionalGeneration, prompts: Sequence[dict[str, Tensor]]) -> list[int]:
@@ -165,7 +169,9 @@ class Batch:
             found[:rows, :, columns] = states[:rows, :, used]
             return found
 
-        for layer in self.cache.layers:
-            layer.keys, layer.values = moved(layer.keys), moved(layer.values)
-        self.mask = moved(self.mask[:, None])[:, 0]
-        self.start, self.end = columns.start, length
+        # all of it before any takes its place, for memory may run out on the way
+        kept = [(moved(layer.keys), moved(layer.values)) for layer in self.cache.layers]
+        mask = moved(self.mask[:, None])[:, 0]
+        for layer, (keys, values) in zip(self.cache.layers, kept):
+            layer.keys, layer.values = keys, values
+        self.mask, self.start, self.end = mask, columns.start, length

@@ -155,6 +155,10 @@ class Engine:
                 return [found for row in joining for found in self._read(batch, [row])]
             joining[0].answer.put(error)
             return []
+        if len(joining) > 1 and not logits.isfinite().all():  # what is no number in one spoils those after it
+            for number in reversed(range(len(self._rows), len(self._rows) + len(joining))):
+                batch.leave(number)
+            return [found for row in joining for found in self._read(batch, [row])]
         for row in joining:
             row.inputs = {}
         self._rows += joining

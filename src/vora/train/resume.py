@@ -10,7 +10,7 @@ from transformers import TrainerState
 from transformers.utils.generic import flatten_dict
 
 from vora.checkpoint.manifest import STATE
-from vora.checkpoint.run_directory import checkpoint_up_to, find_checkpoint, set_aside_newer
+from vora.checkpoint.run_directory import checkpoint_up_to, set_aside_newer
 from vora.train.recipe import load_recipe
 from vora.train.recipe_sections import Recipe
 from vora.train.schedule import decay_of
@@ -22,13 +22,10 @@ FROM_RECIPE = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer'
 
 
 def checkpoint_to_resume(
-    recipe: Recipe, directory: Path, resume: bool, num_steps: int, tell: Callable[[str], None]
-) -> str | None:
-    """The checkpoint that a run of so many steps goes on from, as `find_checkpoint` finds it, but from before a decay
-    that comes later now; newer ones are set aside."""
-    checkpoint = find_checkpoint(directory, resume, tell)
-    if checkpoint is None:
-        return None
+    checkpoint: str, recipe: Recipe, directory: Path, num_steps: int, tell: Callable[[str], None]
+) -> str:
+    """The checkpoint that a run of so many steps goes on from: the one that was found, or one from before a decay that
+    comes later now; newer ones are set aside."""
     checkpoint = _before_decay(checkpoint, recipe, directory, num_steps, tell)
     if names := set_aside_newer(Path(checkpoint)):
         tell(f"Newer than {Path(checkpoint).name}, so kept under another name: {', '.join(names)}.")

@@ -27,7 +27,7 @@ from transformers import AttentionInterface, PrinterCallback, TrainerCallback, T
 
 from vora.checkpoint.card import write_run_card
 from vora.checkpoint.manifest import write_manifest
-from vora.checkpoint.run_directory import last_step, replace_text
+from vora.checkpoint.run_directory import find_checkpoint, last_step, replace_text
 from vora.data.few_answers import few_answers
 from vora.data.source import Source
 from vora.data.stream import PackedSequences
@@ -90,9 +90,7 @@ def train(
     check_sharding(arguments)
     check_fsdp(recipe, bool(arguments.fsdp))
     with run_lock(directory, arguments):
-        checkpoint = of_first_process(
-            lambda: checkpoint_to_resume(recipe, directory, resume, arguments.max_steps, console.print), arguments
-        )
+        checkpoint = of_first_process(lambda: find_checkpoint(directory, resume, console.print), arguments)
         return _train(recipe, directory, checkpoint, arguments, console, callbacks)
 
 
@@ -116,6 +114,9 @@ def _train(
     with_epochs(recipe, sequences, arguments)
     recipe = with_planned_steps(recipe, objective, sequences, arguments, checkpoint)
     check_schedule(recipe, arguments)  # once more, with the steps that were planned
+    if (found := checkpoint) is not None:
+        going_on = partial(checkpoint_to_resume, found, recipe, directory, arguments.max_steps, console.print)
+        checkpoint = of_first_process(going_on, arguments)
     num_streams = arguments.world_size if checkpoint is None else num_streams_of(checkpoint)
     streams = streams_of_run(recipe, sequences, arguments, num_streams)
     if checkpoint is not None:

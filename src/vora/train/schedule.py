@@ -38,7 +38,7 @@ def check_schedule(recipe: Recipe, arguments: TrainingArguments) -> None:
     if recipe.training.get("lr_scheduler_type") != STABLE:
         return
     length, given = decay_steps(recipe), _options(recipe)
-    if not isinstance(length, int) or length < 1:
+    if type(length) is not int or length < 1:
         said = f"{NUM_DECAY} is {length!r}" if "num_decay_steps" in given else f"{NUM_DECAY} is missing"
         raise ValueError(f"{said}: with {STABLE}, say over how many last steps the rate decays, such as a tenth.")
     if "num_stable_steps" in given:
