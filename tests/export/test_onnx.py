@@ -72,5 +72,7 @@ def test_what_onnx_has_not_is_refused(options, message, tmp_path):
 
 def test_without_what_writes_it_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("vora.export.onnx_files.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"onnx and onnxscript and onnxruntime: not installed.*vora-vlm\[onnx\]"):
+    with pytest.raises(
+        ValueError, match=r"ONNX is not installed \(onnx, onnxscript, onnxruntime\): .*vora-vlm\[onnx\]"
+    ):
         verifying.verify(tmp_path, "onnx")

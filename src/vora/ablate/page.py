@@ -64,6 +64,11 @@ def console_table(found: dict[str, Any], width: int) -> Table:
     return table
 
 
+def _code(commit: str | None) -> str:
+    """The code that a commit names; an installed package does not know its own."""
+    return f"commit {commit}" if commit and not commit.startswith("unknown") else "a commit that is not known"
+
+
 def markdown(found: dict[str, Any]) -> str:
     """The page of what table.json holds."""
     variants, shown = found["variants"], columns_of(found)
@@ -74,6 +79,7 @@ def markdown(found: dict[str, Any]) -> str:
     warnings = "".join(f"* **{text}**\n" for text in found["warnings"])
     failed = "".join(f"* {row['variant']}, seed {n}: {why}\n" for row in variants for n, why in row["failed"].items())
     overrides = "".join(f"* {row['variant']}: `{' '.join(row['overrides']) or 'the recipe'}`\n" for row in variants)
+    recipe = f"the recipe with `{' '.join(found['set'])}`" if found["set"] else "the recipe as it is"
     changed = " (with changes since)" if found["commit_is_changed"] else ""
     return f"""# {found["name"]}
 
@@ -88,11 +94,11 @@ interval that holds 0 shows no difference. lm_loss is that of training, on sampl
 curve is first as low as the baseline's of the same seed at its end. distill_loss compares only variants with the same
 teacher, pairs and targets. Seconds are of steps, on the machine at hand, without loading and measuring.
 
-Variants, all with `{" ".join(found["set"]) or "the recipe as it is"}`, seeds {", ".join(map(str, found["seeds"]))}:
+Variants of {recipe}, seeds {", ".join(map(str, found["seeds"]))}:
 
 {overrides}
-Made by `{found["command"]}` at commit {found["commit"] or "unknown"}{changed}; trained at \
-{", ".join(found["trained_at"]) or "unknown"}.
+Made by `{found["command"]}` at {_code(found["commit"])}{changed}; trained at \
+{", ".join(map(_code, found["trained_at"]))}.
 """
 
 

@@ -45,6 +45,7 @@ def ablate(
     spec_file, out = Path(spec_file), Path(out)
     spec = chosen_of(load_spec(spec_file), seeds, variants, max_samples)
     runs = runs_of(spec, overrides, out)
+    spec.set = [*spec.set, *overrides]  # as the page tells
     for run in runs:
         check_same(run, spec.samples)
     for section in spec.evaluate:  # what cannot be measured is said before hours of training

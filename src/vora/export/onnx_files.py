@@ -101,7 +101,7 @@ class Decoder(nn.Module):
 def check_onnx() -> None:
     """Raise ValueError where what writes and runs ONNX is not installed."""
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
-        raise ValueError(f"{' and '.join(missing)}: not installed. pip install 'vora-vlm[onnx]'.")
+        raise ValueError(f"ONNX is not installed ({', '.join(missing)}): pip install 'vora-vlm[onnx]'.")
 
 
 def export_onnx(path: Path | str, out: Path, *, image_size: int | None = None, llm: str | None = None) -> OnnxExport:
