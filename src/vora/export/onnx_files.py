@@ -3,13 +3,13 @@
 | file | from | to |
 |---|---|---|
 | `embed_tokens.onnx` | `input_ids` int[1, T] | `inputs_embeds` float[1, T, D] |
-| `vision_encoder.onnx` | `pixel_values` float[N, C, S, S], normalised | `image_features` float[N, I, D] |
+| `vision_encoder.onnx` | `pixel_values` float[1, C, S, S], normalised | `image_features` float[1, I, D] |
 | `decoder_model_merged.onnx` | `inputs_embeds`, `image_numbers`, `past_key_values.*` | `logits`, `present.*` |
 
 `logits` are float[1, T, V], caches float[1, G, P, W]. `image_numbers` int[1, T] says which image each new token is of,
 from 0, and -1 at text: image tokens see their whole image. A prompt begins with caches of no tokens.
 
-Dims: T new tokens, P tokens before them, N images of S x S pixels and I tokens, D LLM width, V vocabulary, L layers,
+Dims: T new tokens, P tokens before them, images of S x S pixels and I tokens, D LLM width, V vocabulary, L layers,
 G heads of keys and values, W their width.
 """
 
@@ -63,7 +63,7 @@ class OnnxExport:
 
 
 class Vision(nn.Module):
-    """Square images to image tokens."""
+    """A square image to its image tokens."""
 
     def __init__(self, model: VoraForConditionalGeneration, num_patches: int) -> None:
         super().__init__()
@@ -71,13 +71,11 @@ class Vision(nn.Module):
         self.patch_size = model.config.patch_size
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """float[N, C, S, S] to float[N, I, D]"""
+        """float[1, C, S, S] to float[1, I, D]"""
         p, n = self.patch_size, self.side
-        patches = pixel_values.unflatten(2, (n, p)).unflatten(4, (n, p)).permute(0, 2, 4, 1, 3, 5)  # N, n, n, C, p, p
-        images = []
-        for image in patches.flatten(1, 2).flatten(2).unbind(0):
-            images.append(self.embedding(image, SimpleNamespace(tolist=lambda: [(1, n, n)])))
-        return torch.stack(images)
+        patches = pixel_values[0].unflatten(1, (n, p)).unflatten(3, (n, p)).permute(1, 3, 0, 2, 4)  # n, n, C, p, p
+        # of the grid's tensor the list alone is asked for, which a graph cannot make
+        return self.embedding(patches.flatten(0, 1).flatten(1), SimpleNamespace(tolist=lambda: [(1, n, n)]))[None]
 
 
 class Decoder(nn.Module):
@@ -134,26 +132,27 @@ def write_onnx(
     embeds = torch.zeros(1, num_new, config.get_text_config().hidden_size)
     numbers = torch.tensor([[-1, 0, 0, 0, -1]])
     past = [torch.zeros(1, heads, num_before, width) for heads, width in shapes for _ in range(2)]
-    images = torch.zeros(2, config.num_channels, size, size)
+    image = torch.zeros(1, config.num_channels, size, size)
     attention = config.get_text_config()._attn_implementation
     model.set_attn_implementation("eager")  # every family's, in plain products
-    _write(model.get_input_embeddings(), (torch.zeros(1, num_new, dtype=torch.long),), folder / EMBED,
-           ["input_ids"], ["inputs_embeds"], ({1: new},))  # fmt: skip
-    _write(Vision(model, side), (images[:1],), folder / VISION, ["pixel_values"], ["image_features"], (None,))
-    _write(
-        Decoder(model), (embeds, numbers, past), folder / DECODER,
-        ["inputs_embeds", "image_numbers", *(f"past_key_values.{name}" for name in names)],
-        ["logits", *(f"present.{name}" for name in names)], ({1: new}, {1: new}, [{2: before}] * len(past)),
-    )  # fmt: skip
-    model.set_attn_implementation(attention)
+    try:
+        _write(model.get_input_embeddings(), (torch.zeros(1, num_new, dtype=torch.long),), folder / EMBED,
+               ["input_ids"], ["inputs_embeds"], ({1: new},))  # fmt: skip
+        _write(Vision(model, side), (image,), folder / VISION, ["pixel_values"], ["image_features"], (None,))
+        _write(
+            Decoder(model), (embeds, numbers, past), folder / DECODER,
+            ["inputs_embeds", "image_numbers", *(f"past_key_values.{name}" for name in names)],
+            ["logits", *(f"present.{name}" for name in names)], ({1: new}, {1: new}, [{2: before}] * len(past)),
+        )  # fmt: skip
+    finally:
+        model.set_attn_implementation(attention)
     processor.save_pretrained(folder)
     asked = [{"type": "image"}, {"type": "text", "text": "QUESTION"}]
     prompt = processor.apply_chat_template([{"role": "user", "content": asked}], add_generation_prompt=True)
     count = (side // config.patch_merge) ** 2
-    ends = processor.end_ids
     found = OnnxExport(
-        folder, size, count, config.image_token_id, ends, prompt.replace(SPELT, ""), processor.image_token,
-        digest_of(model),
+        folder, size, count, config.image_token_id, processor.end_ids, prompt.replace(SPELT, ""),
+        processor.image_token, digest_of(model),
     )  # fmt: skip
     values = {key: value for key, value in asdict(found).items() if key != "folder"}
     (folder / EXPORT_INFO).write_text(json.dumps(values, indent=1) + "\n")
