@@ -15,7 +15,7 @@ MOST_COLUMNS = 8  # of a table
 
 def columns_of(found: dict[str, Any]) -> list[list[str]]:
     """What table.json holds as columns, each its name and then its cells: those that answer the question first."""
-    variants = found["variants"]
+    variants, loss = found["variants"], found["loss"]
 
     def column(name: str, cell: Callable[[dict[str, Any]], str]) -> list[str]:
         return [name, *map(cell, variants)]
@@ -29,39 +29,42 @@ def columns_of(found: dict[str, Any]) -> list[list[str]]:
 
     shown = [
         column("variant", lambda row: row["variant"] + " (baseline)" * is_baseline(row)),
-        column("seeds", lambda row: str(len(row["lm_loss"]["by_seed"]))),
-        column("lm_loss", lambda row: _figure(row["lm_loss"])),
-        column("against baseline", lambda row: _figure(row["difference"].get("lm_loss"), "+.4f")),
+        column("seeds", lambda row: str(len(row[loss]["by_seed"]))),
+        column(loss, lambda row: _figure(row[loss])),
+        column("against baseline", lambda row: _figure(row["difference"].get(loss), "+.4f")),
     ]
     names = dict.fromkeys(name for row in variants for name in row["metrics"])
     for name in sorted(names, key=lambda name: not name.endswith(LOOKS)):  # which says whether it looks
         shown.append(column(name, lambda row: _figure(row["metrics"].get(name))))
         shown.append(column(f"{name} against baseline", lambda row: _figure(row["difference"].get(name), "+.4f")))
     shown.append(column("samples to the baseline's loss", until))
-    if any(row["distill_loss"]["mean"] is not None for row in variants):
+    if loss != "distill_loss" and any(row["distill_loss"]["mean"] is not None for row in variants):
         shown.append(column("distill_loss", lambda row: _figure(row["distill_loss"])))
     for key, name in COUNTS.items():
         shown.append(column(name, lambda row: _figure({**row[key], "half": None}, ",.0f")))
     return shown
 
 
-def console_table(found: dict[str, Any], width: int) -> Table:
-    """The first columns, for a terminal of so many characters: as many as fit it without a break inside a word."""
+def console_tables(found: dict[str, Any], width: int) -> list[Table]:
+    """All columns, for a terminal of so many characters: as many in a table as fit it without a break inside a word,
+    each beside the names of the variants."""
     every = [
         [name.replace("_", "_\n"), *(cell.replace(" ± ", "±") for cell in cells)] for name, *cells in columns_of(found)
     ]
     longest = [max(len(word) for cell in column for word in cell.split()) for column in every]
-    ends = accumulate(length + 3 for length in longest[:MOST_COLUMNS])
-    num_shown = max(2, sum(end < width for end in ends))
-    table = Table(title=found["name"])
-    for number, (name, *_) in enumerate(every[:num_shown]):
-        justify: Literal["left", "right"] = "right" if number else "left"
-        table.add_column(name, justify=justify, overflow="fold", width=longest[number])
-    for cells in list(zip(*every[:num_shown]))[1:]:
-        table.add_row(*cells)
-    if len(every) > num_shown:
-        table.caption = f"{len(every) - num_shown} more columns are in table.md"
-    return table
+    tables, start = [], 1
+    while start < len(every):
+        ends = accumulate(length + 3 for length in [longest[0], *longest[start : start + MOST_COLUMNS - 1]])
+        shown = [0, *range(start, start + max(1, sum(end < width for end in ends) - 1))]
+        table = Table(title=None if tables else found["name"])
+        for number in shown:
+            justify: Literal["left", "right"] = "right" if number else "left"
+            table.add_column(every[number][0], justify=justify, overflow="fold", width=longest[number])
+        for cells in list(zip(*(every[number] for number in shown)))[1:]:
+            table.add_row(*cells)
+        tables.append(table)
+        start += len(shown) - 1
+    return tables
 
 
 def _code(commit: str | None) -> str:
@@ -85,12 +88,12 @@ def markdown(found: dict[str, Any]) -> str:
 
 {(chr(10) * 2).join(tables)}
 
-![lm_loss against samples seen](curves.png)
+![{found["loss"]} against samples seen](curves.png)
 
 {warnings + chr(10) if warnings else ""}{"Failed:" + chr(10) * 2 + failed + chr(10) if failed else ""}\
 `±` is half of a 95 % interval over seeds (Student's t; none with a single seed); differences are paired by seed. An
-interval that holds 0 shows no difference. lm_loss is that of training, on samples as they come, a mean over the last
-{found["window"]:.0%} of samples; curves are such running means. "Samples to the baseline's loss": where a variant's
+interval that holds 0 shows no difference. {found["loss"]} is that of training, on samples as they come, a mean over
+the last {found["window"]:.0%} of samples; curves are such running means. "Samples to the baseline's loss": where a variant's
 curve is first as low as the baseline's of the same seed at its end. distill_loss compares only variants with the same
 teacher, pairs and targets. Seconds are of steps, on the machine at hand, without loading and measuring.
 

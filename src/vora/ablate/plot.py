@@ -16,7 +16,7 @@ NUM_POINTS = 300  # of a line
 def draw_curves(
     curves: Mapping[tuple[str, int], Curve], variants: Sequence[str], baseline: str, image: Path, title: str = ""
 ) -> None:
-    """Write a PNG of lm_loss against samples seen: a line per variant, the mean of its seeds, in a band from lowest to
+    """Write a PNG of the loss against samples seen: a line per variant, the mean of its seeds, in a band from lowest to
     highest; the baseline in black, variants without a curve left out."""
     figure, axes = new_figure(8, 4.5)
     drawn, ends, colours = [], {}, cycle(COLOURS)
@@ -37,7 +37,8 @@ def draw_curves(
         axes.set(**limits(drawn))
         order = sorted(ends, key=lambda line: -ends[line])
         axes.legend(handles=order, loc="upper left", bbox_to_anchor=(1, 1), labelcolor="linecolor", frameon=False)
-    axes.set(xlabel="samples seen", ylabel="lm_loss", title=title)
+    loss = next((curve.loss for curve in curves.values()), "lm_loss")
+    axes.set(xlabel="samples seen", ylabel=loss, title=title)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

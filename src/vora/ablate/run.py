@@ -2,7 +2,7 @@
 
 OUT/VARIANT/seed-N/        each run; see `vora.ablate.runs`
 OUT/table.md, table.json   each variant over its seeds, against the baseline
-OUT/curves.png             lm_loss against samples seen
+OUT/curves.png             lm_loss, or distill_loss where nothing else is learned, against samples seen
 """
 
 import gc
@@ -105,6 +105,10 @@ def draw(
                 shown = section.metrics or list(values)
                 scores[key] |= {f"{section.name} {one}": values[one]["value"] for one in shown if one in values}
                 unknown |= dict.fromkeys(one for one in shown if one not in values)
+    if len({curve.loss for curve in curves.values()}) > 1:  # no loss is of all
+        for key in [key for key, curve in curves.items() if curve.loss != "lm_loss"]:
+            failures[key] = f"it only distills, and has no lm_loss to compare: lower teacher.distill_only_steps"
+            del curves[key]
     found = {
         "name": name,
         "command": command,

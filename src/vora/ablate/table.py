@@ -29,13 +29,15 @@ def summary(
     variants: Mapping[str, Sequence[str]], baseline: str, curves: Mapping[Key, Curve], scores: Scores,
     failures: Mapping[Key, str],
 ) -> dict[str, Any]:  # fmt: skip
-    """All figures of a table: `variants`, a list of what is known of each, and `warnings`, what keeps it from being a
-    fair comparison. Given are {variant: overrides}, and of runs their curves, {metric: value} and causes of failure.
+    """All figures of a table: `loss`, the name of what the curves are of, `variants`, a list of what is known of each,
+    and `warnings`, what keeps it from being a fair comparison. Given are {variant: overrides}, and of runs their
+    curves, all of one loss, {metric: value} and causes of failure.
     """
-    theirs, compared = _of(curves, baseline), _compared_figures(curves, scores, baseline)
+    loss = next((curve.loss for curve in curves.values()), "lm_loss")
+    theirs, compared = _of(curves, baseline), _compared_figures(curves, scores, baseline, loss)
     rows = []
     for variant, overrides in variants.items():
-        own, figures = _of(curves, variant), _compared_figures(curves, scores, variant)
+        own, figures = _of(curves, variant), _compared_figures(curves, scores, variant, loss)
         differences = {}
         for name, values in figures.items():
             base = compared.get(name, {})
@@ -44,24 +46,26 @@ def summary(
             "variant": variant,
             "overrides": overrides,
             "failed": {str(seed): cause for seed, cause in _of(failures, variant).items()},
-            "lm_loss": over_seeds(figures.pop("lm_loss")),
             "distill_loss": over_seeds({s: c.distill_loss for s, c in own.items() if c.distill_loss is not None}),
+            loss: over_seeds(figures.pop(loss)),
         }
         for name in ("samples_seen", "distill_only", "tokens", "seconds"):
             row[name] = over_seeds({seed: getattr(curve, name) for seed, curve in own.items()})
         row["metrics"] = {name: over_seeds(values) for name, values in figures.items()}
         row |= {"difference": {} if variant == baseline else differences, "to_baseline": _to_baseline(own, theirs)}
         rows.append(row)
-    return {"variants": rows, "warnings": _warnings(rows)}
+    return {"loss": loss, "variants": rows, "warnings": _warnings(rows, loss)}
 
 
 def _of(values: Mapping[Key, Value], variant: str) -> dict[int, Value]:
     return {seed: value for (name, seed), value in values.items() if name == variant}
 
 
-def _compared_figures(curves: Mapping[Key, Curve], scores: Scores, variant: str) -> dict[str, dict[int, float]]:
-    """{lm_loss, and each metric: {seed: value}}."""
-    found = {"lm_loss": {seed: curve.final for seed, curve in _of(curves, variant).items()}}
+def _compared_figures(
+    curves: Mapping[Key, Curve], scores: Scores, variant: str, loss: str
+) -> dict[str, dict[int, float]]:
+    """{the loss, and each metric: {seed: value}}."""
+    found = {loss: {seed: curve.final for seed, curve in _of(curves, variant).items()}}
     for seed, values in _of(scores, variant).items():
         for metric, value in values.items():
             if value is not None:
@@ -82,7 +86,7 @@ def _to_baseline(own: Mapping[int, Curve], theirs: Mapping[int, Curve]) -> dict[
     return {"samples": over_seeds(samples), "fewer_share": over_seeds(fewer), "seeds_not_reached": missed}
 
 
-def _warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _warnings(rows: Sequence[dict[str, Any]], loss: str) -> list[str]:
     warnings = []
     for name, what, effect in (
         ("samples_seen", "samples", ": no fair comparison of final losses; set `samples`"),
@@ -93,7 +97,7 @@ def _warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
         if means and max(means.values()) > (1 + UNEQUAL) * min(means.values()):
             counts = ", ".join(f"{variant} {value:,.0f}" for variant, value in means.items())
             warnings.append(f"Variants ended with unequal {what} ({counts}){effect}.")
-    if len({tuple(row["lm_loss"]["by_seed"]) for row in rows}) > 1:
-        counts = ", ".join(f"{row['variant']} {len(row['lm_loss']['by_seed'])}" for row in rows)
+    if len({tuple(row[loss]["by_seed"]) for row in rows}) > 1:
+        counts = ", ".join(f"{row['variant']} {len(row[loss]['by_seed'])}" for row in rows)
         warnings.append(f"Not all variants have the same finished seeds (finished: {counts}).")
     return warnings

@@ -171,7 +171,6 @@ def inspect(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Draw how a model sees an image: its blocks beside the teacher's, and where each word of the answer looks."""
-    from vora.checkpoint.layout import read_info
     from vora.checkpoint.load import load_model
     from vora.checkpoint.pretrained import committed_model
     from vora.distill.objective import Objective
@@ -186,7 +185,6 @@ def inspect(
     if figures.exists() and not out.exists():
         raise ValueError(f"{figures} is there and no page's: choose another --out, so that it is not overwritten.")
     shown, name = fetch_image(image, allow_urls=True), model or committed_model()
-    dtype = dtype or ("float32" if read_info(name).run else None)  # a run's trained parts are in float32
     vora, processor = load_model(
         name, llm=llm, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, device=device, dtype=dtype
     )
