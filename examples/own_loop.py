@@ -1,19 +1,18 @@
-"""A training loop of your own: an LLM learns to see from a ViT, and from questions about images with their answers.
+"""A training loop of your own: an LLM learns to see from a ViT, and from captions or questions about images.
 
-    python examples/own_loop.py LLM VIT DATA.jsonl OUT     # rows with image, question, answer
+    python examples/own_loop.py LLM VIT DATA OUT [EPOCHS]
 
-Without packing and batches, so slower than `vora train`, but every step is in sight.
-"""
+DATA: .jsonl, .csv or .parquet with image (a path) and caption, or question and answer. Every step is in sight."""
 
-import json
 import sys
 from pathlib import Path
 
 import torch
+from datasets import load_dataset
 
 import vora
 
-llm, vit, data, out = sys.argv[1:]
+llm, vit, data, out, *epochs = sys.argv[1:]
 teacher = vora.Teacher.from_pretrained(vit)
 model = vora.from_llm(llm, teacher=teacher)
 processor = vora.VoraProcessor.from_llm(llm, teacher=teacher)
@@ -23,12 +22,13 @@ distillation = vora.BlockwiseDistillation(pairs, model.config.get_text_config().
 objective = vora.Objective(student, processor.image_processor, teacher, distillation)
 optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=3e-3)
 
-rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
-for epoch in range(10):
+rows = load_dataset(Path(data).suffix[1:].replace("jsonl", "json"), data_files=data, split="train")
+for epoch in range(int(epochs[0]) if epochs else 10):
     for row in rows:
         image = {"type": "image", "image": str(Path(data).parent / row["image"])}
-        question = {"role": "user", "content": [image, {"type": "text", "text": row["question"]}]}
-        sample = processor.training_sample([question, {"role": "assistant", "content": row["answer"]}])
+        question = {"type": "text", "text": row.get("question") or "Describe the image."}
+        answer = {"role": "assistant", "content": row.get("answer") or row["caption"]}
+        sample = processor.training_sample([{"role": "user", "content": [image, question]}, answer])
         batch = {name: torch.as_tensor(value) for name, value in sample.items()}
         targets = batch.pop("labels").roll(-1)  # the next token at every place; the first has no label
         losses = objective(targets=targets[None], input_ids=batch.pop("input_ids")[None], **batch)

@@ -126,6 +126,20 @@ def test_inspect_draws_a_page_of_a_run_and_of_its_merged_model(work, merged, tmp
     assert "--teacher" in alone.stderr
 
 
+def test_chat_and_inspect_load_a_run_in_one_precision(work, merged, monkeypatch, tmp_path):
+    """In another one a near tie may fall the other way, and they would say different things of one image."""
+    given = []
+
+    def seen(model, **options):
+        given.append(options.get("dtype"))
+        raise ValueError("seen")
+
+    monkeypatch.setattr("vora.checkpoint.load.load_model", seen)
+    for verb, *options in (["chat"], ["inspect", "-o", tmp_path / "page.html"]):
+        assert vora(verb, work / "red.png", "-q", "what?", "-m", work / "run", *options).stderr.strip() == "error: seen"
+    assert given == [None, None]
+
+
 def test_a_dry_run_shows_what_would_train_and_writes_nothing(work, tmp_path):
     shown = succeeded("train", work / "recipe.yaml", "--dry-run", "--out", tmp_path / "dry").stderr
     for part in ("vision LoRA", "Estimate: ", "steps of 1 sequences", "Sample 2", "seen    [4 image tokens]"):

@@ -38,6 +38,26 @@ def test_a_short_run_logs_more_often(recipe):
         assert training_arguments(values, "out").logging_steps == expected
 
 
+def test_the_time_left_is_of_steps_not_of_validation_and_saving(tmp_path, monkeypatch):
+    seconds = 0.0
+    monkeypatch.setattr("vora.train.callbacks.time", SimpleNamespace(monotonic=lambda: seconds))
+    console, state = Console(file=io.StringIO(), width=80), TrainerState(max_steps=100)
+    progress = ProgressCallback(console, tmp_path / "log.jsonl", tmp_path / "v.jsonl")
+    args, control = SimpleNamespace(logging_strategy="steps"), TrainerControl()
+    progress.on_train_begin(args, state, control)
+    for state.global_step in range(1, 11):
+        seconds += 2
+        progress.on_step_end(args, state, control)
+        if state.global_step % 5 == 0:
+            seconds += 300
+            progress.on_evaluate(args, state, control, {"eval_loss": 1.0})
+            seconds += 60
+            progress.on_save(args, state, control)
+    progress.on_log(args, state, control, dict(LOGS))
+    progress.stop()
+    assert "step 10/100  3 minutes left  lm_loss 1.234" in console.file.getvalue()  # 90 steps of 2 seconds
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_step_and_time_left_are_kept_at_80_columns_and_in_a_file(tmp_path, is_terminal):
     console = Console(file=io.StringIO(), width=80, force_terminal=is_terminal)

@@ -52,7 +52,8 @@ def console_tables(found: dict[str, Any], width: int) -> list[Table]:
         [name.replace("_", "_\n"), *(cell.replace(" ± ", "±") for cell in cells)] for name, *cells in columns_of(found)
     ]
     longest = [max(len(word) for cell in column for word in cell.split()) for column in every]
-    tables, start = [], 1
+    tables: list[Table] = []
+    start = 1
     while start < len(every):
         ends = accumulate(length + 3 for length in [longest[0], *longest[start : start + MOST_COLUMNS - 1]])
         shown = [0, *range(start, start + max(1, sum(end < width for end in ends) - 1))]
@@ -93,9 +94,9 @@ def markdown(found: dict[str, Any]) -> str:
 {warnings + chr(10) if warnings else ""}{"Failed:" + chr(10) * 2 + failed + chr(10) if failed else ""}\
 `±` is half of a 95 % interval over seeds (Student's t; none with a single seed); differences are paired by seed. An
 interval that holds 0 shows no difference. {found["loss"]} is that of training, on samples as they come, a mean over
-the last {found["window"]:.0%} of samples; curves are such running means. "Samples to the baseline's loss": where a variant's
-curve is first as low as the baseline's of the same seed at its end. distill_loss compares only variants with the same
-teacher, pairs and targets. Seconds are of steps, on the machine at hand, without loading and measuring.
+the last {found["window"]:.0%} of samples; curves are such running means. "Samples to the baseline's loss": where a
+variant's curve is first as low as the baseline's of the same seed at its end. distill_loss compares only variants with
+the same teacher, pairs and targets. Seconds are of steps, on the machine at hand, without loading and measuring.
 
 Variants of {recipe}, seeds {", ".join(map(str, found["seeds"]))}:
 

@@ -16,8 +16,8 @@ NUM_POINTS = 300  # of a line
 def draw_curves(
     curves: Mapping[tuple[str, int], Curve], variants: Sequence[str], baseline: str, image: Path, title: str = ""
 ) -> None:
-    """Write a PNG of the loss against samples seen: a line per variant, the mean of its seeds, in a band from lowest to
-    highest; the baseline in black, variants without a curve left out."""
+    """Write a PNG of the loss against samples seen: a line per variant, the mean of its seeds, in a band from lowest
+    to highest; the baseline in black, variants without a curve left out."""
     figure, axes = new_figure(8, 4.5)
     drawn, ends, colours = [], {}, cycle(COLOURS)
     for variant in variants:

@@ -107,7 +107,7 @@ def draw(
                 unknown |= dict.fromkeys(one for one in shown if one not in values)
     if len({curve.loss for curve in curves.values()}) > 1:  # no loss is of all
         for key in [key for key, curve in curves.items() if curve.loss != "lm_loss"]:
-            failures[key] = f"it only distills, and has no lm_loss to compare: lower teacher.distill_only_steps"
+            failures[key] = "it only distills, and has no lm_loss to compare: lower teacher.distill_only_steps"
             del curves[key]
     found = {
         "name": name,

@@ -53,7 +53,6 @@ class VoraProcessor(ProcessorMixin):
 
     _auto_class = "AutoProcessor"
     attributes = ["image_processor", "tokenizer"]
-    image_processor_class = "AutoImageProcessor"
     tokenizer_class = "AutoTokenizer"
     valid_processor_kwargs = VoraProcessorKwargs
 

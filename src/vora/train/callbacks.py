@@ -4,8 +4,10 @@ import json
 import shutil
 import signal
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from types import FrameType
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -31,6 +33,7 @@ from vora.train.recipe_sections import SampleGenerationSection
 from vora.train.run_log import read_log
 
 ANSWERS_FILE = "sample_generations.jsonl"
+NUM_TIMED = 50  # steps whose mean says how long the rest takes
 QUIET_SECONDS = 30.0  # after which a file of a run gets a line, though nothing was logged
 
 
@@ -133,7 +136,9 @@ class ProgressCallback(TrainerCallback):
         self.console, self.log_file, self.validation_file = console, log_file, validation_file
         self.bar: Progress | None = None
         self.task = TaskID(0)
-        self._line = 0.0, 0  # when the last line was written, and at which step
+        self._line = 0.0  # when the last line was written
+        self._since = 0.0  # when the step began, or what came after the last one ended
+        self._seconds: deque[float] = deque(maxlen=NUM_TIMED)  # of the last steps, without validation and saving
         self._is_file = False  # which gets lines, not a bar
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -145,21 +150,27 @@ class ProgressCallback(TrainerCallback):
             kept = [json.dumps(line) + "\n" for line in read_log(file) if line["step"] <= state.global_step]
             if file.exists() or file == self.log_file:
                 replace_text(file, "".join(kept))
-        figures = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
-        columns = [TextColumn("step"), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"), figures]
+        figures = TextColumn("{task.description}", table_column=Column(ratio=1))
+        columns = [TextColumn("step"), MofNCompleteColumn(), TextColumn("{task.fields[left]} left"), figures]
         self._is_file = not self.console.is_terminal
         self.bar = Progress(*columns, console=self.console, redirect_stdout=False, expand=True, disable=self._is_file)
-        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
-        self._line = time.monotonic(), state.global_step
+        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, left="?")
+        self._line = self._since = time.monotonic()
         self.bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps and args.logging_strategy != "no":
             control.should_log = True  # also of a run that is shorter than the distance between two lines
-        if self.bar is not None:
-            self.bar.update(self.task, completed=state.global_step)
-        if self._is_file and not control.should_log and time.monotonic() - self._line[0] > QUIET_SECONDS:
+        if self.bar is None:
+            return
+        self._seconds.append(time.monotonic() - self._since)
+        self._since = time.monotonic()
+        self.bar.update(self.task, completed=state.global_step, left=self._left(state))
+        if self._is_file and not control.should_log and self._since - self._line > QUIET_SECONDS:
             self.console.print(self._place(state), soft_wrap=True)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._since = time.monotonic()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -181,6 +192,7 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         if self.bar is None:
             return
+        self._since = time.monotonic()
         with self.validation_file.open("a") as file:
             file.write(json.dumps({"step": state.global_step, **metrics}) + "\n")
         values = [f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith("eval_")]
@@ -188,10 +200,13 @@ class ProgressCallback(TrainerCallback):
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def _place(self, state: TrainerState) -> str:
-        """The beginning of a line: the step, and the time left at the speed since the last line."""
-        (before, step), self._line = self._line, (time.monotonic(), state.global_step)
-        left = (self._line[0] - before) / max(1, state.global_step - step) * (state.max_steps - state.global_step)
-        return f"step {state.global_step}/{state.max_steps}  {duration(left)} left"
+        """The beginning of a line."""
+        self._line = time.monotonic()
+        return f"step {state.global_step}/{state.max_steps}  {self._left(state)} left"
+
+    def _left(self, state: TrainerState) -> str:
+        """How long the remaining steps take, at the pace of the last ones."""
+        return duration(fmean(self._seconds) * (state.max_steps - state.global_step)) if self._seconds else "?"
 
     def stop(self) -> None:
         """Leave the terminal as it was, however the run ended."""
