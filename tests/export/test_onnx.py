@@ -11,7 +11,8 @@ from exportable import save_exportable, tiny_exportable
 from tiny import FAMILIES
 
 from vora.export import verify as verifying
-from vora.export.onnx_files import write_onnx
+from vora.export.export_info import read_export_info, write_export_info
+from vora.export.onnx_files import OnnxExport, write_onnx
 from vora.export.onnx_runtime import Onnx
 from vora.export.prompts import images_to_compare, make_prompt, squared
 
@@ -76,3 +77,18 @@ def test_without_what_writes_it_the_extra_is_named(monkeypatch, tmp_path):
         ValueError, match=r"ONNX is not installed \(onnx, onnxscript, onnxruntime\): .*vora-vlm\[onnx\]"
     ):
         verifying.verify(tmp_path, "onnx")
+
+
+def test_graphs_that_are_written_want_only_what_runs_them(monkeypatch, tmp_path):
+    """Not what writes them, with which an export began; nor files of llama.cpp."""
+    export = OnnxExport(tmp_path, 24, 9, 4, [2], "QUESTION", "<image>", None)
+    write_export_info(export, tmp_path)
+    assert read_export_info(tmp_path, OnnxExport) == export
+    with pytest.raises(ValueError, match="--to gguf`: export.json there is of something else"):
+        verifying.verify(tmp_path, "llama.cpp", files=tmp_path)
+    monkeypatch.setattr("vora.export.onnx_files.find_spec", lambda name: name == "onnxruntime" or None)
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no"):  # the model, which is looked for after that
+        verifying.verify(tmp_path, "onnx", files=tmp_path)
+    monkeypatch.setattr("vora.export.onnx_files.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"ONNX is not installed \(onnxruntime\)"):
+        verifying.verify(tmp_path, "onnx", files=tmp_path)

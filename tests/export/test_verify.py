@@ -168,7 +168,7 @@ def test_files_of_another_model_are_one_reason(tiny, tmp_path, monkeypatch):
     shuffled = Torch(model, rule="causal", changed=lambda reading: replace(reading, log_probs=reading.ids * -1.0))
     monkeypatch.setattr("vora.export.verify.LlamaCpp", lambda *given: shuffled)
     for digest in (export.llm_digest, "another"):
-        monkeypatch.setattr("vora.export.verify.read_export", lambda folder: replace(export, llm_digest=digest))
+        monkeypatch.setattr("vora.export.verify.read_export_info", lambda *given: replace(export, llm_digest=digest))
         failures = verify(folder, "llama.cpp", files=tmp_path / "gguf").failures
         assert (len(failures) == 1 and "gguf was exported from another model than" in failures[0]) == (
             digest == "another"

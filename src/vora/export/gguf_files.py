@@ -4,9 +4,10 @@ import importlib.util
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -24,25 +25,37 @@ from vora.export.carrier import (
     square_size,
     write_mmproj,
 )
+from vora.export.export_info import Export, write_export_info
 from vora.export.sentencepiece_model import is_sentencepiece, write_sentencepiece_model
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
 QUANTS = ("f32", "f16", "bf16", "q8_0")
-MODEL, MMPROJ, MODELFILE, EXPORT_INFO = "model.gguf", "mmproj.gguf", "Modelfile", "export.json"
+MODEL, MMPROJ, MODELFILE = "model.gguf", "mmproj.gguf", "Modelfile"
 UNKNOWN_MARKERS = (
     "llama.cpp puts the texts {} and {} around each image, with which the model was not trained: it may answer "
     "otherwise than in `vora chat`."
 )
+# An LLM's output matrix and last blocks are kept more exactly: most of the difference is made there, as llama.cpp rounds
+# the inputs of a product like its weights (dev/LOG.md, 2026-11-30)
+FINER, NUM_FINER_BLOCKS = {"f16": "F32", "q8_0": "F16"}, 2
 # Runs llama.cpp's conversion. It knows tokenizers by a checksum; one that it does not know, but that splits words as
 # GPT-2's does, is said to be that.
 CONVERT = """
+import re
 import sys
 from pathlib import Path
-folder, splits_as_gpt2 = sys.argv.pop(1), sys.argv.pop(1)
+folder, splits_as_gpt2, finer_names, finer = (sys.argv.pop(1) for _ in range(4))
 sys.path[:0] = [folder, str(Path(folder) / "gguf-py")]
 import convert_hf_to_gguf
-from conversion.base import TextModel
+import gguf
+from conversion.base import ModelBase, TextModel
+kind_of = ModelBase.tensor_force_quant
+def finer_kind_of(self, name, new_name, bid, n_dims):
+    if finer and re.fullmatch(finer_names, new_name):
+        return gguf.GGMLQuantizationType[finer]
+    return kind_of(self, name, new_name, bid, n_dims)
+ModelBase.tensor_force_quant = finer_kind_of
 known = TextModel.get_vocab_base_pre
 def name_of_splitter(self, tokenizer):
     try:
@@ -57,10 +70,10 @@ convert_hf_to_gguf.main()
 
 
 @dataclass(frozen=True)
-class GgufExport:
+class GgufExport(Export):
     """A folder that `export_gguf` wrote."""
 
-    folder: Path
+    to: ClassVar[str] = "gguf"
     name: str
     quant: str
     image_size: int | None  # side of the square images, in pixels; None: of any size
@@ -94,14 +107,6 @@ class GgufExport:
             f"* LM Studio: mkdir -p {place} && cp {model} {mmproj} {place}"
             + ("" if self.knows_markers else f"\n{UNKNOWN_MARKERS.format(*self.carrier.image_markers)}")
         )
-
-
-def read_export(folder: Path) -> GgufExport:
-    """What `export_gguf` wrote into a folder; ValueError where it did not."""
-    try:
-        return GgufExport(folder, **json.loads((folder / EXPORT_INFO).read_text()))
-    except (OSError, ValueError, TypeError):
-        raise ValueError(f"{folder} is no folder of `vora export`: {EXPORT_INFO} is missing there.") from None
 
 
 def export_gguf(
@@ -141,11 +146,10 @@ def write_export(
         processor.text_tokenizer().save_pretrained(scratch)
         if is_sentencepiece(json.loads(Path(scratch, "tokenizer.json").read_text())):
             write_sentencepiece_model(Path(scratch))
-        _convert(converter, Path(scratch), folder / MODEL, export)
+        _convert(converter, Path(scratch), folder / MODEL, export, finer_names(model))
     write_mmproj(folder / MMPROJ, model, processor.image_processor, name, export.image_size)
     (folder / MODELFILE).write_text(modelfile(processor))
-    values = {key: value for key, value in asdict(export).items() if key != "folder"}
-    (folder / EXPORT_INFO).write_text(json.dumps(values, indent=1) + "\n")
+    write_export_info(export, folder)
     return export
 
 
@@ -187,10 +191,19 @@ def conversion_folder(llama_cpp: Path | None = None) -> Path:
     return folder
 
 
-def _convert(converter: Path, llm: Path, out: Path, export: GgufExport) -> None:
+def finer_names(model: VoraForConditionalGeneration) -> str:
+    """A regular expression for what is kept more exactly, by llama.cpp's names; experts, which are many, are not."""
+    depth, head = len(model.model.blocks), model.get_output_embeddings().weight
+    output = "token_embd" if head is model.get_input_embeddings().weight else "output"
+    last = "|".join(map(str, range(depth)[-NUM_FINER_BLOCKS:]))
+    return rf"({output}|blk\.({last})\.(attn|ffn)_(q|k|v|qkv|output|gate|up|down))\.weight"
+
+
+def _convert(converter: Path, llm: Path, out: Path, export: GgufExport, finer_names: str) -> None:
     """Have llama.cpp's conversion write the LLM; ValueError with what it says where it refuses."""
     options = ["--outfile", out, "--outtype", export.quant, "--model-name", export.name]
-    command = [sys.executable, "-c", CONVERT, converter, splits_as_gpt2(llm), llm, *options]
+    given = [converter, splits_as_gpt2(llm), finer_names, FINER.get(export.quant, "")]
+    command = [sys.executable, "-c", CONVERT, *given, llm, *options]
     found = subprocess.run([*map(str, command)], capture_output=True, text=True)
     if found.returncode or not out.exists():
         last = (found.stderr.strip().splitlines() or ["no message"])[-1]

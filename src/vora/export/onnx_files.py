@@ -13,16 +13,15 @@ Dims: T new tokens, P tokens before them, images of S x S pixels and I tokens, D
 G heads of keys and values, W their width.
 """
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,21 +31,22 @@ from vora.checkpoint.layout import read_info
 from vora.checkpoint.load import digest_of, load_model
 from vora.checkpoint.save import check_is_free, whole_folder
 from vora.export.carrier import square_size
+from vora.export.export_info import Export, write_export_info
 from vora.model.attention import attention_masks
 from vora.model.modeling_vora import CACHE, VoraForConditionalGeneration
 from vora.model.processing_vora import SPELT, VoraProcessor
 
 EMBED, VISION, DECODER = "embed_tokens.onnx", "vision_encoder.onnx", "decoder_model_merged.onnx"
-EXPORT_INFO = "export.json"
+WRITES, RUNS = ("onnx", "onnxscript"), ("onnxruntime",)  # packages
 LONGEST = 2**20  # tokens of a prompt or cache
 TRACED = (5, 7)  # new tokens and those before them while a graph is made: neither 0 nor 1, which would be kept as such
 
 
 @dataclass(frozen=True)
-class OnnxExport:
+class OnnxExport(Export):
     """A folder that `export_onnx` wrote."""
 
-    folder: Path
+    to: ClassVar[str] = "onnx"
     image_size: int  # side of the square images, in pixels
     num_image_tokens: int
     image_token_id: int
@@ -96,15 +96,15 @@ class Decoder(nn.Module):
         return self.model.logits(states), *(part for layer in cache.layers for part in (layer.keys, layer.values))
 
 
-def check_onnx() -> None:
-    """Raise ValueError where what writes and runs ONNX is not installed."""
-    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
+def check_onnx(packages: Sequence[str]) -> None:
+    """Raise ValueError where some of the packages that write ONNX (`WRITES`) or run it (`RUNS`) are not installed."""
+    if missing := [name for name in packages if find_spec(name) is None]:
         raise ValueError(f"ONNX is not installed ({', '.join(missing)}): pip install 'vora-vlm[onnx]'.")
 
 
 def export_onnx(path: Path | str, out: Path, *, image_size: int | None = None, llm: str | None = None) -> OnnxExport:
     """Export a model of any kind of folder, all of it or nothing; see `write_onnx` and, of `llm`, `load_model`."""
-    check_onnx()
+    check_onnx(WRITES)
     check_is_free(out)
     model, processor = load_model(read_info(path), llm=llm, dtype=torch.float32, device="cpu")
     with whole_folder(out) as folder:
@@ -154,17 +154,8 @@ def write_onnx(
         folder, size, count, config.image_token_id, processor.end_ids, prompt.replace(SPELT, ""),
         processor.image_token, digest_of(model),
     )  # fmt: skip
-    values = {key: value for key, value in asdict(found).items() if key != "folder"}
-    (folder / EXPORT_INFO).write_text(json.dumps(values, indent=1) + "\n")
+    write_export_info(found, folder)
     return found
-
-
-def read_onnx(folder: Path) -> OnnxExport:
-    """What `export_onnx` wrote into a folder; ValueError where it did not."""
-    try:
-        return OnnxExport(folder, **json.loads((folder / EXPORT_INFO).read_text()))
-    except (OSError, ValueError, TypeError):
-        raise ValueError(f"{folder} is no folder of `vora export --to onnx`: {EXPORT_INFO} says so.") from None
 
 
 @torch.no_grad()

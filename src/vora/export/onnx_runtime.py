@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vora.export.onnx_files import DECODER, EMBED, VISION, OnnxExport, check_onnx
+from vora.export.onnx_files import DECODER, EMBED, RUNS, VISION, OnnxExport, check_onnx
 from vora.export.prompts import Prompt
 from vora.export.runtimes import Reading
 
@@ -21,7 +21,7 @@ class Onnx:
     name, writes = "onnx", False
 
     def __init__(self, export: OnnxExport) -> None:
-        check_onnx()
+        check_onnx(RUNS)
         import onnxruntime
 
         self.export, self.version = export, version("onnxruntime")

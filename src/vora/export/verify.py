@@ -18,8 +18,9 @@ from vora.checkpoint.layout import CheckpointInfo, read_info
 from vora.checkpoint.load import digest_of, load_model
 from vora.checkpoint.names import published
 from vora.checkpoint.save import save_merged
-from vora.export.gguf_files import GgufExport, conversion_folder, read_export, write_export
-from vora.export.onnx_files import OnnxExport, check_onnx, read_onnx, write_onnx
+from vora.export.export_info import read_export_info
+from vora.export.gguf_files import GgufExport, conversion_folder, write_export
+from vora.export.onnx_files import RUNS, WRITES, OnnxExport, check_onnx, write_onnx
 from vora.export.onnx_runtime import Onnx
 from vora.export.prompts import (
     Prompt,
@@ -114,13 +115,13 @@ def verify(
         raise ValueError(f"--files are of llama.cpp or onnx, and --runtime is {runtime}: leave them out.")
     export: GgufExport | OnnxExport | None = None
     if runtime == "llama.cpp":
-        export = None if files is None else read_export(files)
+        export = None if files is None else read_export_info(files, GgufExport)
         check_llama_cpp()
         if export is None:
             conversion_folder()
     elif runtime == "onnx":
-        export = None if files is None else read_onnx(files)
-        check_onnx()
+        export = None if files is None else read_export_info(files, OnnxExport)
+        check_onnx(WRITES + RUNS if export is None else RUNS)
     elif runtime == "vllm":
         check_vllm()
     info, opened = read_info(path), images_to_compare(images)
