@@ -5,7 +5,9 @@ import re
 
 import pytest
 from PIL import Image
+from tiny_teachers import tiny_vit
 
+from vora.export.carrier import SQUARE
 from vora.train.first_recipe import look_at, size_of, sizes_of, write_recipe
 from vora.train.plan.meta_model import config_of
 from vora.train.recipe import load_recipe
@@ -52,6 +54,8 @@ def test_columns_that_say_nothing_are_named(tmp_path):
 def test_sizes_follow_from_the_images(tmp_path):
     small = sizes_of([look_at(write_rows(tmp_path, "image", "caption"))], 8, 2048)
     assert (small["max_image_tokens"], small["patch_merge"], small["sequence_length"]) == (32, 1, 512)
+    without = sizes_of([look_at(write_rows(tmp_path, "image", "caption"))], 8, 2048, 0)
+    assert small["mean_tokens"] - without["mean_tokens"] == 14  # of the texts around the image
     assert sizes_of([], 14, 256)["sequence_length"] == 256  # the LLM's context
 
 
@@ -67,6 +71,15 @@ def test_models_that_cannot_be_had_are_told_of(tmp_path, llm_folder, teacher_fol
     (tmp_path / "other").mkdir()
     lines = write_recipe(tmp_path / "other.yaml", llm_folder, [], teacher_folder, 2.0)
     assert not any("cannot be had" in line for line in lines)
+
+
+def test_texts_of_llama_cpp_are_written_where_it_can_read_the_images(tmp_path, llm_folder, teacher_folder):
+    write_recipe(tmp_path / "one.yaml", llm_folder, [], teacher_folder, 2.0)
+    assert load_recipe(tmp_path / "one.yaml").model.image_markers == SQUARE.image_markers
+    tiny_vit("aimv2_vision_model").save_pretrained(tmp_path / "aimv2")
+    write_recipe(tmp_path / "other.yaml", llm_folder, [], str(tmp_path / "aimv2"), 2.0)
+    assert load_recipe(tmp_path / "other.yaml").model.image_markers is None
+    assert "patch_norm" in (tmp_path / "other.yaml").read_text()
 
 
 def test_the_recipe_loads_and_names_what_was_found(tmp_path, llm_folder, teacher_folder, monkeypatch):

@@ -4,10 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModel
 
+from vora.build.vit_init import vit_embedding
 from vora.cli.options import names_of_recipes, names_of_specifications
+from vora.export.carrier import SQUARE
 from vora.train import packaged
 from vora.train.packaged import find_recipe, packaged_recipes, recipes_folder
+from vora.train.plan.meta_model import vit_config_of
 from vora.train.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,3 +65,21 @@ def test_the_shell_completes_names():
     assert names_of_recipes("smollm2-135m/pre") == ["smollm2-135m/pretrain"]
     assert "easy-vqa/ablations/mask" in names_of_specifications("easy")
     assert not [name for name in names_of_specifications("") if name.endswith(("base", "pretrain"))]
+
+
+def test_recipes_train_what_llama_cpp_writes_around_images():
+    """All that begin with an LLM, but those of figures in the log, and those of teachers whose norm it lacks."""
+    comparable = {"smollm2-135m/distill", "smollm2-135m/distill_long", "smollm2-135m/ablations/base",
+                  "easy-vqa/ablations/base", "vora-7b/pretrain"}  # fmt: skip
+    found = {}
+    for name in sorted({*packaged_recipes()} - {*names_of_specifications("")} - comparable):
+        recipe = load_recipe(name)
+        if recipe.model.llm and recipe.model.encoder is None and not recipe.data.text_only:
+            with torch.device("meta"):
+                has_norm = (
+                    vit_embedding(AutoModel.from_config(vit_config_of(recipe.teacher.name, name))).norm is not None
+                )
+            assert recipe.model.image_markers == (None if has_norm else SQUARE.image_markers), name
+            found[name] = has_norm
+    assert len(found) == 6 and found["smollm2-135m/pretrain"] is False and found["qwen3-1.7b/pretrain"] is True
+    assert load_recipe(ROOT / "src/vora/quickstart/recipe.yaml").model.image_markers == SQUARE.image_markers

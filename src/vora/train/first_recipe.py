@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from vora.build.base_llm import ALIASES
 from vora.build.hub import hub_problem, may_be_hub_id
+from vora.build.vit_init import vit_embedding
 from vora.data.columns import RowOptions
 from vora.data.readers import EASY_VQA, load_source
 from vora.data.schema import Sample
@@ -32,6 +33,11 @@ TEACHERS = (  # up to so many parameters of the LLM
 ROWS_SEEN, SEQUENCES_PER_STEP, MOST_IMAGE_TOKENS = 64, 8, 256
 LENGTHS = (512, 1024, 2048, 4096)
 CHARACTERS_PER_TOKEN = 4
+NUM_MARKER_TOKENS = 14  # of the texts around an image, for SmolLM2
+MARKERS = (
+    "image_markers: [<start_of_image>, <end_of_image>]  # llama.cpp writes them around images: it answers as here"
+)
+NO_MARKERS = "# no image_markers: llama.cpp has no norm of patches, which students of this teacher have (patch_norm)"
 
 
 @dataclass
@@ -65,7 +71,10 @@ def write_recipe(
                 "of a plain ViT, or that name if it will be there where the recipe runs."
             )
     depth, vit = config.get_text_config().num_hidden_layers, vit_config_of(teacher, "--teacher")
-    values = sizes_of(found, vit.patch_size, getattr(config.get_text_config(), "max_position_embeddings", None))
+    with torch.device("meta"):
+        runs_in_llama_cpp = vit_embedding(AutoModel.from_config(vit)).norm is None
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    values = sizes_of(found, vit.patch_size, context, NUM_MARKER_TOKENS if runs_in_llama_cpp else 0)
     precision = precision_overrides()
     steps, passes = steps_of(found, values, epochs)
     why_steps = f"some {passes:.3g} times through the data" if found else "say how many"
@@ -74,7 +83,8 @@ def write_recipe(
         num_blocks=min(depth, vit.num_hidden_layers), depth=depth, teacher_depth=vit.num_hidden_layers,
         spread="\n  spread: true  # the teacher is deeper than the LLM"
         if vit.num_hidden_layers > depth else "",
-        sources=sources_text(found), steps=steps, distill_only=steps // 5, warmup=max(1, min(100, steps // 20)),
+        markers=MARKERS if runs_in_llama_cpp else NO_MARKERS, sources=sources_text(found), steps=steps,
+        distill_only=steps // 5, warmup=max(1, min(100, steps // 20)),
         save=max(1, steps // 5), why_steps=why_steps,
         dtype=precision["model.dtype"], bf16=json.dumps(precision["training.bf16"]),
         use_cpu=json.dumps(not torch.cuda.is_available()),
@@ -130,8 +140,10 @@ def look_at(path: str, columns: Mapping[str, str] | None = None) -> Found:
     )
 
 
-def sizes_of(found: Sequence[Found], patch_size: int, context: int | None) -> dict[str, int]:
-    """Tokens of an image, of a sequence, and sequences at once, of images and texts as they are."""
+def sizes_of(
+    found: Sequence[Found], patch_size: int, context: int | None, num_marker_tokens: int = NUM_MARKER_TOKENS
+) -> dict[str, int]:
+    """Tokens of an image, of a sequence, and sequences at once, of images, texts around them and texts as they are."""
     grids = sorted(
         math.ceil(width / patch_size) * math.ceil(height / patch_size) for one in found for width, height in one.pixels
     )
@@ -139,8 +151,8 @@ def sizes_of(found: Sequence[Found], patch_size: int, context: int | None) -> di
     patch_merge = 2 if patches > 2 * MOST_IMAGE_TOKENS else 1
     image_tokens = min(MOST_IMAGE_TOKENS, max(16, math.ceil(patches / patch_merge**2)))
     texts = sorted(length for one in found for length in one.text_tokens)
-    longest = image_tokens + (texts[-1] if texts else 200)
-    mean = image_tokens + (sum(texts) / len(texts) if texts else 100)
+    longest = image_tokens + num_marker_tokens + (texts[-1] if texts else 200)
+    mean = image_tokens + num_marker_tokens + (sum(texts) / len(texts) if texts else 100)
     length = next((one for one in LENGTHS if one >= max(1.1 * longest, 3 * mean)), LENGTHS[-1])
     return {
         "patch_merge": patch_merge, "max_image_tokens": image_tokens, "mean_tokens": round(mean),
@@ -217,6 +229,7 @@ TEMPLATE = """\
 stage: pretrain
 model:
   llm: {llm}  # {size} M parameters; alias, hub id, folder, or folder with a GGUF file
+  {markers}
   patch_merge: {patch_merge}  # m: m x m patches become one image token
   max_image_tokens: {max_image_tokens}  # larger images shrink; with more, raise data.sequence_length too
   dtype: {dtype}  # of the weights that do not train
