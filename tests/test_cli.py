@@ -136,7 +136,8 @@ def test_chat_and_inspect_load_a_run_in_one_precision(work, merged, monkeypatch,
 
     monkeypatch.setattr("vora.checkpoint.load.load_model", seen)
     for verb, *options in (["chat"], ["inspect", "-o", tmp_path / "page.html"]):
-        assert vora(verb, work / "red.png", "-q", "what?", "-m", work / "run", *options).stderr.strip() == "error: seen"
+        asked = vora(verb, work / "red.png", "-q", "what?", "-m", work / "run", *options)
+        assert asked.stderr.strip() == "error: seen"
     assert given == [None, None]
 
 

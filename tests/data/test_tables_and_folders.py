@@ -316,6 +316,23 @@ def test_a_column_of_any_name_holds_images_where_these_are_files(images, caplog)
     assert not opened(write(images / "t.jsonl", {"image": "red.png", "text": "a", "from": "b.png"})).images_not_read
 
 
+def test_a_folder_of_images_beside_a_table_is_found_where_it_is_the_only_one(images, tmp_path, caplog):
+    for folder in ("photos", "drawings", "empty"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+    (images / "red.png").rename(tmp_path / "set" / "photos" / "red.png")
+    table = write(tmp_path / "set" / "t.jsonl", {"file": "red.png", "text": "a shape"})
+    source = opened(table)
+    photos = str(tmp_path / "set" / "photos")
+    assert source.guessed == {"image": "file"} and source.guessed_folder == photos
+    assert source[0].open_images()[0].size and f"its images lie in {photos}, image_folder: {photos}" in caplog.text
+    given = opened(write(tmp_path / "set" / "own.jsonl", {"image": "red.png", "text": "a"}), image_folder=photos)
+    assert given.guessed_folder is None and given[0].open_images()
+    shutil.copy(Path(photos, "red.png"), tmp_path / "set" / "drawings" / "red.png")  # which of the two?
+    assert opened(table).guessed_folder is None
+    shutil.copy(Path(photos, "red.png"), tmp_path / "set" / "red.png")  # where paths start
+    assert opened(table).guessed_folder is None and opened(table)[0].open_images()
+
+
 def test_guessed_columns_are_said_and_read(images, caplog):
     rows = [{"pic": "red.png", "query": "what?", "reply": reply, "id": 1} for reply in "ab"]
     file = write(images / "t.jsonl", *rows)

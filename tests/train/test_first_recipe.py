@@ -8,7 +8,7 @@ from PIL import Image
 from tiny_teachers import tiny_vit
 
 from vora.export.carrier import SQUARE
-from vora.train.first_recipe import look_at, size_of, sizes_of, write_recipe
+from vora.train.first_recipe import look_at, size_of, sizes_of, sources_text, write_recipe
 from vora.train.plan.meta_model import config_of
 from vora.train.recipe import load_recipe
 
@@ -49,6 +49,20 @@ def test_columns_that_say_nothing_are_named(tmp_path):
         look_at(write_rows(tmp_path, "x", "y"))
     named = {"image": "x", "caption": "y"}
     assert look_at(write_rows(tmp_path, "x", "y"), named).columns == named
+
+
+def test_a_folder_of_images_is_found_or_named_and_written(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    rows = write_rows(tmp_path, "file", "caption")
+    (tmp_path / "a.png").rename(tmp_path / "photos" / "a.png")
+    found = look_at(rows)
+    assert (found.image_folder, found.columns) == (str(tmp_path / "photos"), {"image": "file"})
+    assert "image_folder: " + str(tmp_path / "photos") in sources_text([found])
+    (tmp_path / "far" / "off").mkdir(parents=True)
+    (tmp_path / "photos" / "a.png").rename(tmp_path / "far" / "off" / "a.png")
+    with pytest.raises(ValueError, match="none of the first 6 images can be read, such as .*--image-folder"):
+        look_at(rows, {"image": "file"})
+    assert look_at(rows, {"image": "file"}, str(tmp_path / "far" / "off")).pixels
 
 
 def test_sizes_follow_from_the_images(tmp_path):
@@ -96,5 +110,8 @@ def test_the_recipe_loads_and_names_what_was_found(tmp_path, llm_folder, teacher
     mean_tokens = int(re.search(r"some (\d+) tokens a sample", path.read_text())[1])
     passes = 19 * 8 * 256 / (6 * mean_tokens)  # 20 steps are the fewest
     assert "# 6 rows" in path.read_text() and f"some {passes:.3g} times through the data" in path.read_text()
+    monkeypatch.setattr("vora.train.first_recipe.LENGTHS", (1024,))  # near which the best is looked for at the start
+    write_recipe(tmp_path / "auto.yaml", "smollm2-135m", [data], teacher_folder, 2.0)
+    assert "sequence_length: auto" in (tmp_path / "auto.yaml").read_text()
     with pytest.raises(ValueError, match="is there already"):
         write_recipe(path, llm_folder, [data], teacher_folder, 2.0)

@@ -50,6 +50,9 @@ def init(
         str | None, Option(help="A plain ViT: folder or hub id; by default one of fitting size.")
     ] = None,
     column: Columns = None,
+    image_folder: Annotated[
+        Path | None, Option(exists=True, file_okay=False, help="Where paths of images in --data start.")
+    ] = None,
     epochs: Annotated[float, Option(min=0.01, help="How often the data is read, if --data is given.")] = 3.0,
     keys: Annotated[
         bool, Option("--keys", callback=_print_keys, is_eager=True, help="Print all keys of recipes and exit.")
@@ -62,7 +65,8 @@ def init(
     can_be_written(path)
     from vora.train.first_recipe import write_recipe
 
-    for line in write_recipe(path, llm, data or [], teacher, epochs, named_columns(column)):
+    folder = None if image_folder is None else str(image_folder)
+    for line in write_recipe(path, llm, data or [], teacher, epochs, named_columns(column), folder):
         console.print(f"* {line}", highlight=False, markup=False)
     console.print(f"Wrote {path}. Next: vora train {path} --dry-run", highlight=False)
 

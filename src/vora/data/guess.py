@@ -1,4 +1,5 @@
-"""What columns are that have other names than ours, guessed from their names and from what stands in them.
+"""What columns are that have other names than ours, guessed from their names and from what stands in them; and the
+folder that paths of images start at, from what is there.
 
 Nothing is guessed that a row says by our own names, but where its images are, if it names files that are there.
 """
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vora.data.columns import COLUMNS, IMAGE_COLUMNS, LAYOUTS, TURN_COLUMNS, Row
-from vora.data.images import IMAGE_ENDINGS, is_media, looks_like_media
+from vora.data.images import IMAGE_ENDINGS, REMOTE, is_media, looks_like_media
 
 # how people name them, the likeliest first; of "Question Text" and "questionText" all but letters is left out
 NAMES: dict[str, tuple[str, ...]] = {
@@ -66,6 +67,18 @@ def images_not_read(rows: Iterable[Row | ValueError], read: Iterable[str], unrea
         return {}
     first = {name: _first(row.get(name) for row in rows if isinstance(row, dict)) for name in unread}
     return {name: path for name, value in first.items() if (path := _image_path(value))}
+
+
+def folder_of_images(rows: Iterable[Row | ValueError], folder: str | Path) -> str | None:
+    """The only folder in one that holds the first image that some first rows name, where it does not lie in that one
+    itself; None where it does, or where none or several hold it."""
+    values = (value for row in rows if isinstance(row, dict) for value in row.values())
+    path = next(filter(None, map(_image_path, values)), None)
+    if path is None or path.startswith(REMOTE) or Path(folder, path).is_file() or not Path(folder).is_dir():
+        return None
+    with os.scandir(folder) as entries:
+        found = [entry.path for entry in entries if entry.is_dir() and Path(entry.path, path).is_file()]
+    return found[0] if len(found) == 1 else None
 
 
 def line_to_paste(columns: Mapping[str, str]) -> str:

@@ -101,6 +101,8 @@ def load_source(
     if source.guessed and is_checked:
         unread = ", ".join(source.columns_not_read) or "none"
         _say_once(f"{path}: its columns are guessed, columns: {line_to_paste(source.guessed)}; not read: {unread}")
+    if source.guessed_folder and is_checked:
+        _say_once(f"{path}: its images lie in {source.guessed_folder}, image_folder: {source.guessed_folder}")
     for name, image in source.images_not_read.items() if is_checked else ():
         _say_once(
             f"{path}: column {name!r} names images, such as {image}, and is NOT read: if they belong to the rows, "

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from vora.data.columns import COLUMNS, MOST_ROW_BYTES, Row, RowOptions
-from vora.data.guess import columns_read, guessed_columns, images_not_read
+from vora.data.guess import columns_read, folder_of_images, guessed_columns, images_not_read
 from vora.data.schema import to_sample
 
 ReadRow: TypeAlias = Callable[[Row, str, str, RowOptions], Any]  # row, its name, folder of its images
@@ -29,7 +29,8 @@ class Source:
 
     Args:
         name: for messages.
-        image_folder: where paths of images start; by default the folder of the file that names them.
+        image_folder: where paths of images start; by default the folder of the file that names them, or the only one
+            in it that has the first image (`guessed_folder`).
         max_samples: the first so many rows only.
         wanted: the columns that `read_row` looks at; files that allow it are read no further.
         is_checked: whether one of the first rows must be of use.
@@ -60,6 +61,9 @@ class Source:
         self.blocks, self.block_sizes = self.blocks[sizes > 0], sizes[sizes > 0]
         self.starts = self.block_sizes.cumsum() - self.block_sizes
         rows = self._first_rows() if len(self) else []
+        self.guessed_folder = None
+        if rows and image_folder is None and len({Path(file).parent for file in self.files}) == 1:
+            self.image_folder = self.guessed_folder = folder_of_images(rows, self._folder_of(0))
         self.guessed = guessed_columns(rows, options.columns, self._folder_of(0) if rows else None)
         if self.guessed:
             self.options = replace(options, columns={**options.columns, **self.guessed})

@@ -18,12 +18,14 @@ from vora.build.base_llm import ALIASES
 from vora.build.hub import hub_problem, may_be_hub_id
 from vora.build.vit_init import vit_embedding
 from vora.data.columns import RowOptions
+from vora.data.images import REMOTE
 from vora.data.readers import EASY_VQA, load_source
 from vora.data.schema import Sample
 from vora.data.source import Source
 from vora.train.packaged import find_recipe
 from vora.train.plan.meta_model import llm_config_of, vit_config_of
 from vora.train.recipe import load_recipe
+from vora.train.recipe_sections import NEAR_LENGTH
 from vora.train.throughput import precision_overrides
 
 LORA_SHARE = 0.396  # of the adapted weights, as the paper's rank of 1024 in a 7B model
@@ -47,20 +49,21 @@ class Found:
     path: str
     num_rows: int
     columns: dict[str, str]  # our names: the file's
+    image_folder: str | None  # where paths of images start, if not beside the file
     pixels: list[tuple[int, int]]  # width and height of images
     text_tokens: list[float]  # of each sample, by its characters
 
 
 def write_recipe(
     path: Path, llm: str, data: Sequence[str], teacher: str | None, epochs: float,
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None, image_folder: str | None = None,
 ) -> list[str]:  # fmt: skip
     """Write a recipe of stage pretrain and return what it was made from, in lines. A ValueError where the file is
     there already, the LLM or the teacher is not known, no teacher is named and the one of fitting size cannot be had,
     or data cannot be used."""
     if path.exists():
         raise ValueError(f"{path} is there already: choose another NAME, so that nothing is overwritten.")
-    found = [look_at(one, columns) for one in data]
+    found = [look_at(one, columns, image_folder) for one in data]
     config = llm_config_of(llm, "--llm")
     num_parameters, rank = size_of(config)
     if teacher is None:
@@ -75,7 +78,7 @@ def write_recipe(
         runs_in_llama_cpp = vit_embedding(AutoModel.from_config(vit)).norm is None
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     values = sizes_of(found, vit.patch_size, context, NUM_MARKER_TOKENS if runs_in_llama_cpp else 0)
-    precision = precision_overrides()
+    precision, is_auto = precision_overrides(), bool(found) and values["sequence_length"] == NEAR_LENGTH
     steps, passes = steps_of(found, values, epochs)
     why_steps = f"some {passes:.3g} times through the data" if found else "say how many"
     text = TEMPLATE.format(
@@ -89,6 +92,8 @@ def write_recipe(
         dtype=precision["model.dtype"], bf16=json.dumps(precision["training.bf16"]),
         use_cpu=json.dumps(not torch.cuda.is_available()),
         machine=torch.cuda.get_device_name() if torch.cuda.is_available() else "a processor, no GPU",
+        length="auto" if is_auto else values["sequence_length"],
+        why_length=f"; auto: near {NEAR_LENGTH:,}, what the data fills best" if is_auto else "",
         accumulation=SEQUENCES_PER_STEP // values["batch"], **values,
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,21 +125,29 @@ def size_of(config: PretrainedConfig) -> tuple[int, int]:
     return sum(p.numel() for p in llm.parameters()), max(1, round(LORA_SHARE * weights / sides))
 
 
-def look_at(path: str, columns: Mapping[str, str] | None = None) -> Found:
-    """Read the first rows of what a user names, with columns {our name: the file's} or likely ones. A ValueError where
-    they fit no layout."""
+def look_at(path: str, columns: Mapping[str, str] | None = None, image_folder: str | None = None) -> Found:
+    """Read the first rows of what a user names, with columns {our name: the file's} or likely ones, and images from
+    `image_folder` or where they are likely. A ValueError where they fit no layout, or none of the images can be read.
+    """
     try:
-        source = load_source(path, options=RowOptions(columns=columns or {}))
+        source = load_source(path, options=RowOptions(columns=columns or {}), image_folder=image_folder)
     except ValueError as error:
         cure = "--column image=photo --column caption=text"
         raise ValueError(str(error).replace("name them in the source's `columns`", f"name them with {cure}")) from None
     samples = [sample for index in range(min(ROWS_SEEN, len(source))) if (sample := _sample(source, index))]
     images = [image for sample in samples[:16] for image in _images(sample)]
+    named = [image for sample in samples[:16] for image in sample.images if isinstance(image, str)]
+    if named and not images and not named[0].startswith(REMOTE):
+        raise ValueError(
+            f"{path}: none of the first {len(named)} images can be read, such as {named[0]}: say where their paths "
+            "start with --image-folder, or which column names them with --column image=..."
+        )
     texts = [sum(len(str(turn["content"])) for turn in sum(sample.conversations, [])) for sample in samples]
     return Found(
         path,
         len(source),
         {**source.guessed, **(columns or {})},
+        image_folder or source.guessed_folder,
         images,
         [length / CHARACTERS_PER_TOKEN + 16 for length in texts],
     )
@@ -179,6 +192,8 @@ def sources_text(found: Sequence[Found]) -> str:
         if one.columns:
             columns = ", ".join(f"{ours}: {in_yaml(theirs)}" for ours, theirs in one.columns.items())
             lines.append(f"      columns: {{{columns}}}  # ours: theirs")
+        if one.image_folder:
+            lines.append(f"      image_folder: {in_yaml(one.image_folder)}")
     return "\n".join(lines or ["    - path: train.jsonl  # YOURS: lines of image, question and answer, or caption"])
 
 
@@ -244,7 +259,7 @@ lora:
 data:
   sources:
 {sources}
-  sequence_length: {sequence_length}  # some {mean_tokens} tokens a sample; several share a sequence
+  sequence_length: {length}  # some {mean_tokens} tokens a sample; several share a sequence{why_length}
 training:
   max_steps: {steps}  # {why_steps}
   per_device_train_batch_size: {batch}  # less where memory is short, with more accumulation
