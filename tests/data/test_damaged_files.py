@@ -7,6 +7,7 @@ import tarfile
 import tracemalloc
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_readers import opened, write, write_tar
@@ -15,6 +16,7 @@ from test_tables_and_folders import causes
 
 from vora.data.columns import MOST_ROW_BYTES
 from vora.data.page import write_page
+from vora.data.readers import load_source
 from vora.data.stats import dataset_statistics
 from vora.data.stream import PackedSequences
 from vora.eval.rows import Data, Rows, SkippedRows
@@ -175,3 +177,16 @@ def test_half_a_surrogate_pair_stops_neither_the_page_nor_an_evaluation(tmp_path
     found = list(Rows(Data([file])).read(skipped := SkippedRows()))
     assert [row.values["text"] for row in found] == ["first", "last"] and skipped.count == 4
     assert json.loads(json.dumps(skipped.named))[0]["name"] == "t.jsonl:1"
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_more_rows_than_a_file_can_hold_are_refused_at_once(tmp_path, kind):
+    """Each would be given a place: a batch of Arrow without a column may claim any number of rows."""
+    file, table = tmp_path / f"data.{kind}", pa.table({"text": pa.nulls(10_000_000)})
+    if kind == "parquet":
+        pq.write_table(table, file)
+    else:
+        with pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(ValueError, match="claims .*0,000 rows in .* bytes: it is damaged"):
+        load_source(str(file))

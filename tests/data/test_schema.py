@@ -166,6 +166,7 @@ def test_rows_as_people_have_them(folder, row, images, conversation):
     "options",
     [
         ["cat", "dog"], {"A": "cat", "B": "dog"}, "A. cat\nB. dog", "(A) cat (B) dog", '["cat", "dog"]',
+        "(a) cat (b) dog", "a) cat b) dog", "a. cat b. dog", "1) cat 2) dog", "(1) cat (2) dog", "1. cat 2. dog",
         "['cat', 'dog']", '{"A": "cat", "B": "dog"}', [{"label": "A", "text": "cat"}, {"label": "B", "text": "dog"}],
     ],
 )  # fmt: skip

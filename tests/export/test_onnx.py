@@ -46,6 +46,22 @@ def test_graphs_compute_what_torch_does(family, tmp_path):
 
 
 @needs_onnx
+def test_a_graph_that_torch_cannot_make_is_refused_in_a_line(tmp_path, monkeypatch, capsys):
+    """torch's own error holds whole graphs, and its cause many lines."""
+    model, processor = tiny_exportable("llama")
+    attention = model.config.get_text_config()._attn_implementation
+
+    def fails(*given, **options):
+        raise RuntimeError("graph():\n" * 1000) from TypeError("\nno " + "x" * 1000 + "\nmore")
+
+    monkeypatch.setattr("torch.onnx.export", fails)
+    with pytest.raises(ValueError, match="makes no embed_tokens.onnx of this LLM: no x{197}. Export it --to gguf"):
+        write_onnx(model, processor, tmp_path, 16)
+    assert model.config.get_text_config()._attn_implementation == attention  # whoever has the model goes on with it
+    assert capsys.readouterr().out == ""
+
+
+@needs_onnx
 def test_the_command_writes_what_answers_without_torch(tmp_path):
     save_exportable(tmp_path / "model")
     done = vora("export", "-m", tmp_path / "model", "--to", "onnx", "-o", tmp_path / "onnx")

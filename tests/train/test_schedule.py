@@ -81,6 +81,24 @@ def test_a_lost_checkpoint_from_before_the_decay_is_told(recipe, tmp_path):
     assert "no checkpoint from before it is left" in said
 
 
+def test_a_decay_that_is_longer_and_begins_earlier_goes_on_from_before_it(recipe, tmp_path):
+    def of(num_steps, length):
+        given = {"save_steps": 1, "save_total_limit": 9, "lr_scheduler_kwargs": {"num_decay_steps": length}}
+        return stable(recipe, num_steps, 0, **given)
+
+    trained(of(6, 2), tmp_path / "parts")
+    shutil.copytree(tmp_path / "parts", tmp_path / "lost")
+    said, longer = trained(of(7, 5), tmp_path / "parts", resume=True)
+    assert "checkpoint-6 is past step 4" in said and "going on from checkpoint-2" in said
+    _, whole = trained(of(7, 5), tmp_path / "whole")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert all(longer[name].equal(whole[name]) for name in whole)
+    for step in (1, 2):
+        shutil.rmtree(tmp_path / "lost" / f"checkpoint-{step}")
+    with pytest.raises(ValueError, match="begun at step 2, .* lower .*num_decay_steps to 3 or less"):
+        trained(of(7, 5), tmp_path / "lost", resume=True)
+
+
 def test_a_checkpoint_alone_goes_on_exactly_in_another_place(recipe, tmp_path):
     wanted = stable(recipe, 6, 6, save_steps=3)
     _, whole = trained(wanted, tmp_path / "whole")

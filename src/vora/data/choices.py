@@ -9,7 +9,9 @@ from typing import Any
 
 from vora.data.columns import CHOICE_COLUMNS, CHOICE_LETTERS, Row
 
-MARK = re.compile(r"(?:^|(?<=\s))[(\[]?[A-Z][)\].:]+\s*(?=\S)")  # of a choice: "A. ", "(B) "
+MARK = re.compile(  # of a choice: "A. ", "(b) ", "1) "; "3:4" and "0.5" are none
+    r"(?:^|(?<=\s))[(\[]?(?:[A-Za-z][)\].:]+\s*|\d{1,2}[)\].]+\s+)(?=\S)"
+)
 FIRST_MARK = re.compile(r"^" + MARK.pattern)
 NAME = r"[\s()\[\].:*]*\w[\s()\[\].:*]*"
 NAMES_CHOICES = re.compile(  # "A", "Option (a)", "B, C", "A and C", "ABD"

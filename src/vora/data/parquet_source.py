@@ -17,6 +17,7 @@ from vora.data.images import looks_like_media
 from vora.data.source import Source
 
 BYTES_PER_BLOCK, MOST_ROWS = 8 << 20, 512  # larger row groups of Parquet are read in parts
+MOST_ROWS_PER_BYTE = 1000  # of a file; equal rows are packed so tightly, and no others
 IMAGES = frozenset(IMAGE_COLUMNS)
 
 
@@ -27,6 +28,7 @@ class Parquet(Source):
         metadata = _metadata(file, os.stat(file).st_mtime_ns)
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
+            _check_count(file, group.num_rows)
             num_parts = max(-(-group.total_byte_size // BYTES_PER_BLOCK), -(-group.num_rows // MOST_ROWS), 1)
             size = max(1, -(-group.num_rows // num_parts))
             for first in range(0, group.num_rows, size):
@@ -60,6 +62,7 @@ class Arrow(Source):
 
     def _scanned(self, file: str) -> Iterator[Sequence[int]]:
         count = len(_arrow_table(file))
+        _check_count(file, count)
         for start in range(0, count, self.rows_per_block):
             yield start, min(self.rows_per_block, count - start)
 
@@ -98,6 +101,13 @@ def prepared_files(path: str, subset: str | None, split: str) -> list[str]:
     if sum(len(_arrow_table(file)) for file in files) != len(dataset):
         raise ValueError(f"{path}: {split!r} is a part of a split: name a whole one, and say max_samples for less.")
     return files
+
+
+def _check_count(file: str, count: int) -> None:
+    """Raise ValueError where a file says that it has more rows than can be in it: each would be given a place."""
+    size = os.path.getsize(file)
+    if count > MOST_ROWS_PER_BYTE * size:
+        raise ValueError(f"{file} claims {count:,} rows in {size:,} bytes: it is damaged, so write it anew.")
 
 
 @lru_cache(maxsize=64)

@@ -13,7 +13,7 @@ from vora.checkpoint.manifest import STATE
 from vora.checkpoint.run_directory import checkpoint_up_to, set_aside_newer
 from vora.train.recipe import load_recipe
 from vora.train.recipe_sections import Recipe
-from vora.train.schedule import decay_of
+from vora.train.schedule import NUM_DECAY, decay_of
 
 FIXED = ("stage", "training.optim", "training.optim_args", "training.optim_target_modules")
 OWN_RATES = {"reduce_lr_on_plateau", "greedy"}  # schedules that keep rates in their state, so that none can change
@@ -25,7 +25,7 @@ def checkpoint_to_resume(
     checkpoint: str, recipe: Recipe, directory: Path, num_steps: int, tell: Callable[[str], None]
 ) -> str:
     """The checkpoint that a run of so many steps goes on from: the one that was found, or one from before a decay that
-    comes later now; newer ones are set aside."""
+    comes later now; newer ones are set aside. ValueError where none lies before the decay as it is now."""
     checkpoint = _before_decay(checkpoint, recipe, directory, num_steps, tell)
     if names := set_aside_newer(Path(checkpoint)):
         tell(f"Newer than {Path(checkpoint).name}, so kept under another name: {', '.join(names)}.")
@@ -47,7 +47,13 @@ def _before_decay(
     if then is None or now is None or step <= then[0] or now[1] <= then[1]:
         return checkpoint
     why = f"{Path(checkpoint).name} is past step {then[0]:,}, where the learning rate began to decay"
-    if (found := checkpoint_up_to(directory, then[0])) is None:
+    start = min(then[0], now[0])  # a longer decay may begin before the old one did
+    if (found := checkpoint_up_to(directory, start)) is None and now[0] < then[0]:
+        raise ValueError(
+            f"{why}, with {NUM_DECAY} of {now[1] - now[0]:,} it would have begun at step {now[0]:,}, and no "
+            f"checkpoint from before that is left: lower {NUM_DECAY} to {now[1] - then[0]:,} or less, or start a new run."
+        )
+    if found is None:
         tell(f"Warning: {why}, and no checkpoint from before it is left: the rate rises again, which undoes a part.")
         return checkpoint
     tell(f"{why}, and the run ends at step {now[1]:,} now: going on from {Path(found).name}.")

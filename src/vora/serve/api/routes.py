@@ -24,7 +24,12 @@ def _service(request: Request) -> Service:
 
 
 AService = Annotated[Service, Depends(_service)]
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+EVENT = {  # of a stream
+    "type": "object", "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "A chat.completion.chunk as JSON; the last is [DONE]."}},
+}  # fmt: skip
+METRICS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}}
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses={**ERRORS, **STREAM})
@@ -91,7 +96,7 @@ async def health(service: AService) -> Health:
     return Health(model=service.model, engine=service.engine.name)
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=Response, responses={**ERRORS, **METRICS})
 async def metrics(service: AService) -> Response:
     """What Prometheus reads."""
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -25,6 +25,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # the values that change nothing
 }  # fmt: skip
 
 
+def _neutral(name: str) -> Any:
+    """A parameter that may say nothing: its values stand in the description."""
+    return Field(None, json_schema_extra={"enum": [*NEUTRAL[name], None]})
+
+
 def _is_unicode(text: str) -> str:
     """JSON may spell half a letter, which nothing that reads texts takes."""
     if any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -99,18 +104,18 @@ class ChatRequest(_Strict):
     stream_options: StreamOptions | None = None
 
     # refused unless they say nothing: see NEUTRAL
-    n: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    logit_bias: dict[str, float] | None = None
-    response_format: dict[str, Any] | None = None
-    modalities: list[str] | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    functions: list[Any] | None = None
-    function_call: Any = None
+    n: int | None = _neutral("n")
+    frequency_penalty: float | None = _neutral("frequency_penalty")
+    presence_penalty: float | None = _neutral("presence_penalty")
+    logprobs: bool | None = _neutral("logprobs")
+    top_logprobs: int | None = _neutral("top_logprobs")
+    logit_bias: dict[str, float] | None = _neutral("logit_bias")
+    response_format: dict[str, Any] | None = _neutral("response_format")
+    modalities: list[str] | None = _neutral("modalities")
+    tools: list[Any] | None = _neutral("tools")
+    tool_choice: Any = _neutral("tool_choice")
+    functions: list[Any] | None = _neutral("functions")
+    function_call: Any = _neutral("function_call")
 
     # taken and left alone, as they change no answer
     user: str | None = None
