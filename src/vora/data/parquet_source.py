@@ -25,10 +25,11 @@ class Parquet(Source):
     """Parquet files; a row group is a block, or, where it is large, a part of one."""
 
     def _scanned(self, file: str) -> Iterator[Sequence[int]]:
-        metadata = _metadata(file, os.stat(file).st_mtime_ns)
+        metadata, count = _metadata(file, os.stat(file).st_mtime_ns), 0
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
-            _check_count(file, group.num_rows)
+            count += group.num_rows
+            _check_count(file, count)
             num_parts = max(-(-group.total_byte_size // BYTES_PER_BLOCK), -(-group.num_rows // MOST_ROWS), 1)
             size = max(1, -(-group.num_rows // num_parts))
             for first in range(0, group.num_rows, size):
