@@ -189,5 +189,5 @@ def test_more_rows_than_a_file_can_hold_are_refused_at_once(tmp_path, kind, monk
     else:
         with pa.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table)
-    with pytest.raises(ValueError, match="claims .*0,000 rows in .* bytes: it is damaged"):
+    with pytest.raises(ValueError, match=r"claims [\d,]+ rows in [\d,]+ bytes: it is damaged"):
         load_source(str(file))

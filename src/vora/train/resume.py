@@ -51,7 +51,7 @@ def _before_decay(
     if (found := checkpoint_up_to(directory, start)) is None and now[0] < then[0]:
         raise ValueError(
             f"{why}, with {NUM_DECAY} of {now[1] - now[0]:,} it would have begun at step {now[0]:,}, and no "
-            f"checkpoint from before that is left: lower {NUM_DECAY} to {now[1] - then[0]:,} or less, or start a new run."
+            f"checkpoint from before that is left: lower {NUM_DECAY} to {now[1] - then[0]:,} or less, or start anew."
         )
     if found is None:
         tell(f"Warning: {why}, and no checkpoint from before it is left: the rate rises again, which undoes a part.")
