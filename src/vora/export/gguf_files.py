@@ -36,8 +36,8 @@ UNKNOWN_MARKERS = (
     "llama.cpp puts the texts {} and {} around each image, with which the model was not trained: it may answer "
     "otherwise than in `vora chat`."
 )
-# An LLM's output matrix and last blocks are kept more exactly: most of the difference is made there, as llama.cpp rounds
-# the inputs of a product like its weights (dev/LOG.md, 2026-11-30)
+# An LLM's output matrix and last blocks are kept more exactly: most of the difference is made there, as llama.cpp
+# rounds the inputs of a product like its weights (dev/LOG.md, 2026-11-30)
 FINER, NUM_FINER_BLOCKS = {"f16": "F32", "q8_0": "F16"}, 2
 # Runs llama.cpp's conversion. It knows tokenizers by a checksum; one that it does not know, but that splits words as
 # GPT-2's does, is said to be that.
