@@ -1,8 +1,7 @@
 """A training loop of your own: an LLM learns to see from a ViT, and from captions or questions about images.
 
-    python examples/own_loop.py LLM VIT DATA OUT [EPOCHS]
-
-DATA: .jsonl, .csv or .parquet with image (a path) and caption, or question and answer. Every step is in sight."""
+python examples/own_loop.py LLM VIT DATA OUT [EPOCHS]
+# DATA: .jsonl, .csv or .parquet with image (a path) and caption, or question and answer"""
 
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_g
 
 rows = load_dataset(Path(data).suffix[1:].replace("jsonl", "json"), data_files=data, split="train")
 for epoch in range(int(epochs[0]) if epochs else 10):
-    for row in rows:
+    for number, row in enumerate(rows):
         image = {"type": "image", "image": str(Path(data).parent / row["image"])}
         question = {"type": "text", "text": row.get("question") or "Describe the image."}
         answer = {"role": "assistant", "content": row.get("answer") or row["caption"]}
@@ -35,6 +34,7 @@ for epoch in range(int(epochs[0]) if epochs else 10):
         losses["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(f"epoch {epoch}: lm_loss {losses['lm_loss']:.3f}, distill_loss {losses['distill_loss']:.3f}")
+        if number % 20 == 0:
+            print(f"epoch {epoch} row {number}", *(f"{n} {losses[n]:.3f}" for n in ("lm_loss", "distill_loss")))
 vora.merge_vision_lora(student).save_pretrained(out)
 processor.save_pretrained(out)

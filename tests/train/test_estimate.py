@@ -22,7 +22,7 @@ def test_times_are_said_in_the_unit_that_fits(seconds, words):
 
 def test_an_estimate_is_a_line_and_what_takes_days_or_does_not_fit_is_warned_of():
     (line,) = in_lines(FOUND)
-    assert "10.0 hours for 100 steps of 8 sequences (some 20 samples) on 1 x cpu, 3.0 of 16 GB" in line
+    assert "10.0 hours for 100 steps of 8 sequences (some 20 samples a step) on 1 x cpu, 3.0 of 16 GB" in line
     assert "5.0 hours for 50 steps" in in_lines(FOUND, num_done=50)[0]
     assert "that is 3.1 days" in in_lines(FOUND | {"hours": 75})[1]
     assert "per_device_train_batch_size" in in_lines(FOUND | {"fits": False})[1]

@@ -62,10 +62,13 @@ def test_a_length_that_the_data_chose_is_kept(recipe, tmp_path):
     assert load_recipe(tmp_path / "run" / "recipe.yaml").data.sequence_length == length
 
 
-def test_a_longer_run_hides_its_first_end_and_keeps_the_planned_steps(recipe, tmp_path):
+def test_a_longer_run_hides_its_first_end_and_keeps_the_planned_steps(recipe, tmp_path, monkeypatch):
     run(recipe(max_steps=4, save_steps=2), tmp_path / "run")
+    drawn = []
+    monkeypatch.setattr("vora.train.run.draw_losses", drawn.append)
     with pytest.raises(InterruptedError, match="--resume"):
         run(recipe(max_steps=9, save_steps=2), tmp_path / "run", resume=True, callbacks=[StopAt(6)])
+    assert drawn == [tmp_path / "run"]  # for who looks at what was stopped
     assert read_info(tmp_path / "run").path.name in ("checkpoint-6", "checkpoint-7")
     planned = recipe(save_steps=2)  # max_steps 6, which the checkpoint knows better
     planned.max_minutes = 10.0

@@ -140,6 +140,9 @@ def whole_folder(out: Path | str, option: str = "--out") -> Iterator[Path]:
         folder = Path(scratch) / out.name
         folder.mkdir()
         yield folder
+        for file in folder.rglob("*"):
+            if file.is_file():  # safetensors would leave weights to their owner alone
+                file.chmod(folder.stat().st_mode & 0o666)
         if out.exists():
             out.rmdir()
         folder.rename(out)

@@ -108,6 +108,7 @@ def export(
     model = model or committed_model()
     found: GgufExport | OnnxExport
     if to == "onnx":
+        console.print("Tracing three graphs, which takes a minute or two.", highlight=False)
         found = export_onnx(model, out, image_size=image_size, llm=llm)
     else:
         found = export_gguf(model, out, quant=quant or "f16", image_size=image_size, llama_cpp=llama_cpp, llm=llm)

@@ -28,7 +28,8 @@ def merge(
         text = f"Merging {best.folder}, the best by {best.metric} ({best.value:.4f}); for another, name its folder."
         console.print(text, highlight=False, markup=False)
     run(path, out, llm_out=llm_out, adapter_out=adapter_out, llm=llm)
-    console.print(f"Saved {out}. Ask it: vora chat IMAGE -m {out}")
+    beside = [f"{what} in {place}" for what, place in (("LLM", llm_out), ("adapter", adapter_out)) if place]
+    console.print(f"Saved {out}{''.join(f', the {one}' for one in beside)}. Ask it: vora chat IMAGE -m {out}")
 
 
 @app.command()

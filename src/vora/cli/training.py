@@ -179,13 +179,13 @@ def ablate(
     from vora.train.packaged import find_recipe
 
     path = find_recipe(spec)
-    from vora.ablate.page import console_tables
+    from vora.ablate.page import console_table
     from vora.ablate.run import ablate as run
     from vora.ablate.run import num_failed
 
     out = out or Path("runs") / path.stem
     found = run(path, out, overrides or (), console, listed(seeds), listed(variants), max_samples)
-    console.print(*console_tables(found, console.width), sep="\n")
+    console.print(console_table(found, console.width))
     for warning in found["warnings"]:
         console.print(f"* {warning}", highlight=False)
     console.print(f"Table: {out / 'table.md'}, curves: {out / 'curves.png'}", highlight=False)

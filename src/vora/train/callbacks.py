@@ -183,7 +183,7 @@ class ProgressCallback(TrainerCallback):
         speed = f"{logs['samples_per_second']:.1f} samples/s  {logs['tokens_per_second']:.0f} tokens/s"
         read = f"epoch {logs['epoch']:.2f}" if "epoch" in logs else ""
         text = "  ".join(filter(None, [read, *losses, speed, f"{logs['data_wait_share']:.0%} waiting for data"]))
-        self.bar.update(self.task, description=text)
+        self.bar.update(self.task, description="  ".join(filter(None, [read, *losses, speed.split("  ")[0]])))
         if self._is_file:
             self.console.print(f"{self._place(state)}  {text}", soft_wrap=True)
 

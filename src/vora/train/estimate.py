@@ -116,8 +116,8 @@ def in_lines(found: dict[str, Any], num_done: int = 0) -> list[str]:
     where = f"{found['num_devices']} x {found['device']}"
     lines = [
         f"Estimate: {duration(seconds)} for {found['steps'] - num_done:,} steps of {found['rows_per_step']:,} "
-        f"sequences (some {found['samples_per_step']:,.0f} samples) on {where}, {memory:,.1f} of {has:,.0f} GB of "
-        "memory."
+        f"sequences (some {found['samples_per_step']:,.0f} samples a step) on {where}, {memory:,.1f} of {has:,.0f} "
+        "GB of memory. Other work of the machine makes it longer."
     ]
     if seconds >= LONG:
         lines.append(

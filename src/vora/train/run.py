@@ -63,7 +63,7 @@ from vora.train.recipe import save_recipe
 from vora.train.recipe_sections import AUTO_LENGTH, Recipe
 from vora.train.resume import checkpoint_to_resume, tell_changes
 from vora.train.run_lock import run_lock
-from vora.train.run_log import write_report
+from vora.train.run_log import draw_losses, write_report
 from vora.train.schedule import check_schedule, schedule_in_words
 from vora.train.sharding import check_sharding
 from vora.train.stages import build_objective, trainable_table, vision_is_frozen
@@ -155,6 +155,8 @@ def _train(
         stop.release()
         progress.stop()
     if stop.caught:
+        if trainer.is_world_process_zero():
+            draw_losses(directory)
         raise InterruptedError(
             f"{stop.caught}: stopped and saved at step {trainer.state.global_step} of {arguments.max_steps}. "
             f"Go on with: vora train {directory / 'recipe.yaml'} --out {directory} --resume"
@@ -174,8 +176,12 @@ def length_of_run(sequences: PackedSequences, arguments: TrainingArguments, vali
     if validation is None:
         return text
     held_out = sequences.maker.held_out
-    where = "of their own" if held_out is None else f"of the {held_out.share:.1%} of the images that are held out"
-    return f"{text}; validation on {len(validation.samples):,} samples {where}"
+    if held_out is None:
+        return f"{text}; validation on {len(validation.samples):,} samples of their own"
+    return (
+        f"{text} less {held_out.share:.1%} of the images, which are held out; validation on "
+        f"{len(validation.samples):,} samples of these"
+    )
 
 
 def rows_of_sources(sources: Sequence[Source]) -> str:
