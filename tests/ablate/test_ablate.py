@@ -62,7 +62,7 @@ def losses(folder):
 
 def test_two_variants_two_seeds_end_to_end(work, tmp_path):
     vqa, text = VQA | {"max_samples": 2}, {"task": "text", "data": "texts.jsonl"}
-    probe = VQA | {"task": "probe", "of": "vqa", "max_samples": 4, "metrics": ["right_beats_other"]}
+    probe = VQA | {"task": "probe", "max_samples": 4, "metrics": ["right_beats_other"]}
     spec, out = work(variants=VARIANTS, baseline="untaught", evaluate=[vqa, text, probe]), tmp_path / "out"
     result = vora("ablate", spec, "--out", out)
     assert result.returncode == 0, result.stderr
@@ -187,7 +187,7 @@ def test_runs_end_at_equal_samples(work, tmp_path, monkeypatch):
         ({"variants": {"a": ["lora.rank"]}}, "no override"), ({"variants": {"../a": []}}, "no name for a variant"),
         ({"variants": {"a": ["training.seed=3"]}}, "seeds stand under seeds"), ({"seeds": [1, 1]}, "twice"),
         ({"variants": None, "grid": {"lora.rank": [2, 2]}}, "a value twice"), ({"baseline": "b"}, "among taught, un"),
-        ({"evaluate": [VQA, VQA]}, "a name"), ({"evaluate": [VQA | {"task": "probe"}]}, "A probe needs `of`"),
+        ({"evaluate": [VQA, VQA]}, "a name"), ({"evaluate": [VQA | {"task": "probe", "of": "vqx"}]}, "vqx is no task"),
         ({"evaluate": [VQA | {"task": "vqx"}]}, "evaluate.*captions.*text"),
         ({"variants": {"a": [], "b": ["lora.rnk=3"]}}, "variant b: .*did you mean rank"),
         ({"variants": {"a": [], "b": ["max_minutes=3"]}}, "leave it out"),
@@ -251,7 +251,7 @@ def test_curves_of_hand_made_logs(tmp_path):
     falling = np.r_[np.full(100, 6.0), np.linspace(0.5, 0.3, 200)]
     found = limits([(np.linspace(first, 600, 300), falling[None]) for first in (300, 10)])
     low, high = found["ylim"]
-    assert 0.25 < low < 0.3 and 0.5 < high < 0.6 and found["xlim"] == (0, 600)
+    assert 0.25 < low < 0.3 and 0.5 < high < 0.6 and found["xlim"] == (10, 600)
 
 
 def test_table_of_hand_made_logs(tmp_path):

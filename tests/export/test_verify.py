@@ -142,6 +142,9 @@ def test_prompts_are_those_of_the_processor(tiny):
 def test_images_come_from_files_and_folders(tmp_path):
     Image.new("RGB", (9, 9), "red").save(tmp_path / "one.png")
     assert len(images_to_compare([str(tmp_path), str(tmp_path / "one.png")])) == 2
+    for number in range(9):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / f"photo-{number}.png")
+    assert [one.getpixel((0, 0))[0] for one in images_to_compare([str(tmp_path)], 3)] == [255, 2, 5]
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="holds no image"):
         images_to_compare([str(tmp_path / "none")])

@@ -58,6 +58,23 @@ def test_the_time_left_is_of_steps_not_of_validation_and_saving(tmp_path, monkey
     assert "step 10/100  3 minutes left  lm_loss 1.234" in console.file.getvalue()  # 90 steps of 2 seconds
 
 
+def test_steps_that_only_distill_do_not_promise_the_pace_of_the_others(tmp_path, monkeypatch):
+    seconds = 0.0
+    monkeypatch.setattr("vora.train.callbacks.time", SimpleNamespace(monotonic=lambda: seconds))
+    console, state = Console(file=io.StringIO(), width=80), TrainerState(max_steps=100)
+    progress = ProgressCallback(console, tmp_path / "log.jsonl", tmp_path / "v.jsonl", distill_only_steps=20)
+    args, control = SimpleNamespace(logging_strategy="steps"), TrainerControl()
+    progress.on_train_begin(args, state, control)
+    for state.global_step in range(1, 41):
+        seconds += 2 if state.global_step <= 20 else 10
+        progress.on_step_end(args, state, control)
+        if state.global_step in (10, 40):
+            progress.on_log(args, state, control, dict(LOGS))
+    progress.stop()
+    first, last = console.file.getvalue().splitlines()[0], console.file.getvalue().splitlines()[-1]
+    assert first.startswith("step 10/100  over 3 minutes left") and last.startswith("step 40/100  10 minutes left")
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_step_and_time_left_are_kept_at_80_columns_and_in_a_file(tmp_path, is_terminal):
     console = Console(file=io.StringIO(), width=80, force_terminal=is_terminal)

@@ -1,5 +1,6 @@
 """A stopped or killed run goes on as if nothing had been, of one process and of two; no run is overwritten."""
 
+import io
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import pytest
 import torch
 from processes import START, in_processes
 from ranks import train_ranks
+from rich.console import Console
 from runs import close_to, losses, run
 from transformers import TrainerCallback
 
@@ -26,13 +28,13 @@ from vora.train.run_log import read_log
 
 
 class StopAt(TrainerCallback):
-    """Sends this process a signal after a step."""
+    """Sends this process signals after a step."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, count=1):
+        self.step, self.count = step, count
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
+        for _ in range(self.count if state.global_step == self.step else 0):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -48,6 +50,19 @@ def test_a_run_killed_after_its_last_step_only_ends_and_none_is_overwritten(reci
     run(load_recipe(tmp_path / "run" / "recipe.yaml"), tmp_path / "run", resume=True)
     assert losses(tmp_path / "run") == whole and max(whole) == 6
     assert (tmp_path / "run" / "final" / "adapter_model.safetensors").read_bytes() == expected
+
+
+def test_a_signal_is_answered_at_once_and_a_second_one_does_not_wait(recipe, tmp_path):
+    console = Console(file=io.StringIO(), width=80)
+    with pytest.raises(InterruptedError, match="at once, after step 3 of 6. Go on from checkpoint-2 with: vora train"):
+        run(recipe(save_steps=2), tmp_path / "run", callbacks=[StopAt(3, count=2)], console=console)
+    said = console.file.getvalue()
+    assert "SIGTERM: stops after step 4 and saves a checkpoint. A second signal stops at once" in said
+    with pytest.raises(InterruptedError, match="no checkpoint yet: the same command begins anew"):
+        run(recipe(), tmp_path / "other", callbacks=[StopAt(1, count=2)])
+    run(recipe(save_steps=2), tmp_path / "run", resume=True, console=console)
+    assert "Going on from checkpoint-2 of 6 steps." in console.file.getvalue()
+    assert losses(tmp_path / "run").keys() == set(range(1, 7))
 
 
 def test_a_length_that_the_data_chose_is_kept(recipe, tmp_path):

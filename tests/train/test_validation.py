@@ -20,6 +20,7 @@ from vora.data.bad_samples import BadSamples
 from vora.data.held_out import key_of_image
 from vora.data.packing import collate_sequences, places, tokenize_sample
 from vora.data.readers import load_source
+from vora.eval.rows import Data, Rows, SkippedRows
 from vora.eval.scoring.teacher_forced import score_answers
 from vora.train.from_recipe import (
     check_apart,
@@ -28,9 +29,10 @@ from vora.train.from_recipe import (
     open_sources,
     open_validation,
     packed_sequences,
+    read_held_out,
     training_arguments,
 )
-from vora.train.recipe import load_recipe
+from vora.train.recipe import load_recipe, save_recipe
 from vora.train.run_log import read_log
 from vora.train.stages import build_objective
 from vora.train.validation import right_and_other
@@ -68,6 +70,11 @@ def with_validation(recipe, other_file):
         return load_recipe(values)
 
     return make
+
+
+def asked_rows(path, held_out):
+    """Names of the rows that an evaluation asks about."""
+    return [row.name for row in Rows(Data([path], held_out=held_out)).read(SkippedRows())]
 
 
 def measured(folder):
@@ -170,6 +177,10 @@ def test_a_held_out_share_is_never_trained_on(two_sources, tmp_path):
     for (name, found), (same, without) in zip(drawn, (others.draw(*place) for place in places)):
         assert name == same and (found is None or (found["input_ids"] == without["input_ids"]).all())
     recipe = load_recipe(two_sources, [*share, "teacher.distill_only_steps=2"])
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    for place in (tmp_path, tmp_path / "recipe.yaml"):  # a run, or its recipe
+        rows = [row for source in sources for row in asked_rows(source.name, read_held_out(place))]
+        assert sorted(rows) == sorted(Path(name).name for name in held if "images.jsonl" in name)
     whole_run, cut = tmp_path / "whole", tmp_path / "cut"
     run(recipe, whole_run)
     with pytest.raises(InterruptedError):

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.patches import Patch
 
 from vora.ablate.curves import Curve
 from vora.report.plots import new_figure, save_figure
@@ -35,7 +37,9 @@ def draw_curves(
             ends[line] = mean[-1]
     if drawn:
         axes.set(**limits(drawn))
-        order = sorted(ends, key=lambda line: -ends[line])
+        order: list[Any] = sorted(ends, key=lambda line: -ends[line])
+        if len({seed for _, seed in curves}) > 1:
+            order.append(Patch(color="gray", alpha=0.15, label="lowest to highest seed"))
         axes.legend(handles=order, loc="upper left", bbox_to_anchor=(1, 1), labelcolor="linecolor", frameon=False)
     loss = next((curve.loss for curve in curves.values()), "lm_loss")
     axes.set(xlabel="samples seen", ylabel=loss, title=title)
@@ -49,4 +53,5 @@ def limits(drawn: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, tuple[fl
     """Of the axes: a run begins far above where it ends, so they show what differs after each line's first third."""
     later = np.concatenate([values[:, NUM_POINTS // 3 :].ravel() for _, values in drawn])
     room = 0.05 * np.ptp(later) or 0.1
-    return {"xlim": (0, max(samples[-1] for samples, _ in drawn)), "ylim": (later.min() - room, later.max() + room)}
+    first, last = min(samples[0] for samples, _ in drawn), max(samples[-1] for samples, _ in drawn)
+    return {"xlim": (min(first, 0.95 * last), last), "ylim": (later.min() - room, later.max() + room)}

@@ -87,7 +87,7 @@ def measure_run(run: Run, sections: Sequence[EvaluateSection], beside: Path, con
                 stale.unlink()
         out.parent.mkdir(exist_ok=True)
         write_whole(out.with_suffix(".request.json"), section.model_dump(mode="json"))
-        evaluation = section.evaluation(base_of(run, section))
+        evaluation = section.evaluation(base_of(run, section), data)
         name = run.folder / "final"
         evaluate((model, processor), evaluation, data.paths, out, model_name=name, console=console, **data.options)
 
@@ -96,10 +96,10 @@ def check_unread(runs: Sequence[Run], section: EvaluateSection, beside: Path) ->
     """Raise ValueError if what is to be measured yet cannot be: no base for text, or data that cannot be opened."""
     opened = []
     for run in runs:
-        evaluation, data = section.evaluation(base_of(run, section)), _data_of(run, section, beside)
+        base, data = base_of(run, section), _data_of(run, section, beside)
         if report_of(run, section) is None and data not in opened:
             try:
-                evaluation.check_data(data)
+                section.evaluation(base, data).check_data(data)
             except ValueError as error:
                 raise ValueError(f"evaluate's {section.name}: its data cannot be read: {error}") from None
             opened.append(data)

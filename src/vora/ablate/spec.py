@@ -11,7 +11,9 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from vora.eval.evaluation import Evaluation
+from vora.eval.rows import Data, Rows
 from vora.eval.run import evaluation_of
+from vora.eval.tasks.evaluation import task_of
 from vora.train.from_recipe import check_recipe
 from vora.train.recipe import Recipe, Section, load_recipe, read_yaml, validated
 
@@ -24,7 +26,7 @@ class EvaluateSection(Section):
     name: str = Field("", pattern=r"^(\w[\w=,+-]*)?$")  # of its columns in the table; default: the task's
     task: str
     metrics: list[str] | None = Field(None, min_length=1)  # the table's columns; default: all that it reports
-    of: str | None = None  # the task that is probed
+    of: str | None = None  # the task that is probed; default: the one that the data's columns fit
     against: list[str] | None = None  # of a probe; default: other
     generate: bool | None = None  # of a probe: let the model speak too
     base: str | None = None  # of text: the LLM to compare with; default: the recipe's model.llm
@@ -45,11 +47,13 @@ class EvaluateSection(Section):
         self.evaluation()
         return self
 
-    def evaluation(self, base: str | None = None) -> Evaluation:
-        """What is to be measured; `base` as of `evaluation_of`."""
+    def evaluation(self, base: str | None = None, data: Data | None = None) -> Evaluation:
+        """What is to be measured, of data that is there or, to see whether it is possible, of any; `base` as of
+        `evaluation_of`."""
         options = self.model_dump(include={"of", "against", "base", "prompt", "labels", "max_samples", "seed"})
         if self.task == "probe":
             options["against"] = self.against or ["other"]
+            options["of"] = self.of or ("captions" if data is None else task_of(Rows(data)))
         return evaluation_of(self.task, **options | {"generate": bool(self.generate), "base": base or self.base})
 
 

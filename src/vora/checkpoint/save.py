@@ -51,6 +51,7 @@ def save_training(
     seen = [number for number in (info.max_images, max_images) if number is not None]
     info = replace(info, max_images=max(seen, default=None))
     write_info(info if distillation is None else replace(info, block_pairs=tuple(distillation.pairs)), folder)
+    let_read(folder)
 
 
 def save_adapter(
@@ -140,12 +141,17 @@ def whole_folder(out: Path | str, option: str = "--out") -> Iterator[Path]:
         folder = Path(scratch) / out.name
         folder.mkdir()
         yield folder
-        for file in folder.rglob("*"):
-            if file.is_file():  # safetensors would leave weights to their owner alone
-                file.chmod(folder.stat().st_mode & 0o666)
+        let_read(folder)
         if out.exists():
             out.rmdir()
         folder.rename(out)
+
+
+def let_read(folder: Path) -> None:
+    """Have the files of a folder read by whom the umask says: safetensors leaves weights to their owner alone."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(folder.stat().st_mode & 0o666)
 
 
 def check_is_free(out: Path, option: str = "--out") -> None:

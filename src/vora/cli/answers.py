@@ -41,6 +41,9 @@ def evaluate(
     half: Annotated[
         str | None, Option(help="choose or report: of half of the images, to choose a model by one, report the other.")
     ] = None,
+    held_out_by: Annotated[
+        Path | None, Option(exists=True, help="Run or recipe: only images that its data.validation.share holds out.")
+    ] = None,
     max_samples: Annotated[int | None, Option(min=1, help="Only the first so many of the data.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -50,7 +53,9 @@ def evaluate(
     seed: Annotated[int, Option(help="Of intervals and of what a probe shows.")] = 0,
     of: Annotated[str | None, Option(help="The probed task; by default the one that the columns fit.")] = None,
     generate: Annotated[bool, Option("--generate", help="A probe also generates answers; slow.")] = False,
-    against: Annotated[str | None, Option(help="What else a probe shows: other,blank,shuffled,none.")] = None,
+    against: Annotated[
+        str | None, Option(help="What else a probe shows, with commas between: other, blank, shuffled, none.")
+    ] = None,
     base: Annotated[str | None, Option(help="LLM that --task text compares with; else the model's own.")] = None,
     llm: BaseLlm = None,
     trust_remote_code: RemoteCode = False,
@@ -58,12 +63,13 @@ def evaluate(
     """Measure a model on a task, with 95 % intervals; the same command goes on after a stop."""
     from vora.checkpoint.pretrained import committed_model
     from vora.eval.run import evaluate as run
+    from vora.train.from_recipe import read_held_out
 
     names = None if labels is None else [line.strip() for line in labels.read_text().splitlines() if line.strip()]
     report = run(
         model or committed_model(), task, [*data, *(more_data or ())], out,
         split=split, subset=subset, image_folder=image_folder, allow_urls=allow_urls, half=half,
-        columns=named_columns(column) or None,
+        columns=named_columns(column) or None, held_out=None if held_out_by is None else read_held_out(held_out_by),
         min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, device=device, dtype=dtype,
         llm=llm, unmerged=unmerged, max_samples=max_samples, seed=seed,
         prompt=prompt, labels=names, of=of, generate=generate, against=listed(against), base=base,

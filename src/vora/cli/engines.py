@@ -120,6 +120,7 @@ def verify(
     runtime: Annotated[str, Option(help="Engine to compare with torch: remote-code, llama.cpp, vllm or onnx.")],
     model: ModelOption = None,
     images: Annotated[list[str] | None, Option(help="File or folder; by default three drawn images.")] = None,
+    max_images: Annotated[int, Option(min=1, help="Of more images so many are compared, evenly spread.")] = 32,
     files: Annotated[Path | None, Option(exists=True, help="Folder of `vora export`; else one in f32.")] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="Most tokens of each answer that is compared.")] = 16,
     json: Annotated[Path | None, also_file("For the figures.")] = None,
@@ -134,9 +135,10 @@ def verify(
     from vora.checkpoint.pretrained import committed_model
     from vora.export.verify import verify as run
 
+    console.print(f"Comparing {runtime} with torch, which takes some seconds for each image.", highlight=False)
     found = run(
-        model or committed_model(), runtime, images=images or (), max_new_tokens=max_new_tokens, files=files, llm=llm,
-        device=device,
+        model or committed_model(), runtime, images=images or (), max_images=max_images,
+        max_new_tokens=max_new_tokens, files=files, llm=llm, device=device,
     )  # fmt: skip
     if json is not None:
         found.write(json)

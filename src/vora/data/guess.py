@@ -6,6 +6,7 @@ Nothing is guessed that a row says by our own names, but where its images are, i
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,15 @@ def folder_of_images(rows: Iterable[Row | ValueError], folder: str | Path) -> st
 
 
 def line_to_paste(columns: Mapping[str, str]) -> str:
-    """Columns as the command line and a recipe take them."""
+    """Columns as a recipe takes them."""
     pairs = ", ".join(f"{ours}: {_quoted(theirs)}" for ours, theirs in columns.items())
     return f"{{{pairs}}}"
+
+
+def ways_to_name(columns: Mapping[str, str]) -> str:
+    """Columns as a recipe takes them, and as the command line does."""
+    options = " ".join(f"--column {shlex.quote(f'{ours}={theirs}')}" for ours, theirs in columns.items())
+    return f"columns: {line_to_paste(columns)} or {options}"
 
 
 def _is_complete(names: Iterable[str], has_image: bool) -> bool:

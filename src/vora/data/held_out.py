@@ -1,6 +1,7 @@
 """Which samples are held out of training, to be measured: whole images, by seed."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,16 @@ class HeldOut:
     def holds(self, sample: Sample) -> bool | None:
         """True of a sample whose images are all held out, False where none is; None where some are: it is neither
         trained nor measured."""
-        found = {self._place(key) < self.share for key in _keys(sample)}
+        return self.holds_images(sample.images) if sample.images else self._holds(str(sample.conversations).encode())
+
+    def holds_images(self, images: Sequence[Any]) -> bool | None:
+        """`holds` of a sample with these images."""
+        found = {self._holds(key_of_image(image)) for image in images}
         return found.pop() if len(found) == 1 else None
 
-    def _place(self, key: bytes) -> float:
-        """Where an image stands between 0 and 1."""
+    def _holds(self, key: bytes) -> bool:
         digest = hashlib.blake2b(key, digest_size=8, key=str(self.seed).encode()).digest()
-        return int.from_bytes(digest, "big") / 2**64
-
-
-def _keys(sample: Sample) -> list[bytes]:
-    return [key_of_image(image) for image in sample.images] or [str(sample.conversations).encode()]
+        return int.from_bytes(digest, "big") / 2**64 < self.share  # where it stands between 0 and 1
 
 
 def key_of_image(image: Any) -> bytes:

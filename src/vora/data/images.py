@@ -85,7 +85,8 @@ def check_unread_media(row: Row) -> None:
         if looks_like_media(str(column)) and is_media(value[0] if isinstance(value, list) and value else value):
             raise ValueError(
                 f"Its column {column!r} seems to hold an image, but images are looked for in "
-                f"{', '.join(IMAGE_COLUMNS)} alone: name it in the source's `columns`, image: {column}."
+                f"{', '.join(IMAGE_COLUMNS)} alone: name it in the source's `columns`, image: {column}, or "
+                f"with --column image={column}."
             )
 
 

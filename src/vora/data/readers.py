@@ -15,7 +15,7 @@ from vora.build.hub import may_be_hub_id
 from vora.data.columns import COLUMNS, Row, RowOptions
 from vora.data.csv_source import Csv
 from vora.data.files import files_of, no_files
-from vora.data.guess import line_to_paste
+from vora.data.guess import ways_to_name
 from vora.data.image_folder import ImageFolder, image_root
 from vora.data.json_source import UTF8_MARK, JsonArray, JsonLines
 from vora.data.parquet_source import Arrow, Parquet, prepared_files
@@ -100,13 +100,14 @@ def load_source(
         raise ValueError(f"Cannot read {path}: {cause}. Check the file, and who may read it.") from None
     if source.guessed and is_checked:
         unread = ", ".join(source.columns_not_read) or "none"
-        _say_once(f"{path}: its columns are guessed, columns: {line_to_paste(source.guessed)}; not read: {unread}")
+        _say_once(f"{path}: its columns are guessed, {ways_to_name(source.guessed)}; not read: {unread}")
     if source.guessed_folder and is_checked:
-        _say_once(f"{path}: its images lie in {source.guessed_folder}, image_folder: {source.guessed_folder}")
+        folder = source.guessed_folder
+        _say_once(f"{path}: its images lie in {folder}, image_folder: {folder} or --image-folder {folder}")
     for name, image in source.images_not_read.items() if is_checked else ():
         _say_once(
             f"{path}: column {name!r} names images, such as {image}, and is NOT read: if they belong to the rows, "
-            f"columns: {line_to_paste({'image': name})} (paths start at image_folder, by default where the file lies)"
+            f"{ways_to_name({'image': name})} (paths start at image_folder, by default where the file lies)"
         )
     return source
 

@@ -125,5 +125,5 @@ def _conversations_of(row: Row, has_image: bool, draw: random.Random, prompts: P
         return [[{"role": "text", "content": text}]]
     raise ValueError(
         f"Its columns {sorted(map(str, row))} fit no layout (caption; question, answer; ...): name them in "
-        "the source's `columns`."
+        "the source's `columns`, or with --column image=photo."
     )

@@ -11,6 +11,7 @@ from PIL import Image
 
 from vora.data.columns import COLUMNS, IMAGE_COLUMNS, TEXT_COLUMNS, RowOptions, usable
 from vora.data.columns import Row as Values
+from vora.data.held_out import HeldOut
 from vora.data.images import ImageSource, images_of_row, open_source
 from vora.data.readers import EASY_VQA, KINDS, load_source
 from vora.data.source import Source
@@ -32,6 +33,7 @@ class Data:
     columns: dict[str, str] | None = None  # {our name: the files' name}
     allow_urls: bool = False  # fetch images that rows name by URL; otherwise such rows are bad
     half: str | None = None  # of `HALVES`: the rows of one half of the images; None: all
+    held_out: HeldOut | None = None  # only rows whose images are held out of a training
 
     def __post_init__(self) -> None:
         if self.half not in (None, *HALVES):
@@ -115,11 +117,14 @@ class Rows:
                         values = texts.item(block, offset, rows)
                         opens = partial(_open, images, index, self.data.allow_urls)
                         row = Row(name, number, values, opens, partial(_key_of, images, index))
-                        if self.data.half in (None, half_of(row)):
+                        if self.data.half in (None, half_of(row)) and self._may_be_asked(images, index):
                             yield row
                     except ValueError as error:
                         skipped.add(name, error)
                     number += 1
+
+    def _may_be_asked(self, images: Callable[[], Source], index: int) -> bool:
+        return self.data.held_out is None or self.data.held_out.holds_images(images()[index]) is True
 
 
 def half_of(row: Row) -> str:

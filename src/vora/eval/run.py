@@ -8,6 +8,7 @@ from rich.console import Console
 
 from vora.checkpoint.layout import read_info
 from vora.checkpoint.load import load_model
+from vora.data.held_out import HeldOut
 from vora.eval.evaluation import Evaluation, Job
 from vora.eval.probe.conditions import CONDITIONS
 from vora.eval.probe.probe import Probe
@@ -36,6 +37,7 @@ def evaluate(
     columns: dict[str, str] | None = None,
     allow_urls: bool = False,
     half: str | None = None,
+    held_out: HeldOut | None = None,
     min_image_tokens: int | None = None,
     max_image_tokens: int | None = None,
     llm: str | None = None,
@@ -56,7 +58,7 @@ def evaluate(
         data: files, folders or datasets.
         out: JSON file of the report; predictions go beside it as they come.
         model_name: of a loaded model: where it came from; by default what transformers noted when it was loaded.
-        split, subset, image_folder, columns, allow_urls, half: see `Data`.
+        split, subset, image_folder, columns, allow_urls, half, held_out: see `Data`.
         min_image_tokens, max_image_tokens: budget per image, if not the model's own.
         llm: to put an adapter over, if not the one that it names.
         device, dtype: where a model that is not loaded yet is to run, and in what; by default the GPU if there is one,
@@ -70,7 +72,8 @@ def evaluate(
             else, or the predictions found there are not of this model, data and task.
     """
     paths = [str(path) for path in ([data] if isinstance(data, str | Path) else data)]
-    source = Data(paths, split, subset, None if image_folder is None else str(image_folder), columns, allow_urls, half)
+    folder = None if image_folder is None else str(image_folder)
+    source = Data(paths, split, subset, folder, columns, allow_urls, half, held_out)
     if "max_examples" in options:
         raise ValueError("max_examples is called max_samples now: rename it.")
     out = Path(out)

@@ -79,9 +79,9 @@ def swap_far_patches(image: Image.Image, token_size: int) -> Image.Image | None:
     return Image.fromarray(np.ascontiguousarray(pixels).reshape(np.asarray(image).shape))
 
 
-def images_to_compare(paths: Sequence[str]) -> list[Image.Image]:
-    """The images of files and folders; without any, three of coloured clouds at three aspect ratios. ValueError where
-    a folder has none."""
+def images_to_compare(paths: Sequence[str], most: int | None = None) -> list[Image.Image]:
+    """The images of files and folders, of more than `most` so many, evenly spread; without any, three of coloured
+    clouds at three aspect ratios. ValueError where a folder has none."""
     found: list[str] = []
     for path in paths:
         folder = Path(path)
@@ -89,6 +89,8 @@ def images_to_compare(paths: Sequence[str]) -> list[Image.Image]:
         if folder.is_dir() and not inside:
             raise ValueError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))}): name another folder, or files.")
         found += inside if folder.is_dir() else [path]
+    count = min(len(found), most or len(found))
+    found = [found[number * len(found) // count] for number in range(count)]
     return [fetch_image(one) for one in found] or [_clouds(seed, size) for seed, size in enumerate(CLOUDS)]
 
 

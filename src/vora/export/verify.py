@@ -94,14 +94,16 @@ class Verification:
 
 
 def verify(
-    path: Path | str, runtime: str, *, images: Sequence[str] = (), question: str = "Describe the image.",
-    max_new_tokens: int = 16, files: Path | None = None, llm: str | None = None, device: str | None = "cpu",
+    path: Path | str, runtime: str, *, images: Sequence[str] = (), max_images: int | None = None,
+    question: str = "Describe the image.", max_new_tokens: int = 16, files: Path | None = None, llm: str | None = None,
+    device: str | None = "cpu",
 ) -> Verification:  # fmt: skip
     """Compare a model in torch, in float32, with itself in another engine.
 
     Args:
         path: folder or hub id of a model, or the directory of a run.
         images: files or folders; by default three drawn ones.
+        max_images: of more images so many are compared, evenly spread.
         llm: to put an adapter over, if not the one that it names.
         files: a folder of `vora export`, for llama.cpp or onnx; by default one is written in f32 and thrown away.
         device: of torch; None takes the GPU if there is one.
@@ -124,7 +126,7 @@ def verify(
         check_onnx(WRITES + RUNS if export is None else RUNS)
     elif runtime == "vllm":
         check_vllm()
-    info, opened = read_info(path), images_to_compare(images)
+    info, opened = read_info(path), images_to_compare(images, max_images)
     model, processor = load_model(info, llm=llm, dtype=torch.float32, device=device)
     with TemporaryDirectory() as scratch:
         if runtime == "llama.cpp" and export is None:

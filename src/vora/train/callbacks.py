@@ -38,26 +38,37 @@ QUIET_SECONDS = 30.0  # after which a file of a run gets a line, though nothing 
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGINT or SIGTERM: save at the end of the step, stop, and let the run say how to go on. A signal that reached
-    only some of several processes stops all after the same step: else they would wait for each other."""
+    """On SIGINT or SIGTERM: save at the end of the step, stop, and let the run say how to go on; a second signal stops
+    at once. A signal that reached only some of several processes stops all after the same step: else they would wait
+    for each other."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self.caught: str | None = None
+        self.step = 0  # the last one that is done
         self._previous: dict[int, Any] = {}
         self._all: dist.ProcessGroup | None = None
+        self._speaks = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._catch)
         if args.world_size > 1:
             self._all = dist.new_group(backend="gloo")  # on the host: no device is waited for
+        self._speaks, self.step = state.is_world_process_zero, state.global_step
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if self.caught:
-            raise KeyboardInterrupt  # a second signal does not wait for the step
+            raise KeyboardInterrupt
         self.caught = signal.Signals(number).name
+        if self._speaks:
+            self.console.print(
+                f"{self.caught}: stops after step {self.step + 1} and saves a checkpoint. A second signal stops at "
+                "once, and loses the steps since the last checkpoint.", highlight=False, soft_wrap=True,
+            )  # fmt: skip
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.step = state.global_step
         if self._all is not None:
             caught = torch.tensor(int(self.caught is not None))
             dist.all_reduce(caught, dist.ReduceOp.MAX, group=self._all)
@@ -132,8 +143,9 @@ class ProgressCallback(TrainerCallback):
     """A bar with the losses, speeds and the share of time spent waiting for data; log lines also go to a file, and
     those of validation to one of their own."""
 
-    def __init__(self, console: Console, log_file: Path, validation_file: Path) -> None:
+    def __init__(self, console: Console, log_file: Path, validation_file: Path, distill_only_steps: int = 0) -> None:
         self.console, self.log_file, self.validation_file = console, log_file, validation_file
+        self.distill_only_steps = distill_only_steps  # which are shorter than those with text
         self.bar: Progress | None = None
         self.task = TaskID(0)
         self._line = 0.0  # when the last line was written
@@ -163,6 +175,8 @@ class ProgressCallback(TrainerCallback):
             control.should_log = True  # also of a run that is shorter than the distance between two lines
         if self.bar is None:
             return
+        if state.global_step == self.distill_only_steps + 1:
+            self._seconds.clear()
         self._seconds.append(time.monotonic() - self._since)
         self._since = time.monotonic()
         self.bar.update(self.task, completed=state.global_step, left=self._left(state))
@@ -180,12 +194,12 @@ class ProgressCallback(TrainerCallback):
         with self.log_file.open("a") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
         losses = [f"{name} {logs[name]:.3f}" for name in LOSSES if name in logs]
-        speed = f"{logs['samples_per_second']:.1f} samples/s  {logs['tokens_per_second']:.0f} tokens/s"
-        read = f"epoch {logs['epoch']:.2f}" if "epoch" in logs else ""
-        text = "  ".join(filter(None, [read, *losses, speed, f"{logs['data_wait_share']:.0%} waiting for data"]))
-        self.bar.update(self.task, description="  ".join(filter(None, [read, *losses, speed.split("  ")[0]])))
+        read = [f"epoch {logs['epoch']:.2f}"] if "epoch" in logs else []
+        first = [*read, *losses, f"{logs['samples_per_second']:.1f} samples/s"]
+        self.bar.update(self.task, description="  ".join(first))
         if self._is_file:
-            self.console.print(f"{self._place(state)}  {text}", soft_wrap=True)
+            more = f"{logs['tokens_per_second']:.0f} tokens/s", f"{logs['data_wait_share']:.0%} waiting for data"
+            self.console.print("  ".join([self._place(state), *first, *more]), soft_wrap=True)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
@@ -205,8 +219,11 @@ class ProgressCallback(TrainerCallback):
         return f"step {state.global_step}/{state.max_steps}  {self._left(state)} left"
 
     def _left(self, state: TrainerState) -> str:
-        """How long the remaining steps take, at the pace of the last ones."""
-        return duration(fmean(self._seconds) * (state.max_steps - state.global_step)) if self._seconds else "?"
+        """How long the remaining steps take, at the pace of the last ones; more, while these only distill."""
+        if not self._seconds:
+            return "?"
+        left = duration(fmean(self._seconds) * (state.max_steps - state.global_step))
+        return f"over {left}" if state.global_step <= self.distill_only_steps < state.max_steps else left
 
     def stop(self) -> None:
         """Leave the terminal as it was, however the run ended."""

@@ -51,6 +51,7 @@ class Found:
     columns: dict[str, str]  # our names: the file's
     image_folder: str | None  # where paths of images start, if not beside the file
     pixels: list[tuple[int, int]]  # width and height of images
+    has_images: bool
     text_tokens: list[float]  # of each sample, by its characters
 
 
@@ -105,6 +106,16 @@ def write_recipe(
         *(f"{name} cannot be had here: {cause}" for name in (llm, teacher) if (cause := lacking(name))),
         *(described(one) for one in found or []),
         *([] if found else ["no --data was given: put your file in data.sources"]),
+        *(
+            [f"{steps} steps are the fewest of a recipe: {passes:.3g} times through the data, not {epochs:g}"]
+            if found and passes > epochs
+            else []
+        ),
+        *(
+            ["Warning: none of the first rows has an image, so that this recipe teaches nothing to see"]
+            if found and not any(one.has_images for one in found)
+            else []
+        ),
     ]
 
 
@@ -129,11 +140,7 @@ def look_at(path: str, columns: Mapping[str, str] | None = None, image_folder: s
     """Read the first rows of what a user names, with columns {our name: the file's} or likely ones, and images from
     `image_folder` or where they are likely. A ValueError where they fit no layout, or none of the images can be read.
     """
-    try:
-        source = load_source(path, options=RowOptions(columns=columns or {}), image_folder=image_folder)
-    except ValueError as error:
-        cure = "--column image=photo --column caption=text"
-        raise ValueError(str(error).replace("name them in the source's `columns`", f"name them with {cure}")) from None
+    source = load_source(path, options=RowOptions(columns=columns or {}), image_folder=image_folder)
     samples = [sample for index in range(min(ROWS_SEEN, len(source))) if (sample := _sample(source, index))]
     images = [image for sample in samples[:16] for image in _images(sample)]
     named = [image for sample in samples[:16] for image in sample.images if isinstance(image, str)]
@@ -149,6 +156,7 @@ def look_at(path: str, columns: Mapping[str, str] | None = None, image_folder: s
         {**source.guessed, **(columns or {})},
         image_folder or source.guessed_folder,
         images,
+        any(sample.images for sample in samples),
         [length / CHARACTERS_PER_TOKEN + 16 for length in texts],
     )
 
@@ -215,7 +223,8 @@ def aligned(text: str) -> str:
 def described(found: Found) -> str:
     """What was seen of a source."""
     names = ", ".join(f"{theirs} as {ours}" for ours, theirs in found.columns.items())
-    images = f"{max(found.pixels)[0]} pixels wide at most" if found.pixels else "no images"
+    images = "images, of which none was opened" if found.has_images else "no images"
+    images = f"{max(found.pixels)[0]} pixels wide at most" if found.pixels else images
     return f"{found.path}: {found.num_rows:,} rows, {images}" + (f"; column {names}" if names else "")
 
 

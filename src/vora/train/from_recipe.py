@@ -25,6 +25,7 @@ from vora.data.stream import PackedSequences
 from vora.data.streams import Streams, streams_of_process
 from vora.distill.objective import Objective
 from vora.model.processing_vora import VoraProcessor
+from vora.train.recipe import load_recipe
 from vora.train.recipe_sections import AUTO_LENGTH, CHECKPOINTING, NEAR_LENGTH, DataSection, Recipe, SourceSection
 from vora.train.throughput import steps_that_fit
 from vora.train.training_values import check_precision
@@ -278,6 +279,14 @@ def held_out_of(data: DataSection) -> HeldOut | None:
     if data.validation is None or data.validation.share is None:
         return None
     return HeldOut(data.validation.share, data.validation.seed)
+
+
+def read_held_out(place: Path) -> HeldOut:
+    """What the recipe in a file, or of a run's directory, holds out of its sources; ValueError where it is nothing."""
+    file = place / "recipe.yaml" if place.is_dir() else place
+    if (found := held_out_of(load_recipe(file).data)) is None:
+        raise ValueError(f"{file} holds no image out of its sources: its data.validation.share is not set.")
+    return found
 
 
 def open_validation(

@@ -29,6 +29,7 @@ def checkpoint_to_resume(
     checkpoint = _before_decay(checkpoint, recipe, directory, num_steps, tell)
     if names := set_aside_newer(Path(checkpoint)):
         tell(f"Newer than {Path(checkpoint).name}, so kept under another name: {', '.join(names)}.")
+    tell(f"Going on from {Path(checkpoint).name} of {num_steps:,} steps.")
     return checkpoint
 
 

@@ -27,7 +27,7 @@ from transformers import AttentionInterface, PrinterCallback, TrainerCallback, T
 
 from vora.checkpoint.card import write_run_card
 from vora.checkpoint.manifest import write_manifest
-from vora.checkpoint.run_directory import find_checkpoint, last_step, replace_text
+from vora.checkpoint.run_directory import find_checkpoint, last_step, newest_checkpoint, replace_text
 from vora.data.few_answers import few_answers
 from vora.data.source import Source
 from vora.data.stream import PackedSequences
@@ -135,7 +135,8 @@ def _train(
         )  # fmt: skip
     elif warning := few_answers(sources):
         console.print(f"Warning: {warning}", highlight=False, markup=False)
-    stop, progress = StopOnSignal(), ProgressCallback(console, directory / "log.jsonl", directory / "validation.jsonl")
+    logs = directory / "log.jsonl", directory / "validation.jsonl"
+    stop, progress = StopOnSignal(console), ProgressCallback(console, *logs, recipe.distill_only_steps)
     answers = directory / ANSWERS_FILE
     samples = SampleGenerationCallback(recipe.sample_generations, processor, answers, console)
     own = [EpochCallback(streams), stop, progress, CardCallback(directory), samples, *callbacks]
@@ -151,6 +152,12 @@ def _train(
             trainer.restore(checkpoint)  # killed after its last step: the Trainer would do one more
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        if not stop.caught:  # before or after the steps
+            raise
+        raise InterruptedError(
+            f"Stopped at once, after step {stop.step} of {arguments.max_steps}. {_go_on(directory)}"
+        ) from None
     finally:
         stop.release()
         progress.stop()
@@ -159,7 +166,7 @@ def _train(
             draw_losses(directory)
         raise InterruptedError(
             f"{stop.caught}: stopped and saved at step {trainer.state.global_step} of {arguments.max_steps}. "
-            f"Go on with: vora train {directory / 'recipe.yaml'} --out {directory} --resume"
+            f"{_go_on(directory)}"
         )
     trainer.check_weights()
     trainer.save_model(directory / "final")  # on all processes, for each may hold a part
@@ -168,6 +175,14 @@ def _train(
         write_run_card(directory / "final", directory, trainer.step_of_weights)
         write_report(recipe, trainer.state.global_step, trainer.num_samples_seen, directory, warning)
     return trainer
+
+
+def _go_on(directory: Path) -> str:
+    """How to, in a sentence, from the newest checkpoint if there is one."""
+    if (found := newest_checkpoint(directory)) is None:
+        return "There is no checkpoint yet: the same command begins anew."
+    command = f"vora train {directory / 'recipe.yaml'} --out {directory} --resume"
+    return f"Go on from {Path(found).name} with: {command}"
 
 
 def length_of_run(sequences: PackedSequences, arguments: TrainingArguments, validation: Validation | None) -> str:

@@ -18,19 +18,20 @@ def read_log(log_file: str | Path) -> list[dict[str, Any]]:
     return read_lines(Path(log_file))
 
 
-def draw_losses(directory: Path) -> list[dict[str, Any]]:
-    """Write loss.png, the losses against samples seen, and give the lines of validation."""
+def draw_losses(directory: Path) -> None:
+    """Write loss.png, the losses against samples seen."""
     lines, measured = read_log(directory / "log.jsonl"), read_log(directory / "validation.jsonl")
-    losses = {name: name for name in LOSSES} | {f"eval_{name}": f"{name}, validation" for name in ("loss", *LOSSES)}
+    names = ("loss", *LOSSES) if measured else LOSSES  # the sum is drawn where validation has one to compare
+    losses = {name: name for name in names} | {f"eval_{name}": f"{name}, validation" for name in names}
     save_figure(run_figure([*lines, *measured], losses, {f"eval_{LOOKS}": LOOKS}), directory / "loss.png")
-    return measured
 
 
 def write_report(
     recipe: Recipe, num_steps: int, num_samples: int, directory: Path, warning: str | None = None
 ) -> None:
     """`draw_losses`, and report.md, in short how the run went."""
-    lines, measured = read_log(directory / "log.jsonl"), draw_losses(directory)
+    draw_losses(directory)
+    lines, measured = read_log(directory / "log.jsonl"), read_log(directory / "validation.jsonl")
     last = lines[-1] if lines else {}
     facts = {
         "stage": recipe.stage,
