@@ -338,8 +338,10 @@ def test_guessed_columns_are_said_and_read(images, caplog):
     file = write(images / "t.jsonl", *rows)
     source = opened(file)
     assert (
-        answers(source) == ["a", "b"] and "{image: pic, question: query, answer: reply} or --column image=pic "
-        "--column question=query --column answer=reply; not read: id" in caplog.text
+        answers(source) == ["a", "b"]
+        and "{image: pic, question: query, answer: reply} or --column image=pic "
+        "--column question=query --column answer=reply; not read: id"
+        in caplog.text
     )
     assert source.columns_read == {"image": "pic", "question": "query", "answer": "reply"}
     assert source.columns_not_read == ["id"]

@@ -109,7 +109,16 @@ def test_the_recipe_loads_and_names_what_was_found(tmp_path, llm_folder, teacher
     assert recipe.training["use_cpu"] and recipe.training["max_steps"] == 20
     mean_tokens = int(re.search(r"some (\d+) tokens a sample", path.read_text())[1])
     passes = 19 * 8 * 256 / (6 * mean_tokens)  # 20 steps are the fewest
+    assert any(f"{passes:.3g} times through the data, not 2" in line for line in lines)
+    assert recipe.training["learning_rate"] == 1e-3 and recipe.learning_rates.lora_b == 4e-3  # of a small LLM
     assert "# 6 rows" in path.read_text() and f"some {passes:.3g} times through the data" in path.read_text()
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"text": "a red thing"}) + "\n")
+    assert (
+        "Warning: none of the first rows has an image"
+        in write_recipe(tmp_path / "blind.yaml", llm_folder, [str(texts)], teacher_folder, 2.0)[-1]
+    )
+    assert not any("Warning" in line for line in lines)
     monkeypatch.setattr("vora.train.first_recipe.LENGTHS", (1024,))  # near which the best is looked for at the start
     write_recipe(tmp_path / "auto.yaml", "smollm2-135m", [data], teacher_folder, 2.0)
     assert "sequence_length: auto" in (tmp_path / "auto.yaml").read_text()

@@ -32,6 +32,10 @@ LORA_SHARE = 0.396  # of the adapted weights, as the paper's rank of 1024 in a 7
 TEACHERS = (  # up to so many parameters of the LLM
     (3e8, "facebook/dinov2-small"), (3e9, "facebook/dinov2-base"), (math.inf, "apple/aimv2-large-patch14-448"),
 )  # fmt: skip
+RATES = (  # of LLMs up to so many parameters: of all, and of LoRA's B, and where they come from
+    (1e9, "1.0e-3", "4.0e-3", "as SmolLM2-135M learned best; the paper's 2e-4 is of a 7B model"),
+    (math.inf, "2.0e-4", "2.0e-4", "the paper's"),
+)  # fmt: skip
 ROWS_SEEN, SEQUENCES_PER_STEP, MOST_IMAGE_TOKENS = 64, 8, 256
 LENGTHS = (512, 1024, 2048, 4096)
 CHARACTERS_PER_TOKEN = 4
@@ -82,7 +86,9 @@ def write_recipe(
     precision, is_auto = precision_overrides(), bool(found) and values["sequence_length"] == NEAR_LENGTH
     steps, passes = steps_of(found, values, epochs)
     why_steps = f"some {passes:.3g} times through the data" if found else "say how many"
+    rate, rate_of_b, why_rate = next(found for most, *found in RATES if num_parameters <= most)
     text = TEMPLATE.format(
+        rate=rate, rate_of_b=rate_of_b, why_rate=why_rate,
         name=path.name, llm=in_yaml(llm), teacher=in_yaml(teacher), rank=rank, size=f"{num_parameters / 1e6:,.0f}",
         num_blocks=min(depth, vit.num_hidden_layers), depth=depth, teacher_depth=vit.num_hidden_layers,
         spread="\n  spread: true  # the teacher is deeper than the LLM"
@@ -269,11 +275,13 @@ data:
   sources:
 {sources}
   sequence_length: {length}  # some {mean_tokens} tokens a sample; several share a sequence{why_length}
+learning_rates:
+  lora_b: {rate_of_b}  # of LoRA's B, which starts at zero
 training:
   max_steps: {steps}  # {why_steps}
   per_device_train_batch_size: {batch}  # less where memory is short, with more accumulation
   gradient_accumulation_steps: {accumulation}  # a step learns from {batch} x {accumulation} sequences in each process
-  learning_rate: 2.0e-4
+  learning_rate: {rate}  # {why_rate}
   lr_scheduler_type: constant_with_warmup
   warmup_steps: {warmup}
   save_steps: {save}
