@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vora.build.lora import attach_vision_lora, merge_vision_lora
     from vora.checkpoint.load import load_model
     from vora.checkpoint.reference import import_reference
+    from vora.data.readers import load_source
     from vora.distill.blockwise import BlockwiseDistillation
     from vora.distill.objective import Objective
     from vora.distill.teacher import Teacher
@@ -28,7 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockwiseDistillation", "Objective", "Teacher", "VoraConfig", "VoraForConditionalGeneration",
     "VoraImageProcessor", "VoraModel", "VoraProcessor", "__version__", "attach_vision_lora", "evaluate", "from_llm",
-    "import_reference", "load_model", "load_recipe", "merge_vision_lora", "train",
+    "import_reference", "load_model", "load_recipe", "load_source", "merge_vision_lora", "train",
 ]  # fmt: skip
 
 _MODULES = {
@@ -36,6 +37,7 @@ _MODULES = {
     "vora.build.lora": ["attach_vision_lora", "merge_vision_lora"],
     "vora.checkpoint.load": ["load_model"],
     "vora.checkpoint.reference": ["import_reference"],
+    "vora.data.readers": ["load_source"],
     "vora.distill.blockwise": ["BlockwiseDistillation"],
     "vora.distill.objective": ["Objective"],
     "vora.distill.teacher": ["Teacher"],

@@ -18,9 +18,10 @@ from vora.ablate.curves import read_curve, samples_until, smoothed
 from vora.ablate.page import console_table, markdown
 from vora.ablate.plot import limits
 from vora.ablate.run import ablate
-from vora.ablate.runs import base_of
+from vora.ablate.runs import _data_of, base_of
 from vora.ablate.spec import load_spec, runs_of
 from vora.ablate.table import summary
+from vora.data.held_out import HeldOut
 from vora.train.recipe import load_recipe
 from vora.train.run import train
 from vora.train.run_log import read_log
@@ -189,6 +190,7 @@ def test_runs_end_at_equal_samples(work, tmp_path, monkeypatch):
         ({"variants": None, "grid": {"lora.rank": [2, 2]}}, "a value twice"), ({"baseline": "b"}, "among taught, un"),
         ({"evaluate": [VQA, VQA]}, "a name"), ({"evaluate": [VQA | {"task": "probe", "of": "vqx"}]}, "vqx is no task"),
         ({"evaluate": [VQA | {"task": "vqx"}]}, "evaluate.*captions.*text"),
+        ({"evaluate": [VQA | {"held_out": True}]}, "held_out needs a recipe with data.val"),
         ({"variants": {"a": [], "b": ["lora.rnk=3"]}}, "variant b: .*did you mean rank"),
         ({"variants": {"a": [], "b": ["max_minutes=3"]}}, "leave it out"),
         ({"set": ["model.llm=null", "model.vora=a"], "evaluate": [VQA | {"task": "text"}]}, "say evaluate's base"),
@@ -200,6 +202,13 @@ def test_what_cannot_be_done_is_refused_before_any_work(work, tmp_path, values, 
     with pytest.raises(ValueError, match=message):
         ablate(work(**{"variants": VARIANTS, **values}), tmp_path / "out", [], QUIET)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_measurement_may_be_of_what_the_recipe_holds_out(work, tmp_path):
+    spec = load_spec(work(variants=VARIANTS, evaluate=[VQA | {"held_out": True}, VQA | {"name": "all"}]))
+    run = runs_of(spec, ["data.validation.share=0.4", "data.validation.seed=3"], tmp_path)[0]
+    found = [_data_of(run, section, tmp_path).held_out for section in spec.evaluate]
+    assert found == [HeldOut(0.4, 3), None]
 
 
 def test_a_grid_is_all_combinations_and_variants_override_the_command_line(work, tmp_path):

@@ -1,12 +1,17 @@
 """`vora eval` and `vora.eval.run.evaluate` end to end: reports, going on, and what goes wrong."""
 
+import io
 import json
+import shutil
 
 import pytest
+import yaml
 from command import vora
+from rich.console import Console
 
 from vora.checkpoint import load_model
-from vora.eval.run import evaluate, evaluation_of
+from vora.data.held_out import HeldOut
+from vora.eval.run import evaluate, evaluation_of, trained_on
 from vora.eval.scoring import prompt
 from vora.eval.scoring.generate import free_answers, without_thinking
 from vora.eval.tasks.vqa import Vqa
@@ -65,6 +70,22 @@ def test_reports_of_other_endings_have_predictions_of_their_own(task_data, model
     )
     with pytest.raises(ValueError, match="a.json is a report whose predictions would have the same name"):
         evaluate(model, "captions", task_data / "captions.parquet", tmp_path / "a", max_samples=2)
+
+
+def test_data_that_a_card_says_was_trained_on_is_told(model_folder, task_data, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    data = [{"name": name} for name in ("captions.parquet", "classif*.parquet", "easy-vqa", "train.jsonl")]
+    front = yaml.safe_dump({"vora": {"stages": [{"stage": "pretrain", "data": data}]}})
+    (folder / "README.md").write_text(f"---\n{front}---\n# A model\n")
+    paths = ["some/captions.parquet", "classify.parquet", "easy-vqa", "captions.jsonl"]
+    assert trained_on(folder, paths) == paths[:2] and trained_on(model_folder, paths) == []
+    said = []
+    for held_out in (None, HeldOut(0.99, 0)):
+        console = Console(file=io.StringIO(), width=200)
+        evaluate(folder, "captions", task_data / "captions.parquet", tmp_path / f"{len(said)}.json",
+                 held_out=held_out, max_samples=2, console=console)  # fmt: skip
+        said.append("Warning: the model was trained on" in console.file.getvalue())
+    assert said == [True, False]
 
 
 def test_a_killed_run_loses_at_most_a_batch(task_data, model_folder, tmp_path, monkeypatch):

@@ -23,8 +23,8 @@ def test_own_loop_takes_captions_of_a_table_for_so_many_epochs(
     llm_folder, teacher_folder, tmp_path, monkeypatch, capsys
 ):
     write_questions(tmp_path / "data.jsonl")
-    (tmp_path / "captions.csv").write_text("image,caption\nred.png,red\nblue.png,blue\n")
-    own_loop(monkeypatch, llm_folder, teacher_folder, tmp_path / "captions.csv", tmp_path / "out", 2)
+    (tmp_path / "captions.csv").write_text("file,text\nred.png,red\nblue.png,blue\n")
+    own_loop(monkeypatch, llm_folder, teacher_folder, tmp_path / "captions.csv", tmp_path / "out", "--epochs", 2)
     assert capsys.readouterr().out.count("epoch ") == 2 and (tmp_path / "out" / "config.json").exists()
 
 

@@ -1,7 +1,9 @@
 """What is measured while a run trains: the right values, on what is never trained on, and without any change to it."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -191,6 +193,16 @@ def test_a_held_out_share_is_never_trained_on(two_sources, tmp_path):
         with pytest.raises(ValueError, match="held_out was"):
             other = [*share, "teacher.distill_only_steps=2", "training.max_steps=9", changed]
             run(load_recipe(two_sources, other[3:] if "null" in changed else other), cut, resume=True)
+
+
+class StopInValidation(TrainerCallback):
+    def on_evaluate(self, args, state, control, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_while_it_validates_costs_no_further_step(with_validation, tmp_path):
+    with pytest.raises(InterruptedError, match="SIGTERM: stopped and saved at step 2 of 6. Go on from checkpoint-2"):
+        run(with_validation(**EVERY_OTHER), tmp_path / "run", callbacks=[StopInValidation()])
 
 
 def test_every_loss_of_the_training_is_measured_whatever_the_batch(two_sources, tmp_path):

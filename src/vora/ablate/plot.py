@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from vora.ablate.curves import Curve
 from vora.report.plots import new_figure, save_figure
@@ -32,6 +33,7 @@ def draw_curves(
             mean = values.mean(0)
             label, point = f"{variant} {mean[-1]:.3f}{mark}", "o" if last <= first else None  # of one line of a log
             (line,) = axes.plot(samples, mean, style, color=color, lw=1.8, label=label, marker=point)
+            line.set_clip_on(not point)
             axes.fill_between(samples, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
             drawn.append((samples, values))
             ends[line] = mean[-1]
@@ -45,6 +47,7 @@ def draw_curves(
     axes.set(xlabel="samples seen", ylabel=loss, title=title)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     save_figure(figure, image, dpi=130)
 

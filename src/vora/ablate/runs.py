@@ -19,10 +19,12 @@ from transformers.utils.generic import flatten_dict
 from vora.ablate.spec import EvaluateSection, Run
 from vora.checkpoint.load import merge_run
 from vora.checkpoint.run_directory import newest_checkpoint
+from vora.data.held_out import HeldOut
 from vora.eval.report import commit
 from vora.eval.rows import Data
 from vora.eval.run import evaluate
 from vora.model.processing_vora import VoraProcessor
+from vora.train.from_recipe import held_out_of
 from vora.train.recipe import load_recipe
 from vora.train.run import train
 
@@ -89,7 +91,9 @@ def measure_run(run: Run, sections: Sequence[EvaluateSection], beside: Path, con
         write_whole(out.with_suffix(".request.json"), section.model_dump(mode="json"))
         evaluation = section.evaluation(base_of(run, section), data)
         name = run.folder / "final"
-        evaluate((model, processor), evaluation, data.paths, out, model_name=name, console=console, **data.options)
+        options = data.options | {"held_out": data.held_out}
+        console.print(f"Measuring {section.name}", highlight=False)
+        evaluate((model, processor), evaluation, data.paths, out, model_name=name, console=console, **options)
 
 
 def check_unread(runs: Sequence[Run], section: EvaluateSection, beside: Path) -> None:
@@ -141,6 +145,14 @@ def _is_same_request(report: Path, section: EvaluateSection) -> bool:
     return given == section.model_dump(mode="json", exclude_none=True, exclude={"metrics"})
 
 
+def _held_out(run: Run, section: EvaluateSection) -> HeldOut | None:
+    if not section.held_out:
+        return None
+    if (found := held_out_of(run.recipe.data)) is None:
+        raise ValueError(f"evaluate's {section.name}: held_out needs a recipe with data.validation.share.")
+    return found
+
+
 def _data_of(run: Run, section: EvaluateSection, beside: Path) -> Data:
     """A measurement's data; its paths start in the recipe's folder of data, or beside the specification."""
     paths = [section.data] if isinstance(section.data, str) else section.data
@@ -154,4 +166,5 @@ def _data_of(run: Run, section: EvaluateSection, beside: Path) -> Data:
     return Data(
         list(map(found, paths)),
         **section.model_dump(include={"split", "subset", "image_folder", "columns", "allow_urls"}),
+        held_out=_held_out(run, section),
     )

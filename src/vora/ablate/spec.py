@@ -38,6 +38,7 @@ class EvaluateSection(Section):
     subset: str | None = None
     image_folder: str | None = None
     allow_urls: bool = False
+    held_out: bool | None = None  # only images that the recipe's data.validation.share holds out
     max_samples: int | None = Field(None, ge=1)
     seed: int = 0
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from vora.cli.app import app, console
+from vora.cli.app import app, console, starting
 from vora.cli.options import (
     BaseLlm,
     Columns,
@@ -61,9 +61,10 @@ def evaluate(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Measure a model on a task, with 95 % intervals; the same command goes on after a stop."""
-    from vora.checkpoint.pretrained import committed_model
-    from vora.eval.run import evaluate as run
-    from vora.train.from_recipe import read_held_out
+    with starting():
+        from vora.checkpoint.pretrained import committed_model
+        from vora.eval.run import evaluate as run
+        from vora.train.from_recipe import read_held_out
 
     names = None if labels is None else [line.strip() for line in labels.read_text().splitlines() if line.strip()]
     report = run(

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import warnings
+from contextlib import AbstractContextManager
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -51,6 +52,11 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"vora {__version__}")
         raise typer.Exit
+
+
+def starting() -> AbstractContextManager[Any]:
+    """Says on a terminal that a command has begun, while the libraries load."""
+    return console.status("Loading torch and transformers")
 
 
 @app.callback()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Exit, Option
 
-from vora.cli.app import app, console
+from vora.cli.app import app, console, starting
 from vora.cli.options import (
     Columns,
     Overrides,
@@ -28,7 +28,8 @@ def quickstart(
     seed: Annotated[int, Option(help="Seed of data order and fresh weights.")] = 0,
 ) -> None:
     """Teach a small LLM to see in a quarter of an hour on two CPU cores: train, merge, measure, report."""
-    from vora.quickstart.run import run_quickstart
+    with starting():
+        from vora.quickstart.run import run_quickstart
 
     run_quickstart(out, llm=llm, minutes=minutes, seed=seed, overrides=overrides or (), console=console)
 
@@ -63,7 +64,8 @@ def init(
     if path.exists():
         raise ValueError(f"{path} is there already: choose another NAME, so that nothing is overwritten.")
     can_be_written(path)
-    from vora.train.first_recipe import write_recipe
+    with starting():
+        from vora.train.first_recipe import write_recipe
 
     folder = None if image_folder is None else str(image_folder)
     for line in write_recipe(path, llm, data or [], teacher, epochs, named_columns(column), folder):
@@ -84,8 +86,9 @@ def data(
     from vora.train.packaged import find_recipe
 
     path = find_recipe(recipe)  # before seconds of imports
-    from vora.train.preview import preview
-    from vora.train.recipe import load_recipe
+    with starting():
+        from vora.train.preview import preview
+        from vora.train.recipe import load_recipe
 
     summary = preview(load_recipe(path, overrides or ()), out, show, max_samples, workers, console)
     if not summary["num_samples"]:
@@ -98,7 +101,9 @@ def plan(
     overrides: Overrides = None,
     gpu: Annotated[str | None, Option(help="Such as h200 or l4; by default this machine.")] = None,
     num_gpus: Annotated[int, Option(min=1, help="How many, in machines of 8.")] = 1,
-    utilization: Annotated[float, Option(min=0.01, max=1, help="Assumed share of the peak FLOP/s.")] = 0.4,
+    utilization: Annotated[
+        float | None, Option(min=0.01, max=1, help="Assumed share of the peak FLOP/s; 0.4, of fast processors 0.2.")
+    ] = None,
     num_text_tokens: Annotated[int, Option(min=2, help="Text tokens of a sample, if the data is not here.")] = 150,
     num_labels: Annotated[int, Option(min=1, help="Those of them with a label.")] = 100,
     as_json: Annotated[bool, Option("--json", help="Print JSON instead of a table.")] = False,
@@ -109,10 +114,11 @@ def plan(
     from vora.train.packaged import find_recipe
 
     path = find_recipe(recipe)
-    from vora.train.plan.device import GPUS, device_at_hand
-    from vora.train.plan.plan import plan as run
-    from vora.train.plan.table import plan_table
-    from vora.train.recipe import load_recipe
+    with starting():
+        from vora.train.plan.device import GPUS, device_at_hand
+        from vora.train.plan.plan import plan as run
+        from vora.train.plan.table import plan_table
+        from vora.train.recipe import load_recipe
 
     if gpu is not None and gpu.lower() not in GPUS:
         raise ValueError(f"--gpu {gpu} is unknown: choose among {', '.join(GPUS)}.")
@@ -143,9 +149,10 @@ def train(
     from vora.train.packaged import find_recipe
 
     path = find_recipe(recipe)
-    from vora.train import estimate
-    from vora.train.recipe import load_recipe
-    from vora.train.run import train as run
+    with starting():
+        from vora.train import estimate
+        from vora.train.recipe import load_recipe
+        from vora.train.run import train as run
 
     goes_on = resume and (path.parent / "versions.json").exists()  # named by the recipe that the run keeps
     out, read = out or (path.parent if goes_on else Path("runs") / path.stem), load_recipe(path, overrides or ())
@@ -155,6 +162,8 @@ def train(
     estimate.print_estimate(read, path.parent, console, estimate.check_start(read, out, resume))
     run(read, out, resume=resume, console=console)
     console.print(f"Done: {out / 'report.md'}. Next: vora merge {out} -o OUT")
+    if read.data.validation is not None and read.data.validation.share is not None:
+        console.print(f"Then measure it on what was held out: vora eval -m OUT --held-out-by {out} --data ...")
 
 
 @app.command()
@@ -179,9 +188,10 @@ def ablate(
     from vora.train.packaged import find_recipe
 
     path = find_recipe(spec)
-    from vora.ablate.page import console_table
-    from vora.ablate.run import ablate as run
-    from vora.ablate.run import num_failed
+    with starting():
+        from vora.ablate.page import console_table
+        from vora.ablate.run import ablate as run
+        from vora.ablate.run import num_failed
 
     out = out or Path("runs") / path.stem
     found = run(path, out, overrides or (), console, listed(seeds), listed(variants), max_samples)

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.utils.generic import flatten_dict
+
+FINGERPRINT = re.compile(r"(\d+-)?[0-9a-f]{16}")
 
 Line = dict[str, Any]  # one prediction: `index`, `name`, and what the evaluation writes down
 
@@ -84,10 +87,16 @@ class PredictionCache:
         found, wanted = flatten_dict(found), flatten_dict(wanted)
         differ = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
         if differ:
-            were, are = ([json.dumps(one.get(name))[:120] for name in differ] for one in (found, wanted))
-            changes = "; ".join(f"{name} was {before}, is {now}" for name, before, now in zip(differ, were, are))
+            changes = "; ".join(_change(name, found.get(name), wanted.get(name)) for name in differ)
             cause = f"{self.file} holds predictions made under other conditions: {changes}"
             raise ValueError(f"{cause}. Choose another -o, or delete it.")
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    """What differs, in words; what is known by a fingerprint is only said to be another."""
+    if any(isinstance(value, str) and FINGERPRINT.fullmatch(value) for value in (before, now)):
+        return f"{name} was another"
+    return f"{name} was {json.dumps(before)[:120]}, is {json.dumps(now)[:120]}"
 
 
 def _encoded(lines: Iterable[Line]) -> bytes:

@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import islice
@@ -86,7 +87,8 @@ class Report:
 
     def table(self) -> Table:
         """The metrics, for a console."""
-        table = Table(title=f"{self.task}: {self.num_examples:,} examples, {self.num_bad:,} bad")
+        held_out = " of images held out of training" if self.settings.get("held_out") else ""
+        table = Table(title=f"{self.task}: {self.num_examples:,} examples{held_out}, {self.num_bad:,} bad")
         for name in ("metric", "value", "95 % interval"):
             table.add_column(name, justify="left" if name == "metric" else "right")
         for name, found in self.metrics.items():
@@ -142,7 +144,10 @@ def commit() -> Commit:
 
 
 def commit_in_words(facts: Commit) -> str:
-    return f"{(facts['commit'] or 'unknown')[:12]}{' with changes' if facts['commit_is_changed'] else ''}"
+    """The commit, or the version of a package that was installed without one."""
+    if facts["commit"] is None:
+        return f"version {sys.modules['vora'].__version__}"
+    return f"{facts['commit'][:12]}{' with changes' if facts['commit_is_changed'] else ''}"
 
 
 def device_name(device: torch.device) -> str:

@@ -1,12 +1,14 @@
 """`vora eval` and `vora.evaluate`: a model and data to a report. Only here is an evaluation chosen by its name."""
 
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from vora.checkpoint.layout import read_info
+from vora.checkpoint.lineage import read_card
 from vora.checkpoint.load import load_model
 from vora.data.held_out import HeldOut
 from vora.eval.evaluation import Evaluation, Job
@@ -89,6 +91,11 @@ def evaluate(
     if isinstance(model, str | Path):
         info = read_info(model)
         evaluation.check_data(source)  # before seconds of loading
+        if console is not None and held_out is None and (names := trained_on(info.path, paths)):
+            console.print(
+                f"Warning: the model was trained on {', '.join(names)}, by its card. Measure on other data, or with "
+                "--held-out-by RUN on what a run held out of it.", highlight=False, markup=False,
+            )  # fmt: skip
         model_name = info.path if Path(model).is_dir() else model  # of a run, what it saved
         loaded, processor = load_model(
             info, llm=llm, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens,
@@ -100,6 +107,14 @@ def evaluate(
         processor.image_processor.set_budget(min_image_tokens, max_image_tokens)
     job = Job(loaded, processor, str(model_name), source, out, console or Console(quiet=True))
     return evaluation.run(job)
+
+
+def trained_on(model: Path | str, paths: Sequence[str]) -> list[str]:
+    """The paths of data whose files the card of a model names among those that it was trained on."""
+    stages = (read_card(model) or {}).get("stages", [])
+    named = [Path(one["name"]) for stage in stages for one in stage.get("data", [])]
+    known = [path.name for path in named if path.suffix]  # folders and datasets have splits
+    return [path for path in paths if any(fnmatch(Path(path).name, name) for name in known)]
 
 
 def evaluation_of(

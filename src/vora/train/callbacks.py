@@ -63,8 +63,8 @@ class StopOnSignal(TrainerCallback):
         self.caught = signal.Signals(number).name
         if self._speaks:
             self.console.print(
-                f"{self.caught}: stops after step {self.step + 1} and saves a checkpoint. A second signal stops at "
-                "once, and loses the steps since the last checkpoint.", highlight=False, soft_wrap=True,
+                f"{self.caught}: saves a checkpoint after the step that is running, and stops. A second signal stops "
+                "at once, and loses the steps since the last checkpoint.", highlight=False, soft_wrap=True,
             )  # fmt: skip
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -76,6 +76,14 @@ class StopOnSignal(TrainerCallback):
                 self.caught = self.caught or "A signal to another process"
         if self.caught:
             control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.caught and self._all is None:  # no step more
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.caught and self._all is None:
+            control.should_training_stop = True
 
     def release(self) -> None:
         """Give the signals back to whoever handled them before."""
@@ -148,6 +156,7 @@ class ProgressCallback(TrainerCallback):
         self.distill_only_steps = distill_only_steps  # which are shorter than those with text
         self.bar: Progress | None = None
         self.task = TaskID(0)
+        self._figures = ""  # of the last log line, as the bar shows them
         self._line = 0.0  # when the last line was written
         self._since = 0.0  # when the step began, or what came after the last one ended
         self._seconds: deque[float] = deque(maxlen=NUM_TIMED)  # of the last steps, without validation and saving
@@ -162,7 +171,7 @@ class ProgressCallback(TrainerCallback):
             kept = [json.dumps(line) + "\n" for line in read_log(file) if line["step"] <= state.global_step]
             if file.exists() or file == self.log_file:
                 replace_text(file, "".join(kept))
-        figures = TextColumn("{task.description}", table_column=Column(ratio=1))
+        figures = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
         columns = [TextColumn("step"), MofNCompleteColumn(), TextColumn("{task.fields[left]} left"), figures]
         self._is_file = not self.console.is_terminal
         self.bar = Progress(*columns, console=self.console, redirect_stdout=False, expand=True, disable=self._is_file)
@@ -180,6 +189,8 @@ class ProgressCallback(TrainerCallback):
         self._seconds.append(time.monotonic() - self._since)
         self._since = time.monotonic()
         self.bar.update(self.task, completed=state.global_step, left=self._left(state))
+        if control.should_evaluate:
+            self.bar.update(self.task, description="validating")
         if self._is_file and not control.should_log and self._since - self._line > QUIET_SECONDS:
             self.console.print(self._place(state), soft_wrap=True)
 
@@ -196,7 +207,8 @@ class ProgressCallback(TrainerCallback):
         losses = [f"{name} {logs[name]:.3f}" for name in LOSSES if name in logs]
         read = [f"epoch {logs['epoch']:.2f}"] if "epoch" in logs else []
         first = [*read, *losses, f"{logs['samples_per_second']:.1f} samples/s"]
-        self.bar.update(self.task, description="  ".join(first))
+        self._figures = "  ".join(first)
+        self.bar.update(self.task, description=self._figures)
         if self._is_file:
             more = f"{logs['tokens_per_second']:.0f} tokens/s", f"{logs['data_wait_share']:.0%} waiting for data"
             self.console.print("  ".join([self._place(state), *first, *more]), soft_wrap=True)
@@ -207,6 +219,7 @@ class ProgressCallback(TrainerCallback):
         if self.bar is None:
             return
         self._since = time.monotonic()
+        self.bar.update(self.task, description=self._figures)
         with self.validation_file.open("a") as file:
             file.write(json.dumps({"step": state.global_step, **metrics}) + "\n")
         values = [f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith("eval_")]

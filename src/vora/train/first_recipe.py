@@ -94,7 +94,7 @@ def write_recipe(
         spread="\n  spread: true  # the teacher is deeper than the LLM"
         if vit.num_hidden_layers > depth else "",
         markers=MARKERS if runs_in_llama_cpp else NO_MARKERS, sources=sources_text(found), steps=steps,
-        distill_only=steps // 5, warmup=max(1, min(100, steps // 20)),
+        distill_only=steps // 5, warmup=min(100, steps // 20) if steps >= 40 else 0,
         save=max(1, steps // 5), why_steps=why_steps,
         dtype=precision["model.dtype"], bf16=json.dumps(precision["training.bf16"]),
         use_cpu=json.dumps(not torch.cuda.is_available()),

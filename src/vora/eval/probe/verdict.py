@@ -31,7 +31,7 @@ def verdict_of(
     )
     if num_groups < FEWEST_GROUPS or not (low > CHANCE or high < LITTLE):
         wanted = f"at least {FEWEST_GROUPS} are needed" if num_groups < FEWEST_GROUPS else "give more"
-        return None, f"Too few examples to tell: of {num_groups:,} independent images ({wanted}), {found}"
+        return None, f"Too few examples to tell ({num_groups:,} independent images: {wanted}): {found}"
     if low <= CHANCE:
         return False, f"It does not look: {found}"
     words = [("It looks, but little: " if value < LITTLE else "It looks: ") + found]

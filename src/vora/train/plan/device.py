@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+FAST_PROCESSORS = 0.2
+
 
 @dataclass
 class Device:
@@ -17,6 +19,12 @@ class Device:
     flops: float
     memory_bytes: float
     link: float = 25e9
+
+    @property
+    def utilization(self) -> float:
+        """The share of the peak that training is assumed to reach: less of a processor whose products are fast, since
+        there all else takes most of the time (dev/LOG.md)."""
+        return FAST_PROCESSORS if self.name == "cpu" and self.flops > 1e12 else 0.4
 
 
 # Peaks without sparsity and memory, by the makers' data sheets; links by NVLink's or PCIe's generation.

@@ -30,16 +30,17 @@ SAMPLES_READ = 200  # of each source, to count tokens
 
 def plan(
     recipe: Recipe, device: Device, num_devices: int = 1, *, beside: str | Path | None = None,
-    utilization: float = 0.4, num_text_tokens: int = 150, num_labels: int = 100,
+    utilization: float | None = None, num_text_tokens: int = 150, num_labels: int = 100,
 ) -> dict[str, Any]:  # fmt: skip
     """What a run of a recipe needs: sizes in bytes, counts of FLOPs, times in seconds; it goes into JSON as it is.
 
     Args:
         beside: the recipe's folder, see `meta_model`.
         utilization: the share of the device's peak that training reaches, recomputed blocks included: an assumption,
-            and the answer's largest uncertainty.
+            and the answer's largest uncertainty; by default `Device.utilization`.
         num_text_tokens, num_labels: of a sample, and those of them that are learned, where the data is not here.
     """
+    utilization = utilization or device.utilization
     check_recipe(recipe)
     recipe = recipe.model_copy(deep=True)  # its `auto` becomes a number
     objective, remarks = meta_model(recipe, beside)
