@@ -3,7 +3,9 @@
 DATA is whatever a recipe's source may be: a CSV, Parquet or JSON Lines file, a folder of images, a dataset's id."""
 
 import argparse
+import os
 
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before torch: else threads of a shared processor wait and wait
 import torch
 
 import vora
@@ -21,7 +23,6 @@ pairs = [(block, block) for block in range(teacher.num_blocks)]  # of student an
 distillation = vora.BlockwiseDistillation(pairs, model.config.get_text_config().hidden_size, teacher.hidden_size)
 objective = vora.Objective(student, processor.image_processor, teacher, distillation)
 optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=3e-3)
-
 rows = vora.load_source(args.data)
 for epoch in range(args.epochs):
     for number in range(len(rows)):
@@ -33,7 +34,7 @@ for epoch in range(args.epochs):
         losses["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
-        if number % 20 == 0:
+        if number % 5 == 0:
             print(f"epoch {epoch} row {number}", *(f"{n} {losses[n]:.3f}" for n in ("lm_loss", "distill_loss")))
 vora.merge_vision_lora(student).save_pretrained(args.out)
 processor.save_pretrained(args.out)

@@ -190,6 +190,7 @@ def test_runs_end_at_equal_samples(work, tmp_path, monkeypatch):
         ({"variants": None, "grid": {"lora.rank": [2, 2]}}, "a value twice"), ({"baseline": "b"}, "among taught, un"),
         ({"evaluate": [VQA, VQA]}, "a name"), ({"evaluate": [VQA | {"task": "probe", "of": "vqx"}]}, "vqx is no task"),
         ({"evaluate": [VQA | {"task": "vqx"}]}, "evaluate.*captions.*text"),
+        ({"evaluate": [{"task": "vqa"}]}, "say data, what it is measured on, or held_out"),
         ({"evaluate": [VQA | {"held_out": True}]}, "held_out needs a recipe with data.val"),
         ({"variants": {"a": [], "b": ["lora.rnk=3"]}}, "variant b: .*did you mean rank"),
         ({"variants": {"a": [], "b": ["max_minutes=3"]}}, "leave it out"),
@@ -209,6 +210,15 @@ def test_a_measurement_may_be_of_what_the_recipe_holds_out(work, tmp_path):
     run = runs_of(spec, ["data.validation.share=0.4", "data.validation.seed=3"], tmp_path)[0]
     found = [_data_of(run, section, tmp_path).held_out for section in spec.evaluate]
     assert found == [HeldOut(0.4, 3), None]
+    own = load_spec(work(variants=VARIANTS, evaluate=[{"task": "vqa", "held_out": True}])).evaluate[0]
+    assert _data_of(run, own, tmp_path).paths == [str(tmp_path / "images.jsonl")]
+    columns = {"question": "q"}
+    several = ["data.sources.0.columns={question: q}", "data.validation.share=0.4"]
+    one = runs_of(spec, several, tmp_path)[0]
+    assert _data_of(one, own, tmp_path).columns == columns
+    two = runs_of(spec, [*several, "data.sources.+=more.jsonl"], tmp_path)[0]
+    with pytest.raises(ValueError, match="2 sources: say data"):
+        _data_of(two, own, tmp_path)
 
 
 def test_a_grid_is_all_combinations_and_variants_override_the_command_line(work, tmp_path):

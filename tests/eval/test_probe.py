@@ -175,6 +175,6 @@ def test_a_figure_is_drawn_of_one_group(tmp_path):
     assert metrics["gain_over_other"]["interval"] == [None, None]
     _, verdict = verdict_of(metrics, [], 1, 2)
     assert "(-), which is 1 times as likely." in verdict  # a gain of 1 and of -1
-    assert "to tell (1 independent images: at least 10" in verdict and "nats on average (-)" in verdict
+    assert "to tell (1 independent images: some 200 would tell)" in verdict and "nats on average (-)" in verdict
     draw_probe(tmp_path / "p.png", metrics, found, verdict, "x")
     assert (tmp_path / "p.png").exists()

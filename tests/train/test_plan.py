@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, ViTConfig,
 from vora.distill.teacher import Teacher
 from vora.model.image_processing_vora import VoraImageProcessor
 from vora.model.segmented_sdpa import SEGMENTED_SDPA
-from vora.train.plan.device import GPUS, known_gpu
+from vora.train.plan.device import GPUS, Device, known_gpu
 from vora.train.plan.flops import Row, layer_sizes, sequence_flops, teacher_flops
 from vora.train.plan.memory import Saved, Traced, optimizer_bytes, step_memory, traced
 from vora.train.plan.meta_model import SHAPES, config_of, meta_model
@@ -337,3 +337,9 @@ def test_figures_of_a_plan_follow_from_each_other(models, untraced, monkeypatch)
     alone, teacher = plan(recipe_of(models, data=data), L4), {"name": str(models / "vit")}
     first = plan(recipe_of(models, data=data, teacher=teacher | {"distill_only_steps": 5}), L4)
     assert alone["hours"] / 2 < first["hours"] < alone["hours"]
+
+
+def test_a_processor_whose_products_are_fast_is_assumed_to_reach_less_of_them():
+    threads = torch.get_num_threads()
+    given = [Device("cpu", 9e11 * threads, 1e9), Device("cpu", 2e11 * threads, 1e9), Device("H200", 1e15, 1e9)]
+    assert [device.utilization for device in given] == [0.2, 0.4, 0.4]

@@ -65,6 +65,21 @@ def test_a_signal_is_answered_at_once_and_a_second_one_does_not_wait(recipe, tmp
     assert losses(tmp_path / "run").keys() == set(range(1, 7))
 
 
+def test_a_refused_resume_changes_nothing_in_the_run(recipe, tmp_path):
+    run(recipe(save_steps=2, max_steps=4), tmp_path / "run")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()}
+    other = recipe(save_steps=2)
+    other.data.sequence_length += 8
+    with pytest.raises(ValueError, match="sequence_length was .* recipe.yaml has it.*model.vora=THIS_RUN"):
+        run(other, tmp_path / "run", resume=True)
+    of_other_shape = recipe(save_steps=2)
+    of_other_shape.lora.rank += 1
+    with pytest.raises((ValueError, RuntimeError)):
+        run(of_other_shape, tmp_path / "run", resume=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()} == before
+    assert run(load_recipe(tmp_path / "run" / "recipe.yaml"), tmp_path / "run", resume=True).state.global_step == 4
+
+
 def test_a_length_that_the_data_chose_is_kept(recipe, tmp_path):
     def chosen(steps):
         found = recipe(max_steps=steps, save_steps=2)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from vora.eval.report import commit_in_words
 from vora.report.markdown import table
 from vora.train.validation import LOOKS
 
@@ -63,9 +64,8 @@ def console_table(found: dict[str, Any], width: int) -> Table:
     return table
 
 
-def _code(commit: str | None) -> str:
-    """The code that a commit names; an installed package does not know its own."""
-    return f"commit {commit}" if commit and not commit.startswith("unknown") else "a commit that is not known"
+def _code(state: str) -> str:
+    return state if state.startswith("version") else f"commit {state}"
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -79,7 +79,7 @@ def markdown(found: dict[str, Any]) -> str:
     failed = "".join(f"* {row['variant']}, seed {n}: {why}\n" for row in variants for n, why in row["failed"].items())
     overrides = "".join(f"* {row['variant']}: `{' '.join(row['overrides']) or 'the recipe'}`\n" for row in variants)
     recipe = f"the recipe with `{' '.join(found['set'])}`" if found["set"] else "the recipe as it is"
-    changed = " (with changes since)" if found["commit_is_changed"] else ""
+    made_at = commit_in_words({"commit": found["commit"], "commit_is_changed": found["commit_is_changed"]})
     return f"""# {found["name"]}
 
 {(chr(10) * 2).join(tables)}
@@ -96,8 +96,7 @@ the same teacher, pairs and targets. Seconds are of steps, on the machine at han
 Variants of {recipe}, seeds {", ".join(map(str, found["seeds"]))}:
 
 {overrides}
-Made by `{found["command"]}` at {_code(found["commit"])}{changed}; trained at \
-{", ".join(map(_code, found["trained_at"]))}.
+Made by `{found["command"]}` at {_code(made_at)}; trained at {", ".join(map(_code, found["trained_at"]))}.
 """
 
 

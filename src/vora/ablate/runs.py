@@ -155,7 +155,14 @@ def _held_out(run: Run, section: EvaluateSection) -> HeldOut | None:
 
 def _data_of(run: Run, section: EvaluateSection, beside: Path) -> Data:
     """A measurement's data; its paths start in the recipe's folder of data, or beside the specification."""
-    paths = [section.data] if isinstance(section.data, str) else section.data
+    if section.data is None:
+        source, *others = run.recipe.data.sources
+        if others:
+            raise ValueError(f"evaluate's {section.name}: the recipe has {len(others) + 1} sources: say data.")
+        names = {"path", "split", "subset", "image_folder", "columns"}
+        given = source.model_dump(include=names, exclude_defaults=True)
+        section = section.model_copy(update={"data": given.pop("path"), **given})
+    paths = [section.data] if isinstance(section.data, str) else section.data or []
     folders = [Path(folder) for folder in (run.recipe.data.folder, beside) if folder is not None]
 
     def found(path: str) -> str:

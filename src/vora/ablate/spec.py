@@ -30,7 +30,7 @@ class EvaluateSection(Section):
     against: list[str] | None = None  # of a probe; default: other
     generate: bool | None = None  # of a probe: let the model speak too
     base: str | None = None  # of text: the LLM to compare with; default: the recipe's model.llm
-    data: str | list[str]  # start in the recipe's data.folder, else beside the specification
+    data: str | list[str] | None = None  # start in the recipe's data.folder, else beside the specification
     prompt: str | None = None
     labels: list[str] | None = None
     columns: dict[str, str] | None = None
@@ -38,13 +38,15 @@ class EvaluateSection(Section):
     subset: str | None = None
     image_folder: str | None = None
     allow_urls: bool = False
-    held_out: bool | None = None  # only images that the recipe's data.validation.share holds out
+    held_out: bool | None = None  # only what data.validation.share holds out; without data, of the recipe's source
     max_samples: int | None = Field(None, ge=1)
     seed: int = 0
 
     @model_validator(mode="after")
     def is_possible(self) -> "EvaluateSection":
         self.name = self.name or self.task
+        if self.data is None and not self.held_out:
+            raise ValueError("say data, what it is measured on, or held_out: true, what the recipe holds out")
         self.evaluation()
         return self
 

@@ -1,5 +1,6 @@
 """Verbs before there is a model: what trains one, what shows it before, what compares."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -102,7 +103,7 @@ def plan(
     gpu: Annotated[str | None, Option(help="Such as h200 or l4; by default this machine.")] = None,
     num_gpus: Annotated[int, Option(min=1, help="How many, in machines of 8.")] = 1,
     utilization: Annotated[
-        float | None, Option(min=0.01, max=1, help="Assumed share of the peak FLOP/s; 0.4, of fast processors 0.2.")
+        float | None, Option(min=0.01, max=1, help="Assumed share of the peak FLOP/s; 0.4, with AMX 0.2.")
     ] = None,
     num_text_tokens: Annotated[int, Option(min=2, help="Text tokens of a sample, if the data is not here.")] = 150,
     num_labels: Annotated[int, Option(min=1, help="Those of them with a label.")] = 100,
@@ -163,7 +164,12 @@ def train(
     run(read, out, resume=resume, console=console)
     console.print(f"Done: {out / 'report.md'}. Next: vora merge {out} -o OUT")
     if read.data.validation is not None and read.data.validation.share is not None:
-        console.print(f"Then measure it on what was held out: vora eval -m OUT --held-out-by {out} --data ...")
+        source, folder = read.data.sources[0], read.data.folder
+        data = ["--data", source.path if folder is None else str(Path(folder) / source.path)]
+        data += [f"--column={ours}={theirs}" for ours, theirs in (source.columns or {}).items()]
+        data += ["--image-folder", source.image_folder] if source.image_folder else []
+        asked = shlex.join(["--held-out-by", str(out), *data, "-o", "probe.json"])
+        console.print(f"Does it look, at what was held out? vora eval -m OUT --task probe {asked}")
 
 
 @app.command()

@@ -149,7 +149,8 @@ class PackedSequences:
             if then.get(name) != now and (name in then or name not in ADDED):
                 raise ValueError(
                     f"The checkpoint was made with other data: {name} was {then.get(name)} and is {now} now, so "
-                    "samples would be lost or seen twice. Restore it, or start a new run from the weights."
+                    "samples would be lost or seen twice. Restore it (the run's recipe.yaml has it), or start a new "
+                    "run from the weights: model.vora=THIS_RUN."
                 )
         self.bad.num_read, self.bad.num_bad = state.pop("num_read"), state.pop("num_bad")
         self.max_images = state.pop("max_images", 0)  # which older checkpoints lack

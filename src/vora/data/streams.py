@@ -118,7 +118,7 @@ class Streams:
                 raise ValueError(
                     f"The checkpoint was made with other data: of its {num_steps} steps the first "
                     f"{min(then, num_steps)} only distilled, and now {self.distill_only_steps} would: restore "
-                    f"teacher.distill_only_steps={then}, or start a new run from the weights."
+                    f"teacher.distill_only_steps={then}, or start a new run from the weights: model.vora=THIS_RUN."
                 )
             if then is not None:  # as many steps, whatever a step has now
                 own = stream.fingerprint | {"distill_only_sequences": state["data"]["distill_only_sequences"]}

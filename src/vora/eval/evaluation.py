@@ -53,7 +53,7 @@ class Job:
         """A progress bar; yields what is called with the number of examples done."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                    TimeRemainingColumn())  # fmt: skip
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             shown = bar.add_task(name, total=total, completed=completed)
             yield lambda count: bar.advance(shown, count)
 

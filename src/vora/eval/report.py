@@ -144,7 +144,7 @@ def commit() -> Commit:
 
 
 def commit_in_words(facts: Commit) -> str:
-    """The commit, or the version of a package that was installed without one."""
+    """The commit, or the version of a package that was installed and knows none."""
     if facts["commit"] is None:
         return f"version {sys.modules['vora'].__version__}"
     return f"{facts['commit'][:12]}{' with changes' if facts['commit_is_changed'] else ''}"

@@ -18,6 +18,7 @@ from vora.checkpoint.load import load_model
 from vora.serve.api.app import create_app
 from vora.serve.api.service import Service
 from vora.serve.engine import Engine
+from vora.serve.heaps import share_heaps
 from vora.serve.limits import Limits
 
 ENGINES = ("auto", "transformers", "llama.cpp", "vllm")
@@ -59,6 +60,7 @@ def service(
     kind: str, model: str, name: str, limits: Limits, allow_urls: bool = False, *, quant: str = "f16", **loading: Any
 ) -> Iterator[Service]:
     """A model in the engine `transformers` or `llama.cpp`; what that wrote goes at the end."""
+    share_heaps()
     if kind == "llama.cpp":
         from vora.serve.llama_cpp import llama_cpp_engine
 

@@ -105,7 +105,8 @@ def print_estimate(recipe: Recipe, beside: Path, console: Console, num_done: int
     except Exception as error:  # whatever keeps it from counting keeps no run from training
         console.print(f"No estimate: {error}", highlight=False, markup=False)
         return
-    for line in in_lines(found, num_done, recipe.data.validation is not None):
+    validates = recipe.data.validation is not None and recipe.training.get("eval_strategy") not in ("no", False)
+    for line in in_lines(found, num_done, validates):
         console.print(line, highlight=False, markup=False)
 
 

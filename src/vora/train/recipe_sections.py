@@ -174,7 +174,9 @@ class DataSection(Section):
     folder: str | None = Field(None, description="Where the sources' paths start; default: beside the recipe.")
     sources: list[SourceSection] = Field(min_length=1, description="Where samples come from.")
     sequence_length: int = Field(
-        NEAR_LENGTH, description=f"Tokens of a packed sequence; auto: near {NEAR_LENGTH:,}, what the data fills best."
+        NEAR_LENGTH,
+        description=f"Tokens of a packed sequence; auto: near {NEAR_LENGTH:,}, what the data fills best.",
+        json_schema_extra={"type": "int | auto"},
     )
     questions_per_image: int | None = Field(
         None, ge=1, description="Questions of a row drawn each epoch; default: all."

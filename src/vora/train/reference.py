@@ -54,7 +54,9 @@ def _sections(kind: Any, is_entry: bool = False) -> Iterator[tuple[type[Section]
 def _type(field: FieldInfo) -> str:
     if get_origin(field.annotation) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(field.annotation))
-    words = re.sub(r"[\w.]+\.(?=\w)|Section\b", "", formatannotation(field.annotation))  # without modules
+    said = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    annotation = str(said.get("type") or formatannotation(field.annotation))
+    words = re.sub(r"[\w.]+\.(?=\w)|Section\b", "", annotation)  # without modules
     return " or ".join(f"`{one}`" for one in words.replace("None", "null").split(" | "))
 
 

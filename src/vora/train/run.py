@@ -23,7 +23,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import AttentionInterface, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    AttentionInterface,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from vora.checkpoint.card import write_run_card
 from vora.checkpoint.manifest import write_manifest
@@ -121,7 +128,6 @@ def _train(
     streams = streams_of_run(recipe, sequences, arguments, num_streams)
     if checkpoint is not None:
         tell_changes(recipe, directory, console.print)
-    write_what_runs(recipe, directory)
     console.print(trainable_table(objective, recipe.stage))
     console.print(length_of_run(sequences, arguments, validation), highlight=False)
     console.print(rows_of_sources(sources), highlight=False, markup=False, soft_wrap=True)
@@ -139,7 +145,8 @@ def _train(
     stop, progress = StopOnSignal(console), ProgressCallback(console, *logs, recipe.distill_only_steps)
     answers = directory / ANSWERS_FILE
     samples = SampleGenerationCallback(recipe.sample_generations, processor, answers, console)
-    own = [EpochCallback(streams), stop, progress, CardCallback(directory), samples, *callbacks]
+    files = RunFiles(recipe, directory)
+    own = [files, EpochCallback(streams), stop, progress, CardCallback(directory), samples, *callbacks]
     trainer = VoraTrainer(
         recipe, objective, arguments, train_dataset=streams, eval_dataset=validation,
         processing_class=processor, callbacks=own,
@@ -150,6 +157,7 @@ def _train(
     try:
         if checkpoint is not None and last_step(checkpoint) >= arguments.max_steps:
             trainer.restore(checkpoint)  # killed after its last step: the Trainer would do one more
+            write_what_runs(recipe, directory)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
@@ -187,16 +195,12 @@ def _go_on(directory: Path) -> str:
 
 def length_of_run(sequences: PackedSequences, arguments: TrainingArguments, validation: Validation | None) -> str:
     """In a line: steps, rows and, if any, what is measured."""
-    text = f"{arguments.max_steps:,} steps on {sequences.num_rows:,} rows"
-    if validation is None:
+    text, held_out = f"{arguments.max_steps:,} steps on {sequences.num_rows:,} rows", sequences.maker.held_out
+    if held_out is not None:
+        text += f" less {held_out.share:.1%} of the images, which are held out"
+    if validation is None or arguments.eval_strategy == "no":
         return text
-    held_out = sequences.maker.held_out
-    if held_out is None:
-        return f"{text}; validation on {len(validation.samples):,} samples of their own"
-    return (
-        f"{text} less {held_out.share:.1%} of the images, which are held out; validation on "
-        f"{len(validation.samples):,} samples of these"
-    )
+    return f"{text}; validation on {len(validation.samples):,} samples of {'these' if held_out else 'their own'}"
 
 
 def rows_of_sources(sources: Sequence[Source]) -> str:
@@ -236,6 +240,18 @@ def compile_blocks(objective: Objective, arguments: TrainingArguments) -> None:
 
 def _while_training(block: nn.Module, compiled: Callable, plain: Callable, *args: Any, **kwargs: Any) -> Any:
     return (compiled if block.training else plain)(*args, **kwargs)
+
+
+class RunFiles(TrainerCallback):
+    """Writes what runs once the run begins, after all that may refuse it, a checkpoint of other data among it: the
+    recipe of a directory stays that of its checkpoints."""
+
+    def __init__(self, recipe: Recipe, directory: Path) -> None:
+        self.recipe, self.directory = recipe, directory
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            write_what_runs(self.recipe, self.directory)
 
 
 def write_what_runs(recipe: Recipe, directory: Path) -> None:

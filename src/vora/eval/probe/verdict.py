@@ -30,7 +30,9 @@ def verdict_of(
         f"{math.exp(min(700, numbers(gain)[0])):.3g} times as likely."
     )
     if num_groups < FEWEST_GROUPS or not (low > CHANCE or high < LITTLE):
-        wanted = f"at least {FEWEST_GROUPS} are needed" if num_groups < FEWEST_GROUPS else "give more"
+        wide = (high - low) / (LITTLE - CHANCE)  # an interval of 1 falls on one side of either
+        needed = math.ceil(num_groups * wide**2 / 50) * 50 if math.isfinite(wide) else 0
+        wanted = f"some {max(200, needed):,} would tell"
         return None, f"Too few examples to tell ({num_groups:,} independent images: {wanted}): {found}"
     if low <= CHANCE:
         return False, f"It does not look: {found}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-FAST_PROCESSORS = 0.2
+FAST = 4e11  # FLOP/s of a thread in bf16: with AMX 1e12, with AVX512 alone 2e11
 
 
 @dataclass
@@ -24,7 +24,8 @@ class Device:
     def utilization(self) -> float:
         """The share of the peak that training is assumed to reach: less of a processor whose products are fast, since
         there all else takes most of the time (dev/LOG.md)."""
-        return FAST_PROCESSORS if self.name == "cpu" and self.flops > 1e12 else 0.4
+        is_fast = self.name == "cpu" and self.flops > FAST * torch.get_num_threads()
+        return 0.2 if is_fast else 0.4
 
 
 # Peaks without sparsity and memory, by the makers' data sheets; links by NVLink's or PCIe's generation.
