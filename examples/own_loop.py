@@ -25,8 +25,7 @@ objective = vora.Objective(student, processor.image_processor, teacher, distilla
 optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=3e-3)
 rows = vora.load_source(args.data)
 for epoch in range(args.epochs):
-    for number in range(len(rows)):
-        row = rows[number]
+    for number, row in enumerate(map(rows.__getitem__, range(len(rows)))):
         sample = processor.training_sample(row.messages(row.open_images(), row.conversations[0]))
         batch = {name: torch.as_tensor(value) for name, value in sample.items()}
         targets = batch.pop("labels").roll(-1)  # the next token at every place; the first has no label
@@ -35,6 +34,7 @@ for epoch in range(args.epochs):
         optimizer.step()
         optimizer.zero_grad()
         if number % 5 == 0:
-            print(f"epoch {epoch} row {number}", *(f"{n} {losses[n]:.3f}" for n in ("lm_loss", "distill_loss")))
+            said = [f"{name} {losses[name]:.3f}" for name in ("lm_loss", "distill_loss") if name in losses]
+            print(f"epoch {epoch} row {number}", *said)
 vora.merge_vision_lora(student).save_pretrained(args.out)
 processor.save_pretrained(args.out)

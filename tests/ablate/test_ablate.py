@@ -216,6 +216,9 @@ def test_a_measurement_may_be_of_what_the_recipe_holds_out(work, tmp_path):
     several = ["data.sources.0.columns={question: q}", "data.validation.share=0.4"]
     one = runs_of(spec, several, tmp_path)[0]
     assert _data_of(one, own, tmp_path).columns == columns
+    (tmp_path / "folder").mkdir()
+    folder = runs_of(spec, ["data.sources=[{path: folder}]", "data.validation.share=0.4"], tmp_path)[0]
+    assert _data_of(folder, own, tmp_path).split == "train" and _data_of(run, own, tmp_path).split is None
     two = runs_of(spec, [*several, "data.sources.+=more.jsonl"], tmp_path)[0]
     with pytest.raises(ValueError, match="2 sources: say data"):
         _data_of(two, own, tmp_path)

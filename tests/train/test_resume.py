@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from multiprocessing import get_context
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ from processes import START, in_processes
 from ranks import train_ranks
 from rich.console import Console
 from runs import close_to, losses, run
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from vora.checkpoint.layout import read_info
 from vora.checkpoint.run_directory import newest_checkpoint
+from vora.train.callbacks import StopOnSignal
 from vora.train.from_recipe import fewest_of_processes
 from vora.train.recipe import load_recipe
 from vora.train.recipe_sections import AUTO_LENGTH
@@ -58,11 +60,36 @@ def test_a_signal_is_answered_at_once_and_a_second_one_does_not_wait(recipe, tmp
         run(recipe(save_steps=2), tmp_path / "run", callbacks=[StopAt(3, count=2)], console=console)
     said = console.file.getvalue()
     assert "SIGTERM: saves a checkpoint after the step that is running, and stops. A second signal stops at" in said
-    with pytest.raises(InterruptedError, match="no checkpoint yet: the same command begins anew"):
+    with pytest.raises(InterruptedError, match="no checkpoint yet, so it would begin anew"):
         run(recipe(), tmp_path / "other", callbacks=[StopAt(1, count=2)])
     run(recipe(save_steps=2), tmp_path / "run", resume=True, console=console)
     assert "Going on from checkpoint-2 of 6 steps." in console.file.getvalue()
     assert losses(tmp_path / "run").keys() == set(range(1, 7))
+
+
+class BrokenPipe(Console):
+    """Of a reader that the same Ctrl-C has ended: rich leaves with SystemExit."""
+
+    def print(self, *objects, **options):
+        if self.breaks:
+            raise SystemExit(1)
+
+
+def test_a_signal_is_heeded_though_nobody_reads_what_is_said_and_workers_say_nothing(monkeypatch):
+    state, control, console = TrainerState(max_steps=9), TrainerControl(), BrokenPipe(file=io.StringIO())
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for breaks, own in ((True, True), (False, False)):
+        stop, console.breaks = StopOnSignal(console), breaks
+        said = []
+        monkeypatch.setattr(BrokenPipe, "print", BrokenPipe.print if breaks else lambda *_, **__: said.append(1))
+        stop.on_train_begin(SimpleNamespace(world_size=1), state, control)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", os.getpid if own else lambda: -1)  # a worker that the process has forked
+            stop._catch(signal.SIGTERM, None)
+        stop.on_step_end(None, state, control)
+        assert stop.caught == "SIGTERM" and control.should_training_stop and not said
+        stop.release()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_refused_resume_changes_nothing_in_the_run(recipe, tmp_path):
@@ -72,6 +99,14 @@ def test_a_refused_resume_changes_nothing_in_the_run(recipe, tmp_path):
     other.data.sequence_length += 8
     with pytest.raises(ValueError, match="sequence_length was .* recipe.yaml has it.*model.vora=THIS_RUN"):
         run(other, tmp_path / "run", resume=True)
+    decaying = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 1}}
+    run(recipe(save_steps=1, save_total_limit=9, **decaying), tmp_path / "decayed")
+    names = {folder.name for folder in (tmp_path / "decayed").iterdir()}
+    longer = recipe(max_steps=10, **decaying)  # which goes on from before the decay
+    longer.data.sequence_length += 8
+    with pytest.raises(ValueError, match="sequence_length was"):
+        run(longer, tmp_path / "decayed", resume=True)
+    assert {folder.name for folder in (tmp_path / "decayed").iterdir()} == names
     of_other_shape = recipe(save_steps=2)
     of_other_shape.lora.rank += 1
     with pytest.raises((ValueError, RuntimeError)):

@@ -56,7 +56,8 @@ def ablate(
     out.mkdir(parents=True, exist_ok=True)
     todo = [run for run in runs if not run.is_finished]
     if todo and not console.quiet:
-        console.print(f"{len(todo)} of {len(runs)} runs are to be trained, each as this one, or until its samples:")
+        end = "" if spec.samples is None else f", but for its end after {spec.samples:,} samples"
+        console.print(f"{len(todo)} of {len(runs)} runs are to be trained, each as this one{end}:", highlight=False)
         print_estimate(todo[0].recipe, Path(spec.recipe).parent, console)
     failures: dict[Key, str] = {}
     for number, run in enumerate(runs, 1):

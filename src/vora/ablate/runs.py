@@ -155,14 +155,6 @@ def _held_out(run: Run, section: EvaluateSection) -> HeldOut | None:
 
 def _data_of(run: Run, section: EvaluateSection, beside: Path) -> Data:
     """A measurement's data; its paths start in the recipe's folder of data, or beside the specification."""
-    if section.data is None:
-        source, *others = run.recipe.data.sources
-        if others:
-            raise ValueError(f"evaluate's {section.name}: the recipe has {len(others) + 1} sources: say data.")
-        names = {"path", "split", "subset", "image_folder", "columns"}
-        given = source.model_dump(include=names, exclude_defaults=True)
-        section = section.model_copy(update={"data": given.pop("path"), **given})
-    paths = [section.data] if isinstance(section.data, str) else section.data or []
     folders = [Path(folder) for folder in (run.recipe.data.folder, beside) if folder is not None]
 
     def found(path: str) -> str:
@@ -170,8 +162,17 @@ def _data_of(run: Run, section: EvaluateSection, beside: Path) -> Data:
             return path
         return next((str(folder / path) for folder in folders if list(folder.glob(path))), path)
 
+    if section.data is None:
+        source, *others = run.recipe.data.sources
+        if others:
+            raise ValueError(f"evaluate's {section.name}: the recipe has {len(others) + 1} sources: say data.")
+        given = source.model_dump(include={"split", "subset", "image_folder", "columns"}) | {"data": source.path}
+        # a file has no splits, whatever a source's default is
+        section = section.model_copy(update=given | ({"split": None} if Path(found(source.path)).is_file() else {}))
+    paths = [section.data] if isinstance(section.data, str) else section.data or []
     return Data(
         list(map(found, paths)),
-        **section.model_dump(include={"split", "subset", "image_folder", "columns", "allow_urls"}),
+        image_folder=section.image_folder and found(section.image_folder),
+        **section.model_dump(include={"split", "subset", "columns", "allow_urls"}),
         held_out=_held_out(run, section),
     )

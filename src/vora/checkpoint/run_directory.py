@@ -78,7 +78,8 @@ def find_checkpoint(directory: Path, resume: bool, tell: Callable[[str], None] =
             return str(checkpoint)
         faults.append(f"{checkpoint.name}: {fault}")
     causes = f" ({'; '.join(faults)})" if faults else ""
-    cure = "choose another --out to begin anew" if any(map(_is_finished, found)) else "start without --resume"
+    is_run = any(map(_is_finished, found)) or (directory / "final").exists()
+    cure = "choose another --out to begin anew" if is_run else "start without --resume"
     raise ValueError(f"{directory} holds no checkpoint to resume from{causes}: {cure}.")
 
 

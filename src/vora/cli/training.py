@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Exit, Option
 
@@ -18,6 +18,9 @@ from vora.cli.options import (
     names_of_specifications,
     out_folder,
 )
+
+if TYPE_CHECKING:
+    from vora.train.recipe_sections import DataSection
 
 
 @app.command()
@@ -164,12 +167,21 @@ def train(
     run(read, out, resume=resume, console=console)
     console.print(f"Done: {out / 'report.md'}. Next: vora merge {out} -o OUT")
     if read.data.validation is not None and read.data.validation.share is not None:
-        source, folder = read.data.sources[0], read.data.folder
-        data = ["--data", source.path if folder is None else str(Path(folder) / source.path)]
-        data += [f"--column={ours}={theirs}" for ours, theirs in (source.columns or {}).items()]
-        data += ["--image-folder", source.image_folder] if source.image_folder else []
-        asked = shlex.join(["--held-out-by", str(out), *data, "-o", "probe.json"])
+        asked = shlex.join(["--held-out-by", str(out), *data_of_one_source(read.data), "-o", "probe.json"])
         console.print(f"Does it look, at what was held out? vora eval -m OUT --task probe {asked}")
+
+
+def data_of_one_source(data: "DataSection") -> list[str]:
+    """How `vora eval` is told to read the source of a recipe, where it is the only one."""
+    if len(data.sources) > 1:
+        return ["--data", "ONE_OF_ITS_SOURCES"]
+    source, path = data.sources[0], Path(data.folder or "", data.sources[0].path)
+    options = {"--image-folder": source.image_folder, "--subset": source.subset}
+    options |= {} if path.is_file() else {"--split": source.split}
+    words = [word for option, value in options.items() if value for word in (option, value)]
+    words += [f"--column={ours}={theirs}" for ours, theirs in (source.columns or {}).items()]
+    words += ["--allow-urls"] if data.allow_urls else []
+    return ["--data", str(path) if path.exists() else source.path, *words]
 
 
 @app.command()

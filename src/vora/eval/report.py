@@ -87,7 +87,7 @@ class Report:
 
     def table(self) -> Table:
         """The metrics, for a console."""
-        held_out = " of images held out of training" if self.settings.get("held_out") else ""
+        held_out = " of held-out images" if self.settings.get("held_out") else ""
         table = Table(title=f"{self.task}: {self.num_examples:,} examples{held_out}, {self.num_bad:,} bad")
         for name in ("metric", "value", "95 % interval"):
             table.add_column(name, justify="left" if name == "metric" else "right")

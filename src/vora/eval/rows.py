@@ -102,12 +102,13 @@ class Rows:
         self.data, paths, split = data, list(map(str, data.paths)), data.split
         self.texts = [_opened(path, split, texts) for path in paths]
         self.images = [cache(partial(_opened, path, split, images)) for path in paths]  # opened when first asked
+        self.samples = [cache(partial(_opened, path, split, given | {"is_checked": False})) for path in paths]
         self.files = list(dict.fromkeys(file for source in self.texts for file in source.files))  # as rows come
 
     def read(self, skipped: SkippedRows) -> Iterator[Row]:
         """Each `Row`; those that cannot be read are added to `skipped`."""
         number = 0
-        for texts, images in zip(self.texts, self.images):
+        for texts, images, samples in zip(self.texts, self.images, self.samples):
             for block, size in enumerate(texts.block_sizes):
                 rows = texts.read_block(block)
                 for offset in range(size):
@@ -117,14 +118,20 @@ class Rows:
                         values = texts.item(block, offset, rows)
                         opens = partial(_open, images, index, self.data.allow_urls)
                         row = Row(name, number, values, opens, partial(_key_of, images, index))
-                        if self.data.half in (None, half_of(row)) and self._may_be_asked(images, index):
+                        if self.data.half in (None, half_of(row)) and self._may_be_asked(images, samples, index):
                             yield row
                     except ValueError as error:
                         skipped.add(name, error)
                     number += 1
 
-    def _may_be_asked(self, images: Callable[[], Source], index: int) -> bool:
-        return self.data.held_out is None or self.data.held_out.holds_images(images()[index]) is True
+    def _may_be_asked(self, images: Callable[[], Source], samples: Callable[[], Source], index: int) -> bool:
+        """Whether a row is held out, as in training: by its images, or without any by its text."""
+        if (held_out := self.data.held_out) is None:
+            return True
+        try:
+            return held_out.holds_images(images()[index]) is True
+        except ValueError:
+            return held_out.holds(samples()[index]) is True
 
 
 def half_of(row: Row) -> str:

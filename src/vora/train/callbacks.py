@@ -1,11 +1,13 @@
 """What a run does beside its steps: stops on a signal, shows its progress, writes cards, answers sample questions."""
 
 import json
+import os
 import shutil
 import signal
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from types import FrameType
@@ -48,24 +50,25 @@ class StopOnSignal(TrainerCallback):
         self.step = 0  # the last one that is done
         self._previous: dict[int, Any] = {}
         self._all: dist.ProcessGroup | None = None
-        self._speaks = False
+        self._speaker: int | None = None  # the process that speaks: not the workers that it has forked
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._catch)
         if args.world_size > 1:
             self._all = dist.new_group(backend="gloo")  # on the host: no device is waited for
-        self._speaks, self.step = state.is_world_process_zero, state.global_step
+        self._speaker, self.step = os.getpid() if state.is_world_process_zero else None, state.global_step
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if self.caught:
             raise KeyboardInterrupt
         self.caught = signal.Signals(number).name
-        if self._speaks:
-            self.console.print(
-                f"{self.caught}: saves a checkpoint after the step that is running, and stops. A second signal stops "
-                "at once, and loses the steps since the last checkpoint.", highlight=False, soft_wrap=True,
-            )  # fmt: skip
+        if os.getpid() == self._speaker:
+            with suppress(Exception, SystemExit):  # of a pipe whose reader the same Ctrl-C has ended
+                self.console.print(
+                    f"{self.caught}: saves a checkpoint after the step that is running, and stops. A second signal "
+                    "stops at once, and loses the steps since the last checkpoint.", highlight=False, soft_wrap=True,
+                )  # fmt: skip
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.step = state.global_step

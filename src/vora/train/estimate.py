@@ -113,11 +113,12 @@ def print_estimate(recipe: Recipe, beside: Path, console: Console, num_done: int
 def in_lines(found: dict[str, Any], num_done: int = 0, validates: bool = False) -> list[str]:
     """What `plan` found as a line, and its warnings. It counts with an assumed share of the device's peak."""
     beside = "; validation takes its own time" if validates else ""
-    seconds = 3600 * found["hours"] * max(0.0, 1 - num_done / found["steps"])
+    left = max(0, found["steps"] - num_done)
+    seconds = 3600 * found["hours"] * left / found["steps"]
     memory, has = found["memory_bytes"]["total"] / 1e9, found["device_memory_bytes"] / 1e9
     where = f"{found['num_devices']} x {found['device']}"
     lines = [
-        f"Estimate: {duration(seconds)} for {found['steps'] - num_done:,} steps of {found['rows_per_step']:,} "
+        f"Estimate: {duration(seconds)} for {left:,} steps of {found['rows_per_step']:,} "
         f"sequences (some {found['samples_per_step']:,.0f} samples a step) on {where}, {memory:,.1f} of {has:,.0f} "
         f"GB of memory{beside}. Other work of the machine makes it longer."
     ]

@@ -283,7 +283,8 @@ def held_out_of(data: DataSection) -> HeldOut | None:
 
 def read_held_out(place: Path) -> HeldOut:
     """What the recipe in a file, or of a run's directory, holds out of its sources; ValueError where it is nothing."""
-    file = place / "recipe.yaml" if place.is_dir() else place
+    file = next((one for one in (place / "recipe.yaml", place.parent / "recipe.yaml") if one.exists()), place)
+    file = file if place.is_dir() else place
     if (found := held_out_of(load_recipe(file).data)) is None:
         raise ValueError(f"{file} holds no image out of its sources: its data.validation.share is not set.")
     return found

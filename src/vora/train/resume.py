@@ -10,7 +10,7 @@ from transformers import TrainerState
 from transformers.utils.generic import flatten_dict
 
 from vora.checkpoint.manifest import STATE
-from vora.checkpoint.run_directory import checkpoint_up_to, set_aside_newer
+from vora.checkpoint.run_directory import checkpoint_up_to
 from vora.train.recipe import load_recipe
 from vora.train.recipe_sections import Recipe
 from vora.train.schedule import NUM_DECAY, decay_of
@@ -25,10 +25,8 @@ def checkpoint_to_resume(
     checkpoint: str, recipe: Recipe, directory: Path, num_steps: int, tell: Callable[[str], None]
 ) -> str:
     """The checkpoint that a run of so many steps goes on from: the one that was found, or one from before a decay that
-    comes later now; newer ones are set aside. ValueError where none lies before the decay as it is now."""
+    comes later now. ValueError where none lies before the decay as it is now."""
     checkpoint = _before_decay(checkpoint, recipe, directory, num_steps, tell)
-    if names := set_aside_newer(Path(checkpoint)):
-        tell(f"Newer than {Path(checkpoint).name}, so kept under another name: {', '.join(names)}.")
     tell(f"Going on from {Path(checkpoint).name} of {num_steps:,} steps.")
     return checkpoint
 

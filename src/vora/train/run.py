@@ -34,7 +34,7 @@ from transformers import (
 
 from vora.checkpoint.card import write_run_card
 from vora.checkpoint.manifest import write_manifest
-from vora.checkpoint.run_directory import find_checkpoint, last_step, newest_checkpoint, replace_text
+from vora.checkpoint.run_directory import find_checkpoint, last_step, newest_checkpoint, replace_text, set_aside_newer
 from vora.data.few_answers import few_answers
 from vora.data.source import Source
 from vora.data.stream import PackedSequences
@@ -145,7 +145,7 @@ def _train(
     stop, progress = StopOnSignal(console), ProgressCallback(console, *logs, recipe.distill_only_steps)
     answers = directory / ANSWERS_FILE
     samples = SampleGenerationCallback(recipe.sample_generations, processor, answers, console)
-    files = RunFiles(recipe, directory)
+    files = RunFiles(recipe, directory, checkpoint, console.print)
     own = [files, EpochCallback(streams), stop, progress, CardCallback(directory), samples, *callbacks]
     trainer = VoraTrainer(
         recipe, objective, arguments, train_dataset=streams, eval_dataset=validation,
@@ -155,9 +155,10 @@ def _train(
     trainer.add_callback(SaveAtStep(trainer.before_decay))
     check_fsdp(recipe, trainer.is_fsdp_enabled)  # as an accelerate configuration may ask
     try:
-        if checkpoint is not None and last_step(checkpoint) >= arguments.max_steps:
+        if checkpoint is not None and (done := last_step(checkpoint)) >= arguments.max_steps:
+            console.print(f"Step {done} of {arguments.max_steps} is done: nothing is left to train.", highlight=False)
             trainer.restore(checkpoint)  # killed after its last step: the Trainer would do one more
-            write_what_runs(recipe, directory)
+            files.write()
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
@@ -188,7 +189,7 @@ def _train(
 def _go_on(directory: Path) -> str:
     """How to, in a sentence, from the newest checkpoint if there is one."""
     if (found := newest_checkpoint(directory)) is None:
-        return "There is no checkpoint yet: the same command begins anew."
+        return "There is no checkpoint yet, so it would begin anew."
     command = f"vora train {directory / 'recipe.yaml'} --out {directory} --resume"
     return f"Go on from {Path(found).name} with: {command}"
 
@@ -197,7 +198,7 @@ def length_of_run(sequences: PackedSequences, arguments: TrainingArguments, vali
     """In a line: steps, rows and, if any, what is measured."""
     text, held_out = f"{arguments.max_steps:,} steps on {sequences.num_rows:,} rows", sequences.maker.held_out
     if held_out is not None:
-        text += f" less {held_out.share:.1%} of the images, which are held out"
+        text += f" less about {held_out.share:.1%} of the images, which are held out"
     if validation is None or arguments.eval_strategy == "no":
         return text
     return f"{text}; validation on {len(validation.samples):,} samples of {'these' if held_out else 'their own'}"
@@ -243,15 +244,20 @@ def _while_training(block: nn.Module, compiled: Callable, plain: Callable, *args
 
 
 class RunFiles(TrainerCallback):
-    """Writes what runs once the run begins, after all that may refuse it, a checkpoint of other data among it: the
-    recipe of a directory stays that of its checkpoints."""
+    """Writes what runs once the run begins, after all that may refuse it, a checkpoint of other data among it; newer
+    checkpoints than the one that it goes on from are set aside then. Whatever is refused leaves a run as it was."""
 
-    def __init__(self, recipe: Recipe, directory: Path) -> None:
-        self.recipe, self.directory = recipe, directory
+    def __init__(self, recipe: Recipe, directory: Path, checkpoint: str | None, tell: Callable[[str], None]) -> None:
+        self.recipe, self.directory, self.checkpoint, self.tell = recipe, directory, checkpoint, tell
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            write_what_runs(self.recipe, self.directory)
+            self.write()
+
+    def write(self) -> None:
+        if self.checkpoint is not None and (names := set_aside_newer(Path(self.checkpoint))):
+            self.tell(f"Newer than {Path(self.checkpoint).name}, so kept under another name: {', '.join(names)}.")
+        write_what_runs(self.recipe, self.directory)
 
 
 def write_what_runs(recipe: Recipe, directory: Path) -> None:

@@ -22,6 +22,8 @@ def draw_losses(directory: Path) -> None:
     """Write loss.png, the losses against samples seen."""
     lines, measured = read_log(directory / "log.jsonl"), read_log(directory / "validation.jsonl")
     names = ("loss", *LOSSES) if measured else LOSSES  # the sum is drawn where validation has one to compare
+    if any("lm_loss" in line for line in lines):  # of steps that only distill it is of fewer losses
+        lines = [{key: line[key] for key in line if key != "loss" or "lm_loss" in line} for line in lines]
     losses = {name: name for name in names} | {f"eval_{name}": f"{name}, validation" for name in names}
     save_figure(run_figure([*lines, *measured], losses, {f"eval_{LOOKS}": LOOKS}), directory / "loss.png")
 
