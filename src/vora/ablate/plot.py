@@ -41,8 +41,10 @@ def draw_curves(
         axes.set(**limits(drawn))
         order: list[Any] = sorted(ends, key=lambda line: -ends[line])
         if len({seed for _, seed in curves}) > 1:
-            order.append(Patch(color="gray", alpha=0.15, label="lowest to highest seed"))
-        axes.legend(handles=order, loc="upper left", bbox_to_anchor=(1, 1), labelcolor="linecolor", frameon=False)
+            order.append(Patch(facecolor="lightgray", edgecolor="gray", label="lowest to highest seed"))
+        legend = axes.legend(handles=order, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        for text, handle in zip(legend.get_texts(), order):
+            text.set_color("gray" if isinstance(handle, Patch) else handle.get_color())
     loss = next((curve.loss for curve in curves.values()), "lm_loss")
     axes.set(xlabel="samples seen", ylabel=loss, title=title)
     axes.grid(alpha=0.25)
