@@ -25,7 +25,7 @@ objective = vora.Objective(student, processor.image_processor, teacher, distilla
 optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=3e-3)
 rows = vora.load_source(args.data)
 for epoch in range(args.epochs):
-    for number, row in enumerate(map(rows.__getitem__, range(len(rows)))):
+    for number, row in enumerate(rows):
         sample = processor.training_sample(row.messages(row.open_images(), row.conversations[0]))
         batch = {name: torch.as_tensor(value) for name, value in sample.items()}
         targets = batch.pop("labels").roll(-1)  # the next token at every place; the first has no label

@@ -1,8 +1,10 @@
 """The whole command line on tiny models: it works, and it fails in one line."""
 
+import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import threading
@@ -15,8 +17,11 @@ from command import vora
 from messages import write_questions
 from original import OriginalVora, save_original
 from PIL import Image
+from rich.console import Console
 from tiny import command_line, save_tiny_vit, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vora.train.preview import table_of
 
 
 def succeeded(*arguments, **kwargs):
@@ -174,6 +179,35 @@ def test_init_writes_a_recipe_that_a_dry_run_takes(work, llm_folder, tmp_path):
     shown = succeeded("init", "mine", *options, cwd=tmp_path).stderr
     assert "train.jsonl: 2 rows" in shown and "vora train mine.yaml --dry-run" in shown
     assert "Sample 1" in succeeded("train", "mine.yaml", "--dry-run", cwd=tmp_path).stderr
+
+
+def test_what_to_ask_of_held_out_images_is_printed_so_that_it_runs(work, tmp_path):
+    run, out, data = tmp_path / "a run", tmp_path / "probe.json", tmp_path / "my data.jsonl"
+    rows = [{"photo": f"{number}.png", "question": "what?", "answer": "red"} for number in range(20)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number in range(20):
+        Image.new("RGB", (16, 16), (10 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    source = f"data.sources=[{{path: {data}, columns: {{image: photo}}}}]"
+    said = succeeded("train", work / "recipe.yaml", source, "data.validation.share=0.5", "--out", run).stderr
+    (line,) = (line for line in said.splitlines() if line.startswith("Does it look"))
+    words = shlex.split(line.partition("? ")[2])
+    assert words[:4] == ["vora", "eval", "-m", "OUT"] and words[-2:] == ["-o", "probe.json"]
+    succeeded(*[{"OUT": str(run), "probe.json": str(out)}.get(word, word) for word in words[1:]])
+    assert json.loads(out.read_text())["settings"]["held_out"] == {"share": 0.5, "seed": 0}
+
+
+@pytest.mark.parametrize("name", ["a.csv", "/a/rather/long/path/to/captions.csv"])
+def test_the_table_of_data_fits_80_columns(name):
+    one = {"name": name, "num_rows": 1_234_567, "num_bad": 99_999, "share_of_samples": 1.0, "share_of_tokens": 1.0,
+           "mean_tokens": 1040}  # fmt: skip
+    packed = {"sequence_length": 1024, "packing_efficiency": 0.98}
+    summary = {"num_samples": 9, "num_bad": 0, "samples_per_second": 9, "sources": [one], **packed}
+    summary["best_sequence_length"] = packed
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table_of(summary))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and lines[1].endswith("\u2513")  # the corner: no column is cut off
+    assert any("1,040" in line for line in lines)
 
 
 def test_printed_commands_are_never_broken_and_progress_keeps_step_and_time(work, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 
 import numpy as np
@@ -11,6 +12,7 @@ from vora.model.image_processing_vora import VoraImageProcessor
 from vora.report import html, markdown
 from vora.report.images import data_url, image_of_patches, with_grid
 from vora.report.plots import figure_url, losses_figure, run_figure, save_figure
+from vora.train.run_log import draw_losses
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 20, 3), np.uint8))
 
@@ -76,3 +78,19 @@ def test_whether_a_run_looks_is_drawn_below_its_losses():
 
 def test_markdown_tables():
     assert markdown.table(["a", "b", "c"], [[1, 2, 3]], "lr") == "| a | b | c |\n| --- | ---: | ---: |\n| 1 | 2 | 3 |"
+
+
+def test_a_sum_of_losses_is_drawn_where_validation_has_one_and_it_is_of_all_losses(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("vora.train.run_log.save_figure", lambda figure, file: drawn.append(figure.axes[0].lines))
+    alone, both = (
+        {"samples_seen": 1, "loss": 0.9, "distill_loss": 0.9},
+        {"samples_seen": 2, "loss": 3.0, "lm_loss": 2.5},
+    )
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (alone, both)))
+    draw_losses(tmp_path)
+    (tmp_path / "validation.jsonl").write_text(json.dumps({"samples_seen": 2, "eval_loss": 3.1}) + "\n")
+    draw_losses(tmp_path)
+    without, lines = ({line.get_label(): line.get_xydata().tolist() for line in found} for found in drawn)
+    assert without == {"lm_loss": [[2, 2.5]], "distill_loss": [[1, 0.9]]}
+    assert lines == without | {"loss": [[2, 3.0]], "loss, validation": [[2, 3.1]]}  # no 0.9 of one loss alone

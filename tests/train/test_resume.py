@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -113,6 +114,16 @@ def test_a_refused_resume_changes_nothing_in_the_run(recipe, tmp_path):
         run(of_other_shape, tmp_path / "run", resume=True)
     assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()} == before
     assert run(load_recipe(tmp_path / "run" / "recipe.yaml"), tmp_path / "run", resume=True).state.global_step == 4
+
+
+def test_weights_may_be_read_as_the_umask_says(recipe, tmp_path):
+    before = os.umask(0o022)
+    try:
+        run(recipe(max_steps=2, save_steps=2), tmp_path / "run")
+    finally:
+        os.umask(before)
+    weights = list((tmp_path / "run").rglob("*.safetensors"))
+    assert len(weights) == 4 and {stat.S_IMODE(file.stat().st_mode) for file in weights} == {0o644}
 
 
 def test_a_length_that_the_data_chose_is_kept(recipe, tmp_path):

@@ -79,7 +79,7 @@ def markdown(found: dict[str, Any]) -> str:
     failed = "".join(f"* {row['variant']}, seed {n}: {why}\n" for row in variants for n, why in row["failed"].items())
     overrides = "".join(f"* {row['variant']}: `{' '.join(row['overrides']) or 'the recipe'}`\n" for row in variants)
     recipe = f"the recipe with `{' '.join(found['set'])}`" if found["set"] else "the recipe as it is"
-    made_at = commit_in_words({"commit": found["commit"], "commit_is_changed": found["commit_is_changed"]})
+    made_at = commit_in_words(found)
     return f"""# {found["name"]}
 
 {(chr(10) * 2).join(tables)}

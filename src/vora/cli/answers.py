@@ -64,13 +64,17 @@ def evaluate(
     with starting():
         from vora.checkpoint.pretrained import committed_model
         from vora.eval.run import evaluate as run
+
+    held_out = None
+    if held_out_by is not None:
         from vora.train.from_recipe import read_held_out
 
+        held_out = read_held_out(held_out_by)
     names = None if labels is None else [line.strip() for line in labels.read_text().splitlines() if line.strip()]
     report = run(
         model or committed_model(), task, [*data, *(more_data or ())], out,
         split=split, subset=subset, image_folder=image_folder, allow_urls=allow_urls, half=half,
-        columns=named_columns(column) or None, held_out=None if held_out_by is None else read_held_out(held_out_by),
+        columns=named_columns(column) or None, held_out=held_out,
         min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens, device=device, dtype=dtype,
         llm=llm, unmerged=unmerged, max_samples=max_samples, seed=seed,
         prompt=prompt, labels=names, of=of, generate=generate, against=listed(against), base=base,

@@ -1,6 +1,5 @@
 """What every evaluation is: something with a name that measures a model on data and gives a `Report`."""
 
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -84,7 +83,6 @@ class Job:
             predictions=cache.file.name,
             num_resumed=cache.num_found,
             seconds=round(time.monotonic() - self.began + cache.seconds, 2),
-            vora_version=sys.modules["vora"].__version__,
             device=device_name(self.model.device),
             model_fingerprint=conditions["model"],
             details=details,

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import islice
@@ -21,10 +22,12 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "pill
 
 
 class Commit(TypedDict):
-    """The git commit that this code is of, and whether it was changed since; None where it has no history."""
+    """The git commit that this code is of, and whether it was changed since; None where it has no history, as an
+    installed package, of which the version tells."""
 
     commit: str | None
     commit_is_changed: bool | None
+    vora_version: str
 
 
 @dataclass
@@ -138,15 +141,16 @@ def commit() -> Commit:
     try:
         git("ls-files", "--error-unmatch", "__init__.py")  # another project's history around it is not its own
         changed = bool(git("status", "--porcelain", "--untracked-files=no", ".").strip())
-        return {"commit": git("rev-parse", "HEAD").strip(), "commit_is_changed": changed}
+        found: Any = {"commit": git("rev-parse", "HEAD").strip(), "commit_is_changed": changed}
     except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "commit_is_changed": None}
+        found = {"commit": None, "commit_is_changed": None}
+    return found | {"vora_version": sys.modules["vora"].__version__}
 
 
-def commit_in_words(facts: Commit) -> str:
-    """The commit, or the version of a package that was installed and knows none."""
+def commit_in_words(facts: Mapping[str, Any]) -> str:
+    """The commit of a `Commit`, or the version where there is none; older facts have neither."""
     if facts["commit"] is None:
-        return f"version {sys.modules['vora'].__version__}"
+        return f"version {facts.get('vora_version', 'unknown')}"
     return f"{facts['commit'][:12]}{' with changes' if facts['commit_is_changed'] else ''}"
 
 

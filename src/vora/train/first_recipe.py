@@ -106,23 +106,19 @@ def write_recipe(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(aligned(text), encoding="utf-8")
     load_recipe(find_recipe(path))
-    return [
+    lines = [
         f"{llm}: {num_parameters / 1e6:,.0f} M parameters, {depth} blocks; taught by {teacher}",
         f"this machine: {'a GPU' if torch.cuda.is_available() else 'no GPU'}, so {precision['model.dtype']}",
         *(f"{name} cannot be had here: {cause}" for name in (llm, teacher) if (cause := lacking(name))),
-        *(described(one) for one in found or []),
-        *([] if found else ["no --data was given: put your file in data.sources"]),
-        *(
-            [f"{steps} steps are the fewest of a recipe: {passes:.3g} times through the data, not {epochs:g}"]
-            if found and passes > epochs
-            else []
-        ),
-        *(
-            ["Warning: none of the first rows has an image, so that this recipe teaches nothing to see"]
-            if found and not any(one.has_images for one in found)
-            else []
-        ),
+        *(described(one) for one in found),
     ]
+    if not found:
+        return [*lines, "no --data was given: put your file in data.sources"]
+    if passes > epochs:
+        lines.append(f"{steps} steps are the fewest of a recipe: {passes:.3g} times through the data, not {epochs:g}")
+    if not any(one.has_images for one in found):
+        lines.append("Warning: none of the first rows has an image, so that this recipe teaches nothing to see")
+    return lines
 
 
 def lacking(name: str) -> str | None:

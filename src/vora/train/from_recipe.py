@@ -283,8 +283,9 @@ def held_out_of(data: DataSection) -> HeldOut | None:
 
 def read_held_out(place: Path) -> HeldOut:
     """What the recipe in a file, or of a run's directory, holds out of its sources; ValueError where it is nothing."""
-    file = next((one for one in (place / "recipe.yaml", place.parent / "recipe.yaml") if one.exists()), place)
-    file = file if place.is_dir() else place
+    file = place
+    if place.is_dir():  # or what a run has saved within it
+        file = next((f for f in (place / "recipe.yaml", place.parent / "recipe.yaml") if f.exists()), place)
     if (found := held_out_of(load_recipe(file).data)) is None:
         raise ValueError(f"{file} holds no image out of its sources: its data.validation.share is not set.")
     return found

@@ -93,11 +93,10 @@ def source_names(data: DataSection) -> list[str]:
 def table_of(summary: dict[str, Any]) -> Table:
     """The summary as a table for the terminal."""
     table = Table(title=f"{summary['num_samples']:,} samples, {summary['num_bad']:,} bad")
-    rows = source_rows(summary)
-    table.add_column(SOURCE_COLUMNS[0], overflow="fold", min_width=min(28, max(len(row[0]) for row in rows)))
-    for name in SOURCE_COLUMNS[1:]:  # a long name over two lines, so that all fit into 80 columns
-        table.add_column(name, justify="right", overflow="fold", max_width=10)
-    for row in rows:
+    table.add_column(SOURCE_COLUMNS[0], overflow="fold")
+    for name in SOURCE_COLUMNS[1:]:  # a long name over two lines, so that sources have room in 80 columns
+        table.add_column(name, justify="right", overflow="fold", max_width=9)
+    for row in source_rows(summary):
         table.add_row(*row)
     table.caption = f"{filling(summary)}; {summary['samples_per_second']:,.0f} samples read per second"
     return table

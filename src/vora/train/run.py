@@ -158,7 +158,8 @@ def _train(
         if checkpoint is not None and (done := last_step(checkpoint)) >= arguments.max_steps:
             console.print(f"Step {done} of {arguments.max_steps} is done: nothing is left to train.", highlight=False)
             trainer.restore(checkpoint)  # killed after its last step: the Trainer would do one more
-            files.write()
+            if trainer.is_world_process_zero():
+                files.write()
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:

@@ -30,8 +30,9 @@ def verdict_of(
         f"{math.exp(min(700, numbers(gain)[0])):.3g} times as likely."
     )
     if num_groups < FEWEST_GROUPS or not (low > CHANCE or high < LITTLE):
-        wide = (high - low) / (LITTLE - CHANCE)  # an interval of 1 falls on one side of either
-        needed = math.ceil(num_groups * wide**2 / 50) * 50 if math.isfinite(wide) else 0
+        # an interval as narrow as from CHANCE to LITTLE tells; its width falls with the root of the images
+        times = ((high - low) / (LITTLE - CHANCE)) ** 2
+        needed = math.ceil(num_groups * times / 50) * 50 if math.isfinite(times) else 0
         wanted = f"some {max(200, needed):,} would tell"
         return None, f"Too few examples to tell ({num_groups:,} independent images: {wanted}): {found}"
     if low <= CHANCE:
