@@ -116,6 +116,16 @@ def test_a_refused_resume_changes_nothing_in_the_run(recipe, tmp_path):
     assert run(load_recipe(tmp_path / "run" / "recipe.yaml"), tmp_path / "run", resume=True).state.global_step == 4
 
 
+def test_a_run_that_has_ended_keeps_the_recipe_that_it_was_trained_with(recipe, tmp_path):
+    run(recipe(save_steps=2, max_steps=4), tmp_path / "run")
+    before = (tmp_path / "run" / "recipe.yaml").read_bytes()
+    console = Console(file=io.StringIO(), width=200)
+    run(recipe(save_steps=2, max_steps=4, learning_rate=1e-4), tmp_path / "run", resume=True, console=console)
+    said = console.file.getvalue()
+    assert "Step 4 of 4 is done: nothing is left to train." in said and "used from here on" not in said
+    assert (tmp_path / "run" / "recipe.yaml").read_bytes() == before
+
+
 def test_weights_may_be_read_as_the_umask_says(recipe, tmp_path):
     before = os.umask(0o022)
     try:

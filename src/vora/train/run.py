@@ -126,7 +126,8 @@ def _train(
         checkpoint = of_first_process(going_on, arguments)
     num_streams = arguments.world_size if checkpoint is None else num_streams_of(checkpoint)
     streams = streams_of_run(recipe, sequences, arguments, num_streams)
-    if checkpoint is not None:
+    num_done = 0 if checkpoint is None else last_step(checkpoint)
+    if checkpoint is not None and num_done < arguments.max_steps:
         tell_changes(recipe, directory, console.print)
     console.print(trainable_table(objective, recipe.stage))
     console.print(length_of_run(sequences, arguments, validation), highlight=False)
@@ -155,11 +156,10 @@ def _train(
     trainer.add_callback(SaveAtStep(trainer.before_decay))
     check_fsdp(recipe, trainer.is_fsdp_enabled)  # as an accelerate configuration may ask
     try:
-        if checkpoint is not None and (done := last_step(checkpoint)) >= arguments.max_steps:
-            console.print(f"Step {done} of {arguments.max_steps} is done: nothing is left to train.", highlight=False)
+        if checkpoint is not None and num_done >= arguments.max_steps:
+            what = f"Step {num_done} of {arguments.max_steps} is done: nothing is left to train."
+            console.print(what, highlight=False)
             trainer.restore(checkpoint)  # killed after its last step: the Trainer would do one more
-            if trainer.is_world_process_zero():
-                files.write()
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
@@ -252,10 +252,8 @@ class RunFiles(TrainerCallback):
         self.recipe, self.directory, self.checkpoint, self.tell = recipe, directory, checkpoint, tell
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self.write()
-
-    def write(self) -> None:
+        if not state.is_world_process_zero:
+            return
         if self.checkpoint is not None and (names := set_aside_newer(Path(self.checkpoint))):
             self.tell(f"Newer than {Path(self.checkpoint).name}, so kept under another name: {', '.join(names)}.")
         write_what_runs(self.recipe, self.directory)
