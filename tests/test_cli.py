@@ -169,6 +169,9 @@ def test_a_dry_run_shows_what_would_train_and_writes_nothing(work, tmp_path):
     for wrong, cause in (("training.bf16=true", "no GPU"), ("data.sources.0.path=no.jsonl", "no.jsonl")):
         failed = vora("train", work / "recipe.yaml", wrong, "--dry-run", cwd=tmp_path)
         assert failed.returncode == 1 and cause in failed.stderr.splitlines()[-1]
+    (tmp_path / "taken" / "final").mkdir(parents=True)
+    shown = succeeded("train", work / "recipe.yaml", "--dry-run", "--out", tmp_path / "taken").stderr
+    assert "already holds a run: add --resume" in shown and "Sample 2" in shown
     llava = ["teacher=null", f"model.encoder={work / 'vit'}", "--out", tmp_path / "llava"]
     shown = succeeded("train", work / "recipe.yaml", *llava, "--dry-run").stderr
     assert "No table of what trains, and no estimate: " in shown and shown.count("LLaVA's way") == 1

@@ -1,5 +1,6 @@
 """Every kind of file becomes the same samples, and files that cannot be used say why."""
 
+import decimal
 import io
 import json
 import math
@@ -8,6 +9,7 @@ from functools import partial
 
 import datasets
 import pyarrow as pa
+import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -206,6 +208,8 @@ def test_tars_as_people_pack_them(tmp_path):
         ("h.csv", b"question,answer\n", "0 rows"),
         ("i.csv", "question,answer\na,b\n".encode("utf-16"), "no table in UTF-8"),
         ("j.csv", b"text,text\na,b\n", "2 columns of the name 'text'"),
+        ("k.json", b'{"info": {}, "images": [], "annotations": []}', "is one JSON object, and a list of rows"),
+        ("l.json", b'{\n "images": [{"id": 1}]\n}', "is one JSON object, and a list of rows"),
         ("h.json", '[{"text": "é"}]'.encode("utf-16"), "no list of JSON objects in UTF-8"),
         ("nothing-here", None, "neither a file nor a folder"),
         ("*.tar.gz", None, "matches 0 files"),
@@ -216,6 +220,26 @@ def test_files_that_cannot_be_used_are_refused_before_work_starts(tmp_path, name
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=cause):
         opened(tmp_path / name)
+
+
+def test_numbers_files_and_names_as_other_programs_write_them(tmp_path):
+    feather.write_feather(pa.table({"text": ["a"]}), tmp_path / "a.arrow")
+    with pytest.raises(ValueError, match="is Arrow's file format, as Feather's"):
+        opened(tmp_path / "a.arrow")
+    numbers = pa.array([decimal.Decimal("1.50"), decimal.Decimal("2.00")])
+    pq.write_table(pa.table({"question": ["how much?"] * 2, "answer": numbers}), tmp_path / "a.parquet")
+    assert answers([opened(tmp_path / "a.parquet")[number] for number in (0, 1)]) == ["1.5", "2"]
+    Image.new("RGB", (4, 4), RED).save(tmp_path / "my dog.png")
+    write(tmp_path / "a.jsonl", {"image": f"file://{tmp_path}/my%20dog.png", "caption": "a"})
+    assert opened(tmp_path / "a.jsonl")[0].open_images()[0].size == (4, 4)
+    two = row_of_files("img", {"v1.jpg": RED_PNG, "v1.txt": b"a", "v2.txt": b"b"})
+    assert "several texts, v2.txt among them" in str(two)
+
+
+def test_a_row_group_that_is_read_again_and_again_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("vora.data.parquet_source.MOST_GROUP_BYTES", 1000)
+    pq.write_table(pa.table({"text": ["a" * 99] * 20}), tmp_path / "a.parquet", use_dictionary=False)
+    assert len(opened(tmp_path / "a.parquet")) == 20 and "write the file anew with row_group_size" in caplog.text
 
 
 def test_bad_rows_among_good_ones_refuse_no_source(tmp_path, monkeypatch):

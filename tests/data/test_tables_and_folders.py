@@ -74,6 +74,19 @@ def test_a_tsv_is_split_at_tabs_and_an_image_may_be_a_list(images):
     assert [len(video) for video in opened(images / "v.csv")[0].images] == [2]
 
 
+def test_a_caption_is_text_or_a_list_of_texts(images):
+    rows = ['"[""a dog"", ""two dogs""]"', "[a dog]", "[2020]", '"[""a"", 1]"']  # the first as Flickr30k's own table
+    (images / "t.csv").write_text("filename,raw\n" + "".join(f"red.png,{row}\n" for row in rows))
+    source = opened(images / "t.csv")
+    found = [[turns[1]["content"] for turns in source[number].conversations] for number in range(len(rows))]
+    assert found == [["a dog", "two dogs"], ["[a dog]"], ["[2020]"], ['["a", 1]']]
+
+
+def test_spaces_before_cells_and_rows_of_empty_cells_are_left_out(images):
+    (images / "t.csv").write_text('image, caption\nred.png, "a, b"\n,\n\nblue.png,  c\n,\n')
+    assert answers(opened(images / "t.csv")) == ["a, b", "c"]
+
+
 @pytest.mark.parametrize("label", ["3", "-1", "3.0", "²", "1e3", " 7", "0.5", "1" * 5000])
 def test_a_label_that_is_a_number_names_no_class(images, label):
     (images / "t.csv").write_text(f"image,label\nred.png,ox\nred.png,{label}\n")
@@ -138,6 +151,25 @@ def test_a_folder_of_classes_and_its_splits(images):
     write(images / "sub" / "t.jsonl", {"image": "../red.png", "caption": "x"})  # says what the images are
     with pytest.raises(ValueError, match="holds no files of the split"):
         opened(images)
+
+
+def test_links_to_folders_and_loud_endings_are_read(images):
+    make_images(images / "stored", "ox/1.png", "ass/1.png")
+    (images / "set" / "ass").mkdir(parents=True)
+    (images / "set" / "ox").symlink_to(images / "stored" / "ox", target_is_directory=True)
+    (images / "set" / "ass" / "more").symlink_to(images / "stored" / "ass", target_is_directory=True)
+    (images / "set" / "ass" / "again").symlink_to(images / "set", target_is_directory=True)  # without end
+    assert answers(opened(images / "set")) == ["ass", "ox"]
+    make_images(images / "loud", "0.JPG")
+    (images / "loud" / "0.TXT").write_text("a dog")
+    assert answers(opened(images / "loud")) == ["a dog"]
+
+
+def test_files_that_name_no_split_beside_some_that_do_are_said(tmp_path, caplog):
+    for name in ("train_a", "test_a", "captions"):
+        write(tmp_path / f"{name}.jsonl", {"text": name})
+    assert len(opened(tmp_path)) == 1
+    assert "the 1 files that name no split are NOT read, such as captions.jsonl" in caplog.text
 
 
 def make_images(root, *paths):

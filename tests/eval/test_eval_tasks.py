@@ -8,6 +8,8 @@ from PIL import Image
 from test_readers import write
 
 from vora.data.answers import tasks_of
+from vora.data.held_out import HeldOut
+from vora.data.readers import load_source
 from vora.eval.prediction_cache import fingerprints
 from vora.eval.rows import Data, Rows, SkippedRows
 from vora.eval.tasks.evaluation import TASKS
@@ -45,6 +47,31 @@ def test_halves_share_no_image_whatever_the_task_and_the_file(task_data, tmp_pat
     assert sorted(numbers + others) == list(range(20)) and min(len(numbers), len(others)) > 3
     with pytest.raises(ValueError, match="--half is 'test': say choose or report"):
         Data([shuffled], half="test")
+
+
+def test_a_half_knows_an_image_by_its_name_wherever_its_file_lies(tmp_path):
+    sides = []
+    for folder in (tmp_path / "here", tmp_path / "there" / "deep"):
+        folder.mkdir(parents=True)
+        rows = [{"image": f"{number}.png", "caption": "x"} for number in range(20)]
+        data = Data([write(folder / "rows.jsonl", *rows)], half="choose")
+        sides.append([row.number for row in Rows(data).read(SkippedRows())])
+    assert sides[0] == sides[1] and 3 < len(sides[0]) < 17
+
+
+def test_what_training_holds_out_of_videos_is_measured(tmp_path):
+    rows = [{"frames": [f"{number}.png", f"{number}b.png"], "caption": "x"} for number in range(20)]
+    file = write(tmp_path / "rows.jsonl", *rows)
+    held_out = HeldOut(0.5, 0)
+    found = [row.number for row in Rows(Data([file], held_out=held_out)).read(SkippedRows())]
+    assert found == [number for number in range(20) if held_out.holds(load_source(file)[number])] and len(found) > 3
+
+
+def test_a_few_of_files_that_are_sorted_by_class_have_all_classes(tmp_path):
+    file = jsonl(tmp_path, *({"label": label} for label in ["ox"] * 5 + ["ass"] * 3 + ["cow"] * 2))
+    found = examples("classify", file, max_samples=5)
+    assert [one.references[0] for one in found] == ["ox", "ox", "ass", "ass", "cow"]
+    assert found[0].candidates == ("ass", "cow", "ox")
 
 
 def test_one_bad_question_leaves_the_others_of_its_image(tmp_path):
@@ -110,7 +137,7 @@ def test_rows_of_one_image_are_one(tmp_path, png, parquet):
     found = [one.references for one in examples("captions", file)]
     assert found == [["a dog runs", "a cow"], ["a cat sits"], ["a bus waits"]]
     first = examples("captions", file, max_samples=1)
-    assert [one.references for one in first] == [["a dog runs"]]  # up to where another image begins
+    assert [one.references for one in first] == [["a dog runs", "a cow"]]  # all of its captions, wherever they stand
     copies = [{"image": png(0), "caption": "a"}, {"image": png(0), "caption": "b"}]
     assert len(examples("captions", parquet("copies", copies))) == 1
 
@@ -219,3 +246,11 @@ def test_text_counts_what_training_would_learn(tmp_path, processor):
     assert processor.tokenizer.decode(targets[targets != -100]) == "yes<|im_end|>"
     assert window.num_bytes == pytest.approx(len("yes"))
     assert [one["name"] for one in skipped.named] == ["text.jsonl:1", "text.jsonl:2"]
+
+
+def test_text_is_that_of_the_column_that_is_named(tmp_path, processor):
+    file = write(tmp_path / "rows.jsonl", {"passage": "a long passage", "question": "what?", "answer": "red"})
+    (window,), _ = read_windows(Data([file], columns={"text": "passage"}), processor, 64, SkippedRows())
+    targets = window.sample["targets"]
+    assert processor.tokenizer.decode(targets[targets != -100]) == " long passage"
+    assert window.num_bytes == len("a long passage") - 1

@@ -105,6 +105,14 @@ def test_every_token_is_scored_once_with_half_a_window_before_it(count):
     assert found == ids[scored].tolist() and num_bytes == pytest.approx(120)
 
 
+def test_an_answer_after_a_prompt_longer_than_a_window_is_scored():
+    ids, scored = np.arange(100, 137), np.arange(37) > 31
+    windows = windows_of(ids, scored, 10, 10)
+    found = [window.sample["targets"] for window in windows]
+    assert [target for one in found for target in one[one != -100]] == ids[scored].tolist()
+    assert sum(window.num_bytes for window in windows) == pytest.approx(10)
+
+
 def test_what_is_wrong_is_said(model_folder, llm_folder, data, tmp_path):
     arguments = ["eval", "-m", model_folder, "--task", "text", "-o", tmp_path / "r.json", "--data"]
     assert "name it with --base" in vora(*arguments, data / "held.txt").stderr

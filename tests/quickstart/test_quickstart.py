@@ -66,6 +66,11 @@ def test_the_page_says_what_the_model_does_not_know(tmp_path, model_folder, proc
             "knows only the answers of its task: of 164 answers looked at only 1 are different (&quot;red&quot;, ...)"
         )
         assert (said in page) == (warning is not None) == ('class="remark"' in page)
+        assert "How far each block follows its teacher" in page
+    untaught = [{"samples_seen": 1, "lm_loss": 1.0}]  # teacher=null
+    (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in untaught))
+    write_report(tmp_path, result | {"warning": None}, shown, model, processor)
+    assert "follows its teacher" not in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -35,7 +35,8 @@ def columns_of(found: dict[str, Any]) -> list[list[str]]:
         column("against baseline", lambda row: _figure(row["difference"].get(loss), "+.4f")),
     ]
     names = dict.fromkeys(name for row in variants for name in row["metrics"])
-    for name in sorted(names, key=lambda name: not name.endswith(LOOKS)):  # which says whether it looks
+    # first what says whether it looks, then what the specification asks for
+    for name in sorted(names, key=lambda name: (not name.endswith(LOOKS), name.startswith("validation "))):
         shown.append(column(name, lambda row: _figure(row["metrics"].get(name))))
         shown.append(column(f"{name} against baseline", lambda row: _figure(row["difference"].get(name), "+.4f")))
     shown.append(column("samples to the baseline's loss", until))

@@ -130,9 +130,11 @@ def draw(
 
 
 def _of_validation(file: Path) -> dict[str, float | None]:
-    """What a run was last measured on while it trained, if it was."""
+    """What a run was last measured on while it trained, if it was, but for the sum of its losses: variants may add up
+    others."""
     last = (read_log(file) or [{}])[-1]
-    return {f"validation {name.removeprefix('eval_')}": last[name] for name in EVALUATED if name in last}
+    names = [name for name in EVALUATED if name in last and name != "eval_loss"]
+    return {f"validation {name.removeprefix('eval_')}": last[name] for name in names}
 
 
 def num_failed(found: dict[str, Any]) -> int:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from vora.data.choices import check_names_no_choice, written
@@ -141,6 +142,8 @@ def text_of(value: Any, what: str) -> str:
     value = _said(value)
     if value is None:
         return ""
+    if isinstance(value, Decimal):  # of Parquet's exact numbers
+        value = int(value) if value == int(value) else float(value)
     if not isinstance(value, (str, bool, int, float)):
         raise ValueError(f"Its {what} is a {type(value).__name__}, not text.")
     return written(value)

@@ -26,13 +26,13 @@ csv.field_size_limit(MOST_ROW_BYTES)
 
 class Csv(Source):
     """Rows of cells; an empty cell is null. A cell of a column that may hold lists (`LISTS`) is text, or a list in
-    JSON; a label that is written as a number is one."""
+    JSON; a caption is a list where that is one of texts; a label that is written as a number is one."""
 
     def _scanned(self, file: str) -> Iterator[Sequence[int]]:
         _, delimiter, first = _heads(file)
         with open(file, "rb") as text:
             rows = records(text, delimiter, first)
-            yield from self._in_blocks((start, end) for start, end, cells in rows if cells != [])
+            yield from self._in_blocks((start, end) for start, end, cells in rows if _is_row(cells))
 
     def _read(self, file: str, *place: int) -> list[Row | ValueError]:
         names, delimiter, _ = _heads(file)
@@ -41,7 +41,7 @@ class Csv(Source):
         if (size := place[1] - place[0]) > MOST_BLOCK_BYTES:
             return [too_large(size)]
         rows = records(io.BytesIO(bytes_of(file, *place)), delimiter)
-        return [_row(names, kinds, cells) for _, _, cells in rows if cells != []]
+        return [_row(names, kinds, cells) for _, _, cells in rows if _is_row(cells)]
 
 
 def _heads(file: str) -> tuple[list[str], str, int]:
@@ -68,7 +68,7 @@ def records(text: IO[bytes], delimiter: str, start: int = 0) -> Iterator[tuple[i
     while True:
         text.seek(start)
         ends: list[int] = []  # of the lines of the row at hand
-        reader = csv.reader(_lines(text, ends, start), delimiter=delimiter, strict=True)
+        reader = csv.reader(_lines(text, ends, start), delimiter=delimiter, skipinitialspace=True, strict=True)
         try:
             for cells in reader:
                 yield start, ends[-1], cells
@@ -80,6 +80,11 @@ def records(text: IO[bytes], delimiter: str, start: int = 0) -> Iterator[tuple[i
             cause = too_large(end - start) if end - start > MOST_ROW_BYTES else ValueError(f"It is no row: {error}.")
             yield start, end, cause
             start = end
+
+
+def _is_row(cells: Cells) -> bool:
+    """Not what is blank, nor what spreadsheets leave at the end of a table, cells that are all empty."""
+    return isinstance(cells, ValueError) or any(cells)
 
 
 class _TooLarge(Exception):
@@ -116,12 +121,15 @@ def _value(kind: str, cell: str) -> object:
     """What a cell holds; ValueError if it looks like a list and is none in JSON: it would be learned as text."""
     if kind == "label":
         return _number(cell)
-    if kind not in LISTS or not (cell.startswith("[") and cell.endswith("]")):
+    if kind not in (*LISTS, "caption") or not (cell.startswith("[") and cell.endswith("]")):
         return cell
     try:
-        return json.loads(cell)
+        found = json.loads(cell)
     except (ValueError, RecursionError):
+        if kind == "caption":  # one may begin and end so
+            return cell
         raise ValueError(f'Its {kind} are no list in JSON, such as ["a", "b"]: {cell[:80]}') from None
+    return cell if kind == "caption" and not all(isinstance(one, str) for one in found) else found
 
 
 def _number(cell: str) -> str | float:

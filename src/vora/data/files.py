@@ -1,8 +1,12 @@
 """Which files a path means, and which of them belong to a split."""
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
+
+log = logging.getLogger("vora")
 
 SPLITS = ("train", "validation", "valid", "val", "test", "dev", "eval")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
@@ -37,7 +41,12 @@ def files_of(path: str, split: str, kinds: Sequence[str]) -> list[Path] | None:
         every += found
         files = [file for file in _readable(found, kinds) if file.name != "dataset_info.json"]
         if folder not in own and any(split_in(file.stem, known) for file in files for known in (*SPLITS, split)):
+            others = [file for file in files if not any(split_in(file.stem, known) for known in (*SPLITS, split))]
             files = [file for file in files if split_in(file.stem, split)]
+            if files and others:
+                say_once(
+                    f"{folder}: the {len(others)} files that name no split are NOT read, such as {others[0].name}"
+                )
             found = [file for file in found if split_in(file.stem, split)]
         if files:
             _check_not_compressed(found, files, kinds)
@@ -46,6 +55,12 @@ def files_of(path: str, split: str, kinds: Sequence[str]) -> list[Path] | None:
         _check_not_compressed(every, [], kinds)
         return []
     raise no_files(path, split, kinds)
+
+
+@cache
+def say_once(text: str) -> None:
+    """Warn; a command opens its data several times."""
+    log.warning(text)
 
 
 def no_files(path: str, split: str, kinds: Sequence[str]) -> ValueError:

@@ -45,6 +45,8 @@ class ImageFolder(Source):
         if not self.has_captions:
             return {"image": path, "label": path.split("/")[0]}
         beside = (root / path).with_suffix(".txt")
+        if not beside.exists() and (loud := beside.with_suffix(".TXT")).exists():
+            beside = loud
         try:
             with beside.open("rb") as text:
                 caption = text.read(MOST_ROW_BYTES + 1)
@@ -109,9 +111,14 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of its files) of all folders that are not hidden."""
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not _is_hidden(name)]
+    """(folder, names of its files) of all folders that are not hidden, links to others among them, each once."""
+    seen = set[str]()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link to one above would go on without end
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
         yield folder, [name for name in names if not _is_hidden(name)]
 
 
@@ -122,7 +129,7 @@ def _images_below(root: Path) -> tuple[list[bytes], bool]:
     captioned = False
     for folder, names in _walk(root):
         images = [name for name in names if _is_image(name)]
-        texts = {name[:-4] for name in names if name.endswith(".txt")}
+        texts = {name[:-4] for name in names if name.lower().endswith(".txt")}
         captioned = captioned or any(name.rpartition(".")[0] in texts for name in images)
         below = os.path.relpath(folder, root)
         found += [os.fsencode(os.path.normpath(os.path.join(below, name))) for name in images]

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from PIL import Image
 
 from vora.data.columns import COLUMNS, IMAGE_COLUMNS, Row
-from vora.model.fetch_image import fetch_image, is_base64
+from vora.model.fetch_image import fetch_image, is_base64, local_path
 from vora.model.image_processing_vora import Video
 
 # a list is a video, frame by frame
@@ -71,7 +71,7 @@ def located(image: Any, folder: str | Path) -> ImageSource:
         raise ValueError("One of its images is empty.")
     if not isinstance(image, str) or image.startswith(REMOTE) or is_base64(image):
         return image
-    return type(image)(Path(folder) / image.removeprefix("file://"))  # an absolute path stays
+    return type(image)(Path(folder) / local_path(image))  # an absolute path stays
 
 
 def looks_like_media(column: str) -> bool:

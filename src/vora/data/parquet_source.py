@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 
 from vora.build.hub import did_you_mean, loading, may_be_hub_id
 from vora.data.columns import IMAGE_COLUMNS, Row
-from vora.data.files import SPLITS
+from vora.data.files import SPLITS, say_once
 from vora.data.images import looks_like_media
-from vora.data.source import Source
+from vora.data.source import Source, bytes_of
 
 BYTES_PER_BLOCK, MOST_ROWS = 8 << 20, 512  # larger row groups of Parquet are read in parts
+MOST_GROUP_BYTES = 1 << 30  # of a row group that is read in parts without a warning
 MOST_ROWS_PER_BYTE = 1000  # of a file; equal rows are packed so tightly, and no others
 IMAGES = frozenset(IMAGE_COLUMNS)
 
@@ -30,6 +31,12 @@ class Parquet(Source):
             group = metadata.row_group(number)
             count += group.num_rows
             _check_count(file, count)
+            if group.total_byte_size > MOST_GROUP_BYTES:
+                gigabytes = group.total_byte_size / 1e9
+                say_once(
+                    f"{file}: a row group of {group.num_rows:,} rows has {gigabytes:.1f} GB, and is read "
+                    "from its beginning for each part of it: write the file anew with row_group_size=1000"
+                )
             num_parts = max(-(-group.total_byte_size // BYTES_PER_BLOCK), -(-group.num_rows // MOST_ROWS), 1)
             size = max(1, -(-group.num_rows // num_parts))
             for first in range(0, group.num_rows, size):
@@ -120,7 +127,14 @@ def _metadata(file: str, changed: int) -> pq.FileMetaData:
 def _arrow_table(file: str) -> pa.Table:
     from datasets.table import MemoryMappedTable
 
-    return MemoryMappedTable.from_file(file).table
+    try:
+        return MemoryMappedTable.from_file(file).table
+    except pa.ArrowInvalid:
+        if bytes_of(file, 0, 6) != b"ARROW1":
+            raise
+        raise ValueError(
+            f"{file} is Arrow's file format, as Feather's, and its stream format is read: write Parquet."
+        ) from None
 
 
 def _rows_of(table: pa.Table) -> list[Row]:

@@ -1,10 +1,9 @@
 """From what a user names (a file, a folder, a dataset's id) to the source that reads it."""
 
 import json
-import logging
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from vora.build.fetch import wheel_files
 from vora.build.hub import may_be_hub_id
 from vora.data.columns import COLUMNS, Row, RowOptions
 from vora.data.csv_source import Csv
-from vora.data.files import files_of, no_files
+from vora.data.files import files_of, no_files, say_once
 from vora.data.guess import ways_to_name
 from vora.data.image_folder import ImageFolder, image_root
 from vora.data.json_source import UTF8_MARK, JsonArray, JsonLines
@@ -23,13 +22,15 @@ from vora.data.schema import to_sample
 from vora.data.source import ReadRow, Source
 from vora.data.tar_source import WebDataset
 
-log = logging.getLogger("vora")
-
 EASY_VQA = "easy-vqa"
 KINDS: dict[str, type[Source]] = {
     ".parquet": Parquet, ".jsonl": JsonLines, ".json": JsonArray, ".tar": WebDataset, ".arrow": Arrow,
     ".csv": Csv, ".tsv": Csv,
 }  # fmt: skip
+# an object that begins as COCO's, or whose first line does not end it
+ONE_OBJECT = re.compile(
+    rb'\{(\s*"(info|licenses|categories|annotations)"\s*:|\s*"images"\s*:\s*\[\s*\{[^}]*"file_name"|[ \t\r]*\n)'
+)
 
 
 class EasyVqa(Source):
@@ -100,22 +101,16 @@ def load_source(
         raise ValueError(f"Cannot read {path}: {cause}. Check the file, and who may read it.") from None
     if source.guessed and is_checked:
         unread = ", ".join(source.columns_not_read) or "none"
-        _say_once(f"{path}: its columns are guessed, {ways_to_name(source.guessed)}; not read: {unread}")
+        say_once(f"{path}: its columns are guessed, {ways_to_name(source.guessed)}; not read: {unread}")
     if source.guessed_folder and is_checked:
         folder = source.guessed_folder
-        _say_once(f"{path}: its images lie in {folder}, image_folder: {folder} or --image-folder {folder}")
+        say_once(f"{path}: its images lie in {folder}, image_folder: {folder} or --image-folder {folder}")
     for name, image in source.images_not_read.items() if is_checked else ():
-        _say_once(
+        say_once(
             f"{path}: column {name!r} names images, such as {image}, and is NOT read: if they belong to the rows, "
             f"{ways_to_name({'image': name})} (paths start at image_folder, by default where the file lies)"
         )
     return source
-
-
-@cache
-def _say_once(text: str) -> None:
-    """A command opens its data several times."""
-    log.warning(text)
 
 
 def check_is_there(path: str, split: str) -> None:
@@ -125,9 +120,18 @@ def check_is_there(path: str, split: str) -> None:
 
 
 def _kind_of(file: Path) -> type[Source]:
-    """The class that reads a file. JSON Lines are often called .json: they begin with an object, not with a list."""
+    """The class that reads a file. JSON Lines are often called .json: they begin with an object, not with a list.
+    ValueError of one object that holds all, as COCO's."""
     kind = KINDS[file.suffix.lower()]
     if kind is not JsonArray:
         return kind
     with file.open("rb") as text:
-        return JsonLines if text.read(1 << 16).removeprefix(UTF8_MARK).lstrip()[:1] == b"{" else JsonArray
+        beginning = text.read(1 << 16).removeprefix(UTF8_MARK).lstrip()
+    if not beginning.startswith(b"{"):
+        return JsonArray
+    if ONE_OBJECT.match(beginning):
+        raise ValueError(
+            f"{file} is one JSON object, and a list of rows, or one row per line, is wanted. Of COCO's, join the "
+            'annotations to rows such as {"image": "a.jpg", "captions": ["...", "..."]}.'
+        )
+    return JsonLines

@@ -95,6 +95,11 @@ def row_of_files(key: str, files: Mapping[str, bytes | ValueError]) -> Row | Val
         if last in IMAGE_ENDINGS:
             images.append(data)
         elif last == "txt":
+            if "text" in row:
+                return ValueError(
+                    f"It has several texts, {ending} among them, for names up to their first dot are one sample: "
+                    "write other dots of names as _."
+                )
             try:
                 row["text"] = data.decode().strip()  # beside an image, a caption
             except UnicodeDecodeError as error:

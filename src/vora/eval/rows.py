@@ -1,7 +1,7 @@
 """Rows of any files that `vora.data.readers` reads, as evaluation needs them: texts at once, images when asked."""
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 
 from PIL import Image
 
-from vora.data.columns import COLUMNS, IMAGE_COLUMNS, TEXT_COLUMNS, RowOptions, usable
+from vora.data.columns import COLUMNS, IMAGE_COLUMNS, TEXT_COLUMNS, RowOptions, usable, without_layouts_before
 from vora.data.columns import Row as Values
-from vora.data.held_out import HeldOut
+from vora.data.held_out import HeldOut, key_of_image
 from vora.data.images import ImageSource, images_of_row, open_source
 from vora.data.readers import EASY_VQA, KINDS, load_source
 from vora.data.source import Source
@@ -118,28 +118,31 @@ class Rows:
                         values = texts.item(block, offset, rows)
                         opens = partial(_open, images, index, self.data.allow_urls)
                         row = Row(name, number, values, opens, partial(_key_of, images, index))
-                        if self.data.half in (None, half_of(row)) and self._may_be_asked(images, samples, index):
+                        if self.data.half in (None, _half_of(images, index, values)) and self._may_be_asked(
+                            images, samples, index
+                        ):
                             yield row
                     except ValueError as error:
                         skipped.add(name, error)
                     number += 1
 
     def _may_be_asked(self, images: Callable[[], Source], samples: Callable[[], Source], index: int) -> bool:
-        """Whether a row is held out, as in training: by its images, or without any by its text."""
+        """Whether a row is held out, as in training; one that training cannot read, by its images."""
         if (held_out := self.data.held_out) is None:
             return True
         try:
-            return held_out.holds_images(images()[index]) is True
-        except ValueError:
             return held_out.holds(samples()[index]) is True
+        except ValueError:
+            return held_out.holds_images(images()[index]) is True
 
 
-def half_of(row: Row) -> str:
-    """Which of `HALVES` a row belongs to, by its image, or without one by its text: in all files the same."""
+def _half_of(images: Callable[[], Source], index: int, values: Values) -> str:
+    """Which of `HALVES` a row belongs to, by its images (`key_of_image`), or without any by its text: in all files the
+    same."""
     try:
-        key = row.image_key()
+        key = _hash(map(key_of_image, images()[index]))
     except ValueError:  # without one
-        key = repr(sorted(row.values.items()))
+        key = repr(sorted(values.items()))
     return HALVES[hashlib.blake2b(key.encode(), digest_size=1).digest()[0] % 2]
 
 
@@ -174,7 +177,8 @@ def _split_on_hub(path: str, subset: str | None) -> str:
 
 
 def _text_of_row(row: Values, name: str, image_folder: str, options: RowOptions) -> Values:
-    found = {key: value for key, value in usable(row, options.columns).items() if key not in IMAGE_COLUMNS}
+    known = without_layouts_before(usable(row, options.columns), options.columns.keys())
+    found = {key: value for key, value in known.items() if key not in IMAGE_COLUMNS}
     if not any(column in COLUMNS for column in found):
         raise ValueError(f"None of its columns {sorted(map(str, row))} holds text that is known: name them.")
     return found
@@ -195,7 +199,11 @@ def _open(source: Callable[[], Source], index: int, allow_urls: bool) -> list[Im
 
 def _key_of(source: Callable[[], Source], index: int) -> str:
     """A hash of a row's files of images, or of the paths to them: nothing is decoded."""
+    return _hash(image if isinstance(image, bytes) else repr(image).encode() for image in source()[index])
+
+
+def _hash(parts: Iterable[bytes]) -> str:
     found = hashlib.sha256()
-    for image in source()[index]:
-        found.update(image if isinstance(image, bytes) else repr(image).encode())
+    for part in parts:
+        found.update(part)
     return found.hexdigest()[:16]

@@ -99,7 +99,7 @@ def limited_frames(frames: Iterable[Image.Image], policy: ImagePolicy = POLICY) 
 
 def is_animated(path: str | os.PathLike) -> bool:
     """Whether a path is that of an animation; a URL, or what cannot be read, is none."""
-    with suppress(Exception), _opened(_local_path(os.fspath(path)), False, POLICY) as image:
+    with suppress(Exception), _opened(local_path(os.fspath(path)), False, POLICY) as image:
         return _moves(image)
     return False
 
@@ -232,7 +232,7 @@ def _content_at(name: str, allow_urls: bool, policy: ImagePolicy) -> bytes:
         if not head.endswith(";base64"):
             raise ValueError("of data URLs only those in base64 are read")
         return base64.b64decode(encoded)
-    path = _local_path(name)
+    path = local_path(name)
     if path == name and is_base64(name):
         return base64.b64decode(name)
     about = os.stat(path)
@@ -244,7 +244,8 @@ def _content_at(name: str, allow_urls: bool, policy: ImagePolicy) -> bytes:
         return file.read(policy.max_bytes + 1)
 
 
-def _local_path(name: str) -> str:
+def local_path(name: str) -> str:
+    """A path of a path or a `file://` address; ValueError of another address."""
     if "://" not in name:
         return name
     parts = urlsplit(name)

@@ -51,10 +51,7 @@ then merged. What remains is the LLM's own architecture.</p>
 ({100 * result["majority_accuracy"]:.1f} %).</p>
 <h2>Images it had never seen</h2><div class="cards">{"".join(card(sample, engine) for sample in shown)}</div>
 <h2>How it learned</h2><div class="wide"><img alt="losses" src="{figure_url(losses)}"></div>
-<h2>How far each block follows its teacher</h2>
-<p>1 - cosine between what a student block says of each patch and what the teacher's block says, the teacher's mean
-subtracted: 0 is perfect imitation, 1 is chance.</p>
-<div class="wide"><img alt="distillation by block" src="{pairs_plot(log)}"></div>
+{imitation(log)}
 <h2>What to try next</h2>
 <pre>vora chat {escape(shown[0].name)} -m {escape(str(out / "model"))}
 vora train {escape(str(out / "run" / "recipe.yaml"))} --out longer training.max_steps=1000
@@ -77,9 +74,11 @@ def card(sample: Sample, engine: Engine) -> str:
     return f'<div class="card"><img alt="" src="{data_url(image, "png")}"><div>{"".join(rows)}</div></div>'
 
 
-def pairs_plot(log: Sequence[Mapping[str, Any]]) -> str:
-    """The distillation losses of all pairs of blocks against samples seen, as a data URL."""
+def imitation(log: Sequence[Mapping[str, Any]]) -> str:
+    """A plot of the distillation losses of all pairs of blocks against samples seen; nothing without a teacher."""
     names = [name for name in log[-1] if name.startswith("pair_")]
+    if not names:
+        return ""
     figure, axes = new_figure(*SIZE)
     losses = [[line[name] for line in log if name in line] for name in names]
     seen = [line["samples_seen"] for line in log if names[0] in line]
@@ -87,4 +86,7 @@ def pairs_plot(log: Sequence[Mapping[str, Any]]) -> str:
     labels = ["block {} as teacher's {}".format(*(int(i) + 1 for i in name.split("_")[1:])) for name in names]
     axes.set(xlabel="samples seen", yticks=range(len(names)), yticklabels=labels)
     figure.colorbar(mesh, label="1 - cosine")
-    return figure_url(figure)
+    return f"""<h2>How far each block follows its teacher</h2>
+<p>1 - cosine between what a student block says of each patch and what the teacher's block says, the teacher's mean
+subtracted: 0 is perfect imitation, 1 is chance.</p>
+<div class="wide"><img alt="distillation by block" src="{figure_url(figure)}"></div>"""

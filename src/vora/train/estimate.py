@@ -38,8 +38,13 @@ LONG = 48 * 3600  # seconds after which a run is better thought over
 
 def dry_run(recipe: Recipe, directory: Path, resume: bool, beside: Path, console: Console) -> None:
     """Print what trains, what it takes, and two samples as the model will read them; nothing is written. A ValueError
-    where the run would not start."""
-    done = check_start(recipe, directory, resume)
+    where the run would not start, but for a run that is in its directory already, of which a warning is printed."""
+    _check_startable(recipe, directory)
+    try:
+        done = _steps_done(directory, resume)
+    except ValueError as error:
+        done = 0
+        console.print(f"Warning: {error}", highlight=False, markup=False)
     try:
         console.print(trainable_table(meta_model(recipe, beside)[0], recipe.stage))
     except ValueError as error:  # LLaVA's way, of which nothing is counted
@@ -74,6 +79,11 @@ def print_samples(recipe: Recipe, console: Console) -> None:
 def check_start(recipe: Recipe, directory: Path, resume: bool) -> int:
     """Raise where a run would not start, as far as that is known before anything is loaded; return the steps that are
     done."""
+    _check_startable(recipe, directory)
+    return _steps_done(directory, resume)
+
+
+def _check_startable(recipe: Recipe, directory: Path) -> None:
     check_recipe(recipe)
     for source in [*recipe.data.sources, *(recipe.data.validation.sources if recipe.data.validation else [])]:
         check_is_there(source.path, source.split)
@@ -82,13 +92,16 @@ def check_start(recipe: Recipe, directory: Path, resume: bool) -> int:
         check_sequence_length(recipe, llm_config_of(recipe.model.llm, "model.llm"))
     if recipe.teacher is not None:
         vit_config_of(recipe.teacher.name, "teacher.name")
-    checkpoint = find_checkpoint(directory, resume)
     arguments = training_arguments(recipe, directory)
     check_schedule(recipe, arguments)
     check_libraries(arguments)
     check_one_gpu_per_process(arguments)
     check_sharding(arguments)
     check_fsdp(recipe, bool(arguments.fsdp))
+
+
+def _steps_done(directory: Path, resume: bool) -> int:
+    checkpoint = find_checkpoint(directory, resume)
     return 0 if checkpoint is None else last_step(checkpoint)
 
 

@@ -24,7 +24,7 @@ class Captions(Task):
         found: dict[Any, Example] = {}
         for example in self.each(rows, skipped):
             if example.group not in found and len(found) == self.max_samples:
-                break
+                continue  # further captions of the first may follow
             first = found.setdefault(example.group, example)
             if first is not example:
                 first.references += example.references

@@ -67,7 +67,7 @@ def windows_of(
     found: list[Window] = []
     done, per_token = 1, num_bytes / max(1, scored[1:].sum())
     while done < len(ids):
-        end = min(len(ids), length if not found else done + length // 2)
+        end = min(len(ids), length if done == 1 else done + length // 2)
         start = max(0, end - length)
         labels = np.where(scored, ids, -100)[start:end]
         labels[: done - start] = -100
