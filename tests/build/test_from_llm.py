@@ -1,5 +1,6 @@
 """Where an LLM comes from: a folder with a GGUF file, and what its generation config becomes."""
 
+import copy
 import shutil
 
 import gguf
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ViTMAEConfig, ViTM
 
 from vora import VoraForConditionalGeneration, VoraProcessor
 from vora.build import hub
-from vora.build.base_llm import _as_the_mean_token, resolve_llm
+from vora.build.base_llm import _as_the_mean_token, choose_image_token, resolve_llm
 from vora.build.fetch import wheel_files
 from vora.build.vit_init import vit_embedding
 
@@ -100,6 +101,20 @@ def test_a_vocabulary_that_grew_says_no_image(family):
     logits = llm(torch.arange(3, 20)[None]).logits[0]
     assert (logits[:, size] < logits[:, :size].max(-1).values).all()
     torch.testing.assert_close(logits[:, size], logits[:, :size].mean(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_a_token_that_pads_or_ends_stands_for_no_image():
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|padding|>", "<|extra_0|>"]})
+    usual = choose_image_token(copy.deepcopy(tokenizer))[0]
+    tokenizer.pad_token = usual
+    chosen, number = choose_image_token(tokenizer)
+    assert chosen != usual and number != tokenizer.pad_token_id
+
+
+def test_a_loaded_llm_is_not_loaded_otherwise():
+    with pytest.raises(ValueError, match="loaded already, so dtype would change nothing"):
+        VoraForConditionalGeneration.from_llm(tiny.tiny_llm("llama"), dtype=torch.bfloat16)
 
 
 def test_quantized_weights_are_refused_before_they_are_trained(llm_folder, monkeypatch):

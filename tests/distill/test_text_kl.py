@@ -72,6 +72,32 @@ def test_it_is_the_divergence_from_the_bare_llm():
     torch.testing.assert_close(losses["loss"], 2 * expected)
 
 
+@pytest.mark.parametrize("distill_only", [True, False])
+def test_every_token_counts_alike_however_a_step_is_split(distill_only):
+    objective, _ = objective_of()
+    whole = batch(distill_only)
+    total, parts = len(whole["text_places"]), []
+    for row, length in enumerate(LENGTHS):
+        one = {name: whole[name][row : row + 1] for name in ("input_ids", "targets", "position_ids", "seen_until")}
+        one |= {
+            "text_rows": torch.arange(1),
+            "text_places": torch.arange(length),
+            "distill_only": whole["distill_only"],
+        }
+        losses = objective(**one, num_micro_batches=8, num_text_tokens=total)
+        torch.testing.assert_close(losses["loss"], objective.terms[1].weight * losses["text_loss"] * length / total)
+        parts.append(losses["loss"])
+    if not distill_only:  # else distances are relative to the variance over a micro-batch's tokens
+        torch.testing.assert_close(sum(parts), objective(**whole)["loss"])
+
+
+def test_a_batch_with_nothing_to_learn_is_refused():
+    objective, _ = objective_of()
+    given = {name: value for name, value in batch(False).items() if not name.startswith("text_")}
+    with pytest.raises(ValueError, match="All .* labels are masked .*nothing to learn"):
+        objective(**given)
+
+
 @pytest.mark.parametrize("most, longest", [(10 * 128, 5), (128, 1)])
 def test_divergence_in_parts_is_that_at_once(most, longest, monkeypatch):
     found = []

@@ -184,6 +184,12 @@ def test_what_changes_on_resume_is_used_and_told_or_refused(recipe, copied):
     assert load_recipe(copied / "recipe.yaml").training["learning_rate"] == 1e-3
     with pytest.raises(ValueError, match="training.optim was None, is sgd"):
         run(recipe(**changed | {"optim": "sgd", "max_steps": 9}), copied, resume=True)
+    for key, value in (("summary", True), ("weight", 0.0), ("pairs", "last")):
+        other = recipe(**changed | {"max_steps": 9})
+        setattr(other.teacher, key, value)
+        other.teacher.distill_only_steps = 0
+        with pytest.raises(ValueError, match=f"teacher.{key} was .*optimizer's state .* is of another kind"):
+            run(other, copied, resume=True)
     assert "optim" not in load_recipe(copied / "recipe.yaml").training
 
 

@@ -215,6 +215,10 @@ NOWHERE = {"model": {"llm": "none"}, "data": {"sources": [{"path": "none.jsonl"}
         ({"training": {"load_best_model_at_end": True}}, "no samples to evaluate on"),
         ({"teacher": {"name": "vit", "weight": 0, "distill_only_steps": 9}}, "distill_only_steps is 9"),
         ({"stage": "finetune", "teacher": {"name": "vit"}}, "set teacher=null"),
+        (
+            {"stage": "finetune", "model": {"vora": "v", "dtype": "bfloat16"}},
+            "updates .* round to nothing: set model.dt",
+        ),
         ({"training": {"dataloader_drop_last": True}}, "vora's own loader"),
         ({"training": {"do_eval": True}}, "`vora eval` asks"),
         ({"training": {"bf16": True}}, "training.bf16 is true, but there is no GPU here: set training.use_cpu=true"),

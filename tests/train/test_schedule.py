@@ -111,6 +111,17 @@ def test_a_checkpoint_alone_goes_on_exactly_in_another_place(recipe, tmp_path):
     assert losses(tmp_path / "elsewhere") == {step: steps[step] for step in (5, 6)}
 
 
+@pytest.mark.parametrize("phases", [{"distill_only_steps": 2}, {"distill_only_steps": 0, "vision_lr_scale": 0.1}])
+def test_a_rate_that_follows_the_loss_has_no_phases(recipe, tmp_path, phases):
+    values = recipe(lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps").model_dump()
+    values["teacher"] |= phases
+    found = load_recipe(values)
+    with pytest.raises(ValueError, match="reduce_lr_on_plateau keeps its own rates, and teacher.distill_only_steps"):
+        check_schedule(found, training_arguments(found, tmp_path))
+    values["teacher"] |= {"distill_only_steps": 0, "vision_lr_scale": 1.0}
+    check_schedule(load_recipe(values), training_arguments(found, tmp_path))
+
+
 @pytest.mark.parametrize(
     ("options", "num_steps", "wanted"),
     [

@@ -2,6 +2,7 @@
 
 import shutil
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -11,7 +12,7 @@ from rich.console import Console
 from runs import COLOURS, close_to, losses, run, write_lines
 from safetensors.torch import load_file, safe_open
 from tiny_teachers import tiny_vit
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from vora import Teacher, attach_vision_lora
 from vora.checkpoint import merge_run
@@ -20,6 +21,8 @@ from vora.checkpoint.lineage import read_card
 from vora.data.readers import load_source
 from vora.data.stream import PackedSequences
 from vora.model.processing_vora import SPELT
+from vora.train import sharding
+from vora.train.estimate import check_start
 from vora.train.from_recipe import training_arguments
 from vora.train.plan.meta_model import meta_model
 from vora.train.recipe import load_recipe
@@ -288,6 +291,42 @@ def test_planned_steps_fit_the_budget_and_sequences_the_context(recipe, tmp_path
     long.data.sequence_length = 10_000_000
     with pytest.raises(ValueError, match="context holds"):
         run(long, tmp_path / "run")
+
+
+def saved_llm(folder, family, **changes):
+    tokenizer = tiny.tiny_tokenizer()
+    shape = tiny.SHAPE | tiny.FAMILIES[family] | {"vocab_size": len(tokenizer)} | changes
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_sequences_are_no_longer_than_a_sliding_window(recipe, tmp_path):
+    found = recipe(max_steps=3)
+    found.model.llm = saved_llm(tmp_path / "llm", "mistral", sliding_window=64)
+    with pytest.raises(ValueError, match="sequence_length is 128, but the LLM's sliding window holds 64 tokens"):
+        check_start(found, tmp_path / "run", False)
+    values = found.model_dump()
+    values["data"]["sequence_length"] = "auto"
+    run(load_recipe(values), tmp_path / "run")
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").data.sequence_length <= 64
+
+
+def test_an_llm_attends_by_default_as_transformers_has_it_attend(recipe, tmp_path):
+    found = recipe(max_steps=3)
+    found.model.llm = saved_llm(tmp_path / "llm", "gemma2", sliding_window=256)  # without sdpa in transformers 5.23
+    run(found, tmp_path / "run")
+    assert (tmp_path / "run" / "final" / "adapter_model.safetensors").exists()
+
+
+def test_fsdp_in_bf16_sums_losses_and_gradients_in_float32():
+    state = SimpleNamespace(fsdp_plugin=None, distributed_type=None)
+    accelerator = SimpleNamespace(state=state, mixed_precision="bf16")
+    sharding.shard(accelerator, SimpleNamespace(fsdp_plugin_args={"fsdp_version": 2}))
+    policy = state.fsdp_plugin.mixed_precision_policy
+    assert (
+        policy.param_dtype == torch.bfloat16 and policy.reduce_dtype == torch.float32 and policy.output_dtype is None
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -72,8 +72,12 @@ def _dequantized(alias: str) -> str:
 
 def load_llm(llm: PreTrainedModel | Path | str, **kwargs: Any) -> PreTrainedModel:
     """A causal LM in eval mode, with its tokenizer's name remembered in `name_or_path`; loaded models pass through.
-    ValueError where it is no causal LM, or its weights are quantized."""
+    ValueError where it is no causal LM, or its weights are quantized, or a loaded one is to be loaded otherwise."""
     if isinstance(llm, PreTrainedModel):
+        if given := sorted(name for name, value in kwargs.items() if value is not None):
+            raise ValueError(
+                f"The LLM is loaded already, so {', '.join(given)} would change nothing: load it with that."
+            )
         return llm
     name, source = resolve_llm(llm)
     if "gguf_file" in source:  # dequantized, since a quantized model cannot be trained or saved
@@ -125,10 +129,11 @@ def load_tokenizer(llm: Path | str) -> PreTrainedTokenizerBase:
 
 
 def choose_image_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
-    """The vocabulary's own image token or a spare special one, else a new `<image>` added to the tokenizer: (token,
-    id). Runtimes that embed every id, vLLM among them, need one of the vocabulary."""
+    """The vocabulary's own image token or a spare special one that pads and ends nothing, else a new `<image>` added
+    to the tokenizer: (token, id). Runtimes that embed every id, vLLM among them, need one of the vocabulary."""
     vocabulary = tokenizer.get_vocab()
-    token = next((token for token in SPARE_TOKENS if token in vocabulary), NEW_TOKEN)
+    used = {tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
+    token = next((token for token in SPARE_TOKENS if token in vocabulary and token not in used), NEW_TOKEN)
     # Added as a special token either way, so that it is never split.
     tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
     return token, tokenizer.convert_tokens_to_ids(token)

@@ -46,6 +46,7 @@ class MicroBatch:
     num_items_in_batch: Tensor | float | None = None
     num_micro_batches: int = 1
     num_image_tokens: float | None = None  # of the step, by which the distillation's sum is divided
+    num_text_tokens: float | None = None  # of the step, by which that of text to keep is
     in_branches: bool = False  # one row, see `vora.data.packing.images_in_branches`
     only_paired_blocks: bool = False  # the student ran no block above the last paired one
     hidden_states: Any = None  # float[B, T, D] after all blocks and the last norm; None with `only_paired_blocks`
@@ -85,7 +86,7 @@ class LanguageModeling(Term):
 
 class TextKL(Term):
     """How far the LLM is from itself without LoRA on rows of text: the KL divergence, or, where only the paired blocks
-    ran, the distance of the last one's output (`vora.distill.text_kl`). A mean over the micro-batch's tokens."""
+    ran, the distance of the last one's output (`vora.distill.text_kl`). A mean over the step's tokens."""
 
     def applies(self, objective: "Objective", batch: MicroBatch) -> bool:
         return batch.text_places is not None
@@ -108,7 +109,8 @@ class TextKL(Term):
         reached, own = (states.flatten(0, 1)[batch.text_places] for states in (reached[rows], own))
         of_logits = vora.logits, reached, own, vora.lm_head.out_features
         loss = unexplained(reached, own) if early else divergence(*of_logits)
-        return loss / batch.num_micro_batches, {"text_loss": loss}
+        count, total = len(batch.text_places), batch.num_text_tokens
+        return loss * (1 / batch.num_micro_batches if total is None else count / total), {"text_loss": loss}
 
 
 class Distillation(Term):
@@ -235,8 +237,8 @@ class Objective(nn.Module):
         label_places: Tensor | None = None, label_weights: Tensor | None = None, image_places: Tensor | None = None,
         text_rows: Tensor | None = None, text_places: Tensor | None = None, distill_only: Tensor | bool | None = None,
         num_samples: Tensor | int | None = None, num_items_in_batch: Tensor | float | None = None,
-        num_micro_batches: int = 1, num_image_tokens: float | None = None, branches: Tensor | None = None,
-        **inputs: Tensor,
+        num_micro_batches: int = 1, num_image_tokens: float | None = None, num_text_tokens: float | None = None,
+        branches: Tensor | None = None, **inputs: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Named losses of a packed batch.
 
@@ -253,7 +255,8 @@ class Objective(nn.Module):
             num_items_in_batch: label tokens of the whole optimizer step, or their summed weights, by which what the
                 language loss adds to `loss` is divided.
             num_micro_batches: of the step, by which the other terms are divided in `loss`.
-            num_image_tokens: of the whole step, so that in `loss` each of them counts alike, in whatever micro-batch.
+            num_image_tokens, num_text_tokens: of the whole step, image tokens and those of `text_places`, so that in
+                `loss` each counts alike, in whatever micro-batch.
             branches: int[G, 2] on the host, of one row of images alone (`vora.data.packing.images_in_branches`);
                 text that is to stay is then in inputs that begin with `text_`.
 
@@ -271,13 +274,17 @@ class Objective(nn.Module):
         text_inputs: Any = {name[5:]: inputs.pop(name) for name in list(inputs) if name.startswith("text_")} or None
         batch = MicroBatch(
             inputs, images, targets, label_places, image_places, label_weights, text_rows, text_places,
-            text_inputs, num_items_in_batch, num_micro_batches, num_image_tokens, branches is not None,
+            text_inputs, num_items_in_batch, num_micro_batches, num_image_tokens, num_text_tokens,
+            branches is not None,
         )  # fmt: skip
         batch.only_paired_blocks = (
             len(label_places) == 0 and self.distillation is not None and (distill_only is None or bool(distill_only))
         )
-        # with no term at all, the first one says that nothing can be learned
-        terms = [term for term in self.terms if term.applies(self, batch)] or self.terms[:1]
+        if not (terms := [term for term in self.terms if term.applies(self, batch)]):
+            raise ValueError(
+                f"All {targets.numel()} labels are masked (-100), and there is no image and no text to keep: there is "
+                "nothing to learn. Check the labels, or leave that batch out."
+            )
         collects = batch.only_paired_blocks or (self.teacher is not None and len(image_places) > 0)
         given = inputs | images
         if branches is not None:

@@ -34,6 +34,14 @@ def image_blocks(is_image: Tensor, image_grid_thw: Tensor, patch_merge: int = 1)
     return torch.full(is_image.shape, -1, device=is_image.device).masked_scatter_(is_image, numbers)
 
 
+def longest_sequence(config: PreTrainedConfig) -> int | None:
+    """The most tokens of a sequence whose samples share what is before them: an LLM's context, or its sliding window
+    where that is shorter, for it counts places. None where neither is known."""
+    text = config.get_text_config()
+    known = (getattr(text, name, None) for name in ("max_position_embeddings", "sliding_window"))
+    return min(filter(None, known), default=None)
+
+
 def attention_masks(
     config: PreTrainedConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None,
     position_ids: Tensor | None, blocks: Tensor | None, seen_until: Tensor | None = None,

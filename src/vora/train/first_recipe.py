@@ -22,6 +22,7 @@ from vora.data.images import REMOTE
 from vora.data.readers import EASY_VQA, load_source
 from vora.data.schema import Sample
 from vora.data.source import Source
+from vora.model.attention import longest_sequence
 from vora.train.packaged import find_recipe
 from vora.train.plan.meta_model import llm_config_of, vit_config_of
 from vora.train.recipe import load_recipe
@@ -81,7 +82,7 @@ def write_recipe(
     depth, vit = config.get_text_config().num_hidden_layers, vit_config_of(teacher, "--teacher")
     with torch.device("meta"):
         runs_in_llama_cpp = vit_embedding(AutoModel.from_config(vit)).norm is None
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = longest_sequence(config)
     values = sizes_of(found, vit.patch_size, context, NUM_MARKER_TOKENS if runs_in_llama_cpp else 0)
     precision, is_auto = precision_overrides(), bool(found) and values["sequence_length"] == NEAR_LENGTH
     steps, passes = steps_of(found, values, epochs)

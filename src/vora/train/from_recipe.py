@@ -24,6 +24,7 @@ from vora.data.source import Source
 from vora.data.stream import PackedSequences
 from vora.data.streams import Streams, streams_of_process
 from vora.distill.objective import Objective
+from vora.model.attention import longest_sequence
 from vora.model.processing_vora import VoraProcessor
 from vora.train.recipe import load_recipe
 from vora.train.recipe_sections import AUTO_LENGTH, CHECKPOINTING, NEAR_LENGTH, DataSection, Recipe, SourceSection
@@ -81,6 +82,11 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError("stage finetune has no teacher, so its section would change nothing: set teacher=null")
     if (num := recipe.distill_only_steps) and recipe.teacher is not None and recipe.teacher.weight == 0:
         raise ValueError(f"with teacher.weight 0 nothing is distilled, but distill_only_steps is {num}: set it to 0")
+    if recipe.stage == "finetune" and recipe.model.dtype != "float32":
+        raise ValueError(
+            f"stage finetune trains the LLM's own weights, and most updates of weights in {recipe.model.dtype} round "
+            "to nothing: set model.dtype=float32 (training.bf16=true computes in bfloat16 all the same)"
+        )
     if recipe.model.dtype == "float16" and recipe.training.get("bf16"):
         raise ValueError("model.dtype is float16, but training.bf16 computes in bfloat16: set model.dtype=bfloat16")
     defaults = {field.name: field.default for field in fields(TrainingArguments)}
@@ -163,10 +169,12 @@ def check_fsdp(recipe: Recipe, are_spread: bool) -> None:
 
 
 def check_sequence_length(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Raise if a packed sequence would exceed the context of a configuration's LLM."""
-    limit, length = getattr(config.get_text_config(), "max_position_embeddings", None), recipe.data.sequence_length
+    """Raise if a packed sequence would exceed the context of a configuration's LLM, or its sliding window."""
+    limit, length = longest_sequence(config), recipe.data.sequence_length
     if limit and length != AUTO_LENGTH and length > limit:
-        raise ValueError(f"data.sequence_length is {length}, but the LLM's context holds {limit} tokens: lower it.")
+        has_window = limit != getattr(config.get_text_config(), "max_position_embeddings", None)
+        what = "sliding window" if has_window else "context"
+        raise ValueError(f"data.sequence_length is {length}, but the LLM's {what} holds {limit} tokens: lower it.")
 
 
 def check_chat_template(processor: VoraProcessor) -> None:

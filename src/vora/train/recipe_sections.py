@@ -43,8 +43,8 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Precision of the weights that do not train."
     )
-    attn_implementation: Literal["sdpa", "eager", "flex_attention"] = Field(
-        "sdpa", description="How attention is computed."
+    attn_implementation: Literal["sdpa", "eager", "flex_attention"] | None = Field(
+        None, description="How attention is computed; default: as transformers does, by sdpa where the LLM can."
     )
 
     @field_validator("image_markers")

@@ -13,10 +13,13 @@ from vora.checkpoint.manifest import STATE
 from vora.checkpoint.run_directory import checkpoint_up_to
 from vora.train.recipe import load_recipe
 from vora.train.recipe_sections import Recipe
-from vora.train.schedule import NUM_DECAY, decay_of
+from vora.train.schedule import NUM_DECAY, OWN_RATES, decay_of
+from vora.train.stages import vision_is_frozen
 
-FIXED = ("stage", "training.optim", "training.optim_args", "training.optim_target_modules")
-OWN_RATES = {"reduce_lr_on_plateau", "greedy"}  # schedules that keep rates in their state, so that none can change
+FIXED = (  # on which the optimizer's state depends, or the heads that it is of
+    "stage", "training.optim", "training.optim_args", "training.optim_target_modules", "teacher.pairs",
+    "teacher.pairing", "teacher.spread", "teacher.summary", "teacher.center", "teacher.standardize",
+)  # fmt: skip
 RATES = ("training.learning_rate", "training.lr_scheduler", "learning_rates.")
 FROM_RECIPE = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer's groups; others change while it runs
 
@@ -70,6 +73,10 @@ def tell_changes(recipe: Recipe, directory: Path, tell: Callable[[str], None]) -
     differ = [key for key in {**then, **now} if then.get(key) != now.get(key)]
     changes = {key: f"{key} was {str(then.get(key))[:80]}, is {str(now.get(key))[:80]}" for key in differ}
     fixed = FIXED + (RATES if {one.get("training.lr_scheduler_type") for one in (then, now)} & OWN_RATES else ())
+    if vision_is_frozen(before) != vision_is_frozen(recipe):
+        fixed += ("teacher.vision_lr_scale", "teacher.distill_only_steps")
+    if then.get("teacher.weight") == 0 or now.get("teacher.weight") == 0:
+        fixed += ("teacher.weight",)
     if wrong := [text for key, text in changes.items() if key.startswith(fixed)]:
         raise ValueError(
             f"{'; '.join(wrong)}: the optimizer's state in {directory} is of another kind. Leave that as it was, or "

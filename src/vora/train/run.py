@@ -41,6 +41,7 @@ from vora.data.stream import PackedSequences
 from vora.data.streams import num_streams_of
 from vora.distill.branches import takes_branches
 from vora.distill.objective import Objective
+from vora.model.attention import longest_sequence
 from vora.model.segmented_sdpa import SEGMENTED_SDPA, segmented_sdpa, use_segmented_sdpa_on_cpu
 from vora.train.callbacks import (
     ANSWERS_FILE,
@@ -108,7 +109,7 @@ def _train(
     sources = open_sources(recipe.data)
     torch.manual_seed(arguments.seed)
     objective, processor = build_objective(recipe)
-    context = getattr(objective.config.get_text_config(), "max_position_embeddings", None)
+    context = longest_sequence(objective.config)
     if recipe.data.sequence_length == AUTO_LENGTH:
         recipe = with_sequence_length(recipe, sources, processor, arguments, context)
         console.print(f"Packed sequences of {recipe.data.sequence_length:,} tokens, which the data fills best.")

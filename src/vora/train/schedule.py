@@ -11,6 +11,7 @@ from transformers import TrainingArguments, get_scheduler
 from vora.train.recipe_sections import Recipe
 
 STABLE = "warmup_stable_decay"
+OWN_RATES = {"reduce_lr_on_plateau", "greedy"}  # schedules that keep rates in their state, so that none can change
 NUM_DECAY = "training.lr_scheduler_kwargs.num_decay_steps"
 
 
@@ -34,7 +35,14 @@ def decay_of(recipe: Recipe, num_steps: int, step: int) -> tuple[int, int] | Non
 
 def check_schedule(recipe: Recipe, arguments: TrainingArguments) -> None:
     """Raise where a rate is to stay constant and then to decay, but it is not said over how many steps, or the run has
-    fewer; ValueError."""
+    fewer; or where it follows the loss, but vision is to have phases of its own; ValueError."""
+    kind = str(recipe.training.get("lr_scheduler_type"))
+    has_phases = recipe.teacher is not None and (recipe.distill_only_steps or recipe.teacher.vision_lr_scale != 1)
+    if kind in OWN_RATES and has_phases:
+        raise ValueError(
+            f"training.lr_scheduler_type {kind} keeps its own rates, and teacher.distill_only_steps and "
+            "teacher.vision_lr_scale change them: choose another schedule, or leave these out."
+        )
     if recipe.training.get("lr_scheduler_type") != STABLE:
         return
     length, given = decay_steps(recipe), _options(recipe)

@@ -62,7 +62,8 @@ def shard(accelerator: Accelerator, arguments: TrainingArguments) -> None:
         if accelerator.mixed_precision != "no":
             plugin.set_mixed_precision(accelerator.mixed_precision)
     if (policy := plugin.mixed_precision_policy) is not None:
-        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        exact = {"reduce_dtype": torch.float32, "output_dtype": None}  # losses are summed up as they come
+        plugin.mixed_precision_policy = replace(policy, **exact, cast_forward_inputs=False)
 
 
 def saved_tensors(objective: Objective) -> Iterator[tuple[str, Tensor]]:

@@ -124,6 +124,8 @@ def build_student(recipe: Recipe, vit: Teacher | None = None, **given: Any) -> A
             "`vora merge` first, and give the merged folder as model.vora."
         )
     keys = {"llm", "patch_size", "image_size", "patch_merge", "dtype", "attn_implementation"}
+    if "llm" in given:  # loaded, as it is to be
+        keys -= {"dtype", "attn_implementation"}
     options = wanted.model_dump(include=keys) | given
     if wanted.encoder is not None and vit is not None:
         return VoraLlavaForConditionalGeneration.from_llm(encoder=vit, **options)
@@ -140,7 +142,7 @@ def student_to_go_on_with(recipe: Recipe) -> Any:
         check_lora(recipe, info.path, info.adapter)
     student = load_trainable(info, wanted.dtype)
     model = student if info.adapter is None else student.get_base_model()
-    if wanted.attn_implementation != "sdpa":
+    if wanted.attn_implementation is not None:
         model.set_attn_implementation(wanted.attn_implementation)
     changed = []
     for key in ("patch_size", "image_size", "patch_merge", "axial_positions", "image_attention"):

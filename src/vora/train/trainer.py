@@ -27,6 +27,8 @@ from vora.train.validation import Validation
 
 ON_HOST = ("image_grid_thw", "num_samples", "distill_only", "branches", "places")  # of a batch: the host asks these
 # by its name a parameter belongs to one of the parts that have learning rates, or to the rest
+# what is counted over a step, and in which of a batch's lists of places
+PLACES = {"num_image_tokens": "image_places", "num_text_tokens": "text_places"}
 PART_MARKS = {"patch_embedding": "patch_embedding", "heads": "distillation.heads", "lora_b": "lora_B"}
 
 
@@ -47,7 +49,7 @@ class VoraTrainer(Trainer):
         self.divergence = Divergence(self.train_dataset, directory, self.args.process_index)
         self.num_samples_seen = self._samples_logged = 0
         self._terms: dict[str, tuple[Any, Any]] = {}  # of each loss since the last line: its sum, of how many
-        self._num_image_tokens: Any = 0.0  # of the step, per process
+        self._num_tokens: dict[str, Any] = dict.fromkeys(PLACES, 0.0)  # of the step, per process
         self._last_counted: dict[str, int] = {}
         self._llm_digest: str | None = None
         self._last_batch: dict[str, Any] | None = None
@@ -98,7 +100,7 @@ class VoraTrainer(Trainer):
         num_micro_batches = self.current_gradient_accumulation_steps if model.training else 1
         places, counts = inputs.pop("places", []), {}
         if model.training:
-            counts = {"num_items_in_batch": num_items_in_batch, "num_image_tokens": self._num_image_tokens}
+            counts = {"num_items_in_batch": num_items_in_batch, **self._num_tokens}
         losses = model(**inputs, **counts, num_micro_batches=num_micro_batches)
         if model.training and self.is_fsdp_enabled and "image_grid_thw" not in inputs:
             objective = self.accelerator.unwrap_model(model)
@@ -117,27 +119,27 @@ class VoraTrainer(Trainer):
         counted = [one["label_weights"] if "label_weights" in one else one["targets"] != -100 for one in batch_samples]
         counts: Any = [
             sum(float(labels.sum()) for labels in counted),
-            float(sum(len(one.get("image_places", ())) for one in batch_samples)),
+            *(float(sum(_count(one, places) for one in batch_samples)) for places in PLACES.values()),
         ]
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(torch.tensor(counts, device=device), "sum")
-        self._num_image_tokens = counts[1] / self.args.world_size  # gradients are averaged
+        self._num_tokens = {name: counts[number] / self.args.world_size for number, name in enumerate(PLACES, 1)}
         return counts[0]
 
     def _note(self, losses: dict[str, torch.Tensor], inputs: Batch, num_items: Any) -> None:
         """Add a micro-batch to what the next log line reports; stays on the device. What is learned of tokens is
         divided by those of the whole step, so that a step's micro-batches, of all processes, add up to one value."""
         learned = "answer_loss" if "answer_loss" in losses or "label_weights" in inputs else "lm_loss"
-        tokens = self._num_image_tokens
-        of_step = {learned: num_items}
+        of_step = {learned: num_items, "text_loss": self._num_tokens["num_text_tokens"]}
         if self.accelerator.unwrap_model(self.model).teacher is not None:
-            of_step |= {"distill_loss": tokens, "pair_losses": tokens}
+            of_step |= dict.fromkeys(("distill_loss", "pair_losses"), self._num_tokens["num_image_tokens"])
         for name in (*LOSSES, "pair_losses"):
             total, counted = self._terms.get(name, (0.0, 0.0))
-            value = losses[name].detach() if name in losses else 0.0
+            value = losses[name].detach().float() if name in losses else 0.0
             if name in of_step:
                 if name != learned and name in losses:
-                    value = value * (len(inputs["image_places"]) / tokens)
+                    places = "text_places" if name == "text_loss" else "image_places"
+                    value = value * (_count(inputs, places) / of_step[name])
                 is_new = self._last_counted.get(name) != self.state.global_step
                 counted = counted + is_new * (of_step[name] > 0)
                 self._last_counted[name] = self.state.global_step
@@ -223,8 +225,9 @@ class VoraTrainer(Trainer):
         with torch.no_grad(), self.accelerator.autocast():
             sums = validation.sums(objective.eval(), self._prepare_inputs)
         objective.train(is_training)
-        table = torch.tensor([(self.num_samples_seen, 1), *sums.values()], device=self.args.device)
-        (samples_seen, _), *totals = self.accelerator.reduce(table, "sum").tolist()
+        device = self.args.device
+        totals = self.accelerator.reduce(torch.tensor(list(sums.values()), device=device), "sum").tolist()
+        samples_seen = self.accelerator.reduce(torch.tensor(self.num_samples_seen, device=device), "sum")
         means = {name: total / count for name, (total, count) in zip(sums, totals) if count > 0}
         if not means:
             raise ValueError(
@@ -377,3 +380,8 @@ class VoraTrainer(Trainer):
         self.num_samples_seen = self._samples_logged = seen if self.args.process_index == 0 else 0  # adds up to all
         objective = self.accelerator.unwrap_model(model or self.model)
         restore(objective.student, checkpoint, objective.distillation)
+
+
+def _count(batch: Batch, places: str) -> int:
+    found: Any = batch.get(places, ())
+    return len(found)

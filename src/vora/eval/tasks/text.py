@@ -19,6 +19,7 @@ from vora.eval.report import Report
 from vora.eval.rows import Data
 from vora.eval.scoring.teacher_forced import score_samples
 from vora.eval.tasks.text_windows import WINDOW, Window, open_texts, read_windows
+from vora.model.attention import longest_sequence
 from vora.model.modeling_vora import VoraForConditionalGeneration
 
 FEW_DOCUMENTS = 10  # with fewer, windows are drawn instead
@@ -42,9 +43,7 @@ class TextAbility(Evaluation):
         base = self.base or read_info(job.model_name).base_llm
         if base is None:
             raise ValueError(f"{job.model_name} does not say what its base LLM is: name it with --base.")
-        config = model.config.get_text_config()
-        limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
-        length = min(WINDOW, *(limit for limit in limits if limit), WINDOW)  # what the LLM holds and sees at once
+        length = min(WINDOW, longest_sequence(model.config) or WINDOW)
         windows, files = read_windows(job.data, processor, length, skipped, self.max_samples)
         if not windows:
             raise ValueError(f"{job.data} holds no text.{skipped.first()}")

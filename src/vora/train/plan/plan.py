@@ -53,7 +53,7 @@ def plan(
     rows_per_device, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     rows_per_step = rows_per_device * accumulated * num_devices
     row = Row(recipe.data.sequence_length, tokens["num_images"], tokens["tokens_per_image"], tokens["num_labels"])
-    if device.name == "cpu" and recipe.model.attn_implementation == "sdpa":
+    if device.name == "cpu" and recipe.model.attn_implementation in (None, "sdpa"):
         row.num_segments = max(1.0, tokens["samples_per_row"])  # see `vora.train.run.prepare`
     depth = len(objective.vora.model.blocks)
     num_recomputed = depth if recipe.recomputed_blocks is True else int(recipe.recomputed_blocks)
