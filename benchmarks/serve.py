@@ -56,8 +56,8 @@ class Server:
         self.url = f"http://127.0.0.1:{options.port}"
         command = [sys.executable, "-m", "vora", "serve", "--engine", options.engine, "--port", str(options.port)]
         command += ["--name", "served", *(["-m", options.model] if options.model else [])]
-        given = {name: getattr(options, name, None) for name in ("dtype", "quant")}
-        command += [word for name, value in given.items() if value for word in (f"--{name}", value)]
+        name = "quant" if options.engine == "llama.cpp" else "dtype"
+        command += [f"--{name}", value] if (value := getattr(options, name, None)) else []
         environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
         self.process = subprocess.Popen(command, env=environment)
         while True:

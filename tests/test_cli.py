@@ -241,6 +241,16 @@ def test_ctrl_c_ends_in_one_line(verb, work, merged, tmp_path, monkeypatch):
     assert ended.returncode == 130 and ended.stderr.splitlines()[-1] == "Stopped." and "Traceback" not in ended.stderr
 
 
+def test_sigterm_leaves_nothing_half_written(work, tmp_path, monkeypatch):
+    def ended(*given, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr("vora.checkpoint.save.merge_run", ended)
+    assert vora("merge", work / "run", "-o", tmp_path / "m").returncode == 143
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_out_is_a_folder_or_a_file_and_what_others_left_there_stays(work, tmp_path):
     for verb in (["quickstart"], ["train", work / "recipe.yaml"], ["data", work / "recipe.yaml"], ["merge", work]):
         refused = vora(*verb, "-o", work / "red.png")

@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ import transformers
 from packaging.version import Version
 from safetensors.torch import load_file
 from tiny import tiny_llm, tiny_vora
+from transformers import GenerationConfig
 
 from vora import VoraForConditionalGeneration
 from vora.build.lora import merge_vision_lora
 from vora.checkpoint import AdapterInfo, load_adapter, load_model, read_info, save, save_merged
 from vora.checkpoint.load import digest_of, distillation_of
+from vora.checkpoint.manifest import MANIFEST
 from vora.checkpoint.save import merge
 from vora.distill.blockwise import SUMMARY
 
@@ -56,6 +59,10 @@ def test_a_run_is_what_it_saved_last_and_names_its_folders(work, tmp_path):
     shutil.copytree(work / "one", tmp_path / "one")
     shutil.rmtree(tmp_path / "one" / "final")
     assert read_info(tmp_path / "one").path.name == "checkpoint-3"
+    shutil.copytree(work / "one" / "final", tmp_path / "one" / "final")
+    (tmp_path / "one" / "final" / MANIFEST).unlink()  # written last: the run was killed before
+    assert read_info(tmp_path / "one").path.name == "checkpoint-3"
+    shutil.rmtree(tmp_path / "one" / "final")
     for checkpoint in (tmp_path / "one").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     with pytest.raises(ValueError, match="has not saved anything yet"):
@@ -143,6 +150,25 @@ def test_a_merge_that_fails_leaves_nothing(work, tmp_path, monkeypatch, failing)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "llm"}
 
 
+def test_what_is_pushed_is_what_is_saved(tmp_path, monkeypatch):
+    pushed = []
+
+    def upload(self, working_dir, *given, **options):
+        pushed.append(Path(working_dir, "generation_config.json").read_text())
+
+    monkeypatch.setattr(transformers.modeling_utils.PreTrainedModel, "_upload_modified_files", upload)
+    made = SimpleNamespace(create_repo=lambda *given, **options: SimpleNamespace(repo_id="me/x"))
+    if hasattr(transformers.modeling_utils, "hf_api"):
+        monkeypatch.setattr(transformers.modeling_utils, "hf_api", lambda *given, **options: made)
+    else:  # before
+        monkeypatch.setattr(transformers.modeling_utils, "create_repo", made.create_repo)
+    model = tiny_vora(tiny_llm("llama"))
+    model.generation_config.repetition_penalty = 1.1
+    model.save_pretrained(tmp_path / "own", push_to_hub=True, repo_id="me/x")
+    saved = (tmp_path / "own" / "generation_config.json").read_text()
+    assert pushed == [saved] and json.loads(saved)["repetition_penalty"] == 1.1
+
+
 def test_a_temperature_without_sampling_is_saved_as_it_came(tmp_path):
     """As of Vicuna, whose generation config transformers would not save after a change."""
     llm = tiny_llm("llama")
@@ -160,5 +186,5 @@ def test_a_temperature_without_sampling_is_saved_as_it_came(tmp_path):
         assert (values["temperature"], values["top_p"]) == (0.9, 0.6) and "do_sample" not in values
         assert ("suppress_tokens" in values) == (folder != "llm")
     again = VoraForConditionalGeneration.from_pretrained(tmp_path / "merged")
-    assert again.generation_config.temperature == 0.9
+    assert again.generation_config.temperature == 0.9 and type(model.generation_config) is GenerationConfig
     assert read_info(tmp_path / "merged").base_llm == "some/vicuna"

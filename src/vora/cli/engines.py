@@ -1,5 +1,6 @@
 """Verbs for engines: serve answers over HTTP, export writes files for others, verify compares these with torch."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +31,8 @@ def serve(
     host: Annotated[str, Option(help="Address to listen at; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, Option(min=1, max=65535)] = 8000,
     api_key: Annotated[
-        list[str] | None, Option(envvar="VORA_API_KEY", help="Clients have to send it; may be given several times.")
+        list[str] | None,
+        Option(help="Clients have to send it; may be given several times; by default VORA_API_KEY, if it is set."),
     ] = None,
     name: Annotated[str | None, Option(help="What clients call the model; its folder's name by default.")] = None,
     allow_image_urls: Annotated[
@@ -42,7 +44,7 @@ def serve(
     max_prompt_tokens: Annotated[int, Option(min=1, help="Of a request, images included.")] = 8192,
     max_tokens: Annotated[int, Option(min=1, help="Of an answer.")] = 1024,
     request_seconds: Annotated[float, Option(min=1, help="For an answer, waiting included.")] = 300.0,
-    quant: Annotated[str, Option(help="Weights in llama.cpp: f32, f16, bf16 or q8_0.")] = "f16",
+    quant: Annotated[str | None, Option(help="Weights in llama.cpp: f32, f16 (default), bf16 or q8_0.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     min_image_tokens: MinImageTokens = None,
@@ -66,15 +68,22 @@ def serve(
     )  # fmt: skip
     check_port(host, port)
     server.leave_on_sigterm()
-    kind, keys = server.choose_engine(engine), [key for key in api_key or () if key]
+    keys = api_key or ([os.environ["VORA_API_KEY"]] if "VORA_API_KEY" in os.environ else [])
+    if not all(keys):
+        raise ValueError("An API key is empty, as of a variable that is not set: give a key, or leave it out.")
     name = name or (NAME if model is None else server.default_name(model))
     model = model or committed_model()
+    kind = server.choose_engine(engine, model, trust_remote_code)
     if not keys and host not in ("127.0.0.1", "localhost", "::1"):
         console.print("Whoever reaches this machine may ask: --api-key KEY, or VORA_API_KEY, asks for a key.")
-    if kind == "vllm":
-        server.exec_vllm(model, name, limits, host, port, keys, trust_remote_code)
     loading = {"llm": llm, "device": device, "dtype": dtype, "unmerged": unmerged}
     budget = {"min_image_tokens": min_image_tokens, "max_image_tokens": max_image_tokens}
+    of_ours = loading | budget | {"quant": quant, "allow_image_urls": allow_image_urls}
+    for option in {"vllm": of_ours.keys() - {"dtype"}, "llama.cpp": {"device", "dtype"}}.get(kind, ()):
+        if of_ours[option]:
+            raise ValueError(f"--{option.replace('_', '-')} is not of --engine {kind}: leave it out.")
+    if kind == "vllm":
+        server.exec_vllm(model, name, limits, host, port, keys, trust_remote_code, dtype)
     with server.service(kind, model, name, limits, allow_image_urls, quant=quant, **loading, **budget) as found:
         console.print(f"{name} ({kind}) answers at http://{host}:{port}/v1 until Ctrl-C.", highlight=False)
         server.run(found, host, port, keys)

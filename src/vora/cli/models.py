@@ -1,5 +1,6 @@
 """Verbs that write a model."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +30,8 @@ def merge(
         console.print(text, highlight=False, markup=False)
     run(path, out, llm_out=llm_out, adapter_out=adapter_out, llm=llm)
     beside = [f"{what} in {place}" for what, place in (("LLM", llm_out), ("adapter", adapter_out)) if place]
-    console.print(f"Saved {out}{''.join(f', the {one}' for one in beside)}. Ask it: vora chat IMAGE -m {out}")
+    also, command = "".join(f", the {one}" for one in beside), f"vora chat IMAGE -m {shlex.quote(str(out))}"
+    console.print(f"Saved {out}{also}. Ask it: {command}")
 
 
 @app.command()
@@ -50,5 +52,6 @@ def import_reference(
         table.add_row(place, f"{count:,}", f"{size:,}")
     console.print(table)
     can_chat = (out / "processor_config.json").exists()
-    then = f"Ask it: vora chat IMAGE -m {out}" if can_chat else "--llm has no tokenizer, so it cannot chat."
+    ask = f"Ask it: vora chat IMAGE -m {shlex.quote(str(out))}"
+    then = ask if can_chat else "--llm has no tokenizer, so it cannot chat."
     console.print(f"Saved {out}: the text architecture is {reference.model.config.text_config.model_type}. {then}")

@@ -75,11 +75,12 @@ def _device(value: str | None) -> str | None:
     return value
 
 
-def _trust(wanted: bool) -> None:
+def _trust(wanted: bool) -> bool:
     if wanted:
         from vora.build.hub import trust_remote_code
 
         trust_remote_code()
+    return wanted
 
 
 def named_columns(pairs: list[str] | None) -> dict[str, str]:

@@ -74,7 +74,7 @@ def init(
     folder = None if image_folder is None else str(image_folder)
     for line in write_recipe(path, llm, data or [], teacher, epochs, named_columns(column), folder):
         console.print(f"* {line}", highlight=False, markup=False)
-    console.print(f"Wrote {path}. Next: vora train {path} --dry-run", highlight=False)
+    console.print(f"Wrote {path}. Next: vora train {shlex.quote(str(path))} --dry-run", highlight=False)
 
 
 @app.command()
@@ -165,7 +165,7 @@ def train(
         return
     estimate.print_estimate(read, path.parent, console, estimate.check_start(read, out, resume))
     run(read, out, resume=resume, console=console)
-    console.print(f"Done: {out / 'report.md'}. Next: vora merge {out} -o OUT")
+    console.print(f"Done: {out / 'report.md'}. Next: vora merge {shlex.quote(str(out))} -o OUT")
     if read.data.validation is not None and read.data.validation.share is not None:
         asked = shlex.join(["--held-out-by", str(out), *data_of_one_source(read.data), "-o", "probe.json"])
         console.print(f"Does it look, at what was held out? vora eval -m OUT --task probe {asked}")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import ClassVar
 
@@ -93,9 +94,9 @@ class GgufExport(Export):
 
     def summary(self) -> str:
         """What it is, and how to run it."""
-        model, mmproj = self.folder / MODEL, self.folder / MMPROJ
+        model, mmproj, description = (quote(str(self.folder / one)) for one in (MODEL, MMPROJ, MODELFILE))
         options = f" -b {self.batch_size} -ub {self.batch_size}" if self.batch_size > BATCH else ""
-        place = f"~/.lmstudio/models/vora/{self.name}"
+        place = f"~/.lmstudio/models/vora/{quote(self.name)}"
         size = f"of {self.image_size} x {self.image_size} pixels"
         if self.image_size is None:
             size = f"of any size, of {self.min_image_tokens} to {self.num_image_tokens} tokens each"
@@ -103,7 +104,7 @@ class GgufExport(Export):
         return (
             f"Saved {self.folder}, for images {size}. Run it in\n"
             f"* llama.cpp: llama-server -m {model} --mmproj {mmproj}{options}\n"
-            f"* Ollama: ollama create {self.name.lower()} -f {self.folder / MODELFILE}\n"
+            f"* Ollama: ollama create {quote(self.name.lower())} -f {description}\n"
             f"* LM Studio: mkdir -p {place} && cp {model} {mmproj} {place}"
             + ("" if self.knows_markers else f"\n{UNKNOWN_MARKERS.format(*self.carrier.image_markers)}")
         )
@@ -232,7 +233,8 @@ def modelfile(processor: VoraProcessor) -> str:
     before = before.removeprefix(tokenizer.bos_token or "") if _adds_bos(tokenizer) else before
     stops = [f'PARAMETER stop "{tokenizer.decode([id])}"' for id in processor.end_ids]
     template = f'TEMPLATE """{before}{{{{ .Prompt }}}}{between}{{{{ .Response }}}}{end}"""'
-    return "\n".join([f"FROM ./{MODEL}", f"FROM ./{MMPROJ}", template, *stops, "PARAMETER temperature 0", ""])
+    sampling = ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]  # the likeliest token, as it is
+    return "\n".join([f"FROM ./{MODEL}", f"FROM ./{MMPROJ}", template, *stops, *sampling, ""])
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -139,7 +139,7 @@ class LlamaCpp:
         pairs = takewhile(lambda pair: pair[0] == pair[1]["id"], zip(found["__verbose"]["tokens"], listed))
         answer = [id for id, _ in pairs]
         if not answer:
-            raise ValueError("llama.cpp shows no token of its answer to the prompt: ask another --question.")
+            raise ValueError("llama.cpp shows no token of its answer: give other --images, or more --max-new-tokens.")
         tops = [token["top_logprobs"] for token in listed[: len(answer)]]
         first = prompt.length - 1
         return Reading(
@@ -159,7 +159,7 @@ def with_answer(prompt: Prompt, answer: list[int]) -> Tensor:
 def as_url(image: Image.Image) -> str:
     """A data URL of an image."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

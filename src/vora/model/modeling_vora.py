@@ -3,6 +3,7 @@
 Dims: B rows, T tokens, P patches, N images, D = LLM width, V = vocabulary, L = label tokens.
 """
 
+import copy
 import os
 from typing import Any
 
@@ -49,13 +50,19 @@ class VoraPreTrainedModel(PreTrainedModel):
         generation_config = getattr(self, "generation_config", None)
         if generation_config is None:
             return super().save_pretrained(save_directory, **kwargs)
-        # saved as it came with the LLM; transformers refuses some of these, such as a temperature without sampling
-        self.generation_config = GenerationConfig()
+        self.generation_config = copy.copy(generation_config)
+        self.generation_config.__class__ = _AsItCame
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.generation_config = generation_config
-        generation_config.to_json_file(os.path.join(save_directory, "generation_config.json"), use_diff=True)
+
+
+class _AsItCame(GenerationConfig):
+    """Of an LLM; transformers would not save some, such as those with a temperature and without sampling."""
+
+    def validate(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is refused."""
 
 
 class VoraModel(VoraPreTrainedModel):

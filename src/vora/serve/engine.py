@@ -96,7 +96,7 @@ class Engine:
                     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
                 )
         except TemplateError as error:  # which may raise what it likes, such as at a system's turn
-            raise RefusedError(f"The model's chat template refuses the conversation: {error}") from None
+            raise refused_by_template(error) from None
 
     def load(self) -> tuple[int, int]:
         """(requests that are being answered, requests that wait)"""
@@ -119,8 +119,19 @@ class Engine:
                 return None
             return joining
 
-    @torch.inference_mode()
     def _work(self) -> None:
+        try:
+            self._answer()
+        except Exception as error:  # of no single row
+            with self._lock:
+                for row in (*self._rows, *self._waiting):
+                    row.answer.put(error)
+                self._rows.clear()
+                self._waiting.clear()
+                self._is_working = False
+
+    @torch.inference_mode()
+    def _answer(self) -> None:
         batch, rows = Batch(self.model), self._rows
         suppressed = self._suppressed()
         while (joining := self._take()) is not None:
@@ -174,7 +185,7 @@ class Engine:
         """bool[V], the tokens that are never generated, the image token among them."""
         ids = {self.model.config.image_token_id, *(self.model.generation_config.suppress_tokens or [])}
         found = torch.zeros(self.model.lm_head.out_features, dtype=torch.bool, device=self.model.device)
-        found[sorted(ids)] = True
+        found[[id for id in ids if 0 <= id < len(found)]] = True  # a config may name others, as transformers has it
         return found
 
 
@@ -227,6 +238,10 @@ class _Row:
             answer.end("stop" if is_end or self.text.stopped else "length")
             return False
         return not answer.closed
+
+
+def refused_by_template(error: TemplateError) -> RefusedError:
+    return RefusedError(f"The model's chat template refuses the conversation: {error}")
 
 
 def room_for(

@@ -4,28 +4,29 @@ llama.cpp generates the answers that come together side by side by itself. Image
 the sizes, that the export takes; limits, key and errors are the API's, as before any engine.
 """
 
-import base64
-import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock, Thread
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
+from transformers import GenerationConfig
 
 from vora.checkpoint.layout import read_info
 from vora.checkpoint.load import load_model
 from vora.export.gguf_files import GgufExport, check_quant, conversion_folder, write_export
 from vora.export.prompts import in_whole_tokens, squared
-from vora.export.runtimes import check_llama_cpp, llama_cpp_server
+from vora.export.runtimes import as_url, check_llama_cpp, llama_cpp_server
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import SPELT, VoraProcessor
 from vora.serve.answer import Answer
-from vora.serve.engine import ContextError, Message, RefusedError
+from vora.serve.engine import ContextError, Message, RefusedError, refused_by_template, room_for
 from vora.serve.limits import Limits
 
 PLACE_OF_IMAGE = "<__media__>"  # what llama.cpp writes where an image stands
@@ -37,29 +38,48 @@ class LlamaCppEngine:
 
     name = "llama.cpp"
 
-    def __init__(self, export: GgufExport, processor: VoraProcessor, context: int, limits: Limits) -> None:
-        self.processor, self.size, self.limits = processor, export.image_size, limits
-        context = min(context, limits.max_prompt_tokens + limits.max_tokens)
-        self.server = llama_cpp_server(export, context, limits.max_batch_size)
+    def __init__(
+        self, export: GgufExport, processor: VoraProcessor, context: int, limits: Limits,
+        generation_config: GenerationConfig,
+    ) -> None:  # fmt: skip
+        self.processor, self.export, self.limits = processor, export, limits
+        self.generation_config, self._tokenizing = generation_config, Lock()
+        self.context = min(context, limits.max_prompt_tokens + limits.max_tokens)
+        self.server = llama_cpp_server(export, self.context, limits.max_batch_size)
         self._lock, self._num_requests = Lock(), 0
 
     def submit(
         self, messages: list[Message], *, max_new_tokens: int | None = 256, temperature: float = 0.0,
         top_p: float = 1.0, seed: int | None = None, stop: Sequence[str] = (),
     ) -> Answer:  # fmt: skip
-        """As `Engine.submit`, but that a conversation is too long is told where the answer is listened to."""
+        """As `Engine.submit`, but that a conversation is too long for the LLM is told where the answer is listened
+        to."""
+        self._check_length(messages)
         request: dict[str, Any] = {
             "messages": [self._message(message) for message in messages],
             "max_tokens": max_new_tokens or self.limits.max_tokens,
             "temperature": temperature, "top_p": top_p, "stop": list(stop),
             "seed": -1 if seed is None else seed % (2**32 - 1),  # the last of 32 bits means a new one each time
             # llama.cpp's own choices, which a request does not name
-            "top_k": 0, "min_p": 0, "typical_p": 1, "repeat_penalty": 1, "samplers": ["top_p", "temperature"],
+            "top_k": 0, "min_p": 0, "typical_p": 1, "samplers": ["penalties", "temperature", "top_p"],
+            "repeat_penalty": self.generation_config.repetition_penalty or 1.0, "repeat_last_n": self.context,
             "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
         answer = Answer()
         Thread(target=self._work, args=(request, answer), daemon=True, name="vora-llama.cpp").start()
         return answer
+
+    def _check_length(self, messages: list[Message]) -> None:
+        """ContextError where a prompt, its images as large as they may be, is longer than the limit."""
+        try:
+            with self._tokenizing:  # tokenizers are not made for several threads
+                text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+                length = len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        except TemplateError as error:
+            raise refused_by_template(error) from None
+        parts = chain.from_iterable(one["content"] for one in messages if not isinstance(one["content"], str))
+        num_images = sum(part["type"] == "image" for part in parts)
+        room_for(length + num_images * (self.export.num_image_tokens - 1), 1, None, self.limits.max_prompt_tokens, 1)
 
     def load(self) -> tuple[int, int]:
         """(requests that are being answered, requests that wait)"""
@@ -117,11 +137,8 @@ class LlamaCppEngine:
 
     def _as_url(self, image: Image.Image) -> str:
         """An image at the size that llama.cpp leaves as it is, brought to it as our processor would."""
-        size = self.size
-        image = in_whole_tokens(self.processor, image) if size is None else squared(self.processor, image, size)
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", compress_level=1)
-        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        size = self.export.image_size
+        return as_url(in_whole_tokens(self.processor, image) if size is None else squared(self.processor, image, size))
 
 
 def _error(found: dict[str, Any]) -> Exception:
@@ -148,9 +165,9 @@ def llama_cpp_engine(model: str, limits: Limits, quant: str = "f16", **loading: 
     loaded, processor = load_model(info, **loading)
     with TemporaryDirectory(prefix="vora-serve-") as scratch:
         export = write_export(loaded, processor, Path(scratch), "model", quant)
-        context = context_of(loaded)
+        context, generation_config = context_of(loaded), loaded.generation_config
         del loaded
-        yield LlamaCppEngine(export, processor, context, limits)
+        yield LlamaCppEngine(export, processor, context, limits, generation_config)
 
 
 def context_of(model: VoraForConditionalGeneration) -> int:

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 import torch
 import uvicorn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig
 
-from vora.checkpoint.layout import read_info
+from vora.checkpoint.layout import CheckpointInfo, read_info
 from vora.checkpoint.load import load_model
 from vora.serve.api.app import create_app
 from vora.serve.api.service import Service
@@ -24,15 +24,21 @@ from vora.serve.limits import Limits
 ENGINES = ("auto", "transformers", "llama.cpp", "vllm")
 
 
-def choose_engine(name: str) -> str:
-    """The engine that is meant. `auto` is vLLM where it and a GPU are here, for it is the fastest there and computes
-    the same; else transformers, which runs whatever `vora chat` runs, images of any size included. llama.cpp is for
-    who asks for it: it has one square size of images and puts texts around them. ValueError for other names."""
+def choose_engine(name: str, model: str, trust_remote_code: bool) -> str:
+    """The engine that is meant. `auto` is vLLM where it and a GPU are here and it may run the model's folder, for it
+    is the fastest there and computes the same; else transformers, which runs whatever `vora chat` runs, images of any
+    size included. llama.cpp is for who asks for it: it has one square size of images and puts texts around them.
+    ValueError for other names."""
     if name not in ENGINES:
         raise ValueError(f"--engine {name} is unknown: give {', '.join(ENGINES)}.")
     if name != "auto":
         return name
-    return "vllm" if find_spec("vllm") and torch.cuda.is_available() else "transformers"
+    can_vllm = find_spec("vllm") and torch.cuda.is_available() and trust_remote_code and _is_merged(read_info(model))
+    return "vllm" if can_vllm else "transformers"
+
+
+def _is_merged(info: CheckpointInfo) -> bool:
+    return info.adapter is None and info.run is None
 
 
 def default_name(model: str) -> str:
@@ -48,33 +54,40 @@ def serving_dtype(device: str | None) -> torch.dtype | None:
     return torch.float32 if on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
 
 
-def sampling_of(model: PreTrainedModel) -> tuple[float, float]:
+def sampling_of(config: GenerationConfig) -> tuple[float, float]:
     """(temperature, top_p) of requests that give none: what came with the LLM, else OpenAI's."""
-    config = model.generation_config
     temperature, top_p = (config.temperature, config.top_p) if config.do_sample else (None, None)
     return temperature or 1.0, top_p or 1.0
 
 
 @contextmanager
 def service(
-    kind: str, model: str, name: str, limits: Limits, allow_urls: bool = False, *, quant: str = "f16", **loading: Any
+    kind: str,
+    model: str,
+    name: str,
+    limits: Limits,
+    allow_urls: bool = False,
+    *,
+    quant: str | None = None,
+    **loading: Any,
 ) -> Iterator[Service]:
     """A model in the engine `transformers` or `llama.cpp`; what that wrote goes at the end."""
     share_heaps()
     if kind == "llama.cpp":
         from vora.serve.llama_cpp import llama_cpp_engine
 
-        with llama_cpp_engine(model, limits, quant, **loading) as llama_cpp:
-            yield Service(llama_cpp, name, limits, allow_urls)
+        with llama_cpp_engine(model, limits, quant or "f16", **loading) as llama_cpp:
+            yield Service(llama_cpp, name, limits, allow_urls, *sampling_of(llama_cpp.generation_config))
         return
+    if quant is not None:
+        raise ValueError(f"--quant {quant} is of --engine llama.cpp: leave it out, or say --dtype.")
     loading["dtype"] = loading.get("dtype") or serving_dtype(loading.get("device"))
     loaded, processor = load_model(model, **loading)
-    temperature, top_p = sampling_of(loaded)
     engine = Engine(
         loaded, processor, max_batch_size=limits.max_batch_size, max_prompt_tokens=limits.max_prompt_tokens,
         max_new_tokens=limits.max_tokens,
     )  # fmt: skip
-    yield Service(engine, name, limits, allow_urls, temperature, top_p)
+    yield Service(engine, name, limits, allow_urls, *sampling_of(loaded.generation_config))
 
 
 def run(service: Service, host: str, port: int, api_keys: Sequence[str] = ()) -> None:
@@ -98,15 +111,17 @@ def leave_on_sigterm() -> None:
 
 
 def exec_vllm(
-    model: str, name: str, limits: Limits, host: str, port: int, api_keys: Sequence[str], trust_remote_code: bool
-) -> NoReturn:
-    """Become `vllm serve` on a merged folder. ValueError where vLLM, a GPU or such a folder is missing."""
+    model: str, name: str, limits: Limits, host: str, port: int, api_keys: Sequence[str], trust_remote_code: bool,
+    dtype: str | None = None,
+) -> NoReturn:  # fmt: skip
+    """Become `vllm serve` on a merged folder. ValueError where vLLM, a GPU or such a folder is missing, or it is to
+    ask for several keys."""
     command = shutil.which("vllm")
     if command is None or not torch.cuda.is_available():
         missing = "vLLM is not installed (pip install vllm)" if command is None else "no GPU is here"
         raise ValueError(f"{missing}: give --engine transformers, which runs anywhere.")
     info = read_info(model)
-    if info.adapter is not None or info.run is not None:
+    if not _is_merged(info):
         raise ValueError(f"vLLM needs a merged model: vora merge {model} -o OUT, and serve OUT.")
     if not trust_remote_code:
         raise ValueError(f"vLLM runs the code that lies in {model}: read it, then add --trust-remote-code.")
@@ -114,6 +129,9 @@ def exec_vllm(
         "--served-model-name": name, "--host": host, "--port": port, "--max-num-seqs": limits.max_batch_size,
         "--limit-mm-per-prompt": f'{{"image": {limits.max_images}}}',
     }  # fmt: skip
+    if len(api_keys) > 1:
+        raise ValueError(f"vLLM asks for one key, and {len(api_keys)} are given: leave one, or --engine transformers.")
+    options |= {} if dtype is None else {"--dtype": dtype}
     given = [str(word) for pair in options.items() for word in pair]
     if api_keys:
         os.environ["VLLM_API_KEY"] = api_keys[0]  # not on the command line, which other users can see

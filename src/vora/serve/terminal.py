@@ -1,5 +1,7 @@
 """The terminal chat: a line is a question, a line that begins with / a command, an empty line ends."""
 
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -81,7 +83,7 @@ def _obey(line: str, chat: Chat, pending: list[Image.Image | Video], console: Co
     command, _, place = line.partition(" ")
     if command == "/image" and place.strip():
         try:
-            pending.append(open_image(place.strip().strip("'\"")))
+            pending.append(open_image(_path(place.strip())))
             console.print(f"Images of the next question: {len(pending)}.", highlight=False)
         except ValueError as error:
             console.print(f"[red]{escape(str(error))}[/red]")
@@ -92,6 +94,15 @@ def _obey(line: str, chat: Chat, pending: list[Image.Image | Video], console: Co
     else:
         known = "" if command == "/help" else f"{command} is unknown, or names no image. "
         console.print(f"{escape(known)}{HELP}", highlight=False)
+
+
+def _path(typed: str) -> str:
+    """A path as a shell or a file manager writes it: in quotes, with its spaces escaped, or from ~ on."""
+    try:
+        words = shlex.split(typed)
+    except ValueError:  # of a quote that is a part of it
+        words = []
+    return os.path.expanduser(words[0] if len(words) == 1 else typed)
 
 
 def read_line() -> str:

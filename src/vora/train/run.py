@@ -14,6 +14,7 @@ RUN/loss.png, report.md            the losses, and the run in short
 
 import json
 import platform
+import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -192,7 +193,7 @@ def _go_on(directory: Path) -> str:
     """How to, in a sentence, from the newest checkpoint if there is one."""
     if (found := newest_checkpoint(directory)) is None:
         return "There is no checkpoint yet, so it would begin anew."
-    command = f"vora train {directory / 'recipe.yaml'} --out {directory} --resume"
+    command = shlex.join(["vora", "train", str(directory / "recipe.yaml"), "--out", str(directory), "--resume"])
     return f"Go on from {Path(found).name} with: {command}"
 
 

@@ -88,6 +88,9 @@ def _of_validation(found: Any) -> ApiError:
     if found["type"] == "union_tag_not_found":
         places.append("type")
     param = ".".join(places) or None
+    if param is None and isinstance(found.get("input"), (str, bytes)):
+        message = "The body is taken for text: send it with Content-Type: application/json."
+        return ApiError(400, message, code="invalid_json")
     if found["type"] == "extra_forbidden":
         return ApiError(400, f"The parameter {param} is not supported.", code="unsupported_parameter", param=param)
     message = PLAIN.get(found["type"], str(found["msg"])).removeprefix("Value error, ")

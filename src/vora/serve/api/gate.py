@@ -8,7 +8,7 @@ import anyio
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vora.serve.api.errors import ApiError
+from vora.serve.api.errors import ApiError, timed_out
 from vora.serve.api.metrics import Metrics
 from vora.serve.limits import Limits
 
@@ -30,6 +30,7 @@ class Gate:
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
+                scope["vora.begun"] = True
                 self.metrics.requested(scope["path"], message["status"])
             await send(message)
 
@@ -55,8 +56,10 @@ class Gate:
         try:
             body = await self._read(Headers(scope=scope), receive)
             # whoever does not take what is sent holds a place no longer than that
-            with anyio.move_on_after(2 * self.limits.request_seconds):
+            with anyio.move_on_after(2 * self.limits.request_seconds) as late:
                 await self.app(scope, _replay(body, receive), send)
+            if late.cancelled_caught and "vora.begun" not in scope:
+                raise timed_out(self.limits.request_seconds)
         finally:
             self.num_requests -= 1
 

@@ -28,6 +28,10 @@ def check_limits(request: ChatRequest, limits: Limits) -> None:
             raise ApiError(400, f"{count} {name} are more than the limit of {limit}.", code="limit", param=param)
 
 
+def has_images(request: ChatRequest) -> bool:
+    return any(isinstance(part, ImagePart) for message in request.messages for part in message.content)
+
+
 def opened(messages: list[Message], limits: Limits, allow_urls: bool) -> list[engine.Message]:
     """Images at data URLs, and at http(s) URLs where these are allowed, become PIL images. ApiError, that names the
     place, for others: a path of this machine is never opened."""

@@ -1,6 +1,7 @@
 """chat/completions, models, health, metrics."""
 
 import time
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import anyio
@@ -11,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from vora.serve.answer import Answer
 from vora.serve.api.errors import refused
 from vora.serve.api.events import Reply
-from vora.serve.api.messages import check_limits, opened
+from vora.serve.api.messages import check_limits, has_images, opened
 from vora.serve.api.schemas import ChatCompletion, ChatRequest, ErrorBody, Health, Model, ModelList
 from vora.serve.api.service import Service
 
@@ -38,7 +39,7 @@ async def chat_completions(body: ChatRequest, request: Request, service: AServic
     began = time.monotonic()
     service.check_model(body.model)
     check_limits(body, service.limits)
-    answer = await _submit(body, service)
+    answer = await _submit(body, service, began)
     reply = Reply(body, answer, request.receive, service.metrics, began, service.limits.request_seconds)
     if body.stream:
         await reply.begin()
@@ -47,9 +48,9 @@ async def chat_completions(body: ChatRequest, request: Request, service: AServic
     return await reply.whole()
 
 
-async def _submit(body: ChatRequest, service: Service) -> Answer:
-    """Give a request to the engine, in a thread, for images are decoded there; if it is cancelled meanwhile, the
-    answer is closed."""
+async def _submit(body: ChatRequest, service: Service, began: float) -> Answer:
+    """Give a request to the engine, in a thread, for images are decoded there, a few requests' at once; ApiError where
+    that is not its turn in time. If it is cancelled meanwhile, the answer is closed."""
     submitted: list[Answer] = []
     limits, temperature, top_p = service.limits, service.temperature, service.top_p
 
@@ -66,8 +67,10 @@ async def _submit(body: ChatRequest, service: Service) -> Answer:
             )
         )
 
+    left = began + limits.request_seconds - time.monotonic()
     try:
-        await anyio.to_thread.run_sync(submit, limiter=service.preparing)
+        async with service.turn_to_open(left) if has_images(body) else nullcontext():
+            await anyio.to_thread.run_sync(submit)
     except ValueError as error:
         raise refused(error) from None
     except BaseException:

@@ -81,7 +81,14 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
     name: str | None = Field(None, description="Taken and left alone: chat templates write no names.")
-    refusal: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, values: Any) -> Any:
+        """What an answer holds besides, as a client sends it back: refusal, tool_calls, audio and their like."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None or name in ("role", "content")}
 
 
 class StreamOptions(_Strict):

@@ -1,11 +1,13 @@
 """What the routes answer with."""
 
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import anyio
 
-from vora.serve.api.errors import ApiError
+from vora.serve.api.errors import ApiError, timed_out
 from vora.serve.api.metrics import Metrics
 from vora.serve.engine import AnyEngine
 from vora.serve.limits import Limits
@@ -28,6 +30,18 @@ class Service:
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine)
         self.preparing = anyio.CapacityLimiter(PREPARED)
+
+    @asynccontextmanager
+    async def turn_to_open(self, seconds: float) -> AsyncIterator[None]:
+        """The turn of a request whose images are to be decoded; ApiError where it does not come in so many seconds."""
+        with anyio.move_on_after(seconds) as scope:
+            await self.preparing.acquire()
+        if scope.cancelled_caught:
+            raise timed_out(self.limits.request_seconds)
+        try:
+            yield
+        finally:
+            self.preparing.release()
 
     def check_model(self, name: str) -> None:
         """ApiError unless a request names the model that is served."""
