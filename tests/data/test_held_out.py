@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from PIL import Image
 
 from vora.data.held_out import HeldOut, key_of_image
@@ -50,3 +51,6 @@ def test_an_image_is_known_by_name_or_content():
     keys = [key_of_image(one) for one in (image, b"png", "a/b.png", VideoPath("b.gif"), ["f1.png", "f2.png"])]
     assert keys == [b"(2, 3)" + bytes([1, 2, 3] * 6), b"png", b"b.png", b"b.gif", b"f1.png"]
     assert key_of_image("http://x/1.png") != key_of_image("http://y/1.png")
+    for bad in (5, [], [5], None):
+        with pytest.raises(ValueError, match="and none that is known"):
+            key_of_image(bad)

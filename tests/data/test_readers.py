@@ -208,7 +208,7 @@ def test_tars_as_people_pack_them(tmp_path):
         ("h.csv", b"question,answer\n", "0 rows"),
         ("i.csv", "question,answer\na,b\n".encode("utf-16"), "no table in UTF-8"),
         ("j.csv", b"text,text\na,b\n", "2 columns of the name 'text'"),
-        ("k.json", b'{"info": {}, "images": [], "annotations": []}', "is one JSON object, and a list of rows"),
+        ("k.json", b'{"info": {}, "images": [{"id": 1, "file_name": "a.jpg"}]}', "is one JSON object, and a list of"),
         ("l.json", b'{\n "images": [{"id": 1}]\n}', "is one JSON object, and a list of rows"),
         ("h.json", '[{"text": "é"}]'.encode("utf-16"), "no list of JSON objects in UTF-8"),
         ("nothing-here", None, "neither a file nor a folder"),
@@ -232,8 +232,15 @@ def test_numbers_files_and_names_as_other_programs_write_them(tmp_path):
     Image.new("RGB", (4, 4), RED).save(tmp_path / "my dog.png")
     write(tmp_path / "a.jsonl", {"image": f"file://{tmp_path}/my%20dog.png", "caption": "a"})
     assert opened(tmp_path / "a.jsonl")[0].open_images()[0].size == (4, 4)
+    write(tmp_path / "b.jsonl", {"image": "file://my dog.png", "caption": "a"})  # from where the file lies
+    assert opened(tmp_path / "b.jsonl")[0].images == [str(tmp_path / "my dog.png")]
     two = row_of_files("img", {"v1.jpg": RED_PNG, "v1.txt": b"a", "v2.txt": b"b"})
     assert "several texts, v2.txt among them" in str(two)
+    beside = row_of_files("img", {"jpg": RED_PNG, "json": b'{"text": "b"}', "txt": b"a"})
+    assert beside["text"] == "a"
+    lines = [{"categories": ["cat"], "image": "my dog.png", "caption": "a"}, {"image": "my dog.png", "caption": "b"}]
+    (tmp_path / "lines.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert len(opened(tmp_path / "lines.json")) == 2
 
 
 def test_a_row_group_that_is_read_again_and_again_is_said(tmp_path, monkeypatch, caplog):

@@ -12,7 +12,7 @@ from test_readers import answers, opened, read, write
 from test_schema import BLUE, LAYOUTS, RED
 
 from vora.data.columns import RowOptions
-from vora.data.csv_source import records
+from vora.data.csv_source import Dialect, records
 from vora.data.guess import guessed_columns, line_to_paste
 from vora.data.readers import load_source
 from vora.data.stream import ADDED, PackedSequences
@@ -85,6 +85,8 @@ def test_a_caption_is_text_or_a_list_of_texts(images):
 def test_spaces_before_cells_and_rows_of_empty_cells_are_left_out(images):
     (images / "t.csv").write_text('image, caption\nred.png, "a, b"\n,\n\nblue.png,  c\n,\n')
     assert answers(opened(images / "t.csv")) == ["a, b", "c"]
+    (images / "t.csv").write_text('image,caption\nred.png, "Hello" said the man\n')  # a text, by its first line
+    assert answers(opened(images / "t.csv")) == [' "Hello" said the man']
 
 
 @pytest.mark.parametrize("label", ["3", "-1", "3.0", "²", "1e3", " 7", "0.5", "1" * 5000])
@@ -112,7 +114,7 @@ def test_broken_rows_of_a_table_take_no_others_with_them(tmp_path, monkeypatch):
     assert "question is not in UTF-8: its byte 3 is 0xe9" in found[3] and "300 bytes" in found[4].replace("303", "300")
     assert answers([source[number] for number in (0, 6, 58)]) == ["0", "7", "59"]
     with (tmp_path / "t.csv").open("rb") as text:  # places that follow each other, to the last byte
-        places = [(start, end) for start, end, _ in records(text, ",")]
+        places = [(start, end) for start, end, _ in records(text, Dialect(","))]
     assert places[0][0] == 0 and places[-1][1] == (tmp_path / "t.csv").stat().st_size
     assert all(one[1] == after[0] for one, after in zip(places, places[1:]))
 
@@ -158,8 +160,11 @@ def test_links_to_folders_and_loud_endings_are_read(images):
     (images / "set" / "ass").mkdir(parents=True)
     (images / "set" / "ox").symlink_to(images / "stored" / "ox", target_is_directory=True)
     (images / "set" / "ass" / "more").symlink_to(images / "stored" / "ass", target_is_directory=True)
-    (images / "set" / "ass" / "again").symlink_to(images / "set", target_is_directory=True)  # without end
-    assert answers(opened(images / "set")) == ["ass", "ox"]
+    for name, place in {"ass/again": "set", "ass/above": "", "alias": "set/ass"}.items():  # without end, or twice
+        (images / "set" / name).symlink_to(images / place, target_is_directory=True)
+    make_images(images / "set", "ass/2.png")
+    source = opened(images / "set")
+    assert answers(source) == ["ass", "ass", "ox"] and source[0].images[0].endswith("set/ass/2.png")
     make_images(images / "loud", "0.JPG")
     (images / "loud" / "0.TXT").write_text("a dog")
     assert answers(opened(images / "loud")) == ["a dog"]

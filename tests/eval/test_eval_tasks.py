@@ -59,6 +59,13 @@ def test_a_half_knows_an_image_by_its_name_wherever_its_file_lies(tmp_path):
     assert sides[0] == sides[1] and 3 < len(sides[0]) < 17
 
 
+@pytest.mark.parametrize("options", [{}, {"half": "choose"}, {"held_out": HeldOut(0.5, 0)}])
+def test_a_row_whose_image_is_none_ends_no_evaluation(tmp_path, options):
+    file = write(tmp_path / "rows.jsonl", {"images": [5], "caption": "x"}, {"videos": [[]], "caption": "x"})
+    found = list(Rows(Data([file], **options)).read(skipped := SkippedRows()))
+    assert len(found) + skipped.count == 2 or options.get("half")
+
+
 def test_what_training_holds_out_of_videos_is_measured(tmp_path):
     rows = [{"frames": [f"{number}.png", f"{number}b.png"], "caption": "x"} for number in range(20)]
     file = write(tmp_path / "rows.jsonl", *rows)

@@ -6,14 +6,14 @@ from itertools import product
 
 import pytest
 import torch
-from tiny import FAMILIES, generate, logits_of, prompt, text, tiny_llm, tiny_vora
+from tiny import FAMILIES, SHAPE, generate, logits_of, prompt, text, tiny_llm, tiny_vora
 from torch.nn.attention.flex_attention import create_mask
-from transformers import masking_utils
+from transformers import AutoConfig, masking_utils
 
 from vora import VoraForConditionalGeneration
 from vora.checkpoint import load_model
 from vora.model import segmented_sdpa as segments
-from vora.model.attention import attention_masks
+from vora.model.attention import attention_masks, longest_sequence, sliding_window
 from vora.model.modeling_vora import CACHE
 from vora.model.segmented_sdpa import SEGMENTED_SDPA, cut, segmented_sdpa, use_segmented_sdpa_on_cpu
 
@@ -209,3 +209,12 @@ def test_in_training_long_segments_keep_no_softmax(monkeypatch):
     torch.testing.assert_close(gradients, their_gradients, atol=0.1, rtol=0.1)
     with torch.no_grad():  # nothing is kept then
         assert torch.equal(segmented_sdpa(torch.nn.Module(), *states, mask)[0], products)
+
+
+def test_the_longest_sequence_is_the_context_or_the_window_where_blocks_slide():
+    config = AutoConfig.for_model("qwen2", **SHAPE, use_sliding_window=True, sliding_window=64, max_window_layers=3)
+    assert sliding_window(config) is None and longest_sequence(config) == 256  # its window begins above the last block
+    config = AutoConfig.for_model("gemma3_text", **SHAPE, sliding_window=64)
+    assert sliding_window(config) == longest_sequence(config) == 64
+    assert sliding_window(AutoConfig.for_model("mistral", **SHAPE, sliding_window=32)) == 32
+    assert longest_sequence(AutoConfig.for_model("llama", **SHAPE)) == 256

@@ -84,7 +84,7 @@ def test_an_answer_may_be_sent_back_as_it_came(client):
     history = [*question(), {**said, "content": said["content"] or "red"}, *question("and now?")]
     assert text_of(ask(client, history)) is not None
     with pytest.raises(openai.BadRequestError, match="tool_calls is not supported"):
-        ask(client, [*history[:1], {**history[1], "tool_calls": []}, history[2]])
+        ask(client, [*history[:1], {**history[1], "annotations": [], "tool_calls": [{"id": "1"}]}, history[2]])
 
 
 def test_max_tokens_stop_and_seed(client):

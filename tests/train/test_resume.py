@@ -119,10 +119,15 @@ def test_a_refused_resume_changes_nothing_in_the_run(recipe, tmp_path):
 def test_a_run_that_has_ended_keeps_the_recipe_that_it_was_trained_with(recipe, tmp_path):
     run(recipe(save_steps=2, max_steps=4), tmp_path / "run")
     before = (tmp_path / "run" / "recipe.yaml").read_bytes()
+    files = {file: file.read_bytes() for file in (tmp_path / "run" / "final").iterdir()}
+    other = recipe(save_steps=2, max_steps=4, learning_rate=1e-4)
+    other.model.image_markers = ("<a>", "<b>")
+    with pytest.raises(ValueError, match="All 4 steps are done.*image_markers was None.*learning_rate was 0.005, is"):
+        run(other, tmp_path / "run", resume=True)
+    assert {file: file.read_bytes() for file in (tmp_path / "run" / "final").iterdir()} == files
     console = Console(file=io.StringIO(), width=200)
-    run(recipe(save_steps=2, max_steps=4, learning_rate=1e-4), tmp_path / "run", resume=True, console=console)
-    said = console.file.getvalue()
-    assert "Step 4 of 4 is done: nothing is left to train." in said and "used from here on" not in said
+    run(recipe(save_steps=2, max_steps=3), tmp_path / "run", resume=True, console=console)
+    assert "Step 4 of 3 is done: nothing is left to train." in console.file.getvalue()
     assert (tmp_path / "run" / "recipe.yaml").read_bytes() == before
 
 

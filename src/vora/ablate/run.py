@@ -21,7 +21,7 @@ from vora.ablate.page import markdown
 from vora.ablate.plot import draw_curves
 from vora.ablate.runs import check_same, check_unread, measure_run, report_of, train_run, write_whole
 from vora.ablate.spec import Run, Spec, chosen_of, load_spec, runs_of
-from vora.ablate.table import Key, summary
+from vora.ablate.table import Key, summary, unequal_models
 from vora.eval.report import commit, commit_in_words
 from vora.train.estimate import print_estimate
 from vora.train.run_log import EVALUATED, read_log
@@ -88,6 +88,7 @@ def draw(
     scores: dict[Key, dict[str, float | None]] = {}
     commits: dict[str, None] = {}
     unknown: dict[str, None] = {}
+    num_trained: dict[str, int] = {}
     failures, variants, baseline = dict(failures), spec.variants or {}, spec.baseline or ""
     for run in runs:
         if not run.is_finished:
@@ -98,7 +99,9 @@ def draw(
         except ValueError as error:
             failures[key] = str(error)
             continue
-        commits[commit_in_words(json.loads((run.folder / "run.json").read_text()))] = None
+        facts = json.loads((run.folder / "run.json").read_text())
+        commits[commit_in_words(facts)] = None
+        num_trained[run.variant] = facts.get("num_trained", 0)
         scores[key] = _of_validation(run.folder / "validation.jsonl")
         for section in spec.evaluate:
             if report := report_of(run, section):
@@ -119,6 +122,7 @@ def draw(
         **spec.model_dump(include={"seeds", "samples", "window", "set"}),
         **summary(variants, baseline, curves, scores, failures),
     }
+    found["warnings"] += unequal_models(num_trained)
     if len(commits) > 1:
         found["warnings"].append(f"Runs were trained at {len(commits)} states of the code: {', '.join(commits)}.")
     if unknown:

@@ -66,8 +66,9 @@ def train_run(run: Run, samples: int | None, console: Console) -> None:
         resume = newest_checkpoint(run.folder) is not None
         unfinished = run.folder / "final" if resume else run.folder  # killed before run.json: it may not be whole
         shutil.rmtree(unfinished, ignore_errors=True)
-        train(run.recipe, run.folder, resume, console, [] if samples is None else [EnoughSamples(samples)])
-        facts = {"variant": run.variant, "seed": run.seed, "samples": samples, **commit()}
+        trainer = train(run.recipe, run.folder, resume, console, [] if samples is None else [EnoughSamples(samples)])
+        num_trained = sum(p.numel() for p in trainer.model.student.parameters() if p.requires_grad)  # without heads
+        facts = {"variant": run.variant, "seed": run.seed, "samples": samples, "num_trained": num_trained, **commit()}
         write_whole(run.folder / "run.json", facts)
     for checkpoint in run.folder.glob("checkpoint-*"):  # final/ has what was learned; optimizers fill disks
         shutil.rmtree(checkpoint)

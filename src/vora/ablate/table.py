@@ -86,6 +86,18 @@ def _to_baseline(own: Mapping[int, Curve], theirs: Mapping[int, Curve]) -> dict[
     return {"samples": over_seeds(samples), "fewer_share": over_seeds(fewer), "seeds_not_reached": missed}
 
 
+def unequal_models(num_trained: Mapping[str, int]) -> list[str]:
+    """A warning where variants train unequal numbers of parameters, so that more than the overrides' names differs."""
+    known = {variant: count for variant, count in num_trained.items() if count}
+    if not known or max(known.values()) <= (1 + UNEQUAL) * min(known.values()):
+        return []
+    counts = ", ".join(f"{variant} {count:,}" for variant, count in known.items())
+    return [
+        f"Variants train unequal numbers of parameters ({counts}): their models differ, too, as without a teacher the "
+        "patch embedding does."
+    ]
+
+
 def _warnings(rows: Sequence[dict[str, Any]], loss: str) -> list[str]:
     warnings = []
     for name, what, effect in (

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from vora.data.columns import IMAGE_COLUMNS, MOST_ROW_BYTES, Row, too_large
 from vora.data.json_source import UTF8_MARK
@@ -29,46 +29,56 @@ class Csv(Source):
     JSON; a caption is a list where that is one of texts; a label that is written as a number is one."""
 
     def _scanned(self, file: str) -> Iterator[Sequence[int]]:
-        _, delimiter, first = _heads(file)
+        _, dialect, first = _heads(file)
         with open(file, "rb") as text:
-            rows = records(text, delimiter, first)
+            rows = records(text, dialect, first)
             yield from self._in_blocks((start, end) for start, end, cells in rows if _is_row(cells))
 
     def _read(self, file: str, *place: int) -> list[Row | ValueError]:
-        names, delimiter, _ = _heads(file)
+        names, dialect, _ = _heads(file)
         ours = {theirs: ours for ours, theirs in self.options.columns.items()}
         kinds = [ours.get(name, name) for name in names]
         if (size := place[1] - place[0]) > MOST_BLOCK_BYTES:
             return [too_large(size)]
-        rows = records(io.BytesIO(bytes_of(file, *place)), delimiter)
+        rows = records(io.BytesIO(bytes_of(file, *place)), dialect)
         return [_row(names, kinds, cells) for _, _, cells in rows if _is_row(cells)]
 
 
-def _heads(file: str) -> tuple[list[str], str, int]:
-    """(names of a file's columns, delimiter, byte after the first line); ValueError if they are not to be read."""
+class Dialect(NamedTuple):
+    """How cells are parted; where the first line has spaces after delimiters, those of others are no part of cells."""
+
+    delimiter: str
+    skips_spaces: bool = False
+
+
+def _heads(file: str) -> tuple[list[str], Dialect, int]:
+    """(names of a file's columns, dialect, byte after the first line); ValueError if they are not to be read."""
     with open(file, "rb") as text:
         beginning = text.read(1 << 12)
         start = len(UTF8_MARK) if beginning.startswith(UTF8_MARK) else 0
         if b"\0" in beginning:
             raise ValueError(f"{file} is no table in UTF-8: save it as CSV in UTF-8.")
         kinds = "\t" if Path(file).suffix.lower() == ".tsv" else DELIMITERS
-        delimiter = max(kinds, key=beginning.partition(b"\n")[0].decode("latin-1").count)
-        _, end, cells = next(records(text, delimiter, start), (0, 0, []))
+        first = beginning.partition(b"\n")[0].decode("latin-1")
+        delimiter = max(kinds, key=first.count)
+        dialect = Dialect(delimiter, f"{delimiter} " in first and delimiter != "\t")
+        _, end, cells = next(records(text, dialect, start), (0, 0, []))
     if isinstance(cells, ValueError):
         raise ValueError(f"The first line of {file} is to name its columns. {cells}")
     names = [_decoded("first line", cell).strip() for cell in cells]
     if twice := [name for name in names if name and names.count(name) > 1]:
         raise ValueError(f"{file} has {names.count(twice[0])} columns of the name {twice[0]!r}: rename them.")
-    return names, delimiter, end
+    return names, dialect, end
 
 
-def records(text: IO[bytes], delimiter: str, start: int = 0) -> Iterator[tuple[int, int, Cells]]:
+def records(text: IO[bytes], dialect: Dialect, start: int = 0) -> Iterator[tuple[int, int, Cells]]:
     """(first byte, byte after the last, cells) of each row; a blank one has none. A line with which a broken row
     begins is one bad row, and the next line is read anew: a quote that never ends takes no others with it."""
     while True:
         text.seek(start)
         ends: list[int] = []  # of the lines of the row at hand
-        reader = csv.reader(_lines(text, ends, start), delimiter=delimiter, skipinitialspace=True, strict=True)
+        lines, (delimiter, skips) = _lines(text, ends, start), dialect
+        reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=skips, strict=True)
         try:
             for cells in reader:
                 yield start, ends[-1], cells

@@ -37,11 +37,13 @@ class HeldOut:
 
 
 def key_of_image(image: Any) -> bytes:
-    """What is the same for the same image; a video is known by its first frame."""
-    if isinstance(image, list):
+    """What is the same for the same image; a video is known by its first frame. ValueError where it is none."""
+    if isinstance(image, list) and image:
         return key_of_image(image[0])
     if isinstance(image, Image.Image):
         return repr(image.size).encode() + image.tobytes()
     if isinstance(image, bytes):
         return image
+    if not isinstance(image, str):
+        raise ValueError(f"One of its images is a {type(image).__name__}, and none that is known.")
     return (image if image.startswith(REMOTE) or is_base64(image) else Path(image).name).encode()

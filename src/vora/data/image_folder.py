@@ -111,15 +111,20 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of its files) of all folders that are not hidden, links to others among them, each once."""
-    seen = set[str]()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:  # a link to one above would go on without end
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        yield folder, [name for name in names if not _is_hidden(name)]
+    """(folder, names of its files) of all folders that are not hidden, each once: first those that lie there, then
+    those that links name and that lie elsewhere."""
+    above = {os.path.realpath(root), *map(str, Path(os.path.realpath(root)).parents)}
+    seen, links = set[str](), [str(root)]
+    while links:
+        for folder, folders, names in os.walk(links.pop(0)):
+            real = os.path.realpath(folder)
+            if real in seen or (real in above and folder != str(root)):
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not _is_hidden(name))
+            links += [place for name in folders if os.path.islink(place := os.path.join(folder, name))]
+            yield folder, [name for name in names if not _is_hidden(name)]
 
 
 def _images_below(root: Path) -> tuple[list[bytes], bool]:
@@ -129,7 +134,7 @@ def _images_below(root: Path) -> tuple[list[bytes], bool]:
     captioned = False
     for folder, names in _walk(root):
         images = [name for name in names if _is_image(name)]
-        texts = {name[:-4] for name in names if name.lower().endswith(".txt")}
+        texts = {name[:-4] for name in names if name.endswith((".txt", ".TXT"))}
         captioned = captioned or any(name.rpartition(".")[0] in texts for name in images)
         below = os.path.relpath(folder, root)
         found += [os.fsencode(os.path.normpath(os.path.join(below, name))) for name in images]
@@ -137,7 +142,8 @@ def _images_below(root: Path) -> tuple[list[bytes], bool]:
     if not captioned and (len(classes) < 2 or b"" in classes):
         raise ValueError(
             f"The {len(found)} images in {root} have neither captions nor classes: put a text file of the same name "
-            "(.txt) beside each, or each into one of several folders named as its class."
+            "(.txt) beside each, or each into one of several folders named as its class. Where all steps only "
+            "distill, any text will do."
         )
     return sorted(found), captioned
 

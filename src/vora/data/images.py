@@ -71,7 +71,8 @@ def located(image: Any, folder: str | Path) -> ImageSource:
         raise ValueError("One of its images is empty.")
     if not isinstance(image, str) or image.startswith(REMOTE) or is_base64(image):
         return image
-    return type(image)(Path(folder) / local_path(image))  # an absolute path stays
+    path = local_path(image) if image.startswith(("file:///", "file://localhost/")) else image.removeprefix("file://")
+    return type(image)(Path(folder) / path)  # an absolute path stays
 
 
 def looks_like_media(column: str) -> bool:

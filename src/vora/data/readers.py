@@ -27,10 +27,7 @@ KINDS: dict[str, type[Source]] = {
     ".parquet": Parquet, ".jsonl": JsonLines, ".json": JsonArray, ".tar": WebDataset, ".arrow": Arrow,
     ".csv": Csv, ".tsv": Csv,
 }  # fmt: skip
-# an object that begins as COCO's, or whose first line does not end it
-ONE_OBJECT = re.compile(
-    rb'\{(\s*"(info|licenses|categories|annotations)"\s*:|\s*"images"\s*:\s*\[\s*\{[^}]*"file_name"|[ \t\r]*\n)'
-)
+COCO = re.compile(rb'"images"\s*:\s*\[\s*\{[^]]*"(file_name|coco_url)"')  # in the first of its lines
 
 
 class EasyVqa(Source):
@@ -129,7 +126,8 @@ def _kind_of(file: Path) -> type[Source]:
         beginning = text.read(1 << 16).removeprefix(UTF8_MARK).lstrip()
     if not beginning.startswith(b"{"):
         return JsonArray
-    if ONE_OBJECT.match(beginning):
+    first = beginning.partition(b"\n")[0]
+    if first.strip() == b"{" or COCO.search(first):
         raise ValueError(
             f"{file} is one JSON object, and a list of rows, or one row per line, is wanted. Of COCO's, join the "
             'annotations to rows such as {"image": "a.jpg", "captions": ["...", "..."]}.'

@@ -87,7 +87,7 @@ def row_of_files(key: str, files: Mapping[str, bytes | ValueError]) -> Row | Val
     """The row that {ending: content} of one sample make, images as people count, 2.png before 10.png; or what is wrong
     with it, or with one of them."""
     row: Row = {"id": key}
-    images, unread = [], []
+    images, unread, num_texts = [], [], 0
     for ending in sorted(files, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]):
         last, data = ending.rpartition(".")[2], files[ending]
         if isinstance(data, ValueError):
@@ -95,7 +95,8 @@ def row_of_files(key: str, files: Mapping[str, bytes | ValueError]) -> Row | Val
         if last in IMAGE_ENDINGS:
             images.append(data)
         elif last == "txt":
-            if "text" in row:
+            num_texts += 1
+            if num_texts > 1:
                 return ValueError(
                     f"It has several texts, {ending} among them, for names up to their first dot are one sample: "
                     "write other dots of names as _."

@@ -118,16 +118,19 @@ class Rows:
                         values = texts.item(block, offset, rows)
                         opens = partial(_open, images, index, self.data.allow_urls)
                         row = Row(name, number, values, opens, partial(_key_of, images, index))
-                        if self.data.half in (None, _half_of(images, index, values)) and self._may_be_asked(
-                            images, samples, index
-                        ):
+                        if self._may_be_asked(images, samples, index, values):
                             yield row
                     except ValueError as error:
                         skipped.add(name, error)
                     number += 1
 
-    def _may_be_asked(self, images: Callable[[], Source], samples: Callable[[], Source], index: int) -> bool:
-        """Whether a row is held out, as in training; one that training cannot read, by its images."""
+    def _may_be_asked(
+        self, images: Callable[[], Source], samples: Callable[[], Source], index: int, values: Values
+    ) -> bool:
+        """Whether a row is of the half that is wanted, and held out where that is wanted: as in training, or, of a row
+        that training cannot read, by its images."""
+        if self.data.half is not None and self.data.half != _half_of(images, index, values):
+            return False
         if (held_out := self.data.held_out) is None:
             return True
         try:

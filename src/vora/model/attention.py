@@ -34,12 +34,19 @@ def image_blocks(is_image: Tensor, image_grid_thw: Tensor, patch_merge: int = 1)
     return torch.full(is_image.shape, -1, device=is_image.device).masked_scatter_(is_image, numbers)
 
 
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """Places that an LLM's sliding blocks see at once; None if it has none."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    slides = not kinds or any("sliding" in kind for kind in kinds)
+    return getattr(text, "sliding_window", None) if slides else None
+
+
 def longest_sequence(config: PreTrainedConfig) -> int | None:
     """The most tokens of a sequence whose samples share what is before them: an LLM's context, or its sliding window
     where that is shorter, for it counts places. None where neither is known."""
-    text = config.get_text_config()
-    known = (getattr(text, name, None) for name in ("max_position_embeddings", "sliding_window"))
-    return min(filter(None, known), default=None)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(filter(None, (context, sliding_window(config))), default=None)
 
 
 def attention_masks(
@@ -75,7 +82,7 @@ def attention_masks(
     is_flex = config._attn_implementation == "flex_attention"
     still_seen, all_blocks = None, blocks
     if seen_until is not None:
-        window = getattr(config, "sliding_window", None)
+        window = sliding_window(config)
         if window and seen_until.shape[1] > window:
             raise ValueError(
                 f"A packed sequence of {seen_until.shape[1]} tokens in which several questions may share an image "

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from vora.model.attention import sliding_window
 from vora.model.modeling_vora import CACHE, VoraForConditionalGeneration
 
 SPARE = 64  # columns added at once
@@ -35,7 +36,7 @@ def can_batch(model: VoraForConditionalGeneration) -> bool:
 def read_together(model: VoraForConditionalGeneration, prompts: Sequence[dict[str, Tensor]]) -> list[int]:
     """Which prompts join in one pass: the first, and as many after it as `MOST_READ` and a sliding window hold, all of
     them with an image or all without, since unmerged LoRA is on or off in a whole pass."""
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    window = sliding_window(model.config)
     found: list[int] = []
     num_tokens, most = 0, min(MOST_READ, window or MOST_READ)
     for number, prompt in enumerate(prompts):

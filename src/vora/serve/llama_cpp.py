@@ -44,6 +44,9 @@ class LlamaCppEngine:
     ) -> None:  # fmt: skip
         self.processor, self.export, self.limits = processor, export, limits
         self.generation_config, self._tokenizing = generation_config, Lock()
+        # those that a model was trained with stand in its template
+        markers = "" if export.knows_markers else "".join(export.carrier.image_markers)
+        self._num_marker_tokens = len(processor.tokenizer(markers, add_special_tokens=False)["input_ids"])
         self.context = min(context, limits.max_prompt_tokens + limits.max_tokens)
         self.server = llama_cpp_server(export, self.context, limits.max_batch_size)
         self._lock, self._num_requests = Lock(), 0
@@ -70,7 +73,8 @@ class LlamaCppEngine:
         return answer
 
     def _check_length(self, messages: list[Message]) -> None:
-        """ContextError where a prompt, its images as large as they may be, is longer than the limit."""
+        """ContextError where a prompt is longer than the limit, its images as large as they may be and with the texts
+        that llama.cpp puts around them."""
         try:
             with self._tokenizing:  # tokenizers are not made for several threads
                 text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -79,7 +83,8 @@ class LlamaCppEngine:
             raise refused_by_template(error) from None
         parts = chain.from_iterable(one["content"] for one in messages if not isinstance(one["content"], str))
         num_images = sum(part["type"] == "image" for part in parts)
-        room_for(length + num_images * (self.export.num_image_tokens - 1), 1, None, self.limits.max_prompt_tokens, 1)
+        of_image = self.export.num_image_tokens - 1 + self._num_marker_tokens
+        room_for(length + num_images * of_image, 1, None, self.limits.max_prompt_tokens, 1)
 
     def load(self) -> tuple[int, int]:
         """(requests that are being answered, requests that wait)"""

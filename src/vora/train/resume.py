@@ -20,6 +20,7 @@ FIXED = (  # on which the optimizer's state depends, or the heads that it is of
     "stage", "training.optim", "training.optim_args", "training.optim_target_modules", "teacher.pairs",
     "teacher.pairing", "teacher.spread", "teacher.summary", "teacher.center", "teacher.standardize",
 )  # fmt: skip
+LENGTH = ("training.max_steps", "training.num_train_epochs")
 RATES = ("training.learning_rate", "training.lr_scheduler", "learning_rates.")
 FROM_RECIPE = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer's groups; others change while it runs
 
@@ -62,6 +63,28 @@ def _before_decay(
     return found
 
 
+def check_ended(recipe: Recipe, directory: Path, num_done: int) -> None:
+    """Raise ValueError where a run whose steps are all done is to have another recipe: nothing would come of it but
+    files that say what was not trained."""
+    try:
+        before = load_recipe(directory / "recipe.yaml")
+    except ValueError:  # of another version, or lost
+        return
+    changes = _changes(before, recipe)
+    if found := [text for key, text in changes.items() if key not in LENGTH]:
+        raise ValueError(
+            f"All {num_done} steps are done, so that nothing would be trained with what changed: {'; '.join(found)}. "
+            "Raise training.max_steps to train on with it, or leave it as it was."
+        )
+
+
+def _changes(before: Recipe, recipe: Recipe) -> dict[str, str]:
+    """{key: what it was and is} of what differs."""
+    then, now = (flatten_dict(one.model_dump(mode="json")) for one in (before, recipe))
+    differ = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    return {key: f"{key} was {str(then.get(key))[:80]}, is {str(now.get(key))[:80]}" for key in differ}
+
+
 def tell_changes(recipe: Recipe, directory: Path, tell: Callable[[str], None]) -> None:
     """Name what differs from the recipe that the run had before; ValueError where that cannot change on the way."""
     try:
@@ -69,13 +92,11 @@ def tell_changes(recipe: Recipe, directory: Path, tell: Callable[[str], None]) -
     except ValueError:  # of another version, or lost
         tell("Warning: the recipe that this run had before cannot be read, so changes of it are not named.")
         return
-    then, now = (flatten_dict(one.model_dump(mode="json")) for one in (before, recipe))
-    differ = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-    changes = {key: f"{key} was {str(then.get(key))[:80]}, is {str(now.get(key))[:80]}" for key in differ}
-    fixed = FIXED + (RATES if {one.get("training.lr_scheduler_type") for one in (then, now)} & OWN_RATES else ())
+    changes, kinds = _changes(before, recipe), {one.training.get("lr_scheduler_type") for one in (before, recipe)}
+    fixed = FIXED + (RATES if kinds & OWN_RATES else ())
     if vision_is_frozen(before) != vision_is_frozen(recipe):
         fixed += ("teacher.vision_lr_scale", "teacher.distill_only_steps")
-    if then.get("teacher.weight") == 0 or now.get("teacher.weight") == 0:
+    if 0 in {one.teacher.weight for one in (before, recipe) if one.teacher}:
         fixed += ("teacher.weight",)
     if wrong := [text for key, text in changes.items() if key.startswith(fixed)]:
         raise ValueError(

@@ -70,7 +70,7 @@ from vora.train.from_recipe import (
 )  # fmt: skip
 from vora.train.recipe import save_recipe
 from vora.train.recipe_sections import AUTO_LENGTH, Recipe
-from vora.train.resume import checkpoint_to_resume, tell_changes
+from vora.train.resume import check_ended, checkpoint_to_resume, tell_changes
 from vora.train.run_lock import run_lock
 from vora.train.run_log import draw_losses, write_report
 from vora.train.schedule import check_schedule, schedule_in_words
@@ -129,7 +129,9 @@ def _train(
     num_streams = arguments.world_size if checkpoint is None else num_streams_of(checkpoint)
     streams = streams_of_run(recipe, sequences, arguments, num_streams)
     num_done = 0 if checkpoint is None else last_step(checkpoint)
-    if checkpoint is not None and num_done < arguments.max_steps:
+    if num_done >= arguments.max_steps:
+        check_ended(recipe, directory, num_done)
+    elif checkpoint is not None:
         tell_changes(recipe, directory, console.print)
     console.print(trainable_table(objective, recipe.stage))
     console.print(length_of_run(sequences, arguments, validation), highlight=False)

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from vora.data.packing import TokenSample, share_prefixes
-from vora.eval.scoring.prompt import Prompt, batches, check_log_probs, sliding_window
+from vora.eval.scoring.prompt import Prompt, batches, check_log_probs
 from vora.eval.scoring.read_prompts import ReadPrompts, can_share, read_prompts
 from vora.eval.scoring.teacher_forced import at_targets, score_samples
+from vora.model.attention import sliding_window
 from vora.model.modeling_vora import CACHE, VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
@@ -57,7 +58,7 @@ def candidate_scores(
     for bound, number in zip(bounds, always):
         bound[number] = np.inf
     scores, most = [np.full(len(bound), -np.inf) for bound in bounds], FIRST
-    room = (sliding_window(model) or np.inf) - read.mask.shape[1]
+    room = (sliding_window(model.config) or np.inf) - read.mask.shape[1]
     while True:
         best = [np.argsort(-bound, kind="stable")[:most] for bound in bounds]
         chosen = [numbers[bounds[row][numbers] > scores[row].max()] for row, numbers in enumerate(best)]

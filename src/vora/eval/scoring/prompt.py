@@ -143,8 +143,3 @@ def check_log_probs(model: VoraForConditionalGeneration, log_probs: torch.Tensor
             f"{str(model.dtype).removeprefix('torch.')}. Save it in bfloat16 or float32, or, if it is, its weights "
             "are broken: go back to an earlier checkpoint."
         )
-
-
-def sliding_window(model: VoraForConditionalGeneration) -> int | None:
-    """Places that the LLM's sliding blocks see at once; None if all see all."""
-    return getattr(model.config.get_text_config(), "sliding_window", None)

@@ -18,7 +18,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vora.data.packing import TokenSample, collate_sequences, share_prefixes
-from vora.eval.scoring.prompt import Prompt, sliding_window
+from vora.eval.scoring.prompt import Prompt
+from vora.model.attention import sliding_window
 from vora.model.modeling_vora import CACHE, VoraForConditionalGeneration
 
 
@@ -54,7 +55,7 @@ def can_share(model: VoraForConditionalGeneration, prompts: Sequence[Prompt], ex
     if has_unmerged_lora(model):
         return False
     layers = DynamicCache(config=model.config.get_text_config()).layers
-    lengths, window = [len(prompt) for prompt in prompts], sliding_window(model) or float("inf")
+    lengths, window = [len(prompt) for prompt in prompts], sliding_window(model.config) or float("inf")
     return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer} and (
         1 < min(lengths) and max(lengths) + extra < window
     )
@@ -68,7 +69,7 @@ def read_prompts(model: VoraForConditionalGeneration, prompts: Sequence[Prompt])
         # what stands in the last place but one is not shared: where that is of the image, the prompt stands alone
         is_alone = prompt.inputs["input_ids"][-2] == model.config.image_token_id
         of_image[prompt.beginning(model.config.image_token_id), number if is_alone else None].append(number)
-    window = sliding_window(model) or float("inf")
+    window = sliding_window(model.config) or float("inf")
     packed = [row for numbers in of_image.values() for row in _packed(prompts, numbers, window)]
     longest = max(len(sample["input_ids"]) for _, sample in packed)
     batch: dict[str, Any] = {**collate_sequences([[sample] for _, sample in packed], longest, 0)}

@@ -16,7 +16,8 @@ import torch
 
 from vora.data.packing import TokenSample, collate_sequences, tokenize_sample
 from vora.data.schema import Sample
-from vora.eval.scoring.prompt import batches, check_context_length, check_log_probs, in_parts, sliding_window
+from vora.eval.scoring.prompt import batches, check_context_length, check_log_probs, in_parts
+from vora.model.attention import sliding_window
 from vora.model.modeling_vora import VoraForConditionalGeneration
 from vora.model.processing_vora import VoraProcessor
 
@@ -41,7 +42,7 @@ def score_answers(
 ) -> Iterator[dict[int, AnswerScore]]:
     """{index of the record: score} of all answers, batch by batch. Records come with an index each; each of their
     conversations is a question and an answer. ValueError names an image that with an answer exceeds the context."""
-    window = sliding_window(model)
+    window = sliding_window(model.config)
     waiting: dict[int, list[AnswerScore | None]] = {}  # what is known of each part of a record
 
     def samples() -> Iterator[tuple[tuple[int, int], TokenSample]]:
@@ -89,7 +90,7 @@ def score_samples(
     """{index: score} of all that is to be predicted in samples of `share_prefixes`, batch by batch; those that exceed
     the LLM's sliding window are of one conversation. ValueError where the model's logits are no numbers."""
     model.eval()
-    window = sliding_window(model)
+    window = sliding_window(model.config)
     for batch in _batches(samples, model.device, window):
         rows: dict[str, Any] = {
             **collate_sequences([[sample] for _, sample in batch], len(batch[0][1]["input_ids"]), 0)

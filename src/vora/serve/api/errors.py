@@ -88,7 +88,7 @@ def _of_validation(found: Any) -> ApiError:
     if found["type"] == "union_tag_not_found":
         places.append("type")
     param = ".".join(places) or None
-    if param is None and isinstance(found.get("input"), (str, bytes)):
+    if param is None and isinstance(found.get("input"), bytes):
         message = "The body is taken for text: send it with Content-Type: application/json."
         return ApiError(400, message, code="invalid_json")
     if found["type"] == "extra_forbidden":

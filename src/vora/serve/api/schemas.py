@@ -85,10 +85,11 @@ class Message(_Strict):
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, values: Any) -> Any:
-        """What an answer holds besides, as a client sends it back: refusal, tool_calls, audio and their like."""
+        """What an answer holds besides and says nothing, as a client sends it back: refusal, tool_calls, audio."""
         if not isinstance(values, dict):
             return values
-        return {name: value for name, value in values.items() if value is not None or name in ("role", "content")}
+        empty: list[Any] = [None, [], {}]
+        return {name: value for name, value in values.items() if value not in empty or name in ("role", "content")}
 
 
 class StreamOptions(_Strict):
