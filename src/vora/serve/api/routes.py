@@ -70,7 +70,7 @@ async def _submit(body: ChatRequest, service: Service, began: float) -> Answer:
     left = began + limits.request_seconds - time.monotonic()
     try:
         async with service.turn_to_open(left) if has_images(body) else nullcontext():
-            await anyio.to_thread.run_sync(submit)
+            await anyio.to_thread.run_sync(submit, limiter=service.threads)
     except ValueError as error:
         raise refused(error) from None
     except BaseException:

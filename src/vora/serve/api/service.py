@@ -30,6 +30,7 @@ class Service:
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine)
         self.preparing = anyio.CapacityLimiter(PREPARED)
+        self.threads = anyio.CapacityLimiter(PREPARED + 1)  # of which one is always free for text alone
 
     @asynccontextmanager
     async def turn_to_open(self, seconds: float) -> AsyncIterator[None]:
