@@ -89,7 +89,8 @@ if __name__ == "__main__":
             assert outcome(use, content) == "read"
         for _ in range(count):
             sample = damaged(content, draw)
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-            resource.setrlimit(resource.RLIMIT_CPU, (int(used) + SECONDS, resource.RLIM_INFINITY))  # ends the process
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            most = int(used.ru_utime + used.ru_stime) + SECONDS  # the limit counts both
+            resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))  # ends the process
             outcomes[outcome(draw.choice((fetch_image, fetch_frames)), sample)] += 1
     print(dict(outcomes))
