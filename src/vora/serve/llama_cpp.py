@@ -46,7 +46,7 @@ class LlamaCppEngine:
         self.generation_config, self._tokenizing = generation_config, Lock()
         # those that a model was trained with stand in its template
         markers = "" if export.knows_markers else "".join(export.carrier.image_markers)
-        self._num_marker_tokens = len(processor.tokenizer(markers, add_special_tokens=False)["input_ids"])
+        self._num_marker_tokens = len(processor.ids_of(markers))
         self.context = min(context, limits.max_prompt_tokens + limits.max_tokens)
         self.server = llama_cpp_server(export, self.context, limits.max_batch_size)
         self._lock, self._num_requests = Lock(), 0
@@ -78,7 +78,7 @@ class LlamaCppEngine:
         try:
             with self._tokenizing:  # tokenizers are not made for several threads
                 text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-                length = len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+                length = len(self.processor.ids_of(str(text)))
         except TemplateError as error:
             raise refused_by_template(error) from None
         parts = chain.from_iterable(one["content"] for one in messages if not isinstance(one["content"], str))
