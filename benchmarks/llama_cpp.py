@@ -23,10 +23,12 @@ from vora.export.runtimes import as_url, llama_cpp_server
 
 
 class LlamaCpp:
-    """An export in llama.cpp; called, it returns the seconds of prefill and of so many steps of decoding."""
+    """An export in llama.cpp; called, it returns the seconds of prefill and of so many steps of decoding.
+
+    Each call has a server of its own, so that none waits beside another, and reads once before it is timed."""
 
     def __init__(self, export, prompt, num_steps):
-        self.server = llama_cpp_server(export, prompt.length + num_steps + 64)
+        self.export, self.context = export, prompt.length + num_steps + 64
         image = {"type": "image_url", "image_url": {"url": as_url(prompt.image)}}
         content = [image, {"type": "text", "text": prompt.question}]
         self.request = {
@@ -36,7 +38,9 @@ class LlamaCpp:
         self.length = prompt.length
 
     def __call__(self):
-        found = self.server.handle_chat_completions(self.request)
+        server = llama_cpp_server(self.export, self.context)
+        server.handle_chat_completions(self.request)
+        found = server.handle_chat_completions(self.request)
         if found["usage"]["prompt_tokens"] != self.length:
             raise SystemExit(f"llama.cpp reads {found['usage']['prompt_tokens']} tokens, not {self.length}.")
         return [found["timings"][name] / 1000 for name in ("prompt_ms", "predicted_ms")]

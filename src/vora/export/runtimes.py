@@ -4,12 +4,13 @@ Dims: T tokens of prompt and answer, L places, K tokens at each, V vocabulary.
 """
 
 import base64
+import ctypes
 import io
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -107,8 +108,18 @@ def llama_cpp_server(export: GgufExport, context: int, num_slots: int = 1, is_ex
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup, params.verbosity = False, -1
+    end_idle_threads()
     with _silence():
         return xllamacpp.Server(params)
+
+
+def end_idle_threads() -> None:
+    """End the OpenMP threads that torch keeps for this thread; they start again when torch needs them.
+
+    torch and llama.cpp share libgomp. While it holds more threads than there are cores, idle ones too, it puts each
+    waiting thread to sleep at once, and llama.cpp takes up to twice as long for a token."""
+    with suppress(OSError, AttributeError):  # another OpenMP, or none: no such rule
+        ctypes.CDLL("libgomp.so.1").omp_pause_resource_all(1)  # omp_pause_soft
 
 
 class LlamaCpp:
