@@ -117,7 +117,8 @@ def end_idle_threads() -> None:
     """End the OpenMP threads that torch keeps for this thread; they start again when torch needs them.
 
     torch and llama.cpp share libgomp. While it holds more threads than there are cores, idle ones too, it puts each
-    waiting thread to sleep at once, and llama.cpp takes up to twice as long for a token."""
+    waiting thread to sleep almost at once (its manual, GOMP_SPINCOUNT), and llama.cpp takes up to twice as long for a
+    token."""
     with suppress(OSError, AttributeError):  # another OpenMP, or none: no such rule
         ctypes.CDLL("libgomp.so.1").omp_pause_resource_all(1)  # omp_pause_soft
 
